@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model of integers: its logits are an exact function of the set of (token, position) pairs that a row sees.
+
+Attention with equal weights returns the mean of the visible values; times their number it is a sum of small integers,
+rounded back exactly. So one wrong key, slot, position or visibility changes the logits, whatever the float order.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from wedlm.attention.sdpa import CausalAttend
+
+NUM_FEATURES = 8  # head_dim of the stub: feature 0 marks position 0 and so counts the visible rows
+
+
+class StubModel(nn.Module):
+    """``forward(tokens, positions, attend, logits_rows)`` as the transformer's. ``agreement`` ties masked predictions
+    to AR's: the larger, the more drafts are accepted and the lower the entropies."""
+
+    def __init__(self, vocab_size: int = 13, mask_token_id: int = 12, agreement: float = 4.0, seed: int = 0) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(seed)
+        self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
+        self.by_position = agreement * torch.randn(61, vocab_size, generator=rng)
+        self.by_context = torch.randn(4093, vocab_size, generator=rng) * 2
+        self.features = torch.randint(1, 60, (vocab_size, NUM_FEATURES), generator=rng).float()
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, positions: Tensor, attend, logits_rows: Tensor | None = None) -> Tensor:
+        v = (self.features[tokens] * (1 + positions[:, None] % 7))[:, None]
+        v[..., 0] = (positions == 0)[:, None]
+        zeros = torch.zeros_like(v)
+        mean = attend(0, zeros, zeros, v)[:, 0].double()
+        sums = (mean / mean[:, :1]).round().long()[:, 1:]
+        context = (sums * torch.tensor([1, 31, 961, 29791, 7, 217, 6727])).sum(-1)
+        target = positions + (tokens != self.mask_token_id)
+        logits = self.by_position[target % 61] + self.by_context[context % 4093]
+        return logits if logits_rows is None else logits[logits_rows]
+
+    def rows_model(self, tokens: list[int], positions: list[int]) -> Tensor:
+        """The same model as reference.py wants it."""
+        return self(torch.tensor(tokens), torch.tensor(positions), CausalAttend())

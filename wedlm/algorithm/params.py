@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters that define what one sequence decodes to."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Decoding = Literal["streaming", "verified", "block", "autoregressive"]
+DECODINGS: tuple[str, ...] = get_args(Decoding)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeParams:
+    """Everything that the text of one sequence depends on, besides the model and the prompt.
+
+    ``window_size`` is W, the positions a window covers, in streaming and block decoding, and R, the rows of a step, in
+    verified decoding. Autoregressive decoding is verified decoding with R=1: an anchor, no drafts, no masked rows.
+    ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``max_positions`` is the model's length: no
+    position at or past it exists. ``first_free_end`` is the first position at which an end token may stand
+    (prompt length + min_tokens).
+    """
+
+    decoding: Decoding
+    window_size: int = 16
+    entropy_threshold: float | None = 0.4
+    pos_penalty: float = 0.02
+    draft_entropy: float = 1.5
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    mask_token_id: int = 0
+    end_token_ids: tuple[int, ...] = ()
+    first_free_end: int = 0
+    max_positions: int = 2**31 - 1
+
+    @property
+    def verifies(self) -> bool:
+        """Whether tokens are chosen by the shifted head (AR's text) rather than by the masked rows."""
+        return self.decoding in ("verified", "autoregressive")
+
+    @property
+    def row_budget(self) -> int:
+        """Width of the window at the start of a step: R when verifying (1 for AR), W otherwise."""
+        return 1 if self.decoding == "autoregressive" else self.window_size
+
+    @property
+    def max_drafts(self) -> int:
+        """Most drafts k that R rows sustain: after all k are accepted, k+1 masked rows must give the next k."""
+        return max(0, (self.row_budget - 2) // 2)
+
+    @property
+    def max_rows(self) -> int:
+        """Upper bound of the rows of any step: a full window commits while as many masked positions join it."""
+        return self.row_budget if self.verifies else 2 * self.window_size

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slow, obvious decoder: one sequence, no cache, plain Python. The oracle of every other decoder.
+
+``model(tokens, positions)`` takes rows in order and returns logits [rows, vocabulary]; row i attends to rows 0..i.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wedlm.algorithm.params import DecodeParams
+from wedlm.algorithm.sample import gumbel_noise
+
+RowsModel = Callable[[list[int], list[int]], Tensor]
+
+
+@dataclass
+class ReferenceOutput:
+    """``tokens`` after the prompt; ``steps[i]`` is the forward that emitted token i; ``rows`` of each forward."""
+
+    tokens: list[int]
+    steps: list[int]
+    rows: list[int]
+
+
+def decode(model: RowsModel, prompt: list[int], max_tokens: int, params: DecodeParams) -> ReferenceOutput:
+    """Decode one sequence until an end token or ``max_tokens`` (docs/algorithm.md, "Decoding").
+
+    Raises ValueError if the prompt is empty or leaves no position for a token.
+    """
+    if not prompt or len(prompt) >= params.max_positions:
+        raise ValueError(f"prompt has {len(prompt)} tokens; expected 1 to {params.max_positions - 1}")
+    max_tokens = min(max_tokens, params.max_positions - len(prompt))
+    step = _verified_step if params.verifies else _streaming_step
+    committed = prompt[:-1] if params.verifies else list(prompt)
+    window: list[int | None] = list(prompt[-1:]) if params.verifies else []  # None = masked
+    window += [None] * (params.row_budget - len(window))
+    out = ReferenceOutput([], [], [])
+    while True:
+        emitted, committed, window, rows = step(model, committed, window, params)
+        out.rows.append(rows)
+        for token in emitted:
+            out.tokens.append(token)
+            out.steps.append(len(out.rows) - 1)
+            if token in params.end_token_ids or len(out.tokens) == max_tokens:
+                return out
+
+
+def _forward(
+    model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
+) -> tuple[list[int], dict[int, Tensor]]:
+    """Run committed tokens, then the window's filled columns, then its masked ones; logits by window column."""
+    filled = [c for c, token in enumerate(window) if token is not None]
+    order = filled + [c for c, token in enumerate(window) if token is None]
+    n = len(committed)
+    tokens = [params.mask_token_id if window[c] is None else window[c] for c in order]
+    logits = model(committed + tokens, list(range(n)) + [n + c for c in order]).float()
+    return order, {c: logits[n + row] for row, c in enumerate(order)}
+
+
+def _streaming_step(
+    model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
+) -> tuple[list[int], list[int], list[int | None], int]:
+    """method: commit the leading filled run (block: only a full window), fill by entropy, emit what became final."""
+    room = params.max_positions - len(committed)
+    window = window[:room]
+    run = _leading_run(window, params)
+    window = (window + [None] * run)[:room]
+    order, logits = _forward(model, committed, window, params)
+    committed, window = committed + [t for t in window[:run] if t is not None], window[run:]
+    n = len(committed)
+    masked = [c for c, token in enumerate(window) if token is None]
+    adjusted = {c: _entropy(logits[c + run]) + params.pos_penalty * (c - masked[0]) for c in masked}
+    chosen = [c for c in masked if params.entropy_threshold is not None and adjusted[c] < params.entropy_threshold]
+    for c in chosen or [min(masked, key=lambda c: (adjusted[c], c))]:
+        window[c] = choose_token(logits[c + run], n + c, params)
+    emitted = [t for t in window[: _leading_run(window, params)] if t is not None]
+    return emitted, committed, window, len(order)
+
+
+def _leading_run(window: list[int | None], params: DecodeParams) -> int:
+    run = next((c for c, token in enumerate(window) if token is None), len(window))
+    return 0 if params.decoding == "block" and run < len(window) else run
+
+
+def _verified_step(
+    model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
+) -> tuple[list[int], list[int], list[int | None], int]:
+    """method: accept drafts that equal AR's choices, commit AR's next token as the new anchor, draft anew."""
+    window = window[: params.max_positions - len(committed)]
+    n = len(committed)
+    k = sum(token is not None for token in window) - 1
+    order, logits = _forward(model, committed, window, params)
+    target = [choose_token(logits[c], n + c + 1, params) for c in range(k + 1)]
+    a = next((i for i in range(k) if window[i + 1] != target[i]), k)
+    drafts: list[int] = []
+    for c in range(a + 2, len(window)):
+        token = window[c]
+        if token is None:
+            if _entropy(logits[c]) >= params.draft_entropy:
+                break
+            token = choose_token(logits[c], n + c, params)
+        drafts.append(token)
+    drafts = drafts[: params.max_drafts]
+    committed = committed + [t for t in window[: a + 1] if t is not None]
+    next_window: list[int | None] = [target[a], *drafts]
+    next_window += [None] * (params.row_budget - len(next_window))
+    return target[: a + 1], committed, next_window, len(order)
+
+
+def _entropy(logits: Tensor) -> float:
+    """Shannon entropy in nats of the raw logits."""
+    log_probs = torch.log_softmax(logits, dim=-1)
+    return -float((log_probs.exp() * log_probs).nan_to_num().sum())
+
+
+def choose_token(logits: Tensor, position: int, params: DecodeParams) -> int:
+    """The token for ``position``: arg max, or top-k, then top-p, then temperature, then Gumbel arg max."""
+    logits = logits.clone()
+    logits[params.mask_token_id] = -torch.inf
+    if position < params.first_free_end:
+        logits[list(params.end_token_ids)] = -torch.inf
+    if params.temperature == 0:
+        return int(logits.argmax())
+    ranked = sorted(range(len(logits)), key=lambda token: -logits[token].item())
+    if params.top_k > 0:
+        ranked = ranked[: params.top_k]
+    probs, kept, mass = torch.softmax(logits[ranked], dim=-1).tolist(), [], 0.0
+    for token, prob in zip(ranked, probs, strict=True):
+        if kept and mass >= params.top_p:
+            break
+        kept.append(token)
+        mass += prob
+    seed, at = torch.tensor([params.seed]), torch.tensor([position])
+    noise = gumbel_noise(seed, at, torch.arange(len(logits)))[0]
+    # Dividing by a tiny temperature must not overflow to a tie of infinities: only differences to the best count.
+    scores = (logits - logits.max()) / params.temperature + noise
+    return max(kept, key=lambda token: (scores[token].item(), -token))

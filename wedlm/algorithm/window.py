@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Windows of a batch of sequences, and the two transitions that one forward brings about.
+
+Every mode decodes over the same state: ``cached`` committed tokens with valid keys, then a window of ``width``
+positions from there on, each filled or masked. Streaming and block decoding fill masked columns; verified decoding
+holds the anchor in column 0 and its drafts behind it. One step is ``extend`` -> rows -> forward -> ``advance``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from wedlm.algorithm.params import DecodeParams
+from wedlm.algorithm.reorder import leading_run
+from wedlm.algorithm.select import select_fill
+from wedlm.algorithm.verify import accepted_drafts, usable_drafts
+
+
+@dataclass(frozen=True)
+class WindowParams:
+    """``DecodeParams`` of S sequences as tensors. ``any_*`` are known to the host and only skip work."""
+
+    verifies: Bool[Tensor, " S"]
+    block: Bool[Tensor, " S"]
+    row_budget: Int[Tensor, " S"]
+    max_drafts: Int[Tensor, " S"]
+    max_positions: Int[Tensor, " S"]
+    threshold: Float[Tensor, " S"]
+    penalty: Float[Tensor, " S"]
+    draft_entropy: Float[Tensor, " S"]
+    any_verifies: bool
+    any_streams: bool
+
+    @classmethod
+    def stack(cls, params: Sequence[DecodeParams], device: torch.device) -> "WindowParams":
+        """One row per sequence."""
+
+        def tensor(values: list, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        return cls(
+            verifies=tensor([p.verifies for p in params], torch.bool),
+            block=tensor([p.decoding == "block" for p in params], torch.bool),
+            row_budget=tensor([p.row_budget for p in params], torch.long),
+            max_drafts=tensor([p.max_drafts for p in params], torch.long),
+            max_positions=tensor([p.max_positions for p in params], torch.long),
+            threshold=tensor(
+                [-torch.inf if p.entropy_threshold is None else p.entropy_threshold for p in params], torch.double
+            ),
+            penalty=tensor([p.pos_penalty for p in params], torch.double),
+            draft_entropy=tensor([p.draft_entropy for p in params], torch.double),
+            any_verifies=any(p.verifies for p in params),
+            any_streams=any(not p.verifies for p in params),
+        )
+
+
+@dataclass(frozen=True)
+class WindowState:
+    """S windows of capacity C (at least the largest ``max_rows``). Columns at or past ``width`` are never filled.
+
+    ``logprobs`` is the raw log-probability of each filled token under the row that chose it.
+    """
+
+    cached: Int[Tensor, " S"]
+    width: Int[Tensor, " S"]
+    tokens: Int[Tensor, "S C"]
+    filled: Bool[Tensor, "S C"]
+    logprobs: Float[Tensor, "S C"]
+
+    @classmethod
+    def empty(cls, num_sequences: int, capacity: int, device: torch.device) -> "WindowState":
+        """All windows of width 0: they have no rows and never change."""
+        shape = (num_sequences, capacity)
+        return cls(
+            cached=torch.zeros(num_sequences, dtype=torch.long, device=device),
+            width=torch.zeros(num_sequences, dtype=torch.long, device=device),
+            tokens=torch.zeros(shape, dtype=torch.long, device=device),
+            filled=torch.zeros(shape, dtype=torch.bool, device=device),
+            logprobs=torch.zeros(shape, dtype=torch.float32, device=device),
+        )
+
+    def take(self, index: Int[Tensor, " N"]) -> "WindowState":
+        """The windows at ``index``, in that order."""
+        return WindowState(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def put(self, index: Int[Tensor, " N"], windows: "WindowState") -> None:
+        """Write ``windows`` back to ``index`` in place."""
+        for f in fields(self):
+            getattr(self, f.name)[index] = getattr(windows, f.name)
+
+
+@dataclass(frozen=True)
+class RowResults:
+    """What the forward said, by window column. Columns without logits may hold anything.
+
+    ``choice``: a masked column's token AT that position, a filled column's AR token for the position AFTER it;
+    ``entropy``: of the raw logits, nats; ``logprobs``: raw log-probability of the choice.
+    """
+
+    choice: Int[Tensor, "S C"]
+    entropy: Float[Tensor, "S C"]
+    logprobs: Float[Tensor, "S C"]
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """Tokens that became final in this step: the first ``count[s]`` columns of row s."""
+
+    tokens: Int[Tensor, "S C"]
+    logprobs: Float[Tensor, "S C"]
+    count: Int[Tensor, " S"]
+
+
+def extend(state: WindowState, params: WindowParams) -> tuple[WindowState, Int[Tensor, " S"]]:
+    """Extend each window by as many masked positions as this step will commit; also returns that number.
+
+    Verified windows always span their row budget, so they neither extend nor commit before the forward.
+    """
+    run = torch.where(params.verifies, 0, _final_run(state.filled, state.width, params.block))
+    room = params.max_positions - state.cached
+    return replace(state, width=torch.minimum(state.width + run, torch.maximum(room, state.width))), run
+
+
+def advance(
+    state: WindowState, run: Int[Tensor, " S"], results: RowResults, params: WindowParams
+) -> tuple[WindowState, Emitted]:
+    """The transition after the forward of ``extend``'s window: commit, slide, fill or verify, emit."""
+    if not params.any_verifies:
+        return _advance_streaming(state, run, results, params)
+    if not params.any_streams:
+        return _advance_verified(state, results, params)
+    streaming, verified = _advance_streaming(state, run, results, params), _advance_verified(state, results, params)
+    return _where(params.verifies, verified[0], streaming[0]), _where(params.verifies, verified[1], streaming[1])
+
+
+def _advance_streaming(
+    state: WindowState, run: Int[Tensor, " S"], results: RowResults, params: WindowParams
+) -> tuple[WindowState, Emitted]:
+    width = state.width - run
+    inside = torch.arange(state.tokens.shape[1], device=run.device) < width[:, None]
+    filled = shift_left(state.filled, run) & inside
+    chosen = select_fill(shift_left(results.entropy, run), inside & ~filled, params.threshold, params.penalty)
+    state = WindowState(
+        cached=state.cached + run,
+        width=width,
+        tokens=shift_left(torch.where(state.filled, state.tokens, results.choice), run),
+        filled=filled | chosen,
+        logprobs=shift_left(torch.where(state.filled, state.logprobs, results.logprobs), run),
+    )
+    return state, Emitted(state.tokens, state.logprobs, _final_run(state.filled, width, params.block))
+
+
+def _advance_verified(state: WindowState, results: RowResults, params: WindowParams) -> tuple[WindowState, Emitted]:
+    column = torch.arange(state.tokens.shape[1], device=state.cached.device)
+    accepted = accepted_drafts(state.tokens, state.filled, results.choice)
+    shift = accepted + 1
+    usable = usable_drafts(results.entropy, state.filled, column < state.width[:, None], params.draft_entropy)
+    # Column 0 becomes AR's next token, whatever draft or prediction stood at its position.
+    drafts = leading_run(shift_left(usable, shift)[:, 1:]).minimum(params.max_drafts)
+    cached = torch.where(state.width > 0, state.cached + shift, state.cached)
+    width = torch.minimum(params.row_budget, params.max_positions - cached).clamp(min=0)
+    width = torch.where(state.width > 0, width, 0)
+    tokens = shift_left(torch.where(state.filled, state.tokens, results.choice), shift)
+    tokens[:, 0] = results.choice.gather(1, accepted[:, None])[:, 0]
+    filled = (column <= drafts[:, None]) & (column < width[:, None])
+    state_after = WindowState(cached, width, tokens, filled, torch.zeros_like(state.logprobs))
+    return state_after, Emitted(results.choice, results.logprobs, torch.where(state.width > 0, shift, 0))
+
+
+def shift_left(columns: Tensor, by: Int[Tensor, " S"]) -> Tensor:
+    """Each row moved left by its own number of columns; zeros (False) enter on the right. [S, C] -> [S, C]"""
+    source = torch.arange(columns.shape[1], device=columns.device) + by[:, None]
+    inside = source < columns.shape[1]
+    return columns.gather(1, torch.where(inside, source, 0)).masked_fill(~inside, 0)
+
+
+def _final_run(filled: Bool[Tensor, "S C"], width: Int[Tensor, " S"], block: Bool[Tensor, " S"]) -> Int[Tensor, " S"]:
+    """The leading filled run, which is final; a block is final only as a whole."""
+    run = leading_run(filled)
+    return torch.where(block & (run < width), 0, run)
+
+
+def _where(condition: Bool[Tensor, " S"], yes, no):
+    """Row by row, one of two dataclasses of tensors."""
+    values = []
+    for f in fields(yes):
+        a, b = getattr(yes, f.name), getattr(no, f.name)
+        values.append(torch.where(condition if a.ndim == 1 else condition[:, None], a, b))
+    return type(yes)(*values)

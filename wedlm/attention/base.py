@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interface between the model and its keys: an ``Attend`` for the rows of one step, planned once.
+
+An extend step is all there is: sequence s has ``starts[s]`` cached keys and brings ``counts[s]`` new rows; row i of it
+writes its key to slot starts[s] + i and sees keys 0 .. starts[s] + i. A prompt's chunk, an AR step and a decoding
+window are the same thing.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Attend(Protocol):
+    """Attention of one forward's rows. Called once a layer, with RoPE applied to queries and keys."""
+
+    def __call__(
+        self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "T K D"], v: Float[Tensor, "T K D"]
+    ) -> Float[Tensor, "T H D"]: ...
+
+
+@dataclass(frozen=True)
+class ExtendBatch:
+    """Rows of one step, packed sequence by sequence: ``counts[s]`` rows over ``starts[s]`` cached keys in ``pages[s]``.
+
+    ``pages[s]`` lists the pages of sequence s in logical order and covers slots 0 .. starts[s] + counts[s] - 1.
+    """
+
+    starts: list[int]
+    counts: list[int]
+    pages: list[list[int]]
+
+
+class KVCache:
+    """Keys and values of all layers, in pages of ``page_size`` slots; a slot is ``page * page_size + offset``."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.page_size = page_size
+        shape = (num_layers, num_pages * page_size, num_kv_heads, head_dim)
+        self.keys = _zeros(shape, dtype, device)
+        self.values = _zeros(shape, dtype, device)
+
+    @staticmethod
+    def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Memory that one slot takes in all layers."""
+        return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not garbage: masked keys are multiplied by a weight of exactly 0, and 0 · nan is nan.
+
+    On the CPU through numpy, whose zero pages take memory only once they are written; torch's are all written at once.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

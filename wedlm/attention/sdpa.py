@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention through torch's scaled_dot_product_attention: any device, and the oracle of every other backend."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from wedlm.attention.base import ExtendBatch, KVCache
+
+# Sequences with at most this many rows share one padded call; longer ones (prompt chunks) get a call each.
+_MAX_ROWS_PADDED = 64
+
+
+class CausalAttend:
+    """Plain causal attention over the rows themselves, without a cache: one sequence, rows in any positions."""
+
+    def __call__(
+        self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "T K D"], v: Float[Tensor, "T K D"]
+    ) -> Float[Tensor, "T H D"]:
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], is_causal=True, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sequences whose rows run in one padded call of N sequences, R rows and J keys."""
+
+    rows: Int[Tensor, "N R"]  # packed row index; a padded row repeats the sequence's last
+    slots: Int[Tensor, "N J"] | slice  # a slice where one sequence's slots are contiguous: no copy of its keys
+    visible: Bool[Tensor, "N 1 R J"] | None  # None: every row sees every key (a single row)
+    packed: Int[Tensor, " M"]  # where in the packed rows the outputs go, M real rows
+    real: Bool[Tensor, "N R"]
+
+
+class PagedSdpa:
+    """``Attend`` of one step over a paged cache."""
+
+    def __init__(self, cache: KVCache, batch: ExtendBatch) -> None:
+        self.cache = cache
+        device, page_size = cache.keys.device, cache.page_size
+        slots = [
+            _slots(pages, start + count, page_size)
+            for pages, start, count in zip(batch.pages, batch.starts, batch.counts, strict=True)
+        ]
+        new_slots = [s[start:] for s, start in zip(slots, batch.starts, strict=True)]
+        self.new_slots = torch.cat(new_slots).to(device)
+        offsets = [0]
+        for count in batch.counts:
+            offsets.append(offsets[-1] + count)
+        short = [s for s, count in enumerate(batch.counts) if 0 < count <= _MAX_ROWS_PADDED]
+        groups = [[s] for s, count in enumerate(batch.counts) if count > _MAX_ROWS_PADDED] + ([short] if short else [])
+        self.groups = [_plan_group(members, batch, offsets, slots, device) for members in groups]
+
+    def __call__(
+        self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "T K D"], v: Float[Tensor, "T K D"]
+    ) -> Float[Tensor, "T H D"]:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys.index_copy_(0, self.new_slots, k)
+        values.index_copy_(0, self.new_slots, v)
+        if len(self.groups) == 1 and self.groups[0].rows.shape[0] == 1:
+            return _attend(q[None], keys, values, self.groups[0])[0]
+        out = torch.empty_like(q)
+        for group in self.groups:
+            out[group.packed] = _attend(q[group.rows], keys, values, group)[group.real]
+        return out
+
+
+def _slots(pages: list[int], num_slots: int, page_size: int) -> Int[Tensor, " J"]:
+    """Physical slots of the logical slots 0 .. num_slots - 1."""
+    first = torch.tensor(pages, dtype=torch.long)[:, None] * page_size
+    return (first + torch.arange(page_size)).flatten()[:num_slots]
+
+
+def _plan_group(
+    members: list[int], batch: ExtendBatch, offsets: list[int], slots: list[Tensor], device: torch.device
+) -> _Group:
+    counts = torch.tensor([batch.counts[s] for s in members])
+    starts = torch.tensor([batch.starts[s] for s in members])
+    row = torch.arange(int(counts.max()))
+    rows = torch.tensor([offsets[s] for s in members])[:, None] + torch.minimum(row, counts[:, None] - 1)
+    real = row < counts[:, None]
+    # A padded key repeats the sequence's first slot; no row sees it.
+    padded = torch.nn.utils.rnn.pad_sequence([slots[s] for s in members], batch_first=True, padding_value=-1)
+    padded = torch.where(padded < 0, padded[:, :1], padded)
+    visible = None
+    if len(members) > 1 or len(row) > 1:
+        limit = starts[:, None] + row
+        visible = (torch.arange(padded.shape[1]) <= limit[..., None])[:, None].to(device)
+    first, last = int(padded[0, 0]), int(padded[0, -1])
+    contiguous = len(members) == 1 and torch.equal(padded[0], torch.arange(first, last + 1))
+    return _Group(
+        rows=rows.to(device),
+        slots=slice(first, last + 1) if contiguous else padded.to(device),
+        visible=visible,
+        packed=rows[real].to(device),
+        real=real.to(device),
+    )
+
+
+def _attend(
+    q: Float[Tensor, "N R H D"], keys: Float[Tensor, "A K D"], values: Float[Tensor, "A K D"], group: _Group
+) -> Float[Tensor, "N R H D"]:
+    num_sequences, num_rows, num_heads, head_dim = q.shape
+    if isinstance(group.slots, slice):
+        k, v = keys[None, group.slots], values[None, group.slots]
+    else:
+        k, v = keys[group.slots], values[group.slots]
+    num_kv_heads = k.shape[2]
+    share = num_heads // num_kv_heads
+    # The query heads of one key head become rows of it, so that no key is repeated: [N K share·R D].
+    q = q.view(num_sequences, num_rows, num_kv_heads, share, head_dim).permute(0, 2, 3, 1, 4)
+    visible = group.visible
+    if visible is not None:
+        visible = visible[:, :, None].expand(-1, 1, share, -1, -1).flatten(2, 3)
+    out = F.scaled_dot_product_attention(q.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible)
+    out = out.view(num_sequences, num_kv_heads, share, num_rows, head_dim)
+    return out.permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``LLM``: a checkpoint, an engine and a tokenizer behind a few methods."""
+
+import itertools
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from wedlm.algorithm.params import DECODINGS, Decoding
+from wedlm.attention.base import KVCache
+from wedlm.engine.engine import Engine, EngineConfig
+from wedlm.engine.pages import PagePool
+from wedlm.engine.runner import Runner
+from wedlm.engine.sampling_params import SamplingParams
+from wedlm.engine.types import Alternatives, Request, RequestStats
+from wedlm.model import ModelConfig, Tokenizer, load_model, load_tokenizer, pack_for_inference
+
+Message = Mapping[str, Any]
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOutput:
+    """What became of one prompt; fields by attribute or by name in brackets.
+
+    ``finish_reason``: "stop" (end token or stop string), "length", "abort", or "error", which ``error`` explains.
+    ``token_steps[i]`` is the forward, counted from 0 after the prompt, that made token i final.
+    ``logprobs`` and ``top_logprobs`` are there if ``SamplingParams.logprobs`` asked for them.
+    """
+
+    text: str
+    token_ids: list[int]
+    stats: RequestStats | None
+    finish_reason: str
+    token_steps: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None
+    top_logprobs: list[Alternatives] | None = None
+    error: str | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.__slots__:
+            raise KeyError(name)
+        return getattr(self, name)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPiece:
+    """News of a stream: text that will not change any more, tokens, the forward that made them final.
+
+    The last piece carries the whole ``output``.
+    """
+
+    text: str
+    token_ids: list[int]
+    step: int
+    output: GenerationOutput | None
+
+
+class LLM:
+    """Generate text from a checkpoint, on any device that torch knows. Methods may be called from several threads.
+
+    model: a Hugging Face directory, a .gguf file, a hub id, or "demo". dtype: a torch dtype's name, or "auto": the
+    checkpoint's, but float32 on CPUs without bfloat16 instructions. device: "auto" takes CUDA where there is one.
+    max_model_len: positions of a sequence; default: the checkpoint's length. decoding: mode of requests that name none;
+    default: "streaming" for WeDLM checkpoints, "verified" for AR ones (their masked rows were never trained, and
+    verified text is AR's text all the same). kv_cache_bytes: size of the cache; default on CUDA: what
+    gpu_memory_utilization leaves, elsewhere: four full sequences, at most a quarter of the memory.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "demo",
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_model_len: int | None = None,
+        decoding: Decoding | None = None,
+        wedlm_window_size: int = 16,
+        mask_token_id: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        page_size: int = 16,
+        kv_cache_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+    ) -> None:
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        _check_options(max_num_seqs, max_num_batched_tokens, page_size, wedlm_window_size, gpu_memory_utilization)
+        if decoding is not None and decoding not in DECODINGS:
+            raise ValueError(f"decoding is {decoding!r}; expected one of {', '.join(DECODINGS)}")
+        self.tokenizer: Tokenizer = load_tokenizer(model)
+        transformer, self.model_config = load_model(model, _dtype(dtype, self.device), self.device)
+        self.model = pack_for_inference(transformer)
+        length = _length(self.model_config, max_model_len)
+        if mask_token_id is None:
+            mask_token_id = _mask_token_id(self.model_config, self.tokenizer)
+        config = EngineConfig(
+            vocab_size=self.model_config.vocab_size,
+            mask_token_id=mask_token_id,
+            end_token_ids=self.model_config.eos_token_ids,
+            max_model_len=length,
+            default_decoding=decoding or ("streaming" if self.model_config.is_wedlm else "verified"),
+            default_window_size=wedlm_window_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        model_dtype = next(transformer.parameters()).dtype
+        shape = (self.model_config.num_kv_heads, self.model_config.head_dim, model_dtype)
+        per_token = KVCache.bytes_per_token(self.model_config.num_layers, *shape)
+        if kv_cache_bytes is None:
+            wanted = 4 * (length + 2 * wedlm_window_size) * per_token
+            kv_cache_bytes = _cache_bytes(self.device, wanted, gpu_memory_utilization)
+        num_pages = kv_cache_bytes // (per_token * page_size)
+        if num_pages < 1:
+            raise ValueError(f"kv_cache_bytes is {kv_cache_bytes}; expected at least {per_token * page_size}, one page")
+        cache = KVCache(self.model_config.num_layers, num_pages, page_size, *shape, self.device)
+        runner = Runner(self.model, cache, mask_token_id, max_num_seqs)
+        self.engine = Engine(config, runner, PagePool(num_pages, page_size), self.tokenizer)
+        self._lock = threading.Lock()
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[GenerationOutput]:
+        """Complete prompts (strings or lists of token ids); results come in the order of the prompts.
+
+        ``params``: one for all, or one per prompt. A prompt that cannot run comes back with ``error`` set, and a
+        warning, while the others run; ValueError if none can. ``progress`` None: a bar on a terminal for 8 or more.
+        """
+        prompt_list = _prompt_list(prompts)
+        param_list = _param_list(params, len(prompt_list))
+        outputs: dict[int, GenerationOutput] = {}
+        requests: dict[int, Request] = {}
+        for index, (prompt, one) in enumerate(zip(prompt_list, param_list, strict=True)):
+            try:
+                requests[index] = self._add(prompt, one)
+            except ValueError as error:
+                outputs[index] = GenerationOutput("", [], None, "error", error=str(error))
+        if outputs and not requests:
+            raise ValueError(outputs[0].error)
+        for index, output in outputs.items():
+            warnings.warn(f"prompt {index} was refused: {output.error}", stacklevel=2)
+        self._run(list(requests.values()), progress)
+        outputs |= {index: _output(request) for index, request in requests.items()}
+        return [outputs[index] for index in range(len(prompt_list))]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+        **template_kwargs: Any,
+    ) -> list[GenerationOutput]:
+        """Answer one conversation, or several, through the tokenizer's chat template (ValueError if it has none)."""
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Any = messages if several else [messages]
+        prompts = [self.chat_prompt(conversation, **template_kwargs) for conversation in conversations]
+        return self.generate(prompts, params, progress=progress)
+
+    def chat_prompt(self, messages: Sequence[Message], **template_kwargs: Any) -> list[int]:
+        """Token ids of a conversation up to where the answer begins."""
+        if not messages:
+            raise ValueError("messages is empty; expected at least one message")
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_kwargs)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def generate_stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
+        """Yield text as it becomes final. Closing the iterator aborts the request."""
+        request = self._add(prompt, params or SamplingParams())
+        return self._stream(request)
+
+    def _stream(self, request: Request) -> Iterator[StreamPiece]:
+        assert request.text is not None
+        shown = told = 0
+        try:
+            while request.finish_reason is None:
+                self._step(request)
+                tokens = request.output_token_ids[told:]
+                if tokens or request.finish_reason is not None:
+                    end = len(request.text.text) if request.finish_reason is not None else request.text.stable
+                    output = None if request.finish_reason is None else _output(request)
+                    yield StreamPiece(request.text.text[shown:end], tokens, request.num_forwards - 1, output)
+                    shown, told = max(shown, end), told + len(tokens)
+        finally:
+            self._abort([request])
+
+    def _add(self, prompt: Prompt, params: SamplingParams) -> Request:
+        block = self.model_config.block_size
+        window = params.wedlm_window_size or self.engine.config.default_window_size
+        if block is not None and window > block:
+            warnings.warn(
+                f"the window of {window} is wider than the noise block of {block} that this checkpoint was trained "
+                "with: it meets distances it never saw",
+                stacklevel=4,
+            )
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        with self._lock:
+            return self.engine.add(f"request-{next(self._ids)}", ids, params)
+
+    def _step(self, request: Request) -> None:
+        """Advance the engine, for everybody, unless another thread has finished the request meanwhile."""
+        with self._lock:
+            if request.finish_reason is None:
+                self.engine.step()
+
+    def _abort(self, requests: Sequence[Request]) -> None:
+        with self._lock:
+            for request in requests:
+                self.engine.abort(request.request_id)
+
+    def _run(self, requests: list[Request], progress: bool | None) -> None:
+        show = len(requests) >= 8 and sys.stderr.isatty() if progress is None else progress
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        bar = Progress(*columns, TextColumn("{task.fields[speed]}"), transient=True, disable=not show)
+        start = time.perf_counter()
+        try:
+            with bar:
+                task = bar.add_task("Generating", total=len(requests), speed="")
+                pending = requests
+                while pending:
+                    self._step(pending[0])
+                    pending = [request for request in pending if request.finish_reason is None]
+                    tokens = sum(request.num_output_tokens for request in requests) if show else 0
+                    speed = f"{tokens / (time.perf_counter() - start):,.0f} tok/s"
+                    bar.update(task, completed=len(requests) - len(pending), speed=speed)
+        finally:
+            self._abort(requests)
+
+
+def _output(request: Request) -> GenerationOutput:
+    assert request.text is not None
+    assert request.finish_reason is not None
+    asked = request.params.logprobs
+    return GenerationOutput(
+        text=request.text.text,
+        token_ids=request.output_token_ids,
+        stats=RequestStats.of(request, time.perf_counter()),
+        finish_reason=request.finish_reason,
+        token_steps=list(request.token_steps),
+        logprobs=None if asked is None else list(request.logprobs),
+        top_logprobs=list(request.alternatives) if asked else None,
+    )
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and all(isinstance(token, int) for token in prompts)):
+        return [prompts]  # type: ignore[list-item]
+    for prompt in prompts:
+        if not isinstance(prompt, str | list):
+            raise ValueError(f"a prompt is of type {type(prompt).__name__}; expected a string or a list of token ids")
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _param_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"params has {len(params)} entries; expected one, or one for each of the {count} prompts")
+    return list(params)
+
+
+def _check_options(
+    max_num_seqs: int, max_num_batched_tokens: int, page_size: int, window_size: int, memory_utilization: float
+) -> None:
+    for name, value in (
+        ("max_num_seqs", max_num_seqs),
+        ("max_num_batched_tokens", max_num_batched_tokens),
+        ("page_size", page_size),
+        ("wedlm_window_size", window_size),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected an integer >= 1")
+    if not 0 < memory_utilization <= 1:
+        raise ValueError(f"gpu_memory_utilization is {memory_utilization!r}; expected a number in (0, 1]")
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """None means the checkpoint's own."""
+    if name == "auto":
+        # Emulated bfloat16 is slower than float32 and no more exact.
+        has_bf16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return None if has_bf16 else torch.float32
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype is {name!r}; expected auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def _length(config: ModelConfig, asked: int | None) -> int:
+    longest = config.max_length
+    if asked is None:
+        return longest
+    if isinstance(asked, bool) or not isinstance(asked, int) or not 2 <= asked <= longest:
+        raise ValueError(f"max_model_len is {asked!r}; expected 2 to {longest}, the length of this model")
+    return asked
+
+
+def _mask_token_id(config: ModelConfig, tokenizer: Tokenizer) -> int:
+    """The config's, or the first id that the model has an embedding for and the tokenizer does not use."""
+    if config.mask_token_id is not None:
+        return config.mask_token_id
+    if tokenizer.vocab_size >= config.vocab_size:
+        raise ValueError(
+            f"this checkpoint names no mask token and its tokenizer uses all {config.vocab_size} ids; "
+            "expected mask_token_id=..., an id that its text never needs"
+        )
+    return tokenizer.vocab_size
+
+
+def _cache_bytes(device: torch.device, wanted: int, utilization: float) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(max(0, free - (1 - utilization) * total))
+    return min(wanted, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)

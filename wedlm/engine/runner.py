@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the forward of a step: packs rows, calls the model, chooses tokens, moves the windows on. Knows no queues."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from wedlm.algorithm.params import DecodeParams
+from wedlm.algorithm.reorder import PackedRows, pack_rows, topological_order
+from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_normaliser
+from wedlm.algorithm.window import Emitted, RowResults, WindowParams, WindowState, advance, extend
+from wedlm.attention.base import ExtendBatch, KVCache
+from wedlm.attention.sdpa import PagedSdpa
+from wedlm.engine.types import Alternatives, Request, StepPlan, WindowResult, WindowSnapshot, Work
+
+RowsForward = Callable[..., Tensor]  # model(tokens_T, positions_T, attend, logits_rows) -> logits [L, V]
+
+
+@dataclass(frozen=True)
+class _BatchParams:
+    """Parameters of the windows of a step as tensors, one row per window."""
+
+    window: WindowParams
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    seed: Tensor
+    end_tokens: Tensor  # padded with -1
+    first_free_end: Tensor
+    any_sampled: bool
+    any_truncated: bool
+    any_end_banned: bool
+    any_entropy: bool
+
+    @classmethod
+    def stack(cls, params: list[DecodeParams], device: torch.device) -> "_BatchParams":
+        num_ends = max(len(p.end_token_ids) for p in params)
+        ends = [[*p.end_token_ids, *[-1] * (num_ends - len(p.end_token_ids))] for p in params]
+        sampled = [p for p in params if p.temperature > 0]
+        return cls(
+            window=WindowParams.stack(params, device),
+            temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+            top_k=torch.tensor([p.top_k for p in params], dtype=torch.long, device=device),
+            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+            seed=torch.tensor([p.seed for p in params], dtype=torch.long, device=device),
+            end_tokens=torch.tensor(ends, dtype=torch.long, device=device).reshape(len(params), num_ends),
+            first_free_end=torch.tensor([p.first_free_end for p in params], dtype=torch.long, device=device),
+            any_sampled=bool(sampled),
+            any_truncated=any(p.top_k > 0 or p.top_p < 1 for p in sampled),
+            any_end_banned=any(p.first_free_end > 0 for p in params),
+            any_entropy=any(p.row_budget > 1 or not p.verifies for p in params),
+        )
+
+
+class Runner:
+    """Holds the model, the cache and one window per running request (a slot of ``WindowState``)."""
+
+    def __init__(self, model: RowsForward, cache: KVCache, mask_token_id: int, max_num_seqs: int) -> None:
+        self.model, self.cache, self.mask_token_id = model, cache, mask_token_id
+        self.device = cache.keys.device
+        self.state = WindowState.empty(max_num_seqs, 32, self.device)
+        self._slots: dict[str, int] = {}
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._alternatives: dict[str, dict[int, Alternatives]] = {}
+        self._params: tuple[list[DecodeParams], _BatchParams] | None = None
+
+    def _load(self, request: Request) -> None:
+        """Put a request's window on the device."""
+        window, slot = request.window, self._free_slots.pop()
+        self._slots[request.request_id] = slot
+        self._alternatives[request.request_id] = dict(window.alternatives)
+        if request.decode.max_rows > self.state.tokens.shape[1]:
+            wider = WindowState.empty(len(self.state.width), request.decode.max_rows, self.device)
+            for old, new in ((getattr(self.state, n), getattr(wider, n)) for n in ("tokens", "filled", "logprobs")):
+                new[:, : old.shape[1]] = old
+            self.state = replace(wider, cached=self.state.cached, width=self.state.width)
+        width = len(window.tokens)
+        self.state.cached[slot], self.state.width[slot] = window.cached, width
+        self.state.filled[slot] = False
+        self.state.filled[slot, :width] = torch.tensor([t is not None for t in window.tokens])
+        self.state.tokens[slot, :width] = torch.tensor([t or 0 for t in window.tokens])
+        self.state.logprobs[slot, :width] = torch.tensor(window.logprobs)
+
+    def unload(self, request: Request) -> WindowSnapshot:
+        """Free the request's slot; its window as it stands (the one it came with, if it never ran)."""
+        slot = self._slots.pop(request.request_id, None)
+        if slot is None:
+            return request.window
+        self._free_slots.append(slot)
+        width = int(self.state.width[slot])
+        tokens, filled = self.state.tokens[slot, :width].tolist(), self.state.filled[slot, :width].tolist()
+        return WindowSnapshot(
+            cached=int(self.state.cached[slot]),
+            tokens=tuple(t if f else None for t, f in zip(tokens, filled, strict=True)),
+            logprobs=tuple(self.state.logprobs[slot, :width].tolist()),
+            alternatives=self._alternatives.pop(request.request_id),
+        )
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> list[WindowResult | None]:
+        """One forward; a result per work of the plan, None for chunks."""
+        windows = [work for work in plan.work if work.decodes]
+        chunks = plan.work[len(windows) :]
+        for work in windows:
+            if work.request.request_id not in self._slots:
+                self._load(work.request)
+        if not windows:
+            self._forward([], chunks, None)
+            return [None] * len(chunks)
+        index = torch.tensor([self._slots[work.request.request_id] for work in windows], device=self.device)
+        params = self._stack_params(windows)
+        state, run = extend(self.state.take(index), params.window)
+        num_rows = state.width.tolist()
+        order = topological_order(state.filled, state.width)
+        packed = pack_rows(state.width, sum(num_rows))
+        column = order[packed.sequence, packed.row]
+        filled = state.filled[packed.sequence, column]
+        # Streaming reads nothing from a filled row; verification reads all.
+        wanted = (~filled | params.window.verifies[packed.sequence]).nonzero()[:, 0]
+        tokens = torch.where(filled, state.tokens[packed.sequence, column], self.mask_token_id)
+        positions = state.cached[packed.sequence] + column
+        logits = self._forward(windows, chunks, (tokens, positions, num_rows, wanted)).float()
+        rows = PackedRows(packed.sequence[wanted], packed.row[wanted], packed.real[wanted])
+        results = self._choose(logits, rows, column[wanted], (positions + filled)[wanted], params, state, windows)
+        state, emitted = advance(state, run, results, params.window)
+        self.state.put(index, state)
+        return self._read(windows, state, emitted, num_rows) + [None] * len(chunks)
+
+    def _stack_params(self, windows: list[Work]) -> _BatchParams:
+        params = [work.request.decode for work in windows]
+        if self._params is None or self._params[0] != params:
+            self._params = (params, _BatchParams.stack(params, self.device))
+        return self._params[1]
+
+    def _forward(
+        self, windows: list[Work], chunks: list[Work], rows: tuple[Tensor, Tensor, list[int], Tensor] | None
+    ) -> Tensor:
+        """Windows' rows, then chunks' rows, through the model; logits of the wanted window rows only."""
+        none = torch.zeros(0, dtype=torch.long, device=self.device)
+        window_tokens, window_positions, num_rows, wanted = rows if rows is not None else (none, none, [], none)
+        tokens, positions = [window_tokens], [window_positions]
+        for work in chunks:
+            start, stop = work.request.num_cached, work.request.num_cached + work.count
+            tokens.append(torch.tensor(work.request.tokens[start:stop], device=self.device))
+            positions.append(torch.arange(start, stop, device=self.device))
+        work = [*windows, *chunks]
+        batch = ExtendBatch(
+            starts=[w.request.num_cached for w in work],
+            counts=[*num_rows, *(w.count for w in chunks)],
+            pages=[w.pages for w in work],
+        )
+        return self.model(torch.cat(tokens), torch.cat(positions), PagedSdpa(self.cache, batch), wanted)
+
+    def _choose(
+        self,
+        logits: Tensor,
+        rows: PackedRows,
+        column: Tensor,
+        target: Tensor,
+        params: _BatchParams,
+        state: WindowState,
+        windows: list[Work],
+    ) -> RowResults:
+        """One token per row of logits [L, V], scattered to window columns."""
+        asked = [work.request.params.logprobs for work in windows]
+        any_logprobs = any(n is not None for n in asked)
+        entropy = normaliser = logits.new_zeros(len(logits))
+        if params.any_entropy or any_logprobs:
+            entropy, normaliser = entropy_and_normaliser(logits)
+        raw = logits.clone() if any_logprobs else logits
+        end_tokens = params.end_tokens[rows.sequence] if params.any_end_banned else logits.new_zeros(len(logits), 0)
+        end_banned = target < params.first_free_end[rows.sequence]
+        logits = ban_tokens(logits, self.mask_token_id, end_tokens.long(), end_banned)
+        sampling = SamplingBatch(
+            temperature=params.temperature[rows.sequence],
+            top_k=params.top_k[rows.sequence],
+            top_p=params.top_p[rows.sequence],
+            seed=params.seed[rows.sequence],
+            position=target,
+            any_sampled=params.any_sampled,
+            any_truncated=params.any_truncated,
+        )
+        choice = choose_tokens(logits, sampling)
+        logprobs = raw.gather(1, choice[:, None])[:, 0] - normaliser
+        if any_logprobs:
+            self._keep_alternatives(raw - normaliser[:, None], rows.sequence, target, windows, state)
+        at = (rows.sequence, column)
+        shape = state.tokens.shape
+        return RowResults(
+            choice=torch.zeros(shape, dtype=torch.long, device=self.device).index_put_(at, choice),
+            entropy=torch.zeros(shape, device=self.device).index_put_(at, entropy),
+            logprobs=torch.zeros(shape, device=self.device).index_put_(at, logprobs),
+        )
+
+    def _keep_alternatives(
+        self, logprobs: Tensor, sequence: Tensor, target: Tensor, windows: list[Work], state: WindowState
+    ) -> None:
+        """Remember the top log-probabilities for every position that this step may fill; emission reads the last ones.
+
+        A masked position that stays masked is overwritten by the next step. When verifying, the masked row of a
+        position comes after the filled row that decides it, so the first one written for a position stands.
+        """
+        top = logprobs.topk(min(20, logprobs.shape[1]), dim=1)
+        items = zip(sequence.tolist(), target.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+        fresh: set[tuple[int, int]] = set()
+        for s, position, tokens, values in items:
+            count = windows[s].request.params.logprobs
+            if count is not None and (s, position) not in fresh:
+                fresh.add((s, position))
+                kept = self._alternatives[windows[s].request.request_id]
+                kept[position] = list(zip(tokens[:count], values[:count], strict=True))
+
+    def _read(
+        self, windows: list[Work], state: WindowState, emitted: Emitted, num_rows: list[int]
+    ) -> list[WindowResult | None]:
+        """Copy what became final to the host."""
+        results: list[WindowResult | None] = []
+        cached, counts = state.cached.tolist(), emitted.count.tolist()
+        widest = max(counts)
+        tokens, logprobs = emitted.tokens[:, :widest].tolist(), emitted.logprobs[:, :widest].tolist()
+        for s, work in enumerate(windows):
+            alternatives: list[Alternatives] = []
+            if work.request.params.logprobs is not None:
+                kept, first = self._alternatives[work.request.request_id], len(work.request.tokens)
+                alternatives = [kept.pop(first + i) for i in range(counts[s])]
+            results.append(
+                WindowResult(tokens[s][: counts[s]], logprobs[s][: counts[s]], alternatives, num_rows[s], cached[s])
+            )
+        return results

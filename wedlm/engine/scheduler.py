@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which requests run in the next step, and with which pages. Knows no tensors."""
+
+from collections import deque
+from collections.abc import Callable
+
+from wedlm.engine.pages import PagePool
+from wedlm.engine.types import Request, StepPlan, WindowSnapshot, Work
+
+
+class Scheduler:
+    """First come, first served, with one token budget a step for windows and prompt chunks alike.
+
+    ``suspend(request)`` is called when a running request is preempted and returns its window, the only state besides
+    tokens that must survive. Preemption takes the latest arrival; since ``admit`` refuses a request that could not run
+    alone, the earliest one always gets on.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        suspend: Callable[[Request], WindowSnapshot],
+    ) -> None:
+        self.pool = pool
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._suspend = suspend
+        self._step = 0
+
+    def add(self, request: Request) -> None:
+        """Queue a request. ValueError if it could never run, even alone."""
+        rows = _max_rows(request)
+        if rows > self.max_num_batched_tokens:
+            raise ValueError(
+                f"wedlm_window_size is {request.decode.window_size}, which can take {rows} rows a step; "
+                f"expected at most max_num_batched_tokens, {self.max_num_batched_tokens}"
+            )
+        prompt, new = len(request.prompt_token_ids), request.max_tokens
+        slots = min(prompt + new + rows, request.decode.max_positions)
+        if self.pool.pages_for(slots) > self.pool.num_pages:
+            raise ValueError(
+                f"the prompt has {prompt} tokens and max_tokens is {new}: with {rows} rows of window they need {slots} "
+                f"cache slots; expected at most {self.pool.num_pages * self.pool.page_size} (kv_cache_bytes)"
+            )
+        self.waiting.append(request)
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step; empty only if nothing waits or runs."""
+        self._step += 1
+        planned: dict[str, Work] = {}
+        budget = self.max_num_batched_tokens
+        preempted = False
+        # Least recently served first, so that a budget too small for all starves nobody.
+        for request in sorted(self.running, key=lambda r: (r.last_step, r.arrival)):
+            while request in self.running:
+                work = self._plan(request, budget)
+                if work is None:
+                    break
+                if self.pool.reserve(request.request_id, request.num_cached + work.count):
+                    planned[request.request_id] = work
+                    request.last_step = self._step
+                    budget -= work.count
+                    break
+                victim = max(self.running, key=lambda r: r.arrival)
+                self._preempt(victim)
+                preempted = True
+                if (lost := planned.pop(victim.request_id, None)) is not None:
+                    budget += lost.count
+        while self.waiting and not preempted and len(self.running) < self.max_num_seqs:
+            work = self._admit(self.waiting[0], budget)
+            if work is None:
+                break
+            self.running.append(self.waiting.popleft())
+            planned[work.request.request_id] = work
+            work.request.last_step = self._step
+            budget -= work.count
+        return StepPlan(sorted(planned.values(), key=lambda work: not work.decodes))
+
+    def _plan(self, request: Request, budget: int) -> Work | None:
+        """The request's next chunk or window, if the budget holds it."""
+        missing = request.window.cached - request.num_cached
+        decodes = missing <= 0
+        count = _max_rows(request) if decodes else min(missing, budget)
+        if count > budget or count == 0:
+            return None
+        return Work(request, decodes, count, self.pool.table(request.request_id))
+
+    def _admit(self, request: Request, budget: int) -> Work | None:
+        """Open a table and plan the first chunk, if all tokens to cache and a first window would fit now."""
+        if budget <= 0:
+            return None
+        request.num_cached = self.pool.open(request.request_id, request.tokens, request.window.cached)
+        needed = min(request.window.cached + request.decode.max_rows, request.decode.max_positions)
+        missing = self.pool.pages_for(needed) - len(self.pool.table(request.request_id))
+        work = self._plan(request, budget) if missing <= self.pool.num_available else None
+        if work is None or not self.pool.reserve(request.request_id, request.num_cached + work.count):
+            self.pool.close(request.request_id)
+            request.num_cached = 0
+            return None
+        request.num_reused = max(request.num_reused, request.num_cached)
+        return work
+
+    def _preempt(self, request: Request) -> None:
+        """Drop the request's keys, keep everything else, and let it be the next to resume."""
+        request.window = self._suspend(request)
+        request.num_preemptions += 1
+        request.num_cached = 0
+        self.pool.close(request.request_id)
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+
+    def cached(self, request: Request, num_cached: int) -> None:
+        """Note that the request's first ``num_cached`` tokens now have valid keys."""
+        request.num_cached = num_cached
+        self.pool.commit(request.request_id, request.tokens, num_cached)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request that has finished or was aborted."""
+        if request in self.running:
+            self.running.remove(request)
+            self.pool.close(request.request_id)
+        else:
+            self.waiting.remove(request)
+
+
+def _max_rows(request: Request) -> int:
+    """Upper bound of the rows of the request's next window step."""
+    return min(request.decode.max_rows, request.decode.max_positions - request.num_cached)

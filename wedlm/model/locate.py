@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what the user typed (a path, a hub id, or "demo") to a directory or GGUF file on this machine."""
+
+import re
+from pathlib import Path
+
+from wedlm.model.demo import demo_model_path
+from wedlm.model.errors import CheckpointError
+
+DEMO_NAME = "demo"
+_CONFIG_PATTERNS = ["*.json", "*.txt", "*.jinja"]
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def locate(path_or_id: str | Path, weights: bool = True) -> Path:
+    """A checkpoint directory or a ``.gguf`` file.
+
+    "demo" means the embedded demo model (write "./demo" for a directory of that name); what exists as a path is that
+    path; anything else of the form ``organisation/name`` is fetched from the Hugging Face hub, without weights if
+    ``weights`` is False. Only data is fetched, never code or pickles. Raises CheckpointError.
+    """
+    if path_or_id == DEMO_NAME:
+        return demo_model_path()
+    path = Path(path_or_id).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; expected a checkpoint directory or a .gguf file")
+    if not _HUB_ID.fullmatch(str(path_or_id)) or path.suffix in (".gguf", ".safetensors", ".bin", ".pt"):
+        raise CheckpointError(
+            f"{path_or_id} does not exist; expected a checkpoint directory, a .gguf file, 'demo' or a hub id "
+            "(organisation/name)"
+        )
+    return _from_hub(str(path_or_id), weights)
+
+
+def _from_hub(repo_id: str, weights: bool) -> Path:
+    # Imported here because it is slow to import and local checkpoints do not need it.
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_CONFIG_PATTERNS, "*.safetensors"] if weights else _CONFIG_PATTERNS
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except (
+        Exception
+    ) as error:  # The hub client and its HTTP library raise many unrelated types; all mean "not fetched".
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{repo_id} is no local path and could not be fetched from the Hugging Face hub: {reason}"
+        ) from error
