@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes in signatures are checked while the tests run, in the layers that state them."""
+"""Set-up of all tests: shapes in signatures are checked in the layers that state them, except in long runs."""
 
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
@@ -13,5 +14,9 @@ _CHECKED = [
     "algorithm.window",
     "attention",
 ]
-install_import_hook([f"wedlm.{name}" for name in _CHECKED], "beartype.beartype")
-torch.set_num_threads(2)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # one test process per core
+    if config.option.markexpr != "long":  # the checks cost five times the work of a stub model's step
+        install_import_hook([f"wedlm.{name}" for name in _CHECKED], "beartype.beartype")

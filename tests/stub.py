@@ -27,8 +27,7 @@ class StubModel(nn.Module):
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, attend, logits_rows: Tensor | None = None) -> Tensor:
-        v = (self.features[tokens] * (1 + positions[:, None] % 7))[:, None]
-        v[..., 0] = (positions == 0)[:, None]
+        v = self.values(tokens, positions)
         zeros = torch.zeros_like(v)
         mean = attend(0, zeros, zeros, v)[:, 0].double()
         sums = (mean / mean[:, :1]).round().long()[:, 1:]
@@ -36,6 +35,12 @@ class StubModel(nn.Module):
         target = positions + (tokens != self.mask_token_id)
         logits = self.by_position[target % 61] + self.by_context[context % 4093]
         return logits if logits_rows is None else logits[logits_rows]
+
+    def values(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the cache must hold for these tokens at these positions: [T, 1, NUM_FEATURES]."""
+        v = (self.features[tokens] * (1 + positions[:, None] % 7))[:, None]
+        v[..., 0] = (positions == 0)[:, None]
+        return v
 
     def rows_model(self, tokens: list[int], positions: list[int]) -> Tensor:
         """The same model as reference.py wants it."""

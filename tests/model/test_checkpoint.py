@@ -26,7 +26,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def rewrite(directory: Path, **changes: torch.Tensor | None) -> None:
-    """Replace tensors of the checkpoint (None: drop), names written with _ for the first dots."""
+    """Replace tensors of the checkpoint by name; None drops one."""
     tensors = load_file(directory / WEIGHTS)
     for name, tensor in changes.items():
         tensors.pop(name, None)

@@ -91,11 +91,10 @@ def _plan_group(
     if len(members) > 1 or len(row) > 1:
         limit = starts[:, None] + row
         visible = (torch.arange(padded.shape[1]) <= limit[..., None])[:, None].to(device)
-    first, last = int(padded[0, 0]), int(padded[0, -1])
-    contiguous = len(members) == 1 and torch.equal(padded[0], torch.arange(first, last + 1))
+    contiguous = len(members) == 1 and bool((padded[0].diff() == 1).all())
     return _Group(
         rows=rows.to(device),
-        slots=slice(first, last + 1) if contiguous else padded.to(device),
+        slots=slice(int(padded[0, 0]), int(padded[0, -1]) + 1) if contiguous else padded.to(device),
         visible=visible,
         packed=rows[real].to(device),
         real=real.to(device),

@@ -29,10 +29,9 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(cos_TD, sin_TD) of ``dtype`` for int64 positions [T]; D is the head dimension, each half a copy."""
-        with torch.autocast(device_type=positions_T.device.type, enabled=False):
-            half_TE = positions_T[:, None].float() * self.inv_freq
-            angle_TD = torch.cat((half_TE, half_TE), dim=-1)
-            cos_TD, sin_TD = angle_TD.cos() * self.attention_factor, angle_TD.sin() * self.attention_factor
+        half_TE = positions_T[:, None].float() * self.inv_freq
+        angle_TD = torch.cat((half_TE, half_TE), dim=-1)
+        cos_TD, sin_TD = angle_TD.cos() * self.attention_factor, angle_TD.sin() * self.attention_factor
         return cos_TD.to(dtype), sin_TD.to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":

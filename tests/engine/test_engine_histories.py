@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random histories of add, step, abort and preemption; every finished text is compared with the reference."""
+
+import random
+
+import pytest
+
+from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
+from tests.stub import StubModel
+from wedlm.algorithm.params import DECODINGS
+from wedlm.engine.engine import Engine
+from wedlm.engine.sampling_params import SamplingParams
+
+MODEL = StubModel()
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    return SamplingParams(
+        decoding=rng.choice(DECODINGS),
+        max_tokens=rng.randint(1, 25),
+        min_tokens=rng.choice([0, 0, 1]),
+        temperature=rng.choice([0.0, 0.0, 1.0]),
+        top_k=rng.choice([0, 0, 3]),
+        top_p=rng.choice([1.0, 1.0, 0.8]),
+        seed=rng.randrange(2**63),
+        stop_token_ids=rng.choice([(), (), (3,), (3, 5)]),
+        logprobs=rng.choice([None, None, 2]),
+        wedlm_window_size=rng.randint(1, 9),
+        wedlm_entropy_threshold=rng.choice([None, 0.4, 1.5]),
+        wedlm_draft_entropy=rng.choice([0.5, 1.5, 5.0]),
+    )
+
+
+def random_prompt(rng: random.Random, stems: list[list[int]]) -> list[int]:
+    """Prompts share stems, so that prefix reuse happens; the mask id occurs as an ordinary token."""
+    stem = rng.choice(stems)
+    tail = [rng.randrange(MODEL.vocab_size) for _ in range(rng.choice([0, 1, 3, 9]))]
+    return (stem[: rng.randint(0, len(stem))] + tail) or [MODEL.mask_token_id]
+
+
+def run_history(seed: int) -> dict[str, int]:
+    """One history; returns how often each interesting thing happened."""
+    rng = random.Random(seed)
+    page_size = rng.choice([1, 1, 2, 4, 16])
+    engine = stub_engine(
+        MODEL,
+        page_size=page_size,
+        num_pages=-(-90 // page_size) + rng.randint(0, 60 // page_size),
+        max_num_seqs=rng.randint(1, 5),
+        max_num_batched_tokens=rng.choice([18, 24, 64]),
+    )
+    stems = [[rng.randrange(MODEL.vocab_size) for _ in range(30)] for _ in range(2)]
+    finished, aborted, added = [], 0, 0
+    preempted = reused = 0
+    for _ in range(rng.randint(5, 40)):
+        action = rng.random()
+        if action < 0.3:
+            engine.add(f"r{added}", random_prompt(rng, stems), random_params(rng))
+            added += 1
+        elif action < 0.36 and engine.requests:
+            engine.abort(rng.choice(list(engine.requests)))
+            aborted += 1
+        elif action < 0.42 and engine.scheduler.running:
+            engine.scheduler._preempt(max(engine.scheduler.running, key=lambda r: r.arrival))
+        else:
+            finished += step(engine)
+        check_engine(engine)
+    while engine.has_work:
+        finished += step(engine)
+        check_engine(engine)
+    assert engine.pool.num_available == engine.pool.num_pages
+    assert len(finished) + aborted == added
+    for request in finished:
+        check_outcome(MODEL, request)
+        preempted += request.num_preemptions
+        reused += request.num_reused
+        if request.params.logprobs is not None:
+            assert len(request.alternatives) == len(request.logprobs) == request.num_output_tokens
+    return {"finished": len(finished), "aborted": aborted, "preempted": preempted, "reused": reused}
+
+
+def step(engine: Engine) -> list:
+    return [request for request in engine.step() if request.finish_reason is not None]
+
+
+def run_histories(count: int) -> None:
+    totals: dict[str, int] = {}
+    for seed in range(count):
+        for name, value in run_history(seed).items():
+            totals[name] = totals.get(name, 0) + value
+    print(totals)
+    assert all(totals.values()), totals  # a history in which nothing happens proves nothing
+
+
+def test_histories():
+    run_histories(60)
+
+
+@pytest.mark.long
+def test_ten_thousand_histories():
+    run_histories(10_000)
