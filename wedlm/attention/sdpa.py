@@ -32,7 +32,7 @@ class _Group:
 
     rows: Int[Tensor, "N R"]  # packed row index; a padded row repeats the sequence's last
     slots: Int[Tensor, "N J"] | slice  # a slice where one sequence's slots are contiguous: no copy of its keys
-    visible: Bool[Tensor, "N 1 R J"] | None  # None: every row sees every key (a single row)
+    visible: Bool[Tensor, "N 1 R J"] | None  # None: every row sees every key (one sequence, one row)
     packed: Int[Tensor, " M"]  # where in the packed rows the outputs go, M real rows
     real: Bool[Tensor, "N R"]
 
@@ -55,6 +55,7 @@ class PagedSdpa:
         short = [s for s, count in enumerate(batch.counts) if 0 < count <= _MAX_ROWS_PADDED]
         groups = [[s] for s, count in enumerate(batch.counts) if count > _MAX_ROWS_PADDED] + ([short] if short else [])
         self.groups = [_plan_group(members, batch, offsets, slots, device) for members in groups]
+        self.masks: list[Tensor | None] = []
 
     def __call__(
         self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "T K D"], v: Float[Tensor, "T K D"]
@@ -62,12 +63,24 @@ class PagedSdpa:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys.index_copy_(0, self.new_slots, k)
         values.index_copy_(0, self.new_slots, v)
+        if not self.masks:  # once a step: all layers have the same heads
+            self.masks = [_fold_mask(group.visible, q.shape[1] // k.shape[1], q.dtype) for group in self.groups]
         if len(self.groups) == 1 and self.groups[0].rows.shape[0] == 1:
-            return _attend(q[None], keys, values, self.groups[0])[0]
+            return _attend(q[None], keys, values, self.groups[0], self.masks[0])[0]
         out = torch.empty_like(q)
-        for group in self.groups:
-            out[group.packed] = _attend(q[group.rows], keys, values, group)[group.real]
+        for group, mask in zip(self.groups, self.masks, strict=True):
+            out[group.packed] = _attend(q[group.rows], keys, values, group, mask)[group.real]
         return out
+
+
+def _fold_mask(
+    visible: Bool[Tensor, "N 1 R J"] | None, share: int, dtype: torch.dtype
+) -> Float[Tensor, "N 1 G J"] | None:
+    """Additive mask whose rows are repeated for the ``share`` query heads of a key head, G = share · R."""
+    if visible is None:
+        return None
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+    return mask.repeat(1, 1, share, 1)
 
 
 def _slots(pages: list[int], num_slots: int, page_size: int) -> Int[Tensor, " J"]:
@@ -102,7 +115,11 @@ def _plan_group(
 
 
 def _attend(
-    q: Float[Tensor, "N R H D"], keys: Float[Tensor, "A K D"], values: Float[Tensor, "A K D"], group: _Group
+    q: Float[Tensor, "N R H D"],
+    keys: Float[Tensor, "A K D"],
+    values: Float[Tensor, "A K D"],
+    group: _Group,
+    mask: Float[Tensor, "N 1 G J"] | None,
 ) -> Float[Tensor, "N R H D"]:
     num_sequences, num_rows, num_heads, head_dim = q.shape
     if isinstance(group.slots, slice):
@@ -113,9 +130,6 @@ def _attend(
     share = num_heads // num_kv_heads
     # The query heads of one key head become rows of it, so that no key is repeated: [N K share·R D].
     q = q.view(num_sequences, num_rows, num_kv_heads, share, head_dim).permute(0, 2, 3, 1, 4)
-    visible = group.visible
-    if visible is not None:
-        visible = visible[:, :, None].expand(-1, 1, share, -1, -1).flatten(2, 3)
-    out = F.scaled_dot_product_attention(q.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible)
+    out = F.scaled_dot_product_attention(q.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     out = out.view(num_sequences, num_kv_heads, share, num_rows, head_dim)
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -112,7 +112,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
         )
-        model_dtype = next(transformer.parameters()).dtype
+        model_dtype = transformer.model.embed_tokens.weight.dtype
         shape = (self.model_config.num_kv_heads, self.model_config.head_dim, model_dtype)
         per_token = KVCache.bytes_per_token(self.model_config.num_layers, *shape)
         if kv_cache_bytes is None:

@@ -50,20 +50,23 @@ class Attention(nn.Module):
         self.qkv_proj: nn.Module | None = None
         self.qkv_sizes = (q_size, kv_size, kv_size)
 
-    def project(self, x_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(q_THD, k_TKD, v_TKD) before norms and RoPE. Heads are counted by the weights, which may be a shard."""
+    def project(self, x_TC: Tensor) -> tuple[Tensor, Tensor]:
+        """(queries and keys side by side [T, H + K, D], values [T, K, D]) before norms and RoPE."""
         if self.qkv_proj is None:
-            flat = (self.q_proj(x_TC), self.k_proj(x_TC), self.v_proj(x_TC))
+            qk_TF, v_TF = torch.cat((self.q_proj(x_TC), self.k_proj(x_TC)), dim=-1), self.v_proj(x_TC)
         else:
-            flat = self.qkv_proj(x_TC).split(self.qkv_sizes, dim=-1)
-        q_THD, k_TKD, v_TKD = (part.unflatten(-1, (-1, self.head_dim)) for part in flat)
-        return q_THD, k_TKD, v_TKD
+            q_size, k_size, v_size = self.qkv_sizes
+            qk_TF, v_TF = self.qkv_proj(x_TC).split((q_size + k_size, v_size), dim=-1)
+        return qk_TF.unflatten(-1, (-1, self.head_dim)), v_TF.unflatten(-1, (-1, self.head_dim))
 
     def forward(self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, attend: Attend, layer: int) -> Tensor:
-        q_THD, k_TKD, v_TKD = self.project(x_TC)
+        qk_THD, v_TKD = self.project(x_TC)
+        # Heads are counted by the weights, which tensor parallelism may have sharded.
+        heads = (qk_THD.shape[1] - v_TKD.shape[1], v_TKD.shape[1])
         if self.q_norm is not None and self.k_norm is not None:
-            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
-        q_THD, k_TKD = rotate(q_THD, cos_TD, sin_TD), rotate(k_TKD, cos_TD, sin_TD)
+            q_THD, k_TKD = qk_THD.split(heads, dim=1)
+            qk_THD = torch.cat((self.q_norm(q_THD), self.k_norm(k_TKD)), dim=1)
+        q_THD, k_TKD = rotate(qk_THD, cos_TD, sin_TD).split(heads, dim=1)
         return self.o_proj(attend(layer, q_THD, k_TKD, v_TKD).flatten(-2))
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fewer, larger matrix products for inference: q, k, v in one and gate, up in one."""
+"""Inference form of the model: fewer, larger matrix products, and weights in the layout their kernel likes."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from wedlm.model.layers import MLP, Attention, DecoderLayer
+from wedlm.model.layers import MLP, Attention, RMSNorm
 from wedlm.model.transformer import Transformer
 
 
@@ -12,22 +13,26 @@ from wedlm.model.transformer import Transformer
 def pack_for_inference(model: Transformer) -> Transformer:
     """Fuse projections that share their input, in place, and freeze all parameters; returns the same model.
 
-    Layer by layer, so that at most one layer's projections exist twice at any time. Its ``state_dict`` no longer has
-    the names of a checkpoint: save before packing. Raises ValueError if the model is packed already.
+    Layer by layer, so that at most one layer's projections exist twice at any time; a tied output projection gets a
+    packed copy of its own. The ``state_dict`` no longer has the names of a checkpoint: save before packing. Raises
+    ValueError if the model is packed already.
     """
     if is_packed(model):
         raise ValueError("the model is packed already; expected one whose q, k and v projections are separate")
     model.requires_grad_(False)
     for layer in model.model.layers:
-        assert isinstance(layer, DecoderLayer)
         _pack_attention(layer.self_attn)
         _pack_mlp(layer.mlp)
+        layer.input_layernorm = _inference_norm(layer.input_layernorm)
+        layer.post_attention_layernorm = _inference_norm(layer.post_attention_layernorm)
+    model.model.norm = _inference_norm(model.model.norm)
+    model.lm_head = _fuse(model.lm_head)
     return model
 
 
 def is_packed(model: Transformer) -> bool:
     """Whether ``pack_for_inference`` was applied."""
-    return any(isinstance(module, Attention) and module.qkv_proj is not None for module in model.modules())
+    return any(layer.self_attn.qkv_proj is not None for layer in model.model.layers)
 
 
 def _pack_attention(attention: Attention) -> None:
@@ -35,24 +40,71 @@ def _pack_attention(attention: Attention) -> None:
     attention.qkv_sizes = (parts[0].weight.shape[0], parts[1].weight.shape[0], parts[2].weight.shape[0])
     attention.qkv_proj = _fuse(*parts)
     del attention.q_proj, attention.k_proj, attention.v_proj
+    attention.o_proj = _fuse(attention.o_proj)
 
 
 def _pack_mlp(mlp: MLP) -> None:
     mlp.gate_up_proj = _fuse(mlp.gate_proj, mlp.up_proj)
     del mlp.gate_proj, mlp.up_proj
+    mlp.down_proj = _fuse(mlp.down_proj)
 
 
-def _fuse(*linears: nn.Linear) -> nn.Module:
+def _fuse(*linears: nn.Module) -> nn.Module:
     """One linear layer whose outputs are the concatenated outputs of ``linears``."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    return _inference_linear(weight, torch.cat(biases) if biases else None)
+    weights = [linear.weight for linear in linears]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    return _inference_linear(weight.detach(), torch.cat(biases).detach() if biases else None)
 
 
 def _inference_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """The linear layer used for inference: the one place to choose a faster product for a device and dtype."""
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _has_mkldnn_bf16():
+        return MkldnnLinear(weight, bias)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
+
+
+def _has_mkldnn_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class MkldnnLinear(nn.Module):
+    """A bfloat16 linear layer on x86 CPUs whose weight oneDNN has blocked once, instead of at every call.
+
+    At few rows the product is bound by reading the weight, and blocking reads it two to three times faster
+    (docs/log.md). The layout does not depend on the number of rows.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
+
+
+def _inference_norm(norm: RMSNorm) -> nn.Module:
+    return OneKernelRMSNorm(norm) if norm.weight.device.type == "cpu" else norm
+
+
+class OneKernelRMSNorm(nn.Module):
+    """RMSNorm(x) as the first half of LayerNorm([x, -x]), whose mean is 0 and whose variance is mean(x²).
+
+    torch has no fused RMSNorm on the CPU (it runs six kernels); its LayerNorm is one. Worth it at few rows, where a
+    step is full of small kernels (docs/log.md).
+    """
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.size, self.eps = len(norm.weight), norm.eps
+        self.weight = nn.Parameter(torch.cat((norm.weight, norm.weight)).detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat((x, -x), dim=-1)
+        return F.layer_norm(both, self.weight.shape, self.weight, None, self.eps)[..., : self.size]

@@ -28,10 +28,13 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos_TD, sin_TD) of ``dtype`` for int64 positions [T]; D is the head dimension, each half a copy."""
+        """(cos_TD, sin_TD) of ``dtype`` for int64 positions [T], as ``rotate`` takes them; D is the head dimension.
+
+        cos holds each angle twice; sin likewise, the first half negated.
+        """
         half_TE = positions_T[:, None].float() * self.inv_freq
-        angle_TD = torch.cat((half_TE, half_TE), dim=-1)
-        cos_TD, sin_TD = angle_TD.cos() * self.attention_factor, angle_TD.sin() * self.attention_factor
+        cos_TE, sin_TE = half_TE.cos() * self.attention_factor, half_TE.sin() * self.attention_factor
+        cos_TD, sin_TD = torch.cat((cos_TE, cos_TE), dim=-1), torch.cat((-sin_TE, sin_TE), dim=-1)
         return cos_TD.to(dtype), sin_TD.to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
@@ -43,9 +46,8 @@ class RotaryEmbedding(nn.Module):
 
 def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Queries or keys turned by the angles of their rows; the pairs are (d, d + D/2), Hugging Face's layout."""
-    first, second = x_THD.chunk(2, dim=-1)
-    turned_THD = x_THD * cos_TD[:, None] + torch.cat((-second, first), dim=-1) * sin_TD[:, None]
-    return turned_THD.to(x_THD.dtype)
+    partner_THD = x_THD.roll(x_THD.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x_THD * cos_TD[:, None], partner_THD, sin_TD[:, None]).to(x_THD.dtype)
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
