@@ -55,7 +55,7 @@ def _forward(
     filled = [c for c, token in enumerate(window) if token is not None]
     order = filled + [c for c, token in enumerate(window) if token is None]
     n = len(committed)
-    tokens = [params.mask_token_id if window[c] is None else window[c] for c in order]
+    tokens = [params.mask_token_id if token is None else token for token in (window[c] for c in order)]
     logits = model(committed + tokens, list(range(n)) + [n + c for c in order]).float()
     return order, {c: logits[n + row] for row, c in enumerate(order)}
 
@@ -127,7 +127,8 @@ def choose_token(logits: Tensor, position: int, params: DecodeParams) -> int:
     ranked = sorted(range(len(logits)), key=lambda token: -logits[token].item())
     if params.top_k > 0:
         ranked = ranked[: params.top_k]
-    probs, kept, mass = torch.softmax(logits[ranked], dim=-1).tolist(), [], 0.0
+    probs, mass = torch.softmax(logits[ranked], dim=-1).tolist(), 0.0
+    kept: list[int] = []
     for token, prob in zip(ranked, probs, strict=True):
         if kept and mass >= params.top_p:
             break

@@ -8,6 +8,7 @@ holds the anchor in column 0 and its drafts behind it. One step is ``extend`` ->
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +18,8 @@ from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.reorder import leading_run
 from wedlm.algorithm.select import select_fill
 from wedlm.algorithm.verify import accepted_drafts, usable_drafts
+
+_Tensors = TypeVar("_Tensors", "WindowState", "Emitted")
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def _final_run(filled: Bool[Tensor, "S C"], width: Int[Tensor, " S"], block: Boo
     return torch.where(block & (run < width), 0, run)
 
 
-def _where(condition: Bool[Tensor, " S"], yes, no):
+def _where(condition: Bool[Tensor, " S"], yes: _Tensors, no: _Tensors) -> _Tensors:
     """Row by row, one of two dataclasses of tensors."""
     values = []
     for f in fields(yes):

@@ -145,11 +145,11 @@ class Runner:
             start, stop = work.request.num_cached, work.request.num_cached + work.count
             tokens.append(torch.tensor(work.request.tokens[start:stop], device=self.device))
             positions.append(torch.arange(start, stop, device=self.device))
-        work = [*windows, *chunks]
+        everything = [*windows, *chunks]
         batch = ExtendBatch(
-            starts=[w.request.num_cached for w in work],
-            counts=[*num_rows, *(w.count for w in chunks)],
-            pages=[w.pages for w in work],
+            starts=[work.request.num_cached for work in everything],
+            counts=[*num_rows, *(work.count for work in chunks)],
+            pages=[work.pages for work in everything],
         )
         return self.model(torch.cat(tokens), torch.cat(positions), PagedSdpa(self.cache, batch), wanted)
 

@@ -2,6 +2,7 @@
 """What a user may ask of one request, checked where it is made."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -74,19 +75,19 @@ class SamplingParams:
 
 
 def _number(name: str, value: object, low: float, high: float = math.inf) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
+    if not isinstance(value, Real) or isinstance(value, bool) or not low <= float(value) <= high:
         upper = "" if high == math.inf else f" and <= {high:g}"
         raise ValueError(f"{name} is {value!r}; expected a number >= {low:g}{upper}")
 
 
 def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    ok = isinstance(value, Integral) and not isinstance(value, bool) and value >= low
-    if not ok or (high is not None and value > high):
+    ok = isinstance(value, Integral) and not isinstance(value, bool)
+    if not ok or int(value) < low or (high is not None and int(value) > high):  # type: ignore[call-overload]
         upper = "" if high is None else f" and <= {high}"
         raise ValueError(f"{name} is {value!r}; expected an integer >= {low}{upper}")
 
 
-def _strings(name: str, value: object) -> tuple[str, ...]:
+def _strings(name: str, value: str | Iterable[str] | None) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else tuple(value or ())
     for string in strings:
         if not isinstance(string, str) or not string:

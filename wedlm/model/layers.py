@@ -100,8 +100,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, attend: Attend, layer: int) -> Tensor:
         x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), cos_TD, sin_TD, attend, layer)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wedlm.model.layers import MLP, Attention, RMSNorm
+from wedlm.model.layers import MLP, Attention, DecoderLayer, RMSNorm
 from wedlm.model.transformer import Transformer
 
 
@@ -20,7 +20,7 @@ def pack_for_inference(model: Transformer) -> Transformer:
     if is_packed(model):
         raise ValueError("the model is packed already; expected one whose q, k and v projections are separate")
     model.requires_grad_(False)
-    for layer in model.model.layers:
+    for layer in _layers(model):
         _pack_attention(layer.self_attn)
         _pack_mlp(layer.mlp)
         layer.input_layernorm = _inference_norm(layer.input_layernorm)
@@ -32,7 +32,11 @@ def pack_for_inference(model: Transformer) -> Transformer:
 
 def is_packed(model: Transformer) -> bool:
     """Whether ``pack_for_inference`` was applied."""
-    return any(layer.self_attn.qkv_proj is not None for layer in model.model.layers)
+    return any(layer.self_attn.qkv_proj is not None for layer in _layers(model))
+
+
+def _layers(model: Transformer) -> list[DecoderLayer]:
+    return [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
 
 
 def _pack_attention(attention: Attention) -> None:
@@ -51,8 +55,8 @@ def _pack_mlp(mlp: MLP) -> None:
 
 def _fuse(*linears: nn.Module) -> nn.Module:
     """One linear layer whose outputs are the concatenated outputs of ``linears``."""
-    weights = [linear.weight for linear in linears]
-    biases = [linear.bias for linear in linears if linear.bias is not None]
+    weights: list[Tensor] = [linear.get_parameter("weight") for linear in linears]
+    biases: list[Tensor] = [linear.get_parameter("bias") for linear in linears if linear.bias is not None]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     return _inference_linear(weight.detach(), torch.cat(biases).detach() if biases else None)
 
@@ -89,8 +93,10 @@ class MkldnnLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
 
 
-def _inference_norm(norm: RMSNorm) -> nn.Module:
-    return OneKernelRMSNorm(norm) if norm.weight.device.type == "cpu" else norm
+def _inference_norm(norm: nn.Module) -> nn.Module:
+    if isinstance(norm, RMSNorm) and norm.weight.device.type == "cpu":
+        return OneKernelRMSNorm(norm)
+    return norm
 
 
 class OneKernelRMSNorm(nn.Module):
