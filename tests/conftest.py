@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Set-up of all tests: shapes in signatures are checked in the layers that state them, except in long runs."""
 
+import platform
+import sys
+from datetime import date
+from pathlib import Path
+
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -16,7 +21,31 @@ _CHECKED = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--report-long", type=Path, help="write what the tests recorded to this Markdown file")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # one test process per core
     if config.option.markexpr != "long":  # the checks cost five times the work of a stub model's step
         install_import_hook([f"wedlm.{name}" for name in _CHECKED], "beartype.beartype")
+    if config.option.report_long is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_LongReport(config.option.report_long))
+
+
+class _LongReport:
+    """The committed report of `make test-long`: outcome, time and recorded figures of each test."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            figures = "; ".join(f"{name} {value}" for name, value in report.user_properties)
+            self.rows.append(f"| {report.nodeid} | {report.outcome} | {report.duration:.0f} | {figures} |")
+
+    def pytest_sessionfinish(self) -> None:
+        versions = f"Python {platform.python_version()}, torch {torch.__version__}, {sys.platform}"
+        head = f"# Report of `make test-long`\n\n{date.today().isoformat()}, {versions}.\n\n"
+        table = "| test | outcome | s | figures |\n| --- | --- | --- | --- |\n"
+        self.path.write_text(head + table + "\n".join(sorted(self.rows)) + "\n")

@@ -21,25 +21,26 @@ class TextStream:
     def __init__(self, tokenizer: Decoder, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids: list[int] = []
-        # ids[_context:_read] have been turned into text; they are decoded again with what follows, because a
-        # tokenizer may render a token by its left neighbour (leading spaces).
-        self._context = self._read = 0
+        # ids[_context:_read] ended on a character's border; they are decoded again with what follows, because a
+        # tokenizer may render a token by its left neighbour (leading spaces). The first _known characters of
+        # ids[_context:] are in the text.
+        self._context = self._read = self._known = 0
         self.text = ""
 
     def push(self, token: int, may_stop: bool = True) -> bool:
         """Add a token. True if a stop string is complete: ``text`` then ends just before it."""
         self._ids.append(token)
         before = len(self.text)
-        known, whole = self._decode(self._read), self._decode(len(self._ids))
-        if len(whole) <= len(known) or whole.endswith("\ufffd"):
-            return False
-        self._append(whole[len(known) :])
+        whole = self._decode()
+        self._append(whole.rstrip("\ufffd"))
+        if self._known == len(whole) > 0 and len(self.text) > before:
+            self._context, self._read = self._read, len(self._ids)
+            self._known = len(self._decode())
         return may_stop and self._cut(before)
 
     def finish(self) -> None:
         """No token follows: bytes that never became a character turn into the replacement character."""
-        known, whole = self._decode(self._read), self._decode(len(self._ids))
-        self._append(whole[len(known) :])
+        self._append(self._decode())
 
     @property
     def stable(self) -> int:
@@ -52,17 +53,20 @@ class TextStream:
                     break
         return len(self.text) - held
 
-    def _decode(self, end: int) -> str:
-        return self._tokenizer.decode(self._ids[self._context : end], skip_special_tokens=True)
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)
 
-    def _append(self, new: str) -> None:
-        self.text += new
-        self._context, self._read = self._read, len(self._ids)
+    def _append(self, whole: str) -> None:
+        """Take over what is new in ``whole``, the text of ids[_context:]."""
+        self.text += whole[self._known :]
+        self._known = max(self._known, len(whole))
 
     def _cut(self, before: int) -> bool:
-        """Cut the text at the earliest stop string that touches what came after ``before``."""
-        found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop]
-        found = [at for at in found if at >= 0]
+        """Cut the text at the first stop string to be complete after ``before``; at the longest of several.
+
+        By its end, not its beginning: the text then does not depend on where tokens end.
+        """
+        found = [(at + len(s), at) for s in self._stop if (at := self.text.find(s, max(0, before - len(s) + 1))) >= 0]
         if found:
-            self.text = self.text[: min(found)]
+            self.text = self.text[: min(found)[1]]
         return bool(found)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verified decoding gives AR decoding's text: the embedded model, real prompts, float32."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from wedlm import LLM, SamplingParams
+
+_FILE = Path(__file__).parents[1] / "data/prompts.jsonl"
+PROMPTS = [json.loads(line)["prompt"] for line in _FILE.read_text().splitlines()]
+TIE = 1e-4  # AR's two best log-probabilities closer than this: float error may order them either way
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("demo", dtype="float32", max_model_len=1024, max_num_seqs=32, max_num_batched_tokens=1024)
+
+
+def compare(llm: LLM, prompts: list[str], params: SamplingParams) -> dict[str, object]:
+    """Texts of both modes; a divergence is excused only at a tie, and each is listed."""
+    encoded = [llm.chat_prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
+    ar = llm.generate(encoded, replace(params, decoding="autoregressive", logprobs=2), progress=False)
+    verified = llm.generate(encoded, replace(params, decoding="verified"), progress=False)
+    excused = []
+    for index, (expected, found) in enumerate(zip(ar, verified, strict=True)):
+        if expected.token_ids == found.token_ids:
+            assert expected.text == found.text
+            continue
+        at = next(i for i, (a, b) in enumerate(zip(expected.token_ids, found.token_ids, strict=False)) if a != b)
+        assert params.temperature == 0, f"prompt {index} diverges at token {at}"
+        assert expected.top_logprobs is not None
+        (_, best), (_, second) = expected.top_logprobs[at]
+        assert best - second < TIE, f"prompt {index} diverges at token {at}, where AR's lead is {best - second:.2e}"
+        excused.append((index, at, best - second))
+    tokens = sum(len(output.token_ids) for output in verified)
+    forwards = sum(output.stats.num_forwards for output in verified if output.stats is not None)
+    assert tokens >= forwards
+    return {"prompts": len(prompts), "tokens": tokens, "excused": excused, "tokens/forward": f"{tokens / forwards:.3f}"}
+
+
+@pytest.mark.demo_model
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_verified_equals_ar(llm, temperature):
+    params = SamplingParams(temperature=temperature, seed=7, max_tokens=12, wedlm_window_size=6)
+    compare(llm, PROMPTS[:3] + PROMPTS[-3:], params)
+
+
+@pytest.mark.long
+@pytest.mark.demo_model
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_verified_equals_ar_on_200_prompts(llm, temperature, record_property):
+    params = SamplingParams(temperature=temperature, seed=7, max_tokens=32, wedlm_window_size=8)
+    for name, value in compare(llm, PROMPTS, params).items():
+        record_property(name, value)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documentation shows is run: Python blocks, the notebook, and `wedlm` lines' options."""
+
+import re
+import shlex
+from pathlib import Path
+
+import nbformat
+import pytest
+import typer
+from nbclient import NotebookClient
+
+from wedlm.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for match in re.finditer(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL):
+            found.append((f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 2}", match.group(1)))
+    return found
+
+
+@pytest.mark.demo_model
+def test_python_blocks_run(capsys):
+    """In order, in one namespace per page, as a reader would type them."""
+    python = blocks("python")
+    assert python
+    spaces: dict[str, dict] = {}
+    for where, code in python:
+        exec(compile(code, where, "exec"), spaces.setdefault(where.split(":")[0], {"__name__": "docs"}))
+    assert capsys.readouterr().out
+
+
+def test_shell_lines_name_options_that_exist():
+    command = typer.main.get_command(app)
+    lines = [line for _, block in blocks("(?:bash|sh|console)") for line in block.splitlines()]
+    wedlm_lines = [shlex.split(line.removeprefix("$ ")) for line in lines if re.match(r"(\$ )?wedlm ", line)]
+    assert wedlm_lines
+    for words in wedlm_lines:
+        sub = command.commands[words[1]]  # type: ignore[attr-defined]
+        known = {option for parameter in sub.params for option in [*parameter.opts, *parameter.secondary_opts]}
+        assert {word for word in words[2:] if word.startswith("--")} <= known, words
+
+
+def test_relative_links_exist():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.demo_model
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
+def test_quickstart_notebook():
+    notebook = nbformat.read(ROOT / "examples/quickstart.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    printed = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
+    assert "Paris" in printed
+    assert "p_cache" in printed
