@@ -69,7 +69,7 @@ def peak_memory_mb() -> float:
     """Of a process that loads the demo model, answers a prompt and exits."""
     code = (
         "from wedlm import LLM, SamplingParams; "
-        "LLM('demo').generate('The sun is', SamplingParams(max_tokens=64)); "
+        "LLM('demo', device='cpu').generate('The sun is', SamplingParams(max_tokens=64)); "
         "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1])"
     )
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
@@ -84,9 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     hf = transformers_model(torch.bfloat16)
-    engines = {
-        "bfloat16": LLM("demo", dtype="bfloat16"),
-    }
+    engines = {name: LLM("demo", dtype=name, device="cpu", max_model_len=1024) for name in ("bfloat16", "float16")}
     prompt = (engines["bfloat16"].tokenizer.encode("The history of mathematics is long. ") * 64)[:PROMPT_TOKENS]
     samples: dict[tuple[str, int], list[float]] = {}
     for repetition in range(args.repetitions + 1):

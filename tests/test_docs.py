@@ -17,11 +17,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
-    found = []
-    for page in PAGES:
-        for match in re.finditer(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL):
-            found.append((f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 2}", match.group(1)))
-    return found
+    """(file:line, text) of every fenced block of a language."""
+    return [
+        (f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 2}", match.group(1))
+        for page in PAGES
+        for match in re.finditer(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
 
 
 @pytest.mark.demo_model

@@ -83,19 +83,21 @@ def step(engine: Engine) -> list:
     return [request for request in engine.step() if request.finish_reason is not None]
 
 
-def run_histories(count: int) -> None:
+def run_histories(seeds: range) -> dict[str, int]:
     totals: dict[str, int] = {}
-    for seed in range(count):
+    for seed in seeds:
         for name, value in run_history(seed).items():
             totals[name] = totals.get(name, 0) + value
-    print(totals)
     assert all(totals.values()), totals  # a history in which nothing happens proves nothing
+    return totals
 
 
 def test_histories():
-    run_histories(60)
+    run_histories(range(60))
 
 
 @pytest.mark.long
-def test_ten_thousand_histories():
-    run_histories(10_000)
+@pytest.mark.parametrize("thousand", range(10))
+def test_ten_thousand_histories(thousand, record_property):
+    for name, value in run_histories(range(thousand * 1000, (thousand + 1) * 1000)).items():
+        record_property(name, value)
