@@ -80,11 +80,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="also measure benchmarks/compiled.py")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     hf = transformers_model(torch.bfloat16)
     engines = {name: LLM("demo", dtype=name, device="cpu", max_model_len=1024) for name in ("bfloat16", "float16")}
+    if args.compile:
+        from compiled import compiled_engine
+
+        engines["bfloat16, torch.compile"] = compiled_engine()
     prompt = (engines["bfloat16"].tokenizer.encode("The history of mathematics is long. ") * 64)[:PROMPT_TOKENS]
     samples: dict[tuple[str, int], list[float]] = {}
     for repetition in range(args.repetitions + 1):

@@ -1,292 +1,208 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``wedlm``. torch is imported only once a command needs it, so that --help answers at once."""
 
-import dataclasses
-import json
-import sys
-import warnings
-from collections.abc import Callable
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from wedlm.cli_terminal import plain_errors, read_prompts
 
-    from wedlm import LLM, GenerationOutput, SamplingParams
-    from wedlm.engine.types import RequestStats
-
+# \b keeps the line breaks of a paragraph.
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help=(
-        "Causal diffusion language models: several tokens a forward under the plain causal mask.\n\n"
-        "Decoding modes: [b]verified[/b] gives the text of AR decoding and checks its own drafts; [b]streaming[/b] "
-        "fills masked positions as they become certain (WeDLM checkpoints); [b]block[/b] fills block by block; "
-        "[b]autoregressive[/b] is one token a forward.\n\n"
-        'Examples:\n\n  wedlm demo\n\n  wedlm generate "What is a prime number?" --max-tokens 64\n\n'
-        "  wedlm generate --file prompts.txt --lines --json --model ./my-wedlm\n\n  wedlm chat"
-    ),
+    help="""Causal diffusion language models: several tokens a forward under the plain causal mask.
+
+\b
+Decoding modes (--decoding):
+[b]verified[/b]        drafts tokens and checks them in the same forward; AR's text
+[b]streaming[/b]       fills positions as they become certain; for WeDLM checkpoints
+[b]block[/b]           fills one block of positions completely, then the next
+[b]autoregressive[/b]  one token a forward; the baseline
+A WeDLM checkpoint decodes by streaming unless told otherwise, any other by verified.
+
+\b
+Examples:
+wedlm demo
+wedlm chat --system "Answer in one sentence."
+wedlm generate "What is a prime number?" --max-tokens 64
+wedlm COMMAND --help""",
 )
-out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
-# One colour per forward, in turn; tokens that became final together look alike.
-PALETTE = ("cyan", "yellow", "green", "magenta", "blue", "red")
 
-Model = Annotated[str, typer.Option(help="Checkpoint directory, .gguf file, hub id, or 'demo'.")]
+PROMPT, HOW, DRAW, MODEL = "Prompt and output", "Decoding", "Sampling and length", "Model and machine"
+
+
+def _option(help: str, panel: str, *names: str) -> typer.models.OptionInfo:
+    return typer.Option(*names, help=help, rich_help_panel=panel)
+
+
+Model = Annotated[str, _option("Checkpoint directory, .gguf file, hub id, or 'demo'.", MODEL)]
 Decoding = Annotated[
-    str | None, typer.Option(help="verified, streaming, block or autoregressive; default: the model's.")
+    str | None, _option("verified, streaming, block or autoregressive; default: the checkpoint's.", HOW)
 ]
-MaxTokens = Annotated[int, typer.Option(help="Cut the answer after so many tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the most probable token.")]
-TopP = Annotated[float, typer.Option(help="Sample from the smallest set with this probability mass.")]
-TopK = Annotated[int, typer.Option(help="Sample from the k most probable tokens; 0: from all.")]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
-Window = Annotated[int | None, typer.Option(help="W of streaming and block, rows a step of verified.")]
-Threshold = Annotated[
-    str, typer.Option(help="Streaming: fill positions with entropy below this (nats); none: one a step.")
-]
-Penalty = Annotated[float, typer.Option(help="Streaming: entropy added per position of distance.")]
-DraftEntropy = Annotated[float, typer.Option(help="Verified: draft up to the first row this uncertain (nats).")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer together, in tokens.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.")]
+Window = Annotated[int | None, _option("Positions of a window or block; rows a forward of verified. [16]", HOW)]
+Threshold = Annotated[str, _option("Streaming, block: fill below this entropy (nats); none: one a forward.", HOW)]
+Penalty = Annotated[float, _option("Streaming, block: entropy added per position of distance.", HOW)]
+DraftEntropy = Annotated[float, _option("Verified: draft up to the first row this uncertain (nats).", HOW)]
+MaxTokens = Annotated[int, _option("Cut the answer after so many tokens.", DRAW)]
+Temperature = Annotated[float, _option("0 takes the most probable token.", DRAW)]
+TopP = Annotated[float, _option("Sample from the smallest set with this probability.", DRAW)]
+TopK = Annotated[int, _option("Sample from the k most probable tokens; 0: from all.", DRAW)]
+Seed = Annotated[int | None, _option("Same seed, same text.", DRAW)]
+Dtype = Annotated[str, _option("auto, float32, bfloat16 or float16.", MODEL)]
+Device = Annotated[str, _option("auto, cpu, cuda, cuda:1, ...", MODEL)]
+MaxModelLen = Annotated[int | None, _option("Longest prompt and answer together, in tokens.", MODEL)]
+Threads = Annotated[int | None, _option("CPU threads; default: torch's choice.", MODEL)]
+Debug = Annotated[bool, _option("Show the traceback of an error.", MODEL, "--debug")]
 
 
-@app.callback()
-def _root(
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    if show_version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"wedlm {version('wedlm')}")
         raise typer.Exit
 
 
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """The help text is the app's."""
+
+
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; without it and --file, standard input.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Read the prompt from a file; - is standard input.")] = None,
-    lines: Annotated[bool, typer.Option("--lines", help="One prompt a line, all decoded together.")] = False,
+    ctx: typer.Context,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; without it and --file: standard input.")] = None,
+    file: Annotated[Path | None, _option("Read the prompt from this file; - is standard input.", PROMPT)] = None,
+    lines: Annotated[bool, _option("One prompt a line (blank ones skipped), decoded together.", PROMPT, "--lines")] = (
+        False
+    ),
     chat: Annotated[
-        bool | None, typer.Option("--chat/--raw", help="Use the chat template or not; default: if there is one.")
+        bool | None,
+        _option(
+            "As a user's message in the chat template, or as it stands; default: chat if the model has a template.",
+            PROMPT,
+            "--chat/--raw",
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: text, token_ids, stats.")] = False,
-    model: Model = "demo",
+    as_json: Annotated[
+        bool, _option("One JSON object a line: prompt, text, token_ids, finish_reason, stats, ...", PROMPT, "--json")
+    ] = False,
+    logprobs: Annotated[
+        int | None, _option("With --json: log-probabilities, also of so many alternatives.", PROMPT)
+    ] = None,
     decoding: Decoding = None,
-    max_tokens: MaxTokens = 256,
-    min_tokens: Annotated[int, typer.Option(help="No end before so many tokens.")] = 0,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
-    seed: Seed = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end tokens.")] = False,
-    logprobs: Annotated[int | None, typer.Option(help="With --json: log-probabilities of so many tokens.")] = None,
     window_size: Window = None,
     entropy_threshold: Threshold = "0.4",
     pos_penalty: Penalty = 0.02,
     draft_entropy: DraftEntropy = 1.5,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    max_model_len: MaxModelLen = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Most prompts in one forward.")] = 64,
-    threads: Threads = None,
-) -> None:
-    """Complete prompts: the argument, a file, or standard input."""
-    with _plain_errors():
-        prompts = _read_prompts(prompt, file, lines)
-        from wedlm import SamplingParams
-
-        params = SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            max_tokens=max_tokens,
-            min_tokens=min_tokens,
-            stop=stop,
-            seed=seed,
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-            decoding=decoding,  # type: ignore[arg-type]  # checked by SamplingParams
-            wedlm_window_size=window_size,
-            wedlm_entropy_threshold=parse_threshold(entropy_threshold),
-            wedlm_pos_penalty_factor=pos_penalty,
-            wedlm_draft_entropy=draft_entropy,
-        )
-        llm = load_llm(
-            model, threads, dtype=dtype, device=device, max_model_len=max_model_len, max_num_seqs=max_num_seqs
-        )
-        use_chat = llm.tokenizer.has_chat_template if chat is None else chat
-        encoded: list[Any] = (
-            [llm.chat_prompt([{"role": "user", "content": p}]) for p in prompts] if use_chat else prompts
-        )
-        if len(prompts) == 1 and not as_json:
-            _stream_one(llm, encoded[0], params)
-            return
-        for text, output in zip(prompts, llm.generate(encoded, params), strict=True):
-            if as_json:
-                print(json.dumps(_record(text, output), ensure_ascii=False), flush=True)
-            else:
-                out.print(Text(output.text if output.error is None else f"error: {output.error}"))
-
-
-@app.command()
-def chat(
-    model: Model = "demo",
-    system: Annotated[str | None, typer.Option(help="System message of the conversation.")] = None,
-    decoding: Decoding = None,
-    max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
+    max_tokens: MaxTokens = 256,
+    min_tokens: Annotated[int, _option("No end before so many tokens.", DRAW)] = 0,
+    stop: Annotated[list[str] | None, _option("End before this string; may be repeated.", DRAW)] = None,
+    ignore_eos: Annotated[bool, _option("Go on after end tokens.", DRAW, "--ignore-eos")] = False,
+    model: Model = "demo",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[int, _option("Most prompts in one forward.", MODEL)] = 64,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Complete prompts: the argument, a file, or standard input.
+
+    \b
+    Examples:
+    wedlm generate "What is a prime number?" --max-tokens 64
+    git diff | wedlm generate --decoding verified
+    wedlm generate --file prompts.txt --lines --json --seed 1 --temperature 0.7
+    wedlm generate "One, two, three," --raw --model ./my-checkpoint
+
+    Text goes to standard output, figures to standard error. Ctrl-C keeps what was generated.
+    Exit codes: 1 if some prompts were refused, 2 for an error, 130 after Ctrl-C.
+    """
+    with plain_errors(debug):
+        from wedlm.cli_generate import load_llm, run_generate, sampling_params
+
+        prompts = read_prompts(prompt, file, lines)
+        params = sampling_params(ctx.params)  # first, so that a wrong option is told before a model is fetched
+        run_generate(load_llm(ctx.params), prompts, params, use_chat=chat, as_json=as_json)
+
+
+@app.command()
+def chat(
+    ctx: typer.Context,
+    system: Annotated[str | None, _option("System message of the conversation.", PROMPT)] = None,
+    decoding: Decoding = None,
     window_size: Window = None,
     entropy_threshold: Threshold = "0.4",
+    pos_penalty: Penalty = 0.02,
+    draft_entropy: DraftEntropy = 1.5,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    max_tokens: MaxTokens = 512,
+    model: Model = "demo",
     dtype: Dtype = "auto",
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     threads: Threads = None,
+    debug: Debug = False,
 ) -> None:
-    """Talk to a model; tokens that one forward made final share a colour. /help lists the commands."""
-    with _plain_errors():
-        from wedlm import SamplingParams
+    """Talk to a model; tokens that one forward made final share a colour.
+
+    \b
+    Examples:
+    wedlm chat
+    wedlm chat --decoding autoregressive --system "Answer in one sentence."
+
+    Ctrl-C stops an answer; /help lists the commands, such as /set decoding verified.
+    """
+    with plain_errors(debug):
+        from wedlm.cli_generate import load_llm, sampling_params
+
+        params = sampling_params(ctx.params)
+        llm = load_llm(ctx.params)
         from wedlm.cli_chat import ChatSession
 
-        params = SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            max_tokens=max_tokens,
-            seed=seed,
-            decoding=decoding,  # type: ignore[arg-type]  # checked by SamplingParams
-            wedlm_window_size=window_size,
-            wedlm_entropy_threshold=parse_threshold(entropy_threshold),
-        )
-        llm = load_llm(model, threads, dtype=dtype, device=device, max_model_len=max_model_len)
-        ChatSession(llm, params, system, out, err).run()
+        ChatSession(llm, params, system).run()
 
 
 @app.command()
-def demo(model: Model = "demo", dtype: Dtype = "auto", threads: Threads = None) -> None:
-    """Answer three prompts in every mode with the embedded model, and show what each forward did."""
-    with _plain_errors():
+def demo(
+    ctx: typer.Context,
+    model: Model = "demo",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Answer three prompts in three decoding modes, and show what each forward did.
+
+    \b
+    Examples:
+    wedlm demo
+    wedlm demo --dtype float32
+
+    The first run fetches the embedded model (93 MB). On two CPU cores the rest takes less than a minute.
+    """
+    with plain_errors(debug):
+        from wedlm.cli_generate import load_llm
+
+        llm = load_llm(ctx.params)
         from wedlm.cli_demo import run_demo
 
-        run_demo(load_llm(model, threads, dtype=dtype), out)
-
-
-def load_llm(model: str, threads: int | None, **options: Any) -> "LLM":
-    """An ``LLM`` with a status line while it loads."""
-    with err.status(f"Loading {model} ..."):
-        import torch
-
-        from wedlm import LLM
-
-        if threads is not None:
-            if threads < 1:
-                raise ValueError(f"threads is {threads}; expected at least 1")
-            torch.set_num_threads(threads)
-        return LLM(model, **options)
-
-
-def parse_threshold(text: str) -> float | None:
-    """A number of nats, or "none"."""
-    if text.lower() == "none":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"entropy_threshold is {text!r}; expected a number >= 0 or none") from None
-
-
-def stats_line(stats: "RequestStats") -> str:
-    """One line of figures; tokens per forward never without p_cache."""
-    return (
-        f"{stats.decoding}: {stats.num_tokens} tokens in {stats.num_forwards} forwards, "
-        f"{stats.tokens_per_forward:.2f} tokens/forward, p_cache {stats.p_cache:.2f}, "
-        f"{stats.tokens_per_second:.0f} tok/s"
-    )
-
-
-def print_stream(
-    llm: "LLM", prompt: Any, params: "SamplingParams", coloured: bool, shown: list[str] | None = None
-) -> "GenerationOutput | None":
-    """Print an answer as it becomes final, and append its pieces to ``shown``.
-
-    Ctrl-C ends it: the text so far stays on the screen and None is returned.
-    """
-    stream = llm.generate_stream(prompt, params)
-    output = None
-    try:
-        for piece in stream:
-            style = PALETTE[piece.step % len(PALETTE)] if coloured else ""
-            out.print(Text(piece.text, style=style), end="")
-            if shown is not None:
-                shown.append(piece.text)
-            output = piece.output
-    except KeyboardInterrupt:
-        output = None
-    finally:
-        stream.close()  # type: ignore[attr-defined]
-        out.print()
-    return output
-
-
-def _stream_one(llm: "LLM", prompt: Any, params: "SamplingParams") -> None:
-    output = print_stream(llm, prompt, params, coloured=False)
-    if output is None:
-        raise typer.Exit(130)
-    if output.stats is not None:
-        err.print(Text(stats_line(output.stats), style="dim"))
-
-
-def _record(prompt: str, output: "GenerationOutput") -> dict[str, Any]:
-    record = {"prompt": prompt, **dataclasses.asdict(output)}
-    return {name: value for name, value in record.items() if value is not None or name == "stats"}
-
-
-def _read_prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:
-    if prompt is not None and file is not None:
-        raise ValueError("both a prompt and --file are given; expected one of them")
-    if prompt is None:
-        if file is None or str(file) == "-":
-            prompt = sys.stdin.read()
-        elif not file.is_file():
-            raise ValueError(f"--file is {file}, which does not exist; expected a text file")
-        else:
-            prompt = file.read_text(encoding="utf-8")
-        prompt = prompt.removesuffix("\n")
-    prompts = [line for line in prompt.splitlines() if line.strip()] if lines else [prompt]
-    if not prompts or not prompts[0]:
-        raise ValueError("the prompt is empty; expected some text")
-    return prompts
-
-
-@contextmanager
-def _plain_errors() -> "Iterator[None]":
-    """What the user can mend becomes one sentence and exit code 2; Ctrl-C ends with 130, without a traceback."""
-
-    def show(message: Warning | str, *_: object, **__: object) -> None:
-        err.print(Text(f"warning: {message}", style="yellow"))
-
-    previous: Callable[..., None] = warnings.showwarning
-    warnings.showwarning = show
-    try:
-        yield
-    except (ValueError, RuntimeError, OSError) as error:
-        err.print(Text(f"error: {error}", style="red"))
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    finally:
-        warnings.showwarning = previous
+        run_demo(llm, model)
 
 
 def main() -> None:

@@ -2,40 +2,46 @@
 """``wedlm chat``: a conversation in the terminal."""
 
 import dataclasses
-from typing import get_type_hints
-
-from rich.console import Console
-from rich.text import Text
+import sys
+from contextlib import suppress
 
 from wedlm import LLM, GenerationOutput, SamplingParams
-from wedlm.cli import parse_threshold, print_stream, stats_line
+from wedlm.cli_generate import FIELDS, parse_threshold, stats_line, stream_answer
+from wedlm.cli_terminal import Interrupt, check_text, has_colours, note, write
 
 HELP = """\
-/clear             forget the conversation
-/set NAME VALUE    change an option of the next answers, e.g. /set decoding verified, /set temperature 0.7
-/params            show the options
+/set NAME VALUE    change an option, e.g. /set decoding verified, /set seed none
+/set               show all options
 /stats             figures of the last answer
-/exit              leave (so does Ctrl-D)
-Ctrl-C stops an answer; what was said of it stays in the conversation."""
+/clear             forget the conversation
+/exit              leave (so do Ctrl-D and Ctrl-C)
+Ctrl-C during an answer stops it; what was said of it stays in the conversation."""
+# Of no use in a conversation.
+_OPTIONS = {name: field for name, field in FIELDS.items() if name != "logprobs"}
 
 
 class ChatSession:
-    """History, options and the loop. ``out`` gets the conversation, ``err`` everything about it."""
+    """History, options and the loop. Answers go to standard output, all about them to standard error."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None, out: Console, err: Console) -> None:
-        self.llm, self.params, self.out, self.err = llm, params, out, err
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
+        if not llm.tokenizer.has_chat_template:
+            raise ValueError("this model has no chat template; expected an instruct model, or use `wedlm generate`")
+        check_text("system", system or "")
+        self.llm, self.params = llm, params
         self.opening = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.opening)
         self.last: GenerationOutput | None = None
 
     def run(self) -> None:
-        """Read lines until the end of input."""
-        self._note("Tokens of one colour became final in one forward. /help lists the commands.")
+        """Read and answer lines until the end of input, /exit, or Ctrl-C at the prompt."""
+        colours = "Tokens of one colour became final in one forward. " if has_colours() else ""
+        note(f"{colours}/help lists the commands.")
         while True:
             try:
-                line = self.out.input(Text("> ", style="bold")).strip()
+                line = _read_line()
             except (EOFError, KeyboardInterrupt):
-                self.out.print()
+                if sys.stdin.isatty():
+                    write("\n")
                 return
             if line in ("/exit", "/quit"):
                 return
@@ -45,64 +51,74 @@ class ChatSession:
                 elif line:
                     self._answer(line)
             except ValueError as error:
-                self.err.print(Text(f"error: {error}", style="red"))
+                note(f"error: {error}", "red")
 
     def _answer(self, text: str) -> None:
+        check_text("the line", text)
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self.llm.chat_prompt(messages)
-        shown: list[str] = []
-        self.last = print_stream(self.llm, prompt, self.params, coloured=True, shown=shown)
-        self.messages = [*messages, {"role": "assistant", "content": "".join(shown)}]
-        self._stats()
+        longest = self.llm.engine.config.max_model_len
+        if len(prompt) >= longest:
+            raise ValueError(
+                f"the conversation has {len(prompt)} tokens; expected fewer than {longest}, the model's length: "
+                "/clear begins a new one"
+            )
+        with Interrupt() as interrupt:
+            self.last = stream_answer(self.llm, prompt, self.params, interrupt, coloured=True)
+        self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
 
     def _command(self, line: str) -> None:
-        name, *words = line.split()
+        name, *words = line.split(maxsplit=2)
         if name == "/help":
-            self._note(HELP)
+            note(HELP)
         elif name == "/clear":
             self.messages = list(self.opening)
-            self._note("The conversation is empty.")
+            note("The conversation is empty.")
         elif name == "/stats":
-            self._stats()
-        elif name == "/params":
-            self._note("\n".join(f"{key} = {value}" for key, value in dataclasses.asdict(self.params).items()))
+            stats = None if self.last is None else self.last.stats
+            note("No answer yet." if stats is None else stats_line(stats))
         elif name == "/set" and len(words) == 2:
             self._set(*words)
+        elif name == "/set" and not words:
+            note("\n".join(f"{option} = {self._shown(option)}" for option in _OPTIONS))
         elif name == "/set":
-            raise ValueError(f"{line!r} has {len(words)} words after /set; expected a name and a value")
+            raise ValueError(f"{line!r} gives no value; expected /set NAME VALUE, e.g. /set temperature 0.7")
         else:
             raise ValueError(f"{name} is no command; /help lists them")
 
     def _set(self, name: str, value: str) -> None:
-        hints = get_type_hints(SamplingParams)
-        full = name if name in hints else f"wedlm_{name}"
-        if full not in hints:
-            raise ValueError(f"{name} is no option; /params lists them")
-        self.params = dataclasses.replace(self.params, **{full: _parse(full, value)})  # type: ignore[arg-type]
-        self._note(f"{full} = {getattr(self.params, full)}")
+        option = name.replace("-", "_")
+        if option not in _OPTIONS:
+            raise ValueError(f"{name} is no option; expected one of {', '.join(_OPTIONS)}")
+        self.params = dataclasses.replace(self.params, **{_OPTIONS[option]: _parse(option, value)})  # type: ignore[arg-type]
+        note(f"{option} = {self._shown(option)}")
 
-    def _stats(self) -> None:
-        if self.last is not None and self.last.stats is not None:
-            self._note(stats_line(self.last.stats))
-
-    def _note(self, text: str) -> None:
-        self.err.print(Text(text, style="dim"))
+    def _shown(self, option: str) -> str:
+        value = getattr(self.params, _OPTIONS[option])
+        if option == "decoding" and value is None:
+            return f"none (the model's: {self.llm.engine.config.default_decoding})"
+        return "none" if value is None or value == () else str(value)
 
 
-def _parse(name: str, value: str) -> object:
-    """The value as the option's type; SamplingParams then checks it."""
-    if name in ("decoding", "stop"):
-        return None if value == "none" else value
-    if value == "none":
+def _read_line() -> str:
+    if not sys.stdin.isatty():
+        return input().strip()
+    with suppress(ImportError):  # line editing and history, where Python has them
+        import readline  # noqa: F401
+    return input("> ").strip()
+
+
+def _parse(option: str, value: str) -> object:
+    """The value as a type that SamplingParams can check."""
+    if value.lower() == "none":
         return None
-    if value in ("true", "false"):
-        return value == "true"
-    if name == "wedlm_entropy_threshold":
+    if option in ("decoding", "stop"):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if option == "entropy_threshold":
         return parse_threshold(value)
-    try:
-        return int(value)
-    except ValueError:
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError(f"{name} is {value!r}; expected a number, true, false or none") from None
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(value)
+    raise ValueError(f"{option} is {value!r}; expected a number, true, false or none")

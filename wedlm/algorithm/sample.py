@@ -38,10 +38,10 @@ def entropy_and_normaliser(
     Logits of -inf have probability 0 and add nothing.
     """
     normaliser = torch.logsumexp(logits, dim=-1)
-    probs = torch.exp(logits - normaliser[:, None])
-    # 0 · (-inf) is nan: the floor is far below any finite logit's contribution and is multiplied by exactly 0.
-    expectation = torch.linalg.vecdot(probs, logits.clamp(min=-1e30))
-    return (normaliser - expectation).clamp(min=0.0), normaliser
+    log_probs = logits - normaliser[:, None]  # not log Σ - Σ p · logits: a shift of all logits must cost no precision
+    probs = torch.exp(log_probs)
+    # 0 · (-inf) is nan: the floor is far below any log-probability that counts and is multiplied by exactly 0.
+    return -torch.linalg.vecdot(probs, log_probs.clamp_(min=-1e30)).clamp_(max=0.0), normaliser
 
 
 def gumbel_noise(

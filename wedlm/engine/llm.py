@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,15 +94,16 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
     ) -> None:
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        _check_options(max_num_seqs, max_num_batched_tokens, page_size, wedlm_window_size, gpu_memory_utilization)
+        _check_options(max_num_seqs, max_num_batched_tokens, page_size, wedlm_window_size, kv_cache_bytes)
+        if not isinstance(gpu_memory_utilization, int | float) or not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization is {gpu_memory_utilization!r}; expected a number > 0 and <= 1")
         if decoding is not None and decoding not in DECODINGS:
             raise ValueError(f"decoding is {decoding!r}; expected one of {', '.join(DECODINGS)}")
         self.tokenizer: Tokenizer = load_tokenizer(model)
         transformer, self.model_config = load_model(model, _dtype(dtype, self.device), self.device)
         self.model = pack_for_inference(transformer)
         length = _length(self.model_config, max_model_len)
-        if mask_token_id is None:
-            mask_token_id = _mask_token_id(self.model_config, self.tokenizer)
+        mask_token_id = _mask_token_id(mask_token_id, self.model_config, self.tokenizer)
         config = EngineConfig(
             vocab_size=self.model_config.vocab_size,
             mask_token_id=mask_token_id,
@@ -124,7 +126,10 @@ class LLM:
         cache = KVCache(self.model_config.num_layers, num_pages, page_size, *shape, self.device)
         runner = Runner(self.model, cache, mask_token_id, max_num_seqs)
         self.engine = Engine(config, runner, PagePool(num_pages, page_size), self.tokenizer)
-        self._lock = threading.Lock()
+        # Reentrant, since a stream may be closed by garbage collection in a thread that is inside the engine.
+        self._lock = threading.RLock()
+        self._busy = False
+        self._abandoned: list[Request] = []
         self._ids = itertools.count()
 
     def generate(
@@ -143,16 +148,19 @@ class LLM:
         param_list = _param_list(params, len(prompt_list))
         outputs: dict[int, GenerationOutput] = {}
         requests: dict[int, Request] = {}
-        for index, (prompt, one) in enumerate(zip(prompt_list, param_list, strict=True)):
-            try:
-                requests[index] = self._add(prompt, one)
-            except ValueError as error:
-                outputs[index] = GenerationOutput("", [], None, "error", error=str(error))
-        if outputs and not requests:
-            raise ValueError(outputs[0].error)
-        for index, output in outputs.items():
-            warnings.warn(f"prompt {index} was refused: {output.error}", stacklevel=2)
-        self._run(list(requests.values()), progress)
+        try:
+            for index, (prompt, one) in enumerate(zip(prompt_list, param_list, strict=True)):
+                try:
+                    requests[index] = self._add(prompt, one)
+                except ValueError as error:
+                    outputs[index] = GenerationOutput("", [], None, "error", error=str(error))
+            if outputs and not requests:
+                raise ValueError(outputs[0].error)
+            for index, output in outputs.items():
+                warnings.warn(f"prompt {index} was refused: {output.error}", stacklevel=2)
+            self._run(list(requests.values()), progress)
+        finally:
+            self._abort(list(requests.values()))
         outputs |= {index: _output(request) for index, request in requests.items()}
         return [outputs[index] for index in range(len(prompt_list))]
 
@@ -179,45 +187,77 @@ class LLM:
 
     def generate_stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
         """Yield text as it becomes final. Closing the iterator aborts the request."""
-        request = self._add(prompt, params or SamplingParams())
-        return self._stream(request)
+        request = self._add(prompt, _param_list(params, 1)[0])
+        stream = self._stream(request)
+        next(stream)  # into its try: closing an iterator that nobody read must abort, too
+        return stream
 
     def _stream(self, request: Request) -> Iterator[StreamPiece]:
+        """An empty piece first, then those of the request."""
         assert request.text is not None
         shown = told = 0
+        output = None
         try:
-            while request.finish_reason is None:
-                self._step(request)
-                tokens = request.output_token_ids[told:]
-                if tokens or request.finish_reason is not None:
-                    end = len(request.text.text) if request.finish_reason is not None else request.text.stable
+            yield StreamPiece("", [], -1, None)
+            while output is None:
+                with self._engine_alone():  # another thread's step must not change the request while it is read
+                    self._step(request)
                     output = None if request.finish_reason is None else _output(request)
-                    yield StreamPiece(request.text.text[shown:end], tokens, request.num_forwards - 1, output)
-                    shown, told = max(shown, end), told + len(tokens)
+                    end = request.text.stable if output is None else len(request.text.text)
+                    piece = StreamPiece(
+                        request.text.text[shown:end], request.output_token_ids[told:], request.num_forwards - 1, output
+                    )
+                shown, told = max(shown, end), told + len(piece.token_ids)
+                if piece.token_ids or output is not None:
+                    yield piece
         finally:
             self._abort([request])
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> Request:
+        if not isinstance(prompt, str | list):
+            raise ValueError(f"the prompt is {prompt!r}; expected a string or a list of token ids")
         block = self.model_config.block_size
         window = params.wedlm_window_size or self.engine.config.default_window_size
-        if block is not None and window > block:
+        decoding = params.decoding or self.engine.config.default_decoding
+        if block is not None and window > block and decoding != "autoregressive":
             warnings.warn(
                 f"the window of {window} is wider than the noise block of {block} that this checkpoint was trained "
                 "with: it meets distances it never saw",
-                stacklevel=4,
+                stacklevel=3,
             )
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        with self._lock:
+        ids = self._encode(prompt) if isinstance(prompt, str) else prompt
+        with self._engine_alone():
             return self.engine.add(f"request-{next(self._ids)}", ids, params)
+
+    def _encode(self, prompt: str) -> list[int]:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is no Unicode text ({error.reason}); expected valid characters") from error
+        return self.tokenizer.encode(prompt)
+
+    @contextmanager
+    def _engine_alone(self) -> Iterator[None]:
+        """No other thread uses the engine meanwhile, and it is in no half-done state before or after."""
+        with self._lock:
+            self._busy = True
+            try:
+                yield
+            finally:
+                while self._abandoned:
+                    self.engine.abort(self._abandoned.pop().request_id)
+                self._busy = False
 
     def _step(self, request: Request) -> None:
         """Advance the engine, for everybody, unless another thread has finished the request meanwhile."""
-        with self._lock:
-            if request.finish_reason is None:
-                self.engine.step()
+        if request.finish_reason is None:
+            self.engine.step()
 
     def _abort(self, requests: Sequence[Request]) -> None:
         with self._lock:
+            if self._busy:  # this very thread is inside the engine: it aborts them before it leaves
+                self._abandoned += requests
+                return
             for request in requests:
                 self.engine.abort(request.request_id)
 
@@ -226,18 +266,16 @@ class LLM:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         bar = Progress(*columns, TextColumn("{task.fields[speed]}"), transient=True, disable=not show)
         start = time.perf_counter()
-        try:
-            with bar:
-                task = bar.add_task("Generating", total=len(requests), speed="")
-                pending = requests
-                while pending:
+        with bar:
+            task = bar.add_task("Generating", total=len(requests), speed="")
+            pending = requests
+            while pending:
+                with self._engine_alone():
                     self._step(pending[0])
-                    pending = [request for request in pending if request.finish_reason is None]
-                    tokens = sum(request.num_output_tokens for request in requests) if show else 0
-                    speed = f"{tokens / (time.perf_counter() - start):,.0f} tok/s"
-                    bar.update(task, completed=len(requests) - len(pending), speed=speed)
-        finally:
-            self._abort(requests)
+                pending = [request for request in pending if request.finish_reason is None]
+                tokens = sum(request.num_output_tokens for request in requests) if show else 0
+                speed = f"{tokens / (time.perf_counter() - start):,.0f} tok/s"
+                bar.update(task, completed=len(requests) - len(pending), speed=speed)
 
 
 def _output(request: Request) -> GenerationOutput:
@@ -257,34 +295,32 @@ def _output(request: Request) -> GenerationOutput:
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or (prompts and all(isinstance(token, int) for token in prompts)):
-        return [prompts]  # type: ignore[list-item]
-    for prompt in prompts:
-        if not isinstance(prompt, str | list):
-            raise ValueError(f"a prompt is of type {type(prompt).__name__}; expected a string or a list of token ids")
+        return [prompts if isinstance(prompts, str) else list(prompts)]  # type: ignore[arg-type]
     return list(prompts)  # type: ignore[arg-type]
 
 
 def _param_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, list | tuple) or not all(isinstance(one, SamplingParams) for one in params):
+        raise ValueError(f"params is {params!r}; expected SamplingParams or a list of them")
     if len(params) != count:
         raise ValueError(f"params has {len(params)} entries; expected one, or one for each of the {count} prompts")
     return list(params)
 
 
 def _check_options(
-    max_num_seqs: int, max_num_batched_tokens: int, page_size: int, window_size: int, memory_utilization: float
+    max_num_seqs: int, max_num_batched_tokens: int, page_size: int, window_size: int, kv_cache_bytes: int | None
 ) -> None:
     for name, value in (
         ("max_num_seqs", max_num_seqs),
         ("max_num_batched_tokens", max_num_batched_tokens),
         ("page_size", page_size),
         ("wedlm_window_size", window_size),
+        ("kv_cache_bytes", 1 if kv_cache_bytes is None else kv_cache_bytes),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}; expected an integer >= 1")
-    if not 0 < memory_utilization <= 1:
-        raise ValueError(f"gpu_memory_utilization is {memory_utilization!r}; expected a number in (0, 1]")
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | None:
@@ -293,7 +329,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | None:
         # Emulated bfloat16 is slower than float32 and no more exact.
         has_bf16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return None if has_bf16 else torch.float32
-    dtype = getattr(torch, name, None)
+    dtype = getattr(torch, str(name), None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype is {name!r}; expected auto, float32, bfloat16 or float16")
     return dtype
@@ -308,8 +344,12 @@ def _length(config: ModelConfig, asked: int | None) -> int:
     return asked
 
 
-def _mask_token_id(config: ModelConfig, tokenizer: Tokenizer) -> int:
-    """The config's, or the first id that the model has an embedding for and the tokenizer does not use."""
+def _mask_token_id(asked: int | None, config: ModelConfig, tokenizer: Tokenizer) -> int:
+    """The one asked for, the config's, or the first id that has an embedding and that the tokenizer does not use."""
+    if asked is not None:
+        if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked < config.vocab_size:
+            raise ValueError(f"mask_token_id is {asked!r}; expected an id from 0 to {config.vocab_size - 1}")
+        return asked
     if config.mask_token_id is not None:
         return config.mask_token_id
     if tokenizer.vocab_size >= config.vocab_size:

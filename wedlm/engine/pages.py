@@ -121,7 +121,8 @@ class PagePool:
         assert everywhere == list(range(self.num_pages)), "a page is lost or in two places"
         assert all(page in self._digest_of for page in self._idle), "an idle page is not filed"
         assert all(page not in self._digest_of for page in self._free), "a free page is still filed"
-        assert {d: p for p, d in self._digest_of.items()} == self._page_of, "digests and pages disagree"
+        assert {p: d for d, p in self._page_of.items()} == self._digest_of, "digests and pages disagree"
+        assert len(self._page_of) == len(self._digest_of), "a page is filed twice"
 
 
 def _digest(parent: bytes, tokens: Sequence[int]) -> bytes:

@@ -2,13 +2,13 @@
 """What a user may ask of one request, checked where it is made."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 from wedlm.algorithm.params import DECODINGS, Decoding
 
 MAX_LOGPROBS = 20
+_LARGEST = 1e30  # what is multiplied with or divided by must stay finite in float32: inf · 0 and inf / inf are nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,52 +44,66 @@ class SamplingParams:
     wedlm_draft_entropy: float = 1.5
 
     def __post_init__(self) -> None:
-        _number("temperature", self.temperature, low=0.0)
-        if not math.isfinite(self.temperature):
-            raise ValueError(f"temperature is {self.temperature!r}; expected a finite number >= 0")
-        _number("top_p", self.top_p, low=0.0, high=1.0)
-        if self.top_p == 0:
-            raise ValueError("top_p is 0; expected a number in (0, 1]")
-        _integer("top_k", self.top_k, low=-1)
-        _integer("max_tokens", self.max_tokens, low=1)
-        _integer("min_tokens", self.min_tokens, low=0)
+        self._set("temperature", _number("temperature", self.temperature, high=_LARGEST))
+        if self.top_p == 0 and not isinstance(self.top_p, bool):
+            raise ValueError(f"top_p is {self.top_p!r}; expected a number > 0 and <= 1")
+        self._set("top_p", _number("top_p", self.top_p, high=1.0))
+        self._set("top_k", _integer("top_k", self.top_k, low=-1))
+        self._set("max_tokens", _integer("max_tokens", self.max_tokens, low=1))
+        self._set("min_tokens", _integer("min_tokens", self.min_tokens, low=0))
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}; expected at most max_tokens, {self.max_tokens}")
-        object.__setattr__(self, "stop", _strings("stop", self.stop))
-        ids = tuple(self.stop_token_ids or ())
-        for token in ids:
-            _integer("stop_token_ids", token, low=0)
-        object.__setattr__(self, "stop_token_ids", ids)
+        self._set("stop", _strings("stop", self.stop))
+        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos is {self.ignore_eos!r}; expected True or False")
         if self.seed is not None:
-            _integer("seed", self.seed, low=-(2**63), high=2**63 - 1)
+            self._set("seed", _integer("seed", self.seed, low=-(2**63), high=2**63 - 1))
         if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
+            self._set("logprobs", _integer("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS))
         if self.decoding is not None and self.decoding not in DECODINGS:
             raise ValueError(f"decoding is {self.decoding!r}; expected one of {', '.join(DECODINGS)}")
         if self.wedlm_window_size is not None:
-            _integer("wedlm_window_size", self.wedlm_window_size, low=1)
+            self._set("wedlm_window_size", _integer("wedlm_window_size", self.wedlm_window_size, low=1))
         if self.wedlm_entropy_threshold is not None:
-            _number("wedlm_entropy_threshold", self.wedlm_entropy_threshold, low=0.0)
-        _number("wedlm_pos_penalty_factor", self.wedlm_pos_penalty_factor, low=0.0)
-        _number("wedlm_draft_entropy", self.wedlm_draft_entropy, low=0.0)
+            self._set("wedlm_entropy_threshold", _number("wedlm_entropy_threshold", self.wedlm_entropy_threshold))
+        penalty = _number("wedlm_pos_penalty_factor", self.wedlm_pos_penalty_factor, high=_LARGEST)
+        self._set("wedlm_pos_penalty_factor", penalty)
+        self._set("wedlm_draft_entropy", _number("wedlm_draft_entropy", self.wedlm_draft_entropy))
+
+    def _set(self, name: str, value: object) -> None:
+        """Store the checked value: a plain Python number or tuple, whatever kind the user gave."""
+        object.__setattr__(self, name, value)
 
 
-def _number(name: str, value: object, low: float, high: float = math.inf) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool) or not low <= float(value) <= high:
+def _number(name: str, value: object, high: float = math.inf) -> float:
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.nan
+    if not 0 <= number <= high:
         upper = "" if high == math.inf else f" and <= {high:g}"
-        raise ValueError(f"{name} is {value!r}; expected a number >= {low:g}{upper}")
+        raise ValueError(f"{name} is {value!r}; expected a number >= 0{upper}")
+    return number
 
 
-def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    ok = isinstance(value, Integral) and not isinstance(value, bool)
-    if not ok or int(value) < low or (high is not None and int(value) > high):  # type: ignore[call-overload]
-        upper = "" if high is None else f" and <= {high}"
-        raise ValueError(f"{name} is {value!r}; expected an integer >= {low}{upper}")
+def _integer(name: str, value: object, low: int, high: int = 2**31 - 1) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= high:
+        raise ValueError(f"{name} is {value!r}; expected an integer >= {low} and <= {high}")
+    return int(value)
 
 
-def _strings(name: str, value: str | Iterable[str] | None) -> tuple[str, ...]:
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, str | list | tuple | None):
+        raise ValueError(f"{name} is {value!r}; expected a string or a list of strings")
     strings = (value,) if isinstance(value, str) else tuple(value or ())
     for string in strings:
         if not isinstance(string, str) or not string:
             raise ValueError(f"{name} contains {string!r}; expected non-empty strings")
     return strings
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple | None):
+        raise ValueError(f"{name} is {value!r}; expected a list of token ids")
+    return tuple(_integer(name, token, low=0) for token in value or ())

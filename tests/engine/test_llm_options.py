@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLM's own options, chat, warnings, and what a small or a warm cache does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.tiny_llm import (
+    ASSISTANT,
+    LENGTH,
+    MASK,
+    PROMPTS,
+    SLOT_BYTES,
+    USER,
+    VOCAB,
+    alone,
+    check_empty,
+    save_tiny,
+)
+from wedlm.algorithm.params import DECODINGS
+from wedlm.engine.llm import LLM
+from wedlm.engine.sampling_params import SamplingParams
+
+SHORT = SamplingParams(max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def llm(directory) -> LLM:
+    return LLM(directory, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("page_size", 0, "an integer >= 1"),
+        ("page_size", 1.5, "an integer >= 1"),
+        ("max_num_seqs", 0, "an integer >= 1"),
+        ("max_num_seqs", True, "an integer >= 1"),
+        ("max_num_batched_tokens", -1, "an integer >= 1"),
+        ("wedlm_window_size", 0, "an integer >= 1"),
+        ("kv_cache_bytes", 0, "an integer >= 1"),
+        ("kv_cache_bytes", "1GB", "an integer >= 1"),
+        ("kv_cache_bytes", 16 * SLOT_BYTES - 1, f"at least {16 * SLOT_BYTES}, one page"),
+        ("gpu_memory_utilization", 2, "a number > 0 and <= 1"),
+        ("gpu_memory_utilization", 0, "a number > 0 and <= 1"),
+        ("gpu_memory_utilization", float("nan"), "a number > 0 and <= 1"),
+        ("gpu_memory_utilization", "0.9", "a number > 0 and <= 1"),
+        ("max_model_len", 10**9, f"2 to {LENGTH}, the length of this model"),
+        ("max_model_len", 1, f"2 to {LENGTH}"),
+        ("max_model_len", 64.0, f"2 to {LENGTH}"),
+        ("dtype", "int8", "auto, float32, bfloat16 or float16"),
+        ("dtype", "nonsense", "auto, float32, bfloat16 or float16"),
+        ("dtype", torch.float32, "auto, float32, bfloat16 or float16"),
+        ("decoding", "x", "one of streaming, verified, block, autoregressive"),
+        ("mask_token_id", VOCAB, f"an id from 0 to {VOCAB - 1}"),
+        ("mask_token_id", -1, f"an id from 0 to {VOCAB - 1}"),
+        ("mask_token_id", True, f"an id from 0 to {VOCAB - 1}"),
+    ],
+)
+def test_invalid_option(directory, option, value, expected):
+    with pytest.raises(ValueError, match=f"^{option} is ") as caught:
+        LLM(directory, device="cpu", **{option: value})
+    assert str(caught.value).startswith(f"{option} is {value!r}; expected {expected}")
+
+
+def test_unknown_option_is_an_error(directory):
+    """The reference engine drops unknown options without a word."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_model_length'"):
+        LLM(directory, max_model_length=20)
+
+
+def test_defaults_follow_the_checkpoint(directory, llm, tmp_path):
+    assert llm.engine.config.default_decoding == "streaming"
+    assert llm.engine.config.mask_token_id == MASK
+    assert llm.engine.config.max_model_len == LENGTH
+    assert LLM(directory, device="cpu", decoding="block").generate("a", SHORT)[0].stats.decoding == "block"
+    ar = LLM(save_tiny(tmp_path, model_type="qwen3", mask_token_id=None), device="cpu")
+    assert ar.engine.config.default_decoding == "verified"
+    assert ar.engine.config.mask_token_id == ar.tokenizer.vocab_size  # the first embedding that no text needs
+    assert alone(ar, "a", SHORT).text == alone(ar, "a", SamplingParams(max_tokens=12, decoding="autoregressive")).text
+    assert LLM(directory, device="cpu", dtype="bfloat16").generate("a", SHORT)[0].stats.num_tokens == 12
+
+
+def test_no_room_for_a_mask_token(tmp_path):
+    save_tiny(tmp_path, model_type="qwen3", mask_token_id=None, vocab_size=MASK)
+    with pytest.raises(ValueError, match=r"names no mask token and its tokenizer uses all .* expected mask_token_id="):
+        LLM(tmp_path, device="cpu")
+    llm = LLM(tmp_path, device="cpu", mask_token_id=7)
+    assert 7 not in alone(llm, "Hello", SamplingParams(max_tokens=50)).token_ids
+
+
+def test_chat(llm):
+    user = [{"role": "user", "content": "hi"}]
+    assert llm.chat_prompt(user) == [USER, *llm.tokenizer.encode("hi"), ASSISTANT]
+    expected = alone(llm, llm.chat_prompt(user), SHORT).text
+    assert [o.text for o in llm.chat(user, SHORT)] == [expected]
+    more = [*user, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why"}]
+    outputs = llm.chat([user, more], [SHORT, SamplingParams(max_tokens=3)])
+    assert [len(o.token_ids) for o in outputs] == [12, 3]
+    assert outputs[0].text == expected
+    assert outputs[1].stats.num_prompt_tokens == len("hi" + "yes" + "why") + 4
+    for empty in ([], [user, []]):
+        with pytest.raises(ValueError, match="messages is empty; expected at least one message"):
+            llm.chat(empty)
+    check_empty(llm)
+
+
+def test_chat_without_a_template(tmp_path):
+    llm = LLM(save_tiny(tmp_path, chat=False), device="cpu")
+    with pytest.raises(ValueError, match="this model's tokenizer has no chat template; expected a plain prompt"):
+        llm.chat([{"role": "user", "content": "hi"}])
+    check_empty(llm)
+    assert alone(llm, "hi", SHORT).text
+
+
+def test_a_window_wider_than_the_noise_block_warns(tmp_path, recwarn):
+    llm = LLM(save_tiny(tmp_path, block_size=8), device="cpu", wedlm_window_size=8)
+    narrow, wide = SamplingParams(max_tokens=3, wedlm_window_size=8), SamplingParams(max_tokens=3, wedlm_window_size=9)
+    llm.generate("a", narrow)
+    llm.generate("a", SamplingParams(max_tokens=3, wedlm_window_size=16, decoding="autoregressive"))  # no masked rows
+    assert not recwarn.list
+    for ask in (lambda: llm.generate("a", wide), lambda: list(llm.generate_stream("a", wide))):
+        with pytest.warns(UserWarning, match="the window of 9 is wider than the noise block of 8") as caught:
+            ask()
+        assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="the window of 16 is wider"):
+        LLM(tmp_path, device="cpu").generate("a", SHORT)
+
+
+def test_a_window_that_no_step_can_hold_is_refused(directory):
+    llm = LLM(directory, device="cpu", max_num_batched_tokens=20)
+    alone(llm, "Hello" * 10, SamplingParams(max_tokens=5, wedlm_window_size=10))
+    with pytest.raises(
+        ValueError, match=r"wedlm_window_size is 11, which can take 22 rows a step; expected at most max"
+    ):
+        llm.generate("Hello", SamplingParams(max_tokens=5, wedlm_window_size=11))
+    alone(llm, "Hello", SamplingParams(max_tokens=5, wedlm_window_size=20, decoding="verified"))
+
+
+def test_progress(llm, capsys):
+    expected = [o.text for o in llm.generate(PROMPTS, SHORT)]
+    assert capsys.readouterr() == ("", "")  # no terminal, no bar
+    assert [o.text for o in llm.generate(PROMPTS, SHORT, progress=True)] == expected
+    assert [o.text for o in llm.generate(PROMPTS, SHORT, progress=False)] == expected
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_preemption_changes_no_text(directory, llm, page_size):
+    tight = LLM(directory, device="cpu", page_size=page_size, kv_cache_bytes=112 * SLOT_BYTES, max_num_seqs=6)
+    params = [
+        SamplingParams(
+            max_tokens=40, decoding=DECODINGS[i % 4], wedlm_window_size=8, temperature=i % 2, seed=i, logprobs=1
+        )
+        for i in range(len(PROMPTS))
+    ]
+    outputs = tight.generate(PROMPTS, params)
+    check_empty(tight)
+    assert sum(output.stats.num_preemptions for output in outputs) > 0
+    for expected, output in zip(llm.generate(PROMPTS, params), outputs, strict=True):
+        assert expected.stats.num_preemptions == 0
+        assert (output.text, output.token_ids, output.token_steps) == (
+            expected.text,
+            expected.token_ids,
+            expected.token_steps,
+        )
+        torch.testing.assert_close(torch.tensor(output.logprobs), torch.tensor(expected.logprobs), atol=1e-4, rtol=0)
+
+
+def test_prefix_reuse(directory):
+    llm = LLM(directory, device="cpu", page_size=4)
+    stem = "The quick brown fox jumps over the lazy dog. "
+    first = alone(llm, stem + "One", SHORT)
+    again = alone(llm, stem + "One", SHORT)
+    other = alone(llm, stem + "Two", SHORT)
+    ar = alone(llm, stem + "One", SamplingParams(max_tokens=12, decoding="autoregressive"))
+    assert first.stats.num_reused_tokens == 0
+    assert again.stats.num_reused_tokens == 48  # all 48 tokens of the prompt
+    assert other.stats.num_reused_tokens == 44  # up to the first page that differs
+    assert ar.stats.num_reused_tokens == 44  # all but the anchor's page
+    assert again.text == first.text
+    fresh = LLM(directory, device="cpu", page_size=4)
+    assert alone(fresh, stem + "Two", SHORT).text == other.text
