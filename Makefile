@@ -29,16 +29,16 @@ demo: $(VENV)/installed
 	@$(BIN)/wedlm demo
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m long --report-long tests/report_long.md
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 -m long --report-long tests/report_long.md
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .

@@ -10,6 +10,7 @@ with a window of R. Variants and transformers take turns within every repetition
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -63,6 +64,13 @@ def engine_step_ms(llm: LLM, prompt: list[int], rows: int) -> list[float]:
         if changed:
             times.append((time.perf_counter() - start) * 1e3)
     return times
+
+
+def cpu_name() -> str:
+    """As Linux names it, else the architecture."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.machine()
 
 
 def peak_memory_mb() -> float:
@@ -120,7 +128,7 @@ def report(args: argparse.Namespace, samples: dict[tuple[str, int], list[float]]
         "benchmark": "cpu_step",
         "date": date.today().isoformat(),
         "model": "SmolLM2-135M-Instruct (demo)",
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "threads": args.threads,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -131,7 +139,8 @@ def report(args: argparse.Namespace, samples: dict[tuple[str, int], list[float]]
         "results": results,
     }
     header = (
-        f"# Cost of a step on the CPU\n\n{record['model']}, {args.threads} threads, torch {torch.__version__}, "
+        f"# Cost of a step on the CPU\n\n{record['model']}, {record['cpu']}, {args.threads} threads, "
+        f"torch {torch.__version__}, "
         f"transformers {transformers.__version__} (bfloat16), context {PROMPT_TOKENS}; median of "
         f"{args.repetitions} repetitions, each the median of {STEPS} steps, variants taking turns. "
         f"Peak memory of a process that loads the model and answers: {record['peak_memory_mb']:.0f} MB.\n\n"

@@ -5,7 +5,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wedlm.engine.llm import LLM, GenerationOutput, StreamPiece
+    from wedlm.engine.llm import LLM
+    from wedlm.engine.outputs import GenerationOutput, StreamPiece
     from wedlm.engine.sampling_params import SamplingParams
 
 __all__ = ["LLM", "GenerationOutput", "SamplingParams", "StreamPiece"]

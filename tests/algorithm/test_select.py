@@ -47,9 +47,6 @@ def test_select_fill_equals_a_loop(batch):
     assert found.tolist() == expected
 
 
-@pytest.mark.xfail(
-    strict=True, reason="nan is below no threshold and equals no minimum: a streaming request never ends"
-)
 @pytest.mark.parametrize("entropy", [[math.nan, 1.0], [1.0, math.nan], [math.nan, math.nan]], ids=str)
 @pytest.mark.parametrize("threshold", [-math.inf, 0.4])
 def test_nan_does_not_stop_the_progress(entropy, threshold):

@@ -130,7 +130,7 @@ def choose_token(logits: Tensor, position: int, params: DecodeParams) -> int:
     probs, mass = torch.softmax(logits[ranked], dim=-1).tolist(), 0.0
     kept: list[int] = []
     for token, prob in zip(ranked, probs, strict=True):
-        if kept and mass >= params.top_p:
+        if kept and params.top_p < 1 and mass >= params.top_p:
             break
         kept.append(token)
         mass += prob

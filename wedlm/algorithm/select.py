@@ -19,7 +19,8 @@ def select_fill(
     column = torch.arange(masked.shape[1], device=masked.device)
     first = torch.where(masked, column, masked.shape[1]).amin(dim=1, keepdim=True)
     adjusted = entropy.double() + penalty.double()[:, None] * (column - first)
-    adjusted = torch.where(masked, adjusted, torch.inf)
+    # nan (logits that overflowed) counts as least certain: a step must fill something, or decoding would never end.
+    adjusted = torch.where(masked, adjusted, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
     below = adjusted < threshold.double()[:, None]
     smallest = masked & (adjusted == adjusted.amin(dim=1, keepdim=True))
     leftmost = smallest & (smallest.cumsum(dim=1) == 1)

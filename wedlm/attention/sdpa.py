@@ -10,8 +10,10 @@ from torch.nn import functional as F
 
 from wedlm.attention.base import ExtendBatch, KVCache
 
-# Sequences with at most this many rows share one padded call; longer ones (prompt chunks) get a call each.
+# Sequences with at most this many rows share one padded call. Longer ones (prompt chunks) are cut into blocks with a
+# call each: a block's mask stays small, and it does not touch keys that only later rows see.
 _MAX_ROWS_PADDED = 64
+_ROWS_PER_BLOCK = 256
 
 
 class CausalAttend:
@@ -24,6 +26,19 @@ class CausalAttend:
             q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], is_causal=True, enable_gqa=True
         )
         return out[0].transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Consecutive rows of one sequence: from ``offset`` in the packed rows; the first sees ``start`` keys and itself.
+
+    ``slots`` are the physical slots of all keys that the last of them sees.
+    """
+
+    offset: int
+    start: int
+    count: int
+    slots: Int[Tensor, " J"]
 
 
 @dataclass(frozen=True)
@@ -49,12 +64,18 @@ class PagedSdpa:
         ]
         new_slots = [s[start:] for s, start in zip(slots, batch.starts, strict=True)]
         self.new_slots = torch.cat(new_slots).to(device)
-        offsets = [0]
-        for count in batch.counts:
-            offsets.append(offsets[-1] + count)
-        short = [s for s, count in enumerate(batch.counts) if 0 < count <= _MAX_ROWS_PADDED]
-        groups = [[s] for s, count in enumerate(batch.counts) if count > _MAX_ROWS_PADDED] + ([short] if short else [])
-        self.groups = [_plan_group(members, batch, offsets, slots, device) for members in groups]
+        short, groups, offset = [], [], 0
+        for start, count, own in zip(batch.starts, batch.counts, slots, strict=True):
+            if 0 < count <= _MAX_ROWS_PADDED:
+                short.append(_Rows(offset, start, count, own))
+            else:
+                for row in range(0, count, _ROWS_PER_BLOCK):
+                    num_rows = min(_ROWS_PER_BLOCK, count - row)
+                    groups.append([_Rows(offset + row, start + row, num_rows, own[: start + row + num_rows])])
+            offset += count
+        if short:
+            groups.append(short)
+        self.groups = [_plan_group(members, device) for members in groups]
         self.masks: list[Tensor | None] = []
 
     def __call__(
@@ -89,16 +110,15 @@ def _slots(pages: list[int], num_slots: int, page_size: int) -> Int[Tensor, " J"
     return (first + torch.arange(page_size)).flatten()[:num_slots]
 
 
-def _plan_group(
-    members: list[int], batch: ExtendBatch, offsets: list[int], slots: list[Tensor], device: torch.device
-) -> _Group:
-    counts = torch.tensor([batch.counts[s] for s in members])
-    starts = torch.tensor([batch.starts[s] for s in members])
+def _plan_group(members: list[_Rows], device: torch.device) -> _Group:
+    counts = torch.tensor([member.count for member in members])
+    starts = torch.tensor([member.start for member in members])
+    offsets = torch.tensor([member.offset for member in members])
     row = torch.arange(int(counts.max()))
-    rows = torch.tensor([offsets[s] for s in members])[:, None] + torch.minimum(row, counts[:, None] - 1)
+    rows = offsets[:, None] + torch.minimum(row, counts[:, None] - 1)
     real = row < counts[:, None]
     # A padded key repeats the sequence's first slot; no row sees it.
-    padded = torch.nn.utils.rnn.pad_sequence([slots[s] for s in members], batch_first=True, padding_value=-1)
+    padded = torch.nn.utils.rnn.pad_sequence([m.slots for m in members], batch_first=True, padding_value=-1)
     padded = torch.where(padded < 0, padded[:, :1], padded)
     visible = None
     if len(members) > 1 or len(row) > 1:

@@ -2,68 +2,31 @@
 """``LLM``: a checkpoint, an engine and a tokenizer behind a few methods."""
 
 import itertools
-import os
+import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from wedlm.algorithm.params import DECODINGS, Decoding
+from wedlm.algorithm.params import Decoding
 from wedlm.attention.base import KVCache
+from wedlm.engine import options
 from wedlm.engine.engine import Engine, EngineConfig
+from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.pages import PagePool
 from wedlm.engine.runner import Runner
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.engine.types import Alternatives, Request, RequestStats
-from wedlm.model import ModelConfig, Tokenizer, load_model, load_tokenizer, pack_for_inference
+from wedlm.engine.types import Request
+from wedlm.model import Tokenizer, load_model, load_tokenizer, pack_for_inference
 
 Message = Mapping[str, Any]
 Prompt = str | list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationOutput:
-    """What became of one prompt; fields by attribute or by name in brackets.
-
-    ``finish_reason``: "stop" (end token or stop string), "length", "abort", or "error", which ``error`` explains.
-    ``token_steps[i]`` is the forward, counted from 0 after the prompt, that made token i final.
-    ``logprobs`` and ``top_logprobs`` are there if ``SamplingParams.logprobs`` asked for them.
-    """
-
-    text: str
-    token_ids: list[int]
-    stats: RequestStats | None
-    finish_reason: str
-    token_steps: list[int] = field(default_factory=list)
-    logprobs: list[float] | None = None
-    top_logprobs: list[Alternatives] | None = None
-    error: str | None = None
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.__slots__:
-            raise KeyError(name)
-        return getattr(self, name)
-
-
-@dataclass(frozen=True, slots=True)
-class StreamPiece:
-    """News of a stream: text that will not change any more, tokens, the forward that made them final.
-
-    The last piece carries the whole ``output``.
-    """
-
-    text: str
-    token_ids: list[int]
-    step: int
-    output: GenerationOutput | None
 
 
 class LLM:
@@ -93,23 +56,27 @@ class LLM:
         kv_cache_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
     ) -> None:
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        _check_options(max_num_seqs, max_num_batched_tokens, page_size, wedlm_window_size, kv_cache_bytes)
-        if not isinstance(gpu_memory_utilization, int | float) or not 0 < gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization is {gpu_memory_utilization!r}; expected a number > 0 and <= 1")
-        if decoding is not None and decoding not in DECODINGS:
-            raise ValueError(f"decoding is {decoding!r}; expected one of {', '.join(DECODINGS)}")
+        self.device = options.read_device(device)
+        options.positive_integers(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            page_size=page_size,
+            wedlm_window_size=wedlm_window_size,
+            kv_cache_bytes=1 if kv_cache_bytes is None else kv_cache_bytes,
+        )
+        utilization = options.read_fraction("gpu_memory_utilization", gpu_memory_utilization)
+        weights_dtype = options.read_dtype(dtype, self.device)
         self.tokenizer: Tokenizer = load_tokenizer(model)
-        transformer, self.model_config = load_model(model, _dtype(dtype, self.device), self.device)
+        transformer, self.model_config = load_model(model, weights_dtype, self.device)
         self.model = pack_for_inference(transformer)
-        length = _length(self.model_config, max_model_len)
-        mask_token_id = _mask_token_id(mask_token_id, self.model_config, self.tokenizer)
+        length = options.read_length(max_model_len, self.model_config)
+        mask_token_id = options.read_mask_token_id(mask_token_id, self.model_config, self.tokenizer)
         config = EngineConfig(
             vocab_size=self.model_config.vocab_size,
             mask_token_id=mask_token_id,
             end_token_ids=self.model_config.eos_token_ids,
             max_model_len=length,
-            default_decoding=decoding or ("streaming" if self.model_config.is_wedlm else "verified"),
+            default_decoding=options.read_decoding(decoding, self.model_config),
             default_window_size=wedlm_window_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -119,7 +86,7 @@ class LLM:
         per_token = KVCache.bytes_per_token(self.model_config.num_layers, *shape)
         if kv_cache_bytes is None:
             wanted = 4 * (length + 2 * wedlm_window_size) * per_token
-            kv_cache_bytes = _cache_bytes(self.device, wanted, gpu_memory_utilization)
+            kv_cache_bytes = options.default_cache_bytes(self.device, wanted, utilization)
         num_pages = kv_cache_bytes // (per_token * page_size)
         if num_pages < 1:
             raise ValueError(f"kv_cache_bytes is {kv_cache_bytes}; expected at least {per_token * page_size}, one page")
@@ -161,7 +128,7 @@ class LLM:
             self._run(list(requests.values()), progress)
         finally:
             self._abort(list(requests.values()))
-        outputs |= {index: _output(request) for index, request in requests.items()}
+        outputs |= {index: GenerationOutput.of(request) for index, request in requests.items()}
         return [outputs[index] for index in range(len(prompt_list))]
 
     def chat(
@@ -183,7 +150,7 @@ class LLM:
         if not messages:
             raise ValueError("messages is empty; expected at least one message")
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_kwargs)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self._encode(text, add_special_tokens=False)
 
     def generate_stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
         """Yield text as it becomes final. Closing the iterator aborts the request."""
@@ -202,7 +169,7 @@ class LLM:
             while output is None:
                 with self._engine_alone():  # another thread's step must not change the request while it is read
                     self._step(request)
-                    output = None if request.finish_reason is None else _output(request)
+                    output = None if request.finish_reason is None else GenerationOutput.of(request)
                     end = request.text.stable if output is None else len(request.text.text)
                     piece = StreamPiece(
                         request.text.text[shown:end], request.output_token_ids[told:], request.num_forwards - 1, output
@@ -225,16 +192,16 @@ class LLM:
                 "with: it meets distances it never saw",
                 stacklevel=3,
             )
-        ids = self._encode(prompt) if isinstance(prompt, str) else prompt
+        ids = self._encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
         with self._engine_alone():
             return self.engine.add(f"request-{next(self._ids)}", ids, params)
 
-    def _encode(self, prompt: str) -> list[int]:
+    def _encode(self, prompt: str, add_special_tokens: bool) -> list[int]:
         try:
-            prompt.encode()
+            prompt.encode()  # the tokenizer's own message for a lone surrogate tells nobody anything
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt is no Unicode text ({error.reason}); expected valid characters") from error
-        return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode(prompt, add_special_tokens)
 
     @contextmanager
     def _engine_alone(self) -> Iterator[None]:
@@ -251,7 +218,8 @@ class LLM:
     def _step(self, request: Request) -> None:
         """Advance the engine, for everybody, unless another thread has finished the request meanwhile."""
         if request.finish_reason is None:
-            self.engine.step()
+            with _interrupts_deferred():
+                self.engine.step()
 
     def _abort(self, requests: Sequence[Request]) -> None:
         with self._lock:
@@ -278,19 +246,24 @@ class LLM:
                 bar.update(task, completed=len(requests) - len(pending), speed=speed)
 
 
-def _output(request: Request) -> GenerationOutput:
-    assert request.text is not None
-    assert request.finish_reason is not None
-    asked = request.params.logprobs
-    return GenerationOutput(
-        text=request.text.text,
-        token_ids=request.output_token_ids,
-        stats=RequestStats.of(request, time.perf_counter()),
-        finish_reason=request.finish_reason,
-        token_steps=list(request.token_steps),
-        logprobs=None if asked is None else list(request.logprobs),
-        top_logprobs=list(request.alternatives) if asked else None,
-    )
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C takes effect after the step: half of one would lose tokens of all requests in it.
+
+    Only where Python's own handler is in force: whoever installed another decides for himself.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    caught: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -307,61 +280,3 @@ def _param_list(params: SamplingParams | Sequence[SamplingParams] | None, count:
     if len(params) != count:
         raise ValueError(f"params has {len(params)} entries; expected one, or one for each of the {count} prompts")
     return list(params)
-
-
-def _check_options(
-    max_num_seqs: int, max_num_batched_tokens: int, page_size: int, window_size: int, kv_cache_bytes: int | None
-) -> None:
-    for name, value in (
-        ("max_num_seqs", max_num_seqs),
-        ("max_num_batched_tokens", max_num_batched_tokens),
-        ("page_size", page_size),
-        ("wedlm_window_size", window_size),
-        ("kv_cache_bytes", 1 if kv_cache_bytes is None else kv_cache_bytes),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is {value!r}; expected an integer >= 1")
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """None means the checkpoint's own."""
-    if name == "auto":
-        # Emulated bfloat16 is slower than float32 and no more exact.
-        has_bf16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return None if has_bf16 else torch.float32
-    dtype = getattr(torch, str(name), None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype is {name!r}; expected auto, float32, bfloat16 or float16")
-    return dtype
-
-
-def _length(config: ModelConfig, asked: int | None) -> int:
-    longest = config.max_length
-    if asked is None:
-        return longest
-    if isinstance(asked, bool) or not isinstance(asked, int) or not 2 <= asked <= longest:
-        raise ValueError(f"max_model_len is {asked!r}; expected 2 to {longest}, the length of this model")
-    return asked
-
-
-def _mask_token_id(asked: int | None, config: ModelConfig, tokenizer: Tokenizer) -> int:
-    """The one asked for, the config's, or the first id that has an embedding and that the tokenizer does not use."""
-    if asked is not None:
-        if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked < config.vocab_size:
-            raise ValueError(f"mask_token_id is {asked!r}; expected an id from 0 to {config.vocab_size - 1}")
-        return asked
-    if config.mask_token_id is not None:
-        return config.mask_token_id
-    if tokenizer.vocab_size >= config.vocab_size:
-        raise ValueError(
-            f"this checkpoint names no mask token and its tokenizer uses all {config.vocab_size} ids; "
-            "expected mask_token_id=..., an id that its text never needs"
-        )
-    return tokenizer.vocab_size
-
-
-def _cache_bytes(device: torch.device, wanted: int, utilization: float) -> int:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return int(max(0, free - (1 - utilization) * total))
-    return min(wanted, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)

@@ -43,7 +43,7 @@ class _BatchParams:
             window=WindowParams.stack(params, device),
             temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
             top_k=torch.tensor([p.top_k for p in params], dtype=torch.long, device=device),
-            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
             seed=torch.tensor([p.seed for p in params], dtype=torch.long, device=device),
             end_tokens=torch.tensor(ends, dtype=torch.long, device=device).reshape(len(params), num_ends),
             first_free_end=torch.tensor([p.first_free_end for p in params], dtype=torch.long, device=device),
