@@ -63,7 +63,8 @@ class PagedSdpa:
             for pages, start, count in zip(batch.pages, batch.starts, batch.counts, strict=True)
         ]
         new_slots = [s[start:] for s, start in zip(slots, batch.starts, strict=True)]
-        self.new_slots = torch.cat(new_slots).to(device)
+        all_new = torch.cat(new_slots)
+        self.new_slots, self.new_span = all_new.to(device), _span(all_new)
         short, groups, offset = [], [], 0
         for start, count, own in zip(batch.starts, batch.counts, slots, strict=True):
             if 0 < count <= _MAX_ROWS_PADDED:
@@ -82,8 +83,11 @@ class PagedSdpa:
         self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "T K D"], v: Float[Tensor, "T K D"]
     ) -> Float[Tensor, "T H D"]:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys.index_copy_(0, self.new_slots, k)
-        values.index_copy_(0, self.new_slots, v)
+        if self.new_span is not None:
+            keys[self.new_span], values[self.new_span] = k, v
+        else:
+            keys.index_copy_(0, self.new_slots, k)
+            values.index_copy_(0, self.new_slots, v)
         if not self.masks:  # once a step: all layers have the same heads
             self.masks = [_fold_mask(group.visible, q.shape[1] // k.shape[1], q.dtype) for group in self.groups]
         if len(self.groups) == 1 and self.groups[0].rows.shape[0] == 1:
@@ -110,6 +114,13 @@ def _slots(pages: list[int], num_slots: int, page_size: int) -> Int[Tensor, " J"
     return (first + torch.arange(page_size)).flatten()[:num_slots]
 
 
+def _span(slots: Int[Tensor, " J"]) -> slice | None:
+    """The slots as a slice, if they are consecutive: reading and writing them then needs no index."""
+    first, last = int(slots[0]), int(slots[-1])
+    consecutive = last - first + 1 == len(slots) and bool((slots.diff() == 1).all())
+    return slice(first, last + 1) if consecutive else None
+
+
 def _plan_group(members: list[_Rows], device: torch.device) -> _Group:
     counts = torch.tensor([member.count for member in members])
     starts = torch.tensor([member.start for member in members])
@@ -117,17 +128,20 @@ def _plan_group(members: list[_Rows], device: torch.device) -> _Group:
     row = torch.arange(int(counts.max()))
     rows = offsets[:, None] + torch.minimum(row, counts[:, None] - 1)
     real = row < counts[:, None]
-    # A padded key repeats the sequence's first slot; no row sees it.
-    padded = torch.nn.utils.rnn.pad_sequence([m.slots for m in members], batch_first=True, padding_value=-1)
-    padded = torch.where(padded < 0, padded[:, :1], padded)
+    if len(members) == 1:
+        padded = members[0].slots[None]
+        span = _span(padded[0])
+    else:
+        # A padded key repeats the sequence's first slot; no row sees it.
+        padded = torch.nn.utils.rnn.pad_sequence([m.slots for m in members], batch_first=True, padding_value=-1)
+        padded, span = torch.where(padded < 0, padded[:, :1], padded), None
     visible = None
     if len(members) > 1 or len(row) > 1:
         limit = starts[:, None] + row
         visible = (torch.arange(padded.shape[1]) <= limit[..., None])[:, None].to(device)
-    contiguous = len(members) == 1 and bool((padded[0].diff() == 1).all())
     return _Group(
         rows=rows.to(device),
-        slots=slice(int(padded[0, 0]), int(padded[0, -1]) + 1) if contiguous else padded.to(device),
+        slots=padded.to(device) if span is None else span,
         visible=visible,
         packed=rows[real].to(device),
         real=real.to(device),
@@ -149,7 +163,12 @@ def _attend(
     num_kv_heads = k.shape[2]
     share = num_heads // num_kv_heads
     # The query heads of one key head become rows of it, so that no key is repeated: [N K share·R D].
-    q = q.view(num_sequences, num_rows, num_kv_heads, share, head_dim).permute(0, 2, 3, 1, 4)
-    out = F.scaled_dot_product_attention(q.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    if num_rows == 1:  # they lie so already, and a single row is too short a time for copies
+        q = q.view(num_sequences, num_kv_heads, share, head_dim)
+    else:
+        q = q.view(num_sequences, num_rows, num_kv_heads, share, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    if num_rows == 1:
+        return out.reshape(num_sequences, 1, num_heads, head_dim)
     out = out.view(num_sequences, num_kv_heads, share, num_rows, head_dim)
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
