@@ -5,19 +5,19 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long check format clean
+.PHONY: help demo test test-long style check format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       install and answer real prompts with the embedded model"
 	@echo "make test       the tests, under 10 minutes on 2 cores"
 	@echo "make test-long  what takes longer; writes tests/report_long.md"
-	@echo "make check      format, lint, types, tests: what CI runs"
+	@echo "make check      format, lint, types (make style) and tests: what CI runs"
 	@echo "make format     rewrite the sources in the project's format"
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
@@ -34,11 +34,12 @@ test: $(VENV)/installed-dev
 test-long: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 -m long --report-long tests/report_long.md
 
-check: $(VENV)/installed-dev
+style: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: style test
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
