@@ -30,7 +30,7 @@ FIELDS = {
     "pos_penalty": "wedlm_pos_penalty_factor",
     "draft_entropy": "wedlm_draft_entropy",
 }
-_LLM_OPTIONS = ("dtype", "max_model_len", "max_num_seqs")
+_LLM_OPTIONS = ("dtype", "device", "max_model_len", "max_num_seqs")
 
 
 def sampling_params(options: Mapping[str, Any]) -> "SamplingParams":
@@ -52,7 +52,7 @@ def parse_threshold(text: str) -> float | None:
 
 def load_llm(options: Mapping[str, Any]) -> "LLM":
     """An ``LLM``, with a status line while it loads. Raises ValueError."""
-    model, threads, device = options["model"], options.get("threads"), options.get("device", "auto")
+    model, threads = options["model"], options.get("threads")
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; expected at least 1")
     with status(f"Loading {model} ..."):
@@ -63,14 +63,8 @@ def load_llm(options: Mapping[str, Any]) -> "LLM":
     locate(model)  # outside the status line: a download shows its own progress
     if threads is not None:
         torch.set_num_threads(threads)
-    if device != "auto":
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device is {device!r}, which torch cannot use here: {reason}") from None
     with status(f"Loading {model} ..."):
-        return LLM(model, device=device, **{name: options[name] for name in _LLM_OPTIONS if name in options})
+        return LLM(model, **{name: options[name] for name in _LLM_OPTIONS if name in options})
 
 
 def run_generate(
@@ -110,7 +104,7 @@ def stream_answer(
         write(piece.text, PALETTE[piece.step % len(PALETTE)] if coloured else "")
         output, last = piece.output, piece.text[-1:] or last
         if interrupt.asked:
-            _abort_all(llm)
+            llm.abort()
     assert output is not None, "the last piece of a stream carries the output"
     if last != "\n":
         write("\n")
@@ -169,15 +163,9 @@ def _finish(llm: "LLM", stream: Any, index: int, interrupt: Interrupt) -> "Gener
     for piece in stream:
         output = piece.output
         if interrupt.asked:
-            _abort_all(llm)
+            llm.abort()
     assert output is not None, "the last piece of a stream carries the output"
     return output
-
-
-def _abort_all(llm: "LLM") -> None:
-    """End every request; their streams then give what they have. Only where no other thread uses the engine."""
-    for request_id in list(llm.engine.requests):
-        llm.engine.abort(request_id)
 
 
 def _user(text: str) -> dict[str, str]:

@@ -284,3 +284,13 @@ def test_a_stream_closed_by_the_garbage_collector_inside_a_step(llm, monkeypatch
     monkeypatch.setattr(llm.engine, "step", collecting)
     in_threads([lambda: llm.generate("Hello", SamplingParams(max_tokens=3))])
     check_empty(llm)
+
+
+def test_abort_ends_every_stream(llm):
+    streams = [llm.generate_stream(prompt, SamplingParams(max_tokens=60, ignore_eos=True)) for prompt in PROMPTS]
+    for stream in streams:
+        next(stream)
+    llm.abort()
+    for stream in streams:
+        assert list(stream)[-1].output.finish_reason == "abort"
+    check_empty(llm)

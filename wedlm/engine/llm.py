@@ -159,6 +159,10 @@ class LLM:
         next(stream)  # into its try: closing an iterator that nobody read must abort, too
         return stream
 
+    def abort(self) -> None:
+        """End every request; streams give their last piece, with what they have and ``finish_reason`` "abort"."""
+        self._abort(list(self.engine.requests.values()))
+
     def _stream(self, request: Request) -> Iterator[StreamPiece]:
         """An empty piece first, then those of the request."""
         assert request.text is not None

@@ -39,9 +39,9 @@ def read_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"device is {name!r}; expected auto or a device of this torch ({reason})") from error
+        raise ValueError(f"device is {name!r}, which torch cannot use here: {reason}; expected auto or cpu") from error
     return device
 
 
