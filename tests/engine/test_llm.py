@@ -3,26 +3,15 @@
 
 import copy
 import random
-from pathlib import Path
 
 import pytest
 
-from tests.engine.tiny_llm import END, LENGTH, MASK, PROMPTS, SLOT_BYTES, VOCAB, alone, check_empty, save_tiny
+from tests.engine.tiny_llm import END, LENGTH, MASK, PROMPTS, SLOT_BYTES, VOCAB, alone, check_empty
 from wedlm.algorithm.params import DECODINGS
 from wedlm.engine.llm import LLM
 from wedlm.engine.sampling_params import SamplingParams
 
 SHORT = SamplingParams(max_tokens=12)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def llm(directory) -> LLM:
-    return LLM(directory, device="cpu")
 
 
 def mixed_params(seed: int = 0) -> list[SamplingParams]:

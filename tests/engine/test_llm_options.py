@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLM's own options, chat, warnings, and what a small or a warm cache does."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -23,16 +21,6 @@ from wedlm.engine.llm import LLM
 from wedlm.engine.sampling_params import SamplingParams
 
 SHORT = SamplingParams(max_tokens=12)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def llm(directory) -> LLM:
-    return LLM(directory, device="cpu")
 
 
 @pytest.mark.parametrize(

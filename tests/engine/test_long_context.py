@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contexts beyond the trained length: YaRN at 32k positions through pages and chunks, against one plain forward."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from tests.engine.test_engine_reference import CONFIG as SHORT_CONFIG
 from tests.engine.test_engine_reference import END, MASK, VOCAB
 from wedlm.attention.base import KVCache
 from wedlm.attention.sdpa import CausalAttend
@@ -11,22 +14,17 @@ from wedlm.engine.engine import Engine, EngineConfig
 from wedlm.engine.pages import PagePool
 from wedlm.engine.runner import Runner
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.model import ModelConfig, RopeScaling, Transformer, pack_for_inference
+from wedlm.model import RopeScaling, Transformer, pack_for_inference
 
 LENGTH = 32_768
-CONFIG = ModelConfig(
+CONFIG = replace(
+    SHORT_CONFIG,
     model_type="qwen2",
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
     head_dim=8,
-    rms_norm_eps=1e-6,
     rope_theta=1e6,
     rope_scaling=RopeScaling("yarn", factor=4.0, original_max_position_embeddings=LENGTH // 4),
     max_position_embeddings=LENGTH // 4,
+    qk_norm=False,
     qkv_bias=True,
 )
 

@@ -161,7 +161,8 @@ class LLM:
 
     def abort(self) -> None:
         """End every request; streams give their last piece, with what they have and ``finish_reason`` "abort"."""
-        self._abort(list(self.engine.requests.values()))
+        with self._lock:
+            self._abort(list(self.engine.requests.values()))
 
     def _stream(self, request: Request) -> Iterator[StreamPiece]:
         """An empty piece first, then those of the request."""

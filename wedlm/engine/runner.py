@@ -13,6 +13,7 @@ from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, ent
 from wedlm.algorithm.window import Emitted, RowResults, WindowParams, WindowState, advance, extend
 from wedlm.attention.base import ExtendBatch, KVCache
 from wedlm.attention.sdpa import PagedSdpa
+from wedlm.engine.sampling_params import MAX_LOGPROBS
 from wedlm.engine.types import Alternatives, Request, StepPlan, WindowResult, WindowSnapshot, Work
 
 RowsForward = Callable[..., Tensor]  # model(tokens_T, positions_T, attend, logits_rows) -> logits [L, V]
@@ -170,9 +171,11 @@ class Runner:
         if params.any_entropy or any_logprobs:
             entropy, normaliser = entropy_and_normaliser(logits)
         raw = logits.clone() if any_logprobs else logits
-        end_tokens = params.end_tokens[rows.sequence] if params.any_end_banned else logits.new_zeros(len(logits), 0)
+        end_tokens = params.end_tokens[rows.sequence]
+        if not params.any_end_banned:
+            end_tokens = end_tokens[:, :0]  # nothing to scatter
         end_banned = target < params.first_free_end[rows.sequence]
-        logits = ban_tokens(logits, self.mask_token_id, end_tokens.long(), end_banned)
+        logits = ban_tokens(logits, self.mask_token_id, end_tokens, end_banned)
         sampling = SamplingBatch(
             temperature=params.temperature[rows.sequence],
             top_k=params.top_k[rows.sequence],
@@ -185,7 +188,7 @@ class Runner:
         choice = choose_tokens(logits, sampling)
         logprobs = raw.gather(1, choice[:, None])[:, 0] - normaliser
         if any_logprobs:
-            self._keep_alternatives(raw - normaliser[:, None], rows.sequence, target, windows, state)
+            self._keep_alternatives(raw - normaliser[:, None], rows.sequence, target, windows)
         at = (rows.sequence, column)
         shape = state.tokens.shape
         return RowResults(
@@ -194,15 +197,13 @@ class Runner:
             logprobs=torch.zeros(shape, device=self.device).index_put_(at, logprobs),
         )
 
-    def _keep_alternatives(
-        self, logprobs: Tensor, sequence: Tensor, target: Tensor, windows: list[Work], state: WindowState
-    ) -> None:
+    def _keep_alternatives(self, logprobs: Tensor, sequence: Tensor, target: Tensor, windows: list[Work]) -> None:
         """Remember the top log-probabilities for every position that this step may fill; emission reads the last ones.
 
         A masked position that stays masked is overwritten by the next step. When verifying, the masked row of a
         position comes after the filled row that decides it, so the first one written for a position stands.
         """
-        top = logprobs.topk(min(20, logprobs.shape[1]), dim=1)
+        top = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[1]), dim=1)
         items = zip(sequence.tolist(), target.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
         fresh: set[tuple[int, int]] = set()
         for s, position, tokens, values in items:
