@@ -8,18 +8,13 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.engine.tiny_llm import END, PROMPTS, alone, check_empty, save_tiny
+from tests.engine.tiny_llm import END, PROMPTS, alone, check_empty
 from wedlm.algorithm.params import DECODINGS
 from wedlm.engine.llm import LLM
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.types import Request
 
 SHORT = SamplingParams(max_tokens=12)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
