@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dual-stream training rows (paper section 3.3): a clean stream, a prediction stream, and who sees whom.
+
+``sees`` is the one rule. The dense mask and the list of ranges are made from it here, FlexAttention's block mask in
+``wedlm.attention.flex``; tests compare all of them with the rule applied pair by pair.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from wedlm.algorithm.noise import Noise
+
+PADDING = -1
+
+
+class RowLabels(NamedTuple):
+    """What decides who sees whom, for R rows (or [..., R] of several sequences).
+
+    ``document`` is PADDING for rows that are not there; ``block`` rises along each document in both streams;
+    ``prediction`` tells the streams apart. Rows are ordered: clean ones by position, then prediction ones by document,
+    block, and inside a block observed before masked.
+    """
+
+    document: Int[Tensor, "*S R"]
+    block: Int[Tensor, "*S R"]
+    prediction: Bool[Tensor, "*S R"]
+
+
+@dataclass(frozen=True)
+class DualStream:
+    """R training rows of one sequence.
+
+    ``target`` is the token whose cross-entropy counts at a row: a masked row's own token, a clean row's next token
+    (0 where ``is_ar`` and ``masked`` are both False). ``weight`` is that of the masked loss, 0 elsewhere; ``depth`` is
+    how many masked rows of its block come before a masked row; ``ratio`` its block's γ.
+    """
+
+    tokens: Int[Tensor, " R"]
+    positions: Int[Tensor, " R"]
+    labels: RowLabels
+    target: Int[Tensor, " R"]
+    masked: Bool[Tensor, " R"]
+    is_ar: Bool[Tensor, " R"]
+    weight: Float[Tensor, " R"]
+    depth: Int[Tensor, " R"]
+    ratio: Float[Tensor, " R"]
+
+
+def sees(
+    query: RowLabels, key: RowLabels, query_row: Int[Tensor, "*B"], key_row: Int[Tensor, "*B"]
+) -> Bool[Tensor, "*B"]:
+    """Whether each query row sees each key row; arguments broadcast against each other.
+
+    Clean → clean: causal. Prediction → clean: earlier blocks only. Prediction → prediction: same block, causal in row
+    order. Clean → prediction and across documents: never. Padding sees itself alone, so that no softmax is empty.
+    """
+    causal = key_row <= query_row
+    own_stream = causal & (~query.prediction | (key.block == query.block))
+    other_stream = query.prediction & (key.block < query.block)
+    related = torch.where(query.prediction == key.prediction, own_stream, other_stream)
+    there = (query.document != PADDING) & (query.document == key.document)
+    return torch.where(there, related, key_row == query_row)
+
+
+def dense_mask(labels: RowLabels) -> Bool[Tensor, "*S R R"]:
+    """``sees`` for all pairs: [..., query, key]."""
+    row = torch.arange(labels.document.shape[-1], device=labels.document.device)
+    query = RowLabels(*(label[..., :, None] for label in labels))
+    key = RowLabels(*(label[..., None, :] for label in labels))
+    return sees(query, key, row[:, None], row[None, :])
+
+
+class RowRanges(NamedTuple):
+    """``sees`` as two ranges of key rows for each query row q: [clean_start, clean_end), which is empty for clean rows,
+    and [own_start, q]. What kernels take: three numbers a query row and nothing about the key."""
+
+    clean_start: Int[Tensor, " R"]
+    clean_end: Int[Tensor, " R"]
+    own_start: Int[Tensor, " R"]
+
+
+def row_ranges(labels: RowLabels) -> RowRanges:
+    """The ranges of one sequence, which rely on its order of rows."""
+    document, block, prediction = labels
+    row = torch.arange(len(document), device=document.device)
+    there = document != PADDING
+    clean = there & ~prediction
+
+    def first_clean_row(key: Tensor) -> Tensor:
+        """For every row, the first clean row with the same key."""
+        first = torch.full_like(row, len(row)).scatter_reduce(0, key[clean], row[clean], "amin")
+        return torch.where(there, first[key.clamp(min=0)], row)
+
+    document_start = first_clean_row(document)
+    starts_block = prediction.clone()
+    starts_block[1:] &= (block[1:] != block[:-1]) | ~prediction[:-1]
+    block_start = torch.where(starts_block, row, 0).cummax(dim=0).values
+    predicts = there & prediction
+    return RowRanges(
+        torch.where(predicts, document_start, 0),
+        torch.where(predicts, first_clean_row(block), 0),
+        torch.where(predicts, block_start, document_start),
+    )
+
+
+class AttentionRange(NamedTuple):
+    """Query rows [query_start, query_end) see key rows [key_start, key_end): all of them, or, if ``causal``, query row
+    query_end - 1 - i sees keys up to key_end - 1 - i."""
+
+    query_start: int
+    query_end: int
+    key_start: int
+    key_end: int
+    causal: bool
+
+
+def attention_ranges(ranges: RowRanges) -> list[AttentionRange]:
+    """The ranges of one sequence with equal query rows put together, for kernels that take those (MagiAttention). A
+    pair is covered at most once."""
+    changed = torch.ones(len(ranges.own_start), dtype=torch.bool, device=ranges.own_start.device)
+    changed[1:] = torch.stack([part[1:] != part[:-1] for part in ranges]).any(dim=0)
+    starts = torch.nonzero(changed).flatten().tolist()
+    plan = []
+    for start, end in zip(starts, [*starts[1:], len(changed)], strict=True):
+        clean_start, clean_end, own_start = (int(part[start]) for part in ranges)
+        # Rows of a run share the start of their own keys, so the run's keys are a triangle on the diagonal.
+        plan.append(AttentionRange(start, end, own_start, end, causal=True))
+        if clean_end > clean_start:
+            plan.append(AttentionRange(start, end, clean_start, clean_end, causal=False))
+    return plan
+
+
+def dual_stream(
+    tokens: Int[Tensor, " L"],
+    positions: Int[Tensor, " L"],
+    documents: Int[Tensor, " L"],
+    trainable: Bool[Tensor, " L"],
+    noise: Noise,
+    mask_token_id: int,
+    num_rows: int,
+    uniform_weights: bool = False,
+) -> DualStream:
+    """The rows of one sequence, padded to ``num_rows`` (2L always suffices).
+
+    Blocks without a masked position have no loss and are seen by nobody: they stay out of the prediction stream.
+    ``documents`` is PADDING at padded positions. ``uniform_weights`` True weighs every masked row 1 instead of 1/γ.
+    """
+    there = documents != PADDING
+    masked_here = noise.masked & there
+    length = len(tokens)
+    has_mask = torch.zeros(length, dtype=torch.bool)
+    has_mask[noise.block[masked_here]] = True
+    predicted = torch.nonzero(there & has_mask[noise.block]).flatten()
+    # Topological order inside each block: observed first. Blocks rise along the sequence, so they stay in place.
+    predicted = predicted[torch.argsort(noise.block[predicted] * 2 + masked_here[predicted].long(), stable=True)]
+    clean = torch.nonzero(there).flatten()
+    source = torch.cat((clean, predicted))
+    if len(source) > num_rows:
+        raise ValueError(f"num_rows is {num_rows}; expected at least {len(source)} for these documents")
+    pad = num_rows - len(source)
+
+    def rows(values: Tensor, fill: int) -> Tensor:
+        return torch.cat((values, values.new_full((pad,), fill)))
+
+    prediction = rows((torch.arange(len(source)) >= len(clean)).long(), 0).bool()
+    masked = prediction & rows(masked_here[source].long(), 0).bool()
+    # A clean row's target is the next token, if that is trainable and of the same document.
+    follows = torch.zeros(length, dtype=torch.bool)
+    follows[:-1] = (documents[1:] == documents[:-1]) & there[:-1] & trainable[1:]
+    is_ar = ~prediction & rows(follows[source].long(), 0).bool()
+    own, after = rows(tokens[source], 0), rows(tokens.roll(-1)[source], 0)
+    ratio = rows(noise.ratio[source], 1)
+    weight = torch.ones(num_rows) if uniform_weights else 1 / ratio
+    labels = RowLabels(rows(documents[source], PADDING), rows(noise.block[source], 0), prediction)
+    return DualStream(
+        tokens=torch.where(masked, mask_token_id, own),
+        positions=rows(positions[source], 0),
+        labels=labels,
+        target=torch.where(masked, own, torch.where(is_ar, after, 0)),
+        masked=masked,
+        is_ar=is_ar,
+        weight=torch.where(masked, weight, 0.0),
+        depth=torch.where(masked, _masked_before(masked, labels.block), 0),
+        ratio=ratio,
+    )
+
+
+def clean_stream(
+    tokens: Int[Tensor, " L"],
+    positions: Int[Tensor, " L"],
+    documents: Int[Tensor, " L"],
+    trainable: Bool[Tensor, " L"],
+) -> DualStream:
+    """Rows of AR training alone: the clean stream, L rows."""
+    nothing = Noise(torch.zeros_like(documents), torch.zeros_like(trainable), torch.ones(len(tokens)))
+    return dual_stream(tokens, positions, documents, trainable, nothing, 0, len(tokens))
+
+
+def _masked_before(masked: Bool[Tensor, " R"], block: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
+    """Masked rows of the same block before each row; a block's masked rows are contiguous."""
+    index = torch.arange(len(masked))
+    starts = masked.clone()
+    starts[1:] &= ~masked[:-1] | (block[1:] != block[:-1])
+    return index - torch.where(starts, index, 0).cummax(dim=0).values

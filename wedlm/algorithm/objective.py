@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training objective (paper section 3.3): masked loss, AR loss, and their mixture.
+
+All of it is one sum over rows, Σ coefficient · cross-entropy, whose coefficients are known before the forward. That is
+what makes the loss of a whole optimiser batch independent of how it is split over devices and accumulation steps.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class LossTotals(NamedTuple):
+    """Denominators over the whole optimiser batch: Σ w of masked rows, and how many rows have an AR target."""
+
+    weight: float
+    num_ar: float
+
+
+def row_coefficients(
+    weight: Float[Tensor, " R"], is_ar: Bool[Tensor, " R"], totals: LossTotals, ar_loss_weight: float
+) -> Float[Tensor, " R"]:
+    """c with Σ c · CE = (Σ w·CE / Σ w + a · mean AR CE) / (1 + a), a = ``ar_loss_weight``.
+
+    ``weight`` is 0 except at masked rows. A batch without masked rows is AR training alone, and one without AR targets
+    masked training alone: the missing term and its share of the denominator disappear.
+    """
+    a = ar_loss_weight if totals.num_ar else 0.0
+    masked_share = 1.0 if totals.weight else 0.0
+    scale = masked_share + a
+    if not scale:
+        return torch.zeros_like(weight)
+    coefficients = weight * (masked_share / (totals.weight or 1.0) / scale)
+    return coefficients + is_ar.to(weight.dtype) * (a / (totals.num_ar or 1.0) / scale)
+
+
+class RowLosses(NamedTuple):
+    """``loss`` = Σ coefficient · CE, the only part with a gradient; per row the CE (nats) and whether the arg max of
+    the logits is the target."""
+
+    loss: Float[Tensor, ""]
+    cross_entropy: Float[Tensor, " N"]
+    correct: Bool[Tensor, " N"]
+
+
+def plain_losses(
+    hidden: Float[Tensor, "N C"],
+    projection: Float[Tensor, "V C"],
+    target: Int[Tensor, " N"],
+    coefficient: Float[Tensor, " N"],
+) -> RowLosses:
+    """The definition, with all logits in memory at once: slow twin of ``chunked_losses``."""
+    logits = (hidden @ projection.T).float()
+    cross_entropy = F.cross_entropy(logits, target, reduction="none")
+    return RowLosses(cross_entropy @ coefficient, cross_entropy.detach(), logits.argmax(dim=-1) == target)
+
+
+def chunked_losses(
+    hidden: Float[Tensor, "N C"],
+    projection: Float[Tensor, "V C"],
+    target: Int[Tensor, " N"],
+    coefficient: Float[Tensor, " N"],
+    chunk: int = 8192,
+    compiled: bool = False,
+) -> RowLosses:
+    """``plain_losses`` without ever holding more than ``chunk`` rows of logits.
+
+    A vocabulary's logits are the largest tensor of training. Coefficients are known in advance, so each chunk's
+    gradient is computed right after its logits, in the forward, and the logits are dropped. Products run in
+    ``hidden``'s dtype; the projection's gradient adds up in float32. ``compiled`` fuses the softmax (CUDA).
+    """
+    loss, cross_entropy, correct = _ChunkedLosses.apply(hidden, projection, target, coefficient, chunk, compiled)
+    return RowLosses(loss, cross_entropy, correct)
+
+
+class _ChunkedLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, projection: Tensor, target: Tensor, coefficient: Tensor, chunk: int, compiled: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weight = projection.to(hidden.dtype)
+        wanted = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(hidden) if wanted[0] else None
+        weight_grad = torch.zeros_like(projection, dtype=torch.float32) if wanted[1] else None
+        cross_entropy = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        softmax = _compiled_softmax_losses() if compiled else _softmax_losses
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits = hidden[part] @ weight.T
+            cross_entropy[part], correct[part], logits_grad = softmax(logits, target[part], coefficient[part])
+            if hidden_grad is not None:
+                hidden_grad[part] = logits_grad @ weight
+            if weight_grad is not None:
+                weight_grad += logits_grad.T @ hidden[part]
+        ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(projection.dtype))
+        ctx.mark_non_differentiable(cross_entropy, correct)
+        return cross_entropy @ coefficient, cross_entropy, correct
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return (
+            None if hidden_grad is None else hidden_grad * loss_grad.to(hidden_grad.dtype),
+            None if weight_grad is None else weight_grad * loss_grad.to(weight_grad.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _softmax_losses(
+    logits: Float[Tensor, "N V"], target: Int[Tensor, " N"], coefficient: Float[Tensor, " N"]
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"], Float[Tensor, "N V"]]:
+    """(cross-entropy, arg max is the target, gradient of Σ coefficient · CE with respect to the logits)."""
+    wide = logits.float()
+    normaliser = torch.logsumexp(wide, dim=-1)
+    at_target = wide.gather(1, target[:, None])[:, 0]
+    is_target = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
+    gradient = (torch.exp(wide - normaliser[:, None]) - is_target.float()) * coefficient[:, None]
+    return normaliser - at_target, wide.amax(dim=-1) == at_target, gradient.to(logits.dtype)
+
+
+@functools.cache
+def _compiled_softmax_losses() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Made when first wanted: importing the compiler takes over a second."""
+    return torch.compile(_softmax_losses)

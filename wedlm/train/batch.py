@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Micro-batches: packed rows of data, noised, as the tensors that one forward takes."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wedlm.algorithm.dual_stream import DualStream, RowLabels, RowRanges, clean_stream, dual_stream, row_ranges
+from wedlm.algorithm.noise import mix_noise, random_noise, suffix_noise
+from wedlm.algorithm.objective import LossTotals, row_coefficients
+from wedlm.train.config import TrainConfig
+from wedlm.train.data import PackedRow
+
+# Losses are reported apart for each depth in a block up to this one, and for ratios in tenths.
+NUM_DEPTHS = 32
+NUM_RATIOS = 10
+AR_GROUP = 0
+NUM_GROUPS = 1 + NUM_DEPTHS + NUM_RATIOS
+# The rows with a loss are padded to a multiple of this, so that compiled kernels meet one shape.
+_LOSS_ROWS_MULTIPLE = 1024
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """N sequences of R rows, and the K rows of them that have a loss (padded by rows of coefficient 0).
+
+    ``loss_rows`` index the N · R flattened rows. ``coefficient`` is what ``row_coefficients`` gives; until the totals
+    of the optimiser batch are known it is empty. ``depth_group`` and ``ratio_group`` number the statistics a row
+    counts in (NUM_GROUPS: none). ``num_clean_tokens`` are those of the clean stream without padding.
+    """
+
+    tokens: Tensor  # [N, R]
+    positions: Tensor  # [N, R]
+    document: Tensor  # [N, R]
+    block: Tensor  # [N, R]
+    prediction: Tensor  # [N, R]
+    ranges: Tensor  # [3, N, R]
+    loss_rows: Tensor  # [K]
+    target: Tensor  # [K]
+    weight: Tensor  # [K]
+    is_ar: Tensor  # [K]
+    depth_group: Tensor  # [K]
+    ratio_group: Tensor  # [K]
+    coefficient: Tensor  # [K]
+    num_clean_tokens: int
+
+    @property
+    def labels(self) -> RowLabels:
+        return RowLabels(self.document, self.block, self.prediction)
+
+    @property
+    def row_ranges(self) -> RowRanges:
+        return RowRanges(*self.ranges)
+
+    def totals(self) -> LossTotals:
+        return LossTotals(float(self.weight.double().sum()), float(self.is_ar.sum()))
+
+    def to(self, device: torch.device, totals: LossTotals, ar_loss_weight: float) -> "TrainBatch":
+        """The batch on ``device``, with coefficients for these totals."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["coefficient"] = row_coefficients(self.weight, self.is_ar, totals, ar_loss_weight)
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                pinned = value.pin_memory() if device.type == "cuda" else value
+                values[name] = pinned.to(device, non_blocking=True)
+        return TrainBatch(**values)
+
+
+def noised_rows(row: PackedRow, index: int, config: TrainConfig, mask_token_id: int) -> DualStream:
+    """Training rows of one packed sequence. Noise depends on (seed, global row index) alone, so that it is the same
+    for any number of processes and after any resume."""
+    tokens, positions, documents, trainable = (
+        torch.from_numpy(np.ascontiguousarray(array))
+        for array in (row.tokens, row.positions, row.documents, row.trainable)
+    )
+    if config.objective == "autoregressive":
+        return clean_stream(tokens, positions, documents, trainable)
+    seed = np.random.SeedSequence((config.seed, index)).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(seed >> 1))
+    noise = random_noise(positions, documents, trainable, config.block_size, generator, config.mask_per_block)
+    if config.suffix_noise:
+        suffix = suffix_noise(documents, trainable, config.block_size, generator)
+        chosen = torch.rand(int(documents.max()) + 1, generator=generator) < config.suffix_noise
+        noise = mix_noise(documents, noise, suffix, chosen[documents.clamp(min=0)])
+    return dual_stream(
+        tokens,
+        positions,
+        documents,
+        trainable,
+        noise,
+        mask_token_id,
+        config.num_rows,
+        uniform_weights=config.loss_weighting_scheme == "uniform",
+    )
+
+
+def collate(rows: list[DualStream]) -> TrainBatch:
+    """One micro-batch, without coefficients."""
+    masked, is_ar = torch.stack([row.masked for row in rows]), torch.stack([row.is_ar for row in rows])
+
+    def flat(name: str) -> Tensor:
+        return torch.stack([getattr(row, name) for row in rows]).flatten()
+
+    loss_rows = torch.nonzero((masked | is_ar).flatten()).flatten()
+    padding = -len(loss_rows) % _LOSS_ROWS_MULTIPLE
+    loss_rows = torch.cat((loss_rows, loss_rows.new_zeros(padding)))
+    real = torch.arange(len(loss_rows)) < len(loss_rows) - padding
+    is_ar = is_ar.flatten()[loss_rows] & real
+    masked = masked.flatten()[loss_rows] & real
+    depth = 1 + flat("depth")[loss_rows].clamp(max=NUM_DEPTHS - 1)
+    tenth = (flat("ratio")[loss_rows] * NUM_RATIOS).ceil().long().clamp(1, NUM_RATIOS) - 1
+    return TrainBatch(
+        tokens=torch.stack([row.tokens for row in rows]),
+        positions=torch.stack([row.positions for row in rows]),
+        document=torch.stack([row.labels.document for row in rows]),
+        block=torch.stack([row.labels.block for row in rows]),
+        prediction=torch.stack([row.labels.prediction for row in rows]),
+        ranges=torch.stack([torch.stack(row_ranges(row.labels)) for row in rows], dim=1).int(),
+        loss_rows=loss_rows,
+        target=flat("target")[loss_rows],
+        weight=torch.where(real, flat("weight")[loss_rows], 0.0),
+        is_ar=is_ar,
+        depth_group=torch.where(is_ar, AR_GROUP, torch.where(masked, depth, NUM_GROUPS)),
+        ratio_group=torch.where(masked, 1 + NUM_DEPTHS + tenth, NUM_GROUPS),
+        coefficient=torch.empty(0),
+        num_clean_tokens=sum(int(((row.labels.document >= 0) & ~row.labels.prediction).sum()) for row in rows),
+    )

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-rank adaptation through peft: injected into our model, merged or saved as an adapter that peft also reads."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from wedlm.model.transformer import Transformer
+from wedlm.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from wedlm.train.setup import Setup
+
+_NAME = "default"
+
+
+def lora_config(config: TrainConfig) -> Any:
+    """peft's configuration of the adapter; alpha is 2 · rank unless given."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_lora(transformer: Transformer, config: TrainConfig) -> None:
+    """Freeze the model and give the target layers their two factors, in float32.
+
+    ValueError if a target names no layer.
+    """
+    from peft import inject_adapter_in_model
+
+    modules = {name.rpartition(".")[2] for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    for target in config.lora_targets:
+        if target not in modules:
+            raise ValueError(f"lora_targets has {target!r}; expected some of {', '.join(sorted(modules))}")
+    transformer.requires_grad_(False)
+    inject_adapter_in_model(lora_config(config), transformer, adapter_name=_NAME)
+    for name, parameter in transformer.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def merged_tensors(tensors: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
+    """A state dict with plain names, each adapted weight W + (alpha / rank) · B · A, computed in float32."""
+    scale = (config.lora_alpha or 2 * config.lora_rank) / config.lora_rank
+    merged = {}
+    for name, tensor in tensors.items():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        if plain != name and name.endswith(".weight"):
+            module = plain.removesuffix(".weight")
+            down, up = (tensors[f"{module}.lora_{part}.{_NAME}.weight"].float() for part in "AB")
+            tensor = (tensor.float() + scale * (up @ down)).to(tensor.dtype)
+        merged[plain] = tensor
+    return merged
+
+
+def save_adapter(tensors: Mapping[str, Tensor], mask_embedding: Tensor, setup: "Setup", directory: Path) -> None:
+    """``adapter_config.json`` and ``adapter_model.safetensors`` in peft's layout, and the result's ``config.json``.
+
+    The mask's embedding is stored as peft stores a trained token row.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    kept = {
+        "base_model.model." + name.replace(f".{_NAME}.", "."): tensor.contiguous()
+        for name, tensor in tensors.items()
+        if ".lora_" in name
+    }
+    kept["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = mask_embedding[None].clone()
+    save_file(kept, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    peft_config = lora_config(setup.config)
+    peft_config.base_model_name_or_path = setup.config.model_path
+    peft_config.trainable_token_indices = {"embed_tokens": [setup.mask_token_id]}
+    peft_config.save_pretrained(str(directory))
+    text = json.dumps(setup.model_config.to_hf(), indent=2)
+    (directory / "config.json").write_text(text + "\n", encoding="utf-8")

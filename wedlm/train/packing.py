@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents to rows of equal length: which pieces stand in which row, decided from lengths alone."""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+import numpy as np
+
+OPEN_ROWS = 512  # rows that are filled side by side: more leave less padding and cost no text its company
+_SHUFFLE_PIECES, _SHUFFLE_ROWS, _PHASES = 1, 2, 3  # purposes of random keys
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """Spans of documents, at most a row long: int64 [P] each, in the order of the documents."""
+
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+
+    def select(self, which: np.ndarray) -> "Pieces":
+        """Those of a boolean mask or an array of indices."""
+        return Pieces(self.document[which], self.start[which], self.length[which])
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packs:
+    """Rows of an epoch: row r holds pieces offsets[r] to offsets[r + 1] - 1; ``offsets`` is int64 [rows + 1]."""
+
+    pieces: Pieces
+    offsets: np.ndarray
+    sequence_length: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' positions that hold a token."""
+        return float(self.pieces.length.sum()) / (self.num_rows * self.sequence_length) if self.num_rows else 0.0
+
+
+def cut_documents(lengths: np.ndarray, sequence_length: int) -> Pieces:
+    """Every document (its number of tokens) in pieces of ``sequence_length``, the last one shorter; nothing is lost."""
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length is {sequence_length}; expected at least 2")
+    lengths = np.asarray(lengths, dtype=np.int64)
+    counts = -(-lengths // sequence_length)
+    document = np.repeat(np.arange(len(lengths), dtype=np.int64), counts)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    start = (np.arange(len(document), dtype=np.int64) - first) * sequence_length
+    return Pieces(document, start, np.minimum(lengths[document] - start, sequence_length))
+
+
+def plan_epoch(
+    pieces: Pieces,
+    repeats: np.ndarray,
+    sequence_length: int,
+    seed: int,
+    epoch: int,
+    groups: np.ndarray | None = None,
+) -> Packs:
+    """The rows of one epoch, the same for the same arguments on every machine.
+
+    ``repeats`` float [D]: how often each document is seen in an epoch. A fraction is that share of the documents,
+    another share in every epoch, until all had their turn; shares are drawn within documents of the same ``groups``
+    entry (int [D], all in one group by default). Order and company are shuffled; a piece is never cut.
+    """
+    copies = copies_in_epoch(np.asarray(repeats, dtype=np.float64), seed, epoch, groups)
+    chosen = np.repeat(np.arange(len(pieces), dtype=np.int64), copies[pieces.document])
+    chosen = chosen[np.argsort(_keys(len(chosen), seed, epoch, _SHUFFLE_PIECES), kind="stable")]
+    ordered = pieces.select(chosen)
+    row_of, num_rows = _best_fit(ordered.length, sequence_length)
+    # Rows of long pieces are full at once and others at the end: shuffled, so that a run's batches are alike.
+    rank = np.empty(num_rows, dtype=np.int64)
+    rank[np.argsort(_keys(num_rows, seed, epoch, _SHUFFLE_ROWS), kind="stable")] = np.arange(num_rows)
+    row_of = rank[row_of]
+    offsets = np.zeros(num_rows + 1, dtype=np.int64)
+    np.cumsum(np.bincount(row_of, minlength=num_rows), out=offsets[1:])
+    return Packs(ordered.select(np.argsort(row_of, kind="stable")), offsets, sequence_length)
+
+
+def copies_in_epoch(repeats: np.ndarray, seed: int, epoch: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """How often each document is seen in this epoch: int64 [D]. Over many epochs exactly ``repeats`` on average."""
+    if not (np.isfinite(repeats).all() and (repeats >= 0).all()):
+        raise ValueError(f"repeat is {repeats.min()}; expected a finite number >= 0")
+    phases = _phases(np.zeros(len(repeats), dtype=np.int64) if groups is None else groups, seed)
+    # A document's count up to an epoch is a rounded-down line, and its phase says when the line reaches an integer.
+    return (np.floor((epoch + 1) * repeats + phases) - np.floor(epoch * repeats + phases)).astype(np.int64)
+
+
+def random_order(count: int, seed: int) -> np.ndarray:
+    """A permutation of 0..count-1 that depends on ``count`` and ``seed`` alone."""
+    return np.argsort(_keys(count, seed), kind="stable")
+
+
+def _phases(groups: np.ndarray, seed: int) -> np.ndarray:
+    """Evenly spaced in (0, 1) within each group, dealt out at random."""
+    shuffled = np.argsort(_keys(len(groups), seed, _PHASES), kind="stable")
+    by_group = shuffled[np.argsort(groups[shuffled], kind="stable")]
+    _, starts, sizes = np.unique(groups[by_group], return_index=True, return_counts=True)
+    within = np.arange(len(groups)) - np.repeat(starts, sizes)
+    phases = np.empty(len(groups))
+    phases[by_group] = (within + 0.5) / np.repeat(sizes, sizes)
+    return phases
+
+
+def _best_fit(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, int]:
+    """The row of each piece, and how many rows there are.
+
+    A piece goes to the open row with the least room that suffices, or to a new row; of more than OPEN_ROWS open rows
+    the fullest is closed.
+    """
+    row_of: list[int] = []
+    num_rows = 0
+    open_rows: list[int] = []  # room and row as one integer, sorted
+    shift = 40
+    for length in lengths.tolist():
+        at = bisect_left(open_rows, length << shift)
+        if at < len(open_rows):
+            entry = open_rows.pop(at)
+            room, row = entry >> shift, entry & ((1 << shift) - 1)
+        else:
+            room, row = sequence_length, num_rows
+            num_rows += 1
+        row_of.append(row)
+        if room > length:
+            insort(open_rows, (room - length) << shift | row)
+            if len(open_rows) > OPEN_ROWS:
+                del open_rows[0]
+    return np.array(row_of, dtype=np.int64), num_rows
+
+
+def _keys(count: int, *words: int) -> np.ndarray:
+    """Pseudo-random uint64 [count] from integers: SplitMix64's mixing, written out so that no release can change it."""
+    with np.errstate(over="ignore"):
+        state = np.uint64(0)
+        for word in words:
+            state = _mix(np.asarray([state ^ np.uint64(word & 0xFFFFFFFFFFFFFFFF)], dtype=np.uint64))[0]
+        return _mix(np.arange(count, dtype=np.uint64) ^ state)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of one micro-batch: no state besides the weights."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from wedlm.algorithm.objective import chunked_losses
+from wedlm.attention.dual_stream import plan_training_attention
+from wedlm.model.transformer import Transformer
+from wedlm.train.batch import NUM_GROUPS, TrainBatch
+
+
+class StepLosses(NamedTuple):
+    """``loss``: this micro-batch's part of the optimiser batch's loss, the only part with a gradient.
+
+    ``statistics`` is [NUM_GROUPS, 3], sums over its rows: how many, cross-entropy in nats, right guesses. Group 0 is
+    the AR loss, then masked rows by depth in their block, then masked rows by ratio.
+    """
+
+    loss: Tensor
+    statistics: Tensor
+
+
+class TrainingModel(nn.Module):
+    """The model with its objective inside, so that data-parallel wrappers see one forward from batch to loss.
+
+    ``mask_embedding`` is the mask token's embedding as a parameter of its own, for runs that train no other embedding;
+    None where the embedding itself is trained.
+    """
+
+    def __init__(self, transformer: Transformer, backend: str, mask_token_id: int, own_mask_embedding: bool) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.backend, self.mask_token_id = backend, mask_token_id
+        embedding = transformer.model.embed_tokens
+        self.mask_embedding: nn.Parameter | None = None
+        if own_mask_embedding:
+            self.mask_embedding = nn.Parameter(embedding.weight.detach()[mask_token_id].float().clone())
+        embedding.register_forward_hook(self._embed)
+
+    def _embed(self, _: nn.Module, inputs: tuple[Tensor], embedded: Tensor) -> Tensor:
+        if self.mask_embedding is not None:
+            mask = (inputs[0] == self.mask_token_id)[:, None]
+            embedded = torch.where(mask, self.mask_embedding.to(embedded.dtype), embedded)
+        # Autocast leaves embeddings in float32, and the residual stream would stay so: twice the memory to move, and
+        # not what inference computes.
+        kind = embedded.device.type
+        return embedded.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else embedded
+
+    def forward(self, batch: TrainBatch) -> StepLosses:
+        attend = plan_training_attention(self.backend, batch.labels, batch.row_ranges)
+        hidden_TC = self.transformer.model(batch.tokens.flatten(), batch.positions.flatten(), attend)
+        hidden_KC = self.transformer.model.norm(hidden_TC.index_select(0, batch.loss_rows))
+        losses = chunked_losses(
+            hidden_KC,
+            self.transformer.lm_head.weight,
+            batch.target,
+            batch.coefficient,
+            compiled=hidden_KC.is_cuda,
+        )
+        figures = torch.stack((torch.ones_like(losses.cross_entropy), losses.cross_entropy, losses.correct.float()), 1)
+        # One more group than there is, for rows that count in none.
+        statistics = figures.new_zeros(NUM_GROUPS + 1, 3)
+        statistics.index_add_(0, batch.depth_group, figures).index_add_(0, batch.ratio_group, figures)
+        return StepLosses(losses.loss, statistics[:-1])
+
+
+def prepare_layers(transformer: Transformer, compile_layers: bool, checkpoint_activations: bool) -> None:
+    """Compile each layer (all share one compiled graph), and recompute its activations in the backward pass."""
+    for layer in transformer.model.layers:
+        forward: Callable[..., Any] = layer.forward
+        if compile_layers:
+            forward = torch.compile(forward)
+        if checkpoint_activations:
+            forward = functools.partial(checkpoint, forward, use_reentrant=False)
+        layer.forward = forward  # type: ignore[method-assign]
