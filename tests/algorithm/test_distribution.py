@@ -16,6 +16,7 @@ from tests.stub import StubModel
 from wedlm.algorithm import reference
 from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_normaliser
+from wedlm.algorithm.verify import row_layout
 from wedlm.algorithm.window import RowResults, WindowParams, WindowState, advance, extend
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ def sample_sequences(params: DecodeParams, seeds: Tensor) -> Tensor:
     count = len(seeds)
     window_params = WindowParams.stack([params] * count, CPU)
     state = WindowState.empty(count, params.max_rows, CPU)
-    state.cached[:], state.width[:] = len(PROMPT) - 1, params.row_budget
+    state.cached[:], state.width[:] = len(PROMPT) - 1, params.width(0, 10**6)
     state.tokens[:, 0], state.filled[:, 0] = PROMPT[-1], True
     known = torch.zeros(count, len(PROMPT) + LENGTH + params.max_rows + 1, dtype=torch.long)
     known[:, : len(PROMPT)] = torch.tensor(PROMPT)
@@ -51,7 +52,8 @@ def sample_sequences(params: DecodeParams, seeds: Tensor) -> Tensor:
         state, run = extend(state, window_params)
         logits = forward(state, known)
         entropy, _ = entropy_and_normaliser(logits)
-        target = (state.cached[:, None] + column + state.filled).flatten()
+        layout = row_layout(state.filled, state.width, window_params.verifies)
+        target = (state.cached[:, None] + layout.offset + state.filled).flatten()
         no_ends = torch.zeros(len(logits), 0, dtype=torch.long)
         allowed = ban_tokens(logits.clone(), SMALL.mask_token_id, no_ends, torch.zeros(len(logits), dtype=torch.bool))
         ones = torch.ones(len(logits))
@@ -76,16 +78,20 @@ def sample_sequences(params: DecodeParams, seeds: Tensor) -> Tensor:
 
 
 def forward(state: WindowState, known: Tensor) -> Tensor:
-    """Logits [S·C, V] of every column: rows are in order already, since a verified window is filled, then masked."""
+    """Logits [S·C, V] of every column, seeing what the layout of a verified window lets it see."""
+    layout = row_layout(state.filled, state.width, torch.ones(len(state.width), dtype=torch.bool))
+    column = torch.arange(state.tokens.shape[1])
+    sees = (column < layout.shared[..., None]) | (column >= layout.own_start[..., None])
+    sees &= column <= column[:, None]
     tokens = torch.where(state.filled, state.tokens, SMALL.mask_token_id)
-    positions = state.cached[:, None] + torch.arange(tokens.shape[1])
+    positions = state.cached[:, None] + layout.offset
     before = torch.arange(known.shape[1]) < state.cached[:, None]
     values = SMALL.values(known.flatten(), torch.arange(known.shape[1]).repeat(len(known)))
     history = (values.view(*known.shape, -1) * before[..., None]).sum(1)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Sums instead of means: the model looks at their ratio to feature 0."""
-        return (v.view(*tokens.shape, -1).cumsum(1) + history[:, None]).flatten(0, 1)[:, None]
+        return (sees.float() @ v.view(*tokens.shape, -1) + history[:, None]).flatten(0, 1)[:, None]
 
     return SMALL(tokens.flatten(), positions.flatten(), attend)
 

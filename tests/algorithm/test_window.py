@@ -13,6 +13,7 @@ from wedlm.algorithm import reference
 from wedlm.algorithm.params import DECODINGS, DecodeParams
 from wedlm.algorithm.reorder import pack_rows, topological_order
 from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_normaliser
+from wedlm.algorithm.verify import row_layout
 from wedlm.algorithm.window import RowResults, WindowParams, WindowState, advance, extend
 
 MODEL = StubModel()
@@ -24,7 +25,7 @@ def decode_batch(model: StubModel, prompts: list[list[int]], max_tokens: list[in
     state = WindowState.empty(len(params), max(p.max_rows for p in params), torch.device("cpu"))
     for s, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
         state.cached[s] = len(prompt) - p.verifies
-        state.width[s] = min(p.row_budget, p.max_positions - state.cached[s])
+        state.width[s] = p.width(0, p.max_positions - int(state.cached[s]))
         state.filled[s, 0] = p.verifies
         state.tokens[s, 0] = prompt[-1] if p.verifies else 0
     history = [list(prompt) for prompt in prompts]
@@ -63,14 +64,21 @@ def forward_batch(model: StubModel, state: WindowState, history: list[list[int]]
     column = order[packed.sequence, packed.row]
     filled = state.filled[packed.sequence, column]
     tokens = torch.where(filled, state.tokens[packed.sequence, column], model.mask_token_id)
-    positions = state.cached[packed.sequence] + column
+    layout = row_layout(state.filled, state.width, torch.tensor([p.verifies for p in params]))
+    offset, shared, own_start = (
+        part[packed.sequence, column] for part in (layout.offset, layout.shared, layout.own_start)
+    )
+    positions = state.cached[packed.sequence] + offset
     logits = torch.zeros(len(column), model.vocab_size)
     for s, known in enumerate(history):
         rows = ((packed.sequence == s) & packed.real).nonzero()[:, 0]
         if len(rows):
             n = int(state.cached[s])
-            everything = model.rows_model(known[:n] + tokens[rows].tolist(), [*range(n), *positions[rows].tolist()])
-            logits[rows] = everything[n:]
+            # Each row alone, after what it sees: no mask is needed.
+            for i, row in enumerate(rows.tolist()):
+                seen = [r for j, r in enumerate(rows[: i + 1].tolist()) if j < shared[row] or j >= own_start[row]]
+                after = (known[:n] + tokens[seen].tolist(), [*range(n), *positions[seen].tolist()])
+                logits[row] = model.rows_model(*after)[-1]
     entropy, normaliser = entropy_and_normaliser(logits)
     of = [params[s] for s in packed.sequence.tolist()]
     target = positions + filled

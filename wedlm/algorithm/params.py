@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parameters that define what one sequence decodes to."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,8 +13,8 @@ DECODINGS: tuple[str, ...] = get_args(Decoding)
 class DecodeParams:
     """Everything that the text of one sequence depends on, besides the model and the prompt.
 
-    ``window_size`` is W, the positions a window covers, in streaming and block decoding, and R, the rows of a step, in
-    verified decoding. Autoregressive decoding is verified decoding with R=1: an anchor, no drafts, no masked rows.
+    ``window_size`` is W, the positions a window covers, in streaming and block decoding, and R, the most rows of a step,
+    in verified decoding. Autoregressive decoding is verified decoding with R=1: an anchor, no drafts, no masked rows.
     ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``max_positions`` is the model's length: no
     position at or past it exists. ``first_free_end`` is the first position at which an end token may stand
     (prompt length + min_tokens).
@@ -23,7 +24,7 @@ class DecodeParams:
     window_size: int = 16
     entropy_threshold: float | None = 0.4
     pos_penalty: float = 0.02
-    draft_entropy: float = 1.5
+    draft_entropy: float = 2.5
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -40,13 +41,25 @@ class DecodeParams:
 
     @property
     def row_budget(self) -> int:
-        """Width of the window at the start of a step: R when verifying (1 for AR), W otherwise."""
+        """R when verifying (1 for AR), W otherwise."""
         return 1 if self.decoding == "autoregressive" else self.window_size
 
     @property
     def max_drafts(self) -> int:
-        """Most drafts k that R rows sustain: after all k are accepted, k+1 masked rows must give the next k."""
-        return max(0, (self.row_budget - 2) // 2)
+        """Most drafts k that R rows sustain: beside the anchor and k drafts stand k + 1 groups of masked rows, one for
+        each number of drafts that may be accepted, and k rows in each (docs/algorithm.md, "Verified decoding")."""
+        return max(0, math.isqrt(self.row_budget) - 1)
+
+    def width(self, num_drafts: int, room: int) -> int:
+        """Rows at the start of a step, ``room`` positions before the model's length; streaming then extends them.
+
+        A verified step runs no masked row that cannot become a draft, or make one possible.
+        """
+        budget = min(self.row_budget, room)
+        if not self.verifies:
+            return budget
+        masked = (num_drafts + 1) * (self.max_drafts + 1) if self.max_drafts else 0
+        return min(budget, 1 + num_drafts + masked)
 
     @property
     def max_rows(self) -> int:

@@ -36,7 +36,8 @@ def decode(model: RowsModel, prompt: list[int], max_tokens: int, params: DecodeP
     step = _verified_step if params.verifies else _streaming_step
     committed = prompt[:-1] if params.verifies else list(prompt)
     window: list[int | None] = list(prompt[-1:]) if params.verifies else []  # None = masked
-    window += [None] * (params.row_budget - len(window))
+    if not params.verifies:
+        window = [None] * params.row_budget
     out = ReferenceOutput([], [], [])
     while True:
         emitted, committed, window, rows = step(model, committed, window, params)
@@ -88,26 +89,28 @@ def _leading_run(window: list[int | None], params: DecodeParams) -> int:
 def _verified_step(
     model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
 ) -> tuple[list[int], list[int], list[int | None], int]:
-    """method: accept drafts that equal AR's choices, commit AR's next token as the new anchor, draft anew."""
-    window = window[: params.max_positions - len(committed)]
-    n = len(committed)
-    k = sum(token is not None for token in window) - 1
-    order, logits = _forward(model, committed, window, params)
+    """Accept drafts that equal AR's choices, commit AR's next token as the new anchor, take the next drafts from the
+    group of masked rows that foresaw just this number of accepted drafts. ``window`` is the anchor and the drafts."""
+    n, k = len(committed), len(window) - 1
+    width = params.width(k, params.max_positions - n)
+    # The masked rows, shared out evenly; what is left over goes to the groups of more accepted drafts.
+    masked, groups = width - 1 - k, k + 1
+    sizes = [masked // groups + (i >= groups - masked % groups) for i in range(groups)]
+    drafted: list[list[int]] = []  # by number of accepted drafts
+    for i, size in enumerate(sizes):
+        order, logits = _forward(model, committed, window[: i + 1] + [None] * size, params)
+        drafts: list[int] = []
+        for c in range(i + 2, i + 1 + size):  # the group's first row stands at the position that AR's token will take
+            if _entropy(logits[c]) >= params.draft_entropy or len(drafts) == params.max_drafts:
+                break
+            drafts.append(choose_token(logits[c], n + c, params))
+        drafted.append(drafts)
     target = [choose_token(logits[c], n + c + 1, params) for c in range(k + 1)]
     a = next((i for i in range(k) if window[i + 1] != target[i]), k)
-    drafts: list[int] = []
-    for c in range(a + 2, len(window)):
-        token = window[c]
-        if token is None:
-            if _entropy(logits[c]) >= params.draft_entropy:
-                break
-            token = choose_token(logits[c], n + c, params)
-        drafts.append(token)
-    drafts = drafts[: params.max_drafts]
     committed = committed + [t for t in window[: a + 1] if t is not None]
-    next_window: list[int | None] = [target[a], *drafts]
-    next_window += [None] * (params.row_budget - len(next_window))
-    return target[: a + 1], committed, next_window, len(order)
+    room = params.max_positions - len(committed)
+    next_window: list[int | None] = [target[a], *drafted[a]]
+    return target[: a + 1], committed, next_window[: max(room, 1)], width
 
 
 def _entropy(logits: Tensor) -> float:

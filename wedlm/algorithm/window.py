@@ -3,7 +3,8 @@
 
 Every mode decodes over the same state: ``cached`` committed tokens with valid keys, then a window of ``width``
 positions from there on, each filled or masked. Streaming and block decoding fill masked columns; verified decoding
-holds the anchor in column 0 and its drafts behind it. One step is ``extend`` -> rows -> forward -> ``advance``.
+holds the anchor in column 0, its drafts behind it, then groups of masked rows (``verify.row_layout``: there a column is
+a row, not a position). One step is ``extend`` -> rows -> forward -> ``advance``.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.reorder import leading_run
 from wedlm.algorithm.select import select_fill
-from wedlm.algorithm.verify import accepted_drafts, usable_drafts
+from wedlm.algorithm.verify import accepted_drafts, next_drafts, verified_width
 
 _Tensors = TypeVar("_Tensors", "WindowState", "Emitted")
 
@@ -120,7 +121,7 @@ class Emitted:
 def extend(state: WindowState, params: WindowParams) -> tuple[WindowState, Int[Tensor, " S"]]:
     """Extend each window by as many masked positions as this step will commit; also returns that number.
 
-    Verified windows always span their row budget, so they neither extend nor commit before the forward.
+    Verified windows are laid out for their drafts already, so they neither extend nor commit before the forward.
     """
     run = torch.where(params.verifies, 0, _final_run(state.filled, state.width, params.block))
     room = params.max_positions - state.cached
@@ -159,18 +160,20 @@ def _advance_streaming(
 def _advance_verified(state: WindowState, results: RowResults, params: WindowParams) -> tuple[WindowState, Emitted]:
     column = torch.arange(state.tokens.shape[1], device=state.cached.device)
     accepted = accepted_drafts(state.tokens, state.filled, results.choice)
-    shift = accepted + 1
-    usable = usable_drafts(results.entropy, state.filled, column < state.width[:, None], params.draft_entropy)
-    # Column 0 becomes AR's next token, whatever draft or prediction stood at its position.
-    drafts = leading_run(shift_left(usable, shift)[:, 1:]).minimum(params.max_drafts)
-    cached = torch.where(state.width > 0, state.cached + shift, state.cached)
-    width = torch.minimum(params.row_budget, params.max_positions - cached).clamp(min=0)
-    width = torch.where(state.width > 0, width, 0)
-    tokens = shift_left(torch.where(state.filled, state.tokens, results.choice), shift)
+    alive = state.width > 0
+    count = torch.where(alive, accepted + 1, 0)
+    cached = state.cached + count
+    room = params.max_positions - cached
+    tokens, drafts = next_drafts(
+        results.choice, results.entropy, state.filled, state.width, accepted, params.draft_entropy
+    )
+    drafts = torch.minimum(torch.minimum(drafts, params.max_drafts), room - 1).clamp(min=0)
+    width = torch.where(alive, verified_width(drafts, params.row_budget, params.max_drafts, room), 0)
+    # Column 0 becomes AR's next token, whatever was predicted for its position.
     tokens[:, 0] = results.choice.gather(1, accepted[:, None])[:, 0]
     filled = (column <= drafts[:, None]) & (column < width[:, None])
     state_after = WindowState(cached, width, tokens, filled, torch.zeros_like(state.logprobs))
-    return state_after, Emitted(results.choice, results.logprobs, torch.where(state.width > 0, shift, 0))
+    return state_after, Emitted(results.choice, results.logprobs, count)
 
 
 def shift_left(columns: Tensor, by: Int[Tensor, " S"]) -> Tensor:

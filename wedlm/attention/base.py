@@ -3,7 +3,7 @@
 
 An extend step is all there is: sequence s has ``starts[s]`` cached keys and brings ``counts[s]`` new rows; row i of it
 writes its key to slot starts[s] + i and sees keys 0 .. starts[s] + i. A prompt's chunk, an AR step and a decoding
-window are the same thing.
+window are the same thing; only a verified window hides some of its own rows from others (``RowVisibility``).
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -25,15 +25,26 @@ class Attend(Protocol):
 
 
 @dataclass(frozen=True)
+class RowVisibility:
+    """Which new rows of its sequence each packed row sees: rows j < ``shared``, and ``own_start`` <= j <= itself. All
+    rows see all cached keys. (0, 0) is plain causal order."""
+
+    shared: Int[Tensor, " T"]
+    own_start: Int[Tensor, " T"]
+
+
+@dataclass(frozen=True)
 class ExtendBatch:
     """Rows of one step, packed sequence by sequence: ``counts[s]`` rows over ``starts[s]`` cached keys in ``pages[s]``.
 
     ``pages[s]`` lists the pages of sequence s in logical order and covers slots 0 .. starts[s] + counts[s] - 1.
+    ``visibility`` None: plain causal order for all rows.
     """
 
     starts: list[int]
     counts: list[int]
     pages: list[list[int]]
+    visibility: RowVisibility | None = None
 
 
 class KVCache:

@@ -119,9 +119,9 @@ def _listed(tiles: Bool[Tensor, "N Q K"]) -> tuple[Int[Tensor, "N 1 Q"], Int[Ten
     return tiles.sum(dim=-1, dtype=torch.int32)[:, None], index.int()[:, None]
 
 
-# Tiles of the forward kernel. FlexAttention's own choice spills registers with this mask: 2.0 ms against 0.57 ms a layer
-# (24 sequences of 4096 rows, 9/3 heads of 64, H200).
-_FLEX_OPTIONS = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64}
+# Tiles of the forward kernel. FlexAttention's own choice spills registers with this mask: 2.0 ms against 0.57 ms a
+# layer (24 sequences of 4096 rows, 9/3 heads of 64, H200).
+_FLEX_OPTIONS: Any = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64}
 
 
 class FlexAttend:

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from wedlm.attention.base import ExtendBatch, KVCache
+from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
 
 # Sequences with at most this many rows share one padded call. Longer ones (prompt chunks) are cut into blocks with a
 # call each: a block's mask stays small, and it does not touch keys that only later rows see.
@@ -76,7 +76,7 @@ class PagedSdpa:
             offset += count
         if short:
             groups.append(short)
-        self.groups = [_plan_group(members, device) for members in groups]
+        self.groups = [_plan_group(members, device, batch.visibility) for members in groups]
         self.masks: list[Tensor | None] = []
 
     def __call__(
@@ -121,7 +121,7 @@ def _span(slots: Int[Tensor, " J"]) -> slice | None:
     return slice(first, last + 1) if consecutive else None
 
 
-def _plan_group(members: list[_Rows], device: torch.device) -> _Group:
+def _plan_group(members: list[_Rows], device: torch.device, visibility: RowVisibility | None) -> _Group:
     counts = torch.tensor([member.count for member in members])
     starts = torch.tensor([member.start for member in members])
     offsets = torch.tensor([member.offset for member in members])
@@ -138,7 +138,14 @@ def _plan_group(members: list[_Rows], device: torch.device) -> _Group:
     visible = None
     if len(members) > 1 or len(row) > 1:
         limit = starts[:, None] + row
-        visible = (torch.arange(padded.shape[1]) <= limit[..., None])[:, None].to(device)
+        key = torch.arange(padded.shape[1])
+        visible = (key <= limit[..., None])[:, None].to(device)
+        if visibility is not None:
+            new = (key - starts[:, None]).to(device)[:, None, None]  # index among the new rows, < 0 where cached
+            shared, own = (
+                part[rows.to(device)][:, None, :, None] for part in (visibility.shared, visibility.own_start)
+            )
+            visible &= (new < shared) | (new >= own) | (new < 0)
     return _Group(
         rows=rows.to(device),
         slots=padded.to(device) if span is None else span,

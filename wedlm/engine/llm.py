@@ -24,6 +24,7 @@ from wedlm.engine.runner import Runner
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.types import Request
 from wedlm.model import Tokenizer, load_model, load_tokenizer, pack_for_inference
+from wedlm.model.adapter import apply_adapter
 
 Message = Mapping[str, Any]
 Prompt = str | list[int]
@@ -37,7 +38,8 @@ class LLM:
     max_model_len: positions of a sequence; default: the checkpoint's length. decoding: mode of requests that name none;
     default: "streaming" for WeDLM checkpoints, "verified" for AR ones (their masked rows were never trained, and
     verified text is AR's text all the same). kv_cache_bytes: size of the cache; default on CUDA: what
-    gpu_memory_utilization leaves, elsewhere: four full sequences, at most a quarter of the memory.
+    gpu_memory_utilization leaves, elsewhere: four full sequences, at most a quarter of the memory. adapter: directory
+    of a LoRA in peft's format, merged into the weights as they load; for another adapter make another LLM.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class LLM:
         device: str = "auto",
         max_model_len: int | None = None,
         decoding: Decoding | None = None,
+        adapter: str | Path | None = None,
         wedlm_window_size: int = 16,
         mask_token_id: int | None = None,
         max_num_seqs: int = 64,
@@ -68,6 +71,8 @@ class LLM:
         weights_dtype = options.read_dtype(dtype, self.device)
         self.tokenizer: Tokenizer = load_tokenizer(model)
         transformer, self.model_config = load_model(model, weights_dtype, self.device)
+        if adapter is not None:
+            apply_adapter(transformer, adapter)
         self.model = pack_for_inference(transformer)
         length = options.read_length(max_model_len, self.model_config)
         mask_token_id = options.read_mask_token_id(mask_token_id, self.model_config, self.tokenizer)

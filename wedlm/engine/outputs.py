@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from wedlm.engine.types import Alternatives, Request, RequestStats
+from wedlm.engine.types import Alternatives, Request, RequestStats, WindowSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,13 @@ class GenerationOutput:
 class StreamPiece:
     """News of a stream: text that will not change any more, tokens, the forward that made them final.
 
-    The last piece carries the whole ``output``.
+    The last piece carries the whole ``output``. From an ``AsyncEngine`` only: ``token_texts``, what each token added to
+    the text, stop strings not yet cut off; ``window`` after the step, for requests that asked to watch it.
     """
 
     text: str
     token_ids: list[int]
     step: int
     output: GenerationOutput | None
+    token_texts: list[str] = field(default_factory=list)
+    window: WindowSnapshot | None = None

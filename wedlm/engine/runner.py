@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.reorder import PackedRows, pack_rows, topological_order
 from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_normaliser
+from wedlm.algorithm.verify import row_layout
 from wedlm.algorithm.window import Emitted, RowResults, WindowParams, WindowState, advance, extend
-from wedlm.attention.base import ExtendBatch, KVCache
+from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.engine.sampling_params import MAX_LOGPROBS
 from wedlm.engine.types import Alternatives, Request, StepPlan, WindowResult, WindowSnapshot, Work
@@ -33,6 +35,7 @@ class _BatchParams:
     any_sampled: bool
     any_truncated: bool
     any_end_banned: bool
+    any_groups: bool
     any_entropy: bool
 
     @classmethod
@@ -51,6 +54,7 @@ class _BatchParams:
             any_sampled=bool(sampled),
             any_truncated=any(p.top_k > 0 or p.top_p < 1 for p in sampled),
             any_end_banned=any(p.first_free_end > 0 for p in params),
+            any_groups=any(p.verifies and p.max_drafts > 0 for p in params),
             any_entropy=any(p.row_budget > 1 or not p.verifies for p in params),
         )
 
@@ -72,8 +76,10 @@ class Runner:
         window, slot = request.window, self._free_slots.pop()
         self._slots[request.request_id] = slot
         self._alternatives[request.request_id] = dict(window.alternatives)
-        if request.decode.max_rows > self.state.tokens.shape[1]:
-            wider = WindowState.empty(len(self.state.width), request.decode.max_rows, self.device)
+        # No window reaches past the model's length, whatever size was asked for; the state stays that wide for all.
+        max_rows = min(request.decode.max_rows, request.decode.max_positions)
+        if max_rows > self.state.tokens.shape[1]:
+            wider = WindowState.empty(len(self.state.width), max_rows, self.device)
             for old, new in ((getattr(self.state, n), getattr(wider, n)) for n in ("tokens", "filled", "logprobs")):
                 new[:, : old.shape[1]] = old
             self.state = replace(wider, cached=self.state.cached, width=self.state.width)
@@ -86,17 +92,25 @@ class Runner:
 
     def unload(self, request: Request) -> WindowSnapshot:
         """Free the request's slot; its window as it stands (the one it came with, if it never ran)."""
+        window = self.snapshot(request)
         slot = self._slots.pop(request.request_id, None)
+        if slot is not None:
+            self._free_slots.append(slot)
+            del self._alternatives[request.request_id]
+        return window
+
+    def snapshot(self, request: Request) -> WindowSnapshot:
+        """The request's window as it stands. Waits for the device: for preemption, and for who asked to watch."""
+        slot = self._slots.get(request.request_id)
         if slot is None:
             return request.window
-        self._free_slots.append(slot)
         width = int(self.state.width[slot])
         tokens, filled = self.state.tokens[slot, :width].tolist(), self.state.filled[slot, :width].tolist()
         return WindowSnapshot(
             cached=int(self.state.cached[slot]),
             tokens=tuple(t if f else None for t, f in zip(tokens, filled, strict=True)),
             logprobs=tuple(self.state.logprobs[slot, :width].tolist()),
-            alternatives=self._alternatives.pop(request.request_id),
+            alternatives=dict(self._alternatives[request.request_id]),
         )
 
     @torch.inference_mode()
@@ -121,8 +135,13 @@ class Runner:
         # Streaming reads nothing from a filled row; verification reads all.
         wanted = (~filled | params.window.verifies[packed.sequence]).nonzero()[:, 0]
         tokens = torch.where(filled, state.tokens[packed.sequence, column], self.mask_token_id)
-        positions = state.cached[packed.sequence] + column
-        logits = self._forward(windows, chunks, (tokens, positions, num_rows, wanted)).float()
+        layout = row_layout(state.filled, state.width, params.window.verifies)
+        offset, shared, own_start = (
+            part[packed.sequence, column] for part in (layout.offset, layout.shared, layout.own_start)
+        )
+        positions = state.cached[packed.sequence] + offset
+        visibility = RowVisibility(shared, own_start) if params.any_groups else None
+        logits = self._forward(windows, chunks, (tokens, positions, num_rows, wanted), visibility).float()
         rows = PackedRows(packed.sequence[wanted], packed.row[wanted], packed.real[wanted])
         results = self._choose(logits, rows, column[wanted], (positions + filled)[wanted], params, state, windows)
         state, emitted = advance(state, run, results, params.window)
@@ -136,7 +155,11 @@ class Runner:
         return self._params[1]
 
     def _forward(
-        self, windows: list[Work], chunks: list[Work], rows: tuple[Tensor, Tensor, list[int], Tensor] | None
+        self,
+        windows: list[Work],
+        chunks: list[Work],
+        rows: tuple[Tensor, Tensor, list[int], Tensor] | None,
+        visibility: RowVisibility | None = None,
     ) -> Tensor:
         """Windows' rows, then chunks' rows, through the model; logits of the wanted window rows only."""
         none = torch.zeros(0, dtype=torch.long, device=self.device)
@@ -146,11 +169,15 @@ class Runner:
             start, stop = work.request.num_cached, work.request.num_cached + work.count
             tokens.append(torch.tensor(work.request.tokens[start:stop], device=self.device))
             positions.append(torch.arange(start, stop, device=self.device))
+        if visibility is not None and chunks:  # a chunk's rows are in plain order
+            more = (0, sum(work.count for work in chunks))
+            visibility = RowVisibility(F.pad(visibility.shared, more), F.pad(visibility.own_start, more))
         everything = [*windows, *chunks]
         batch = ExtendBatch(
             starts=[work.request.num_cached for work in everything],
             counts=[*num_rows, *(work.count for work in chunks)],
             pages=[work.pages for work in everything],
+            visibility=visibility,
         )
         return self.model(torch.cat(tokens), torch.cat(positions), PagedSdpa(self.cache, batch), wanted)
 

@@ -41,7 +41,7 @@ class SamplingParams:
     wedlm_window_size: int | None = None
     wedlm_entropy_threshold: float | None = 0.4
     wedlm_pos_penalty_factor: float = 0.02
-    wedlm_draft_entropy: float = 1.5
+    wedlm_draft_entropy: float = 2.5
 
     def __post_init__(self) -> None:
         self._set("temperature", _number("temperature", self.temperature, high=_LARGEST))

@@ -16,6 +16,7 @@ class TextStream:
 
     ``text`` holds whole characters; bytes of an unfinished one wait for the tokens that complete it. ``stable`` is how
     much of ``text`` can no longer be taken back, i.e. may be streamed: a tail that might begin a stop string waits.
+    ``ends[i]`` is where the text ended after token i, before any stop string was cut off.
     """
 
     def __init__(self, tokenizer: Decoder, stop: Sequence[str] = ()) -> None:
@@ -26,6 +27,7 @@ class TextStream:
         # ids[_context:] are in the text.
         self._context = self._read = self._known = 0
         self.text = ""
+        self.ends: list[int] = []
 
     def push(self, token: int, may_stop: bool = True) -> bool:
         """Add a token. True if a stop string is complete: ``text`` then ends just before it."""
@@ -36,6 +38,7 @@ class TextStream:
         if self._known == len(whole) > 0 and len(self.text) > before:
             self._context, self._read = self._read, len(self._ids)
             self._known = len(self._decode())
+        self.ends.append(len(self.text))
         return may_stop and self._cut(before)
 
     def finish(self) -> None:

@@ -30,7 +30,7 @@ class WindowSnapshot:
     def initial(cls, prompt: list[int], params: DecodeParams) -> "WindowSnapshot":
         """All masked after the prompt; when verifying, the prompt's last token is the anchor in column 0."""
         cached = len(prompt) - params.verifies
-        width = min(params.row_budget, params.max_positions - cached)
+        width = params.width(0, params.max_positions - cached)
         tokens: list[int | None] = [None] * width
         if params.verifies:
             tokens[0] = prompt[-1]

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GSM8K, zero-shot chat, temperature 0: accuracy, tokens a forward and agreement of text, mode by mode.
+
+    python benchmarks/gsm8k.py MODEL --data gsm8k_test.jsonl.gz --decoding autoregressive verified streaming --out r.json
+
+Prints and saves one JSON object; the answer of a text is its last number. ``--out`` also keeps every text.
+"""
+
+import argparse
+import gzip
+import json
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from wedlm import LLM, SamplingParams
+
+NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
+
+
+def last_number(text: str) -> float | None:
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "").rstrip(".")) if found else None
+
+
+def run_mode(llm: LLM, questions: list[str], answers: list[float], mode: str, arguments: argparse.Namespace) -> dict:
+    options: dict = {}
+    if mode == "streaming":
+        options["wedlm_entropy_threshold"] = arguments.threshold
+    if mode == "verified":
+        options["wedlm_draft_entropy"] = arguments.draft_entropy
+    window = arguments.streaming_window if mode == "streaming" else arguments.rows
+    if mode != "autoregressive":
+        options["wedlm_window_size"] = window
+    params = SamplingParams(temperature=0.0, max_tokens=arguments.max_tokens, decoding=mode, **options)
+    began = time.perf_counter()
+    outputs = llm.chat([[{"role": "user", "content": question}] for question in questions], params)
+    seconds = time.perf_counter() - began
+    stats = [output.stats for output in outputs]
+    tokens = sum(one.tokens_per_forward * one.num_forwards for one in stats)
+    right = sum(last_number(output["text"]) == answer for output, answer in zip(outputs, answers, strict=True))
+    return {
+        "mode": mode,
+        "settings": options,
+        "accuracy": right / len(questions),
+        "tokens_per_forward": tokens / sum(one.num_forwards for one in stats),
+        "p_cache": tokens / sum(one.num_rows for one in stats),
+        "mean_tokens": sum(len(output["token_ids"]) for output in outputs) / len(outputs),
+        "cut_by_length": sum(output["finish_reason"] == "length" for output in outputs),
+        "seconds": seconds,
+        "texts": [output["text"] for output in outputs],
+        "token_ids": [output["token_ids"] for output in outputs],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--decoding", nargs="+", default=["autoregressive", "verified", "streaming"])
+    parser.add_argument("--limit", type=int, default=0, help="only the first N questions")
+    parser.add_argument("--rows", type=int, default=16, help="verified: rows a step")
+    parser.add_argument("--draft-entropy", type=float, default=2.5, help="verified: nats")
+    parser.add_argument("--streaming-window", type=int, default=16)
+    parser.add_argument("--threshold", type=float, default=0.4, help="streaming: entropy threshold in nats")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--kv-cache-gb", type=float, default=0.0, help="0: the engine decides")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    with gzip.open(arguments.data, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file][: arguments.limit or None]
+    questions = [row["question"] for row in rows]
+    answers = [float(row["answer"].rpartition("####")[2].replace(",", "")) for row in rows]
+    llm = LLM(
+        model=arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        max_num_seqs=arguments.max_num_seqs,
+        kv_cache_bytes=int(arguments.kv_cache_gb * 1e9) or None,
+        max_num_batched_tokens=max(8192, 2 * arguments.rows * arguments.max_num_seqs),
+    )
+    report = {
+        "model": str(Path(*Path(arguments.model).parts[-2:])),
+        "questions": len(questions),
+        "dtype": arguments.dtype,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if llm.device.type == "cuda" else "cpu",
+        "max_tokens": arguments.max_tokens,
+        "modes": [],
+    }
+    for mode in arguments.decoding:
+        result = run_mode(llm, questions, answers, mode, arguments)
+        report["modes"].append(result)
+        if mode == "autoregressive":
+            baseline = result["token_ids"]
+        if report["modes"][0]["mode"] == "autoregressive":
+            result["same_text_as_ar"] = sum(a == b for a, b in zip(baseline, result["token_ids"], strict=True))
+        shown = {key: value for key, value in result.items() if key not in ("texts", "token_ids")}
+        print(json.dumps(shown), flush=True)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
