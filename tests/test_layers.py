@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "attention": {"algorithm"},
     "engine": {"algorithm", "attention", "model"},
     "train": {"algorithm", "attention", "model"},
+    "hf": {"algorithm", "attention", "model", "engine"},
 }
 ENGINE_AND_BELOW = {"algorithm", "model", "attention", "engine"}
 # The paper on its own: what algorithm/ needs besides the standard library.

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from wedlm.cli_serve import serve
 from wedlm.cli_terminal import plain_errors, read_prompts
 
 # \b keeps the line breaks of a paragraph.
@@ -19,17 +20,17 @@ app = typer.Typer(
 
 \b
 Decoding modes (--decoding):
-[b]verified[/b]        drafts tokens and checks them in the same forward; AR's text
+[b]verified[/b]        drafts tokens and checks them in the same forward; AR's text; the default
 [b]streaming[/b]       fills positions as they become certain; for WeDLM checkpoints
 [b]block[/b]           fills one block of positions completely, then the next
 [b]autoregressive[/b]  one token a forward; the baseline
-A WeDLM checkpoint decodes by streaming unless told otherwise, any other by verified.
 
 \b
 Examples:
 wedlm demo
 wedlm chat --system "Answer in one sentence."
 wedlm generate "What is a prime number?" --max-tokens 64
+wedlm serve
 wedlm COMMAND --help""",
 )
 
@@ -40,10 +41,8 @@ def _option(help: str, panel: str, *names: str) -> typer.models.OptionInfo:
     return typer.Option(*names, help=help, rich_help_panel=panel)
 
 
-Model = Annotated[str, _option("Checkpoint directory, .gguf file, hub id, or 'demo'.", MODEL)]
-Decoding = Annotated[
-    str | None, _option("verified, streaming, block or autoregressive; default: the checkpoint's.", HOW)
-]
+Model = Annotated[str, _option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'.", MODEL)]
+Decoding = Annotated[str | None, _option("verified, streaming, block or autoregressive. [verified]", HOW)]
 Window = Annotated[int | None, _option("Positions of a window or block; rows a forward of verified. [16]", HOW)]
 Threshold = Annotated[str, _option("Streaming, block: fill below this entropy (nats); none: one a forward.", HOW)]
 Penalty = Annotated[float, _option("Streaming, block: entropy added per position of distance.", HOW)]
@@ -203,6 +202,31 @@ def demo(
         from wedlm.cli_demo import run_demo
 
         run_demo(llm, model)
+
+
+@app.command()
+def init(
+    source: Annotated[str, typer.Argument(help="AR checkpoint: directory, .gguf file, hub id, or 'demo-base'.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write.")],
+    mask_token_id: Annotated[int | None, typer.Option(help="Mask token; default: one that text never needs.")] = None,
+    block_size: Annotated[int, typer.Option(help="Noise block of training, in tokens.")] = 32,
+    force: Annotated[bool, typer.Option("--force", help="Write into a directory that is not empty.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Make a WeDLM directory, ready for training, from an AR checkpoint.
+
+    \b
+    Examples:
+    wedlm init demo-base ./my-wedlm
+    wedlm init ./my-ar-model ./my-wedlm --block-size 32
+    """
+    with plain_errors(debug):
+        from wedlm.cli_init import run_init
+
+        run_init(source, output, mask_token_id, block_size, force)
+
+
+app.command()(serve)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ window are the same thing; only a verified window hides some of its own rows fro
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+@runtime_checkable  # the tests check annotations when functions are called
 class Attend(Protocol):
     """Attention of one forward's rows. Called once a layer, with RoPE applied to queries and keys."""
 

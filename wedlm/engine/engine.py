@@ -23,7 +23,7 @@ class EngineConfig:
     mask_token_id: int
     end_token_ids: tuple[int, ...]
     max_model_len: int
-    default_decoding: Decoding = "streaming"
+    default_decoding: Decoding = "verified"
     default_window_size: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048

@@ -36,8 +36,7 @@ class LLM:
     model: a Hugging Face directory, a .gguf file, a hub id, or "demo". dtype: a torch dtype's name, or "auto": the
     checkpoint's, but float32 on CPUs without bfloat16 instructions. device: "auto" takes CUDA where there is one.
     max_model_len: positions of a sequence; default: the checkpoint's length. decoding: mode of requests that name none;
-    default: "streaming" for WeDLM checkpoints, "verified" for AR ones (their masked rows were never trained, and
-    verified text is AR's text all the same). kv_cache_bytes: size of the cache; default on CUDA: what
+    default: "verified", AR decoding's text in fewer forwards. kv_cache_bytes: size of the cache; default on CUDA: what
     gpu_memory_utilization leaves, elsewhere: four full sequences, at most a quarter of the memory. adapter: directory
     of a LoRA in peft's format, merged into the weights as they load; for another adapter make another LLM.
     """
@@ -81,7 +80,7 @@ class LLM:
             mask_token_id=mask_token_id,
             end_token_ids=self.model_config.eos_token_ids,
             max_model_len=length,
-            default_decoding=options.read_decoding(decoding, self.model_config),
+            default_decoding=options.read_decoding(decoding),
             default_window_size=wedlm_window_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -196,7 +195,7 @@ class LLM:
         block = self.model_config.block_size
         window = params.wedlm_window_size or self.engine.config.default_window_size
         decoding = params.decoding or self.engine.config.default_decoding
-        if block is not None and window > block and decoding != "autoregressive":
+        if block is not None and window > block and decoding in ("streaming", "block"):
             warnings.warn(
                 f"the window of {window} is wider than the noise block of {block} that this checkpoint was trained "
                 "with: it meets distances it never saw",

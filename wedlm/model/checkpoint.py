@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from wedlm.model.config import SUPPORTED_DTYPES, ModelConfig
 from wedlm.model.config_values import read_token_ids
-from wedlm.model.demo import DEMO_MASK_TOKEN_ID
+from wedlm.model.change import changed
+from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_CHANGE, DEMO_MASK_TOKEN_ID
 from wedlm.model.errors import CheckpointError
 from wedlm.model.gguf_file import GGUFFile
 from wedlm.model.gguf_model import read_gguf_config, read_gguf_tensors
-from wedlm.model.locate import DEMO_NAME, locate
+from wedlm.model.locate import DEMO_BASE_NAME, DEMO_NAME, locate
 from wedlm.model.packed import is_packed
 from wedlm.model.transformer import Transformer
 
@@ -36,21 +37,25 @@ def load_model(
 ) -> tuple[Transformer, ModelConfig]:
     """The model, in evaluation mode, and its config.
 
-    ``path_or_id``: a Hugging Face directory, a ``.gguf`` file, a hub id, or "demo". ``dtype`` None means the one the
+    ``path_or_id``: a Hugging Face directory, a ``.gguf`` file, a hub id, "demo" or "demo-base". ``dtype`` None means the one the
     config records. The config's end tokens are those of ``generation_config.json`` where that file has any. Raises
     CheckpointError, or DemoModelError if the demo model cannot be fetched.
     """
     path = locate(path_or_id)
     file = GGUFFile(path) if path.is_file() else None
     config = read_config(path) if file is None else read_gguf_config(file)
-    if path_or_id == DEMO_NAME:
+    if path_or_id in (DEMO_NAME, DEMO_BASE_NAME):
         config = dataclasses.replace(config, mask_token_id=DEMO_MASK_TOKEN_ID)
+    if path_or_id == DEMO_NAME:
+        config = dataclasses.replace(config, block_size=DEMO_BLOCK_SIZE)
     dtype = getattr(torch, config.dtype) if dtype is None else dtype
     if str(dtype).removeprefix("torch.") not in SUPPORTED_DTYPES:
         raise CheckpointError(f"dtype is {dtype}; expected one of {', '.join(SUPPORTED_DTYPES)}")
     with torch.device("meta"):
         model = Transformer(config)
     tensors = _read_directory(path) if file is None else read_gguf_tensors(file, config)
+    if path_or_id == DEMO_NAME:
+        tensors = changed(tensors, DEMO_CHANGE)
     _fill(model, tensors, dtype, torch.device(device), path)
     return model.eval(), config
 

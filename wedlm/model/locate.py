@@ -7,7 +7,8 @@ from pathlib import Path
 from wedlm.model.demo import demo_model_path
 from wedlm.model.errors import CheckpointError
 
-DEMO_NAME = "demo"
+# The embedded model adapted to WeDLM, and the AR checkpoint that it was made from: the same file of weights.
+DEMO_NAME, DEMO_BASE_NAME = "demo", "demo-base"
 _CONFIG_PATTERNS = ["*.json", "*.txt", "*.jinja"]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -15,11 +16,11 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def locate(path_or_id: str | Path, weights: bool = True) -> Path:
     """A checkpoint directory or a ``.gguf`` file.
 
-    "demo" means the embedded demo model (write "./demo" for a directory of that name); what exists as a path is that
+    "demo" and "demo-base" mean the embedded model (write "./demo" for a directory of that name); what exists as a path is that
     path; anything else of the form ``organisation/name`` is fetched from the Hugging Face hub, without weights if
     ``weights`` is False. Only data is fetched, never code or pickles. Raises CheckpointError.
     """
-    if path_or_id == DEMO_NAME:
+    if path_or_id in (DEMO_NAME, DEMO_BASE_NAME):
         return demo_model_path()
     path = Path(path_or_id).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):

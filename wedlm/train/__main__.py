@@ -3,7 +3,7 @@
 
 import sys
 
-from wedlm.cli_train import main
+from wedlm.train.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

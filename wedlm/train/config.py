@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training run is told. Keys are those of the original WeDLM fine-tuning configuration wherever it has one."""
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 # Keys of the original that mean nothing here, and what to do instead.
 _ELSEWHERE = {
@@ -21,7 +30,9 @@ _ELSEWHERE = {
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class Source(_Strict):
@@ -32,72 +43,125 @@ class Source(_Strict):
 
 
 class TrainConfig(_Strict):
-    """All settings of a run; ``docs/training.md`` lists them with the paper's values."""
+    """All settings of a run; the line under each is what ``wedlm train --help`` prints."""
 
     model_path: str
+    """Where training starts: a Hugging Face directory, a hub id, a .gguf file or demo-base."""
     output_dir: str = "outputs"
+    """Checkpoints, metrics.jsonl, TensorBoard files, and the result in final/."""
     train_data: list[Source] = Field(min_length=1)
-    # Every ``eval_steps`` steps the losses on held-out text are measured: on files of their own, or on a number of
-    # documents kept out of training.
+    """Files of JSON lines (also .gz, .xz): a path, or several, each alone or as {path: ..., repeat: ...}."""
     validation_data: list[Source] = []
+    """Files that are only measured on, all of their documents."""
     validation_documents: int = Field(default=0, ge=0)
+    """Or: so many documents of train_data are kept out of training and measured on."""
     eval_steps: int = Field(default=0, ge=0)
+    """Measure every so many steps and at the end; 0 never."""
     skip_bad: bool = False
+    """Count malformed lines and go on, instead of stopping at the first."""
     cache_dir: str | None = None
+    """Where tokens are kept; none is tokens/ in the cache of this package."""
 
-    # The objective (method: paper section 3.3).
     objective: Literal["wedlm", "autoregressive"] = "wedlm"
+    """wedlm: masked and AR loss; autoregressive: the AR loss alone, and the config of the model stays as it was."""
     max_seq_length: int = Field(default=2048, ge=2)
+    """Tokens of one packed row; longer documents are cut."""
     block_size: int = Field(default=32, ge=1)
+    """Positions of a noise block; windows of streaming decoding should not be wider."""
     mask_token_id: int | None = Field(default=None, ge=0)
+    """The id that stands for masked positions; none takes the model's or chooses one."""
     mask_per_block: bool = True
+    """Each block draws its own ratio; false draws one for a whole document."""
     suffix_noise: float = Field(default=0.0, ge=0, le=1)
+    """Share of documents with suffix noise, which verified decoding meets, instead of the paper's random noise."""
     loss_weighting_scheme: Literal["weighted", "uniform"] = "weighted"
+    """Masked rows weigh 1/ratio of their block, or 1."""
     num_learnable_im_end: int = Field(default=8, ge=1)
+    """End tokens after a document or reply."""
     enable_ar_loss: bool = True
+    """false trains the masked loss alone."""
     ar_loss_weight: float = Field(default=1.0, ge=0)
+    """a in (masked + a AR) / (1 + a)."""
     attention_backend: Literal["auto", "dense", "flex", "magi"] = "auto"
+    """auto: flex on CUDA, dense elsewhere."""
 
-    # What is trained.
     train_embeddings: bool = True
+    """false keeps embeddings and output projection as they are, but for the embedding of the mask token."""
     lora_rank: int = Field(default=0, ge=0)
+    """Above 0 trains low-rank factors and the mask token's embedding alone."""
     lora_alpha: float | None = Field(default=None, gt=0)
+    """Factors count alpha/rank times; none is twice the rank."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the factors."""
     lora_targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    """Layers that get factors."""
     merge_lora: bool = True
+    """The result is a whole model; false leaves an adapter."""
 
-    # Optimisation.
     num_train_epochs: float = Field(default=3, gt=0)
+    """Length of the run, unless max_steps gives it."""
     max_steps: int = Field(default=0, ge=0)
+    """Length of the run in optimiser steps; 0 follows num_train_epochs."""
     per_device_train_batch_size: int = Field(default=1, ge=1)
+    """Rows of a forward on each device."""
     gradient_accumulation_steps: int = Field(default=8, ge=1)
+    """Forwards of an optimiser step."""
     learning_rate: float = Field(default=3e-6, gt=0)
+    """Peak rate of AdamW."""
     min_learning_rate: float = Field(default=0.0, ge=0)
+    """Rate at the end of a cosine or linear schedule."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """What follows the warm-up."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps over which the rate rises from 0."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Of matrices; vectors are not decayed."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's mean of gradients."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    seed: int = Field(default=42, ge=0)
+    """Longer gradients are scaled to this norm."""
+    seed: int = Field(default=42, ge=0, lt=2**31)
+    """Decides data order, noise, dropout and the factors' initial values."""
 
-    # Precision and speed. ``compile`` None compiles on CUDA alone.
     bf16: bool = True
+    """Compute in bfloat16; trained weights and moments stay float32. false computes in float32."""
     compile: bool | None = None
+    """torch.compile each layer; none: on CUDA."""
     activation_checkpointing: bool = False
+    """Recompute a layer's activations in the backward pass: less memory, about a third more time."""
 
-    # Records.
     logging_steps: int = Field(default=10, ge=1)
+    """Record figures every so many steps."""
     save_steps: int = Field(default=500, ge=1)
+    """Write a checkpoint every so many steps."""
     save_total_limit: int = Field(default=3, ge=1)
+    """Checkpoints kept."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the result's weights."""
     resume: bool = True
+    """Go on from the latest checkpoint under output_dir; false refuses a directory that has one."""
     tensorboard: bool = True
+    """Write TensorBoard files."""
     use_wandb: bool = False
+    """Report to Weights & Biases; the key is WANDB_API_KEY of the environment."""
     wandb_project: str | None = None
+    """Its project."""
     wandb_team: str | None = None
+    """Its entity."""
     wandb_group: str | None = None
+    """Its group of runs."""
     wandb_host: str | None = None
+    """Its address, where it is not the public one."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_flag_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read true as 1."""
+        if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("expected no flag")
+        return value
 
     @field_validator("train_data", "validation_data", mode="before")
     @classmethod
@@ -134,7 +198,7 @@ class TrainConfig(_Strict):
 
 
 def load_config(path: str | Path | None, overrides: dict[str, Any]) -> TrainConfig:
-    """The YAML file's keys, overridden by ``overrides``. ValueError, one sentence a fault, names key and expectation."""
+    """The YAML file's keys, overridden by ``overrides``. ValueError, a sentence a fault, names key and expectation."""
     values: Any = {}
     if path is not None:
         try:
@@ -158,8 +222,9 @@ def load_config(path: str | Path | None, overrides: dict[str, Any]) -> TrainConf
 def _sentence(fault: Any) -> str:
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        names = ", ".join(sorted((Source if "." in key else TrainConfig).model_fields))
-        return f"{key} is no setting; expected one of {names}"
+        names = list((Source if "." in key else TrainConfig).model_fields)
+        near = get_close_matches(str(fault["loc"][-1]), names) or (names if "." in key else [])
+        return f"{key} is no setting; expected {' or '.join(near) or 'one that wedlm train --help lists'}"
     if fault["type"] == "missing":
         return f"{key} is missing; expected a value"
     message = fault["msg"].removeprefix("Value error, ")
@@ -183,13 +248,5 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"--{key} is {text!r}; expected a value that YAML reads") from error
-        overrides[key.replace("-", "_")] = _number(value)
+        overrides[key.replace("-", "_")] = value
     return overrides
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 3e-6 as a string; people mean the number."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value

@@ -13,7 +13,7 @@ import numpy as np
 from wedlm.model.config import ModelConfig
 from wedlm.model.demo import default_cache_dir
 from wedlm.model.tokenizer import Tokenizer
-from wedlm.train.config import TrainConfig
+from wedlm.train.config import Source, TrainConfig
 from wedlm.train.packing import Packs, Pieces, cut_documents, plan_epoch, random_order
 from wedlm.train.prefetch import prefetch as prefetch
 from wedlm.train.token_cache import Progress, TokenCache, build_cache
@@ -235,29 +235,41 @@ def load_data(
 ) -> tuple[PackedData, PackedData | None]:
     """Training data and, where asked for, validation data. Raises ValueError for data that this model cannot learn."""
     eos = _end_token(tokenizer, model_config)
-    result = build_cache(
-        [source.path for source in config.train_data],
-        tokenizer,
-        config.cache_dir or default_cache_dir() / "tokens",
-        eos_token_id=eos,
-        num_end_tokens=config.num_learnable_im_end,
-        skip_bad=config.skip_bad,
-        progress=progress,
-    )
-    cache = result.cache
+
+    def read(sources: Sequence[Source]) -> TokenCache:
+        result = build_cache(
+            [source.path for source in sources],
+            tokenizer,
+            config.cache_dir or default_cache_dir() / "tokens",
+            eos_token_id=eos,
+            num_end_tokens=config.num_learnable_im_end,
+            skip_bad=config.skip_bad,
+            progress=progress,
+        )
+        _check_tokens(result.cache, config, model_config, mask_token_id)
+        return result.cache
+
+    def packed(cache: TokenCache, repeats: Sequence[float], documents: np.ndarray) -> PackedData:
+        return PackedData(cache, repeats, config.max_seq_length, config.seed, pad_token_id=eos, documents=documents)
+
+    cache = read(config.train_data)
+    train, held_out = split_validation(cache, config.validation_documents, config.seed)
+    data = packed(cache, [source.repeat for source in config.train_data], train)
+    if config.validation_data:
+        cache = read(config.validation_data)
+        held_out = np.arange(cache.num_documents)
+    if not len(held_out):
+        return data, None
+    return data, packed(cache, [1.0] * len(cache.paths), held_out)
+
+
+def _check_tokens(cache: TokenCache, config: TrainConfig, model_config: ModelConfig, mask_token_id: int) -> None:
     if cache.largest_token_id >= model_config.vocab_size:
         raise ValueError(
             f"the data uses token {cache.largest_token_id}; expected ids below the model's {model_config.vocab_size}"
         )
     if config.objective == "wedlm":
         cache.check_mask_token_id(mask_token_id)
-    repeats = [source.repeat for source in config.train_data]
-    train, held_out = split_validation(cache, config.validation_documents, config.seed)
-    common = (config.max_seq_length, config.seed)
-    data = PackedData(cache, repeats, *common, pad_token_id=eos, documents=train)
-    if not len(held_out):
-        return data, None
-    return data, PackedData(cache, [1.0] * len(repeats), *common, pad_token_id=eos, documents=held_out)
 
 
 def _end_token(tokenizer: Tokenizer, model_config: ModelConfig) -> int:

@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 _NAME = "default"
 
 
+def scale_of(config: TrainConfig) -> float:
+    """alpha / rank: how often the product of the factors counts."""
+    return (config.lora_alpha or 2 * config.lora_rank) / config.lora_rank
+
+
 def lora_config(config: TrainConfig) -> Any:
     """peft's configuration of the adapter; alpha is 2 · rank unless given."""
     from peft import LoraConfig
 
     return LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_alpha=scale_of(config) * config.lora_rank,  # type: ignore[arg-type]  # peft takes any number
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_targets,
         bias="none",
@@ -52,7 +57,7 @@ def add_lora(transformer: Transformer, config: TrainConfig) -> None:
 
 def merged_tensors(tensors: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
     """A state dict with plain names, each adapted weight W + (alpha / rank) · B · A, computed in float32."""
-    scale = (config.lora_alpha or 2 * config.lora_rank) / config.lora_rank
+    scale = scale_of(config)
     merged = {}
     for name, tensor in tensors.items():
         if ".lora_" in name:
@@ -66,10 +71,10 @@ def merged_tensors(tensors: Mapping[str, Tensor], config: TrainConfig) -> dict[s
     return merged
 
 
-def save_adapter(tensors: Mapping[str, Tensor], mask_embedding: Tensor, setup: "Setup", directory: Path) -> None:
+def save_adapter(tensors: Mapping[str, Tensor], mask_embedding: Tensor | None, setup: "Setup", directory: Path) -> None:
     """``adapter_config.json`` and ``adapter_model.safetensors`` in peft's layout, and the result's ``config.json``.
 
-    The mask's embedding is stored as peft stores a trained token row.
+    The mask's embedding, where one was trained, is stored as peft stores a trained token row.
     """
     directory.mkdir(parents=True, exist_ok=True)
     kept = {
@@ -77,11 +82,12 @@ def save_adapter(tensors: Mapping[str, Tensor], mask_embedding: Tensor, setup: "
         for name, tensor in tensors.items()
         if ".lora_" in name
     }
-    kept["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = mask_embedding[None].clone()
-    save_file(kept, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     peft_config = lora_config(setup.config)
     peft_config.base_model_name_or_path = setup.config.model_path
-    peft_config.trainable_token_indices = {"embed_tokens": [setup.mask_token_id]}
+    if mask_embedding is not None:
+        kept["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = mask_embedding[None].clone()
+        peft_config.trainable_token_indices = {"embed_tokens": [setup.mask_token_id]}
+    save_file(kept, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     peft_config.save_pretrained(str(directory))
     text = json.dumps(setup.model_config.to_hf(), indent=2)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")

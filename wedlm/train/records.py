@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -50,13 +50,13 @@ def summarise(statistics: Tensor) -> dict[str, Any]:
 class Meter:
     """Sums over the steps since the last ``take``, on the device, and their time."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator, self.device = accelerator, accelerator.device
         self._clear()
 
     def _clear(self) -> None:
-        self.statistics = torch.zeros(NUM_GROUPS, 3, device=self.device)
-        self.loss = torch.zeros((), device=self.device)
+        # All statistics in a row, then the loss.
+        self.sums = torch.zeros(3 * NUM_GROUPS + 1, device=self.device)
         self.steps = self.tokens = 0
         self.began = time.perf_counter()
 
@@ -68,22 +68,36 @@ class Meter:
         self.began += time.perf_counter() - entered
 
     def add(self, loss: Tensor, statistics: Tensor, num_clean_tokens: int) -> None:
-        self.statistics += statistics
-        self.loss += loss
+        self.sums += torch.cat((statistics.flatten(), loss[None]))
         self.steps += 1
         self.tokens += num_clean_tokens
 
-    def take(self, accelerator: Accelerator) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """What has not been taken yet, over all processes, for a checkpoint: a run that goes on tells the same."""
+        return {"steps": self.steps, "sums": sum_over_processes(self.accelerator, self.sums).tolist()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+        if self.accelerator.is_main_process:
+            self.sums.copy_(torch.tensor(state["sums"]))
+
+    def take(self) -> dict[str, Any]:
         """Figures over all processes, and start anew."""
-        own = torch.tensor([self.tokens], dtype=torch.float64, device=self.device)
-        sums = torch.cat((self.statistics.flatten().double(), self.loss[None].double(), own))
-        sums = accelerator.reduce(sums, "sum").cpu()  # waits for the device, so the clock is read after it
-        figures: dict[str, Any] = {"loss": float(sums[-2]) / self.steps, **summarise(sums[:-2].view(NUM_GROUPS, 3))}
-        figures["tokens_per_second"] = float(sums[-1]) / (time.perf_counter() - self.began)
+        sums = sum_over_processes(self.accelerator, self.sums)  # waits for the device, so the clock is read after it
+        tokens = sum_over_processes(self.accelerator, torch.tensor(self.tokens, dtype=torch.float64))
+        figures: dict[str, Any] = {"loss": float(sums[-1]) / self.steps, **summarise(sums[:-1].view(NUM_GROUPS, 3))}
+        figures["tokens_per_second"] = float(tokens) / (time.perf_counter() - self.began)
         if self.device.type == "cuda":
             figures["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         self._clear()
         return figures
+
+
+def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The sum in float64 on the host; all processes call it."""
+    if accelerator.num_processes == 1:
+        return values.cpu().double()
+    return accelerator.reduce(values.to(accelerator.device).double(), "sum").cpu()
 
 
 class Records:
@@ -91,6 +105,7 @@ class Records:
 
     def __init__(self, config: TrainConfig, directory: Path, num_steps: int, active: bool) -> None:
         self.config, self.directory, self.num_steps, self.active = config, directory, num_steps, active
+        self.start = 0  # steps done by earlier processes; set it before entering
         self.console = Console(stderr=True)
         self.writer: Any = None
         self.wandb_run: Any = None
@@ -104,7 +119,9 @@ class Records:
         if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.directory / "tensorboard"))
+            # What an earlier run told about steps that this one repeats is hidden.
+            purge = {"purge_step": self.start + 1} if self.start else {}
+            self.writer = SummaryWriter(str(self.directory / "tensorboard"), **purge)
         if self.config.use_wandb:
             self.wandb_run = self._start_wandb()
         self.progress.start()
@@ -155,13 +172,38 @@ class Records:
             self.progress.update(self.task, completed=step)
 
 
+@contextmanager
+def token_progress(shown: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """What ``load_data`` calls with (file, lines, tokens) while it tokenises: a line on the terminal, or nothing."""
+    if not shown:
+        yield None
+        return
+    console = Console(stderr=True)
+    with console.status("Reading the data ...", refresh_per_second=2) as status:
+        yield lambda path, line, tokens: status.update(f"{Path(path).name}: line {line:,}; {tokens:,} tokens in all")
+
+
 def rewind(directory: Path, step: int) -> None:
     """Drop what ``metrics.jsonl`` tells about steps after ``step``: a resumed run tells them again."""
     path = directory / METRICS_FILE
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
+        new = path.with_suffix(".new")
+        new.write_text("".join(kept), encoding="utf-8")
+        new.replace(path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a ``metrics.jsonl``. The last line may be cut, by a kill or a full disk; ValueError for any other."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is no JSON; expected one record a line") from error
+    return records
 
 
 def _scalars(figures: dict[str, Any]) -> dict[str, float]:

@@ -4,24 +4,29 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from wedlm.model import Tokenizer, load_model, load_tokenizer
+from wedlm.model.adapt import check_mask_token_id, choose_mask_token_id, set_mask_embedding
 from wedlm.model.checkpoint import save_tensors
 from wedlm.model.config import ModelConfig
 from wedlm.model.transformer import Transformer
 from wedlm.train.config import TrainConfig
 from wedlm.train.data import PackedData, load_data
 from wedlm.train.lora import add_lora, merged_tensors, save_adapter
+from wedlm.train.records import token_progress
 
 
 @dataclass(frozen=True)
 class Setup:
-    """``model_config`` is that of the result: it records the mask token and, for WeDLM, the block size."""
+    """``model_config`` is that of the result: for WeDLM it records mask token and block size. ``mask_token_id`` is -1 in
+    AR training, which masks nothing."""
 
     config: TrainConfig
     model_config: ModelConfig
@@ -46,18 +51,15 @@ class Setup:
             raise ValueError(
                 f"max_seq_length is {config.max_seq_length}; expected at most the model's {model_config.max_length}"
             )
-        wedlm = config.objective == "wedlm"
-        mask = config.mask_token_id if config.mask_token_id is not None else model_config.mask_token_id
-        assert mask is not None
-        if wedlm and not model_config.is_wedlm:
-            with torch.no_grad():
-                embedding = transformer.model.embed_tokens.weight
-                embedding[mask] = embedding.mean(dim=0)
-        if wedlm:
-            model_config = dataclasses.replace(model_config, mask_token_id=mask, block_size=config.block_size)
-        train_data, validation_data = load_data(config, tokenizer, model_config, mask)
+        mask = -1  # no token
+        if config.objective == "wedlm":
+            model_config = _with_mask_token(transformer, model_config, tokenizer, config)
+            mask = model_config.mask_token_id if model_config.mask_token_id is not None else mask
+        with accelerator.local_main_process_first(), token_progress(accelerator.is_local_main_process) as progress:
+            train_data, validation_data = load_data(config, tokenizer, model_config, mask, progress)
         transformer.train()
         if config.lora_rank:
+            torch.manual_seed(config.seed)  # the factors start the same in every process and every run
             add_lora(transformer, config)
         elif not config.train_embeddings:
             for module in (transformer.model.embed_tokens, transformer.lm_head):
@@ -65,21 +67,57 @@ class Setup:
         return cls(config, model_config, transformer, tokenizer, mask, train_data, validation_data)
 
 
+def _with_mask_token(
+    transformer: Transformer, model_config: ModelConfig, tokenizer: Tokenizer, config: TrainConfig
+) -> ModelConfig:
+    """The config with a mask token and a block size. A mask token that masks nothing yet gets its embedding.
+
+    ValueError if text needs the token that ``config`` names.
+    """
+    known, asked = model_config.mask_token_id, config.mask_token_id
+    mask = known if asked is None else asked
+    if mask is None:
+        mask = choose_mask_token_id(model_config, tokenizer)
+    if not (model_config.is_wedlm and mask == known):
+        check_mask_token_id(mask, model_config, tokenizer)
+        weight = transformer.lm_head.get_parameter("weight")
+        frozen = config.lora_rank > 0 or not config.train_embeddings
+        output_row = weight.detach()[mask].clone() if frozen and not model_config.tie_word_embeddings else None
+        set_mask_embedding(transformer, mask, min(tokenizer.vocab_size, model_config.vocab_size))
+        if output_row is not None:  # of what is frozen, the mask's embedding alone changes: an adapter holds no more
+            with torch.no_grad():
+                weight[mask] = output_row
+    return dataclasses.replace(model_config, mask_token_id=mask, block_size=config.block_size)
+
+
 def save_result(setup: Setup, accelerator: Accelerator, model: nn.Module, directory: Path) -> Path:
-    """Write the trained model (or, for LoRA that is not merged, the adapter) with its tokenizer. All ranks call it."""
+    """Write the trained model (or, for LoRA that is not merged, the adapter) with its tokenizer. All ranks call it.
+
+    ValueError if it cannot be written.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    gathered = get_model_state_dict(accelerator.unwrap_model(model), options=options)
+    gathered: Any = get_model_state_dict(accelerator.unwrap_model(model), options=options)
     if accelerator.is_main_process:
         mask_embedding = gathered.pop("mask_embedding", None)
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in gathered.items()}
-        if setup.config.lora_rank and not setup.config.merge_lora:
-            save_adapter(tensors, mask_embedding, setup, directory)
-        else:
-            merged = merged_tensors(tensors, setup.config) if setup.config.lora_rank else tensors
-            _save_model(merged, mask_embedding, setup, directory)
-        setup.tokenizer.save(directory)
+        try:
+            _write_result(tensors, mask_embedding, setup, directory)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{directory} cannot be written ({error}); the last checkpoint is complete: with room on the disk the "
+                "same command writes the result"
+            ) from error
     accelerator.wait_for_everyone()
     return directory
+
+
+def _write_result(tensors: dict[str, Tensor], mask_embedding: Tensor | None, setup: Setup, directory: Path) -> None:
+    if setup.config.lora_rank and not setup.config.merge_lora:
+        save_adapter(tensors, mask_embedding, setup, directory)
+    else:
+        merged = merged_tensors(tensors, setup.config) if setup.config.lora_rank else tensors
+        _save_model(merged, mask_embedding, setup, directory)
+    setup.tokenizer.save(directory)
 
 
 def _save_model(tensors: dict[str, Tensor], mask_embedding: Tensor | None, setup: Setup, directory: Path) -> None:

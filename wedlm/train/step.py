@@ -58,7 +58,7 @@ class TrainingModel(nn.Module):
         hidden_KC = self.transformer.model.norm(hidden_TC.index_select(0, batch.loss_rows))
         losses = chunked_losses(
             hidden_KC,
-            self.transformer.lm_head.weight,
+            self.transformer.lm_head.get_parameter("weight"),
             batch.target,
             batch.coefficient,
             compiled=hidden_KC.is_cuda,
@@ -78,4 +78,4 @@ def prepare_layers(transformer: Transformer, compile_layers: bool, checkpoint_ac
             forward = torch.compile(forward)
         if checkpoint_activations:
             forward = functools.partial(checkpoint, forward, use_reentrant=False)
-        layer.forward = forward  # type: ignore[method-assign]
+        layer.forward = forward

@@ -2,8 +2,7 @@
 """The training loop, on one device or many through accelerate."""
 
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,17 +10,18 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor
 
 from wedlm.algorithm.objective import LossTotals
 from wedlm.attention.dual_stream import choose_training_backend
 from wedlm.train.batch import NUM_GROUPS, TrainBatch, collate, noised_rows
-from wedlm.train.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from wedlm.train.checkpoint import latest_checkpoint, load_checkpoint, read_state, remove_unfinished, save_checkpoint
 from wedlm.train.config import TrainConfig
 from wedlm.train.data import PackedData, prefetch
 from wedlm.train.optimizer import learning_rate, make_optimizer
-from wedlm.train.records import Meter, Records, rewind
+from wedlm.train.records import Meter, Records, rewind, sum_over_processes
 from wedlm.train.setup import Setup, save_result
 from wedlm.train.step import TrainingModel, prepare_layers
 
@@ -39,13 +39,25 @@ class _Done(NamedTuple):
     micro_batches: list[TrainBatch]
 
 
+def _accelerator(config: TrainConfig) -> Accelerator:
+    """ValueError for kinds of parallelism that this trainer does not know."""
+    accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no")
+    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in kinds and not accelerator.is_fsdp2:
+        raise ValueError(
+            f"accelerate's configuration asks for {accelerator.distributed_type.value}; expected plain data "
+            "parallelism or FSDP with fsdp_version 2"
+        )
+    return accelerator
+
+
 class Trainer:
     """One run. ``run`` trains to the end, or on from the latest checkpoint under ``output_dir``."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.directory = Path(config.output_dir)
-        self.accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no")
+        self.accelerator = _accelerator(config)
         self.device: torch.device = self.accelerator.device
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
@@ -62,6 +74,7 @@ class Trainer:
         self.sequences_per_step = self.sequences_per_forward * config.gradient_accumulation_steps
         self.num_steps = config.max_steps or self._steps_of_epochs()
         self.records = Records(config, self.directory, self.num_steps, self.accelerator.is_main_process)
+        self.meter = Meter(self.accelerator)
 
     def _steps_of_epochs(self) -> int:
         part, whole = math.modf(self.config.num_train_epochs)
@@ -71,9 +84,12 @@ class Trainer:
 
     def run(self) -> Path:
         """Train; returns the directory of the finished model."""
-        start = self._resume()
         if self.accelerator.is_main_process:
             self.directory.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self.directory)
+        self.accelerator.wait_for_everyone()
+        start = self.records.start = self._resume()
+        if self.accelerator.is_main_process:
             text = yaml.safe_dump(self.config.model_dump(), sort_keys=False)
             (self.directory / "training_config.yaml").write_text(text, encoding="utf-8")
             rewind(self.directory, start)
@@ -91,14 +107,18 @@ class Trainer:
         if not self.config.resume:
             raise ValueError(f"output_dir holds {checkpoint.name}; expected an empty directory, or resume true")
         state = read_state(checkpoint)
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"{checkpoint} was made with {name} {state.get(name)!r}, this run has {value!r}; expected the same, "
-                    "or another output_dir"
-                )
+        self._check_identity(checkpoint, state["run"])
         load_checkpoint(checkpoint, self.model, self.optimizer)
+        self.meter.restore(state["meter"])
         return int(state["step"])
+
+    def _check_identity(self, checkpoint: Path, made_with: Mapping[str, Any]) -> None:
+        for name, value in self._identity().items():
+            if made_with.get(name) != value:
+                raise ValueError(
+                    f"{checkpoint} was made with {name} {made_with.get(name)!r}, this run has {value!r}; expected the "
+                    "same, or another output_dir"
+                )
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resumed run to equal an unbroken one, as JSON keeps it."""
@@ -127,8 +147,7 @@ class Trainer:
             self.records.say(f"resumed after step {start}")
 
     def _train(self, start: int) -> None:
-        config = self.config
-        meter = Meter(self.device)
+        config, meter = self.config, self.meter
         last: _Done | None = None
         self.model.train()
         with closing(prefetch(self._optimiser_batches(start), _PREFETCH)) as batches:
@@ -140,15 +159,16 @@ class Trainer:
                 meter.add(done.loss, done.statistics, sum(batch.num_clean_tokens for batch in micro_batches))
                 count = step + 1
                 ended = count == self.num_steps
-                if count % config.logging_steps == 0 or ended:
-                    figures = meter.take(self.accelerator)
-                    rate = learning_rate(step, self.num_steps, config)
-                    self.records.step(count, {**figures, "learning_rate": rate, "gradient_norm": float(done.norm)})
+                tells = count % config.logging_steps == 0 or ended
                 saves = count % config.save_steps == 0 and not ended
                 measures = config.eval_steps and (count % config.eval_steps == 0 or ended)
-                if saves or measures or ended:
+                if tells or saves or measures:
                     self._check(last)
                     last = None
+                if tells:
+                    figures = meter.take()
+                    rate = learning_rate(step, self.num_steps, config)
+                    self.records.step(count, {**figures, "learning_rate": rate, "gradient_norm": float(done.norm)})
                 with meter.paused():
                     if measures:
                         self._measure(count)
@@ -198,9 +218,7 @@ class Trainer:
     def _totals(self, micro_batches: list[TrainBatch]) -> LossTotals:
         own = [batch.totals() for batch in micro_batches]
         sums = torch.tensor([sum(t.weight for t in own), sum(t.num_ar for t in own)], dtype=torch.float64)
-        if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums.to(self.device), "sum").cpu()
-        return LossTotals(*sums.tolist())
+        return LossTotals(*sum_over_processes(self.accelerator, sums).tolist())
 
     def _check(self, done: _Done | None) -> None:
         """Stop at a loss or gradient that is no number: the batch is saved, the last checkpoint stays the last."""
@@ -228,7 +246,7 @@ class Trainer:
         data = self.setup.validation_data
         assert data is not None
         self.model.eval()
-        meter = Meter(self.device)
+        meter = Meter(self.accelerator)
         per_forward, index = self.sequences_per_forward, self.accelerator.process_index
         own = self.config.per_device_train_batch_size
         for first in range(0, data.rows_in_epoch(0), per_forward):
@@ -236,7 +254,7 @@ class Trainer:
             batch = self._batch(data, indices)
             losses = self.model(batch.to(self.device, LossTotals(1.0, 1.0), 1.0))
             meter.add(losses.loss, losses.statistics, batch.num_clean_tokens)
-        figures = meter.take(self.accelerator)
+        figures = meter.take()
         measured = {
             name: figures[name] for name in figures if name.startswith(("ar_", "masked_", "loss_", "accuracy_"))
         }
@@ -244,7 +262,7 @@ class Trainer:
         self.model.train()
 
     def _save(self, step: int) -> None:
-        identity = self._identity()
+        state = {"run": self._identity(), "meter": self.meter.state()}
         main, keep = self.accelerator.is_main_process, self.config.save_total_limit
-        save_checkpoint(self.directory, step, self.model, self.optimizer, identity, main, keep)
+        save_checkpoint(self.directory, step, self.model, self.optimizer, state, main, keep)
         self.accelerator.wait_for_everyone()

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``generate`` in transformers gives LLM's tokens, and refuses what it cannot do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.engine.tiny_llm import END, PROMPTS, save_tiny
+from wedlm import LLM, SamplingParams
+from wedlm.hf import WeDLMForCausalLM
+
+MODES = ["streaming", "verified", "block", "autoregressive"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> WeDLMForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def llm(directory: Path) -> LLM:
+    return LLM(directory, device="cpu")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("mode", MODES)
+def test_batches_give_the_tokens_of_llm(
+    mode: str, temperature: float, directory: Path, model: WeDLMForCausalLM, llm: LLM
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", pad_token="<|end|>")
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    options = {"temperature": temperature, "wedlm_window_size": 6, "wedlm_entropy_threshold": 1.0, "top_k": 20}
+    found = model.generate(**batch, max_new_tokens=20, decoding=mode, seed=7, **options)
+    assert torch.equal(found[:, : batch.input_ids.shape[1]], batch.input_ids)
+    params = SamplingParams(max_tokens=20, decoding=mode, seed=7, **options)
+    outputs = llm.generate(PROMPTS, params)
+    longest = max(len(output.token_ids) for output in outputs)
+    for row, output in zip(found[:, batch.input_ids.shape[1] :].tolist(), outputs, strict=True):
+        assert row == output.token_ids + [END] * (longest - len(output.token_ids))
+
+
+def test_defaults_are_those_of_llm(model: WeDLMForCausalLM, llm: LLM) -> None:
+    ids = llm.tokenizer.encode(PROMPTS[0])
+    found = model.generate(torch.tensor([ids]), max_new_tokens=12)[0, len(ids) :].tolist()
+    output = llm.generate(PROMPTS[0], SamplingParams(max_tokens=12))[0]
+    assert output.stats.decoding == "streaming"
+    assert found == output.token_ids
+
+
+def test_end_tokens_of_generation_config_and_of_the_call(tmp_path: Path) -> None:
+    directory = save_tiny(tmp_path)
+    plain = WeDLMForCausalLM.from_pretrained(directory)
+    ids = torch.tensor([[5, 6, 7]])
+    options = {"max_new_tokens": 12, "decoding": "autoregressive"}
+    tokens = plain.generate(ids, **options)[0, 3:].tolist()
+    end = tokens[4]
+    cut = tokens[: tokens.index(end) + 1]
+    assert plain.generate(ids, eos_token_id=end, **options)[0, 3:].tolist() == cut
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, end]}))
+    model = WeDLMForCausalLM.from_pretrained(directory)
+    assert model.generate(ids, **options)[0, 3:].tolist() == cut
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [END, end]
+    assert len(model.generate(ids, **options, min_new_tokens=12)[0]) == 15
+
+
+def test_do_sample_is_temperature_one(model: WeDLMForCausalLM) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    sampled = model.generate(ids, max_new_tokens=8, seed=3, do_sample=True)
+    assert torch.equal(sampled, model.generate(ids, max_new_tokens=8, seed=3, temperature=1.0))
+    assert not torch.equal(sampled, model.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+def test_weights_that_changed_are_used_and_the_mode_of_training_stays(directory: Path) -> None:
+    model = WeDLMForCausalLM.from_pretrained(directory).train()
+    ids = torch.tensor([[5, 6, 7]])
+    before = model.generate(ids, max_new_tokens=8)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    assert not torch.equal(model.generate(ids, max_new_tokens=8), before)
+    assert model.training
+    assert model(ids, labels=ids).loss.requires_grad, "what generate ran must not leave inference tensors behind"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_beams": 4}, "num_beams is 4, which this generate does not support"),
+        ({"generation_config": None}, "generation_config is None, which this generate does not support"),
+        ({"max_length": 10}, "max_length is 10"),
+        ({"streamer": 1}, "streamer is 1"),
+        ({"max_new_tokens": 0}, "max_tokens is 0"),
+        ({"decoding": "beam"}, "decoding is 'beam'; expected one of streaming"),
+        ({"wedlm_window_size": 0}, "wedlm_window_size is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"do_sample": True, "temperature": 0.0}, "do_sample is True and temperature 0.0"),
+        ({"do_sample": False, "temperature": 0.7}, "do_sample is False and temperature 0.7"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "attention_mask has padding behind tokens"),
+        ({"attention_mask": torch.tensor([[0, 0, 0]])}, "the prompt has 0 tokens"),
+        ({"attention_mask": torch.ones(1, 2)}, r"attention_mask has shape \[1, 2\]; expected \[1, 3\]"),
+        ({"input_ids": torch.tensor([5, 6])}, r"input_ids has shape \[2\]; expected \[batch, rows\]"),
+        ({"input_ids": torch.tensor([[500]])}, "the prompt contains 500"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(model: WeDLMForCausalLM, options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        model.generate(**{"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 4, **options})
+
+
+def test_an_ar_checkpoint_needs_a_mask_token_named(tmp_path: Path) -> None:
+    values = {"model_type": "llama", "qk_norm": False, "mask_token_id": None}
+    model = WeDLMForCausalLM.from_pretrained(save_tiny(tmp_path, **values))
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(ValueError, match="the config has no mask_token_id"):
+        model.generate(ids, max_new_tokens=4)
+    found = model.generate(ids, max_new_tokens=4, mask_token_id=103)
+    output = LLM(tmp_path, device="cpu", mask_token_id=103).generate([5, 6, 7], SamplingParams(max_tokens=4))[0]
+    assert output.stats.decoding == "verified"
+    assert found[0, 3:].tolist() == output.token_ids

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong, unknown or not supported gets a 4xx that names the field and its value; nothing is ignored."""
+
+import json
+
+import openai
+import pytest
+
+from tests.server.running import MODEL, Running
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+MESSAGES = [{"role": "user", "content": "Hello"}]
+IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/x.png"}}
+
+UNSUPPORTED = [
+    (CHAT, "logprobs", True),
+    (CHAT, "top_logprobs", 3),
+    (TEXT, "logprobs", 2),
+    (CHAT, "logit_bias", {"5": 10}),
+    (TEXT, "logit_bias", {"5": 10}),
+    (CHAT, "presence_penalty", 0.5),
+    (TEXT, "frequency_penalty", -0.5),
+    (CHAT, "response_format", {"type": "json_object"}),
+    (CHAT, "response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
+    (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
+    (CHAT, "tool_choice", "required"),
+    (CHAT, "functions", [{"name": "f"}]),
+    (CHAT, "function_call", {"name": "f"}),
+    (TEXT, "best_of", 2),
+    (TEXT, "echo", True),
+    (TEXT, "suffix", "end"),
+    (CHAT, "modalities", ["text", "audio"]),
+    (CHAT, "audio", {"voice": "alloy", "format": "wav"}),
+    (CHAT, "prediction", {"type": "content", "content": "x"}),
+    (CHAT, "reasoning_effort", "high"),
+    (CHAT, "store", True),
+    (CHAT, "service_tier", "flex"),
+]
+INVALID = [
+    (CHAT, "temperature", -1),
+    (CHAT, "temperature", "0.5"),
+    (CHAT, "temperature", True),
+    (CHAT, "top_p", 0),
+    (CHAT, "top_p", 1.5),
+    (CHAT, "top_k", 1.5),
+    (CHAT, "n", 0),
+    (CHAT, "n", 65),
+    (CHAT, "seed", 2**63),
+    (CHAT, "stop", ""),
+    (CHAT, "stop", ["x"] * 17),
+    (CHAT, "stop", "x" * 257),
+    (CHAT, "max_tokens", 0),
+    (TEXT, "max_tokens", -5),
+    (CHAT, "decoding", "magic"),
+    (CHAT, "wedlm_window_size", 0),
+    (CHAT, "wedlm_entropy_threshold", -0.1),
+    (CHAT, "wedlm_trace", True),  # without stream
+    (CHAT, "stream_options", {"include_usage": True}),
+    (CHAT, "messages", []),
+    (CHAT, "messages", "Hello"),
+    (TEXT, "prompt", []),
+    (TEXT, "prompt", {"a": 1}),
+    (TEXT, "prompt", ["a", 1]),
+    (TEXT, "user", 5),
+    (CHAT, "unheard_of", 1),
+    (CHAT, "wedlm_windowsize", 8),
+]
+
+
+def ask(running: Running, path: str, **fields):
+    base = {"messages": MESSAGES} if path == CHAT else {"prompt": "Hello"}
+    return running.post(path, {**base, "max_tokens": 2, **fields})
+
+
+def check_error(answer, status: int = 400) -> dict:
+    """The OpenAI form, and no path and no trace."""
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()) == {"error"}
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    for word in ("Traceback", "site-packages", ".py", "pydantic"):
+        assert word not in answer.text
+    return error
+
+
+@pytest.mark.parametrize(("path", "field", "value"), UNSUPPORTED + INVALID, ids=lambda v: str(v)[:30])
+def test_field_is_refused_by_name_and_value(running, path, field, value):
+    error = check_error(ask(running, path, **{field: value}))
+    assert error["type"] == "invalid_request_error"
+    assert error["param"].startswith(field)
+    assert field in error["message"]
+    if isinstance(value, int | float):
+        assert str(value).lower() in error["message"].lower()
+    if (path, field, value) in UNSUPPORTED and field != "reasoning_effort":
+        assert error["code"] == "unsupported"
+
+
+def test_neutral_values_are_accepted(running):
+    """What clients send by default asks for nothing that is missing."""
+    common = {"user": "u", "presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}, "n": 1, "stop": None}
+    chat = {
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "parallel_tool_calls": True,
+        "logprobs": False,
+        "top_logprobs": None,
+        "response_format": {"type": "text"},
+        "tools": [],
+        "tool_choice": "none",
+        "modalities": ["text"],
+        "prompt_cache_key": "k",
+        "safety_identifier": "s",
+        "stream": False,
+        "stream_options": None,
+    }
+    assert ask(running, CHAT, **common, **chat).status_code == 200
+    text = {"best_of": 1, "echo": False, "suffix": None, "logprobs": None}
+    assert ask(running, TEXT, **common, **text).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("message", "path"),
+    [
+        ({"role": "wizard", "content": "x"}, "messages[0].role"),
+        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages[0].role"),
+        ({"role": "user"}, "messages[0].content"),
+        ({"role": "assistant", "content": None}, "messages[0].content"),
+        ({"role": "user", "content": 5}, "messages[0].content"),
+        ({"role": "user", "content": [IMAGE]}, "messages[0].content"),
+        ({"role": "user", "content": [{"type": "text", "text": "x"}, IMAGE]}, "messages[0].content"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+        ({"content": "x"}, "messages[0].role"),
+        ({"role": "user", "content": "x", "weight": 1}, "messages[0].weight"),
+        ("Hello", "messages[0]"),
+    ],
+)
+def test_messages(running, message, path):
+    error = check_error(ask(running, CHAT, messages=[message]))
+    assert path in error["message"]
+    assert error["param"] == path
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"\xff\xfe{}",
+        b'{"model": "\xff"}',
+        b'{"model": "tiny", "prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+        b'{"model": "tiny", "prompt": "x", "top_k": ' + b"9" * 10_000 + b"}",
+        b'{"model": "tiny", "prompt": "x", "temperature": NaN}',
+        b'{"model": "tiny", "prompt": "x", "temperature": Infinity}',
+        b'{"model": "tiny", "prompt": "\\ud800"}',
+        b'{"model": "tiny", "prompt": "x", "\\ud800": 1}',
+        b'{"model": "tiny", "prompt": "x", "top_k": "\\udfff"}',
+        b'{"model": "tiny", "prompt": [99999999]}',
+        b'{"model": "tiny", "prompt": [-1]}',
+        b'{"model": "tiny", "prompt": ""}',
+        b'{"prompt": "x"}',
+    ],
+    ids=lambda body: str(body[:40]),
+)
+def test_bodies_that_are_no_request(running, body):
+    for path in (TEXT, CHAT):
+        answer = running.http.post(path, content=body, headers={"Content-Type": "application/json"})
+        check_error(answer)
+    assert running.http.get("/health").status_code == 200
+
+
+def test_a_form_of_another_site_is_no_request(running):
+    """Browsers send text/plain across origins without asking; such a body is not read as JSON."""
+    body = json.dumps({"model": MODEL, "prompt": "x"})
+    check_error(running.http.post(TEXT, content=body, headers={"Content-Type": "text/plain"}))
+
+
+def test_addresses_and_models(running):
+    check_error(running.http.get("/nothing"), 404)
+    check_error(running.http.get("/../../etc/passwd"), 404)
+    check_error(running.http.get(TEXT), 405)
+    error = check_error(running.http.post(TEXT, json={"model": "gpt-4o", "prompt": "x"}), 404)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    body = b'{"model": "\\ud800", "prompt": "x"}'
+    check_error(running.http.post(TEXT, content=body, headers={"Content-Type": "application/json"}), 404)
+
+
+def test_prompts_longer_than_the_model(running):
+    error = check_error(ask(running, TEXT, prompt="x" * 200))
+    assert "200 tokens" in error["message"]
+    check_error(ask(running, CHAT, messages=[{"role": "user", "content": "x" * 200}]))
+    answer = ask(running, TEXT, prompt=["x", "x" * 200], stream=True)
+    check_error(answer)  # before the stream begins
+    running.settled()
+
+
+def test_the_client_sees_the_sentence(running):
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+    with client, pytest.raises(openai.BadRequestError, match=r"presence_penalty is 1\.5") as caught:
+        client.chat.completions.create(model=MODEL, messages=MESSAGES, presence_penalty=1.5)
+    assert caught.value.param == "presence_penalty"
+    assert caught.value.code == "unsupported"

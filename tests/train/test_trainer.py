@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that are interrupted, split over processes, poisoned or out of disk: what is kept, and what stays equal."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.train.tiny_run import config_of, metrics, save_base, train, weights, write_chats
+from wedlm.train import checkpoint as checkpoint_module
+from wedlm.train.checkpoint import latest_checkpoint
+from wedlm.train.trainer import Trainer
+
+RUNNER = "import sys; from wedlm.train.config import load_config; from wedlm.train.trainer import Trainer; "
+RUNNER += "Trainer(load_config(sys.argv[1], {})).run()"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """(base checkpoint, data, directory for runs)"""
+    directory = tmp_path_factory.mktemp("trainer")
+    return save_base(directory / "base"), write_chats(directory / "data.jsonl", 30), directory
+
+
+@pytest.fixture(scope="module")
+def unbroken(parts):
+    base, data, directory = parts
+    train(base, data, directory / "unbroken")
+    return directory / "unbroken"
+
+
+def same_weights(a: Path, b: Path, tolerance: float = 0.0) -> None:
+    first, second = weights(a / "final"), weights(b / "final")
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.allclose(first[name], second[name], rtol=0, atol=tolerance), name
+
+
+def config_file(config, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(config.model_dump()))
+    return path
+
+
+class StopHereError(Exception):
+    """A run that ends in the middle."""
+
+
+def test_a_resumed_run_equals_an_unbroken_one(parts, unbroken, monkeypatch):
+    base, data, directory = parts
+    config = config_of(base, data, directory / "resumed", save_steps=2)
+    step = Trainer._step
+
+    def stops(self, number, micro_batches):
+        if number == 5:
+            raise StopHereError
+        return step(self, number, micro_batches)
+
+    monkeypatch.setattr(Trainer, "_step", stops)
+    with pytest.raises(StopHereError):
+        Trainer(config).run()
+    assert latest_checkpoint(directory / "resumed").name == "checkpoint-000004"
+    assert len(metrics(directory / "resumed")) == 5  # the fifth step was told and will be told again
+    monkeypatch.undo()
+    Trainer(config).run()
+    same_weights(directory / "resumed", unbroken)
+    assert metrics(directory / "resumed") == metrics(unbroken)
+
+
+def test_a_killed_run_goes_on(parts, unbroken):
+    base, data, directory = parts
+    config = config_of(base, data, directory / "killed", save_steps=1, save_total_limit=2)
+    command = [sys.executable, "-c", RUNNER, str(config_file(config, directory / "killed.yaml"))]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((directory / "killed").glob("checkpoint-000002*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    (directory / "killed" / ".checkpoint-000099.1").mkdir()  # as a kill in the middle of writing leaves
+    found = latest_checkpoint(directory / "killed")
+    assert found is not None
+    assert 1 <= int(found.name[-6:]) <= 6
+    Trainer(config).run()
+    same_weights(directory / "killed", unbroken)
+    kept = sorted(path.name for path in (directory / "killed").glob("*checkpoint-*"))
+    assert kept == ["checkpoint-000005", "checkpoint-000006"]
+
+
+def test_a_finished_run_is_not_trained_again(parts, unbroken, monkeypatch):
+    base, data, _ = parts
+    before = weights(unbroken / "final")
+    monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("trained"))
+    train(base, data, unbroken)
+    after = weights(unbroken / "final")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_run_is_no_continuation(parts, unbroken):
+    base, data, _ = parts
+    with pytest.raises(ValueError, match=r"made with seed 42, this run has 7; expected the same"):
+        train(base, data, unbroken, seed=7)
+    with pytest.raises(ValueError, match="expected an empty directory, or resume true"):
+        train(base, data, unbroken, resume=False)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error")])
+def test_a_full_disk_leaves_the_last_checkpoint(parts, monkeypatch, error):
+    base, data, directory = parts
+    output = directory / f"full-{type(error).__name__}"
+    save, calls = checkpoint_module.save_file, []
+
+    def fails_later(tensors, path, *arguments):
+        calls.append(path)
+        if len(calls) > 3:  # two files a checkpoint
+            raise error
+        save(tensors, path, *arguments)
+
+    monkeypatch.setattr(checkpoint_module, "save_file", fails_later)
+    with pytest.raises(ValueError, match=r"checkpoint-000004 cannot be written .*earlier checkpoints are as they were"):
+        train(base, data, output, save_steps=2)
+    assert [path.name for path in output.glob("*checkpoint*")] == ["checkpoint-000002"]
+    monkeypatch.undo()
+    train(base, data, output, save_steps=2)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(parts, monkeypatch):
+    base, data, directory = parts
+    output = directory / "nan"
+    step = Trainer._step
+
+    def poisons(self, number, micro_batches):
+        if number == 3:
+            with torch.no_grad():
+                next(self.model.parameters())[5:] = torch.nan
+        return step(self, number, micro_batches)
+
+    monkeypatch.setattr(Trainer, "_step", poisons)
+    with pytest.raises(FloatingPointError, match=r"step 3: the loss is nan .* The batch is in .*bad_batch_step3_rank0"):
+        train(base, data, output, save_steps=2)
+    assert latest_checkpoint(output).name == "checkpoint-000002"
+    saved = load_file(output / "bad_batch_step3_rank0.safetensors")
+    assert saved["0.tokens"].shape == saved["1.tokens"].shape == (2, 128)
+    monkeypatch.undo()
+    train(base, data, output, save_steps=2)  # the last checkpoint was good
+
+
+def launch(parts, name: str, processes: int, **settings) -> Path:
+    base, data, directory = parts
+    config = config_of(base, data, directory / name, **settings)
+    file = config_file(config, directory / f"{name}.yaml")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", RUNNER, str(file)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    errors = []
+    for process in running:
+        _, err = process.communicate(timeout=120)
+        errors.append((process.returncode, err))
+    assert all(code == 0 for code, _ in errors), "\n=====\n".join(err for _, err in errors)
+    return directory / name
+
+
+def test_two_processes_train_like_one(parts, unbroken):
+    """One process with batches of 2, two with batches of 1: rows, noise, losses and weights are the same."""
+    two = launch(parts, "two", 2, per_device_train_batch_size=1)
+    same_weights(two, unbroken, tolerance=2e-5)
+    for mine, theirs in zip(metrics(two), metrics(unbroken), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
+        assert mine["masked_accuracy"] == pytest.approx(theirs["masked_accuracy"], abs=2e-3)
+
+
+def test_accumulation_is_only_a_matter_of_memory(parts, unbroken):
+    base, data, directory = parts
+    whole = directory / "whole"
+    train(base, data, whole, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    same_weights(whole, unbroken, tolerance=2e-5)
+
+
+def test_recomputed_activations_change_nothing(parts, unbroken):
+    base, data, directory = parts
+    train(base, data, directory / "recomputed", activation_checkpointing=True)
+    same_weights(directory / "recomputed", unbroken, tolerance=5e-5)
+
+
+def test_compiled_layers_change_nothing(parts, unbroken):
+    """In a process of its own: the shape checks of the tests are nothing that torch.compile reads."""
+    same_weights(launch(parts, "compiled", 1, compile=True), unbroken, tolerance=5e-5)
+
+
+def test_ar_training_alone_leaves_no_trace_of_wedlm(parts):
+    from wedlm.model.checkpoint import read_config
+
+    base, data, directory = parts
+    final = train(base, data, directory / "ar", objective="autoregressive", max_steps=2)
+    assert read_config(final) == read_config(base)
+    records = metrics(directory / "ar")
+    assert "masked_loss" not in records[0]
+    assert records[0]["loss"] == pytest.approx(records[0]["ar_loss"], abs=1e-4)
+
+
+def test_frozen_embeddings_change_in_the_mask_row_alone(parts):
+    base, data, directory = parts
+    final = train(base, data, directory / "frozen", train_embeddings=False)
+    name = "model.embed_tokens.weight"
+    before, after = weights(base)[name], weights(final)[name]
+    changed = (before != after).any(dim=1).nonzero().flatten().tolist()
+    from wedlm.model.checkpoint import read_config
+
+    assert changed == [read_config(final).mask_token_id]

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' view of the model: after ``import wedlm.hf`` its Auto classes load WeDLM directories.
+
+A thin shell: the network is ``wedlm.model``'s, ``generate`` is ``wedlm.engine``'s. Needs transformers 5.
+"""
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError(
+        "wedlm.hf needs the package transformers; expected it installed: pip install 'wedlm[hf]'"
+    ) from error
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(f"transformers is {transformers.__version__}; wedlm.hf expects 5 or newer")
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from wedlm.hf.configuration import WeDLMConfig
+from wedlm.hf.modeling import WeDLMForCausalLM
+
+__all__ = ["WeDLMConfig", "WeDLMForCausalLM"]
+AutoConfig.register("wedlm", WeDLMConfig)
+AutoModelForCausalLM.register(WeDLMConfig, WeDLMForCausalLM)
+AutoTokenizer.register(WeDLMConfig, fast_tokenizer_class=PreTrainedTokenizerFast)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``WeDLMForCausalLM``: the one model as a ``PreTrainedModel``."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from wedlm.hf.attend import PaddedCausalAttend, real_rows
+from wedlm.hf.configuration import WeDLMConfig
+from wedlm.hf.generation import generate
+from wedlm.model.layers import Attend
+from wedlm.model.rope import RotaryEmbedding, inverse_frequencies
+from wedlm.model.transformer import Transformer
+
+
+class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
+    """Parameters have the names and values of the checkpoint. Training and AR scoring by calling it, decoding by
+    ``generate``, which is this package's and takes this package's options."""
+
+    config_class = WeDLMConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - the base class declares it so
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    generate = generate  # type: ignore[assignment]
+
+    def __init__(self, config: WeDLMConfig) -> None:
+        super().__init__(config)
+        transformer = Transformer(config.model_config())
+        self.model = transformer.model
+        self.lm_head = transformer.lm_head
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        config: PreTrainedConfig | None = None,
+        **kwargs: Any,
+    ) -> "WeDLMForCausalLM":
+        """As in transformers, for directories and hub ids of every model type that this package reads.
+
+        Only safetensors are read. Saving writes the model type that was read.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError(f"use_safetensors is {kwargs['use_safetensors']!r}; expected True: pickles are not read")
+        if not isinstance(config, WeDLMConfig):
+            where = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+            values, _ = WeDLMConfig.get_config_dict(pretrained_model_name_or_path, **where)
+            config = WeDLMConfig.from_dict(values if config is None else config.to_dict())
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **unsupported: Any,
+    ) -> CausalLMOutput | tuple[Tensor, ...]:
+        """Logits [N, R, V] of ``input_ids`` [N, R], causal over rows whatever their positions.
+
+        ``attention_mask`` [N, R] is 0 for padding, on either side. ``position_ids`` [N, R] or [R] (what RoPE sees) may
+        come in any order, as topological reordering has them; default: real rows count from 0. ``labels`` [N, R] give
+        the shifted AR loss over rows (-100: not counted). ``logits_to_keep``: only the last so many rows' logits.
+        """
+        for name, value in unsupported.items():
+            if value is not None and value is not False:
+                raise ValueError(f"{name} is {value!r}, which {type(self).__name__} does not support; expected None")
+        real = real_rows(input_ids, attention_mask)
+        positions = _positions(input_ids, real, position_ids)
+        attend = PaddedCausalAttend(len(input_ids), real)
+        hidden = self.model(input_ids.flatten(), positions.flatten(), attend).unflatten(0, input_ids.shape)
+        logits = self.lm_head(self.model.norm(hidden[:, -logits_to_keep:] if logits_to_keep else hidden))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+        output = CausalLMOutput(loss=loss, logits=logits)
+        return output if return_dict is not False else output.to_tuple()
+
+    def rows(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, logits_rows: Tensor | None = None) -> Tensor:
+        """``Transformer.forward`` over this model's modules: what the engine calls."""
+        hidden_TC = self.model(tokens_T, positions_T, attend)
+        hidden_LC = hidden_TC if logits_rows is None else hidden_TC[logits_rows]
+        return self.lm_head(self.model.norm(hidden_LC))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # transformers loads into a model without memory and then leaves unsaved buffers as they happen to be.
+        if isinstance(module, RotaryEmbedding):
+            module.inv_freq = inverse_frequencies(self.config.model_config())[0].to(module.inv_freq.device)
+
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+
+def _positions(input_ids: Tensor, real: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    if position_ids is not None:
+        if position_ids.shape not in (input_ids.shape, input_ids.shape[1:], (1, input_ids.shape[1])):
+            shapes = (list(position_ids.shape), list(input_ids.shape))
+            raise ValueError(f"position_ids has shape {shapes[0]}; expected {shapes[1]}, that of input_ids")
+        return position_ids.expand(input_ids.shape)
+    if real is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+    return (real.long().cumsum(1) - 1).clamp(min=0)

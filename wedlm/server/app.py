@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routes."""
+
+import mimetypes
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from wedlm.engine.llm import LLM
+from wedlm.server import errors
+from wedlm.server.config import ServerConfig
+from wedlm.server.limits import ApiKeys, BodyLimit
+from wedlm.server.logs import RequestLog
+from wedlm.server.protocol import ChatRequest, CompletionRequest
+from wedlm.server.service import Service, json_name
+
+DEMO = Path(__file__).parent / "demo"
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": errors.ErrorBody, "description": text}
+    for status, text in {
+        400: "A field is wrong, unknown or not supported",
+        401: "No valid API key",
+        404: "No such model",
+        408: "The body came too slowly",
+        413: "The body is too large",
+        429: "The queue is full",
+        500: "The engine failed",
+        503: "The engine restarts, or the server shuts down",
+        504: "The answer took too long",
+    }.items()
+}
+_GENERATES: dict[str, Any] = {"response_model": None, "responses": {**_REFUSALS, 422: {"description": "Never sent"}}}
+# The demo page has its own files and nothing else, and may talk to any server that the reader names.
+_PAGE_POLICY = "default-src 'self'; connect-src *; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+
+
+def create_app(llm: LLM, config: ServerConfig, demo: Path = DEMO) -> FastAPI:
+    """The server around ``llm``, whose engine belongs to it from start-up on. ``app.state.service`` is its inside."""
+    service = Service(llm, config)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await service.engine.stop()
+
+    # FastAPI's documentation pages fetch scripts from a third party; /openapi.json is served.
+    app = FastAPI(title="wedlm", version=version("wedlm"), lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    errors.install(app)
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
+    app.add_middleware(ApiKeys, keys=config.api_keys)
+    if config.cors_origins:
+        exposed = ["X-Request-Id", "Retry-After"]
+        allow: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": exposed}
+        app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origins), **allow)
+    app.add_middleware(RequestLog, metrics=service.metrics)
+    _add_api(app, service)
+    _add_operations(app, service)
+    if (demo / "index.html").is_file():
+        _add_page(app, demo)
+    return app
+
+
+def _add_api(app: FastAPI, service: Service) -> None:
+    model = {"id": service.config.model_name, "object": "model", "created": int(time.time()), "owned_by": "wedlm"}
+
+    @app.post("/v1/chat/completions", **_GENERATES)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        return await service.answer(await service.chat_job(body), request)
+
+    @app.post("/v1/completions", **_GENERATES)
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        """Continue a text."""
+        return await service.answer(await service.completion_job(body), request)
+
+    @app.get("/v1/models", responses={401: _REFUSALS[401]})
+    async def models() -> dict[str, Any]:
+        """The one model there is."""
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}", responses={401: _REFUSALS[401], 404: _REFUSALS[404]})
+    async def one_model(name: str) -> dict[str, Any]:
+        """The model of that name."""
+        if name != model["id"]:
+            message = f"the model is {json_name(name)}; expected {model['id']}"
+            raise errors.ApiError(404, message, type="not_found_error", param="model", code="model_not_found")
+        return model
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    @app.get("/health", responses={503: {"description": "Requests are refused now"}})
+    async def health() -> JSONResponse:
+        """200 while requests are served."""
+        status = service.status
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    @app.get("/version")
+    async def show_version() -> dict[str, str]:
+        """The version of wedlm."""
+        return {"version": version("wedlm")}
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """Figures in Prometheus' text format."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_page(app: FastAPI, folder: Path) -> None:
+    """The files of a folder, found once: no path from outside is ever opened. The index is at /, too."""
+    headers = {"Content-Security-Policy": _PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
+
+    def add(address: str, path: Path) -> None:
+        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+
+        async def serve() -> FileResponse:
+            return FileResponse(path, media_type=kind, headers={**headers, "Cache-Control": "no-cache"})
+
+        app.add_api_route(address, serve, methods=["GET"], include_in_schema=False, response_class=FileResponse)
+
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            add("/" + path.relative_to(folder).as_posix(), path)
+    add("/", folder / "index.html")

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the server; those of the engine are the engine's."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Checked on construction (ValueError). Sequences: a request for n choices of p prompts is n · p of them.
+
+    model_name: what clients call the model. api_keys: if any, one must come with each request to /v1 and /metrics.
+    cors_origins: origins whose pages may call, or "*". max_queue: sequences that may wait beside those that run.
+    max_choices: sequences of one request. request_timeout_s: from the body's arrival to the answer's last byte.
+    body_timeout_s: for the body to arrive. shutdown_timeout_s: what running requests get to finish in.
+    """
+
+    model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    cors_origins: tuple[str, ...] = ()
+    max_queue: int = 256
+    max_choices: int = 64
+    max_body_bytes: int = 2**20
+    request_timeout_s: float = 600.0
+    body_timeout_s: float = 30.0
+    shutdown_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.model_name:
+            raise ValueError("model_name is empty; expected a name for clients to use")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}; expected 0 to 65535")
+        for name, low in (("max_queue", 0), ("max_choices", 1), ("max_body_bytes", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
+        for name in ("request_timeout_s", "body_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0 seconds")
+        if not self.shutdown_timeout_s >= 0:
+            raise ValueError(f"shutdown_timeout_s is {self.shutdown_timeout_s}; expected at least 0 seconds")
+        if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
+            raise ValueError("an API key is empty or not printable ASCII; expected printable ASCII characters")

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors as OpenAI's clients expect them: an object ``error`` with ``message``, ``type``, ``param``, ``code``."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from wedlm.server.protocol import EXPECTED, UNSUPPORTED
+
+_SHOWN = 80  # characters of a refused value that the message repeats
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong; ``param`` names the field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not 200."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer other than 200."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, dict(headers or {})
+        self.detail = ErrorDetail(message=message, type=type, param=param, code=code)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return ErrorBody(error=self.detail).model_dump()
+
+    def response(self) -> Response:
+        # json.dumps escapes what is not ASCII: a message may quote half of a surrogate pair, which has no UTF-8.
+        content = json.dumps(self.body)
+        return Response(content, self.status, self.headers, media_type="application/json")
+
+
+def internal_error() -> ApiError:
+    """What a bug of ours looks like from outside; the log has the rest."""
+    return ApiError(500, "the server failed on this request", type="server_error", code="internal_error")
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    return ApiError(503, message, type="server_error", code=code, headers={"Retry-After": "5"})
+
+
+def install(app: FastAPI) -> None:
+    """Let the app answer its own and the framework's errors in this form."""
+
+    @app.exception_handler(ApiError)
+    async def _api_error(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(_: Request, error: RequestValidationError) -> Response:
+        return explain(error.errors(), error.body).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        status = error.status_code
+        message, code = str(error.detail), None
+        if status == 404:
+            message, code = "there is nothing at this address", "not_found"
+        elif status == 405:
+            message, code = f"the method is {request.method}; this address expects another one", "method_not_allowed"
+        elif status == 400:  # a body that even the JSON parser gives up on: invalid UTF-8, thousands of levels
+            message, code = "the body is not readable as JSON; expected a JSON object in UTF-8", "invalid_json"
+        return ApiError(status, message, code=code, headers=error.headers).response()
+
+
+def explain(errors: Sequence[Any], body: Any) -> ApiError:
+    """A 400 about the first of pydantic's errors: what, its value, what was expected."""
+    error = errors[0]
+    if error["type"] == "json_invalid":
+        reason = f"{error['ctx']['error']} at character {error['loc'][-1]}"
+        return ApiError(400, f"the body is not valid JSON ({reason}); expected a JSON object", code="invalid_json")
+    if len(error["loc"]) < 2 or not isinstance(body, dict):
+        message = "the body is no JSON object; expected one, with Content-Type: application/json"
+        return ApiError(400, message, code="invalid_body")
+    names, value = _walk(error["loc"][1:], body)
+    path = names[0] + "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names[1:])
+    last = next(name for name in reversed(names) if isinstance(name, str))
+    unsupported = next((name for name in names if name in UNSUPPORTED), None)
+    if error["type"] == "missing":
+        missing = str(error["loc"][-1])
+        path = missing if value is body else f"{path}.{missing}"
+        message, code = f"{path} is missing; expected {EXPECTED.get(missing, 'a value')}", "missing"
+    elif unsupported is not None:
+        message, code = f"{path} is {_show(value)}; {UNSUPPORTED[unsupported]}", "unsupported"
+    elif error["type"] == "extra_forbidden":
+        message, code = f"{path} is {_show(value)}; this server knows no field of that name", "unknown_field"
+    else:
+        expected = EXPECTED.get(last) or str(error["msg"]).removeprefix("Input should be ").removeprefix(
+            "Value error, "
+        )
+        message, code = f"{path} is {_show(value)}; expected {expected}", "invalid_value"
+    return ApiError(400, message, param=path, code=code)
+
+
+def _walk(location: Sequence[Any], body: Any) -> tuple[list[Any], Any]:
+    """The part of a location that exists in the body, and what is there; pydantic adds names of its own types."""
+    names: list[Any] = []
+    value = body
+    for name in location:
+        inside_list = isinstance(value, list) and isinstance(name, int) and name < len(value)
+        if inside_list or (isinstance(value, dict) and name in value):
+            value = value[name]
+            names.append(name if isinstance(name, int) else str(name)[:_SHOWN])
+    return names or [str(location[0])], value
+
+
+def _show(value: Any) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

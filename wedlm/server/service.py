@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checked body to an answer: prompts, admission, the engine, and what can go wrong on the way."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from wedlm.engine.async_engine import AsyncEngine, fresh_engine
+from wedlm.engine.engine import Engine
+from wedlm.engine.llm import LLM
+from wedlm.engine.outputs import GenerationOutput
+from wedlm.engine.ticket import EngineFault, EngineStopped, Ticket
+from wedlm.server import answers
+from wedlm.server.answers import Job
+from wedlm.server.config import ServerConfig
+from wedlm.server.errors import ApiError, internal_error, unavailable
+from wedlm.server.metrics import Metrics, Stopwatch
+from wedlm.server.protocol import ChatRequest, CompletionRequest
+from wedlm.server.sse import Disconnected, EventStream, unless_disconnected
+
+log = logging.getLogger("wedlm.server")
+_COMPLETION_TOKENS = 16  # OpenAI's default there
+_LARGEST_SEED = 2**63 - 1
+_SEND_S = 10.0  # beyond the request's time, for a slow client to take the last of a stream
+
+
+class Service:
+    """What the routes call. ``engine`` exists from ``start`` on; ``draining`` refuses whatever is new."""
+
+    engine: AsyncEngine
+
+    def __init__(self, llm: LLM, config: ServerConfig) -> None:
+        self.llm, self.config = llm, config
+        self.metrics = Metrics()
+        self.draining = False
+
+    def start(self) -> None:
+        """Hand the LLM's engine over to a thread. In the loop."""
+        self.engine = AsyncEngine(self.llm.engine, self._renew)
+        self.metrics.watch(self.engine)
+
+    def _renew(self, broken: Engine) -> Engine:
+        self.llm.engine = fresh_engine(broken)
+        return self.llm.engine
+
+    @property
+    def status(self) -> str:
+        """ "ok", or why requests are refused."""
+        if self.draining:
+            return "draining"
+        return "ok" if self.engine.state == "running" else self.engine.state
+
+    async def chat_job(self, body: ChatRequest) -> Job:
+        """ApiError 400 if the conversation has no prompt, or an option is refused."""
+        self._admit(body.model, body.n or 1)
+        messages = [message.for_template() for message in body.messages]
+        prompt = await self._tokens(partial(self.llm.chat_prompt, messages), "messages")
+        return self._job("chat", body, [prompt], self._room(prompt))
+
+    async def completion_job(self, body: CompletionRequest) -> Job:
+        """As ``chat_job``."""
+        prompts = body.prompts
+        self._admit(body.model, (body.n or 1) * len(prompts))
+        encoded = [
+            await self._tokens(partial(self.llm._encode, one, True), "prompt") if isinstance(one, str) else one
+            for one in prompts
+        ]
+        return self._job("text", body, encoded, _COMPLETION_TOKENS)
+
+    async def answer(self, job: Job, request: Request) -> Response:
+        """Run a job. ApiError where the engine refuses or fails it before the answer has begun."""
+        self._admit(job.model, len(job.sequences))  # once more: the prompts took time
+        try:
+            ticket = self.engine.submit(job.sequences, job.watches)
+        except EngineStopped as error:
+            raise _failure(error) from error
+        request.scope["wedlm.log"] |= {"id": job.id, "prompt_tokens": job.num_prompt_tokens}
+        timer = asyncio.get_running_loop().call_later(self.config.request_timeout_s, ticket.expire)
+        handed_over = False
+
+        def close() -> None:
+            timer.cancel()
+            ticket.abort()
+
+        try:
+            await ticket.accepted()
+            if job.streams:
+                handed_over = True
+                return EventStream(self._events(job, ticket, request), close, self.config.request_timeout_s + _SEND_S)
+            outputs = await unless_disconnected(request.receive, self._collect(job, ticket, request))
+            return JSONResponse(answers.whole(job, outputs))
+        except Disconnected:
+            request.scope["wedlm.log"]["disconnected"] = True
+            return Response(status_code=499)  # nobody will see it but the log
+        except ValueError as error:
+            raise _refusal(error, job.kind) from error
+        except (EngineFault, EngineStopped, TimeoutError) as error:
+            raise _failure(error) from error
+        finally:
+            if not handed_over:
+                close()
+
+    async def _collect(self, job: Job, ticket: Ticket, request: Request) -> list[GenerationOutput]:
+        outputs: dict[int, GenerationOutput] = {}
+        stopwatch = Stopwatch(self.metrics, len(job.sequences))
+        async for news in ticket:
+            for index, piece in news:
+                stopwatch.piece(index, piece)
+                if piece.output is not None:
+                    outputs[index] = piece.output
+        return _in_order(outputs, request)
+
+    async def _events(self, job: Job, ticket: Ticket, request: Request) -> AsyncIterator[bytes]:
+        outputs: dict[int, GenerationOutput] = {}
+        stopwatch = Stopwatch(self.metrics, len(job.sequences))
+        decode = self.llm.tokenizer.decode
+        try:
+            yield answers.opening(job)
+            async for news in ticket:
+                data = []
+                for index, piece in news:
+                    stopwatch.piece(index, piece)
+                    data.append(answers.piece_event(job, index, piece, decode))
+                    if piece.output is not None:
+                        outputs[index] = piece.output
+                yield b"".join(data)
+            done = _in_order(outputs, request)
+            if job.wants_usage:
+                yield answers.usage_event(job, done)
+        except Exception as error:
+            failure = _failure(error)
+            if failure.status == 500:
+                log.error("a stream failed", exc_info=error, extra={"fields": request.scope["wedlm.log"]})
+            request.scope["wedlm.log"]["error"] = failure.detail.code
+            yield answers.event(failure.body)
+        yield answers.DONE
+
+    def _admit(self, model: str, count: int) -> None:
+        """ApiError unless the model is ours, the engine runs, and there is room for ``count`` more sequences."""
+        if model != self.config.model_name:
+            name = json_name(model)
+            message = f"model is {name}; expected {self.config.model_name}"
+            raise ApiError(404, message, type="not_found_error", param="model", code="model_not_found")
+        if count > self.config.max_choices:
+            message = f"n times the number of prompts is {count}; expected at most {self.config.max_choices}"
+            raise ApiError(400, message, param="n", code="invalid_value")
+        if self.status != "ok":
+            raise unavailable(f"the server is {self.status} and takes no requests", self.status)
+        room = self.llm.engine.config.max_num_seqs + self.config.max_queue
+        if self.engine.num_open + count > room:
+            message = f"{self.engine.num_open} of {room} places are taken; expected {count} free ones, try again later"
+            raise ApiError(429, message, type="rate_limit_error", code="queue_full", headers={"Retry-After": "1"})
+
+    async def _tokens(self, encode: "partial[list[int]]", param: str) -> list[int]:
+        """In another thread: a long prompt must not hold up everybody's streams."""
+        try:
+            return await asyncio.to_thread(encode)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=param, code="invalid_value") from error
+
+    def _room(self, prompt: Sequence[int]) -> int:
+        """Tokens that the model and the cache have left for an answer to ``prompt``; at least 1."""
+        config, pool = self.llm.engine.config, self.llm.engine.pool
+        slots = pool.num_pages * pool.page_size - 2 * config.default_window_size
+        return max(1, min(config.max_model_len, slots) - len(prompt))
+
+    def _job(self, kind: str, body: ChatRequest | CompletionRequest, prompts: list[list[int]], room: int) -> Job:
+        if body.stream_options is not None and not body.streams:
+            shown = body.stream_options.model_dump_json(exclude_unset=True)
+            message = f"stream_options is {shown}; expected stream to be true beside it"
+            raise ApiError(400, message, param="stream_options", code="invalid_value")
+        if body.wedlm_trace and not body.streams:
+            message = "wedlm_trace is true; expected stream to be true beside it"
+            raise ApiError(400, message, param="wedlm_trace", code="invalid_value")
+        if not prompts:
+            raise ApiError(400, "prompt is []; expected at least one prompt", param="prompt", code="invalid_value")
+        try:
+            params = body.sampling_params(room)
+        except ValueError as error:
+            raise _refusal(error, kind) from error
+        count = body.n or 1
+        # Choices must differ under one seed, too: each has its own, the first the one given.
+        seeds = [None if params.seed is None else min(params.seed + i, _LARGEST_SEED) for i in range(count)]
+        return Job(
+            kind="chat" if kind == "chat" else "text",
+            model=self.config.model_name,
+            sequences=[(prompt, replace(params, seed=seed)) for prompt in prompts for seed in seeds],
+            num_choices=count,
+            streams=body.streams,
+            wants_usage=body.wants_usage,
+            watches=bool(body.wedlm_trace),
+        )
+
+
+def json_name(name: str) -> str:
+    """A name from outside, short and quoted."""
+    return repr(name if len(name) <= 80 else name[:80] + "...")
+
+
+def _in_order(outputs: dict[int, GenerationOutput], request: Request) -> list[GenerationOutput]:
+    ordered = [outputs[index] for index in sorted(outputs)]
+    tokens = sum(len(output.token_ids) for output in ordered)
+    request.scope["wedlm.log"] |= {"tokens": tokens, "finish": [output.finish_reason for output in ordered]}
+    return ordered
+
+
+def _refusal(error: ValueError, kind: str) -> ApiError:
+    """The engine's sentences name the field first, or begin with "the prompt"."""
+    name = str(error).partition(" ")[0]
+    if name == "the":
+        name = "messages" if kind == "chat" else "prompt"
+    return ApiError(400, str(error), param=name, code="invalid_value")
+
+
+def _failure(error: Exception) -> ApiError:
+    if isinstance(error, EngineFault):
+        return ApiError(500, f"{error}; send the request again", type="server_error", code="engine_fault")
+    if isinstance(error, EngineStopped):
+        return unavailable("the server is shutting down", "shutting_down")
+    if isinstance(error, TimeoutError):
+        return ApiError(504, "the answer took longer than the server allows", type="timeout_error", code="timeout")
+    return internal_error()

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers that end when the client leaves: server-sent events, and the wait for a whole answer."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+
+class Disconnected(Exception):
+    """The client has closed the connection."""
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of ``work``, which is cancelled as soon as the client leaves (Disconnected). The body must be read."""
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Disconnected
+        return task.result()
+    finally:
+        for one in (task, watch):
+            one.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(StreamingResponse):
+    """Sends ``events`` as they come, for ``limit_s`` at most: a client may stop reading without leaving. ``close`` is
+    called at the end, whatever the end is."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None], limit_s: float) -> None:
+        # The second header asks nginx not to hold events back.
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._events, self._close, self._limit_s = events, close, limit_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self._limit_s):
+                await unless_disconnected(receive, self._send_all(send))
+        except (Disconnected, TimeoutError) as error:
+            scope["wedlm.log"]["disconnected" if isinstance(error, Disconnected) else "stuck"] = True
+        finally:
+            self._close()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for data in self._events:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packages that training needs and inference does not."""
+
+from importlib.util import find_spec
+
+# What `import wedlm.train…` itself needs; others are needed by some settings.
+ALWAYS = ("accelerate", "pydantic", "yaml")
+_OUTSIDE = ("wandb",)  # not part of the extra
+
+
+def require(package: str, purpose: str = "training") -> None:
+    """ValueError saying how to install ``package``, if it is not there; ``purpose`` is what needs it."""
+    if find_spec(package) is None:
+        wanted = package if package in _OUTSIDE else '"wedlm[train]"'
+        raise ValueError(f"{purpose} needs the package {package}, which is not installed: pip install {wanted}")
