@@ -31,6 +31,7 @@ wedlm demo
 wedlm chat --system "Answer in one sentence."
 wedlm generate "What is a prime number?" --max-tokens 64
 wedlm serve
+wedlm train config.yaml
 wedlm COMMAND --help""",
 )
 
@@ -227,6 +228,14 @@ def init(
 
 
 app.command()(serve)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(ctx: typer.Context) -> None:
+    """Adapt an AR checkpoint to WeDLM, or fine-tune: CONFIG.yaml --key value ..."""
+    from wedlm.train.cli import main
+
+    raise typer.Exit(main(ctx.args))
 
 
 def main() -> None:

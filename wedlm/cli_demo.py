@@ -12,7 +12,7 @@ from wedlm.cli_terminal import by_step, has_colours, out, status
 PROMPTS = (
     "What is the capital of France, and what is it known for? Answer in two sentences.",
     "Write a Python function that returns the larger of two numbers.",
-    "Count from 1 to 20, separated by commas.",
+    "A baker sells 12 loaves in the morning and twice as many in the afternoon. How many does she sell in all?",
 )
 MAX_TOKENS = 40
 MODES = {
@@ -80,7 +80,7 @@ def run_demo(llm: LLM, name: str) -> None:
 
 
 def _introduce(llm: LLM, name: str) -> None:
-    model = "SmolLM2-135M-Instruct" if name == "demo" else name
+    model = "SmolLM2-135M-Instruct" if name in ("demo", "demo-base") else name
     kind = "adapted to WeDLM" if llm.model_config.is_wedlm else "AR checkpoint, not adapted"
     out.print(Text.assemble((model, "bold"), f" ({kind}), {_dtype(llm)} on {llm.device}\n"))
     out.print(_pairs(tuple(MODES.items()), "bold"))

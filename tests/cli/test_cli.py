@@ -31,7 +31,7 @@ def test_an_answer_goes_to_stdout_and_its_figures_to_stderr(model):
     result = generate(model, "Hello", "--max-tokens", "8")
     assert result.exit_code == 0
     assert result.stdout.rstrip("\n") == expected(model, "Hello", chat=True, max_tokens=8)
-    assert re.fullmatch(r"streaming: 8 tokens / \d+ forwards = \d\.\d\d, p_cache 0\.\d\d, \d+ tok/s\n", result.stderr)
+    assert re.fullmatch(r"verified: 8 tokens / \d+ forwards = \d\.\d\d, p_cache 0\.\d\d, \d+ tok/s\n", result.stderr)
 
 
 @pytest.mark.parametrize(("options", "chat"), [(["--chat"], True), (["--raw"], False), ([], True)])
@@ -148,7 +148,7 @@ def test_a_bug_of_ours_keeps_its_traceback(model, monkeypatch):
 
 def test_warnings_are_one_line(tmp_path):
     model = str(save_tiny(tmp_path, block_size=4))
-    result = generate(model, "--lines", "--json", "--max-tokens", "2", stdin="a\nb\n")
+    result = generate(model, "--lines", "--json", "--max-tokens", "2", "--decoding", "streaming", stdin="a\nb\n")
     assert result.exit_code == 0
     assert [line[:40] for line in result.stderr.splitlines()] == ["warning: the window of 16 is wider than "]
 

@@ -16,4 +16,4 @@ def directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(directory) -> LLM:
-    return LLM(directory, device="cpu")
+    return LLM(directory, device="cpu", decoding="streaming")

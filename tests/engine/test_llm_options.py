@@ -63,8 +63,9 @@ def test_unknown_option_is_an_error(directory):
         LLM(directory, max_model_length=20)
 
 
-def test_defaults_follow_the_checkpoint(directory, llm, tmp_path):
-    assert llm.engine.config.default_decoding == "streaming"
+def test_defaults(directory, tmp_path):
+    llm = LLM(directory, device="cpu")
+    assert llm.engine.config.default_decoding == "verified"
     assert llm.engine.config.mask_token_id == MASK
     assert llm.engine.config.max_model_len == LENGTH
     assert LLM(directory, device="cpu", decoding="block").generate("a", SHORT)[0].stats.decoding == "block"
@@ -108,21 +109,22 @@ def test_chat_without_a_template(tmp_path):
 
 
 def test_a_window_wider_than_the_noise_block_warns(tmp_path, recwarn):
-    llm = LLM(save_tiny(tmp_path, block_size=8), device="cpu", wedlm_window_size=8)
+    llm = LLM(save_tiny(tmp_path, block_size=8), device="cpu", wedlm_window_size=8, decoding="streaming")
     narrow, wide = SamplingParams(max_tokens=3, wedlm_window_size=8), SamplingParams(max_tokens=3, wedlm_window_size=9)
     llm.generate("a", narrow)
-    llm.generate("a", SamplingParams(max_tokens=3, wedlm_window_size=16, decoding="autoregressive"))  # no masked rows
+    for decoding in ("autoregressive", "verified"):  # their masked rows, if any, are never so far from known tokens
+        llm.generate("a", SamplingParams(max_tokens=3, wedlm_window_size=16, decoding=decoding))
     assert not recwarn.list
     for ask in (lambda: llm.generate("a", wide), lambda: list(llm.generate_stream("a", wide))):
         with pytest.warns(UserWarning, match="the window of 9 is wider than the noise block of 8") as caught:
             ask()
         assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="the window of 16 is wider"):
-        LLM(tmp_path, device="cpu").generate("a", SHORT)
+        LLM(tmp_path, device="cpu", decoding="block").generate("a", SHORT)
 
 
 def test_a_window_that_no_step_can_hold_is_refused(directory):
-    llm = LLM(directory, device="cpu", max_num_batched_tokens=20)
+    llm = LLM(directory, device="cpu", max_num_batched_tokens=20, decoding="streaming")
     alone(llm, "Hello" * 10, SamplingParams(max_tokens=5, wedlm_window_size=10))
     with pytest.raises(
         ValueError, match=r"wedlm_window_size is 11, which can take 22 rows a step; expected at most max"
@@ -161,7 +163,7 @@ def test_preemption_changes_no_text(directory, llm, page_size):
 
 
 def test_prefix_reuse(directory):
-    llm = LLM(directory, device="cpu", page_size=4)
+    llm = LLM(directory, device="cpu", page_size=4, decoding="streaming")
     stem = "The quick brown fox jumps over the lazy dog. "
     first = alone(llm, stem + "One", SHORT)
     again = alone(llm, stem + "One", SHORT)
@@ -172,5 +174,5 @@ def test_prefix_reuse(directory):
     assert other.stats.num_reused_tokens == 44  # up to the first page that differs
     assert ar.stats.num_reused_tokens == 44  # all but the anchor's page
     assert again.text == first.text
-    fresh = LLM(directory, device="cpu", page_size=4)
+    fresh = LLM(directory, device="cpu", page_size=4, decoding="streaming")
     assert alone(fresh, stem + "Two", SHORT).text == other.text

@@ -98,16 +98,16 @@ class TestInitialise:
 
     @pytest.mark.demo_model
     def test_from_the_demo_model(self, tmp_path: Path) -> None:
-        made = initialise("demo", tmp_path)
+        made = initialise("demo-base", tmp_path)
         assert (made.config.mask_token_id, made.mask_token, made.config.block_size) == (16, "<empty_output>", 32)
         assert made.config.eos_token_ids == (2,)
-        theirs, demo = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer("demo")
+        theirs, demo = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer("demo-base")
         for text in [*TEXTS, "3.14 don't 日本 <|im_start|>user"]:
             assert theirs.encode(text) == demo.encode(text)
         assert theirs.apply_chat_template(MESSAGES, add_generation_prompt=True).input_ids == demo.encode(
             demo.apply_chat_template(MESSAGES), add_special_tokens=False
         )
-        before, after = (load_model(path)[0].model.embed_tokens.weight.detach() for path in ("demo", tmp_path))
+        before, after = (load_model(path)[0].model.embed_tokens.weight.detach() for path in ("demo-base", tmp_path))
         others = torch.arange(len(before)) != 16
         assert torch.equal(before[others], after[others])
         torch.testing.assert_close(after[16].float(), before[others].float().mean(0), atol=1e-3, rtol=1e-2)
