@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity of a model's AR head on a text, in windows that do not overlap; prints one JSON object.
 
-    python benchmarks/perplexity.py MODEL --data wikitext2_test.txt.gz
+python benchmarks/perplexity.py MODEL --data wikitext2_test.txt.gz
 """
 
 import argparse

@@ -53,6 +53,7 @@ Temperature = Annotated[float, _option("0 takes the most probable token.", DRAW)
 TopP = Annotated[float, _option("Sample from the smallest set with this probability.", DRAW)]
 TopK = Annotated[int, _option("Sample from the k most probable tokens; 0: from all.", DRAW)]
 Seed = Annotated[int | None, _option("Same seed, same text.", DRAW)]
+Adapter = Annotated[str | None, _option("Directory of a LoRA in peft's format, merged into the model.", MODEL)]
 Dtype = Annotated[str, _option("auto, float32, bfloat16 or float16.", MODEL)]
 Device = Annotated[str, _option("auto, cpu, cuda, cuda:1, ...", MODEL)]
 MaxModelLen = Annotated[int | None, _option("Longest prompt and answer together, in tokens.", MODEL)]
@@ -111,6 +112,7 @@ def generate(
     stop: Annotated[list[str] | None, _option("End before this string; may be repeated.", DRAW)] = None,
     ignore_eos: Annotated[bool, _option("Go on after end tokens.", DRAW, "--ignore-eos")] = False,
     model: Model = "demo",
+    adapter: Adapter = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
@@ -153,6 +155,7 @@ def chat(
     seed: Seed = None,
     max_tokens: MaxTokens = 512,
     model: Model = "demo",
+    adapter: Adapter = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
@@ -182,6 +185,7 @@ def chat(
 def demo(
     ctx: typer.Context,
     model: Model = "demo",
+    adapter: Adapter = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,

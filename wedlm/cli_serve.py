@@ -40,9 +40,8 @@ def serve(
     body_timeout: Annotated[float, _option("Seconds for a body to arrive.", LIMITS)] = 30.0,
     shutdown_timeout: Annotated[float, _option("Seconds for running answers after Ctrl-C or SIGTERM.", LIMITS)] = 30.0,
     model: Annotated[str, _option("Checkpoint directory, .gguf file, hub id, or 'demo'.", ENGINE)] = "demo",
-    decoding: Annotated[str | None, _option("Mode of requests that name none; default: the checkpoint's.", ENGINE)] = (
-        None
-    ),
+    adapter: Annotated[str | None, _option("Directory of a LoRA in peft's format, merged in.", ENGINE)] = None,
+    decoding: Annotated[str, _option("Mode of requests that name none.", ENGINE)] = "verified",
     window_size: Annotated[int, _option("Window of requests that name none.", ENGINE)] = 16,
     dtype: Annotated[str, _option("auto, float32, bfloat16 or float16.", ENGINE)] = "auto",
     device: Annotated[str, _option("auto, cpu, cuda, cuda:1, ...", ENGINE)] = "auto",
@@ -106,7 +105,7 @@ def _load(options: dict[str, Any]) -> "LLM":
     locate(options["model"])  # outside the status line: a download shows its own progress
     if threads is not None:
         torch.set_num_threads(threads)
-    names = ("dtype", "device", "max_model_len", "decoding", "max_num_seqs", "kv_cache_bytes")
+    names = ("adapter", "dtype", "device", "max_model_len", "decoding", "max_num_seqs", "kv_cache_bytes")
     with status(f"Loading {options['model']} ..."):
         return LLM(
             options["model"], wedlm_window_size=options["window_size"], **{name: options[name] for name in names}

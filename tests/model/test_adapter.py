@@ -4,6 +4,7 @@
 import json
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.engine.tiny_llm import save_tiny
 from tests.model.tiny import hf_model, logits_of, our_model
 from wedlm import LLM, SamplingParams
 from wedlm.model import CheckpointError, load_model, pack_for_inference
-from wedlm.model.adapter import apply_adapter, read_adapter
+from wedlm.model.adapter import adapted_config, apply_adapter, read_adapter
 
 peft = pytest.importorskip("peft")
 # peft asks transformers for a property that transformers renames.
@@ -105,6 +106,19 @@ def test_sums_are_float32_whatever_the_model_is(tmp_path: Path) -> None:
     apply_adapter(half, tmp_path)
     for name, parameter in half.named_parameters():
         assert torch.equal(parameter, exact.get_parameter(name).to(torch.bfloat16)), name
+
+
+def test_what_training_notes_beside_an_adapter_is_taken(tmp_path: Path) -> None:
+    base = load_model(save_tiny(tmp_path / "model", model_type="qwen3", mask_token_id=None))[1]
+    (tmp_path / "adapter").mkdir()
+    assert adapted_config(base, tmp_path / "adapter") == base  # another program's adapter
+    noted = replace(base, mask_token_id=3, block_size=4)
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps(noted.to_hf()))
+    assert adapted_config(base, tmp_path / "adapter") == noted
+    with pytest.raises(
+        CheckpointError, match=r"adapts a qwen3 model of 2 layers, 32 wide; this one is qwen3, 9 layers"
+    ):
+        adapted_config(replace(base, num_layers=9), tmp_path / "adapter")
 
 
 def test_llm_takes_an_adapter(tmp_path: Path) -> None:

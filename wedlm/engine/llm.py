@@ -24,7 +24,7 @@ from wedlm.engine.runner import Runner
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.types import Request
 from wedlm.model import Tokenizer, load_model, load_tokenizer, pack_for_inference
-from wedlm.model.adapter import apply_adapter
+from wedlm.model.adapter import adapted_config, apply_adapter
 
 Message = Mapping[str, Any]
 Prompt = str | list[int]
@@ -72,6 +72,7 @@ class LLM:
         transformer, self.model_config = load_model(model, weights_dtype, self.device)
         if adapter is not None:
             apply_adapter(transformer, adapter)
+            self.model_config = adapted_config(self.model_config, adapter)
         self.model = pack_for_inference(transformer)
         length = options.read_length(max_model_len, self.model_config)
         mask_token_id = options.read_mask_token_id(mask_token_id, self.model_config, self.tokenizer)

@@ -55,7 +55,7 @@ def initialise(
 ) -> Initialised:
     """Write to ``output`` a WeDLM directory with the weights, tokenizer and model type of the AR model ``source``.
 
-    ``source``: a Hugging Face directory, a hub id, a ``.gguf`` file or "demo". ``mask_token_id`` None chooses one
+    ``source``: a Hugging Face directory, a hub id, a ``.gguf`` file or "demo-base". ``mask_token_id`` None chooses one
     (``choose_mask_token_id``); its embedding becomes the mean of the vocabulary's. ``block_size``: B of training, in
     tokens. ``force`` lets it write into a directory that is not empty, where it replaces a checkpoint's files and no
     others. AR decoding of ``output`` is that of ``source``. Raises ValueError, with nothing written.

@@ -4,6 +4,7 @@
 Only tensors and a JSON file are read; peft is not needed. Everything is checked before the first weight changes.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -17,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from wedlm.model.checkpoint import read_config
+from wedlm.model.config import ModelConfig
 from wedlm.model.config_values import check_integer, read_flag, read_integer, read_number
 from wedlm.model.errors import CheckpointError
 from wedlm.model.packed import is_packed
@@ -87,6 +90,26 @@ def apply_adapter(model: Transformer, directory: str | Path) -> None:
             parameters[name].index_copy_(0, index, rows.values.to(parameters[name]))
         for name, change in adapter.low_rank.items():
             _add(parameters[name], change)
+
+
+def adapted_config(config: ModelConfig, directory: str | Path) -> ModelConfig:
+    """The base model's config with the mask token and block size that ``wedlm train`` notes beside an adapter.
+
+    An adapter of another origin notes none, and the config stays as it is. Raises CheckpointError.
+    """
+    if not (Path(directory) / "config.json").is_file():
+        return config
+    noted = read_config(Path(directory))
+    if (noted.model_type, noted.hidden_size, noted.num_layers) != (
+        config.model_type,
+        config.hidden_size,
+        config.num_layers,
+    ):
+        raise CheckpointError(
+            f"{directory} adapts a {noted.model_type} model of {noted.num_layers} layers, {noted.hidden_size} wide; "
+            f"this one is {config.model_type}, {config.num_layers} layers, {config.hidden_size} wide"
+        )
+    return dataclasses.replace(config, mask_token_id=noted.mask_token_id, block_size=noted.block_size)
 
 
 def _add(parameter: nn.Parameter, change: LowRank) -> None:
