@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GSM8K, zero-shot chat, temperature 0: accuracy, tokens a forward and agreement of text, mode by mode.
 
-    python benchmarks/gsm8k.py MODEL --data gsm8k_test.jsonl.gz --decoding autoregressive verified streaming --out r.json
+    python benchmarks/gsm8k.py MODEL --data gsm8k_test.jsonl.gz --decoding autoregressive verified --out result.json
 
 Prints and saves one JSON object; the answer of a text is its last number. ``--out`` also keeps every text.
 """

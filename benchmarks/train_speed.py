@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,21 +29,21 @@ from wedlm.train.lora import add_lora
 from wedlm.train.optimizer import make_optimizer
 from wedlm.train.step import TrainingModel, prepare_layers
 
-SHAPES = {
-    "smollm2-135m": dict(
-        model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
-        num_kv_heads=3, head_dim=64, tie_word_embeddings=True,
-    ),
-    "qwen3-8b": dict(
-        model_type="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32,
-        num_kv_heads=8, head_dim=128, qk_norm=True,
-    ),
-    "tiny": dict(
-        model_type="llama", vocab_size=128, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
-        num_kv_heads=2, head_dim=16, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
-COMMON = dict(rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=8192)
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        **{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536},
+        **{"num_layers": 30, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "tie_word_embeddings": True},
+    },
+    "qwen3-8b": {
+        **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288},
+        **{"num_layers": 36, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "qk_norm": True},
+    },
+    "tiny": {
+        **{"model_type": "llama", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128},
+        **{"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
+    },
+}
+COMMON = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 8192}
 MASK = 16
 
 
@@ -115,7 +116,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)  # waits for the device
+        return loss.item()  # waits for the device
 
     began = time.perf_counter()
     step()

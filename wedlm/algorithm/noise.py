@@ -65,7 +65,7 @@ def suffix_noise(
     """
     run = _number_runs(documents, trainable.long())
     lengths = torch.randint(1, block_size + 1, (len(run),), generator=generator)
-    # Cuts at the running sums of the lengths, counted from the start of each run so that its first block is a full draw.
+    # Cuts at the running sums of the lengths, counted from the start of each run: its first block is a full draw.
     index = torch.arange(len(run))
     ends = lengths.cumsum(dim=0)
     run_start = torch.searchsorted(run, run)

@@ -13,8 +13,9 @@ DECODINGS: tuple[str, ...] = get_args(Decoding)
 class DecodeParams:
     """Everything that the text of one sequence depends on, besides the model and the prompt.
 
-    ``window_size`` is W, the positions a window covers, in streaming and block decoding, and R, the most rows of a step,
-    in verified decoding. Autoregressive decoding is verified decoding with R=1: an anchor, no drafts, no masked rows.
+    ``window_size`` is W, the positions a window covers, in streaming and block decoding, and R, the most rows of a
+    step, in verified decoding. Autoregressive decoding is verified decoding with R=1: an anchor, no drafts, no masked
+    rows.
     ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``max_positions`` is the model's length: no
     position at or past it exists. ``first_free_end`` is the first position at which an end token may stand
     (prompt length + min_tokens).

@@ -98,7 +98,7 @@ def _verified_step(
     sizes = [masked // groups + (i >= groups - masked % groups) for i in range(groups)]
     drafted: list[list[int]] = []  # by number of accepted drafts
     for i, size in enumerate(sizes):
-        order, logits = _forward(model, committed, window[: i + 1] + [None] * size, params)
+        _, logits = _forward(model, committed, window[: i + 1] + [None] * size, params)
         drafts: list[int] = []
         for c in range(i + 2, i + 1 + size):  # the group's first row stands at the position that AR's token will take
             if _entropy(logits[c]) >= params.draft_entropy or len(drafts) == params.max_drafts:

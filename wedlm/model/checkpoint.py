@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wedlm.model.change import changed
 from wedlm.model.config import SUPPORTED_DTYPES, ModelConfig
 from wedlm.model.config_values import read_token_ids
-from wedlm.model.change import changed
 from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_CHANGE, DEMO_MASK_TOKEN_ID
 from wedlm.model.errors import CheckpointError
 from wedlm.model.gguf_file import GGUFFile
@@ -37,8 +37,8 @@ def load_model(
 ) -> tuple[Transformer, ModelConfig]:
     """The model, in evaluation mode, and its config.
 
-    ``path_or_id``: a Hugging Face directory, a ``.gguf`` file, a hub id, "demo" or "demo-base". ``dtype`` None means the one the
-    config records. The config's end tokens are those of ``generation_config.json`` where that file has any. Raises
+    ``path_or_id``: a Hugging Face directory, a ``.gguf`` file, a hub id, "demo" or "demo-base". ``dtype`` None means
+    the one the config records. The config's end tokens are those of ``generation_config.json`` where that file has any. Raises
     CheckpointError, or DemoModelError if the demo model cannot be fetched.
     """
     path = locate(path_or_id)
