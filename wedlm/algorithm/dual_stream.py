@@ -51,8 +51,8 @@ class DualStream:
 
 
 def sees(
-    query: RowLabels, key: RowLabels, query_row: Int[Tensor, "*B"], key_row: Int[Tensor, "*B"]
-) -> Bool[Tensor, "*B"]:
+    query: RowLabels, key: RowLabels, query_row: Int[Tensor, "*#B"], key_row: Int[Tensor, "*#B"]
+) -> Bool[Tensor, "*#B"]:
     """Whether each query row sees each key row; arguments broadcast against each other.
 
     Clean → clean: causal. Prediction → clean: earlier blocks only. Prediction → prediction: same block, causal in row
@@ -75,12 +75,13 @@ def dense_mask(labels: RowLabels) -> Bool[Tensor, "*S R R"]:
 
 
 class RowRanges(NamedTuple):
-    """``sees`` as two ranges of key rows for each query row q: [clean_start, clean_end), which is empty for clean rows,
-    and [own_start, q]. What kernels take: three numbers a query row and nothing about the key."""
+    """``sees`` as two ranges of key rows for each query row q (of R, or [..., R] of several sequences): [clean_start,
+    clean_end), which is empty for clean rows, and [own_start, q]. What kernels take: three numbers a query row and
+    nothing about the key."""
 
-    clean_start: Int[Tensor, " R"]
-    clean_end: Int[Tensor, " R"]
-    own_start: Int[Tensor, " R"]
+    clean_start: Int[Tensor, "*S R"]
+    clean_end: Int[Tensor, "*S R"]
+    own_start: Int[Tensor, "*S R"]
 
 
 def row_ranges(labels: RowLabels) -> RowRanges:

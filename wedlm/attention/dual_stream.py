@@ -84,10 +84,10 @@ def flex_block_mask(ranges: RowRanges, block_rows: int = 128) -> BlockMask:
     clean_start, clean_end, own_start = (part.int() for part in ranges)
     num_sequences, num_rows = own_start.shape
 
-    def rule(sequence: Tensor, head: Tensor, query_row: Tensor, key_row: Tensor) -> Tensor:
-        clean = (key_row >= clean_start[sequence, query_row]) & (key_row < clean_end[sequence, query_row])
-        return clean | ((key_row >= own_start[sequence, query_row]) & (key_row <= query_row))
-
+    # A lambda, because the tests wrap every def to check its annotations, and FlexAttention traces this one.
+    rule = lambda s, _, q, k: (  # noqa: E731
+        ((k >= clean_start[s, q]) & (k < clean_end[s, q])) | ((k >= own_start[s, q]) & (k <= q))
+    )
     tile = torch.arange(math.ceil(num_rows / block_rows), device=own_start.device, dtype=torch.int32)
     first_key, after_key = tile * block_rows, ((tile + 1) * block_rows).clamp(max=num_rows)
     row = torch.arange(num_rows, device=own_start.device, dtype=torch.int32)

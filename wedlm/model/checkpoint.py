@@ -38,8 +38,8 @@ def load_model(
     """The model, in evaluation mode, and its config.
 
     ``path_or_id``: a Hugging Face directory, a ``.gguf`` file, a hub id, "demo" or "demo-base". ``dtype`` None means
-    the one the config records. The config's end tokens are those of ``generation_config.json`` where that file has any. Raises
-    CheckpointError, or DemoModelError if the demo model cannot be fetched.
+    the one the config records. The config's end tokens are those of ``generation_config.json`` where that file has
+    any. Raises CheckpointError, or DemoModelError if the demo model cannot be fetched.
     """
     path = locate(path_or_id)
     file = GGUFFile(path) if path.is_file() else None

@@ -17,8 +17,8 @@ def locate(path_or_id: str | Path, weights: bool = True) -> Path:
     """A checkpoint directory or a ``.gguf`` file.
 
     "demo" and "demo-base" mean the embedded model (write "./demo" for a directory of that name); what exists as a path
-    is that path; anything else of the form ``organisation/name`` is fetched from the Hugging Face hub, without weights if
-    ``weights`` is False. Only data is fetched, never code or pickles. Raises CheckpointError.
+    is that path; anything else of the form ``organisation/name`` is fetched from the Hugging Face hub, without weights
+    if ``weights`` is False. Only data is fetched, never code or pickles. Raises CheckpointError.
     """
     if path_or_id in (DEMO_NAME, DEMO_BASE_NAME):
         return demo_model_path()
