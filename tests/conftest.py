@@ -12,6 +12,9 @@ from jaxtyping import install_import_hook
 
 # params.py states no shapes, and beartype's random draws would disturb hypothesis, which builds those.
 _CHECKED = [
+    "algorithm.dual_stream",
+    "algorithm.noise",
+    "algorithm.objective",
     "algorithm.reorder",
     "algorithm.sample",
     "algorithm.select",

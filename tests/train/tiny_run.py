@@ -14,15 +14,17 @@ from wedlm.model import ModelConfig, Transformer, save_model
 from wedlm.train.config import TrainConfig, load_config
 from wedlm.train.trainer import Trainer
 
-COLOURS = ("red", "green", "blue", "black", "white", "grey", "pink")
+# Words that are single tokens of the tests' tokenizer.
+WORDS = ("cat", "mat", "one", "two", "three", "sat", "on")
 
 
 def questions(count: int) -> list[tuple[str, str]]:
-    """(question, answer) pairs in which every answer is another one."""
+    """(question, answer) pairs in which every answer is another one; letters of a question stand for words."""
     pairs = []
     for i in range(count):
-        answer = f"it is {COLOURS[i % 7]} and {COLOURS[i // 7 % 7]}" + " really" * (i % 3)
-        pairs.append((f"box {i}", answer))
+        first, second, times = i % 7, i // 7 % 7, i % 3
+        question = f"box {'abcdefg'[first]} {'abcdefg'[second]} {'xyz'[times]}"
+        pairs.append((question, f"it is {WORDS[first]} and {WORDS[second]}" + " really" * times))
     return pairs
 
 

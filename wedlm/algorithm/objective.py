@@ -100,7 +100,8 @@ class _ChunkedLosses(torch.autograd.Function):
                 weight_grad += logits_grad.T @ hidden[part]
         ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(projection.dtype))
         ctx.mark_non_differentiable(cross_entropy, correct)
-        return cross_entropy @ coefficient, cross_entropy, correct
+        # No product of vectors: autocast would make that one in bfloat16.
+        return (cross_entropy * coefficient).sum(), cross_entropy, correct
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,7 +125,7 @@ def _softmax_losses(
     at_target = wide.gather(1, target[:, None])[:, 0]
     is_target = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
     gradient = (torch.exp(wide - normaliser[:, None]) - is_target.float()) * coefficient[:, None]
-    return normaliser - at_target, wide.amax(dim=-1) == at_target, gradient.to(logits.dtype)
+    return normaliser - at_target, wide.argmax(dim=-1) == target, gradient.to(logits.dtype)
 
 
 @functools.cache

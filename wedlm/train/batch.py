@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Micro-batches: packed rows of data, noised, as the tensors that one forward takes."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -95,6 +97,16 @@ def noised_rows(row: PackedRow, index: int, config: TrainConfig, mask_token_id: 
         config.num_rows,
         uniform_weights=config.loss_weighting_scheme == "uniform",
     )
+
+
+def without_loss(row: PackedRow) -> PackedRow:
+    """The same row with nothing to learn: it takes part in a forward and counts in no figure."""
+    return dataclasses.replace(row, trainable=np.zeros_like(row.trainable))
+
+
+def collate_rows(rows: Sequence[PackedRow], indices: Sequence[int], config: TrainConfig, mask: int) -> TrainBatch:
+    """The micro-batch of these packed rows; ``indices`` are their global numbers, ``mask`` the mask token's id."""
+    return collate([noised_rows(row, index, config, mask) for row, index in zip(rows, indices, strict=True)])
 
 
 def collate(rows: list[DualStream]) -> TrainBatch:

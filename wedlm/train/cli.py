@@ -34,6 +34,12 @@ def main(arguments: list[str]) -> int:
         return _fail("stopped; the same command goes on from the latest checkpoint", speaks, INTERRUPTED)
     except (ValueError, OSError, FloatingPointError) as error:  # CheckpointError is a ValueError
         return _fail(str(error), speaks)
+    except RuntimeError as error:
+        from wedlm.model.errors import DemoModelError  # slow: it imports torch
+
+        if not isinstance(error, DemoModelError):
+            raise
+        return _fail(str(error), speaks)
     return 0
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,10 +15,12 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
 from torch import Tensor
 
 from wedlm.train.batch import AR_GROUP, NUM_DEPTHS, NUM_GROUPS, NUM_RATIOS
 from wedlm.train.config import TrainConfig
+from wedlm.train.parallel import sum_over_processes
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -91,13 +93,6 @@ class Meter:
             figures["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         self._clear()
         return figures
-
-
-def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """The sum in float64 on the host; all processes call it."""
-    if accelerator.num_processes == 1:
-        return values.cpu().double()
-    return accelerator.reduce(values.to(accelerator.device).double(), "sum").cpu()
 
 
 class Records:
@@ -173,14 +168,21 @@ class Records:
 
 
 @contextmanager
-def token_progress(shown: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """What ``load_data`` calls with (file, lines, tokens) while it tokenises: a line on the terminal, or nothing."""
-    if not shown:
-        yield None
-        return
-    console = Console(stderr=True)
-    with console.status("Reading the data ...", refresh_per_second=2) as status:
-        yield lambda path, line, tokens: status.update(f"{Path(path).name}: line {line:,}; {tokens:,} tokens in all")
+def token_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """What ``load_data`` calls with (file, lines, tokens) while it tokenises: one line of the terminal.
+
+    Of several processes one tokenises, so that one speaks.
+    """
+    with ExitStack() as stack:
+        lines: list[Status] = []
+
+        def show(path: str, line: int, tokens: int) -> None:
+            if not lines:
+                lines.append(stack.enter_context(Console(stderr=True).status("", refresh_per_second=2)))
+            if line % 100 == 1:
+                lines[0].update(f"{Path(path).name}: line {line:,}; {tokens:,} tokens so far")
+
+        yield show
 
 
 def rewind(directory: Path, step: int) -> None:

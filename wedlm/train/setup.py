@@ -25,8 +25,8 @@ from wedlm.train.records import token_progress
 
 @dataclass(frozen=True)
 class Setup:
-    """``model_config`` is that of the result: for WeDLM it records mask token and block size. ``mask_token_id`` is -1 in
-    AR training, which masks nothing."""
+    """``model_config`` is that of the result: for WeDLM it records mask token and block size. In AR training
+    ``mask_token_id`` is -1: no token."""
 
     config: TrainConfig
     model_config: ModelConfig
@@ -55,7 +55,7 @@ class Setup:
         if config.objective == "wedlm":
             model_config = _with_mask_token(transformer, model_config, tokenizer, config)
             mask = model_config.mask_token_id if model_config.mask_token_id is not None else mask
-        with accelerator.local_main_process_first(), token_progress(accelerator.is_local_main_process) as progress:
+        with token_progress() as progress:
             train_data, validation_data = load_data(config, tokenizer, model_config, mask, progress)
         transformer.train()
         if config.lora_rank:

@@ -56,13 +56,15 @@ class TrainingModel(nn.Module):
         attend = plan_training_attention(self.backend, batch.labels, batch.row_ranges)
         hidden_TC = self.transformer.model(batch.tokens.flatten(), batch.positions.flatten(), attend)
         hidden_KC = self.transformer.model.norm(hidden_TC.index_select(0, batch.loss_rows))
-        losses = chunked_losses(
-            hidden_KC,
-            self.transformer.lm_head.get_parameter("weight"),
-            batch.target,
-            batch.coefficient,
-            compiled=hidden_KC.is_cuda,
-        )
+        # Products are made in the type of the hidden states anyway; autocast would round the sum of losses, too.
+        with torch.autocast(hidden_KC.device.type, enabled=False):
+            losses = chunked_losses(
+                hidden_KC,
+                self.transformer.lm_head.get_parameter("weight"),
+                batch.target,
+                batch.coefficient,
+                compiled=hidden_KC.is_cuda,
+            )
         figures = torch.stack((torch.ones_like(losses.cross_entropy), losses.cross_entropy, losses.correct.float()), 1)
         # One more group than there is, for rows that count in none.
         statistics = figures.new_zeros(NUM_GROUPS + 1, 3)

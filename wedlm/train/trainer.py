@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor
 
 from wedlm.algorithm.objective import LossTotals
 from wedlm.attention.dual_stream import choose_training_backend
-from wedlm.train.batch import NUM_GROUPS, TrainBatch, collate, noised_rows
+from wedlm.train.batch import NUM_GROUPS, TrainBatch, collate_rows, without_loss
 from wedlm.train.checkpoint import latest_checkpoint, load_checkpoint, read_state, remove_unfinished, save_checkpoint
 from wedlm.train.config import TrainConfig
-from wedlm.train.data import PackedData, prefetch
+from wedlm.train.data import prefetch
 from wedlm.train.optimizer import learning_rate, make_optimizer
-from wedlm.train.records import Meter, Records, rewind, sum_over_processes
+from wedlm.train.packages import require
+from wedlm.train.parallel import clip_gradients, make_accelerator, seed_forward, sum_over_processes
+from wedlm.train.records import Meter, Records, rewind
 from wedlm.train.setup import Setup, save_result
 from wedlm.train.step import TrainingModel, prepare_layers
 
@@ -39,16 +39,12 @@ class _Done(NamedTuple):
     micro_batches: list[TrainBatch]
 
 
-def _accelerator(config: TrainConfig) -> Accelerator:
-    """ValueError for kinds of parallelism that this trainer does not know."""
-    accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no")
-    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in kinds and not accelerator.is_fsdp2:
-        raise ValueError(
-            f"accelerate's configuration asks for {accelerator.distributed_type.value}; expected plain data "
-            "parallelism or FSDP with fsdp_version 2"
-        )
-    return accelerator
+def _check_packages(config: TrainConfig) -> None:
+    """Before anything is loaded, not when a package is first used."""
+    wanted = {"peft": ("lora_rank", config.lora_rank), "tensorboard": ("tensorboard", config.tensorboard)}
+    for package, (setting, on) in {**wanted, "wandb": ("use_wandb", config.use_wandb)}.items():
+        if on:
+            require(package, setting)
 
 
 class Trainer:
@@ -56,8 +52,9 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        _check_packages(config)
         self.directory = Path(config.output_dir)
-        self.accelerator = _accelerator(config)
+        self.accelerator = make_accelerator(config.bf16)
         self.device: torch.device = self.accelerator.device
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
@@ -183,20 +180,17 @@ class Trainer:
             micro_batches = []
             for micro in range(self.config.gradient_accumulation_steps):
                 first = step * self.sequences_per_step + micro * self.sequences_per_forward + index * per_device
-                micro_batches.append(self._batch(self.data, range(first, first + per_device)))
+                indices = range(first, first + per_device)
+                rows = [self.data.row(i) for i in indices]
+                micro_batches.append(collate_rows(rows, indices, self.config, self.setup.mask_token_id))
             yield micro_batches
-
-    def _batch(self, data: PackedData, indices: range) -> TrainBatch:
-        mask = self.setup.mask_token_id
-        return collate([noised_rows(data.row(index), index, self.config, mask) for index in indices])
 
     def _step(self, step: int, micro_batches: list[TrainBatch]) -> _Done:
         config, accelerator = self.config, self.accelerator
         totals = self._totals(micro_batches)
-        loss, norm = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        loss = torch.zeros((), device=self.device)
         statistics = torch.zeros(NUM_GROUPS, 3, device=self.device)
-        # Dropout, the only randomness of a forward: a function of the step, so that a resumed run repeats it.
-        torch.manual_seed((config.seed << 32) + step * accelerator.num_processes + accelerator.process_index)
+        seed_forward(config.seed, step, accelerator)
         for index, batch in enumerate(micro_batches):
             with self._gradients_meet(index == len(micro_batches) - 1):
                 losses = self.model(batch.to(self.device, totals, config.effective_ar_weight))
@@ -204,7 +198,7 @@ class Trainer:
                 accelerator.backward(losses.loss * accelerator.num_processes)
             loss += losses.loss.detach()
             statistics += losses.statistics
-        norm += accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        norm = clip_gradients(accelerator, self.model, config.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.num_steps, config)
         self.optimizer.step()
@@ -237,29 +231,36 @@ class Trainer:
             f"numbers. The batch is in {path}; the last checkpoint is as it was"
         )
 
-    @torch.no_grad()
     def _measure(self, step: int) -> None:
-        """Losses on the held-out documents, the same noise each time, shared out over the processes.
+        """Losses on the held-out documents, under the same noise each time.
 
-        So that all take part in every forward, the last one begins the documents again where they do not fill it.
+        Both kinds of noise are measured whatever the training noise is, so that runs compare: "eval" has the AR loss
+        and random noise, "eval_suffix" suffix noise.
         """
+        kinds = {"eval": self.config.model_copy(update={"suffix_noise": 0.0})}
+        if self.config.objective == "wedlm":
+            kinds["eval_suffix"] = self.config.model_copy(update={"suffix_noise": 1.0})
+        self.model.eval()
+        for kind, config in kinds.items():
+            self.records.step(step, self._measured(config), kind)
+        self.model.train()
+
+    @torch.no_grad()
+    def _measured(self, config: TrainConfig) -> dict[str, Any]:
+        """Processes share the rows and take part in every forward: the last one is filled with rows without a loss."""
         data = self.setup.validation_data
         assert data is not None
-        self.model.eval()
         meter = Meter(self.accelerator)
-        per_forward, index = self.sequences_per_forward, self.accelerator.process_index
-        own = self.config.per_device_train_batch_size
-        for first in range(0, data.rows_in_epoch(0), per_forward):
-            indices = range(first + index * own, first + (index + 1) * own)
-            batch = self._batch(data, indices)
+        own, index = config.per_device_train_batch_size, self.accelerator.process_index
+        count = data.rows_in_epoch(0)
+        for start in range(0, count, self.sequences_per_forward):
+            indices = range(start + index * own, start + (index + 1) * own)
+            rows = [data.row(i) if i < count else without_loss(data.row(0)) for i in indices]
+            batch = collate_rows(rows, indices, config, self.setup.mask_token_id)
             losses = self.model(batch.to(self.device, LossTotals(1.0, 1.0), 1.0))
             meter.add(losses.loss, losses.statistics, batch.num_clean_tokens)
         figures = meter.take()
-        measured = {
-            name: figures[name] for name in figures if name.startswith(("ar_", "masked_", "loss_", "accuracy_"))
-        }
-        self.records.step(step, measured, "eval")
-        self.model.train()
+        return {name: figures[name] for name in figures if name.startswith(("ar_", "masked_", "loss_", "accuracy_"))}
 
     def _save(self, step: int) -> None:
         state = {"run": self._identity(), "meter": self.meter.state()}

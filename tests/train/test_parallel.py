@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes: the same losses and weights as one, for every kind of training, and nothing done in silence."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.train.processes import FSDP2, RUN_FSDP, run_processes
+from tests.train.tiny_run import config_of, metrics, save_base, train, weights, write_chats
+from wedlm.train.checkpoint import latest_checkpoint
+from wedlm.train.parallel import make_accelerator
+
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """(base checkpoint, data, directory for runs)"""
+    directory = tmp_path_factory.mktemp("parallel")
+    return save_base(directory / "base"), write_chats(directory / "data.jsonl", 30), directory
+
+
+def numbers(record: dict[str, Any]) -> list[float]:
+    """All figures of a record; None, where a list has no figure, becomes -1."""
+    values = [value for name, value in record.items() if name != "kind"]
+    flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    return [-1.0 if one is None else one for one in flat]
+
+
+def check_equal(run: Path, other: Path) -> None:
+    first, second = weights(run / "final"), weights(other / "final")
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=TOLERANCE, msg=name)
+    for kind in ("train", "eval", "eval_suffix"):
+        records, expected = metrics(run, kind), metrics(other, kind)
+        assert records
+        assert len(records) == len(expected)
+        for mine, theirs in zip(records, expected, strict=True):
+            assert mine.keys() == theirs.keys()
+            assert numbers(mine) == pytest.approx(numbers(theirs), abs=1e-5, rel=1e-5)
+
+
+def run_both(parts, name: str, program_settings: dict[str, str], **settings) -> tuple[Path, Path]:
+    """(run of two processes, run of one process with twice their batch)"""
+    base, data, directory = parts
+    # Rows of validation are no multiple of what a forward takes.
+    settings |= {"validation_documents": 5, "eval_steps": 2, "save_steps": 2, "max_steps": 4}
+    one, two = directory / f"{name}-one", directory / f"{name}-two"
+    train(base, data, one, per_device_train_batch_size=2, **settings)
+    config = config_of(base, data, two, per_device_train_batch_size=1, **settings)
+    return run_processes(config, 2, **program_settings), one
+
+
+@pytest.mark.long
+def test_lora_in_two_processes(parts):
+    check_equal(*run_both(parts, "lora", {}, lora_rank=4))
+
+
+def test_fsdp2_and_its_checkpoint_in_one_process(parts):
+    two, one = run_both(parts, "fsdp", {"program": RUN_FSDP, **FSDP2})
+    check_equal(two, one)
+    for path in (two / "checkpoint-000004").iterdir():
+        path.unlink()  # as if the run had ended before
+    assert latest_checkpoint(two).name == "checkpoint-000002"
+    base, data, _ = parts
+    settings = {"validation_documents": 5, "eval_steps": 2, "save_steps": 2, "max_steps": 4}
+    train(base, data, two, per_device_train_batch_size=4, gradient_accumulation_steps=1, **settings)
+    check_equal(two, one)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("settings", [{"lora_rank": 4}, {"train_embeddings": False}], ids=str)
+def test_fsdp2_with_frozen_weights(parts, settings):
+    check_equal(*run_both(parts, f"fsdp-{next(iter(settings))}", {"program": RUN_FSDP, **FSDP2}, **settings))
+
+
+def test_what_accelerate_would_leave_out_in_silence(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="asks for FSDP, which it runs on GPUs alone; expected GPUs"):
+        make_accelerator(bf16=False)
+    monkeypatch.undo()
+    monkeypatch.setenv("WORLD_SIZE", "2")  # without ACCELERATE_USE_CPU
+    with pytest.raises(ValueError, match="2 processes were started, of which accelerate sees 1; expected as many"):
+        make_accelerator(bf16=False)
