@@ -77,12 +77,16 @@ def test_faults_again_and_again(llm, reference, monkeypatch):
             assert answer.json()["error"]["code"] in ("engine_fault", "restarting")
             return False
 
+        served: list[bool] = []
         with ThreadPoolExecutor(4) as pool:
-            served = list(pool.map(ask, [*expected] * 15))
+            for _ in range(50):  # how many requests meet a fault, and how many its repair, is a matter of luck
+                served += pool.map(ask, [*expected] * 4)
+                wait_until(lambda: running.service.status == "ok")
+                if running.service.engine.num_faults >= 3:
+                    break
         assert any(served)
         assert not all(served)
-        assert running.service.engine.num_faults >= 2
-        wait_until(lambda: running.service.status == "ok")
+        assert running.service.engine.num_faults >= 3
 
 
 def test_beyond_repair_the_server_ends(llm, monkeypatch):
