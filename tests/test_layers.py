@@ -17,13 +17,14 @@ MAX_LINES = 300
 # What a part may import of wedlm, besides itself.
 MAY_IMPORT = {
     "algorithm": set(),
-    "model": {"algorithm"},
-    "attention": {"algorithm"},
-    "engine": {"algorithm", "attention", "model"},
+    "kernels": {"algorithm"},
+    "model": {"algorithm", "kernels"},
+    "attention": {"algorithm", "kernels"},
+    "engine": {"algorithm", "kernels", "attention", "model"},
     "train": {"algorithm", "attention", "model"},
     "hf": {"algorithm", "attention", "model", "engine"},
 }
-ENGINE_AND_BELOW = {"algorithm", "model", "attention", "engine"}
+ENGINE_AND_BELOW = {"algorithm", "kernels", "model", "attention", "engine"}
 # The paper on its own: what algorithm/ needs besides the standard library.
 ALGORITHM_NEEDS = {"torch", "jaxtyping"}
 

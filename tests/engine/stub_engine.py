@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine around the integer stub model, and checks of everything that it keeps."""
 
+from dataclasses import dataclass
+
 import torch
 
 from tests.stub import NUM_FEATURES, StubModel
@@ -9,14 +11,33 @@ from wedlm.attention.base import KVCache
 from wedlm.engine.engine import Engine, EngineConfig
 from wedlm.engine.pages import PagePool
 from wedlm.engine.runner import Runner
-from wedlm.engine.types import Request
+from wedlm.engine.types import Request, StepPlan
 
 CPU = torch.device("cpu")
+
+
+class LaggingRunner(Runner):
+    """Steps of windows alone are launched, and read one step late, as a GPU's are."""
+
+    def can_launch(self, plan: StepPlan) -> bool:
+        return all(work.decodes and not work.request.needs_host for work in plan.work)
+
+    def launch(self, plan: StepPlan) -> "Landed":
+        return Landed(self.run(plan))
+
+
+@dataclass
+class Landed:
+    results: list
+
+    def read(self) -> list:
+        return self.results
 
 
 def stub_engine(
     model: StubModel,
     *,
+    lagging: bool = False,
     page_size: int = 4,
     num_pages: int = 64,
     max_num_seqs: int = 4,
@@ -34,7 +55,7 @@ def stub_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
     )
-    runner = Runner(model, cache, model.mask_token_id, max_num_seqs)
+    runner = (LaggingRunner if lagging else Runner)(model, cache, model.mask_token_id, max_num_seqs)
     return Engine(config, runner, PagePool(num_pages, page_size), tokenizer=None)
 
 

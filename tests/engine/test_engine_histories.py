@@ -44,6 +44,7 @@ def run_history(seed: int) -> dict[str, int]:
     page_size = rng.choice([1, 1, 2, 4, 16])
     engine = stub_engine(
         MODEL,
+        lagging=rng.random() < 0.5,
         page_size=page_size,
         num_pages=-(-90 // page_size) + rng.randint(0, 60 // page_size),
         max_num_seqs=rng.randint(1, 5),
@@ -60,7 +61,7 @@ def run_history(seed: int) -> dict[str, int]:
         elif action < 0.36 and engine.requests:
             engine.abort(rng.choice(list(engine.requests)))
             aborted += 1
-        elif action < 0.42 and engine.scheduler.running:
+        elif action < 0.42 and engine.scheduler.running and engine._flight is None:
             engine.scheduler._preempt(max(engine.scheduler.running, key=lambda r: r.arrival))
         else:
             finished += step(engine)

@@ -15,7 +15,6 @@ from wedlm.attention.base import KVCache
 from wedlm.engine.engine import Engine
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.pages import PagePool
-from wedlm.engine.runner import Runner
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.ticket import EngineFault, EngineStopped, Ticket
 from wedlm.engine.types import Request
@@ -44,7 +43,6 @@ class _Live:
     request: Request
     ticket: Ticket
     index: int
-    watched: bool
     characters: int = 0
     tokens: int = 0
     forwards: int = 0
@@ -145,7 +143,8 @@ class AsyncEngine:
         try:
             for index, (request_id, sequence) in enumerate(zip(ticket.request_ids, sequences, strict=True)):
                 request = self.engine.add(request_id, *sequence)
-                self._live[request_id] = _Live(request, ticket, index, watch)
+                request.watched = watch
+                self._live[request_id] = _Live(request, ticket, index)
         except ValueError as error:
             self._forget(ticket)
             self._report(partial(ticket.fail, error))
@@ -166,7 +165,9 @@ class AsyncEngine:
 
     def _step(self) -> None:
         changed = {request.request_id for request in self.engine.step()}
-        changed |= {name for name, one in self._live.items() if one.watched and one.request.num_forwards > one.forwards}
+        changed |= {
+            name for name, one in self._live.items() if one.request.watched and one.request.num_forwards > one.forwards
+        }
         for name in changed:
             one = self._live[name]
             self._report(partial(one.ticket.receive, one.index, self._piece(one)))
@@ -191,7 +192,7 @@ class AsyncEngine:
             step=request.num_forwards - 1,
             output=GenerationOutput.of(request) if finished else None,
             token_texts=[text.text[a:b] for a, b in itertools.pairwise(borders)],
-            window=self.engine.runner.snapshot(request) if one.watched and not finished else None,
+            window=self.engine.runner.snapshot(request) if one.request.watched and not finished else None,
         )
 
     def _recover(self, error: Exception) -> None:
@@ -273,5 +274,4 @@ def fresh_engine(broken: Engine) -> Engine:
     else:  # there is no room for a second one; zeros, because a fault may have left nan
         cache.keys.zero_()
         cache.values.zero_()
-    runner = Runner(broken.runner.model, cache, broken.runner.mask_token_id, config.max_num_seqs)
-    return Engine(config, runner, PagePool(pool.num_pages, pool.page_size), broken.tokenizer)
+    return Engine(config, broken.runner.again(cache), PagePool(pool.num_pages, pool.page_size), broken.tokenizer)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from wedlm.algorithm.params import DecodeParams, Decoding
 from wedlm.engine.pages import PagePool
-from wedlm.engine.runner import Runner
+from wedlm.engine.runner import Flight, Runner
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.scheduler import Scheduler
 from wedlm.engine.text import Decoder, TextStream
-from wedlm.engine.types import FinishReason, Request, WindowResult, WindowSnapshot
+from wedlm.engine.types import FinishReason, Request, StepPlan, WindowResult, WindowSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,10 @@ class Engine:
 
     def __init__(self, config: EngineConfig, runner: Runner, pool: PagePool, tokenizer: Decoder | None) -> None:
         self.config, self.runner, self.pool, self.tokenizer = config, runner, pool, tokenizer
-        self.scheduler = Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens, runner.unload)
+        self.scheduler = Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens, runner.suspend)
         self.requests: dict[str, Request] = {}
         self._arrivals = 0
+        self._flight: tuple[StepPlan, Flight] | None = None  # a launched step that nobody has read
 
     @property
     def has_work(self) -> bool:
@@ -101,15 +102,33 @@ class Engine:
         )
 
     def step(self) -> list[Request]:
-        """One forward for as many requests as fit; those that got tokens or ended. Empty if there is no work."""
-        plan = self.scheduler.schedule()
-        if not plan.work:
-            assert not self.requests, "requests wait, but nothing can run"
-            return []
-        results = self.runner.run(plan)
+        """One forward for as many requests as fit; those that got tokens or ended. Empty if there is no work.
+
+        Where the runner can, the next step is launched before this one is read: a request that turns out to have
+        ended meanwhile runs once more, and nobody looks at it.
+        """
+        if self._flight is None:
+            plan = self.scheduler.schedule()
+            if not plan.work:
+                assert not self.requests, "requests wait, but nothing can run"
+                return []
+            if not self.runner.can_launch(plan):
+                return self._take(plan, self.runner.run(plan))
+            self._flight = plan, self.runner.launch(plan)
+        plan, flight = self._flight
+        ahead = self.scheduler.schedule_ahead(plan)
+        following = None if ahead is None else (ahead, self.runner.launch(ahead))
+        changed = self._take(plan, flight.read())
+        self._flight = following if self.requests else None
+        return changed
+
+    def _take(self, plan: StepPlan, results: Sequence[WindowResult | None]) -> list[Request]:
+        """Deliver a step's results to the requests that still run."""
         changed = []
         for work, result in zip(plan.work, results, strict=True):
             request = work.request
+            if request.finish_reason is not None:  # since the step was launched
+                continue
             if result is None:
                 self.scheduler.cached(request, request.num_cached + work.count)
                 continue

@@ -15,12 +15,10 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from wedlm.algorithm.params import Decoding
-from wedlm.attention.base import KVCache
 from wedlm.engine import options
-from wedlm.engine.engine import Engine, EngineConfig
+from wedlm.engine.build import build_engine
+from wedlm.engine.engine import EngineConfig
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
-from wedlm.engine.pages import PagePool
-from wedlm.engine.runner import Runner
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.types import Request
 from wedlm.model import Tokenizer, load_model, load_tokenizer, pack_for_inference
@@ -38,7 +36,8 @@ class LLM:
     max_model_len: positions of a sequence; default: the checkpoint's length. decoding: mode of requests that name none;
     default: "verified", AR decoding's text in fewer forwards. kv_cache_bytes: size of the cache; default on CUDA: what
     gpu_memory_utilization leaves, elsewhere: four full sequences, at most a quarter of the memory. adapter: directory
-    of a LoRA in peft's format, merged into the weights as they load; for another adapter make another LLM.
+    of a LoRA in peft's format, merged into the weights as they load; for another adapter make another LLM. cuda_graphs:
+    steps on our kernels, as CUDA graphs; default: wherever that works; False: plain torch operations.
     """
 
     def __init__(
@@ -57,6 +56,7 @@ class LLM:
         page_size: int = 16,
         kv_cache_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        cuda_graphs: bool | None = None,
     ) -> None:
         self.device = options.read_device(device)
         options.positive_integers(
@@ -86,18 +86,15 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
         )
-        model_dtype = transformer.model.embed_tokens.weight.dtype
-        shape = (self.model_config.num_kv_heads, self.model_config.head_dim, model_dtype)
-        per_token = KVCache.bytes_per_token(self.model_config.num_layers, *shape)
-        if kv_cache_bytes is None:
-            wanted = 4 * (length + 2 * wedlm_window_size) * per_token
-            kv_cache_bytes = options.default_cache_bytes(self.device, wanted, utilization)
-        num_pages = kv_cache_bytes // (per_token * page_size)
-        if num_pages < 1:
-            raise ValueError(f"kv_cache_bytes is {kv_cache_bytes}; expected at least {per_token * page_size}, one page")
-        cache = KVCache(self.model_config.num_layers, num_pages, page_size, *shape, self.device)
-        runner = Runner(self.model, cache, mask_token_id, max_num_seqs)
-        self.engine = Engine(config, runner, PagePool(num_pages, page_size), self.tokenizer)
+        self.engine = build_engine(
+            self.model,
+            config,
+            self.tokenizer,
+            page_size=page_size,
+            kv_cache_bytes=kv_cache_bytes,
+            gpu_memory_utilization=utilization,
+            cuda_graphs=cuda_graphs,
+        )
         # Reentrant, since a stream may be closed by garbage collection in a thread that is inside the engine.
         self._lock = threading.RLock()
         self._busy = False

@@ -2,7 +2,8 @@
 """Runs the forward of a step: packs rows, calls the model, chooses tokens, moves the windows on. Knows no queues."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,64 +13,47 @@ from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.reorder import PackedRows, pack_rows, topological_order
 from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_normaliser
 from wedlm.algorithm.verify import row_layout
-from wedlm.algorithm.window import Emitted, RowResults, WindowParams, WindowState, advance, extend
+from wedlm.algorithm.window import Emitted, RowResults, WindowState, advance, extend
 from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
 from wedlm.attention.sdpa import PagedSdpa
+from wedlm.engine.batch_params import BatchParams
 from wedlm.engine.sampling_params import MAX_LOGPROBS
 from wedlm.engine.types import Alternatives, Request, StepPlan, WindowResult, WindowSnapshot, Work
 
 RowsForward = Callable[..., Tensor]  # model(tokens_T, positions_T, attend, logits_rows) -> logits [L, V]
 
 
-@dataclass(frozen=True)
-class _BatchParams:
-    """Parameters of the windows of a step as tensors, one row per window."""
+class Flight(Protocol):
+    """A launched step."""
 
-    window: WindowParams
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    seed: Tensor
-    end_tokens: Tensor  # padded with -1
-    first_free_end: Tensor
-    any_sampled: bool
-    any_truncated: bool
-    any_end_banned: bool
-    any_groups: bool
-    any_entropy: bool
-
-    @classmethod
-    def stack(cls, params: list[DecodeParams], device: torch.device) -> "_BatchParams":
-        num_ends = max(len(p.end_token_ids) for p in params)
-        ends = [[*p.end_token_ids, *[-1] * (num_ends - len(p.end_token_ids))] for p in params]
-        sampled = [p for p in params if p.temperature > 0]
-        return cls(
-            window=WindowParams.stack(params, device),
-            temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-            top_k=torch.tensor([p.top_k for p in params], dtype=torch.long, device=device),
-            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
-            seed=torch.tensor([p.seed for p in params], dtype=torch.long, device=device),
-            end_tokens=torch.tensor(ends, dtype=torch.long, device=device).reshape(len(params), num_ends),
-            first_free_end=torch.tensor([p.first_free_end for p in params], dtype=torch.long, device=device),
-            any_sampled=bool(sampled),
-            any_truncated=any(p.top_k > 0 or p.top_p < 1 for p in sampled),
-            any_end_banned=any(p.first_free_end > 0 for p in params),
-            any_groups=any(p.verifies and p.max_drafts > 0 for p in params),
-            any_entropy=any(p.row_budget > 1 or not p.verifies for p in params),
-        )
+    def read(self) -> list[WindowResult]:
+        """Wait for the step, and for nothing launched after it: a result per window of its plan."""
+        ...
 
 
 class Runner:
     """Holds the model, the cache and one window per running request (a slot of ``WindowState``)."""
 
-    def __init__(self, model: RowsForward, cache: KVCache, mask_token_id: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        model: RowsForward,
+        cache: KVCache,
+        mask_token_id: int,
+        max_num_seqs: int,
+        plan_attention: Callable[[KVCache, ExtendBatch], Any] = PagedSdpa,
+    ) -> None:
         self.model, self.cache, self.mask_token_id = model, cache, mask_token_id
+        self.plan_attention = plan_attention
         self.device = cache.keys.device
         self.state = WindowState.empty(max_num_seqs, 32, self.device)
         self._slots: dict[str, int] = {}
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._alternatives: dict[str, dict[int, Alternatives]] = {}
-        self._params: tuple[list[DecodeParams], _BatchParams] | None = None
+        self._params: tuple[list[DecodeParams], BatchParams] | None = None
+
+    def again(self, cache: KVCache) -> "Runner":
+        """A new one for the same model over ``cache``."""
+        return Runner(self.model, cache, self.mask_token_id, len(self.state.width), self.plan_attention)
 
     def _load(self, request: Request) -> None:
         """Put a request's window on the device."""
@@ -79,7 +63,8 @@ class Runner:
         # No window reaches past the model's length, whatever size was asked for; the state stays that wide for all.
         max_rows = min(request.decode.max_rows, request.decode.max_positions)
         if max_rows > self.state.tokens.shape[1]:
-            wider = WindowState.empty(len(self.state.width), max_rows, self.device)
+            columns = 1 << (max_rows - 1).bit_length()  # a power of two, as kernels like it
+            wider = WindowState.empty(len(self.state.width), columns, self.device)
             for old, new in ((getattr(self.state, n), getattr(wider, n)) for n in ("tokens", "filled", "logprobs")):
                 new[:, : old.shape[1]] = old
             self.state = replace(wider, cached=self.state.cached, width=self.state.width)
@@ -90,13 +75,17 @@ class Runner:
         self.state.tokens[slot, :width] = torch.tensor([t or 0 for t in window.tokens])
         self.state.logprobs[slot, :width] = torch.tensor(window.logprobs)
 
-    def unload(self, request: Request) -> WindowSnapshot:
-        """Free the request's slot; its window as it stands (the one it came with, if it never ran)."""
-        window = self.snapshot(request)
+    def unload(self, request: Request) -> None:
+        """Free the request's slot, if it has one."""
         slot = self._slots.pop(request.request_id, None)
         if slot is not None:
             self._free_slots.append(slot)
             del self._alternatives[request.request_id]
+
+    def suspend(self, request: Request) -> WindowSnapshot:
+        """Free the request's slot; its window as it stands (the one it came with, if it never ran)."""
+        window = self.snapshot(request)
+        self.unload(request)
         return window
 
     def snapshot(self, request: Request) -> WindowSnapshot:
@@ -113,6 +102,13 @@ class Runner:
             alternatives=dict(self._alternatives[request.request_id]),
         )
 
+    def can_launch(self, plan: StepPlan) -> bool:
+        """Whether ``launch`` takes the step: it starts it, and the host may read it while the next one runs."""
+        return False
+
+    def launch(self, plan: StepPlan) -> Flight:
+        raise NotImplementedError
+
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[WindowResult | None]:
         """One forward; a result per work of the plan, None for chunks."""
@@ -127,7 +123,7 @@ class Runner:
         index = torch.tensor([self._slots[work.request.request_id] for work in windows], device=self.device)
         params = self._stack_params(windows)
         state, run = extend(self.state.take(index), params.window)
-        num_rows = state.width.tolist()
+        num_rows, starts = torch.stack((state.width, state.cached)).tolist()
         order = topological_order(state.filled, state.width)
         packed = pack_rows(state.width, sum(num_rows))
         column = order[packed.sequence, packed.row]
@@ -140,30 +136,30 @@ class Runner:
             part[packed.sequence, column] for part in (layout.offset, layout.shared, layout.own_start)
         )
         positions = state.cached[packed.sequence] + offset
-        visibility = RowVisibility(shared, own_start) if params.any_groups else None
-        logits = self._forward(windows, chunks, (tokens, positions, num_rows, wanted), visibility).float()
+        visibility = RowVisibility(shared, own_start) if params.flags.groups else None
+        logits = self._forward(windows, chunks, (tokens, positions, num_rows, starts, wanted), visibility).float()
         rows = PackedRows(packed.sequence[wanted], packed.row[wanted], packed.real[wanted])
         results = self._choose(logits, rows, column[wanted], (positions + filled)[wanted], params, state, windows)
         state, emitted = advance(state, run, results, params.window)
         self.state.put(index, state)
         return self._read(windows, state, emitted, num_rows) + [None] * len(chunks)
 
-    def _stack_params(self, windows: list[Work]) -> _BatchParams:
+    def _stack_params(self, windows: list[Work]) -> BatchParams:
         params = [work.request.decode for work in windows]
         if self._params is None or self._params[0] != params:
-            self._params = (params, _BatchParams.stack(params, self.device))
+            self._params = (params, BatchParams.stack(params, self.device))
         return self._params[1]
 
     def _forward(
         self,
         windows: list[Work],
         chunks: list[Work],
-        rows: tuple[Tensor, Tensor, list[int], Tensor] | None,
+        rows: tuple[Tensor, Tensor, list[int], list[int], Tensor] | None,
         visibility: RowVisibility | None = None,
     ) -> Tensor:
         """Windows' rows, then chunks' rows, through the model; logits of the wanted window rows only."""
         none = torch.zeros(0, dtype=torch.long, device=self.device)
-        window_tokens, window_positions, num_rows, wanted = rows if rows is not None else (none, none, [], none)
+        window_tokens, window_positions, num_rows, starts, wanted = rows or (none, none, [], [], none)
         tokens, positions = [window_tokens], [window_positions]
         for work in chunks:
             start, stop = work.request.num_cached, work.request.num_cached + work.count
@@ -174,12 +170,12 @@ class Runner:
             visibility = RowVisibility(F.pad(visibility.shared, more), F.pad(visibility.own_start, more))
         everything = [*windows, *chunks]
         batch = ExtendBatch(
-            starts=[work.request.num_cached for work in everything],
+            starts=[*starts, *(work.request.num_cached for work in chunks)],
             counts=[*num_rows, *(work.count for work in chunks)],
             pages=[work.pages for work in everything],
             visibility=visibility,
         )
-        return self.model(torch.cat(tokens), torch.cat(positions), PagedSdpa(self.cache, batch), wanted)
+        return self.model(torch.cat(tokens), torch.cat(positions), self.plan_attention(self.cache, batch), wanted)
 
     def _choose(
         self,
@@ -187,7 +183,7 @@ class Runner:
         rows: PackedRows,
         column: Tensor,
         target: Tensor,
-        params: _BatchParams,
+        params: BatchParams,
         state: WindowState,
         windows: list[Work],
     ) -> RowResults:
@@ -195,11 +191,11 @@ class Runner:
         asked = [work.request.params.logprobs for work in windows]
         any_logprobs = any(n is not None for n in asked)
         entropy = normaliser = logits.new_zeros(len(logits))
-        if params.any_entropy or any_logprobs:
+        if params.flags.entropy or any_logprobs:
             entropy, normaliser = entropy_and_normaliser(logits)
         raw = logits.clone() if any_logprobs else logits
         end_tokens = params.end_tokens[rows.sequence]
-        if not params.any_end_banned:
+        if not params.flags.end_banned:
             end_tokens = end_tokens[:, :0]  # nothing to scatter
         end_banned = target < params.first_free_end[rows.sequence]
         logits = ban_tokens(logits, self.mask_token_id, end_tokens, end_banned)
@@ -209,8 +205,8 @@ class Runner:
             top_p=params.top_p[rows.sequence],
             seed=params.seed[rows.sequence],
             position=target,
-            any_sampled=params.any_sampled,
-            any_truncated=params.any_truncated,
+            any_sampled=params.flags.sampled,
+            any_truncated=params.flags.truncated,
         )
         choice = choose_tokens(logits, sampling)
         logprobs = raw.gather(1, choice[:, None])[:, 0] - normaliser

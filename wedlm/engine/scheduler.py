@@ -79,6 +79,32 @@ class Scheduler:
             budget -= work.count
         return StepPlan(sorted(planned.values(), key=lambda work: not work.decodes))
 
+    def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step after ``plan``, a step of windows alone that nobody has read yet: the same windows once more.
+
+        None if something else should come first (a request could join, pages ran short, a budget does not hold all),
+        or if ``plan`` ends all of them. Pages are reserved for whatever ``plan`` may have committed.
+        """
+        if len(plan.work) < len(self.running) or (self.waiting and len(self.running) < self.max_num_seqs):
+            return None
+        ahead = []
+        for work in plan.work:
+            request = work.request
+            if request.finish_reason is not None:
+                continue
+            # A verified step emits a token at least.
+            if request.decode.verifies and request.num_output_tokens + 1 >= request.max_tokens:
+                continue
+            most = min(request.num_cached + 2 * work.count, request.decode.max_positions)
+            if not self.pool.reserve(request.request_id, most):
+                return None
+            ahead.append(work)
+        if not ahead:
+            return None
+        for work in ahead:
+            work.request.last_step = self._step
+        return StepPlan(ahead)
+
     def _plan(self, request: Request, budget: int) -> Work | None:
         """The request's next chunk or window, if the budget holds it."""
         missing = request.window.cached - request.num_cached

@@ -63,6 +63,12 @@ class Request:
     arrival_time: float = field(default_factory=time.perf_counter)
     first_token_time: float | None = None
     finish_reason: FinishReason | None = None
+    watched: bool = False  # somebody looks at the window after each step
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the host must see a step of this request before the next one starts."""
+        return self.watched or self.params.logprobs is not None
 
     @property
     def output_token_ids(self) -> list[int]:

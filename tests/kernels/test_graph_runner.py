@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine on device steps against the engine on the plain runner: same text, same steps, same rows, in every mode."""
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tests.model.tiny import our_model
+from wedlm.algorithm.params import DECODINGS
+from wedlm.attention.base import KVCache
+from wedlm.engine.engine import Engine, EngineConfig
+from wedlm.engine.graph_runner import GraphRunner
+from wedlm.engine.pages import PagePool
+from wedlm.engine.runner import Runner
+from wedlm.engine.sampling_params import SamplingParams
+from wedlm.model.fused import FusedTransformer
+from wedlm.model.packed import pack_for_inference
+
+PAGES, PAGE_SIZE, LENGTH, MASK = 40, 4, 60, 90
+
+
+def engine(device, graphs: bool, max_num_seqs: int = 4) -> Engine:
+    model = pack_for_inference(our_model("wedlm-qwen3").to(device))
+    shape = model.config
+    config = EngineConfig(shape.vocab_size, MASK, (5,), LENGTH, max_num_seqs=max_num_seqs, max_num_batched_tokens=64)
+    heads = (shape.num_kv_heads, shape.head_dim, torch.float32, device)
+    cache = KVCache(shape.num_layers, PAGES + graphs, PAGE_SIZE, *heads)
+    if graphs:
+        runner: Runner = GraphRunner(FusedTransformer(model), cache, MASK, max_num_seqs, LENGTH)
+    else:
+        runner = Runner(model, cache, MASK, max_num_seqs)
+    return Engine(config, runner, PagePool(PAGES, PAGE_SIZE), None)
+
+
+def outcomes(one: Engine, requests: list[tuple[list[int], SamplingParams]]) -> tuple[list, list]:
+    """All requests, arriving two steps apart."""
+    done = []
+    for index, request in enumerate(requests):
+        done.append(one.add(str(index), *request))
+        one.step()
+        one.step()
+        one.pool.check_integrity()
+    while one.has_work:
+        one.step()
+        one.pool.check_integrity()
+    assert one._flight is None
+    assert one.pool.num_available == one.pool.num_pages
+    assert len(one.runner._free_slots) == one.config.max_num_seqs
+    return [(r.output_token_ids, r.token_steps, r.num_rows, r.finish_reason) for r in done], [
+        r.logprobs for r in done if r.params.logprobs is not None
+    ]
+
+
+# Padding rows are whatever lay in memory, and the interpreter reports what a GPU ignores.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
+
+
+@pytest.mark.parametrize(("decoding", "temperature"), [("verified", 0.0), ("streaming", 0.0), (None, 0.8)])
+def test_same_as_runner(device, decoding, temperature):
+    check_same_as_runner(device, decoding, temperature, num_requests=3, seed=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("decoding", [*DECODINGS, None])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("seed", range(3))
+def test_same_as_runner_longer(device, decoding, temperature, seed):
+    check_same_as_runner(device, decoding, temperature, num_requests=9, seed=seed)
+
+
+def check_same_as_runner(device, decoding, temperature, num_requests, seed):
+    rng = random.Random(f"{decoding}{temperature}{seed}")
+    requests = [
+        (
+            [rng.randrange(80) for _ in range(rng.randint(1, 9))],
+            SamplingParams(
+                decoding=decoding or rng.choice(DECODINGS),
+                max_tokens=rng.randint(1, 2 + 2 * num_requests),
+                min_tokens=rng.choice([0, 1]),
+                temperature=temperature if rng.random() < 0.7 else 0.0,
+                top_k=rng.choice([0, 3]),
+                seed=rng.randrange(99),
+                logprobs=2 if rng.random() < 0.2 else None,
+                wedlm_window_size=rng.choice([1, 4, 6, 9]),
+                wedlm_entropy_threshold=rng.choice([None, 1.5]),
+                wedlm_draft_entropy=rng.choice([2.0, 5.0]),
+            ),
+        )
+        for _ in range(num_requests)
+    ]
+    expected, logprobs = outcomes(engine(device, False), requests)
+    actual, others = outcomes(engine(device, True), requests)
+    assert actual == expected
+    for one, other in zip(logprobs, others, strict=True):
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-3, atol=1e-4)
+
+
+def test_a_wide_window_and_a_later_common_one(device):
+    params = [SamplingParams(decoding="streaming", wedlm_window_size=w, max_tokens=4) for w in (40, 2)]
+    requests = [([3, 4, 5], one) for one in params]
+    assert outcomes(engine(device, True), requests)[0] == outcomes(engine(device, False), requests)[0]

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each kernel against the plain torch operations that it replaces."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("triton")
+from wedlm.algorithm.sample import ban_tokens, entropy_and_normaliser
+from wedlm.kernels.logits import greedy_rows
+from wedlm.kernels.matmul import Tiling, few_rows_product
+from wedlm.kernels.norm import add_rms_norm, silu_mul
+from wedlm.kernels.rope import norm_rope_write
+from wedlm.model.rope import rotate
+
+# Triton's interpreter has no dot of bfloat16.
+DTYPES = [torch.float32, torch.bfloat16 if torch.cuda.is_available() else torch.float16]
+
+
+def close(actual, expected, dtype, scale=1.0):
+    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype] * scale
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [None, 1, 3])
+def test_add_rms_norm(device, dtype, parts):
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 96, device=device, dtype=dtype), torch.randn(96, device=device, dtype=dtype)
+    delta = None
+    if parts is not None:
+        delta = torch.randn(parts, 5, 96, device=device) if parts > 1 else torch.randn(5, 96, device=device).to(dtype)
+    total, normed = add_rms_norm(x, delta, weight, 1e-5)
+    added = x if delta is None else x + (delta.sum(0).to(dtype) if parts > 1 else delta)
+    close(total, added, dtype)
+    close(normed, F.rms_norm(added, (96,), weight, 1e-5), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul(device, dtype):
+    torch.manual_seed(0)
+    gate_up = torch.randn(3, 2 * 1100, device=device, dtype=dtype)
+    gate, up = gate_up.chunk(2, dim=-1)
+    close(silu_mul(gate_up), F.silu(gate) * up, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_norm_rope_write(device, dtype, normed, parts):
+    torch.manual_seed(0)
+    num_rows, heads, kv_heads, d = 5, 6, 2, 16
+    width = (heads + 2 * kv_heads) * d
+    qkv = torch.randn(parts, num_rows, width, device=device)
+    qkv = qkv.to(dtype)[0] if parts == 1 else qkv
+    angles = torch.randn(num_rows, d // 2, device=device)
+    cos, sin = torch.cat([angles.cos()] * 2, -1).to(dtype), torch.cat([-angles.sin(), angles.sin()], -1).to(dtype)
+    weights = torch.randn(2, d, device=device).to(dtype)
+    keys, values = (torch.zeros(40, kv_heads, d, device=device, dtype=dtype) for _ in range(2))
+    slots = torch.tensor([7, 3, 39, 0, 12], device=device)
+    norms = (weights[0], weights[1], 1e-6) if normed else None
+    q = norm_rope_write(qkv, cos, sin, slots, norms, keys, values)
+    whole = (qkv if parts == 1 else qkv.sum(0).to(dtype)).view(num_rows, -1, d)
+    expected_q, expected_k, expected_v = whole.split((heads, kv_heads, kv_heads), dim=1)
+    if normed:
+        expected_q = F.rms_norm(expected_q, (d,), weights[0], 1e-6)
+        expected_k = F.rms_norm(expected_k, (d,), weights[1], 1e-6)
+    close(q, rotate(expected_q, cos, sin), dtype, 2)
+    close(keys[slots], rotate(expected_k, cos, sin), dtype, 2)
+    close(values[slots], expected_v, dtype)  # the interpreter truncates where devices round
+    others = torch.ones(40, dtype=torch.bool)
+    others[slots.cpu()] = False
+    assert not keys[others.to(device)].any() and not values[others.to(device)].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 5, 16, 33])
+@pytest.mark.parametrize(
+    "tiling", [Tiling(32, 64), Tiling(32, 64, splits=2), Tiling(16, 32, splits=3)], ids=["one", "halves", "uneven"]
+)
+def test_few_rows_product(device, dtype, num_rows, tiling):
+    torch.manual_seed(0)
+    x = torch.randn(num_rows, 320, device=device, dtype=dtype)
+    weight = torch.randn(100, 320, device=device, dtype=dtype) / 18
+    out = few_rows_product(x, weight, tiling)
+    if tiling.splits > 1:
+        assert out.shape == (tiling.splits, num_rows, 100) and out.dtype == torch.float32
+        out = out.sum(0)
+    close(out, x.float() @ weight.float().T, dtype)
+    # A row's sums do not depend on its company.
+    alone = few_rows_product(x[-1:], weight, tiling)
+    assert torch.equal(alone.sum(0)[0] if tiling.splits > 1 else alone[0], out[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_gated_product(device, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(7, 128, device=device, dtype=dtype)
+    weight = torch.randn(2 * 72, 128, device=device, dtype=dtype) / 11
+    gate, up = (x @ weight.T).chunk(2, dim=-1)
+    close(few_rows_product(x, weight, Tiling(32, 64), gated=True), F.silu(gate) * up, dtype, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [3, 70])
+@pytest.mark.parametrize("with_ends", [False, True])
+def test_greedy_rows(device, dtype, num_rows, with_ends):
+    torch.manual_seed(0)
+    vocab, mask = 9001, 17
+    logits = (torch.randn(num_rows, vocab, device=device) * 4).to(dtype)
+    logits[0, mask] = 60  # the mask token would win
+    logits[1, [5, 9, 8999]] = 50  # equal logits: the lowest id
+    logits[2, 100:] = -torch.inf
+    sequence = torch.arange(num_rows, device=device) % 2
+    end_tokens = torch.tensor([[5, -1], [9, 5]], device=device)
+    first_free_end = torch.tensor([10, 4], device=device)
+    target = torch.arange(num_rows, device=device) % 8
+    ends = (target, sequence, first_free_end, end_tokens) if with_ends else None
+    choice, entropy, logprob = greedy_rows(logits, mask, ends)
+    raw = logits.float()
+    expected_entropy, normaliser = entropy_and_normaliser(raw)
+    banned = target < first_free_end[sequence] if with_ends else torch.zeros_like(target, dtype=torch.bool)
+    allowed = ban_tokens(raw.clone(), mask, end_tokens[sequence], banned)
+    assert torch.equal(choice, allowed.max(dim=-1)[1])
+    torch.testing.assert_close(entropy, expected_entropy, rtol=1e-4, atol=1e-4)
+    expected = raw.gather(1, choice[:, None])[:, 0] - normaliser
+    torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paged kernel and the fused model against PagedSdpa and the plain model."""
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from tests.kernels.test_kernels import DTYPES
+from tests.model.tiny import our_model
+from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
+from wedlm.attention.paged import plan_paged
+from wedlm.attention.sdpa import PagedSdpa
+from wedlm.kernels import attention
+from wedlm.kernels.attention import paged_attention
+from wedlm.kernels.matmul import Tiling
+from wedlm.model.fused import FusedTransformer
+from wedlm.model.packed import pack_for_inference
+
+
+def random_batch(rng: random.Random, lengths, page_size: int, device, groups: bool):
+    needed = [-(-(start + count) // page_size) + rng.randint(0, 2) for start, count in lengths]
+    pages = list(range(sum(needed) + 3))
+    rng.shuffle(pages)
+    tables = [[pages.pop() for _ in range(n)] for n in needed]
+    shared, own = [], []
+    for _, count in lengths:
+        first = rng.randint(1, count)  # rows of the anchor and drafts, then one group after some of them
+        for row in range(count):
+            shared.append(rng.randint(1, first) if row >= first else 0)
+            own.append(rng.randint(first, row) if row >= first else 0)
+    visibility = RowVisibility(torch.tensor(shared, device=device), torch.tensor(own, device=device))
+    starts, counts = [s for s, _ in lengths], [c for _, c in lengths]
+    return ExtendBatch(starts, counts, tables, visibility if groups else None), sum(needed) + 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(
+    "lengths", [[(0, 1)], [(130, 5)], [(3, 4), (200, 16), (0, 2), (64, 1)], [(70, 40), (5, 1)]], ids=str
+)
+def test_paged_attention_is_sdpa(device, monkeypatch, dtype, groups, splits, lengths):
+    monkeypatch.setattr(attention, "num_splits", lambda *_: splits)
+    rng = random.Random(repr((lengths, groups)))
+    torch.manual_seed(1)
+    page_size, kv_heads, heads, d = 8, 2, 6, 16
+    batch, num_pages = random_batch(rng, lengths, page_size, device, groups)
+    cache = KVCache(1, num_pages, page_size, kv_heads, d, dtype, device)
+    cache.keys.copy_(torch.randn(cache.keys.shape))
+    cache.values.copy_(torch.randn(cache.values.shape))
+    total = sum(batch.counts)
+    q = torch.randn(total, heads, d, device=device).to(dtype)
+    k, v = (torch.randn(total, kv_heads, d, device=device).to(dtype) for _ in range(2))
+    expected = PagedSdpa(cache, batch)(0, q, k, v)  # and writes k and v
+    plan = plan_paged(cache, batch)
+    actual = paged_attention(q, cache.keys[0], cache.values[0], plan.rows)
+    tolerance = 2e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
+    assert torch.equal(cache.keys[0, plan.slots], k)
+
+
+@pytest.mark.parametrize("family", ["wedlm-qwen2.5", "wedlm-qwen3"])
+def test_fused_model_is_the_model(device, family):
+    torch.manual_seed(2)
+    packed = pack_for_inference(our_model(family).to(device))
+    config = packed.config
+    rng = random.Random(family)
+    lengths = [(0, 3), (9, 1), (20, 7)]
+    batch, num_pages = random_batch(rng, lengths, 8, device, True)
+    total = sum(batch.counts)
+    tokens = torch.randint(0, config.vocab_size, (total,), device=device)
+    positions = torch.cat([torch.arange(s, s + c) for s, c in lengths]).to(device)
+    wanted = torch.tensor([10, 0, 4], device=device)
+    shape = (config.num_layers, num_pages, 8, config.num_kv_heads, config.head_dim, torch.float32, device)
+    caches = [KVCache(*shape) for _ in range(3)]
+    history = torch.randn(caches[0].keys.shape)
+    for cache in caches:
+        cache.keys.copy_(history)
+        cache.values.copy_(history.flip(0))
+    expected = packed(tokens, positions, PagedSdpa(caches[0], batch), wanted)
+    for cache, tiling in zip(caches[1:], (None, lambda *_: Tiling(16, 16, splits=2)), strict=True):
+        fused = FusedTransformer(packed, tiling)
+        actual = fused(tokens, positions, plan_paged(cache, batch), wanted)
+        torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(cache.keys, caches[0].keys, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(cache.values, caches[0].values, rtol=2e-4, atol=2e-4)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters of several windows as tensors: those of one step, or of all slots."""
+
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from wedlm.algorithm.params import DecodeParams
+from wedlm.algorithm.window import WindowParams
+
+_Stacked = TypeVar("_Stacked")
+
+
+@dataclass(frozen=True)
+class BatchParams:
+    """One row per window; ``flags`` only skip work."""
+
+    window: WindowParams
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    seed: Tensor
+    end_tokens: Tensor  # padded with -1
+    first_free_end: Tensor
+    flags: "BatchFlags"
+
+    @classmethod
+    def stack(cls, params: list[DecodeParams], device: torch.device, num_ends: int | None = None) -> "BatchParams":
+        """``num_ends``: columns of ``end_tokens``; by default as many as some window has."""
+        num_ends = max(len(p.end_token_ids) for p in params) if num_ends is None else num_ends
+        ends = [[*p.end_token_ids, *[-1] * (num_ends - len(p.end_token_ids))] for p in params]
+        return cls(
+            window=WindowParams.stack(params, device),
+            temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+            top_k=torch.tensor([p.top_k for p in params], dtype=torch.long, device=device),
+            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
+            seed=torch.tensor([p.seed for p in params], dtype=torch.long, device=device),
+            end_tokens=torch.tensor(ends, dtype=torch.long, device=device).reshape(len(params), num_ends),
+            first_free_end=torch.tensor([p.first_free_end for p in params], dtype=torch.long, device=device),
+            flags=BatchFlags.of(params),
+        )
+
+    def take(self, index: Tensor, flags: "BatchFlags") -> "BatchParams":
+        """The rows at ``index``, whose flags are ``flags``."""
+        window = replace(_map(self.window, lambda t: t[index]), any_verifies=flags.verifies, any_streams=flags.streams)
+        return replace(_map(self, lambda t: t[index]), window=window, flags=flags)
+
+    def put(self, row: int, one: "BatchParams") -> None:
+        """Write the only row of ``one`` to ``row`` in place."""
+        for mine, its in ((self, one), (self.window, one.window)):
+            for field in fields(mine):
+                target = getattr(mine, field.name)
+                if isinstance(target, Tensor):
+                    target[row] = getattr(its, field.name)[0]
+
+
+@dataclass(frozen=True)
+class BatchFlags:
+    """What decides the work of a step, besides its sizes."""
+
+    verifies: bool
+    streams: bool
+    sampled: bool
+    truncated: bool
+    end_banned: bool
+    groups: bool
+    entropy: bool
+
+    @classmethod
+    def of(cls, params: list[DecodeParams]) -> "BatchFlags":
+        sampled = [p for p in params if p.temperature > 0]
+        return cls(
+            verifies=any(p.verifies for p in params),
+            streams=any(not p.verifies for p in params),
+            sampled=bool(sampled),
+            truncated=any(p.top_k > 0 or p.top_p < 1 for p in sampled),
+            end_banned=any(p.first_free_end > 0 for p in params),
+            groups=any(p.verifies and p.max_drafts > 0 for p in params),
+            entropy=any(p.row_budget > 1 or not p.verifies for p in params),
+        )
+
+
+def _map(stacked: _Stacked, function) -> _Stacked:  # type: ignore[no-untyped-def]
+    """The dataclass with ``function`` applied to its tensors."""
+    values = {f.name: getattr(stacked, f.name) for f in fields(stacked)}  # type: ignore[arg-type]
+    return replace(stacked, **{n: function(v) for n, v in values.items() if isinstance(v, Tensor)})  # type: ignore

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step of decoding windows as device code alone: no size depends on data, nothing waits, a CUDA graph can hold it.
+
+The twin is ``Runner.run``. Whatever a step needs lies in tensors by slot: windows, parameters, pages.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wedlm.algorithm.reorder import pack_rows, topological_order
+from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_normaliser
+from wedlm.algorithm.verify import row_layout
+from wedlm.algorithm.window import RowResults, WindowState, advance, extend
+from wedlm.attention.base import KVCache
+from wedlm.attention.paged import PagedAttend
+from wedlm.engine.batch_params import BatchFlags, BatchParams
+from wedlm.kernels.attention import PagedRows
+from wedlm.kernels.logits import greedy_rows
+from wedlm.kernels.verified import verified_advance, verified_rows
+from wedlm.model.fused import FusedTransformer
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """All that a captured step depends on: S sequences, T rows in all, L of them with logits, rows of one sequence."""
+
+    num_sequences: int
+    num_rows: int
+    num_wanted: int
+    max_rows: int
+    flags: BatchFlags
+
+
+@dataclass
+class Slots:
+    """What persists between steps, by slot; the last slot is nobody's: its window is empty, its page is trash."""
+
+    state: WindowState
+    params: BatchParams
+    page_table: Tensor
+
+    @property
+    def nobody(self) -> int:
+        return len(self.state.width) - 1
+
+
+class DeviceStep:
+    """``step(shape, index)`` moves the windows at slots ``index`` [S] (padded with ``slots.nobody``) one step on."""
+
+    def __init__(self, model: FusedTransformer, cache: KVCache, slots: Slots, mask_token_id: int) -> None:
+        self.model, self.cache, self.slots, self.mask_token_id = model, cache, slots, mask_token_id
+        self.trash_slot = cache.keys.shape[1] - cache.page_size  # of the page that no pool hands out
+        self.max_keys = slots.page_table.shape[1] * cache.page_size
+
+    @torch.inference_mode()
+    def __call__(self, shape: StepShape, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Int64 [S, 3 + C]: tokens emitted, rows run, tokens cached now, the emitted tokens; and their
+        log-probabilities [S, C]."""
+        return self._any(shape, index) if shape.flags.streams else self._verified(shape, index)
+
+    def _verified(self, shape: StepShape, index: Tensor) -> tuple[Tensor, Tensor]:
+        slots, page_size = self.slots, self.cache.page_size
+        rows = verified_rows(
+            slots.state, index, slots.page_table, page_size, shape.num_rows, self.mask_token_id, self.trash_slot
+        )
+        plan = PagedRows(
+            rows.row_start, rows.num_rows, rows.cached, index, slots.page_table, page_size,
+            shape.max_rows, self.max_keys,
+            rows.shared if shape.flags.groups else None, rows.own_start if shape.flags.groups else None,
+        )  # fmt: skip
+        logits = self.model(rows.tokens, rows.positions, PagedAttend(self.cache, plan, rows.slots))
+        chosen = self._choose(logits, index[rows.sequence], rows.target, shape.flags)
+        return verified_advance(slots.state, slots.params.window, index, rows, *chosen)
+
+    def _any(self, shape: StepShape, index: Tensor) -> tuple[Tensor, Tensor]:
+        slots, page_size = self.slots, self.cache.page_size
+        params = slots.params.take(index, shape.flags)
+        state, run = extend(slots.state.take(index), params.window)
+        num_rows = state.width
+        packed = pack_rows(num_rows, shape.num_rows)
+        sequence = packed.sequence
+        column = topological_order(state.filled, state.width)[sequence, packed.row]
+        filled = state.filled[sequence, column] & packed.real
+        layout = row_layout(state.filled, state.width, params.window.verifies)
+        offset, shared, own_start = (
+            part[sequence, column].where(packed.real, 0) for part in (layout.offset, layout.shared, layout.own_start)
+        )
+        tokens = state.tokens[sequence, column].where(filled, self.mask_token_id)
+        positions = (state.cached[sequence] + offset).where(packed.real, 0)
+        key = (state.cached[sequence] + packed.row).where(packed.real, 0)
+        page = slots.page_table[index[sequence], key // page_size]
+        key_slots = (page * page_size + key % page_size).where(packed.real, self.trash_slot)
+        plan = PagedRows(
+            num_rows.cumsum(0) - num_rows, num_rows, state.cached, index, slots.page_table, page_size,
+            shape.max_rows, self.max_keys,
+            shared if shape.flags.groups else None, own_start if shape.flags.groups else None,
+        )  # fmt: skip
+        # Streaming reads nothing from a filled row; verification reads all.
+        wanted = packed.real & (~filled | params.window.verifies[sequence])
+        pick = torch.argsort(~wanted, stable=True)[: shape.num_wanted]
+        logits = self.model(tokens, positions, PagedAttend(self.cache, plan, key_slots), pick)
+        chosen = self._choose(logits, index[sequence[pick]], (positions + filled)[pick], shape.flags)
+        # Rows that nobody wanted write to a sequence that does not exist.
+        at = (sequence[pick].where(wanted[pick], len(index)), column[pick])
+        choice, entropy, logprobs = (
+            value.new_zeros(len(index) + 1, state.tokens.shape[1]).index_put_(at, value)[:-1] for value in chosen
+        )
+        state, emitted = advance(state, run, RowResults(choice, entropy, logprobs), params.window)
+        slots.state.put(index, state)
+        figures = torch.stack((emitted.count, num_rows, state.cached), dim=1)
+        return torch.cat((figures, emitted.tokens), dim=1), emitted.logprobs
+
+    def _choose(self, logits: Tensor, slot: Tensor, target: Tensor, flags: BatchFlags) -> tuple[Tensor, Tensor, Tensor]:
+        """(choice, entropy, log-probability) of each row of logits [L, V], which belongs to ``slot`` [L]."""
+        params = self.slots.params
+        if not flags.sampled:
+            ends = (target, slot, params.first_free_end, params.end_tokens) if flags.end_banned else None
+            return greedy_rows(logits, self.mask_token_id, ends)
+        raw = logits.float()
+        entropy, normaliser = entropy_and_normaliser(raw)
+        end_tokens = params.end_tokens[slot][:, : None if flags.end_banned else 0]
+        allowed = ban_tokens(raw.clone(), self.mask_token_id, end_tokens, target < params.first_free_end[slot])
+        sampling = SamplingBatch(
+            temperature=params.temperature[slot],
+            top_k=params.top_k[slot],
+            top_p=params.top_p[slot],
+            seed=params.seed[slot],
+            position=target,
+            any_sampled=True,
+            any_truncated=flags.truncated,
+        )
+        choice = choose_tokens(allowed, sampling)
+        return choice, entropy, raw.gather(1, choice[:, None])[:, 0] - normaliser

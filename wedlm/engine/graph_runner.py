@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs steps of windows alone as CUDA graphs, and lets the host read a step while the next one runs.
+
+Steps that carry a prompt's chunk, or a request that needs the host, run as ``Runner`` runs them, on the same slots.
+"""
+
+import torch
+from torch import Tensor
+
+from wedlm.algorithm.params import DecodeParams
+from wedlm.algorithm.window import WindowState
+from wedlm.attention.base import KVCache
+from wedlm.attention.paged import plan_paged
+from wedlm.engine.batch_params import BatchFlags, BatchParams
+from wedlm.engine.device_step import DeviceStep, Slots, StepShape
+from wedlm.engine.runner import Runner
+from wedlm.engine.types import Request, StepPlan, WindowResult, Work
+from wedlm.model.fused import FusedTransformer
+
+_MAX_ENDS = 8  # end tokens of a request; more need the host
+_SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
+
+
+class GraphFlight:
+    """``Flight`` whose results are on their way to the host's memory."""
+
+    def __init__(self, num_windows: int, ints: Tensor, floats: Tensor) -> None:
+        self.num_windows = num_windows
+        on_gpu = ints.is_cuda
+        self._ints = torch.empty(ints.shape, dtype=ints.dtype, pin_memory=on_gpu).copy_(ints, non_blocking=True)
+        self._floats = torch.empty(floats.shape, dtype=floats.dtype, pin_memory=on_gpu).copy_(floats, non_blocking=True)
+        self._done = torch.cuda.Event() if on_gpu else None
+        if self._done is not None:
+            self._done.record()
+
+    def read(self) -> list[WindowResult]:
+        if self._done is not None:
+            self._done.synchronize()
+        widest = max(1, int(self._ints[: self.num_windows, 0].max()))
+        rows = self._ints[: self.num_windows, : 3 + widest].tolist()
+        logprobs = self._floats[: self.num_windows, :widest].tolist()
+        return [
+            WindowResult(row[3 : 3 + row[0]], logprob[: row[0]], [], row[1], row[2])
+            for row, logprob in zip(rows, logprobs, strict=True)
+        ]
+
+
+class GraphRunner(Runner):
+    """``Runner`` whose steps of windows alone need no host. The cache's last page must be no pool's.
+
+    Without a GPU the same device code runs directly, for the tests."""
+
+    def __init__(
+        self, model: FusedTransformer, cache: KVCache, mask_token_id: int, max_num_seqs: int, max_model_len: int
+    ) -> None:
+        super().__init__(model, cache, mask_token_id, max_num_seqs, plan_paged)
+        self._fused, self._max_model_len = model, max_model_len
+        self.state = WindowState.empty(max_num_seqs + 1, 64, self.device)
+        nobody = [DecodeParams("autoregressive")] * (max_num_seqs + 1)
+        params = BatchParams.stack(nobody, self.device, _MAX_ENDS)
+        num_pages = -(-max_model_len // cache.page_size)
+        table = torch.zeros(max_num_seqs + 1, num_pages, dtype=torch.long, device=self.device)
+        self.slots = Slots(self.state, params, table)
+        self.step = DeviceStep(model, cache, self.slots, mask_token_id)
+        self._sent: dict[str, int] = {}  # pages of a request that the device's table has
+        self._index: dict[int, tuple[list[int], Tensor]] = {}  # by number of sequences: what it holds, static tensor
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def again(self, cache: KVCache) -> "GraphRunner":
+        """A new one for the same model over ``cache``."""
+        return GraphRunner(self._fused, cache, self.mask_token_id, self.slots.nobody, self._max_model_len)
+
+    def can_launch(self, plan: StepPlan) -> bool:
+        """Whether nothing in the step needs the host."""
+        return bool(plan.work) and all(
+            work.decodes and not work.request.needs_host and len(work.request.decode.end_token_ids) <= _MAX_ENDS
+            for work in plan.work
+        )
+
+    def launch(self, plan: StepPlan) -> GraphFlight:
+        """Start the step and return at once."""
+        for work in plan.work:
+            if work.request.request_id not in self._slots:
+                self._load(work.request)
+        self._send_pages(plan.work)
+        params = [work.request.decode for work in plan.work]
+        num_rows = _size(sum(work.count for work in plan.work))
+        streaming = sum(p.window_size if not p.verifies else w.count for p, w in zip(params, plan.work, strict=True))
+        shape = StepShape(
+            num_sequences=_size(len(plan.work)),
+            num_rows=num_rows,
+            num_wanted=min(num_rows, _size(streaming)),
+            max_rows=_size(max(work.count for work in plan.work)),
+            flags=BatchFlags.of(params),
+        )
+        if self.device.type == "cuda" and shape not in self._graphs:
+            self._capture(shape)
+        index = self._set_index(shape.num_sequences, [self._slots[work.request.request_id] for work in plan.work])
+        if self.device.type != "cuda":
+            return GraphFlight(len(plan.work), *self.step(shape, index))
+        graph, ints, floats = self._graphs[shape]
+        graph.replay()
+        return GraphFlight(len(plan.work), ints, floats)
+
+    def _set_index(self, size: int, slots: list[int]) -> Tensor:
+        slots = [*slots, *[self.slots.nobody] * (size - len(slots))]
+        held, index = self._index.get(size, ([], None))
+        if index is None:
+            index = torch.empty(size, dtype=torch.long, device=self.device)
+        if held != slots:
+            index.copy_(self._upload(slots), non_blocking=True)
+            self._index[size] = (slots, index)
+        return index
+
+    def _send_pages(self, work: list[Work]) -> None:
+        rows: list[int] = []
+        columns: list[int] = []
+        pages: list[int] = []
+        for one in work:
+            request_id, table = one.request.request_id, one.pages
+            sent = self._sent.get(request_id, 0)
+            if sent < len(table):
+                rows += [self._slots[request_id]] * (len(table) - sent)
+                columns += range(sent, len(table))
+                pages += table[sent:]
+                self._sent[request_id] = len(table)
+        if rows:
+            row, column, page = self._upload([rows, columns, pages])
+            self.slots.page_table[row, column] = page
+
+    def _upload(self, values: list) -> Tensor:  # type: ignore[type-arg]
+        tensor = torch.tensor(values, dtype=torch.long)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
+
+    def _capture(self, shape: StepShape) -> None:
+        """Warm up and capture on the empty window, which no step changes."""
+        index = self._set_index(shape.num_sequences, [])
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.step(shape, index)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            ints, floats = self.step(shape, index)
+        self._graphs[shape] = (graph, ints, floats)
+
+    def _load(self, request: Request) -> None:
+        super()._load(request)
+        if self.state is not self.slots.state:  # a wider window came: captured steps hold the old tensors
+            self.slots.state = self.state
+            self._graphs.clear()
+        if len(request.decode.end_token_ids) <= _MAX_ENDS:
+            one = BatchParams.stack([request.decode], self.device, _MAX_ENDS)
+            self.slots.params.put(self._slots[request.request_id], one)
+
+    def unload(self, request: Request) -> None:
+        self._sent.pop(request.request_id, None)
+        super().unload(request)
+
+
+def _size(number: int) -> int:
+    """The smallest captured size that holds ``number``."""
+    return next((size for size in _SIZES if size >= number), -(-number // 1024) * 1024)

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programmatic dependent launch: a kernel starts while its predecessor drains, and waits only before it reads."""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels of this device can start before their predecessors have ended (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def launch_options(overlap: bool) -> dict[str, bool]:
+    """Keyword arguments of a launch whose kernel begins with ``begin(OVERLAP)``."""
+    return {"launch_pdl": True} if overlap else {}
+
+
+@triton.jit
+def begin(OVERLAP: tl.constexpr):
+    """Wait for what earlier kernels wrote, and let the next one get ready. Before this, read only weights."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()

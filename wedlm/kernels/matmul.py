@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrix products of few rows, bound by reading the weight: x [T, K] · weight [N, K]ᵀ with T <= 64.
+
+The next weights are on their way while the kernel before still runs. The order of a row's sums does not depend on T.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wedlm.kernels.launch import INTERPRETED, begin, launch_options, overlaps
+
+MAX_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """``outputs`` weight rows and ``depth`` of K a tile, K in ``splits`` parts, ``stages`` tiles in flight."""
+
+    outputs: int = 64
+    depth: int = 128
+    splits: int = 1
+    stages: int = 4
+    warps: int = 4
+    prefetch: int = 4
+
+
+def tiling_for(size: int, depth: int) -> Tiling:
+    """Measured on an H200 (docs/log.md, 2026-11-23): as many parts as it takes to keep 128 processors reading."""
+    tiles = triton.cdiv(size, 64)
+    if tiles >= 128:
+        return Tiling(64, 128, 1, stages=4 if tiles >= 1024 else 3, prefetch=0)
+    splits = 2
+    while tiles * splits < 128 and splits < 8 and depth >= 256 * splits:
+        splits *= 2
+    return Tiling(64, 128 if tiles <= 64 else 64, splits, stages=6)
+
+
+@triton.jit
+def _rows_times_weight(
+    x_ptr, weight_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k]; gated: silu(first half) · second half."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    k_start = split * K_PER_SPLIT
+    k_stop = tl.minimum(k_start + K_PER_SPLIT, K)
+    if GATED:  # weight rows of gate and up in turn, so that one tile holds both of an output
+        weight_row = (n % 2) * (N // 2) + n // 2
+    else:
+        weight_row = n
+    inside_n = (n < N)[:, None]
+    weight = weight_ptr + weight_row.to(tl.int64)[:, None] * K + k[None]
+    if PREFETCH > 0:  # into L2, while the kernel before is still at work
+        line = tl.arange(0, BLOCK_K // 64) * 64
+        ahead = weight_ptr + weight_row.to(tl.int64)[:, None] * K + line[None] + k_start
+        for tile in tl.static_range(PREFETCH):
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ahead + tile * BLOCK_K],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+    begin(OVERLAP)
+    x = x_ptr + m[None].to(tl.int64) * K + k[:, None]
+    inside_m = (m < num_rows)[None]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
+        inside_k = start + k < k_stop
+        w_tile = tl.load(weight + start, mask=inside_n & inside_k[None], other=0.0)
+        x_tile = tl.load(x + start, mask=inside_k[:, None] & inside_m, other=0.0)
+        acc = tl.dot(w_tile, x_tile, acc, input_precision="ieee")
+    dtype = out_ptr.dtype.element_ty
+    if GATED:
+        pairs = tl.permute(tl.reshape(acc, (BLOCK_N // 2, 2, BLOCK_M)), (0, 2, 1))
+        gate, up = tl.split(pairs)
+        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+        gated = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up
+        half = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        place = out_ptr + m[None].to(tl.int64) * (N // 2) + half[:, None]
+        tl.store(place, gated.to(dtype), mask=(half < N // 2)[:, None] & inside_m)
+    else:
+        place = out_ptr + (split * num_rows + m[None]).to(tl.int64) * N + n[:, None]
+        tl.store(place, acc.to(dtype), mask=inside_n & inside_m)
+
+
+def few_rows_product(x: Tensor, weight: Tensor, tiling: Tiling, gated: bool = False) -> Tensor:
+    """x [T, K] by weight [N, K]: [T, N] in x's type; with splits float32 partial sums [P, T, N], not yet added.
+
+    gated: silu of the first N / 2 outputs times the others, [T, N / 2]; it takes no splits.
+    """
+    num_rows, depth = x.shape
+    size = len(weight)
+    assert num_rows <= MAX_ROWS and not (gated and tiling.splits > 1)
+    overlap = overlaps(x.device)
+    if tiling.splits > 1:
+        out = torch.empty(tiling.splits, num_rows, size, dtype=torch.float32, device=x.device)
+    else:
+        out = x.new_empty(num_rows, size // 2 if gated else size)
+    per_split = triton.cdiv(triton.cdiv(depth, tiling.splits), tiling.depth) * tiling.depth
+    even = size % tiling.outputs == 0 and depth % (tiling.depth * tiling.splits) == 0
+    prefetch = min(tiling.prefetch, per_split // tiling.depth) if even and not INTERPRETED else 0
+    _rows_times_weight[(triton.cdiv(size, tiling.outputs), tiling.splits)](
+        x, weight, out, num_rows, size, depth, per_split,
+        BLOCK_M=max(16, triton.next_power_of_2(num_rows)), BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
+        STAGES=tiling.stages, PREFETCH=prefetch,
+        GATED=gated, OVERLAP=overlap, num_warps=tiling.warps, **launch_options(overlap),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-head norm, RoPE and the write into the cache, in one kernel after the q, k, v product."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wedlm.kernels.launch import begin, launch_options, overlaps
+
+
+@triton.jit
+def _norm_rope_write(
+    qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, keys_ptr, values_ptr,
+    num_rows, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
+    NORM: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, D)
+    partner = (d + D // 2) % D
+    width: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+    inside = (head < HEADS + 2 * KV_HEADS)[:, None]
+    is_q, is_v = (head < HEADS)[:, None], (head >= HEADS + KV_HEADS)[:, None]
+    dtype = q_out_ptr.dtype.element_ty
+    begin(OVERLAP)
+    x = tl.zeros((BLOCK_H, D), tl.float32)
+    y = tl.zeros((BLOCK_H, D), tl.float32)  # the same heads with the halves exchanged
+    for part in tl.static_range(PARTS):
+        base = qkv_ptr + (part * num_rows + row) * width + head[:, None] * D
+        x += tl.load(base + d[None], mask=inside, other=0.0).to(tl.float32)
+        y += tl.load(base + partner[None], mask=inside, other=0.0).to(tl.float32)
+    x, y = x.to(dtype).to(tl.float32), y.to(dtype).to(tl.float32)
+    raw = x
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+        weight_d = tl.where(is_q, tl.load(q_weight_ptr + d)[None], tl.load(k_weight_ptr + d)[None]).to(tl.float32)
+        weight_p = tl.where(
+            is_q, tl.load(q_weight_ptr + partner)[None], tl.load(k_weight_ptr + partner)[None]
+        ).to(tl.float32)  # fmt: skip
+        x = (x * scale * weight_d).to(dtype).to(tl.float32)
+        y = (y * scale * weight_p).to(dtype).to(tl.float32)
+    cos = tl.load(cos_ptr + row * D + d)[None].to(tl.float32)
+    sin = tl.load(sin_ptr + row * D + d)[None].to(tl.float32)
+    turned = (x * cos + y * sin).to(dtype)
+    slot = tl.load(slots_ptr + row)
+    tl.store(q_out_ptr + row * HEADS * D + head[:, None] * D + d[None], turned, mask=inside & is_q)
+    place = slot * KV_HEADS * D + (head - HEADS)[:, None] * D + d[None]
+    tl.store(keys_ptr + place, turned, mask=inside & ~is_q & ~is_v)
+    tl.store(values_ptr + place - KV_HEADS * D, raw.to(dtype), mask=inside & is_v)
+
+
+def norm_rope_write(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    norms: tuple[Tensor, Tensor, float] | None,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """Queries [T, H, D] after norm and RoPE; keys and values of the rows go to ``slots`` [T] of the layer's cache.
+
+    qkv is [T, (H + 2 K) D] or partial sums of it [P, T, …]. cos and sin [T, D] as ``RotaryEmbedding`` gives them.
+    norms: weights of the query and key norm and epsilon. keys and values: [A, K, D], written in place.
+    """
+    parts = qkv.shape[0] if qkv.ndim == 3 else 1
+    num_rows, width = qkv.shape[-2:]
+    kv_heads, head_dim = keys.shape[1:]
+    heads = width // head_dim - 2 * kv_heads
+    out = torch.empty(num_rows, heads, head_dim, dtype=keys.dtype, device=qkv.device)
+    overlap = overlaps(qkv.device)
+    block = 8 if num_rows <= 256 else 16
+    q_weight, k_weight, eps = norms if norms is not None else (cos, cos, 0.0)
+    _norm_rope_write[(num_rows, triton.cdiv(heads + 2 * kv_heads, block))](
+        qkv, cos, sin, slots, q_weight, k_weight, out, keys, values, num_rows, eps,
+        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, BLOCK_H=block, NORM=norms is not None, PARTS=parts,
+        OVERLAP=overlap, num_warps=4, **launch_options(overlap),
+    )  # fmt: skip
+    return out

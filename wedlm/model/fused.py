@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The packed model on fused kernels, for GPUs: the same rows in and logits out as ``Transformer``, its slow twin.
+
+Shape suffixes as in ``transformer.py``; F = (H + 2 K) D, the width of the packed q, k, v product.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wedlm.kernels.matmul import MAX_ROWS, Tiling, few_rows_product, tiling_for
+from wedlm.kernels.norm import add_rms_norm, silu_mul
+from wedlm.model.layers import DecoderLayer
+from wedlm.model.packed import is_packed
+from wedlm.model.transformer import Transformer
+
+Norms = tuple[Tensor, Tensor, float]  # weights of the query and the key norm, epsilon
+
+
+class FusedAttend(Protocol):
+    """Norm, RoPE, cache and attention of one forward's rows, given their q, k, v product (or partial sums of it)."""
+
+    def __call__(self, layer: int, qkv_TF: Tensor, cos_TD: Tensor, sin_TD: Tensor, norms: Norms | None) -> Tensor: ...
+
+
+class FusedTransformer:
+    """Runs a packed ``Transformer``. ``tiling(N, K)`` chooses for products of few rows, None: the library's product.
+
+    By default 16-bit weights go through our kernel: as fast or faster at few rows, and its sums do not depend on how
+    many rows there are.
+    """
+
+    def __init__(self, model: Transformer, tiling: Callable[[int, int], Tiling | None] | None = None) -> None:
+        assert is_packed(model), "expected a model after pack_for_inference"
+        self.model = model
+        half = model.model.embed_tokens.weight.dtype.itemsize == 2
+        self.tiling = tiling or (tiling_for if half else lambda size, depth: None)
+        self.layers = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
+        config = model.config
+        self.eps = config.rms_norm_eps
+        self.norms: list[Norms | None] = []
+        for layer in self.layers:
+            attention = layer.self_attn
+            has_norms = attention.q_norm is not None and attention.k_norm is not None
+            self.norms.append(
+                (attention.q_norm.weight, attention.k_norm.weight, self.eps)  # type: ignore[union-attr]
+                if has_norms
+                else None
+            )
+
+    @torch.inference_mode()
+    def __call__(
+        self, tokens_T: Tensor, positions_T: Tensor, attend: FusedAttend, logits_rows: Tensor | None = None
+    ) -> Tensor:
+        """Logits [L, V] of the rows picked by ``logits_rows`` (None: all)."""
+        x_TC = self.model.model.embed_tokens(tokens_T)
+        cos_TD, sin_TD = self.model.model.rotary(positions_T, x_TC.dtype)
+        delta: Tensor | None = None
+        for index, layer in enumerate(self.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            assert attention.qkv_proj is not None and mlp.gate_up_proj is not None
+            x_TC, normed = add_rms_norm(x_TC, delta, _weight(layer.input_layernorm), self.eps)
+            qkv = self._product(normed, attention.qkv_proj)
+            out_THD = attend(index, qkv, cos_TD, sin_TD, self.norms[index])
+            delta = self._product(out_THD.flatten(1), attention.o_proj)
+            x_TC, normed = add_rms_norm(x_TC, delta, _weight(layer.post_attention_layernorm), self.eps)
+            delta = self._product(self._gated(normed, mlp.gate_up_proj), mlp.down_proj)
+        if logits_rows is not None:
+            if len(logits_rows) == 0:
+                return x_TC.new_empty(0, self.model.config.vocab_size)
+            x_TC = x_TC[logits_rows]
+            delta = delta[..., logits_rows, :] if delta is not None else None
+        _, normed = add_rms_norm(x_TC, delta, _weight(self.model.model.norm), self.eps)
+        return self._product(normed, self.model.lm_head, splits=False)
+
+    def _tiling(self, x: Tensor, linear: nn.Module) -> Tiling | None:
+        if len(x) > MAX_ROWS or linear.bias is not None:
+            return None
+        return self.tiling(*_weight(linear).shape)
+
+    def _product(self, x: Tensor, linear: nn.Module, splits: bool = True) -> Tensor:
+        """[T, N], or partial sums [P, T, N] where allowed."""
+        tiling = self._tiling(x, linear)
+        if tiling is None or (tiling.splits > 1 and not splits):
+            return F.linear(x, _weight(linear), linear.bias)  # type: ignore[arg-type]
+        return few_rows_product(x, _weight(linear), tiling)
+
+    def _gated(self, x: Tensor, linear: nn.Module) -> Tensor:
+        tiling = self._tiling(x, linear)
+        if tiling is None:
+            return silu_mul(F.linear(x, _weight(linear), linear.bias))  # type: ignore[arg-type]
+        return few_rows_product(x, _weight(linear), replace(tiling, splits=1), gated=True)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return module.weight  # type: ignore[return-value]
