@@ -6,12 +6,14 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
+from tests.model.tiny import our_model
 from wedlm.algorithm.sample import ban_tokens, entropy_and_normaliser
+from wedlm.kernels.embed import embed
 from wedlm.kernels.logits import greedy_rows
 from wedlm.kernels.matmul import Tiling, few_rows_product
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.kernels.rope import norm_rope_write
-from wedlm.model.rope import rotate
+from wedlm.model.rope import RotaryEmbedding, rotate
 
 # Triton's interpreter has no dot of bfloat16.
 DTYPES = [torch.float32, torch.bfloat16 if torch.cuda.is_available() else torch.float16]
@@ -34,6 +36,18 @@ def test_add_rms_norm(device, dtype, parts):
     added = x if delta is None else x + (delta.sum(0).to(dtype) if parts > 1 else delta)
     close(total, added, dtype)
     close(normed, F.rms_norm(added, (96,), weight, 1e-5), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embed(device, dtype):
+    torch.manual_seed(0)
+    rotary = RotaryEmbedding(our_model("yarn-rope").config).to(device)
+    weight = torch.randn(50, 1100, device=device).to(dtype)
+    tokens, positions = torch.tensor([3, 49, 0], device=device), torch.tensor([0, 5, 20_000], device=device)
+    x, cos, sin = embed(tokens, positions, weight, rotary.inv_freq, rotary.attention_factor)
+    assert torch.equal(x, weight[tokens])
+    for actual, expected in zip((cos, sin), rotary(positions, dtype), strict=True):
+        close(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -66,6 +66,8 @@ def test_fused_model_is_the_model(device, family):
     torch.manual_seed(2)
     packed = pack_for_inference(our_model(family).to(device))
     config = packed.config
+    if config.head_dim < 16 and device.type == "cuda":
+        pytest.skip("tensor cores take at least 16 numbers")
     rng = random.Random(family)
     lengths = [(0, 3), (9, 1), (20, 7)]
     batch, num_pages = random_batch(rng, lengths, 8, device, True)
@@ -80,7 +82,7 @@ def test_fused_model_is_the_model(device, family):
         cache.keys.copy_(history)
         cache.values.copy_(history.flip(0))
     expected = packed(tokens, positions, PagedSdpa(caches[0], batch), wanted)
-    for cache, tiling in zip(caches[1:], (None, lambda *_: Tiling(16, 16, splits=2)), strict=True):
+    for cache, tiling in zip(caches[1:], (None, lambda *_: Tiling(32, 32, splits=2)), strict=True):
         fused = FusedTransformer(packed, tiling)
         actual = fused(tokens, positions, plan_paged(cache, batch), wanted)
         torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)

@@ -71,7 +71,7 @@ class DeviceStep:
             rows.shared if shape.flags.groups else None, rows.own_start if shape.flags.groups else None,
         )  # fmt: skip
         logits = self.model(rows.tokens, rows.positions, PagedAttend(self.cache, plan, rows.slots))
-        chosen = self._choose(logits, index[rows.sequence], rows.target, shape.flags)
+        chosen = self._choose(logits, index, rows.sequence, rows.target, shape.flags)
         return verified_advance(slots.state, slots.params.window, index, rows, *chosen)
 
     def _any(self, shape: StepShape, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ class DeviceStep:
         wanted = packed.real & (~filled | params.window.verifies[sequence])
         pick = torch.argsort(~wanted, stable=True)[: shape.num_wanted]
         logits = self.model(tokens, positions, PagedAttend(self.cache, plan, key_slots), pick)
-        chosen = self._choose(logits, index[sequence[pick]], (positions + filled)[pick], shape.flags)
+        chosen = self._choose(logits, index, sequence[pick], (positions + filled)[pick], shape.flags)
         # Rows that nobody wanted write to a sequence that does not exist.
         at = (sequence[pick].where(wanted[pick], len(index)), column[pick])
         choice, entropy, logprobs = (
@@ -112,12 +112,16 @@ class DeviceStep:
         figures = torch.stack((emitted.count, num_rows, state.cached), dim=1)
         return torch.cat((figures, emitted.tokens), dim=1), emitted.logprobs
 
-    def _choose(self, logits: Tensor, slot: Tensor, target: Tensor, flags: BatchFlags) -> tuple[Tensor, Tensor, Tensor]:
-        """(choice, entropy, log-probability) of each row of logits [L, V], which belongs to ``slot`` [L]."""
+    def _choose(
+        self, logits: Tensor, index: Tensor, sequence: Tensor, target: Tensor, flags: BatchFlags
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(choice, entropy, log-probability) of each row of logits [L, V], which belongs to slot index[sequence]."""
         params = self.slots.params
+        if not flags.sampled and not flags.end_banned:
+            return greedy_rows(logits, self.mask_token_id)
+        slot = index[sequence]
         if not flags.sampled:
-            ends = (target, slot, params.first_free_end, params.end_tokens) if flags.end_banned else None
-            return greedy_rows(logits, self.mask_token_id, ends)
+            return greedy_rows(logits, self.mask_token_id, (target, slot, params.first_free_end, params.end_tokens))
         raw = logits.float()
         entropy, normaliser = entropy_and_normaliser(raw)
         end_tokens = params.end_tokens[slot][:, : None if flags.end_banned else 0]

@@ -51,9 +51,10 @@ def _paged_attention(
     SHARE: tl.constexpr = HEADS // KV_HEADS
     sequence, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     tile, split = tl.program_id(1), tl.program_id(2)
-    begin(OVERLAP)
+    # The plan was complete before the first layer began: only queries and new keys come from the kernel before.
     num_rows = tl.load(num_rows_ptr + sequence).to(tl.int32)
     if tile * BLOCK_M >= num_rows * SHARE:
+        begin(OVERLAP)
         return
     cached = tl.load(cached_ptr + sequence).to(tl.int32)
     first = tl.load(row_start_ptr + sequence).to(tl.int64)
@@ -64,7 +65,6 @@ def _paged_attention(
     head = kv_head * SHARE + m % SHARE
     d = tl.arange(0, D)
     place = ((first + row) * HEADS + head) * D
-    q = tl.load(q_ptr + place[:, None] + d[None], mask=real[:, None], other=0.0)
     if GROUPS:
         shared = tl.load(shared_ptr + first + row, mask=real, other=0).to(tl.int32)
         own = tl.load(own_start_ptr + first + row, mask=real, other=0).to(tl.int32)
@@ -81,6 +81,8 @@ def _paged_attention(
     best = tl.full((BLOCK_M,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
+    begin(OVERLAP)
+    q = tl.load(q_ptr + place[:, None] + d[None], mask=real[:, None], other=0.0)
     for tile_start in tl.range(start, stop, BLOCK_N):
         key = tile_start + tl.arange(0, BLOCK_N)
         exists = key < stop

@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programmatic dependent launch: a kernel starts while its predecessor drains, and waits only before it reads."""
 
-import os
-
 import torch
 import triton
 import triton.language as tl
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def overlaps(device: torch.device) -> bool:

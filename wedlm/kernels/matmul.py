@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products of few rows, bound by reading the weight: x [T, K] · weight [N, K]ᵀ with T <= 64.
 
-The next weights are on their way while the kernel before still runs. The order of a row's sums does not depend on T.
+The order of a row's sums does not depend on T.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wedlm.kernels.launch import INTERPRETED, begin, launch_options, overlaps
+from wedlm.kernels.launch import begin, launch_options, overlaps
 
 MAX_ROWS = 64
 
@@ -25,14 +25,13 @@ class Tiling:
     splits: int = 1
     stages: int = 4
     warps: int = 4
-    prefetch: int = 4
 
 
 def tiling_for(size: int, depth: int) -> Tiling:
     """Measured on an H200 (docs/log.md, 2026-11-23): as many parts as it takes to keep 128 processors reading."""
     tiles = triton.cdiv(size, 64)
     if tiles >= 128:
-        return Tiling(64, 128, 1, stages=4 if tiles >= 1024 else 3, prefetch=0)
+        return Tiling(64, 128, 1, stages=4 if tiles >= 1024 else 3)
     splits = 2
     while tiles * splits < 128 and splits < 8 and depth >= 256 * splits:
         splits *= 2
@@ -43,7 +42,7 @@ def tiling_for(size: int, depth: int) -> Tiling:
 def _rows_times_weight(
     x_ptr, weight_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
+    GATED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k]; gated: silu(first half) · second half."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -57,14 +56,6 @@ def _rows_times_weight(
         weight_row = n
     inside_n = (n < N)[:, None]
     weight = weight_ptr + weight_row.to(tl.int64)[:, None] * K + k[None]
-    if PREFETCH > 0:  # into L2, while the kernel before is still at work
-        line = tl.arange(0, BLOCK_K // 64) * 64
-        ahead = weight_ptr + weight_row.to(tl.int64)[:, None] * K + line[None] + k_start
-        for tile in tl.static_range(PREFETCH):
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ahead + tile * BLOCK_K],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
     begin(OVERLAP)
     x = x_ptr + m[None].to(tl.int64) * K + k[:, None]
     inside_m = (m < num_rows)[None]
@@ -102,12 +93,10 @@ def few_rows_product(x: Tensor, weight: Tensor, tiling: Tiling, gated: bool = Fa
     else:
         out = x.new_empty(num_rows, size // 2 if gated else size)
     per_split = triton.cdiv(triton.cdiv(depth, tiling.splits), tiling.depth) * tiling.depth
-    even = size % tiling.outputs == 0 and depth % (tiling.depth * tiling.splits) == 0
-    prefetch = min(tiling.prefetch, per_split // tiling.depth) if even and not INTERPRETED else 0
     _rows_times_weight[(triton.cdiv(size, tiling.outputs), tiling.splits)](
         x, weight, out, num_rows, size, depth, per_split,
         BLOCK_M=max(16, triton.next_power_of_2(num_rows)), BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
-        STAGES=tiling.stages, PREFETCH=prefetch,
+        STAGES=tiling.stages,
         GATED=gated, OVERLAP=overlap, num_warps=tiling.warps, **launch_options(overlap),
     )  # fmt: skip
     return out

@@ -24,6 +24,15 @@ def _norm_rope_write(
     inside = (head < HEADS + 2 * KV_HEADS)[:, None]
     is_q, is_v = (head < HEADS)[:, None], (head >= HEADS + KV_HEADS)[:, None]
     dtype = q_out_ptr.dtype.element_ty
+    # Angles and slots were complete before the first layer began.
+    cos = tl.load(cos_ptr + row * D + d)[None].to(tl.float32)
+    sin = tl.load(sin_ptr + row * D + d)[None].to(tl.float32)
+    slot = tl.load(slots_ptr + row)
+    if NORM:
+        weight_d = tl.where(is_q, tl.load(q_weight_ptr + d)[None], tl.load(k_weight_ptr + d)[None]).to(tl.float32)
+        weight_p = tl.where(
+            is_q, tl.load(q_weight_ptr + partner)[None], tl.load(k_weight_ptr + partner)[None]
+        ).to(tl.float32)  # fmt: skip
     begin(OVERLAP)
     x = tl.zeros((BLOCK_H, D), tl.float32)
     y = tl.zeros((BLOCK_H, D), tl.float32)  # the same heads with the halves exchanged
@@ -35,16 +44,9 @@ def _norm_rope_write(
     raw = x
     if NORM:
         scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-        weight_d = tl.where(is_q, tl.load(q_weight_ptr + d)[None], tl.load(k_weight_ptr + d)[None]).to(tl.float32)
-        weight_p = tl.where(
-            is_q, tl.load(q_weight_ptr + partner)[None], tl.load(k_weight_ptr + partner)[None]
-        ).to(tl.float32)  # fmt: skip
         x = (x * scale * weight_d).to(dtype).to(tl.float32)
         y = (y * scale * weight_p).to(dtype).to(tl.float32)
-    cos = tl.load(cos_ptr + row * D + d)[None].to(tl.float32)
-    sin = tl.load(sin_ptr + row * D + d)[None].to(tl.float32)
     turned = (x * cos + y * sin).to(dtype)
-    slot = tl.load(slots_ptr + row)
     tl.store(q_out_ptr + row * HEADS * D + head[:, None] * D + d[None], turned, mask=inside & is_q)
     place = slot * KV_HEADS * D + (head - HEADS)[:, None] * D + d[None]
     tl.store(keys_ptr + place, turned, mask=inside & ~is_q & ~is_v)

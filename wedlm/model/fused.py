@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wedlm.kernels.embed import embed
 from wedlm.kernels.matmul import MAX_ROWS, Tiling, few_rows_product, tiling_for
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.model.layers import DecoderLayer
@@ -57,8 +58,10 @@ class FusedTransformer:
         self, tokens_T: Tensor, positions_T: Tensor, attend: FusedAttend, logits_rows: Tensor | None = None
     ) -> Tensor:
         """Logits [L, V] of the rows picked by ``logits_rows`` (None: all)."""
-        x_TC = self.model.model.embed_tokens(tokens_T)
-        cos_TD, sin_TD = self.model.model.rotary(positions_T, x_TC.dtype)
+        rotary = self.model.model.rotary
+        x_TC, cos_TD, sin_TD = embed(
+            tokens_T, positions_T, _weight(self.model.model.embed_tokens), rotary.inv_freq, rotary.attention_factor
+        )
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
             attention, mlp = layer.self_attn, layer.mlp
