@@ -20,7 +20,8 @@ app = typer.Typer(
 
 \b
 Decoding modes (--decoding):
-[b]verified[/b]        drafts tokens and checks them in the same forward; AR's text; the default
+[b]auto[/b]            verified, with as many rows as pay under the load; AR's text; the default
+[b]verified[/b]        drafts tokens and checks them in the same forward; AR's text
 [b]streaming[/b]       fills positions as they become certain; for WeDLM checkpoints
 [b]block[/b]           fills one block of positions completely, then the next
 [b]autoregressive[/b]  one token a forward; the baseline
@@ -43,8 +44,8 @@ def _option(help: str, panel: str, *names: str) -> typer.models.OptionInfo:
 
 
 Model = Annotated[str, _option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'.", MODEL)]
-Decoding = Annotated[str | None, _option("verified, streaming, block or autoregressive. [verified]", HOW)]
-Window = Annotated[int | None, _option("Positions of a window or block; rows a forward of verified. [16]", HOW)]
+Decoding = Annotated[str | None, _option("auto, verified, streaming, block or autoregressive. [auto]", HOW)]
+Window = Annotated[int | None, _option("Positions of a window or block; most rows a forward of auto and verified. [16]", HOW)]
 Threshold = Annotated[str, _option("Streaming, block: fill below this entropy (nats); none: one a forward.", HOW)]
 Penalty = Annotated[float, _option("Streaming, block: entropy added per position of distance.", HOW)]
 DraftEntropy = Annotated[float, _option("Verified: draft up to the first row this uncertain (nats).", HOW)]

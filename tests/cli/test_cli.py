@@ -31,7 +31,7 @@ def test_an_answer_goes_to_stdout_and_its_figures_to_stderr(model):
     result = generate(model, "Hello", "--max-tokens", "8")
     assert result.exit_code == 0
     assert result.stdout.rstrip("\n") == expected(model, "Hello", chat=True, max_tokens=8)
-    assert re.fullmatch(r"verified: 8 tokens / \d+ forwards = \d\.\d\d, p_cache 0\.\d\d, \d+ tok/s\n", result.stderr)
+    assert re.fullmatch(r"auto: 8 tokens / \d+ forwards = \d\.\d\d, p_cache 0\.\d\d, \d+ tok/s\n", result.stderr)
 
 
 @pytest.mark.parametrize(("options", "chat"), [(["--chat"], True), (["--raw"], False), ([], True)])
@@ -43,7 +43,7 @@ def test_chat_and_raw(model, options, chat):
 def test_without_a_template(ar_model):
     (record,) = records(generate(ar_model, "Hello", "--json", "--max-tokens", "8"))
     assert record["text"] == expected(ar_model, "Hello", chat=False, max_tokens=8)
-    assert record["stats"]["decoding"] == "verified"
+    assert record["stats"]["decoding"] == "auto"
     result = generate(ar_model, "Hello", "--chat")
     assert result.exit_code == 2
     assert "no chat template" in result.stderr
@@ -97,7 +97,7 @@ def test_a_refused_line_leaves_the_others(model):
     [
         (["x", "--temperature", "-1"], "temperature is -1.0; expected a number >= 0"),
         (["x", "--entropy-threshold", "low"], "entropy_threshold is 'low'; expected a number >= 0 or none"),
-        (["x", "--decoding", "magic"], "decoding is 'magic'; expected one of streaming, verified"),
+        (["x", "--decoding", "magic"], "decoding is 'magic'; expected one of auto, streaming, verified"),
         (["x", "--threads", "0"], "threads is 0; expected at least 1"),
         (["x", "--dtype", "int4"], "dtype is 'int4'; expected auto"),
         (["x", "--device", "toaster"], "device is 'toaster', which torch cannot use here"),

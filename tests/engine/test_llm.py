@@ -19,7 +19,7 @@ def mixed_params(seed: int = 0) -> list[SamplingParams]:
     rng = random.Random(seed)
     return [
         SamplingParams(
-            decoding=DECODINGS[i % 4],
+            decoding=DECODINGS[i % 5],
             max_tokens=rng.randint(1, 30),
             temperature=rng.choice([0.0, 1.0]),
             top_p=rng.choice([1.0, 0.9]),
@@ -108,7 +108,7 @@ def test_impossible_prompts_fail_alone(directory):
     for index, (prompt, _) in impossible.items():
         prompts.insert(index, prompt)
     good = [i for i in range(len(prompts)) if i not in impossible]
-    params = [SamplingParams(max_tokens=20, decoding=DECODINGS[i % 4]) for i in range(len(prompts))]
+    params = [SamplingParams(max_tokens=20, decoding=DECODINGS[i % 5]) for i in range(len(prompts))]
     expected = {i: alone(llm, prompts[i], params[i]).token_ids for i in good}
     with pytest.warns(UserWarning, match="was refused") as caught:
         outputs = llm.generate(prompts, params)
@@ -146,11 +146,12 @@ def test_the_mask_id_is_an_ordinary_token_of_a_prompt(llm, decoding):
 def test_same_seed_same_text_whatever_else_runs(llm):
     params = [SamplingParams(temperature=1.0, seed=5, max_tokens=25, decoding=d) for d in DECODINGS]
     expected = [alone(llm, "Hello", p).token_ids for p in params]
-    assert expected[1] == expected[3] != expected[0]  # verified text is AR's
+    texts = dict(zip(DECODINGS, expected, strict=True))
+    assert texts["verified"] == texts["auto"] == texts["autoregressive"] != texts["streaming"]
     for others in (["x"], PROMPTS, PROMPTS * 3):
-        beside = [SamplingParams(temperature=1.0, max_tokens=9, decoding=DECODINGS[i % 4]) for i in range(len(others))]
-        outputs = llm.generate([*others, *["Hello"] * 4], [*beside, *params])
-        assert [o.token_ids for o in outputs[-4:]] == expected
+        beside = [SamplingParams(temperature=1.0, max_tokens=9, decoding=DECODINGS[i % 5]) for i in range(len(others))]
+        outputs = llm.generate([*others, *["Hello"] * 5], [*beside, *params])
+        assert [o.token_ids for o in outputs[-5:]] == expected
     other_seed = SamplingParams(temperature=1.0, seed=6, max_tokens=25, decoding="autoregressive")
     assert alone(llm, "Hello", other_seed).token_ids != expected[3]
 
@@ -215,7 +216,7 @@ def test_end_tokens_min_tokens_and_ignore_eos(llm):
 
 def test_the_checkpoints_end_token(directory, llm):
     """Ends a text and is no part of it, unless ignore_eos; min_tokens keeps it away."""
-    params = [SamplingParams(max_tokens=60, temperature=3.0, seed=i, decoding=DECODINGS[i % 4]) for i in range(8)]
+    params = [SamplingParams(max_tokens=60, temperature=3.0, seed=i, decoding=DECODINGS[i % 5]) for i in range(8)]
     ended = [o for o in llm.generate(["Hello"] * 8, params) if o.finish_reason == "stop"]
     assert ended
     for output in ended:
@@ -223,7 +224,7 @@ def test_the_checkpoints_end_token(directory, llm):
         assert output.text == llm.tokenizer.decode(output.token_ids[:-1])
     for options in ({"ignore_eos": True}, {"min_tokens": 60}):
         params = [
-            SamplingParams(max_tokens=60, temperature=3.0, seed=i, decoding=DECODINGS[i % 4], **options)
+            SamplingParams(max_tokens=60, temperature=3.0, seed=i, decoding=DECODINGS[i % 5], **options)
             for i in range(8)
         ]
         assert {len(o.token_ids) for o in llm.generate(["Hello"] * 8, params)} == {60}

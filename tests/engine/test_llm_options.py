@@ -45,7 +45,7 @@ SHORT = SamplingParams(max_tokens=12)
         ("dtype", "int8", "auto, float32, bfloat16 or float16"),
         ("dtype", "nonsense", "auto, float32, bfloat16 or float16"),
         ("dtype", torch.float32, "auto, float32, bfloat16 or float16"),
-        ("decoding", "x", "one of streaming, verified, block, autoregressive"),
+        ("decoding", "x", "one of auto, streaming, verified, block, autoregressive"),
         ("mask_token_id", VOCAB, f"an id from 0 to {VOCAB - 1}"),
         ("mask_token_id", -1, f"an id from 0 to {VOCAB - 1}"),
         ("mask_token_id", True, f"an id from 0 to {VOCAB - 1}"),
@@ -65,12 +65,12 @@ def test_unknown_option_is_an_error(directory):
 
 def test_defaults(directory, tmp_path):
     llm = LLM(directory, device="cpu")
-    assert llm.engine.config.default_decoding == "verified"
+    assert llm.engine.config.default_decoding == "auto"
     assert llm.engine.config.mask_token_id == MASK
     assert llm.engine.config.max_model_len == LENGTH
     assert LLM(directory, device="cpu", decoding="block").generate("a", SHORT)[0].stats.decoding == "block"
     ar = LLM(save_tiny(tmp_path, model_type="qwen3", mask_token_id=None), device="cpu")
-    assert ar.engine.config.default_decoding == "verified"
+    assert ar.engine.config.default_decoding == "auto"
     assert ar.engine.config.mask_token_id == ar.tokenizer.vocab_size  # the first embedding that no text needs
     assert alone(ar, "a", SHORT).text == alone(ar, "a", SamplingParams(max_tokens=12, decoding="autoregressive")).text
     assert LLM(directory, device="cpu", dtype="bfloat16").generate("a", SHORT)[0].stats.num_tokens == 12
@@ -145,7 +145,7 @@ def test_preemption_changes_no_text(directory, llm, page_size):
     tight = LLM(directory, device="cpu", page_size=page_size, kv_cache_bytes=112 * SLOT_BYTES, max_num_seqs=6)
     params = [
         SamplingParams(
-            max_tokens=40, decoding=DECODINGS[i % 4], wedlm_window_size=8, temperature=i % 2, seed=i, logprobs=1
+            max_tokens=40, decoding=DECODINGS[i % 5], wedlm_window_size=8, temperature=i % 2, seed=i, logprobs=1
         )
         for i in range(len(PROMPTS))
     ]

@@ -92,7 +92,11 @@ def check_same_as_runner(device, decoding, temperature, num_requests, seed):
     ]
     expected, logprobs = outcomes(engine(device, False), requests)
     actual, others = outcomes(engine(device, True), requests)
-    assert actual == expected
+    for one, other, (_, params) in zip(actual, expected, requests, strict=True):
+        if params.decoding == "auto":  # how many steps it takes depends on the load
+            assert (one[0], one[3]) == (other[0], other[3])
+        else:
+            assert one == other
     for one, other in zip(logprobs, others, strict=True):
         torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-3, atol=1e-4)
 

@@ -5,8 +5,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Decoding = Literal["streaming", "verified", "block", "autoregressive"]
+Decoding = Literal["auto", "streaming", "verified", "block", "autoregressive"]
 DECODINGS: tuple[str, ...] = get_args(Decoding)
+
+
+def drafts_of(row_budget: int) -> int:
+    """Most drafts k that ``row_budget`` rows sustain: beside the anchor and k drafts stand k + 1 groups of masked rows,
+    one for each number of drafts that may be accepted, and k rows in each (docs/algorithm.md, "Verified decoding")."""
+    return max(0, math.isqrt(row_budget) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +21,7 @@ class DecodeParams:
 
     ``window_size`` is W, the positions a window covers, in streaming and block decoding, and R, the most rows of a
     step, in verified decoding. Autoregressive decoding is verified decoding with R=1: an anchor, no drafts, no masked
-    rows.
+    rows. Auto is verified decoding whose R may be lowered from step to step (``row_budget`` is the most).
     ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``max_positions`` is the model's length: no
     position at or past it exists. ``first_free_end`` is the first position at which an end token may stand
     (prompt length + min_tokens).
@@ -38,7 +44,7 @@ class DecodeParams:
     @property
     def verifies(self) -> bool:
         """Whether tokens are chosen by the shifted head (AR's text) rather than by the masked rows."""
-        return self.decoding in ("verified", "autoregressive")
+        return self.decoding in ("auto", "verified", "autoregressive")
 
     @property
     def row_budget(self) -> int:
@@ -47,9 +53,8 @@ class DecodeParams:
 
     @property
     def max_drafts(self) -> int:
-        """Most drafts k that R rows sustain: beside the anchor and k drafts stand k + 1 groups of masked rows, one for
-        each number of drafts that may be accepted, and k rows in each (docs/algorithm.md, "Verified decoding")."""
-        return max(0, math.isqrt(self.row_budget) - 1)
+        """``drafts_of`` the row budget."""
+        return drafts_of(self.row_budget)
 
     def width(self, num_drafts: int, room: int) -> int:
         """Rows at the start of a step, ``room`` positions before the model's length; streaming then extends them.

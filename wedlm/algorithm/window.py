@@ -128,6 +128,11 @@ def extend(state: WindowState, params: WindowParams) -> tuple[WindowState, Int[T
     return replace(state, width=torch.minimum(state.width + run, torch.maximum(room, state.width))), run
 
 
+def num_drafts(state: WindowState, params: WindowParams) -> Int[Tensor, " S"]:
+    """Drafts that the next forward verifies; 0 where nothing is verified."""
+    return torch.where(params.verifies, state.filled.sum(dim=1) - 1, 0).clamp(min=0)
+
+
 def advance(
     state: WindowState, run: Int[Tensor, " S"], results: RowResults, params: WindowParams
 ) -> tuple[WindowState, Emitted]:

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from wedlm.algorithm.params import DecodeParams
+from wedlm.algorithm.params import DecodeParams, drafts_of
 from wedlm.algorithm.window import WindowParams
 
 _Stacked = TypeVar("_Stacked")
@@ -24,6 +24,7 @@ class BatchParams:
     seed: Tensor
     end_tokens: Tensor  # padded with -1
     first_free_end: Tensor
+    adapts: Tensor  # auto decoding: a step may lower its rows
     flags: "BatchFlags"
 
     @classmethod
@@ -39,8 +40,17 @@ class BatchParams:
             seed=torch.tensor([p.seed for p in params], dtype=torch.long, device=device),
             end_tokens=torch.tensor(ends, dtype=torch.long, device=device).reshape(len(params), num_ends),
             first_free_end=torch.tensor([p.first_free_end for p in params], dtype=torch.long, device=device),
+            adapts=torch.tensor([p.decoding == "auto" for p in params], device=device),
             flags=BatchFlags.of(params),
         )
+
+    def limited(self, row_budget: int) -> WindowParams:
+        """The window parameters with at most so many rows where they adapt."""
+        if not self.flags.adapts:
+            return self.window
+        rows = torch.where(self.adapts, self.window.row_budget.clamp(max=row_budget), self.window.row_budget)
+        most = self.window.max_drafts.clamp(max=drafts_of(row_budget))
+        return replace(self.window, row_budget=rows, max_drafts=torch.where(self.adapts, most, self.window.max_drafts))
 
     def take(self, index: Tensor, flags: "BatchFlags") -> "BatchParams":
         """The rows at ``index``, whose flags are ``flags``."""
@@ -67,6 +77,7 @@ class BatchFlags:
     end_banned: bool
     groups: bool
     entropy: bool
+    adapts: bool
 
     @classmethod
     def of(cls, params: list[DecodeParams]) -> "BatchFlags":
@@ -79,6 +90,7 @@ class BatchFlags:
             end_banned=any(p.first_free_end > 0 for p in params),
             groups=any(p.verifies and p.max_drafts > 0 for p in params),
             entropy=any(p.row_budget > 1 or not p.verifies for p in params),
+            adapts=any(p.decoding == "auto" for p in params),
         )
 
 

@@ -4,7 +4,7 @@
 The twin is ``Runner.run``. Whatever a step needs lies in tensors by slot: windows, parameters, pages.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from wedlm.algorithm.reorder import pack_rows, topological_order
 from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_normaliser
 from wedlm.algorithm.verify import row_layout
-from wedlm.algorithm.window import RowResults, WindowState, advance, extend
+from wedlm.algorithm.window import RowResults, WindowState, advance, extend, num_drafts
 from wedlm.attention.base import KVCache
 from wedlm.attention.paged import PagedAttend
 from wedlm.engine.batch_params import BatchFlags, BatchParams
@@ -35,11 +35,22 @@ class StepShape:
 
 @dataclass
 class Slots:
-    """What persists between steps, by slot; the last slot is nobody's: its window is empty, its page is trash."""
+    """What persists between steps, by slot; the last slot is nobody's: its window is empty, its page is trash.
+
+    ``row_budget`` and ``max_drafts`` are those of ``params`` as ``limit`` last lowered them.
+    """
 
     state: WindowState
     params: BatchParams
     page_table: Tensor
+    row_budget: Tensor
+    max_drafts: Tensor
+
+    def limit(self, row_budget: int) -> None:
+        """Let auto decoding lay out at most so many rows from the next launch on."""
+        limited = self.params.limited(row_budget)
+        self.row_budget.copy_(limited.row_budget)
+        self.max_drafts.copy_(limited.max_drafts)
 
     @property
     def nobody(self) -> int:
@@ -52,12 +63,13 @@ class DeviceStep:
     def __init__(self, model: FusedTransformer, cache: KVCache, slots: Slots, mask_token_id: int) -> None:
         self.model, self.cache, self.slots, self.mask_token_id = model, cache, slots, mask_token_id
         self.trash_slot = cache.keys.shape[1] - cache.page_size  # of the page that no pool hands out
+        self._window = replace(slots.params.window, row_budget=slots.row_budget, max_drafts=slots.max_drafts)
         self.max_keys = slots.page_table.shape[1] * cache.page_size
 
     @torch.inference_mode()
     def __call__(self, shape: StepShape, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Int64 [S, 3 + C]: tokens emitted, rows run, tokens cached now, the emitted tokens; and their
-        log-probabilities [S, C]."""
+        """Int64 [S, 4 + C]: tokens emitted, rows run, tokens cached now, drafts verified, the emitted tokens; and
+        their log-probabilities [S, C]."""
         return self._any(shape, index) if shape.flags.streams else self._verified(shape, index)
 
     def _verified(self, shape: StepShape, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,13 +84,14 @@ class DeviceStep:
         )  # fmt: skip
         logits = self.model(rows.tokens, rows.positions, PagedAttend(self.cache, plan, rows.slots))
         chosen = self._choose(logits, index, rows.sequence, rows.target, shape.flags)
-        return verified_advance(slots.state, slots.params.window, index, rows, *chosen)
+        return verified_advance(slots.state, self._window, index, rows, *chosen)
 
     def _any(self, shape: StepShape, index: Tensor) -> tuple[Tensor, Tensor]:
         slots, page_size = self.slots, self.cache.page_size
         params = slots.params.take(index, shape.flags)
         state, run = extend(slots.state.take(index), params.window)
         num_rows = state.width
+        drafts = num_drafts(state, params.window)
         packed = pack_rows(num_rows, shape.num_rows)
         sequence = packed.sequence
         column = topological_order(state.filled, state.width)[sequence, packed.row]
@@ -107,9 +120,10 @@ class DeviceStep:
         choice, entropy, logprobs = (
             value.new_zeros(len(index) + 1, state.tokens.shape[1]).index_put_(at, value)[:-1] for value in chosen
         )
-        state, emitted = advance(state, run, RowResults(choice, entropy, logprobs), params.window)
+        limited = replace(params.window, row_budget=slots.row_budget[index], max_drafts=slots.max_drafts[index])
+        state, emitted = advance(state, run, RowResults(choice, entropy, logprobs), limited)
         slots.state.put(index, state)
-        figures = torch.stack((emitted.count, num_rows, state.cached), dim=1)
+        figures = torch.stack((emitted.count, num_rows, state.cached, drafts), dim=1)
         return torch.cat((figures, emitted.tokens), dim=1), emitted.logprobs
 
     def _choose(

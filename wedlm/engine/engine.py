@@ -4,9 +4,10 @@
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wedlm.algorithm.params import DecodeParams, Decoding
+from wedlm.engine.auto import AutoRows, longest_draft
 from wedlm.engine.pages import PagePool
 from wedlm.engine.runner import Flight, Runner
 from wedlm.engine.sampling_params import SamplingParams
@@ -23,7 +24,7 @@ class EngineConfig:
     mask_token_id: int
     end_token_ids: tuple[int, ...]
     max_model_len: int
-    default_decoding: Decoding = "verified"
+    default_decoding: Decoding = "auto"
     default_window_size: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -38,6 +39,8 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self._arrivals = 0
         self._flight: tuple[StepPlan, Flight] | None = None  # a launched step that nobody has read
+        self.auto: AutoRows | None = None  # since the first request that decodes so
+        self._last_read: float | None = None  # when the last step of windows alone was read, if none came between
 
     @property
     def has_work(self) -> bool:
@@ -65,6 +68,8 @@ class Engine:
             text=None if self.tokenizer is None else TextStream(self.tokenizer, params.stop or ()),
         )
         self.scheduler.add(request)
+        if decode.decoding == "auto" and self.auto is None:
+            self.auto = AutoRows(self.runner.step_costs(decode.row_budget * self.config.max_num_seqs))
         self._arrivals += 1
         self.requests[request_id] = request
         return request
@@ -108,7 +113,7 @@ class Engine:
         ended meanwhile runs once more, and nobody looks at it.
         """
         if self._flight is None:
-            plan = self.scheduler.schedule()
+            plan = self._with_rows(self.scheduler.schedule())
             if not plan.work:
                 assert not self.requests, "requests wait, but nothing can run"
                 return []
@@ -117,13 +122,43 @@ class Engine:
             self._flight = plan, self.runner.launch(plan)
         plan, flight = self._flight
         ahead = self.scheduler.schedule_ahead(plan)
+        if ahead is not None:
+            ahead = self._with_rows(ahead)
         following = None if ahead is None else (ahead, self.runner.launch(ahead))
         changed = self._take(plan, flight.read())
         self._flight = following if self.requests else None
         return changed
 
+    def _with_rows(self, plan: StepPlan) -> StepPlan:
+        """The plan with the rows that it leaves to windows of auto decoding."""
+        adapting = [work.request for work in plan.work if work.decodes and work.request.decode.decoding == "auto"]
+        if self.auto is None or not adapting:
+            return plan
+        most = max(request.decode.row_budget for request in adapting)
+        row_budget = self.auto.choose(len(plan.work), most)
+        for request in adapting:
+            request.row_bound = min(request.decode.row_budget, row_budget)
+        return replace(plan, row_budget=row_budget)
+
+    def _learn(self, plan: StepPlan, results: Sequence[WindowResult | None]) -> None:
+        """Tell auto decoding what the step cost and what became of its drafts."""
+        now, last = time.perf_counter(), self._last_read
+        self._last_read = now if all(result is not None for result in results) else None
+        if self.auto is None:
+            return
+        decoded = [(work, result) for work, result in zip(plan.work, results, strict=True) if result is not None]
+        if last is not None and self._last_read is not None:
+            self.auto.observe_time(len(decoded), sum(result.num_rows for _, result in decoded), now - last)
+        for work, result in decoded:
+            request, accepted = work.request, len(result.tokens) - 1
+            if request.decode.decoding == "auto":
+                self.auto.observe(result.num_drafts, accepted, request.longest_draft, len(decoded))
+                budget = min(plan.row_budget, request.decode.row_budget)
+                request.longest_draft = longest_draft(result.num_rows, result.num_drafts, accepted, budget)
+
     def _take(self, plan: StepPlan, results: Sequence[WindowResult | None]) -> list[Request]:
         """Deliver a step's results to the requests that still run."""
+        self._learn(plan, results)
         changed = []
         for work, result in zip(plan.work, results, strict=True):
             request = work.request

@@ -4,6 +4,8 @@
 Steps that carry a prompt's chunk, or a request that needs the host, run as ``Runner`` runs them, on the same slots.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.window import WindowState
 from wedlm.attention.base import KVCache
 from wedlm.attention.paged import plan_paged
+from wedlm.engine.auto import StepCosts
 from wedlm.engine.batch_params import BatchFlags, BatchParams
 from wedlm.engine.device_step import DeviceStep, Slots, StepShape
 from wedlm.engine.runner import Runner
@@ -37,10 +40,10 @@ class GraphFlight:
         if self._done is not None:
             self._done.synchronize()
         widest = max(1, int(self._ints[: self.num_windows, 0].max()))
-        rows = self._ints[: self.num_windows, : 3 + widest].tolist()
+        rows = self._ints[: self.num_windows, : 4 + widest].tolist()
         logprobs = self._floats[: self.num_windows, :widest].tolist()
         return [
-            WindowResult(row[3 : 3 + row[0]], logprob[: row[0]], [], row[1], row[2])
+            WindowResult(row[4 : 4 + row[0]], logprob[: row[0]], [], row[1], row[2], row[3])
             for row, logprob in zip(rows, logprobs, strict=True)
         ]
 
@@ -60,7 +63,10 @@ class GraphRunner(Runner):
         params = BatchParams.stack(nobody, self.device, _MAX_ENDS)
         num_pages = -(-max_model_len // cache.page_size)
         table = torch.zeros(max_num_seqs + 1, num_pages, dtype=torch.long, device=self.device)
-        self.slots = Slots(self.state, params, table)
+        params = replace(params, flags=replace(params.flags, adapts=True))
+        budgets = params.window.row_budget.clone(), params.window.max_drafts.clone()
+        self.slots = Slots(self.state, params, table, *budgets)
+        self._row_budget = 1
         self.step = DeviceStep(model, cache, self.slots, mask_token_id)
         self._sent: dict[str, int] = {}  # pages of a request that the device's table has
         self._index: dict[int, tuple[list[int], Tensor]] = {}  # by number of sequences: what it holds, static tensor
@@ -70,6 +76,25 @@ class GraphRunner(Runner):
     def again(self, cache: KVCache) -> "GraphRunner":
         """A new one for the same model over ``cache``."""
         return GraphRunner(self._fused, cache, self.mask_token_id, self.slots.nobody, self._max_model_len)
+
+    def step_costs(self, most_rows: int) -> StepCosts:
+        """Time captured steps of padding alone, which read all weights and no keys."""
+        if self.device.type != "cuda":
+            return StepCosts([(1, 1.0), (2, 1.1)], padded=True)  # interpreted kernels tell nothing
+        index = torch.full((1,), self.slots.nobody, dtype=torch.long, device=self.device)
+        flags = BatchFlags.of([DecodeParams("verified")])
+        measured = []
+        for num_rows in [size for size in _SIZES if size <= _size(most_rows)]:
+            graph, *_ = self._captured(StepShape(1, num_rows, num_rows, 16, flags), index)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            graph.replay()
+            start.record()
+            for _ in range(4):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            measured.append((num_rows, start.elapsed_time(end) / 4e3))
+        return StepCosts(measured, padded=True)
 
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether nothing in the step needs the host."""
@@ -83,6 +108,9 @@ class GraphRunner(Runner):
         for work in plan.work:
             if work.request.request_id not in self._slots:
                 self._load(work.request)
+        if plan.row_budget != self._row_budget:
+            self._row_budget = plan.row_budget
+            self.slots.limit(plan.row_budget)
         self._send_pages(plan.work)
         params = [work.request.decode for work in plan.work]
         num_rows = _size(sum(work.count for work in plan.work))
@@ -95,7 +123,7 @@ class GraphRunner(Runner):
             flags=BatchFlags.of(params),
         )
         if self.device.type == "cuda" and shape not in self._graphs:
-            self._capture(shape)
+            self._graphs[shape] = self._captured(shape, self._set_index(shape.num_sequences, []))
         index = self._set_index(shape.num_sequences, [self._slots[work.request.request_id] for work in plan.work])
         if self.device.type != "cuda":
             return GraphFlight(len(plan.work), *self.step(shape, index))
@@ -135,9 +163,8 @@ class GraphRunner(Runner):
             tensor = tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
 
-    def _capture(self, shape: StepShape) -> None:
-        """Warm up and capture on the empty window, which no step changes."""
-        index = self._set_index(shape.num_sequences, [])
+    def _captured(self, shape: StepShape, index: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """The step as a graph; ``index`` names the empty window meanwhile, which no step changes."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -147,7 +174,7 @@ class GraphRunner(Runner):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             ints, floats = self.step(shape, index)
-        self._graphs[shape] = (graph, ints, floats)
+        return graph, ints, floats
 
     def _load(self, request: Request) -> None:
         super()._load(request)
@@ -157,6 +184,7 @@ class GraphRunner(Runner):
         if len(request.decode.end_token_ids) <= _MAX_ENDS:
             one = BatchParams.stack([request.decode], self.device, _MAX_ENDS)
             self.slots.params.put(self._slots[request.request_id], one)
+            self.slots.limit(self._row_budget)
 
     def unload(self, request: Request) -> None:
         self._sent.pop(request.request_id, None)

@@ -24,9 +24,9 @@ def read_fraction(name: str, value: object) -> float:
 
 
 def read_decoding(name: str | None) -> Decoding:
-    """The mode asked for; by default "verified": it gives AR's text with whatever speed the masked rows allow."""
+    """The mode asked for; by default "auto": AR's text, with as many masked rows as pay at the time."""
     if name is None:
-        return "verified"
+        return "auto"
     if name not in DECODINGS:
         raise ValueError(f"decoding is {name!r}; expected one of {', '.join(DECODINGS)}")
     return name  # type: ignore[return-value]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the forward of a step: packs rows, calls the model, chooses tokens, moves the windows on. Knows no queues."""
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
@@ -13,12 +15,15 @@ from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.reorder import PackedRows, pack_rows, topological_order
 from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_normaliser
 from wedlm.algorithm.verify import row_layout
-from wedlm.algorithm.window import Emitted, RowResults, WindowState, advance, extend
+from wedlm.algorithm.window import Emitted, RowResults, WindowState, advance, extend, num_drafts
 from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
-from wedlm.attention.sdpa import PagedSdpa
+from wedlm.attention.sdpa import CausalAttend, PagedSdpa
+from wedlm.engine.auto import StepCosts
 from wedlm.engine.batch_params import BatchParams
 from wedlm.engine.sampling_params import MAX_LOGPROBS
 from wedlm.engine.types import Alternatives, Request, StepPlan, WindowResult, WindowSnapshot, Work
+
+_MEASURING_S = 0.7  # for a table of costs
 
 RowsForward = Callable[..., Tensor]  # model(tokens_T, positions_T, attend, logits_rows) -> logits [L, V]
 
@@ -102,6 +107,24 @@ class Runner:
             alternatives=dict(self._alternatives[request.request_id]),
         )
 
+    def step_costs(self, most_rows: int) -> StepCosts:
+        """Measure what forwards of up to ``most_rows`` rows cost, in about a second."""
+        measured: list[tuple[int, float]] = []
+        started, num_rows = time.perf_counter(), 1
+        with torch.inference_mode():
+            while num_rows <= most_rows and time.perf_counter() - started < _MEASURING_S:
+                tokens = torch.arange(num_rows, device=self.device) % 2
+                best = math.inf
+                for _ in range(3):
+                    start = time.perf_counter()
+                    self.model(tokens, torch.arange(num_rows, device=self.device), CausalAttend(), tokens)
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    best = min(best, time.perf_counter() - start)
+                measured.append((num_rows, best))
+                num_rows *= 2
+        return StepCosts(measured, padded=False)
+
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether ``launch`` takes the step: it starts it, and the host may read it while the next one runs."""
         return False
@@ -123,7 +146,8 @@ class Runner:
         index = torch.tensor([self._slots[work.request.request_id] for work in windows], device=self.device)
         params = self._stack_params(windows)
         state, run = extend(self.state.take(index), params.window)
-        num_rows, starts = torch.stack((state.width, state.cached)).tolist()
+        drafts = num_drafts(state, params.window)
+        num_rows, starts, drafts = torch.stack((state.width, state.cached, drafts)).tolist()
         order = topological_order(state.filled, state.width)
         packed = pack_rows(state.width, sum(num_rows))
         column = order[packed.sequence, packed.row]
@@ -140,9 +164,9 @@ class Runner:
         logits = self._forward(windows, chunks, (tokens, positions, num_rows, starts, wanted), visibility).float()
         rows = PackedRows(packed.sequence[wanted], packed.row[wanted], packed.real[wanted])
         results = self._choose(logits, rows, column[wanted], (positions + filled)[wanted], params, state, windows)
-        state, emitted = advance(state, run, results, params.window)
+        state, emitted = advance(state, run, results, params.limited(plan.row_budget))
         self.state.put(index, state)
-        return self._read(windows, state, emitted, num_rows) + [None] * len(chunks)
+        return self._read(windows, state, emitted, num_rows, drafts) + [None] * len(chunks)
 
     def _stack_params(self, windows: list[Work]) -> BatchParams:
         params = [work.request.decode for work in windows]
@@ -237,7 +261,7 @@ class Runner:
                 kept[position] = list(zip(tokens[:count], values[:count], strict=True))
 
     def _read(
-        self, windows: list[Work], state: WindowState, emitted: Emitted, num_rows: list[int]
+        self, windows: list[Work], state: WindowState, emitted: Emitted, num_rows: list[int], drafts: list[int]
     ) -> list[WindowResult | None]:
         """Copy what became final to the host."""
         results: list[WindowResult | None] = []
@@ -250,6 +274,8 @@ class Runner:
                 kept, first = self._alternatives[work.request.request_id], len(work.request.tokens)
                 alternatives = [kept.pop(first + i) for i in range(counts[s])]
             results.append(
-                WindowResult(tokens[s][: counts[s]], logprobs[s][: counts[s]], alternatives, num_rows[s], cached[s])
+                WindowResult(
+                    tokens[s][: counts[s]], logprobs[s][: counts[s]], alternatives, num_rows[s], cached[s], drafts[s]
+                )
             )
         return results

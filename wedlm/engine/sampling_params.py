@@ -21,8 +21,8 @@ class SamplingParams:
     stop: strings that end the text and are removed from it. stop_token_ids: end tokens besides the checkpoint's own.
     ignore_eos: go on after the checkpoint's end tokens. seed: same seed, same text; None draws one.
     logprobs: report the log-probability of each token and of this many most probable ones (0 to 20).
-    decoding: "streaming", "verified", "block" or "autoregressive"; None is the engine's default for its checkpoint.
-    wedlm_window_size: W of streaming and block decoding, rows a step of verified; None is the engine's.
+    decoding: "auto", "streaming", "verified", "block" or "autoregressive"; None is the engine's default.
+    wedlm_window_size: W of streaming and block decoding, most rows a step of verified and auto; None is the engine's.
     wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
     wedlm_draft_entropy: verified decoding drafts up to the first masked row whose entropy reaches this (nats).
     """

@@ -95,10 +95,10 @@ class Scheduler:
             # A verified step emits a token at least.
             if request.decode.verifies and request.num_output_tokens + 1 >= request.max_tokens:
                 continue
-            most = min(request.num_cached + 2 * work.count, request.decode.max_positions)
+            most = min(request.num_cached + work.count + _max_rows(request), request.decode.max_positions)
             if not self.pool.reserve(request.request_id, most):
                 return None
-            ahead.append(work)
+            ahead.append(Work(request, True, _max_rows(request), work.pages))
         if not ahead:
             return None
         for work in ahead:
@@ -154,4 +154,5 @@ class Scheduler:
 
 def _max_rows(request: Request) -> int:
     """Upper bound of the rows of the request's next window step."""
-    return min(request.decode.max_rows, request.decode.max_positions - request.num_cached)
+    most = request.decode.max_rows if request.row_bound is None else request.row_bound
+    return min(most, request.decode.max_positions - request.num_cached)

@@ -64,6 +64,8 @@ class Request:
     first_token_time: float | None = None
     finish_reason: FinishReason | None = None
     watched: bool = False  # somebody looks at the window after each step
+    row_bound: int | None = None  # most rows of the next step, where auto decoding has lowered them
+    longest_draft: int = 0  # drafts that the next step could have, by what the last one left it
 
     @property
     def needs_host(self) -> bool:
@@ -94,9 +96,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one forward does, windows first."""
+    """What one forward does, windows first. ``row_budget``: the most rows that this step leaves to a window of auto
+    decoding for the next one."""
 
     work: list[Work]
+    row_budget: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ class WindowResult:
     alternatives: list[Alternatives]
     num_rows: int
     num_cached: int
+    num_drafts: int  # that the step verified
 
 
 @dataclass(frozen=True, slots=True)

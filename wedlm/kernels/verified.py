@@ -160,10 +160,11 @@ def _advance(
     tl.store(logprobs_ptr + place, tl.zeros((C,), tl.float32))
     tl.store(cached_ptr + slot, cached)
     tl.store(width_ptr + slot, new_width)
-    tl.store(ints_ptr + s * (C + 3), count)
-    tl.store(ints_ptr + s * (C + 3) + 1, width)
-    tl.store(ints_ptr + s * (C + 3) + 2, cached)
-    tl.store(ints_ptr + s * (C + 3) + 3 + column, choice)
+    tl.store(ints_ptr + s * (C + 4), count)
+    tl.store(ints_ptr + s * (C + 4) + 1, width)
+    tl.store(ints_ptr + s * (C + 4) + 2, cached)
+    tl.store(ints_ptr + s * (C + 4) + 3, groups - 1)
+    tl.store(ints_ptr + s * (C + 4) + 4 + column, choice)
     logprobs = tl.load(logprob_ptr + first + column, mask=inside, other=0.0)
     tl.store(floats_ptr + s * C + column, logprobs)
 
@@ -179,11 +180,11 @@ def verified_advance(
 ) -> tuple[Tensor, Tensor]:
     """Moves the windows ``index`` on, in place, by what their rows [T] chose; ``state`` and ``params`` by window.
 
-    Returns int64 [S, 3 + C]: tokens emitted, rows run, tokens cached now, then the emitted tokens; and their
-    log-probabilities [S, C]. ``index`` may name the empty window several times: it stays empty.
+    Returns int64 [S, 4 + C]: tokens emitted, rows run, tokens cached now, drafts verified, then the emitted tokens; and
+    their log-probabilities [S, C]. ``index`` may name the empty window several times: it stays empty.
     """
     num_sequences, columns = len(index), state.tokens.shape[1]
-    ints = torch.empty(num_sequences, columns + 3, dtype=torch.long, device=index.device)
+    ints = torch.empty(num_sequences, columns + 4, dtype=torch.long, device=index.device)
     floats = torch.empty(num_sequences, columns, dtype=torch.float32, device=index.device)
     _advance[(num_sequences,)](
         index, state.cached, state.width, state.tokens, state.filled.view(torch.uint8), state.logprobs,

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Auto decoding: how many rows a verified window gets in the next step, from what steps cost and how drafts fare.
+
+Every choice gives AR's text, so load never changes an answer; it changes only when the answer comes. Simulated before
+it was built: tests/engine/test_auto.py, docs/log.md.
+"""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from wedlm.algorithm.params import drafts_of
+
+# (k + 1)(k + 2) rows have k drafts in every step, (k + 1)² in most of them.
+ROW_BUDGETS = (1, 4, 6, 9, 12, 16, 20, 25, 30, 36)
+_PROBE = 6
+_MEMORY = 100.0  # steps after which an observation counts e times less
+_HOPE = 0.85  # what is assumed of a draft that nobody has seen, times its predecessor's rate
+_PATIENCE = 0.02  # gain below which a budget is kept
+_PROBE_STEPS = 3  # steps of a probe: the first has no drafts yet
+_SHORTEST, _LONGEST = 32, 512  # steps between probes; doubled whenever one finds nothing
+
+
+@dataclass
+class Rate:
+    """A decaying share of successes."""
+
+    successes: float = 0.0
+    trials: float = 0.0
+
+    def add(self, success: bool, keep: float) -> None:
+        self.successes, self.trials = self.successes * keep + success, self.trials * keep + 1
+
+    def fade(self, most: float) -> None:
+        """Let all that was seen count as at most so many trials."""
+        if self.trials > most:
+            self.successes, self.trials = self.successes * most / self.trials, most
+
+    def value(self, prior: float) -> float:
+        """The share, drawn to ``prior`` by two imagined trials."""
+        return (self.successes + 2 * prior) / (self.trials + 2)
+
+
+class StepCosts:
+    """Seconds of a forward by rows in all, as measured once. ``padded``: in between as much as for the next larger
+    number that was measured (CUDA graphs are of such sizes); otherwise linear."""
+
+    def __init__(self, seconds_by_rows: Sequence[tuple[int, float]], padded: bool) -> None:
+        assert seconds_by_rows
+        self.padded = padded
+        self._rows = [rows for rows, _ in seconds_by_rows]
+        self._seconds: list[float] = []
+        for _, seconds in seconds_by_rows:  # more rows never cost less
+            self._seconds.append(max(seconds, self._seconds[-1] if self._seconds else 0.0))
+
+    def __call__(self, rows: float) -> float:
+        i = bisect.bisect_left(self._rows, rows)
+        if i == 0 or (self.padded and i < len(self._rows)):
+            return self._seconds[i]
+        if len(self._rows) == 1:
+            return self._seconds[0] * rows / self._rows[0]
+        i = min(i, len(self._rows) - 1)
+        (x0, y0), (x1, y1) = ((self._rows[j], self._seconds[j]) for j in (i - 1, i))
+        return y0 + (rows - x0) * (y1 - y0) / (x1 - x0)
+
+
+def longest_draft(num_rows: int, num_drafts: int, num_accepted: int, row_budget: int) -> int:
+    """Most drafts that a step of so many rows can leave to the next one, which gets at most ``row_budget`` rows.
+
+    As ``verify`` shares rows out: the last groups have those left over; a group's first row guesses AR's own token.
+    """
+    size, large = divmod(num_rows - 1 - num_drafts, num_drafts + 1)
+    return max(0, min(drafts_of(row_budget), size + (num_accepted >= num_drafts + 1 - large) - 1))
+
+
+@lru_cache(maxsize=4096)
+def expected_step(row_budget: int, accepts: tuple[float, ...], offers: tuple[float, ...]) -> tuple[float, float]:
+    """(tokens, rows) of a step in the long run, for drafts accepted at these rates by depth, given their predecessors,
+    and offered (certain enough to be drafted) at those."""
+    most = drafts_of(row_budget)
+    share = [1.0] + [0.0] * most  # of steps that have so many drafts
+    for _ in range(40):
+        after = [0.0] * (most + 1)
+        for drafts, weight in enumerate(share):
+            rows = min(row_budget, 1 + drafts + (drafts + 1) * (most + 1) if most else 1)
+            for accepted, chance in enumerate(_accepted(drafts, accepts)):
+                longest = longest_draft(rows, drafts, accepted, row_budget)
+                for offered, probability in enumerate(_accepted(longest, offers)):
+                    after[offered] += weight * chance * probability
+        share = [(old + new) / 2 for old, new in zip(share, after, strict=True)]  # numbers of drafts may alternate
+    tokens = sum(w * (1 + sum(i * p for i, p in enumerate(_accepted(k, accepts)))) for k, w in enumerate(share))
+    rows = sum(w * min(row_budget, 1 + k + ((k + 1) * (most + 1) if most else 0)) for k, w in enumerate(share))
+    return tokens, rows
+
+
+def _accepted(count: int, rates: tuple[float, ...]) -> list[float]:
+    """Chances that the first 0, 1, … count of a chain hold."""
+    chances, so_far = [], 1.0
+    for rate in rates[:count]:
+        chances.append(so_far * (1 - rate))
+        so_far *= rate
+    return [*chances, so_far]
+
+
+@dataclass
+class AutoRows:
+    """Chooses the row budget of each step."""
+
+    costs: StepCosts
+    row_budget: int = 16
+    _accepts: list[Rate] = field(default_factory=lambda: [Rate() for _ in range(8)])
+    _offers: list[Rate] = field(default_factory=lambda: [Rate() for _ in range(8)])
+    _extra: dict[int, float] = field(default_factory=dict)  # seconds beside the forward's, by number of windows
+    _since: int = 0  # steps since the last probe, or left of this one if negative
+    _interval: int = _SHORTEST
+    _calm: int = 0  # steps until the choice is looked at again
+
+    def choose(self, num_windows: int, most: int) -> int:
+        """The row budget that the next step leaves to its windows, at most ``most``, for ``num_windows`` of them."""
+        self._since += 1
+        if self._since < 0:
+            return min(self.row_budget, most)
+        if self._calm > 0 and self.row_budget <= most:
+            self._calm -= 1
+            return self._maybe_probe(num_windows, most)
+        self._calm = 8
+        rates = self.rates()
+        speeds = {b: self._speed(b, num_windows, *rates) for b in ROW_BUDGETS if b <= most}
+        best = max(speeds, key=lambda b: speeds[b])
+        keep = self.row_budget in speeds and speeds[best] < speeds[self.row_budget] * (1 + _PATIENCE)
+        if not keep and best != self.row_budget:
+            if best > 1 and self.row_budget == 1:
+                self._interval = _SHORTEST
+            self.row_budget = best
+            self._since = 0
+        return self._maybe_probe(num_windows, most)
+
+    def _maybe_probe(self, num_windows: int, most: int) -> int:
+        """While AR runs nothing is learnt about drafts: look now and then, unless even perfect drafts cannot pay."""
+        if self.row_budget > 1 or self._since < self._interval:
+            return self.row_budget
+        self._since = 0
+        probe = _PROBE
+        perfect = [self._speed(b, num_windows, (1.0,) * 8, (1.0,) * 8) for b in ROW_BUDGETS if b <= most]
+        if probe > most or max(perfect) <= perfect[0]:
+            return self.row_budget
+        self._interval = min(2 * self._interval, _LONGEST)
+        for rate in (*self._accepts, *self._offers):
+            rate.fade(num_windows)
+        self._since, self._calm, self.row_budget = -_PROBE_STEPS, 0, probe
+        return probe
+
+    def observe(self, num_drafts: int, num_accepted: int, longest: int, num_windows: int) -> None:
+        """What became of one window's drafts in a step; ``longest``: there could have been so many."""
+        keep = 1 - 1 / (_MEMORY * max(1, num_windows))
+        for depth in range(min(num_drafts, num_accepted + 1, len(self._accepts))):
+            self._accepts[depth].add(depth < num_accepted, keep)
+        for depth in range(min(longest, num_drafts + 1, len(self._offers))):
+            self._offers[depth].add(depth < num_drafts, keep)
+
+    def observe_time(self, num_windows: int, num_rows: int, seconds: float) -> None:
+        """How long a step of windows alone took, from result to result."""
+        extra = max(0.0, seconds - self.costs(num_rows))
+        before = self._extra.get(num_windows)
+        if before is None:
+            self._extra[num_windows] = extra
+        else:  # a pause of the machine is no cost of the step
+            self._extra[num_windows] = before + 0.1 * (min(extra, 2 * before + 1e-3) - before)
+
+    def rates(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(accepted, offered) by depth, rounded, so that equal situations are computed once."""
+        accepts, offers = [], []
+        prior = 0.7
+        for rate in self._accepts:
+            accepts.append(round(rate.value(prior), 2))
+            prior = accepts[-1] * _HOPE
+        prior = 0.9
+        for rate in self._offers:
+            offers.append(round(rate.value(prior), 2))
+            prior = offers[-1]
+        return tuple(accepts), tuple(offers)
+
+    def _speed(
+        self, row_budget: int, num_windows: int, accepts: tuple[float, ...] = (), offers: tuple[float, ...] = ()
+    ) -> float:
+        """Tokens a second of one window."""
+        tokens, rows = expected_step(row_budget, accepts, offers)
+        rows = row_budget if self.costs.padded else rows
+        return tokens / (self.costs(num_windows * rows) + self._extra.get(num_windows, 0.0))
