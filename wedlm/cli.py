@@ -45,7 +45,9 @@ def _option(help: str, panel: str, *names: str) -> typer.models.OptionInfo:
 
 Model = Annotated[str, _option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'.", MODEL)]
 Decoding = Annotated[str | None, _option("auto, verified, streaming, block or autoregressive. [auto]", HOW)]
-Window = Annotated[int | None, _option("Positions of a window or block; most rows a forward of auto and verified. [16]", HOW)]
+Window = Annotated[
+    int | None, _option("Positions of a window or block; most rows a forward of auto and verified. [16]", HOW)
+]
 Threshold = Annotated[str, _option("Streaming, block: fill below this entropy (nats); none: one a forward.", HOW)]
 Penalty = Annotated[float, _option("Streaming, block: entropy added per position of distance.", HOW)]
 DraftEntropy = Annotated[float, _option("Verified: draft up to the first row this uncertain (nats).", HOW)]

@@ -154,11 +154,9 @@ def test_preemption_changes_no_text(directory, llm, page_size):
     assert sum(output.stats.num_preemptions for output in outputs) > 0
     for expected, output in zip(llm.generate(PROMPTS, params), outputs, strict=True):
         assert expected.stats.num_preemptions == 0
-        assert (output.text, output.token_ids, output.token_steps) == (
-            expected.text,
-            expected.token_ids,
-            expected.token_steps,
-        )
+        assert (output.text, output.token_ids) == (expected.text, expected.token_ids)
+        if output.stats.decoding != "auto":  # whose steps depend on the load
+            assert output.token_steps == expected.token_steps
         torch.testing.assert_close(torch.tensor(output.logprobs), torch.tensor(expected.logprobs), atol=1e-4, rtol=0)
 
 

@@ -77,6 +77,10 @@ class GraphRunner(Runner):
         """A new one for the same model over ``cache``."""
         return GraphRunner(self._fused, cache, self.mask_token_id, self.slots.nobody, self._max_model_len)
 
+    def forget_graphs(self) -> None:
+        """Capture each step anew when it is next needed."""
+        self._graphs.clear()
+
     def step_costs(self, most_rows: int) -> StepCosts:
         """Time captured steps of padding alone, which read all weights and no keys."""
         if self.device.type != "cuda":
@@ -180,7 +184,7 @@ class GraphRunner(Runner):
         super()._load(request)
         if self.state is not self.slots.state:  # a wider window came: captured steps hold the old tensors
             self.slots.state = self.state
-            self._graphs.clear()
+            self.forget_graphs()
         if len(request.decode.end_token_ids) <= _MAX_ENDS:
             one = BatchParams.stack([request.decode], self.device, _MAX_ENDS)
             self.slots.params.put(self._slots[request.request_id], one)
