@@ -3,7 +3,7 @@
 
 export const NUM_COLOURS = 6;
 
-/** `step` is the forward that made the tokens final; null where a server does not tell, as most do not. */
+/** Other servers do not tell which forward made a token final: there a chunk takes a forward's place. */
 export class Answer {
   constructor(name, maxTokens) {
     const parts = document.getElementById("lane-template").content.cloneNode(true);
@@ -13,7 +13,9 @@ export class Answer {
     this.maxTokens = maxTokens;
     this.text = "";
     this.tokens = 0;
+    this.first = 0; // how many of them came first, together, at the time `began`; the latest came at `last`
     this.forwards = null;
+    this.groups = 0; // forwards that made tokens final; the colours follow them, so that neighbours differ
     this.usage = null;
     this.state = "waiting"; // then running, and at last done, stopped or failed
     this._shown = this.element.querySelector(".text");
@@ -27,7 +29,6 @@ export class Answer {
 
   start() {
     this.state = "running";
-    this.sent = this.last = performance.now();
     this.draw();
   }
 
@@ -40,13 +41,11 @@ export class Answer {
     if (chunk.wedlm) {
       const { step, token_ids: ids, tokens } = chunk.wedlm;
       tokens.forEach((text, i) => this._append(text, step, `forward ${step}, token ${ids[i]}`));
-      this.tokens += ids.length;
       this.forwards = step + 1;
-      if (ids.length) this.last = performance.now();
+      this._count(ids.length);
     } else if (content) {
       this._append(content, this.tokens, `chunk ${this.tokens}`);
-      this.tokens += 1; // until the usage tells
-      this.last = performance.now();
+      this._count(1); // until the usage tells
     }
   }
 
@@ -59,10 +58,17 @@ export class Answer {
     this.draw();
   }
 
-  /** Tokens a second since the request was sent; while it runs, until now. */
+  /** Tokens a second after the first ones, so that neither the prompt nor its reuse counts; 0 before there are any. */
   get rate() {
     const until = this.state === "running" ? performance.now() : this.last;
-    return this.tokens && until > this.sent ? (1000 * this.tokens) / (until - this.sent) : 0;
+    return this.tokens > this.first && until > this.began
+      ? (1000 * (this.tokens - this.first)) / (until - this.began)
+      : 0;
+  }
+
+  /** At the end the bar shows the speed, as a share of the faster side's. */
+  compare(share) {
+    this._bar.style.width = `${100 * share}%`;
   }
 
   badge(text) {
@@ -73,7 +79,7 @@ export class Answer {
 
   draw() {
     const share = this.state === "done" ? 1 : Math.min(1, this.tokens / this.maxTokens);
-    this._bar.style.width = `${100 * share}%`;
+    this.compare(share);
     const speed = this.rate ? this.rate.toFixed(1) : "–";
     const ends = { waiting: "waiting", stopped: `${speed} tok/s, stopped`, failed: "failed" };
     this.lap.querySelector(".rate").textContent = ends[this.state] ?? `${speed} tok/s`;
@@ -86,10 +92,21 @@ export class Answer {
     if (this.usage?.p_cache) this._figure("pCache", this.usage.p_cache.toFixed(3));
   }
 
+  _count(added) {
+    if (!added) return;
+    this.last = performance.now();
+    if (!this.tokens) {
+      this.first = added;
+      this.began = this.last;
+    }
+    this.tokens += added;
+    this.groups += 1;
+  }
+
   _append(text, step, title) {
     if (!text) return;
     const token = document.createElement("span");
-    token.className = `token c${step % NUM_COLOURS}`;
+    token.className = `token c${this.groups % NUM_COLOURS}`;
     token.dataset.step = step;
     token.title = title;
     token.textContent = text;

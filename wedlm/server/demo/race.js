@@ -30,7 +30,7 @@ export async function runTurn({ answers, sides, element }, { together, signal, o
   } finally {
     running = false;
   }
-  return conclude(element, answers, sides);
+  return conclude(element, answers, sides, together);
 }
 
 async function runSide(side, answer, signal, onError) {
@@ -50,21 +50,29 @@ async function runSide(side, answer, signal, onError) {
   }
 }
 
+/** Verified text is autoregressive text up to rounding; of the other modes nobody expects it. */
+function why(sides) {
+  const modes = sides.map((side) => side.body.decoding);
+  return modes.includes("verified") ? ": where two tokens are nearly tied, rounding may choose (not so in float32)" : "";
+}
+
 /** The sentence at the end of a race of two whole answers; empty if there was none. */
-function conclude(element, answers, sides) {
+function conclude(element, answers, sides, together) {
   if (answers.length < 2 || answers.some((one) => one.state !== "done" || !one.rate)) return "";
   const [fast, slow] = answers[0].rate >= answers[1].rate ? answers : [answers[1], answers[0]];
   const ratio = fast.rate / slow.rate;
-  const speeds = `${fast.rate.toFixed(1)} against ${slow.rate.toFixed(1)} tok/s`;
+  const shared = together && sides.every((side) => side.server.own) ? " in shared forwards" : "";
+  const speeds = `${fast.rate.toFixed(1)} against ${slow.rate.toFixed(1)} tok/s${shared}`;
   const tie = ratio < 1 + DRAW;
   const winner = tie ? "A draw" : `${fast.name} is ${ratio.toFixed(2)}× as fast`;
   if (!tie) {
     fast.badge(`${ratio.toFixed(2)}×`);
     fast.element.classList.add("winner");
     fast.lap.classList.add("winner");
+    slow.compare(1 / ratio);
   }
   const sameModel = sides.every((side) => side.server.own);
-  const same = answers[0].text === answers[1].text ? " Both texts are the same." : " The texts differ.";
+  const same = answers[0].text === answers[1].text ? " Both texts are the same." : ` The texts differ${why(sides)}.`;
   const verdict = document.createElement("p");
   verdict.className = "verdict";
   const strong = document.createElement("strong");

@@ -5,6 +5,8 @@ import { NUM_COLOURS } from "./answer.js";
 
 const MIN_CELL = 4;
 const MAX_CELL = 12;
+const MIN_ROW = 3;
+const HOLLOW = 6; // lower rows have no room for outlines
 
 /** Collects what the chunks of one answer tell of its window, and draws it. */
 export class Timeline {
@@ -23,10 +25,12 @@ export class Timeline {
 
   /** Forget the last answer. `positions`: how many the next one may take, window included. */
   clear(positions) {
-    this.rows = []; // {step, first, added: [text], columns: [text or null]}: `first` tokens were final before
+    this.rows = []; // {step, first, added: [text], columns: [text or null], colour}: `first` tokens were final before
     this.positions = positions;
     this.committed = 0;
-    this.follows = true;
+    this.groups = 0;
+    this.follows = true; // the newest forward is the chosen one
+    this.ended = false;
     this.timeline.hidden = true;
   }
 
@@ -38,15 +42,17 @@ export class Timeline {
     const before = this.rows.at(-1);
     if (!news.window && !before) return; // an answer that is not recorded
     const columns = news.window ? news.window.tokens.slice(this.committed - news.window.start) : [];
-    this.rows.push({ step: news.step, first, added: news.tokens, columns });
+    this.rows.push({ step: news.step, first, added: news.tokens, columns, colour: this.groups % NUM_COLOURS });
+    if (news.tokens.length) this.groups += 1;
     this.timeline.hidden = false;
     this._redraw();
   }
 
-  /** The answer is complete: it gets the width. */
+  /** The answer is complete: it gets the whole width and, as far as rows stay visible, fits the height. */
   end() {
     this.positions = Math.max(0, ...this.rows.map((row) => row.first + row.added.length + row.columns.length));
     this._redraw();
+    this.ended = true;
     this.plot.scrollTo(0, 0);
   }
 
@@ -63,8 +69,10 @@ export class Timeline {
 
   _draw() {
     const cell = Math.floor(this.plot.clientWidth / Math.max(1, this.positions));
-    const size = (this.cell = Math.max(MIN_CELL, Math.min(MAX_CELL, cell)));
-    const [width, height] = [size * this.positions, size * this.rows.length];
+    const size = Math.max(MIN_CELL, Math.min(MAX_CELL, cell));
+    const most = parseFloat(getComputedStyle(this.plot).maxHeight);
+    this.row = this.ended ? Math.max(MIN_ROW, Math.min(size, Math.floor(most / this.rows.length))) : size;
+    const [width, height] = [size * this.positions, this.row * this.rows.length];
     const scale = devicePixelRatio || 1;
     this.canvas.width = Math.max(1, width * scale);
     this.canvas.height = Math.max(1, height * scale);
@@ -73,17 +81,25 @@ export class Timeline {
     const ink = this.canvas.getContext("2d");
     ink.scale(scale, scale);
     const colours = palette(this.canvas);
-    this.rows.forEach((row, y) => drawRow(ink, row, y, size, colours));
+    this.rows.forEach((row, y) => drawRow(ink, row, y, [size, this.row], colours));
+    this._mark(ink, colours.chosen, width);
     const total = `${this.rows.length} forwards committed ${this.committed} tokens`;
     this.canvas.setAttribute("aria-label", `${total}. The slider below reads each forward out.`);
-    if (this.follows) {
+    if (this.follows && !this.ended) {
       const last = this.rows.at(-1);
       this.plot.scrollTo(size * (last.first + last.added.length) - this.plot.clientWidth / 2, height);
     }
   }
 
+  /** A frame around the chosen forward's row. */
+  _mark(ink, colour, width) {
+    const y = this.follows ? this.rows.length - 1 : Number(this.forward.value);
+    ink.strokeStyle = colour;
+    ink.strokeRect(0.5, y * this.row + 0.5, width - 1, Math.max(2, this.row - 1));
+  }
+
   _point(event) {
-    const y = Math.floor(event.offsetY / this.cell);
+    const y = Math.floor(event.offsetY / this.row);
     if (this.rows[y]) {
       this.forward.value = y;
       this._choose(y);
@@ -92,7 +108,7 @@ export class Timeline {
 
   _choose(index) {
     this.follows = index === this.rows.length - 1;
-    this._describe();
+    this._redraw();
   }
 
   /** The chosen forward's tokens as chips. */
@@ -103,9 +119,8 @@ export class Timeline {
     const masked = row.columns.length - filled;
     this.said.value = `${row.step}: ${row.added.length} committed, ${filled} filled, ${masked} masked`;
     this.forward.setAttribute("aria-valuetext", `forward ${this.said.value}`);
-    const colour = `c${row.step % NUM_COLOURS}`;
     this.chips.replaceChildren(
-      ...row.added.map((text) => chip(text, `now ${colour}`, "committed")),
+      ...row.added.map((text) => chip(text, `now c${row.colour}`, "committed")),
       ...row.columns.map((text) => (text === null ? chip("", "masked", "masked") : chip(text, "filled", "filled"))),
     );
   }
@@ -124,23 +139,22 @@ function palette(element) {
   const style = getComputedStyle(element);
   const get = (name) => style.getPropertyValue(name).trim();
   const steps = Array.from({ length: NUM_COLOURS }, (_, i) => get(`--strong-${i}`));
-  return { steps, past: get("--trail"), filled: get("--filled"), masked: get("--outline") };
+  return { steps, past: get("--trail"), filled: get("--filled"), masked: get("--outline"), thin: get("--thin"), chosen: get("--ink") };
 }
 
-function drawRow(ink, row, y, size, colours) {
-  const gap = size > 6 ? 1.5 : 0.75;
-  const [top, side] = [y * size + gap / 2, size - gap];
+function drawRow(ink, row, y, [size, tall], colours) {
+  const gap = tall > HOLLOW ? 1.5 : 0.75;
+  const [top, side, high] = [y * tall + gap / 2, size - gap, tall - gap];
   ink.fillStyle = colours.past;
-  ink.fillRect(0, top, row.first * size, side);
+  ink.fillRect(0, top, row.first * size, high);
   let x = row.first;
-  ink.fillStyle = colours.steps[row.step % NUM_COLOURS];
-  for (const _ of row.added) ink.fillRect(x++ * size + gap / 2, top, side, side);
-  ink.fillStyle = colours.filled;
+  ink.fillStyle = colours.steps[row.colour];
+  for (const _ of row.added) ink.fillRect(x++ * size + gap / 2, top, side, high);
   ink.strokeStyle = colours.masked;
-  ink.lineWidth = size > 6 ? 1 : 0.75;
   for (const text of row.columns) {
     const left = x++ * size + gap / 2;
-    if (text === null) ink.strokeRect(left + 0.5, top + 0.5, side - 1, side - 1);
-    else ink.fillRect(left, top, side, side);
+    ink.fillStyle = text === null ? colours.thin : colours.filled;
+    if (text === null && tall > HOLLOW) ink.strokeRect(left + 0.5, top + 0.5, side - 1, high - 1);
+    else ink.fillRect(left, top, side, high);
   }
 }

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo page in a browser: pages that must not fail, and what tests do on them."""
+
+import time
+from collections.abc import Iterator
+from shutil import which
+from typing import Any
+
+from playwright.sync_api import Browser, Locator, Page, expect
+
+CHROMIUM = which("chromium") or which("chromium-browser") or which("google-chrome")
+
+
+class SlowRunner:
+    """Stands in for an engine's runner whose steps take ``seconds`` longer."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner, self.seconds = runner, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runner, name)
+
+    def run(self, plan: Any) -> Any:
+        time.sleep(self.seconds)
+        return self.runner.run(plan)
+
+
+def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
+    """A page that must not fail: an exception in it, or a breach of its policy, fails the test."""
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+    context.set_default_timeout(10_000)
+    page = context.new_page()
+    failures: list[str] = []
+    page.on("pageerror", lambda error: failures.append(str(error)))
+    page.on("console", lambda message: failures.append(message.text) if "Security Policy" in message.text else None)
+    page.goto(url)
+    yield page
+    context.close()
+    assert not failures
+
+
+def ask(page: Page, text: str = "Hello") -> None:
+    page.get_by_label("Your message").fill(text)
+    page.get_by_role("button", name="Send").click()
+
+
+def sides(page: Page) -> tuple[Locator, Locator]:
+    """The two answers of the last turn."""
+    answers = page.locator(".turn").last.locator(".answer")
+    expect(answers).to_have_count(2)
+    return answers.nth(0), answers.nth(1)
+
+
+def tokens(answer: Locator) -> list[dict[str, str]]:
+    """Text, forward, title and colour of each token that is shown."""
+    return answer.locator(".token").evaluate_all(
+        "all => all.map(e => ({text: e.textContent, step: e.dataset.step, title: e.title,"
+        " colour: getComputedStyle(e).backgroundColor}))"
+    )
+
+
+def requests(page: Page) -> list[dict[str, Any]]:
+    """The bodies of the requests for answers from now on; the list grows."""
+    bodies: list[dict[str, Any]] = []
+    page.on("request", lambda request: bodies.append(request.post_data_json) if request.method == "POST" else None)
+    return bodies
