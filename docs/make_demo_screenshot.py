@@ -19,6 +19,7 @@ from wedlm.server.app import create_app
 from wedlm.server.config import ServerConfig
 from wedlm.server.run import Server
 
+PROMPT = "A baker sells 12 loaves in the morning and twice as many in the afternoon. How many does she sell in all?"
 SIZES = {"desk": (1360, 900), "phone": (390, 844)}
 
 
@@ -58,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--prompt", default="Write a Python function that returns the larger of two numbers.")
+    parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--mode", default="Verified")
     parser.add_argument("--scheme", choices=("light", "dark"), default="light")
     parser.add_argument("--size", choices=tuple(SIZES), default="desk")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from shutil import which
 from typing import Any
 
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, ConsoleMessage, Error, Locator, Page, expect
 
 CHROMIUM = which("chromium") or which("chromium-browser") or which("google-chrome")
 
@@ -25,18 +25,39 @@ class SlowRunner:
         return self.runner.run(plan)
 
 
-def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """A page that must not fail: an exception in it, or a breach of its policy, fails the test."""
+def opened(browser: Browser, **options: Any) -> Iterator[Page]:
+    """An empty tab, until the generator goes on."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
     context.set_default_timeout(10_000)
-    page = context.new_page()
-    failures: list[str] = []
-    page.on("pageerror", lambda error: failures.append(str(error)))
-    page.on("console", lambda message: failures.append(message.text) if "Security Policy" in message.text else None)
-    page.goto(url)
-    yield page
+    yield context.new_page()
     context.close()
+
+
+def visit(tab: Page, url: str) -> Iterator[Page]:
+    """The page at ``url``, which must not fail: an exception in it, or a breach of its policy, fails the test."""
+    failures: list[str] = []
+
+    def note_breach(message: ConsoleMessage) -> None:
+        if "Security Policy" in message.text:
+            failures.append(message.text)
+
+    def note_error(error: Error) -> None:
+        failures.append(str(error))
+
+    tab.on("pageerror", note_error)
+    tab.on("console", note_breach)
+    tab.goto(url)
+    yield tab
+    tab.remove_listener("pageerror", note_error)
+    tab.remove_listener("console", note_breach)
+    tab.unroute_all()
     assert not failures
+
+
+def fresh(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
+    """``visit`` in a tab of its own."""
+    for tab in opened(browser, **options):
+        yield from visit(tab, url)
 
 
 def ask(page: Page, text: str = "Hello") -> None:

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.engine.tiny_llm import save_tiny
-from tests.server.browsing import CHROMIUM, SlowRunner, opened
+from tests.server.browsing import CHROMIUM, SlowRunner, opened, visit
 from tests.server.running import Running, serving
 from wedlm import LLM
 
@@ -67,6 +67,12 @@ def slow(server: Running) -> Iterator[None]:
     server.service.llm.engine.runner.seconds = 0.0
 
 
+@pytest.fixture(scope="module")
+def tab(browser: Browser) -> Iterator[Page]:
+    yield from opened(browser)
+
+
 @pytest.fixture
-def page(browser: Browser, server: Running) -> Iterator[Page]:
-    yield from opened(browser, server.url)
+def page(tab: Page, server: Running) -> Iterator[Page]:
+    """The demo page, loaded anew: it keeps nothing."""
+    yield from visit(tab, server.url)

@@ -3,7 +3,7 @@
 
 from playwright.sync_api import expect
 
-from tests.server.browsing import ask, opened, requests, sides
+from tests.server.browsing import ask, fresh, requests, sides
 from tests.server.running import serving, wait_until
 from wedlm import LLM
 
@@ -11,7 +11,7 @@ KEY = "page-key"
 
 
 def test_a_phone_has_no_sideways_scroll(browser, server):
-    for page in opened(browser, server.url, viewport={"width": 360, "height": 740}, has_touch=True):
+    for page in fresh(browser, server.url, viewport={"width": 360, "height": 740}, has_touch=True):
         ask(page, "a_very_long_word_" * 3)
         expect(page.locator(".verdict")).to_be_visible()
         wide = "document.documentElement.scrollWidth"
@@ -101,7 +101,7 @@ def test_controls_reach_the_request(page):
 def test_a_server_with_keys(browser, directory):
     llm = LLM(directory, device="cpu", max_num_seqs=16)
     with serving(llm, api_keys=(KEY,)) as running:
-        for page in opened(browser, running.url):
+        for page in fresh(browser, running.url):
             expect(page.get_by_role("alert")).to_contain_text("the API key is missing or unknown")
             expect(page.locator("#key")).to_be_focused()
             page.keyboard.type(KEY)
@@ -113,7 +113,7 @@ def test_a_server_with_keys(browser, directory):
             assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
 
 
-def test_another_server_as_the_opponent(browser, page, server, directory):
+def test_another_server_as_the_opponent(page, server, directory):
     """One that allows this page's origin answers; one that does not, or is none, gives a sentence."""
     llm = LLM(directory, device="cpu", max_num_seqs=16)
     page.get_by_label("Opponent").select_option("Another server")

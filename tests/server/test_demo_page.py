@@ -28,6 +28,34 @@ def test_files_are_short_and_the_pages_own(path):
         assert not re.findall(r"<script(?![^>]*src=)|\son\w+=|\sstyle=|<style", text)
 
 
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance of #rrggbb."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_contrast(dark):
+    """Text 7:1 on every tint, 4.5:1 elsewhere; borders of controls 3:1 (WCAG)."""
+    light_part, _, dark_part = (DEMO / "theme.css").read_text().partition("@media (prefers-color-scheme: dark)")
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6});", dark_part if dark else light_part))
+    pairs = [("ink", f"tint-{i}", 7.0) for i in range(6)]
+    pairs += [("ink", on, 7.0) for on in ("ground", "surface", "soft", "trail")]
+    pairs += [("muted", on, 4.5) for on in ("ground", "surface")]
+    pairs += [("on-accent", "accent", 4.5), ("bad", "bad-soft", 4.5), ("control", "surface", 3.0)]
+    for text, on, least in pairs:
+        low, high = sorted(luminance(colours[name]) for name in (text, on))
+        assert (high + 0.05) / (low + 0.05) >= least, f"{text} on {on}"
+
+
+def test_the_policy_allows_the_pages_own_files_alone(server):
+    policy = server.http.get("/").headers["Content-Security-Policy"]
+    assert "default-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+
+
 def test_a_race_streams_and_ends_with_a_winner(page, server, slow):
     expect(page.locator("#status-text")).to_have_text("tiny")
     page.get_by_label("Max tokens").fill("64")

@@ -53,7 +53,7 @@ export class Answer {
     this.state = state;
     if (this.usage?.completion_tokens) this.tokens = this.usage.completion_tokens;
     if (this.usage?.forwards) this.forwards = this.usage.forwards;
-    this.element.classList.toggle("cut", state !== "done");
+    this.element.classList.toggle("cut", state !== "done" && this.tokens > 0);
     if (!this._shown.hasChildNodes()) this._shown.append(state === "done" ? "(empty answer)" : "(no answer)");
     this.draw();
   }

@@ -67,7 +67,9 @@ async function send(text = prompt.value.trim()) {
   const asked = [...messages, { role: "user", content: text }];
   const [left] = settings.sides;
   left.model = model;
+  const own = running;
   left.onChunk = (chunk) => {
+    if (running !== own) return; // the conversation was reset while this was on its way
     timeline.accept(chunk);
     follow();
   };

@@ -12,8 +12,8 @@ const HINTS = {
 };
 const WINDOW = { verified: "Rows in a forward", streaming: "Window size W", block: "Block size W" };
 const ORDER_HINTS = {
-  together: "Both share each forward of this server, so the race counts forwards.",
-  apart: "Each has the machine to itself, so the race counts time.",
+  together: "Both share this server's forwards until one is done: a race of tokens per forward.",
+  apart: "Each has the machine to itself: a race of time.",
 };
 const byId = (id) => document.getElementById(id);
 const number = (id) => Number(byId(id).value);

@@ -91,11 +91,12 @@ export class Timeline {
     }
   }
 
-  /** A frame around the chosen forward's row. */
+  /** A frame around the chosen forward's row, once it is not simply the newest. */
   _mark(ink, colour, width) {
-    const y = this.follows ? this.rows.length - 1 : Number(this.forward.value);
+    if (this.follows) return;
+    const y = Number(this.forward.value);
     ink.strokeStyle = colour;
-    ink.strokeRect(0.5, y * this.row + 0.5, width - 1, Math.max(2, this.row - 1));
+    ink.strokeRect(0.5, y * this.row - 0.5, width - 1, this.row + 1);
   }
 
   _point(event) {
@@ -139,7 +140,7 @@ function palette(element) {
   const style = getComputedStyle(element);
   const get = (name) => style.getPropertyValue(name).trim();
   const steps = Array.from({ length: NUM_COLOURS }, (_, i) => get(`--strong-${i}`));
-  return { steps, past: get("--trail"), filled: get("--filled"), masked: get("--outline"), thin: get("--thin"), chosen: get("--ink") };
+  return { steps, past: get("--trail"), filled: get("--filled"), masked: get("--outline"), thin: get("--thin"), chosen: get("--muted") };
 }
 
 function drawRow(ink, row, y, [size, tall], colours) {
