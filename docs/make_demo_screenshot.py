@@ -5,6 +5,7 @@ Needs Playwright for Python and a Chromium, as tests/server/test_demo_page.py do
 """
 
 import argparse
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -65,7 +66,9 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="desk")
     options = parser.parse_args()
     with serving(options.model) as url, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=which("chromium"), args=["--no-sandbox"] if os.geteuid() == 0 else []
+        )
         picture(browser, url, options)
         browser.close()
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo page in a browser: pages that must not fail, and what tests do on them."""
 
+import os
 import time
 from collections.abc import Iterator
 from shutil import which
@@ -9,6 +10,11 @@ from typing import Any
 from playwright.sync_api import Browser, ConsoleMessage, Error, Locator, Page, expect
 
 CHROMIUM = which("chromium") or which("chromium-browser") or which("google-chrome")
+
+
+def chromium_options() -> list[str]:
+    """Chromium has no sandbox for root."""
+    return ["--no-sandbox"] if os.geteuid() == 0 else []
 
 
 class SlowRunner:

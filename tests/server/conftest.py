@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.engine.tiny_llm import save_tiny
-from tests.server.browsing import CHROMIUM, SlowRunner, opened, visit
+from tests.server.browsing import CHROMIUM, SlowRunner, chromium_options, opened, visit
 from tests.server.running import Running, serving
 from wedlm import LLM
 
@@ -45,7 +45,7 @@ def browser() -> Iterator[Browser]:
             pytest.fail("no chromium was found, and WEDLM_REQUIRE_BROWSER=1 asks for one")
         pytest.skip("no chromium was found (apt-get install chromium); WEDLM_REQUIRE_BROWSER=1 makes this a failure")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=chromium_options())
         yield browser
         browser.close()
 
