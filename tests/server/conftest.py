@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny model behind a server, for the tests of a module."""
+"""A tiny model behind a server, for the tests of a module; and a browser, for those of the demo page."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.engine.tiny_llm import save_tiny
+from tests.server.browsing import CHROMIUM, SlowRunner, chromium_options, opened, visit
 from tests.server.running import Running, serving
 from wedlm import LLM
 
@@ -33,3 +36,43 @@ def running(directory: Path) -> Iterator[Running]:
     with serving(LLM(directory, device="cpu", max_num_seqs=16)) as one:
         yield one
         one.settled()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        if os.environ.get("WEDLM_REQUIRE_BROWSER") == "1":
+            pytest.fail("no chromium was found, and WEDLM_REQUIRE_BROWSER=1 asks for one")
+        pytest.skip("no chromium was found (apt-get install chromium); WEDLM_REQUIRE_BROWSER=1 makes this a failure")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=chromium_options())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server(directory: Path) -> Iterator[Running]:
+    """Like ``running``, but its steps can be slowed down."""
+    llm = LLM(directory, device="cpu", max_num_seqs=16)
+    llm.engine.runner = SlowRunner(llm.engine.runner)
+    with serving(llm) as one:
+        yield one
+        one.settled()
+
+
+@pytest.fixture
+def slow(server: Running) -> Iterator[None]:
+    server.service.llm.engine.runner.seconds = 0.05
+    yield
+    server.service.llm.engine.runner.seconds = 0.0
+
+
+@pytest.fixture(scope="module")
+def tab(browser: Browser) -> Iterator[Page]:
+    yield from opened(browser)
+
+
+@pytest.fixture
+def page(tab: Page, server: Running) -> Iterator[Page]:
+    """The demo page, loaded anew: it keeps nothing."""
+    yield from visit(tab, server.url)

@@ -28,7 +28,8 @@ def block(beginning: str) -> str:
 def test_curl_example(running: Running):
     words = shlex.split(block("curl").replace(ADDRESS, running.url).replace("\\\n", " "))
     answer = json.loads(subprocess.run([*words, "-sS"], capture_output=True, check=True, timeout=60).stdout)
-    assert answer["usage"]["completion_tokens"] == 64
+    ended = answer["choices"][0]["finish_reason"] == "stop"  # at temperature 1 an end token may come first
+    assert answer["usage"]["completion_tokens"] == 64 or (ended and 0 < answer["usage"]["completion_tokens"] < 64)
 
 
 def test_python_example(running: Running, capsys: pytest.CaptureFixture[str]):

@@ -38,7 +38,9 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 _GENERATES: dict[str, Any] = {"response_model": None, "responses": {**_REFUSALS, 422: {"description": "Never sent"}}}
 # The demo page has its own files and nothing else, and may talk to any server that the reader names.
-_PAGE_POLICY = "default-src 'self'; connect-src *; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+_PAGE_POLICY = (
+    "default-src 'self'; connect-src *; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 def create_app(llm: LLM, config: ServerConfig, demo: Path = DEMO) -> FastAPI:

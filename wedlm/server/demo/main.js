@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// The page: a conversation with this server's model, each prompt answered as a race.
+
+import { ServerError, firstModel, ownServer } from "./api.js";
+import { makeTurn, runTurn } from "./race.js";
+import { ownKey, readSettings, watchSettings, windowReach } from "./settings.js";
+import { Timeline } from "./timeline.js";
+
+const byId = (id) => document.getElementById(id);
+const [prompt, scroll, turns] = [byId("prompt"), byId("scroll"), byId("turns")];
+const timeline = new Timeline();
+let messages = []; // what the model has been told so far; the left answers count
+let model = "";
+let running = null; // the AbortController of the turn in progress
+
+watchSettings();
+connect();
+byId("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  send();
+});
+prompt.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  send();
+});
+prompt.addEventListener("input", grow);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") stop();
+});
+byId("stop").addEventListener("click", stop);
+byId("reset").addEventListener("click", reset);
+byId("banner-close").addEventListener("click", () => hideBanner());
+byId("key").addEventListener("change", connect);
+byId("examples").addEventListener("click", (event) => {
+  if (event.target.matches("button")) send(event.target.textContent);
+});
+
+/** Ask this server for its model's name. */
+async function connect() {
+  const server = ownServer(ownKey());
+  try {
+    model = await firstModel(server);
+    setStatus("ok", model);
+    hideBanner();
+  } catch (error) {
+    model = "";
+    const needsKey = error.status === 401;
+    setStatus("bad", needsKey ? "needs an API key" : "not connected");
+    complain(error);
+    if (needsKey) byId("key").focus({ preventScroll: true });
+  }
+}
+
+async function send(text = prompt.value.trim()) {
+  if (!text || running) return;
+  hideBanner();
+  let settings;
+  try {
+    settings = readSettings();
+  } catch (error) {
+    complain(error);
+    return;
+  }
+  running = new AbortController();
+  setBusy(true);
+  const asked = [...messages, { role: "user", content: text }];
+  const [left] = settings.sides;
+  left.model = model;
+  const own = running;
+  left.onChunk = (chunk) => {
+    if (running !== own) return; // the conversation was reset while this was on its way
+    timeline.accept(chunk);
+    follow();
+  };
+  for (const side of settings.sides) {
+    side.body.messages = asked;
+    if (side.server.own) side.model = model;
+  }
+  timeline.clear(settings.maxTokens + windowReach());
+  const turn = makeTurn(text, settings.sides, settings.maxTokens);
+  byId("welcome").hidden = true;
+  turns.append(turn.element);
+  turn.element.scrollIntoView({ block: "start" });
+  prompt.value = "";
+  grow();
+  announce("Answering.");
+  const verdict = await runTurn(turn, { together: settings.together, signal: running.signal, onError: failed });
+  finish(turn, asked, verdict);
+}
+
+/** Keep the answer, unless there is none: then the prompt goes back to be sent again. */
+function finish(turn, asked, verdict) {
+  const [answer] = turn.answers;
+  if (!turn.element.isConnected) return; // the conversation was reset meanwhile
+  if (answer.text) messages = [...asked, { role: "assistant", content: answer.text }];
+  else if (!prompt.value) prompt.value = asked.at(-1).content;
+  timeline.end();
+  running = null;
+  setBusy(false);
+  follow();
+  announce(`${answer.state === "done" ? "" : `The answer was ${answer.state}. `}${answer.text} ${verdict}`);
+}
+
+function failed(error, side) {
+  if (side.server.own && error.status === 401) {
+    setStatus("bad", "needs an API key");
+    byId("key").focus({ preventScroll: true });
+  }
+  complain(error);
+}
+
+function stop() {
+  running?.abort();
+}
+
+function reset() {
+  stop();
+  running = null;
+  messages = [];
+  turns.replaceChildren();
+  timeline.clear(0);
+  byId("welcome").hidden = false;
+  hideBanner();
+  setBusy(false);
+  announce("New conversation.");
+  prompt.focus();
+}
+
+function setBusy(busy) {
+  const hadFocus = document.activeElement;
+  byId("send").hidden = busy;
+  byId("stop").hidden = !busy;
+  turns.setAttribute("aria-busy", String(busy));
+  // A button that vanishes must not take the keyboard's place with it.
+  if (hadFocus === byId("send")) byId("stop").focus();
+  else if (hadFocus === byId("stop") || hadFocus === document.body) prompt.focus({ preventScroll: true });
+}
+
+/** Keep the end in view for who is reading there, where the conversation scrolls by itself. */
+function follow() {
+  const below = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight;
+  if (below < 120) scroll.scrollTop = scroll.scrollHeight;
+}
+
+function grow() {
+  prompt.style.height = "auto";
+  prompt.style.height = `${prompt.scrollHeight}px`;
+}
+
+function setStatus(kind, text) {
+  byId("status").dataset.kind = kind;
+  byId("status-text").textContent = text;
+}
+
+/** The banner shows the server's own sentence. What is no ServerError is a bug of this page, and says so. */
+function complain(error) {
+  if (!(error instanceof ServerError)) console.error(error);
+  byId("banner-text").textContent = error instanceof ServerError ? error.message : `This page failed: ${error.message}`;
+  byId("banner").hidden = false;
+}
+
+function hideBanner() {
+  byId("banner").hidden = true;
+}
+
+function announce(text) {
+  byId("announce").textContent = text;
+}
