@@ -71,7 +71,7 @@ class GraphRunner(Runner):
         self._sent: dict[str, int] = {}  # pages of a request that the device's table has
         self._index: dict[int, tuple[list[int], Tensor]] = {}  # by number of sequences: what it holds, static tensor
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._latest: torch.cuda.CUDAGraph | None = None  # keeps alive the memory that all captured steps share
 
     def again(self, cache: KVCache) -> "GraphRunner":
         """A new one for the same model over ``cache``."""
@@ -176,8 +176,9 @@ class GraphRunner(Runner):
                 self.step(shape, index)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=None if self._latest is None else self._latest.pool()):
             ints, floats = self.step(shape, index)
+        self._latest = graph
         return graph, ints, floats
 
     def _load(self, request: Request) -> None:
