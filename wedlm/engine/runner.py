@@ -15,6 +15,7 @@ from wedlm.algorithm.verify import row_layout
 from wedlm.algorithm.window import Emitted, RowResults, WindowParams, WindowState, advance, extend
 from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
 from wedlm.attention.sdpa import PagedSdpa
+from wedlm.engine.constrained_step import ConstrainedStep
 from wedlm.engine.sampling_params import MAX_LOGPROBS
 from wedlm.engine.types import Alternatives, Request, StepPlan, WindowResult, WindowSnapshot, Work
 
@@ -143,8 +144,12 @@ class Runner:
         visibility = RowVisibility(shared, own_start) if params.any_groups else None
         logits = self._forward(windows, chunks, (tokens, positions, num_rows, wanted), visibility).float()
         rows = PackedRows(packed.sequence[wanted], packed.row[wanted], packed.real[wanted])
-        results = self._choose(logits, rows, column[wanted], (positions + filled)[wanted], params, state, windows)
+        constrained = ConstrainedStep.of(windows, state, layout)
+        target = (positions + filled)[wanted]
+        results = self._choose(logits, rows, column[wanted], target, params, state, windows, constrained)
         state, emitted = advance(state, run, results, params.window)
+        if constrained is not None:
+            constrained.correct(run, state, emitted)
         self.state.put(index, state)
         return self._read(windows, state, emitted, num_rows) + [None] * len(chunks)
 
@@ -190,6 +195,7 @@ class Runner:
         params: _BatchParams,
         state: WindowState,
         windows: list[Work],
+        constrained: ConstrainedStep | None,
     ) -> RowResults:
         """One token per row of logits [L, V], scattered to window columns."""
         asked = [work.request.params.logprobs for work in windows]
@@ -212,6 +218,8 @@ class Runner:
             any_sampled=params.any_sampled,
             any_truncated=params.any_truncated,
         )
+        if constrained is not None:
+            constrained.apply(logits, rows, column, normaliser, sampling)
         choice = choose_tokens(logits, sampling)
         logprobs = raw.gather(1, choice[:, None])[:, 0] - normaliser
         if any_logprobs:

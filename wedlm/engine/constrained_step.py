@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The constrained windows of one step: their rows of logits before the choice, and their filled columns after it.
+
+All of it reads the device from the host, once or twice a step; steps without constrained windows have none of it.
+"""
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from wedlm.algorithm.reorder import PackedRows
+from wedlm.algorithm.sample import SamplingBatch, choose_tokens
+from wedlm.algorithm.verify import RowLayout
+from wedlm.algorithm.window import Emitted, WindowState
+from wedlm.engine.constraints import Constraint
+from wedlm.engine.types import Work
+
+
+class ConstrainedStep:
+    """Call ``apply`` before tokens are chosen and ``correct`` after the windows have moved on.
+
+    When verifying, row i is chosen under the rules as they stand after the drafts before it, so that AR decoding would
+    choose the same; drafts themselves are free. Streaming and block: the first masked column is chosen under the rules,
+    later ones without the grammar, because what comes before them is not known; ``correct`` then checks them.
+    """
+
+    def __init__(self, windows: list[Work], state: WindowState, layout: RowLayout) -> None:
+        """``state`` and ``layout`` are those of the forward (``extend``'s)."""
+        self._constraints: dict[int, Constraint] = {
+            s: work.request.constraint for s, work in enumerate(windows) if work.request.constraint is not None
+        }
+        self._windows = windows
+        widths = state.width.tolist()
+        self._tokens = [row[:width] for row, width in zip(state.tokens.tolist(), widths, strict=True)]
+        self._filled = [row[:width] for row, width in zip(state.filled.tolist(), widths, strict=True)]
+        self._shared, self._cached = layout.shared.tolist(), state.cached.tolist()
+        self._rows: dict[tuple[int, int], int] = {}
+        self._free_logits = self._normaliser = torch.zeros(0)
+        self._sampling: SamplingBatch | None = None
+
+    @classmethod
+    def of(cls, windows: list[Work], state: WindowState, layout: RowLayout) -> "ConstrainedStep | None":
+        """None if no window is constrained."""
+        if all(work.request.constraint is None for work in windows):
+            return None
+        return cls(windows, state, layout)
+
+    def apply(
+        self, logits: Tensor, rows: PackedRows, column: Tensor, normaliser: Tensor, sampling: SamplingBatch
+    ) -> None:
+        """Change the logits [L, V] of constrained windows in place; ``column`` is each row's, ``normaliser`` of the raw
+        logits."""
+        places = zip(rows.sequence.tolist(), column.tolist(), strict=True)
+        self._rows = {place: row for row, place in enumerate(places)}
+        self._sampling, self._normaliser = sampling, normaliser
+        if any(not self._windows[s].request.decode.verifies for s in self._constraints):
+            self._free_logits = logits.clone()
+        for s, constraint in self._constraints.items():
+            assert constraint.num_accepted == self._windows[s].request.num_output_tokens
+            if self._windows[s].request.decode.verifies:
+                self._apply_verified(s, constraint, logits)
+            else:
+                self._apply_streaming(s, constraint, logits)
+
+    def _apply_verified(self, s: int, constraint: Constraint, logits: Tensor) -> None:
+        tokens, num_filled = self._tokens[s], sum(self._filled[s])
+        counts = [constraint.counts]  # by number of drafts before the row's token
+        tried, known = 0, True
+        for c in range(num_filled):
+            if c > 0:
+                counts.append(counts[-1] + Counter([tokens[c]]))
+                known = known and constraint.advance(tokens[c])
+                tried += known
+            row = logits[self._rows[s, c]]
+            constraint.favour(row, counts[c])
+            if known:  # otherwise the row stands after a draft that cannot be accepted
+                constraint.forbid(row)
+        constraint.rewind(tried)
+        for c in range(num_filled, len(tokens)):
+            constraint.favour(logits[self._rows[s, c]], counts[self._shared[s][c] - 1])
+
+    def _apply_streaming(self, s: int, constraint: Constraint, logits: Tensor) -> None:
+        tokens, filled = self._tokens[s], self._filled[s]
+        emitted = len(self._windows[s].request.tokens) - self._cached[s]  # columns whose tokens the rules know already
+        counts, tried, known, first = constraint.counts.copy(), 0, True, True
+        for c in range(emitted, len(tokens)):
+            if filled[c]:
+                counts[tokens[c]] += 1
+                if first and known:
+                    known = constraint.advance(tokens[c])
+                    tried += known
+                continue
+            row = logits[self._rows[s, c]]
+            constraint.favour(row, counts)
+            if first and known:
+                constraint.forbid(row)
+            first = False
+        constraint.rewind(tried)
+
+    def correct(self, run: Tensor, state: WindowState, emitted: Emitted) -> None:
+        """Mask what the grammars refuse of the windows after the step, and say anew what is final; in place.
+
+        The leading filled run is checked token by token. The first that is refused is masked together with all filled
+        columns after it; if this step has logits for it, it is filled from the grammar's tokens at once. ``run`` is by
+        how many columns the step moved each window. Every step still fills or emits something: the first masked column
+        is always chosen within the grammar, and what was checked once is never refused later.
+        """
+        for s, constraint in self._constraints.items():
+            decode = self._windows[s].request.decode
+            if constraint.matcher is None or decode.verifies:
+                continue
+            width = int(state.width[s])
+            tokens, filled = state.tokens[s, :width].tolist(), state.filled[s, :width].tolist()
+            column = self._first_refused(constraint, tokens, filled)
+            if column is None:
+                continue
+            state.filled[s, column:] = False
+            row = self._rows.get((s, column + int(run[s])))
+            if row is not None:
+                token, logprob = self._choose_again(row, constraint, tokens[:column])
+                for part in (state, emitted):
+                    part.tokens[s, column], part.logprobs[s, column] = token, logprob
+                state.filled[s, column] = True
+            count = column + (row is not None)
+            emitted.count[s] = 0 if decode.decoding == "block" and count < width else count
+
+    def _choose_again(self, row: int, constraint: Constraint, before: list[int]) -> tuple[int, float]:
+        """The token that row ``row`` chooses under the rules after ``before``, and its raw log-probability."""
+        logits = self._free_logits[row].clone()
+        constraint.favour(logits, constraint.counts + Counter(before))
+        tried = sum(constraint.advance(token) for token in before)
+        assert tried == len(before)
+        constraint.forbid(logits)
+        constraint.rewind(tried)
+        assert self._sampling is not None
+        token = int(choose_tokens(logits[None], self._sampling.row(row))[0])
+        return token, float(self._free_logits[row, token] - self._normaliser[row])
+
+    def _first_refused(self, constraint: Constraint, tokens: list[int], filled: list[bool]) -> int | None:
+        """Column of the first token of the leading filled run that may not stand there, if any."""
+        tried, refused = 0, None
+        for c, token in enumerate(tokens):
+            if not filled[c] or constraint.ends_with(token):
+                break
+            assert constraint.matcher is not None
+            if constraint.matcher.complete:
+                break  # nothing after this survives
+            if not constraint.advance(token):
+                refused = c
+                break
+            tried += 1
+        constraint.rewind(tried)
+        return refused
