@@ -116,26 +116,29 @@ class ConstrainedStep:
             if column is None:
                 continue
             state.filled[s, column:] = False
-            row = self._rows.get((s, column + int(run[s])))
+            row, admitted = self._rows.get((s, column + int(run[s]))), True
             if row is not None:
-                token, logprob = self._choose_again(row, constraint, tokens[:column])
+                token, logprob, admitted = self._choose_again(row, constraint, tokens[:column])
                 for part in (state, emitted):
                     part.tokens[s, column], part.logprobs[s, column] = token, logprob
                 state.filled[s, column] = True
             count = column + (row is not None)
-            emitted.count[s] = 0 if decode.decoding == "block" and count < width else count
+            # A block is final as a whole; but where no token is admitted it would never be, and the text ends there.
+            waits = decode.decoding == "block" and count < width and admitted
+            emitted.count[s] = 0 if waits else count
 
-    def _choose_again(self, row: int, constraint: Constraint, before: list[int]) -> tuple[int, float]:
-        """The token that row ``row`` chooses under the rules after ``before``, and its raw log-probability."""
+    def _choose_again(self, row: int, constraint: Constraint, before: list[int]) -> tuple[int, float, bool]:
+        """The token that row ``row`` chooses under the rules after ``before``, its raw log-probability, and whether the
+        grammar admits any."""
         logits = self._free_logits[row].clone()
         constraint.favour(logits, constraint.counts + Counter(before))
         tried = sum(constraint.advance(token) for token in before)
         assert tried == len(before)
-        constraint.forbid(logits)
+        admitted = constraint.forbid(logits)
         constraint.rewind(tried)
         assert self._sampling is not None
         token = int(choose_tokens(logits[None], self._sampling.row(row))[0])
-        return token, float(self._free_logits[row, token] - self._normaliser[row])
+        return token, float(self._free_logits[row, token] - self._normaliser[row]), admitted
 
     def _first_refused(self, constraint: Constraint, tokens: list[int], filled: list[bool]) -> int | None:
         """Column of the first token of the leading filled run that may not stand there, if any."""

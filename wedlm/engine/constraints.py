@@ -69,23 +69,25 @@ class Constraint:
             index = torch.tensor(list(changes), device=logits.device)
             logits[index] += torch.tensor(list(changes.values()), dtype=logits.dtype, device=logits.device)
 
-    def forbid(self, logits: Tensor) -> None:
+    def forbid(self, logits: Tensor) -> bool:
         """Leave in a row of logits [V], in place, only what the grammar admits in its present state.
 
-        Nothing is changed if it admits nothing, which means that it has failed, or that the text is complete and has no
-        end token; the engine stops then.
+        False, with nothing changed, if it admits nothing: it has failed, or the text is complete and has no end token.
+        ``accept`` then refuses whatever is chosen, and the engine ends the text.
         """
         if self.matcher is None:
-            return
+            return True
         allowed = self.matcher.allowed()
         accepting = self.matcher.accepting
         for token in self._ends:
             allowed[token] = accepting
         allowed[self._mask_token_id] = False
-        if not self.matcher.failed and allowed.any():
-            mask = torch.from_numpy(allowed).to(logits.device)
-            logits[: len(allowed)].masked_fill_(~mask, -torch.inf)
-            logits[len(allowed) :] = -torch.inf
+        if self.matcher.failed or not allowed.any():
+            return False
+        mask = torch.from_numpy(allowed).to(logits.device)
+        logits[: len(allowed)].masked_fill_(~mask, -torch.inf)
+        logits[len(allowed) :] = -torch.inf
+        return True
 
 
 def constraint_of(
