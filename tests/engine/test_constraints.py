@@ -170,7 +170,7 @@ def test_penalties_count_the_output_alone():
     params = SamplingParams(max_tokens=60, decoding="verified", logit_bias={1: 15.0})
     plain, flat = (alone(([1] * 20, replace(params, frequency_penalty=f), None)) for f in (0.0, 2.0))
     assert plain.output_token_ids.count(1) > 50
-    assert flat.output_token_ids[:3] == [1, 1, 1]
+    assert flat.output_token_ids[:4].count(1) >= 2
     assert flat.output_token_ids.count(1) < 20
 
 

@@ -151,7 +151,7 @@ def _schema(name: str, value: object) -> str | None:
         return None
     try:
         schema = json.loads(value) if isinstance(value, str) else value
-        deep = not _depth_within(schema, MAX_SCHEMA_DEPTH)
+        deep = not depth_within(schema, MAX_SCHEMA_DEPTH)
         text = "" if deep else json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError, RecursionError):
         text, deep, schema = "", False, None
@@ -165,9 +165,8 @@ def _schema(name: str, value: object) -> str | None:
     return text
 
 
-def _depth_within(value: object, limit: int) -> bool:
+def depth_within(value: object, limit: int) -> bool:
+    """Whether what JSON holds is nested at most ``limit`` deep."""
     if not isinstance(value, dict | list):
         return True
-    return limit > 0 and all(
-        _depth_within(v, limit - 1) for v in (value.values() if isinstance(value, dict) else value)
-    )
+    return limit > 0 and all(depth_within(v, limit - 1) for v in (value.values() if isinstance(value, dict) else value))
