@@ -220,6 +220,11 @@ class ChatRequest(_Generation):
         return schema
 
     @property
+    def schema_field(self) -> str:
+        """Where ``schema_of_answer`` comes from."""
+        return "tools" if self.forces_call else "response_format"
+
+    @property
     def forces_call(self) -> bool:
         """Whether the answer must be a call."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedChoice)

@@ -71,8 +71,7 @@ class Service:
         job = self._job("chat", body, [prompt], self._room(prompt))
         params = job.sequences[0][1]
         if params.json_schema is not None:  # compiled here, so that the engine's thread finds it done
-            grammar = partial(self._compile, params)
-            await self._tokens(grammar, "tools" if body.forces_call else "response_format")
+            await self._tokens(partial(self._compile, params, body.schema_field), body.schema_field)
         if body.forces_call:
             return replace(job, new_reader=ForcedReader)
         names, parallel = [tool.function.name for tool in tools], body.parallel_tool_calls is not False
@@ -87,8 +86,11 @@ class Service:
             return self.llm.chat_prompt(messages, tools=for_template(tools) or None)
         return self.llm.chat_prompt(in_plain_words(messages, tools))
 
-    def _compile(self, params: SamplingParams) -> list[int]:
-        grammars_of(self.llm.tokenizer, self.llm.engine.config.vocab_size).matcher(params)
+    def _compile(self, params: SamplingParams, field: str) -> list[int]:
+        try:
+            grammars_of(self.llm.tokenizer, self.llm.engine.config.vocab_size).matcher(params)
+        except ValueError as error:
+            raise ValueError(str(error).replace("json_schema", field, 1)) from error
         return []
 
     async def completion_job(self, body: CompletionRequest) -> Job:
@@ -211,6 +213,8 @@ class Service:
         try:
             params = body.sampling_params(room)
         except ValueError as error:
+            if isinstance(body, ChatRequest):  # what the engine calls json_schema
+                error = ValueError(str(error).replace("json_schema", body.schema_field, 1))
             raise _refusal(error, kind) from error
         count = body.n or 1
         # Choices must differ under one seed, too: each has its own, the first the one given.

@@ -17,7 +17,7 @@ _INSTRUCTIONS = (
     f'To call one, write {OPEN}{{{{"name": ..., "arguments": {{{{...}}}}}}}}{CLOSE} and nothing else. '
     "Its result then comes in a message."
 )
-_FORCED_OPENING = re.compile(r'\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*')
+_FORCED_OPENING = re.compile(r'\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*(?=\S)')
 
 Message = dict[str, Any]
 
