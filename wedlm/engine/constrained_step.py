@@ -110,6 +110,9 @@ class ConstrainedStep:
             decode = self._windows[s].request.decode
             if constraint.matcher is None or decode.verifies:
                 continue
+            if constraint.matcher.failed:
+                emitted.count[s] = 1  # whatever it is: the engine will ask the grammar, and end the text there
+                continue
             width = int(state.width[s])
             tokens, filled = state.tokens[s, :width].tolist(), state.filled[s, :width].tolist()
             column = self._first_refused(constraint, tokens, filled)

@@ -66,7 +66,7 @@ class Grammars:
         """A matcher at the beginning of the text. ValueError, naming the field, if the grammar is none."""
         schema = params.json_schema
         assert not isinstance(schema, dict), "SamplingParams keeps schemas as text"
-        return LibraryMatcher(self._compile(schema, params.grammar).deep_copy(), self.vocab_size)
+        return LibraryMatcher(self._compile(schema, params.grammar), self.vocab_size)
 
     def _compile_new(self, schema: str | None, grammar: str | None) -> Any:
         library, name = _library(), "grammar" if schema is None else "json_schema"
@@ -81,29 +81,41 @@ class Grammars:
         matcher = library.LLMatcher(self._tokens, source, log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # some limits are met only here; and copies share what it has found out
+        if matcher.stop_reason() in ("NoExtension", "NoExtensionBias"):
+            raise ValueError(f"{name} is not usable: it admits no text of at least one token")
         if matcher.is_error():
             raise ValueError(f"{name} is not usable: {_first_line(matcher.get_error())}")
-        if matcher.is_stopped():
-            raise ValueError(f"{name} is not usable: it admits no text of at least one token")
         return matcher
 
 
 class LibraryMatcher:
-    """llguidance's matcher as a ``Matcher``."""
+    """llguidance's matcher as a ``Matcher``; starts from a copy of ``beginning``, which it leaves alone."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+    def __init__(self, beginning: Any, vocab_size: int) -> None:
+        self._beginning, self._vocab_size = beginning, vocab_size
+        self._matcher = beginning.deep_copy()
+        self._tokens: list[int] = []
 
     def allowed(self) -> NDArray[np.bool_]:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         return np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(np.bool_)
 
     def advance(self, token: int) -> bool:
-        return self._matcher.try_consume_tokens([token]) == 1
+        moved = self._matcher.try_consume_tokens([token]) == 1
+        if moved:
+            self._tokens.append(token)
+        return moved
 
     def rewind(self, count: int) -> None:
-        if count:
+        if not count:
+            return
+        del self._tokens[len(self._tokens) - count :]
+        if not self.failed:
             self._matcher.rollback(count)
+            return
+        # It failed on a way that was only tried, and it never leaves that state.
+        self._matcher = self._beginning.deep_copy()
+        self._matcher.try_consume_tokens(self._tokens)
 
     @property
     def accepting(self) -> bool:
