@@ -84,13 +84,13 @@ def check_constrained(request: Request, rules: Rules) -> None:
 def test_text_keeps_to_the_rules(decoding):
     rng = random.Random(decoding)
     stopped = drafted = 0
-    for _ in range(60):
+    for _ in range(30):
         rules = random_rules(rng, decoding)
         request = alone(rules)
         check_constrained(request, rules)
         stopped += request.finish_reason == "stop"
         drafted += request.num_forwards < request.num_output_tokens
-    assert stopped > 10
+    assert stopped > 5
     assert drafted == 0 if decoding == "autoregressive" else drafted > 3
 
 
@@ -156,7 +156,7 @@ def run_histories(seeds: range) -> dict[str, int]:
 
 
 def test_histories():
-    run_histories(range(30))
+    run_histories(range(15))
 
 
 @pytest.mark.long
@@ -188,6 +188,10 @@ def test_a_grammar_that_fails_cuts_its_own_text_only():
         def advance(self, token: int) -> bool:
             self.failed = self.failed or len(self.path) > 4
             return not self.failed and super().advance(token)
+
+        def rewind(self, count: int) -> None:
+            super().rewind(count)
+            self.failed = self.failed and count == 0
 
     for decoding in DECODINGS:
         engine = stub_engine(MODEL)

@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from wedlm.algorithm.reorder import PackedRows
-from wedlm.algorithm.sample import SamplingBatch, choose_tokens
+from wedlm.algorithm.sample import SamplingBatch, choose_tokens, entropy_and_normaliser
 from wedlm.algorithm.verify import RowLayout
-from wedlm.algorithm.window import Emitted, WindowState
+from wedlm.algorithm.window import Emitted, RowResults, WindowState
 from wedlm.engine.constraints import Constraint
 from wedlm.engine.types import Work
 
 
 class ConstrainedStep:
-    """Call ``apply`` before tokens are chosen and ``correct`` after the windows have moved on.
+    """Call ``apply`` before tokens are chosen, ``draft`` after it, and ``correct`` after the windows have moved on.
 
     When verifying, row i is chosen under the rules as they stand after the drafts before it, so that AR decoding would
-    choose the same; drafts themselves are free. Streaming and block: the first masked column is chosen under the rules,
-    later ones without the grammar, because what comes before them is not known; ``correct`` then checks them.
+    choose the same; the drafts themselves need not keep to them. Streaming and block: the first masked column is chosen
+    under the rules, later ones without the grammar, because what comes before them is not known; ``correct`` then
+    checks them.
     """
 
     def __init__(self, windows: list[Work], state: WindowState, layout: RowLayout) -> None:
@@ -36,7 +37,7 @@ class ConstrainedStep:
         self._filled = [row[:width] for row, width in zip(state.filled.tolist(), widths, strict=True)]
         self._shared, self._cached = layout.shared.tolist(), state.cached.tolist()
         self._rows: dict[tuple[int, int], int] = {}
-        self._free_logits = self._normaliser = torch.zeros(0)
+        self._logits = self._free_logits = self._normaliser = torch.zeros(0)
         self._sampling: SamplingBatch | None = None
 
     @classmethod
@@ -53,7 +54,7 @@ class ConstrainedStep:
         logits."""
         places = zip(rows.sequence.tolist(), column.tolist(), strict=True)
         self._rows = {place: row for row, place in enumerate(places)}
-        self._sampling, self._normaliser = sampling, normaliser
+        self._sampling, self._normaliser, self._logits = sampling, normaliser, logits
         if any(not self._windows[s].request.decode.verifies for s in self._constraints):
             self._free_logits = logits.clone()
         for s, constraint in self._constraints.items():
@@ -98,6 +99,42 @@ class ConstrainedStep:
             first = False
         constraint.rewind(tried)
 
+    def draft(self, results: RowResults) -> None:
+        """Verified windows: choose anew, in place, the next drafts of a window with a grammar.
+
+        What comes before them is known once this step's tokens are chosen. Drafts cannot change the text; those that
+        the grammar refuses would only be lost. Their entropy becomes that of what the grammar leaves.
+        """
+        for s, constraint in self._constraints.items():
+            if constraint.matcher is None or not self._windows[s].request.decode.verifies:
+                continue
+            drafts = self._tokens[s][1 : sum(self._filled[s])]
+            choice = results.choice[s].tolist()
+            accepted = next((i for i, token in enumerate(drafts) if token != choice[i]), len(drafts))
+            group = [c for c in range(len(drafts) + 1, len(self._tokens[s])) if self._shared[s][c] == accepted + 1]
+            tried = 0
+            for token in choice[: accepted + 1]:
+                if not constraint.advance(token):
+                    break
+                tried += 1
+            else:
+                tried += self._draft_group(s, constraint, group[1:], results)  # the first stands in AR's token's place
+            constraint.rewind(tried)
+
+    def _draft_group(self, s: int, constraint: Constraint, columns: list[int], results: RowResults) -> int:
+        """How many of the drafts chosen for ``columns`` the constraint was advanced by."""
+        assert self._sampling is not None
+        for done, c in enumerate(columns):
+            row = self._rows[s, c]
+            logits = self._logits[row : row + 1].clone()
+            if not constraint.forbid(logits[0]):
+                return done
+            token = int(choose_tokens(logits, self._sampling.row(row))[0])
+            results.choice[s, c], results.entropy[s, c] = token, entropy_and_normaliser(logits)[0][0]
+            if not constraint.advance(token):
+                return done
+        return len(columns)
+
     def correct(self, run: Tensor, state: WindowState, emitted: Emitted) -> None:
         """Mask what the grammars refuse of the windows after the step, and say anew what is final; in place.
 
@@ -115,8 +152,11 @@ class ConstrainedStep:
                 continue
             width = int(state.width[s])
             tokens, filled = state.tokens[s, :width].tolist(), state.filled[s, :width].tolist()
-            column = self._first_refused(constraint, tokens, filled)
+            column, failed = self._first_refused(constraint, tokens, filled)
             if column is None:
+                continue
+            if failed:
+                emitted.count[s] = column + 1
                 continue
             state.filled[s, column:] = False
             row, admitted = self._rows.get((s, column + int(run[s]))), True
@@ -143,8 +183,9 @@ class ConstrainedStep:
         token = int(choose_tokens(logits[None], self._sampling.row(row))[0])
         return token, float(self._free_logits[row, token] - self._normaliser[row]), admitted
 
-    def _first_refused(self, constraint: Constraint, tokens: list[int], filled: list[bool]) -> int | None:
-        """Column of the first token of the leading filled run that may not stand there, if any."""
+    def _first_refused(self, constraint: Constraint, tokens: list[int], filled: list[bool]) -> tuple[int | None, bool]:
+        """Column of the first token of the leading filled run that may not stand there, if any, and whether the grammar
+        failed there."""
         tried, refused = 0, None
         for c, token in enumerate(tokens):
             if not filled[c] or constraint.ends_with(token):
@@ -156,5 +197,6 @@ class ConstrainedStep:
                 refused = c
                 break
             tried += 1
+        failed = constraint.matcher is not None and constraint.matcher.failed
         constraint.rewind(tried)
-        return refused
+        return refused, failed

@@ -18,7 +18,8 @@ _JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?", "len
 class Matcher(Protocol):
     """A grammar, and how far some text has come in it. Knows text tokens only; what ends the text is not its business.
 
-    A matcher that gave up on its own limits of work is ``failed`` and refuses everything.
+    A matcher that gave up on its own limits of work is ``failed`` and refuses everything, until the tokens on whose way
+    it did so are taken back.
     """
 
     def allowed(self) -> NDArray[np.bool_]:
@@ -81,7 +82,7 @@ class Grammars:
         matcher = library.LLMatcher(self._tokens, source, log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # some limits are met only here; and copies share what it has found out
-        if matcher.stop_reason() in ("NoExtension", "NoExtensionBias"):
+        if "NoExtension" in (matcher.stop_reason() + matcher.get_error()):
             raise ValueError(f"{name} is not usable: it admits no text of at least one token")
         if matcher.is_error():
             raise ValueError(f"{name} is not usable: {_first_line(matcher.get_error())}")

@@ -147,6 +147,8 @@ class Runner:
         constrained = ConstrainedStep.of(windows, state, layout)
         target = (positions + filled)[wanted]
         results = self._choose(logits, rows, column[wanted], target, params, state, windows, constrained)
+        if constrained is not None:
+            constrained.draft(results)
         state, emitted = advance(state, run, results, params.window)
         if constrained is not None:
             constrained.correct(run, state, emitted)
