@@ -18,7 +18,6 @@ from wedlm import LLM, SamplingParams
 from wedlm.algorithm.params import DECODINGS, Decoding
 from wedlm.engine.grammar import grammars_of
 
-
 # Four ways in each of twelve parts: multiplied out, 16 million objects.
 HUGE = [{"anyOf": [{"type": "object", "properties": {f"{i}-{j}": {}}} for j in range(4)]} for i in range(12)]
 
