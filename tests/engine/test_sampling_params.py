@@ -41,6 +41,21 @@ INVALID: list[tuple[str, Any]] = [
     ("decoding", ""),
     ("decoding", 1),
     ("decoding", ["streaming"]),
+    *(
+        (name, value)
+        for name in ("presence_penalty", "frequency_penalty")
+        for value in (2.1, -2.1, NAN, None, "1", True)
+    ),
+    ("logit_bias", [1]),
+    ("logit_bias", 5),
+    ("json_schema", "no JSON"),
+    ("json_schema", "[]"),
+    ("json_schema", 3),
+    ("json_schema", True),
+    ("json_schema", {"a": {1, 2}}),
+    ("json_schema", {"a": NAN}),
+    ("grammar", ""),
+    ("grammar", 5),
     ("ignore_eos", "no"),
     ("ignore_eos", 1),
 ]
@@ -56,6 +71,8 @@ INVALID_ENTRIES: list[tuple[str, Any, Any]] = [
     ("stop", b"end", b"end"),
     ("stop", {"end": 1}, {"end": 1}),
     ("stop_token_ids", [-1], -1),
+    ("logit_bias", {-1: 5}, -1),
+    ("logit_bias", {"a": 5}, "a"),
     ("stop_token_ids", [1, True], True),
     ("stop_token_ids", [1, "2"], "2"),
     ("stop_token_ids", [1.0], 1.0),
@@ -134,6 +151,11 @@ def test_frozen():
         {"wedlm_entropy_threshold": 0},
         {"wedlm_entropy_threshold": INF},
         {"wedlm_draft_entropy": INF},
+        {"logit_bias": {}},
+        {"logit_bias": {3: -100.0, 5: 100.0}},
+        {"presence_penalty": -2, "frequency_penalty": 2.0},
+        {"json_schema": '{"type": "object"}'},
+        {"grammar": "start: /a/"},
         {"max_tokens": 2**31 - 1},
         *({"decoding": name} for name in (None, "streaming", "verified", "block", "autoregressive")),
     ],
@@ -154,6 +176,31 @@ def test_numbers_are_stored_as_python_numbers():
     assert type(params.top_p) is float
     assert type(params.top_k) is int
     assert [type(token) for token in params.stop_token_ids] == [int]
+
+
+def test_constraints_have_bounds():
+    deep: dict[str, Any] = {}
+    for _ in range(100):
+        deep = {"items": deep}
+    long = {"enum": ["x" * 70_000]}
+    endless: dict[str, Any] = {}
+    endless["items"] = endless
+    for values, sentence in (
+        ({"json_schema": deep}, "json_schema is nested more than 64 deep; expected at most that"),
+        ({"json_schema": long}, "json_schema has 70014 characters; expected at most 65536"),
+        ({"grammar": "x" * 70_000}, "grammar has 70000 characters; expected at most 65536"),
+        ({"json_schema": endless}, "json_schema is nested more than 64 deep"),
+        ({"json_schema": "[" * 100_000}, "json_schema is '[[["),
+        ({"json_schema": {}, "grammar": "start: /a/"}, "grammar is set beside json_schema; expected one of them"),
+        ({"logit_bias": {1: 101}}, "logit_bias[1] is 101; expected a number >= -100 and <= 100"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias has 1025 entries; expected at most 1024"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            SamplingParams(**values)
+
+
+def test_a_schema_is_kept_as_text_in_its_own_order():
+    assert SamplingParams(json_schema={"b": 1, "a": "é"}).json_schema == '{"b": 1, "a": "é"}'
 
 
 def test_lists_are_copied():

@@ -12,18 +12,21 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Hello"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/x.png"}}
 
+
+def schema_format(schema: dict) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def nested(depth: int) -> dict:
+    schema: dict = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 UNSUPPORTED = [
-    (CHAT, "logprobs", True),
-    (CHAT, "top_logprobs", 3),
-    (TEXT, "logprobs", 2),
-    (CHAT, "logit_bias", {"5": 10}),
-    (TEXT, "logit_bias", {"5": 10}),
-    (CHAT, "presence_penalty", 0.5),
-    (TEXT, "frequency_penalty", -0.5),
-    (CHAT, "response_format", {"type": "json_object"}),
-    (CHAT, "response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
-    (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
-    (CHAT, "tool_choice", "required"),
+    (CHAT, "repetition_penalty", 1.2),
     (CHAT, "functions", [{"name": "f"}]),
     (CHAT, "function_call", {"name": "f"}),
     (TEXT, "best_of", 2),
@@ -62,6 +65,35 @@ INVALID = [
     (TEXT, "prompt", {"a": 1}),
     (TEXT, "prompt", ["a", 1]),
     (TEXT, "user", 5),
+    (CHAT, "logprobs", 3),
+    (CHAT, "top_logprobs", 3),  # without logprobs
+    (TEXT, "logprobs", 21),
+    (TEXT, "logprobs", True),
+    (CHAT, "logit_bias", {"5": 101}),
+    (CHAT, "logit_bias", {"5": "x"}),
+    (CHAT, "logit_bias", {"99999": 1}),
+    (TEXT, "logit_bias", {"a": 10}),
+    (TEXT, "logit_bias", [5]),
+    (CHAT, "presence_penalty", 2.5),
+    (TEXT, "frequency_penalty", -2.5),
+    (CHAT, "response_format", {"type": "xml"}),
+    (CHAT, "response_format", "json"),
+    (CHAT, "response_format", {"type": "json_schema"}),
+    (CHAT, "response_format", {"type": "text", "json_schema": {"name": "x"}}),
+    (CHAT, "response_format", schema_format({"type": "nothing"})),
+    (CHAT, "response_format", schema_format({"$ref": "https://example.com/schema"})),
+    (CHAT, "response_format", schema_format({"type": "integer", "minimum": 2, "maximum": 1})),
+    (CHAT, "response_format", schema_format({"type": "array", "uniqueItems": True})),
+    (CHAT, "response_format", schema_format(nested(200))),
+    (CHAT, "response_format", schema_format({"enum": ["x" * 66_000]})),
+    (CHAT, "tools", [{"type": "retrieval"}]),
+    (CHAT, "tools", [{"type": "function", "function": {"name": "not a name"}}]),
+    (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}] * 2),
+    (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}] * 129),
+    (CHAT, "tools", [{"type": "function", "function": {"name": "f", "parameters": nested(100)}}]),
+    (CHAT, "tool_choice", "required"),  # without tools
+    (CHAT, "tool_choice", "always"),
+    (CHAT, "tool_choice", {"type": "function", "function": {"name": "g"}}),
     (CHAT, "unheard_of", 1),
     (CHAT, "wedlm_windowsize", 8),
 ]
@@ -95,6 +127,16 @@ def test_field_is_refused_by_name_and_value(running, path, field, value):
         assert error["code"] == "unsupported"
 
 
+def test_contradictions(running):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    error = check_error(ask(running, CHAT, tools=tools, response_format={"type": "json_object"}))
+    assert error["param"] == "response_format"
+    choice = {"type": "function", "function": {"name": "g"}}
+    assert check_error(ask(running, CHAT, tools=tools, tool_choice=choice))["param"] == "tool_choice"
+    bad = [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}}}]
+    assert check_error(ask(running, CHAT, tools=bad, tool_choice="required"))["param"] == "tools"
+
+
 def test_neutral_values_are_accepted(running):
     """What clients send by default asks for nothing that is missing."""
     common = {"user": "u", "presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}, "n": 1, "stop": None}
@@ -123,13 +165,16 @@ def test_neutral_values_are_accepted(running):
     ("message", "path"),
     [
         ({"role": "wizard", "content": "x"}, "messages[0].role"),
-        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages[0].role"),
+        ({"role": "tool", "content": "x"}, "messages[0].tool_call_id"),
+        ({"role": "user", "content": "x", "tool_call_id": "1"}, "messages[0].tool_call_id"),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "messages[0].content"),
         ({"role": "user"}, "messages[0].content"),
         ({"role": "assistant", "content": None}, "messages[0].content"),
         ({"role": "user", "content": 5}, "messages[0].content"),
         ({"role": "user", "content": [IMAGE]}, "messages[0].content"),
         ({"role": "user", "content": [{"type": "text", "text": "x"}, IMAGE]}, "messages[0].content"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls[0].function"),
         ({"content": "x"}, "messages[0].role"),
         ({"role": "user", "content": "x", "weight": 1}, "messages[0].weight"),
         ("Hello", "messages[0]"),
@@ -199,7 +244,7 @@ def test_prompts_longer_than_the_model(running):
 
 def test_the_client_sees_the_sentence(running):
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
-    with client, pytest.raises(openai.BadRequestError, match=r"presence_penalty is 1\.5") as caught:
-        client.chat.completions.create(model=MODEL, messages=MESSAGES, presence_penalty=1.5)
+    with client, pytest.raises(openai.BadRequestError, match=r"presence_penalty is 2\.5") as caught:
+        client.chat.completions.create(model=MODEL, messages=MESSAGES, presence_penalty=2.5)
     assert caught.value.param == "presence_penalty"
-    assert caught.value.code == "unsupported"
+    assert caught.value.code == "invalid_value"

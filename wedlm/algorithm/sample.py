@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choosing one token per row of logits, reproducibly whatever else is in the batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +28,11 @@ class SamplingBatch:
     position: Int[Tensor, " L"]
     any_sampled: bool
     any_truncated: bool
+
+    def row(self, index: int) -> "SamplingBatch":
+        """One row of it."""
+        names = ("temperature", "top_k", "top_p", "seed", "position")
+        return replace(self, **{name: getattr(self, name)[index : index + 1] for name in names})
 
 
 def entropy_and_normaliser(

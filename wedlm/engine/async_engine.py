@@ -192,6 +192,8 @@ class AsyncEngine:
             step=request.num_forwards - 1,
             output=GenerationOutput.of(request) if finished else None,
             token_texts=[text.text[a:b] for a, b in itertools.pairwise(borders)],
+            logprobs=request.logprobs[told:] if request.params.logprobs is not None else [],
+            top_logprobs=request.alternatives[told:] if request.params.logprobs else [],
             window=self.engine.runner.snapshot(request) if one.request.watched and not finished else None,
         )
 

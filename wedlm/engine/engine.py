@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from wedlm.algorithm.params import DecodeParams, Decoding
 from wedlm.engine.auto import AutoRows, longest_draft
+from wedlm.engine.constraints import constraint_of
 from wedlm.engine.pages import PagePool
 from wedlm.engine.runner import Flight, Runner
 from wedlm.engine.sampling_params import SamplingParams
@@ -56,6 +57,10 @@ class Engine:
             raise ValueError("stop is set but the engine has no tokenizer; expected stop_token_ids instead")
         max_tokens = min(params.max_tokens, self.config.max_model_len - len(prompt))
         decode = self._decode_params(prompt, params)
+        config = self.config
+        constraint = constraint_of(
+            params, decode.end_token_ids, config.mask_token_id, config.vocab_size, self.tokenizer
+        )
         request = Request(
             request_id=request_id,
             prompt_token_ids=prompt,
@@ -66,6 +71,7 @@ class Engine:
             arrival=self._arrivals,
             tokens=list(prompt),
             text=None if self.tokenizer is None else TextStream(self.tokenizer, params.stop or ()),
+            constraint=constraint,
         )
         self.scheduler.add(request)
         if decode.decoding == "auto" and self.auto is None:
@@ -182,6 +188,11 @@ class Engine:
         if result.tokens and request.first_token_time is None:
             request.first_token_time = time.perf_counter()
         for i, token in enumerate(result.tokens):
+            if request.constraint is not None and not request.constraint.accept(token):
+                request.finish_reason = (
+                    "length"  # the grammar met its limits of work: the text is cut, but valid so far
+                )
+                return
             request.tokens.append(token)
             request.logprobs.append(result.logprobs[i])
             request.token_steps.append(request.num_forwards - 1)
@@ -199,6 +210,10 @@ class Engine:
             return "stop"
         may_stop = request.num_output_tokens >= request.params.min_tokens
         if text is not None and text.push(token, may_stop):
+            return "stop"
+        if request.constraint is not None and request.constraint.complete:
+            if text is not None:
+                text.finish()
             return "stop"
         return "length" if request.num_output_tokens == request.max_tokens else None
 

@@ -14,7 +14,8 @@ class GenerationOutput:
 
     ``finish_reason``: "stop" (end token or stop string), "length", "abort", or "error", which ``error`` explains.
     ``token_steps[i]`` is the forward, counted from 0 after the prompt, that made token i final.
-    ``logprobs`` and ``top_logprobs`` are there if ``SamplingParams.logprobs`` asked for them.
+    ``logprobs``, ``top_logprobs`` and ``text_offsets`` (where each token's text begins, in characters, stop strings not
+    yet cut off) are there if ``SamplingParams.logprobs`` asked for them.
     """
 
     text: str
@@ -24,6 +25,7 @@ class GenerationOutput:
     token_steps: list[int] = field(default_factory=list)
     logprobs: list[float] | None = None
     top_logprobs: list[Alternatives] | None = None
+    text_offsets: list[int] | None = None
     error: str | None = None
 
     @classmethod
@@ -40,6 +42,7 @@ class GenerationOutput:
             token_steps=list(request.token_steps),
             logprobs=None if asked is None else list(request.logprobs),
             top_logprobs=list(request.alternatives) if asked else None,
+            text_offsets=None if asked is None else [0, *request.text.ends][: request.num_output_tokens],
         )
 
     def __getitem__(self, name: str) -> Any:
@@ -53,7 +56,8 @@ class StreamPiece:
     """News of a stream: text that will not change any more, tokens, the forward that made them final.
 
     The last piece carries the whole ``output``. From an ``AsyncEngine`` only: ``token_texts``, what each token added to
-    the text, stop strings not yet cut off; ``window`` after the step, for requests that asked to watch it.
+    the text, stop strings not yet cut off; ``logprobs`` and
+    ``top_logprobs`` of the tokens, if asked for; ``window`` after the step, for requests that asked to watch it.
     """
 
     text: str
@@ -61,4 +65,6 @@ class StreamPiece:
     step: int
     output: GenerationOutput | None
     token_texts: list[str] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[Alternatives] = field(default_factory=list)
     window: WindowSnapshot | None = None

@@ -20,6 +20,7 @@ from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
 from wedlm.attention.sdpa import CausalAttend, PagedSdpa
 from wedlm.engine.auto import StepCosts
 from wedlm.engine.batch_params import BatchParams
+from wedlm.engine.constrained_step import ConstrainedStep
 from wedlm.engine.sampling_params import MAX_LOGPROBS
 from wedlm.engine.types import Alternatives, Request, StepPlan, WindowResult, WindowSnapshot, Work
 
@@ -163,8 +164,14 @@ class Runner:
         visibility = RowVisibility(shared, own_start) if params.flags.groups else None
         logits = self._forward(windows, chunks, (tokens, positions, num_rows, starts, wanted), visibility).float()
         rows = PackedRows(packed.sequence[wanted], packed.row[wanted], packed.real[wanted])
-        results = self._choose(logits, rows, column[wanted], (positions + filled)[wanted], params, state, windows)
+        constrained = ConstrainedStep.of(windows, state, layout)
+        target = (positions + filled)[wanted]
+        results = self._choose(logits, rows, column[wanted], target, params, state, windows, constrained)
+        if constrained is not None:
+            constrained.draft(results)
         state, emitted = advance(state, run, results, params.limited(plan.row_budget))
+        if constrained is not None:
+            constrained.correct(run, state, emitted)
         self.state.put(index, state)
         return self._read(windows, state, emitted, num_rows, drafts) + [None] * len(chunks)
 
@@ -210,6 +217,7 @@ class Runner:
         params: BatchParams,
         state: WindowState,
         windows: list[Work],
+        constrained: ConstrainedStep | None,
     ) -> RowResults:
         """One token per row of logits [L, V], scattered to window columns."""
         asked = [work.request.params.logprobs for work in windows]
@@ -232,6 +240,8 @@ class Runner:
             any_sampled=params.flags.sampled,
             any_truncated=params.flags.truncated,
         )
+        if constrained is not None:
+            constrained.apply(logits, rows, column, normaliser, sampling)
         choice = choose_tokens(logits, sampling)
         logprobs = raw.gather(1, choice[:, None])[:, 0] - normaliser
         if any_logprobs:

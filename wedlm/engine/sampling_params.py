@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user may ask of one request, checked where it is made."""
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 from wedlm.algorithm.params import DECODINGS, Decoding
 
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_GRAMMAR_CHARACTERS, MAX_SCHEMA_DEPTH = 65536, 64
 _LARGEST = 1e30  # what is multiplied with or divided by must stay finite in float32: inf · 0 and inf / inf are nan
 
 
@@ -20,7 +24,11 @@ class SamplingParams:
     max_tokens: cut of the output; the model's length cuts too. min_tokens: no end before so many tokens.
     stop: strings that end the text and are removed from it. stop_token_ids: end tokens besides the checkpoint's own.
     ignore_eos: go on after the checkpoint's end tokens. seed: same seed, same text; None draws one.
-    logprobs: report the log-probability of each token and of this many most probable ones (0 to 20).
+    logprobs: report the log-probability of each token and of this many most probable ones (0 to 20), always of the
+    model's own distribution, before any of the following. logit_bias: token id -> number from -100 to 100, added to its
+    logit. presence_penalty, frequency_penalty: subtracted from the logit of a token that the output has, and once for
+    each time that it has it. json_schema: a JSON schema as a dict or as text; the output is JSON that it admits.
+    grammar: a context-free grammar in llguidance's Lark syntax that the output keeps to. Both need the serve extra.
     decoding: "auto", "streaming", "verified", "block" or "autoregressive"; None is the engine's default.
     wedlm_window_size: W of streaming and block decoding, most rows a step of verified and auto; None is the engine's.
     wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
@@ -37,6 +45,11 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    json_schema: str | dict | None = None
+    grammar: str | None = None
     decoding: Decoding | None = None
     wedlm_window_size: int | None = None
     wedlm_entropy_threshold: float | None = 0.4
@@ -61,6 +74,16 @@ class SamplingParams:
             self._set("seed", _integer("seed", self.seed, low=-(2**63), high=2**63 - 1))
         if self.logprobs is not None:
             self._set("logprobs", _integer("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS))
+        self._set("logit_bias", _biases("logit_bias", self.logit_bias))
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._set(name, _number(name, getattr(self, name), low=-2.0, high=2.0))
+        self._set("json_schema", _schema("json_schema", self.json_schema))
+        if self.grammar is not None and not (isinstance(self.grammar, str) and self.grammar.strip()):
+            raise ValueError(f"grammar is {self.grammar!r}; expected the text of a grammar")
+        if self.grammar is not None and len(self.grammar) > MAX_GRAMMAR_CHARACTERS:
+            raise ValueError(f"grammar has {len(self.grammar)} characters; expected at most {MAX_GRAMMAR_CHARACTERS}")
+        if self.grammar is not None and self.json_schema is not None:
+            raise ValueError("grammar is set beside json_schema; expected one of them")
         if self.decoding is not None and self.decoding not in DECODINGS:
             raise ValueError(f"decoding is {self.decoding!r}; expected one of {', '.join(DECODINGS)}")
         if self.wedlm_window_size is not None:
@@ -76,14 +99,14 @@ class SamplingParams:
         object.__setattr__(self, name, value)
 
 
-def _number(name: str, value: object, high: float = math.inf) -> float:
+def _number(name: str, value: object, low: float = 0.0, high: float = math.inf) -> float:
     try:
         number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
         number = math.nan
-    if not 0 <= number <= high:
+    if not low <= number <= high:
         upper = "" if high == math.inf else f" and <= {high:g}"
-        raise ValueError(f"{name} is {value!r}; expected a number >= 0{upper}")
+        raise ValueError(f"{name} is {value!r}; expected a number >= {low:g}{upper}")
     return number
 
 
@@ -107,3 +130,43 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, list | tuple | None):
         raise ValueError(f"{name} is {value!r}; expected a list of token ids")
     return tuple(_integer(name, token, low=0) for token in value or ())
+
+
+def _biases(name: str, value: object) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {value!r}; expected token ids with numbers from -100 to 100")
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"{name} has {len(value)} entries; expected at most {MAX_BIASES}")
+    return {
+        _integer(name, token, low=0): _number(f"{name}[{token}]", bias, low=-100.0, high=100.0)
+        for token, bias in value.items()
+    }
+
+
+def _schema(name: str, value: object) -> str | None:
+    """The schema as JSON text, its keys in the order given: output has properties in that order."""
+    if value is None:
+        return None
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        deep = not depth_within(schema, MAX_SCHEMA_DEPTH)
+        text = "" if deep else json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError, RecursionError):
+        text, deep, schema = "", False, None
+    if deep:
+        raise ValueError(f"{name} is nested more than {MAX_SCHEMA_DEPTH} deep; expected at most that")
+    if not isinstance(schema, dict):
+        shown = value if not isinstance(value, str) or len(value) <= 80 else value[:80] + "..."
+        raise ValueError(f"{name} is {shown!r}; expected a JSON schema, which is an object")
+    if len(text) > MAX_GRAMMAR_CHARACTERS:
+        raise ValueError(f"{name} has {len(text)} characters; expected at most {MAX_GRAMMAR_CHARACTERS}")
+    return text
+
+
+def depth_within(value: object, limit: int) -> bool:
+    """Whether what JSON holds is nested at most ``limit`` deep."""
+    if not isinstance(value, dict | list):
+        return True
+    return limit > 0 and all(depth_within(v, limit - 1) for v in (value.values() if isinstance(value, dict) else value))

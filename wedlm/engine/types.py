@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from wedlm.algorithm.params import DecodeParams
+from wedlm.engine.constraints import Constraint
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.text import TextStream
 
@@ -51,6 +52,7 @@ class Request:
     arrival: int
     tokens: list[int]
     text: TextStream | None = None
+    constraint: Constraint | None = None
     num_cached: int = 0
     num_reused: int = 0
     last_step: int = -1
@@ -70,7 +72,7 @@ class Request:
     @property
     def needs_host(self) -> bool:
         """Whether the host must see a step of this request before the next one starts."""
-        return self.watched or self.params.logprobs is not None
+        return self.watched or self.constraint is not None or self.params.logprobs is not None
 
     @property
     def output_token_ids(self) -> list[int]:

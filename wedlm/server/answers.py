@@ -5,13 +5,16 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from secrets import token_hex
 from typing import Any, Literal
 
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.sampling_params import SamplingParams
-
-Decode = Callable[[list[int]], str]
+from wedlm.engine.types import Alternatives
+from wedlm.model import Tokenizer
+from wedlm.server.logprobs import Decode, chat_logprobs, text_logprobs
+from wedlm.server.tools import PlainReader, Reader, message
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class Job:
     streams: bool
     wants_usage: bool
     watches: bool
+    new_reader: Callable[[], Reader] = PlainReader
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = ""
 
@@ -55,14 +59,22 @@ def usage(job: Job, outputs: Sequence[GenerationOutput]) -> dict[str, Any]:
     }
 
 
-def whole(job: Job, outputs: Sequence[GenerationOutput]) -> dict[str, Any]:
+def whole(job: Job, outputs: Sequence[GenerationOutput], tokenizer: Tokenizer) -> dict[str, Any]:
     """The body of an answer that is not streamed."""
     choices = []
     for index, output in enumerate(outputs):
         content: dict[str, Any] = {"text": output.text}
+        reason: str | None = output.finish_reason
         if job.kind == "chat":
-            content = {"message": {"role": "assistant", "content": output.text, "refusal": None}}
-        choices.append({"index": index, **content, "logprobs": None, "finish_reason": output.finish_reason})
+            reader = job.new_reader()
+            delta = reader.push(output.text)
+            delta.add(reader.finish(output.finish_reason))
+            content, reason = {"message": message(delta)}, _reason(reader, reason)
+        logprobs = None
+        if output.logprobs is not None:
+            top, offsets = output.top_logprobs or [], output.text_offsets or []
+            logprobs = _logprobs(job, output.token_ids, output.logprobs, top, offsets, tokenizer)
+        choices.append({"index": index, **content, "logprobs": logprobs, "finish_reason": reason})
     kind = "chat.completion" if job.kind == "chat" else "text_completion"
     return {**_head(job, kind), "choices": choices, "usage": usage(job, outputs)}
 
@@ -75,17 +87,58 @@ def opening(job: Job) -> bytes:
     return b"".join(event(_chunk(job, [{"index": index, **delta}])) for index in range(len(job.sequences)))
 
 
-def piece_event(job: Job, index: int, piece: StreamPiece, decode: Decode) -> bytes:
-    """The chunk of one piece. ``wedlm`` says which forward made which tokens final."""
-    reason = None if piece.output is None else piece.output.finish_reason
-    content: dict[str, Any] = {"text": piece.text}
+class ChoiceStream:
+    """The chunks of one choice."""
+
+    def __init__(self, job: Job, index: int, tokenizer: Tokenizer) -> None:
+        self._job, self._index, self._tokenizer = job, index, tokenizer
+        self._reader, self._offset = job.new_reader(), 0
+
+    def event(self, piece: StreamPiece) -> bytes:
+        """The chunk of one piece. ``wedlm`` says which forward made which tokens final."""
+        job = self._job
+        reason = None if piece.output is None else piece.output.finish_reason
+        content: dict[str, Any] = {"text": piece.text}
+        if job.kind == "chat":
+            content, reason = {"delta": self._delta(piece.text, reason)}, _reason(self._reader, reason)
+        logprobs = self._logprobs(piece) if job.sequences[self._index][1].logprobs is not None else None
+        chunk = _chunk(job, [{"index": self._index, **content, "logprobs": logprobs, "finish_reason": reason}])
+        chunk["wedlm"] = {"step": piece.step, "token_ids": piece.token_ids, "tokens": piece.token_texts}
+        if piece.window is not None:
+            chunk["wedlm"]["window"] = _window(piece, len(job.sequences[self._index][0]), self._tokenizer.decode)
+        return event(chunk)
+
+    def _delta(self, text: str, reason: str | None) -> dict[str, Any]:
+        delta = self._reader.push(text)
+        if reason is not None:
+            delta.add(self._reader.finish(reason))
+        content = {"content": delta.content} if delta.content or not delta.calls else {}
+        return {**content, "tool_calls": delta.calls} if delta.calls else content
+
+    def _logprobs(self, piece: StreamPiece) -> dict[str, Any]:
+        offsets = [self._offset]
+        for text in piece.token_texts:
+            offsets.append(offsets[-1] + len(text))
+        self._offset = offsets.pop()
+        return _logprobs(self._job, piece.token_ids, piece.logprobs, piece.top_logprobs, offsets, self._tokenizer)
+
+
+def _reason(reader: Reader, reason: str | None) -> str | None:
+    return "tool_calls" if reader.called and reason == "stop" else reason
+
+
+def _logprobs(
+    job: Job,
+    tokens: Sequence[int],
+    logprobs: Sequence[float],
+    top: Sequence[Alternatives],
+    offsets: Sequence[int],
+    tokenizer: Tokenizer,
+) -> dict[str, Any]:
+    decode = partial(tokenizer.decode, skip_special_tokens=False)
     if job.kind == "chat":
-        content = {"delta": {"content": piece.text}}
-    chunk = _chunk(job, [{"index": index, **content, "logprobs": None, "finish_reason": reason}])
-    chunk["wedlm"] = {"step": piece.step, "token_ids": piece.token_ids, "tokens": piece.token_texts}
-    if piece.window is not None:
-        chunk["wedlm"]["window"] = _window(piece, len(job.sequences[index][0]), decode)
-    return event(chunk)
+        return chat_logprobs(tokens, logprobs, top, decode)
+    return text_logprobs(tokens, logprobs, top, offsets, decode)
 
 
 def usage_event(job: Job, outputs: Sequence[GenerationOutput]) -> bytes:

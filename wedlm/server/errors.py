@@ -104,7 +104,7 @@ def explain(errors: Sequence[Any], body: Any) -> ApiError:
     path = names[0] + "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names[1:])
     last = next(name for name in reversed(names) if isinstance(name, str))
     unsupported = next((name for name in names if name in UNSUPPORTED), None)
-    if error["type"] == "missing":
+    if error["type"] == "missing" and names[-1] != error["loc"][-1]:
         missing = str(error["loc"][-1])
         path = missing if value is body else f"{path}.{missing}"
         message, code = f"{path} is missing; expected {EXPECTED.get(missing, 'a value')}", "missing"

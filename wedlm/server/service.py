@@ -6,14 +6,17 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from wedlm.engine.async_engine import AsyncEngine, fresh_engine
 from wedlm.engine.engine import Engine
+from wedlm.engine.grammar import grammars_of
 from wedlm.engine.llm import LLM
 from wedlm.engine.outputs import GenerationOutput
+from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.ticket import EngineFault, EngineStopped, Ticket
 from wedlm.server import answers
 from wedlm.server.answers import Job
@@ -22,6 +25,8 @@ from wedlm.server.errors import ApiError, internal_error, unavailable
 from wedlm.server.metrics import Metrics, Stopwatch
 from wedlm.server.protocol import ChatRequest, CompletionRequest
 from wedlm.server.sse import Disconnected, EventStream, unless_disconnected
+from wedlm.server.tool_forms import Tool
+from wedlm.server.tools import ForcedReader, TaggedReader, for_template, in_plain_words, takes_tools
 
 log = logging.getLogger("wedlm.server")
 _COMPLETION_TOKENS = 16  # OpenAI's default there
@@ -58,9 +63,35 @@ class Service:
     async def chat_job(self, body: ChatRequest) -> Job:
         """ApiError 400 if the conversation has no prompt, or an option is refused."""
         self._admit(body.model, body.n or 1)
-        messages = [message.for_template() for message in body.messages]
-        prompt = await self._tokens(partial(self.llm.chat_prompt, messages), "messages")
-        return self._job("chat", body, [prompt], self._room(prompt))
+        try:
+            tools = body.offered_tools
+        except ValueError as error:
+            raise _refusal(error, "chat") from error
+        prompt = await self._tokens(partial(self._chat_prompt, body, tools), "messages")
+        job = self._job("chat", body, [prompt], self._room(prompt))
+        params = job.sequences[0][1]
+        if params.json_schema is not None:  # compiled here, so that the engine's thread finds it done
+            await self._tokens(partial(self._compile, params, body.schema_field), body.schema_field)
+        if body.forces_call:
+            return replace(job, new_reader=ForcedReader)
+        names, parallel = [tool.function.name for tool in tools], body.parallel_tool_calls is not False
+        return replace(job, new_reader=partial(TaggedReader, names, parallel)) if tools else job
+
+    def _chat_prompt(self, body: ChatRequest, tools: list[Tool]) -> list[int]:
+        """Tools through the chat template if it takes them, otherwise in plain words."""
+        messages: list[dict[str, Any]] = [message.for_template() for message in body.messages]
+        if not tools and not any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+            return self.llm.chat_prompt(messages)
+        if takes_tools(self.llm.tokenizer):
+            return self.llm.chat_prompt(messages, tools=for_template(tools) or None)
+        return self.llm.chat_prompt(in_plain_words(messages, tools))
+
+    def _compile(self, params: SamplingParams, field: str) -> list[int]:
+        try:
+            grammars_of(self.llm.tokenizer, self.llm.engine.config.vocab_size).matcher(params)
+        except ValueError as error:
+            raise ValueError(str(error).replace("json_schema", field, 1)) from error
+        return []
 
     async def completion_job(self, body: CompletionRequest) -> Job:
         """As ``chat_job``."""
@@ -93,7 +124,7 @@ class Service:
                 handed_over = True
                 return EventStream(self._events(job, ticket, request), close, self.config.request_timeout_s + _SEND_S)
             outputs = await unless_disconnected(request.receive, self._collect(job, ticket, request))
-            return JSONResponse(answers.whole(job, outputs))
+            return JSONResponse(answers.whole(job, outputs, self.llm.tokenizer))
         except Disconnected:
             request.scope["wedlm.log"]["disconnected"] = True
             return Response(status_code=499)  # nobody will see it but the log
@@ -118,14 +149,14 @@ class Service:
     async def _events(self, job: Job, ticket: Ticket, request: Request) -> AsyncIterator[bytes]:
         outputs: dict[int, GenerationOutput] = {}
         stopwatch = Stopwatch(self.metrics, len(job.sequences))
-        decode = self.llm.tokenizer.decode
+        choices = [answers.ChoiceStream(job, index, self.llm.tokenizer) for index in range(len(job.sequences))]
         try:
             yield answers.opening(job)
             async for news in ticket:
                 data = []
                 for index, piece in news:
                     stopwatch.piece(index, piece)
-                    data.append(answers.piece_event(job, index, piece, decode))
+                    data.append(choices[index].event(piece))
                     if piece.output is not None:
                         outputs[index] = piece.output
                 yield b"".join(data)
@@ -182,6 +213,8 @@ class Service:
         try:
             params = body.sampling_params(room)
         except ValueError as error:
+            if isinstance(body, ChatRequest):  # what the engine calls json_schema
+                error = ValueError(str(error).replace("json_schema", body.schema_field, 1))
             raise _refusal(error, kind) from error
         count = body.n or 1
         # Choices must differ under one seed, too: each has its own, the first the one given.

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a request that concern tools and the form of the answer."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticKnownError
+
+from wedlm.engine.sampling_params import MAX_SCHEMA_DEPTH, depth_within
+
+MAX_TOOLS = 128
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+def _flat_enough(schema: dict[str, Any]) -> dict[str, Any]:
+    if not depth_within(schema, MAX_SCHEMA_DEPTH - 8):  # it becomes a part of a larger one
+        raise ValueError(f"a JSON schema nested at most {MAX_SCHEMA_DEPTH - 8} deep")
+    return schema
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_flat_enough)]
+
+
+class Strict(BaseModel):
+    """Nothing unknown, nothing converted: "5" is no number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Function(Strict):
+    """A tool's name, what it is for, and the JSON schema of its arguments (default: an object of any kind)."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None  # arguments keep to the schema in any case where the call is forced
+
+
+class Tool(Strict):
+    """The only kind of tool is a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict):
+    """A function that must be called."""
+
+    name: ToolName
+
+
+class NamedChoice(Strict):
+    """A ``tool_choice`` that names the tool."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class CalledFunction(Strict):
+    """A call in a message; ``arguments`` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    """A call that an earlier answer made, as clients send it back."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+class JsonSchema(Strict):
+    """The ``json_schema`` of a ``response_format``; without a schema any JSON object will do."""
+
+    name: ToolName
+    description: str | None = None
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None
+    strict: bool | None = None  # the answer keeps to the schema in any case
+
+
+class ResponseFormat(Strict):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Annotated[JsonSchema | None, Field(validate_default=True)] = None
+
+    @field_validator("json_schema")
+    @classmethod
+    def _belongs_to_its_type(cls, value: JsonSchema | None, info: ValidationInfo) -> JsonSchema | None:
+        kind = info.data.get("type")
+        if kind == "json_schema" and value is None:
+            raise PydanticKnownError("missing")
+        if kind in ("text", "json_object") and value is not None:
+            raise ValueError("no json_schema beside this type")
+        return value
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """None if the answer is free."""
+        if self.type == "text":
+            return None
+        given = None if self.json_schema is None else self.json_schema.schema_
+        return {"type": "object"} if given is None else given
