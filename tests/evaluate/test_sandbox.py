@@ -2,6 +2,7 @@
 """Hostile programs: each must end as an Outcome other than passed, and leave nothing behind."""
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -262,6 +263,15 @@ def test_many_run_in_order():
     outcomes = run_programs(programs, QUICK, workers=2)
     assert [outcome.status for outcome in outcomes] == ["failed" if n % 3 == 0 else "passed" for n in range(7)]
     assert run_programs([], workers=2) == []
+
+
+def test_the_documentation_is_right(capsys):
+    """Here, not with the other pages' blocks, because it needs a machine that has the sandbox."""
+    page = (Path(__file__).parents[2] / "docs" / "sandbox.md").read_text()
+    (block,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    expected = re.findall(r"  # (.*)", block)
+    exec(compile(block, "sandbox.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_bad_arguments_are_told():
