@@ -3,7 +3,7 @@
 
 ``sandbox.py`` starts this file as a script of its own (``python -I -S -B jail.py``): it imports the standard library
 alone. Standard input is one JSON object ``{source, token, report_fd, limits}``; ``report_fd`` gets the line ``ready``
-when the program starts, then one JSON object: ``{"refused": why}`` or ``{"exit": code, "note": text, "cpu_seconds": s}``,
+when the program starts, then a JSON object: ``{"refused": why}`` or ``{"exit": code, "note": text, "cpu_seconds": s}``,
 with code < 0 for a signal and the token as note iff the program reached its end.
 
 Processes: this one (outside the new process namespace, waits) → init (process 1 inside; when it ends the kernel kills
