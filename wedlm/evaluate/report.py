@@ -102,8 +102,10 @@ def build_sections(
     sections = []
     for (name, version, metric), members in sorted(titles.items(), key=lambda item: item[0]):
         samples = {point.key: read_samples(point.tasks[name]) for point in members}
-        rows = [_row(point, name, members, baseline, samples, num_examples, decoder_of(point)) for point in members]
         kind = members[0].tasks[name].kind
+        # What a likelihood task scores was written by nobody.
+        decoders = {point.key: decoder_of(point) if kind == "generate" else None for point in members}
+        rows = [_row(point, name, members, baseline, samples, num_examples, decoders[point.key]) for point in members]
         sections.append(Section(f"{name} (version {version:g})", metric, kind, rows))
     return sections
 
