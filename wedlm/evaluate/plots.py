@@ -2,18 +2,21 @@
 """Figures of a report, as SVG: accuracy against speed, sweeps, streaming against block."""
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from wedlm.evaluate.report import Row, Section
+from wedlm.evaluate.result_folder import describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _PANEL_INCHES = (4.6, 3.4)
+_LEGEND_LINE_INCHES = 0.18
 # Where a sweep of the threshold puts "none": with 0 the rule fills one position a forward, too.
 _NO_THRESHOLD = 0.0
 _SPEEDS = (("tokens_per_forward", "tokens / forward"), ("tokens_per_second", "tokens / second"))
@@ -105,7 +108,7 @@ def _streaming_against_block(section: Section) -> Plot | None:
     for axes, what in zip(panels, (f"{section.metric} (%)", "streaming ÷ block"), strict=True):
         axes.set_xlabel("threshold τ (nats; none at 0)")
         axes.set_ylabel(what)
-        axes.legend(fontsize="small")
+    _legend(figure, *panels)
     return _plot(
         figure, "Streaming against block", f"{section.title}: accuracy of both, and their ratio in speed, over τ"
     )
@@ -155,7 +158,9 @@ def _distinct(groups: Sequence[_Facts]) -> list[str]:
     ]
     plain = ("model", "decoding")
     return [
-        ", ".join(str(group[name]) if name in plain else f"{name} {group[name]}" for name in telling if name in group)
+        " ".join(
+            str(group[name]) if name in plain else describe(name, group[name]) for name in telling if name in group
+        )
         for group in named
     ]
 
@@ -175,7 +180,8 @@ def _errors(axes: "Axes", places: Sequence[float], rows: Sequence[Row], name: st
     """Accuracies in percent with their standard errors."""
     values = [100 * row.result.value for row in rows]
     bars = [100 * (row.result.stderr or 0.0) for row in rows]
-    axes.errorbar(places, values, yerr=bars, fmt=f"o{line}", markersize=4, color=f"C{index % 10}", label=_plain(name))
+    style: dict[str, Any] = {"fmt": f"o{line}", "markersize": 4, "elinewidth": 0.8, "capsize": 2, "alpha": 0.85}
+    axes.errorbar(places, values, yerr=bars, color=f"C{index % 10}", label=_plain(name), **style)
 
 
 def _plain(text: str) -> str:
@@ -194,10 +200,13 @@ def _figure(columns: int) -> tuple["Figure", list["Axes"]]:
     return figure, panels
 
 
-def _legend(figure: "Figure", axes: "Axes") -> None:
-    """Below the panels, because names are long."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", fontsize="small", ncols=1)
+def _legend(figure: "Figure", *panels: "Axes") -> None:
+    """Below the panels, because names are long; the figure grows by it."""
+    entries = [entry for axes in panels for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
+    columns = 1 if max(len(label) for _, label in entries) > 60 else 2
+    height = _PANEL_INCHES[1] + _LEGEND_LINE_INCHES * (1 + math.ceil(len(entries) / columns))
+    figure.set_size_inches(figure.get_figwidth(), height)
+    figure.legend(*zip(*entries, strict=True), loc="outside lower left", fontsize="small", ncols=columns)
 
 
 def _plot(figure: "Figure", title: str, text: str) -> Plot:

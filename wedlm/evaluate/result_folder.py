@@ -10,7 +10,7 @@ from typing import Any
 
 FORMAT = 1
 AUTOREGRESSIVE = "autoregressive"
-_SHORT = {"window_size": "W", "entropy_threshold": "τ", "pos_penalty": "λ", "draft_entropy": "H"}
+_SHORT = {"window_size": "W", "entropy_threshold": "τ", "pos_penalty": "λ", "draft_entropy": "H", "temperature": "T"}
 # What decides a text, by mode, besides temperature and length.
 _TELLING = {
     "streaming": ("window_size", "entropy_threshold", "pos_penalty"),
@@ -74,10 +74,10 @@ class Point:
     def label(self) -> str:
         """Mode and what it depends on, e.g. "streaming W=16 τ=0.4 λ=0.02"."""
         words = [self.decoding]
-        names = [name for name in _TELLING.get(self.decoding, _SHORT) if name in self.params]
-        words.extend(f"{_SHORT[name]}={_short(self.params[name])}" for name in names)
+        names = [name for name in _TELLING.get(self.decoding, _TELLING["streaming"]) if name in self.params]
+        words.extend(describe(name, self.params[name]) for name in names)
         if self.params.get("temperature"):
-            words.append(f"T={_short(self.params['temperature'])}")
+            words.append(describe("temperature", self.params["temperature"]))
         return " ".join(words)
 
     @property
@@ -90,8 +90,10 @@ class Point:
         return self.model["hash"], self.model.get("dtype")
 
 
-def _short(value: Any) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+def describe(name: str, value: Any) -> str:
+    """A parameter in short, e.g. "τ=0.4"."""
+    text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{_SHORT.get(name, name)}={text}"
 
 
 def read_points(folders: Iterable[Path]) -> list[Point]:
