@@ -2,11 +2,13 @@
 """Hostile programs: each must end as an Outcome other than passed, and leave nothing behind."""
 
 import os
-import re
+import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,11 +40,9 @@ def processes_with(word: str) -> list[int]:
     """Processes of this machine whose command line has a word."""
     pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
+        with suppress(OSError):  # it may have ended meanwhile
             if word.encode() in path.read_bytes():
                 pids.append(int(path.parent.name))
-        except OSError:
-            continue
     return pids
 
 
@@ -258,20 +258,27 @@ def test_no_grandchild_outlives():
     assert processes_with(name) == []
 
 
+def test_a_program_does_not_outlive_a_killed_parent(tmp_path):
+    name = f"orphan{os.getpid()}"
+    jail = shutil.copy(sandbox._JAIL, tmp_path / f"{name}.py")  # a name to be found in the process list
+    code = f"from wedlm.evaluate import sandbox\nfrom pathlib import Path\nsandbox._JAIL = Path({str(jail)!r})\n"
+    process = subprocess.Popen([sys.executable, "-c", code + "sandbox.run_program('import time; time.sleep(60)')"])
+    deadline = time.monotonic() + 20
+    while len(processes_with(f"{name}.py")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(processes_with(f"{name}.py")) >= 3  # who waits, init, the program
+    process.kill()
+    process.wait()
+    while processes_with(f"{name}.py") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert processes_with(f"{name}.py") == []
+
+
 def test_many_run_in_order():
     programs = [f"assert {number} % 3" for number in range(7)]
-    outcomes = run_programs(programs, QUICK, workers=2)
-    assert [outcome.status for outcome in outcomes] == ["failed" if n % 3 == 0 else "passed" for n in range(7)]
+    statuses = [outcome.status for outcome in run_programs(programs, QUICK, workers=2)]
+    assert statuses == ["failed" if n % 3 == 0 else "passed" for n in range(7)]
     assert run_programs([], workers=2) == []
-
-
-def test_the_documentation_is_right(capsys):
-    """Here, not with the other pages' blocks, because it needs a machine that has the sandbox."""
-    page = (Path(__file__).parents[2] / "docs" / "sandbox.md").read_text()
-    (block,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
-    expected = re.findall(r"  # (.*)", block)
-    exec(compile(block, "sandbox.md", "exec"), {})
-    assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_no_protection_no_run(tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the sandbox refuses; no kernel needs to help with that."""
+"""What the sandbox refuses without the kernel's help, and its page."""
+
+import re
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +52,16 @@ def test_other_systems_are_refused(monkeypatch):
     monkeypatch.setattr(sandbox.sys, "platform", "win32")
     with pytest.raises(SandboxUnavailable, match="does not know win32"):
         run_program("pass")
+
+
+def test_the_documentation_is_right(capsys):
+    """Here, not with the other pages' blocks, because it needs a machine that has the sandbox."""
+    try:
+        run_program("")
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    page = (Path(__file__).parents[2] / "docs" / "sandbox.md").read_text()
+    (block,) = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    expected = re.findall(r"  # (.*)", block)
+    exec(compile(block, "sandbox.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == expected
