@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from wedlm.cli_report import compare, report
 from wedlm.cli_serve import serve
 from wedlm.cli_terminal import plain_errors, read_prompts
 
@@ -235,6 +236,8 @@ def init(
 
 
 app.command()(serve)
+app.command()(report)
+app.command()(compare)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

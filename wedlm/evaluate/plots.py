@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of a report, as SVG: accuracy against speed, sweeps, streaming against block."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from wedlm.evaluate.report import Row, Section
+from wedlm.evaluate.result_folder import describe
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PANEL_INCHES = (4.6, 3.4)
+_LEGEND_LINE_INCHES = 0.18
+# Where a sweep of the threshold puts "none": with 0 the rule fills one position a forward, too.
+_NO_THRESHOLD = 0.0
+_SPEEDS = (("tokens_per_forward", "tokens / forward"), ("tokens_per_second", "tokens / second"))
+
+
+@dataclass(frozen=True)
+class Plot:
+    """``svg`` is a whole SVG document; ``text`` says what it shows to those who do not see it."""
+
+    title: str
+    text: str
+    svg: str
+
+
+def draw_plots(section: Section) -> list[Plot]:
+    """The figures that a section has the points for; none for likelihood tasks, which no decoding mode changes.
+
+    ValueError if matplotlib is missing.
+    """
+    if section.kind != "generate":
+        return []
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            'plots need the package matplotlib, which is not installed: pip install "wedlm[train]", or --no-plots'
+        )
+    drawn = [
+        _pareto(section),
+        _sweep(section, "entropy_threshold", "threshold τ (nats; none at 0)", "Threshold sweep"),
+        _sweep(section, "pos_penalty", "position penalty λ (nats per position)", "Penalty sweep"),
+        _streaming_against_block(section),
+    ]
+    return [plot for plot in drawn if plot is not None]
+
+
+def _pareto(section: Section) -> Plot | None:
+    if len(section.rows) < 2:
+        return None
+    figure, panels = _figure(2)
+    for axes, (speed, label) in zip(panels, _SPEEDS, strict=True):
+        for index, (name, rows) in enumerate(_groups(section.rows, _by_mode).items()):
+            _errors(axes, [row.result.speed[speed] for row in rows], rows, name, index, line="")
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"{section.metric} (%)")
+    _legend(figure, panels[0])
+    return _plot(figure, "Accuracy against speed", f"{section.title}: one dot per point, upper right is better")
+
+
+def _sweep(section: Section, parameter: str, label: str, title: str) -> Plot | None:
+    """Accuracy and speed over one parameter, a line per set of all others."""
+    lines = _lines(section.rows, parameter)
+    if not lines:
+        return None
+    figure, panels = _figure(3)
+    for index, (name, rows) in enumerate(lines.items()):
+        places = [_place(row, parameter) for row in rows]
+        _errors(panels[0], places, rows, name, index)
+        for axes, (speed, _) in zip(panels[1:], _SPEEDS, strict=True):
+            axes.plot(places, [row.result.speed[speed] for row in rows], ".-", color=f"C{index % 10}")
+    for axes, what in zip(panels, (f"{section.metric} (%)", *(name for _, name in _SPEEDS)), strict=True):
+        axes.set_xlabel(label)
+        axes.set_ylabel(what)
+    _legend(figure, panels[0])
+    return _plot(figure, title, f"{section.title}: accuracy and speed over {label}")
+
+
+def _streaming_against_block(section: Section) -> Plot | None:
+    """The two modes where all else is equal: accuracy, and how many times faster streaming is, over the threshold."""
+    pairs = []
+    for rows in _groups(section.rows, lambda row: _others(row, "decoding")).values():
+        modes = {row.point.decoding: row for row in rows}
+        if {"streaming", "block"} <= modes.keys():
+            pairs.append((modes["streaming"], modes["block"]))
+    if not pairs:
+        return None
+    figure, panels = _figure(2)
+    families = _groups(pairs, lambda pair: _others(pair[0], "entropy_threshold", "decoding"))
+    shared = [_others(family[0][0], "entropy_threshold", "decoding") for family in families.values()]
+    for colour, (names, family) in enumerate(zip(_distinct(shared), families.values(), strict=True)):
+        family.sort(key=lambda pair: _place(pair[0], "entropy_threshold"))
+        places = [_place(streaming, "entropy_threshold") for streaming, _ in family]
+        suffix = f" {names}" if names else ""
+        for side, style in ((0, "-"), (1, "--")):
+            rows = [pair[side] for pair in family]
+            _errors(panels[0], places, rows, rows[0].point.decoding + suffix, colour, line=style)
+        for (speed, name), style in zip(_SPEEDS, ("-", ":"), strict=True):
+            ratios = [a.result.speed[speed] / (b.result.speed[speed] or float("nan")) for a, b in family]
+            panels[1].plot(places, ratios, style, marker=".", color=f"C{colour % 10}", label=_plain(name + suffix))
+    panels[1].axhline(1.0, color="grey", linewidth=0.8)
+    for axes, what in zip(panels, (f"{section.metric} (%)", "streaming ÷ block"), strict=True):
+        axes.set_xlabel("threshold τ (nats; none at 0)")
+        axes.set_ylabel(what)
+    _legend(figure, *panels)
+    return _plot(
+        figure, "Streaming against block", f"{section.title}: accuracy of both, and their ratio in speed, over τ"
+    )
+
+
+def _lines(rows: Sequence[Row], parameter: str) -> dict[str, list[Row]]:
+    """Rows that differ in one parameter alone, two values or more, in its order; by a name that tells them apart."""
+    using = [row for row in rows if row.point.decoding in ("streaming", "block")]
+    groups = _groups(using, lambda row: _others(row, parameter))
+    kept = {others: group for others, group in groups.items() if len({_place(row, parameter) for row in group}) > 1}
+    names = _distinct(list(kept))
+    return {
+        name: sorted(group, key=lambda row: _place(row, parameter))
+        for name, group in zip(names, kept.values(), strict=True)
+    }
+
+
+def _place(row: Row, parameter: str) -> float:
+    value = row.point.params.get(parameter)
+    return _NO_THRESHOLD if value is None else float(value)
+
+
+_Facts = tuple[tuple[str, Any], ...]
+
+
+def _others(row: Row, *left_out: str) -> _Facts:
+    """All that a row depends on but some parameters."""
+    point = row.point
+    facts = {
+        "model": point.model_label,
+        "decoding": point.decoding,
+        "chat template": point.chat_template,
+        "few-shot": row.result.num_fewshot,
+        "questions": row.result.num_samples,
+        **point.params,
+    }
+    return tuple((name, value) for name, value in facts.items() if name not in left_out)
+
+
+def _distinct(groups: Sequence[_Facts]) -> list[str]:
+    """Names of groups by the facts in which they differ; the mode is always named."""
+    named = [dict(group) for group in groups]
+    telling = [
+        name
+        for name in dict.fromkeys(key for group in named for key in group)
+        if name == "decoding" or len({repr(group.get(name)) for group in named}) > 1
+    ]
+    plain = ("model", "decoding")
+    return [
+        " ".join(
+            str(group[name]) if name in plain else describe(name, group[name]) for name in telling if name in group
+        )
+        for group in named
+    ]
+
+
+def _by_mode(row: Row) -> str:
+    return f"{row.point.model_label} {row.point.decoding}"
+
+
+def _groups(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _errors(axes: "Axes", places: Sequence[float], rows: Sequence[Row], name: str, index: int, line: str = "-") -> None:
+    """Accuracies in percent with their standard errors."""
+    values = [100 * row.result.value for row in rows]
+    bars = [100 * (row.result.stderr or 0.0) for row in rows]
+    style: dict[str, Any] = {"fmt": f"o{line}", "markersize": 4, "elinewidth": 0.8, "capsize": 2, "alpha": 0.85}
+    axes.errorbar(places, values, yerr=bars, color=f"C{index % 10}", label=_plain(name), **style)
+
+
+def _plain(text: str) -> str:
+    """Dollars would begin a formula, and a leading underscore hides a label."""
+    return " " * text.startswith("_") + text.replace("$", r"\$")
+
+
+def _figure(columns: int) -> tuple["Figure", list["Axes"]]:
+    from matplotlib.figure import Figure  # without pyplot there is no window, and nothing stays behind
+
+    width, height = _PANEL_INCHES
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    panels = [figure.add_subplot(1, columns, number) for number in range(1, columns + 1)]
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    return figure, panels
+
+
+def _legend(figure: "Figure", *panels: "Axes") -> None:
+    """Below the panels, because names are long; the figure grows by it."""
+    entries = [entry for axes in panels for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
+    columns = 1 if max(len(label) for _, label in entries) > 60 else 2
+    height = _PANEL_INCHES[1] + _LEGEND_LINE_INCHES * (1 + math.ceil(len(entries) / columns))
+    figure.set_size_inches(figure.get_figwidth(), height)
+    figure.legend(*zip(*entries, strict=True), loc="outside lower left", fontsize="small", ncols=columns)
+
+
+def _plot(figure: "Figure", title: str, text: str) -> Plot:
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    with rc_context({"svg.hashsalt": title}):  # the same figure is the same file
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return Plot(title, text, file.getvalue())

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report says, before it is written: rows beside their baselines, failures, examples with their forwards."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+from wedlm.evaluate.compare import Comparison, compare_samples
+from wedlm.evaluate.result_folder import AUTOREGRESSIVE, Point, Sample, TaskResult, read_samples
+
+# Where several AR runs could measure a point, the one that agrees with it in these, the first ones first, does.
+_CLOSENESS = ("temperature", "max_tokens", "top_p", "top_k", "seed")
+
+
+class Decoder(Protocol):
+    """What a tokenizer must offer here."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that one forward made final (``step`` from 0, ``num_tokens`` of it)."""
+
+    text: str
+    step: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample to show; without ``pieces`` its text has no colours."""
+
+    sample: Sample
+    pieces: Sequence[Piece]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A wrong answer, and why it is worth a look."""
+
+    example: Example
+    reasons: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A point's result on a task. Comparisons are None where there is nothing to compare with, or with itself.
+
+    ``failures``: the first of ``num_notable`` wrong answers, of ``num_wrong`` in all, that have a reason to be shown.
+    """
+
+    point: Point
+    result: TaskResult
+    against_ar: Comparison | None
+    against_baseline: Comparison | None
+    failures: Sequence[Failure]
+    num_notable: int
+    num_wrong: int
+    examples: Sequence[Example]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its texts have no colours."""
+        return not any(example.pieces for example in self.examples)
+
+
+@dataclass(frozen=True)
+class Section:
+    """All results of one version of a task."""
+
+    title: str
+    metric: str
+    kind: str
+    rows: Sequence[Row]
+
+
+def choose_baseline(points: Sequence[Point], name: str) -> Point:
+    """The point that a user calls ``name``: a key, its beginning, or a model's name (its AR point). ValueError."""
+    by_key = [point for point in points if point.key.startswith(name)]
+    by_model = [point for point in points if point.model["name"] == name and point.decoding == AUTOREGRESSIVE]
+    found = by_key or by_model
+    if len(found) != 1:
+        known = "; ".join(f"{point.key} ({point.model['name']}, {point.label})" for point in points)
+        amount = "fits no point" if not found else f"fits {len(found)} points"
+        raise ValueError(f"the baseline {name!r} {amount}; expected a key, or a model with one AR point, of: {known}")
+    return found[0]
+
+
+def build_sections(
+    points: Sequence[Point],
+    baseline: Point | None = None,
+    num_examples: int = 10,
+    decoder_of: Callable[[Point], Decoder | None] = lambda _: None,
+) -> list[Section]:
+    """Read all samples and pair each point with the AR point of its weights and with the baseline."""
+    titles: dict[tuple[str, float, str], list[Point]] = {}
+    for point in points:
+        for result in point.tasks.values():
+            titles.setdefault((result.name, result.version, result.metric), []).append(point)
+    sections = []
+    for (name, version, metric), members in sorted(titles.items(), key=lambda item: item[0]):
+        samples = {point.key: read_samples(point.tasks[name]) for point in members}
+        kind = members[0].tasks[name].kind
+        # What a likelihood task scores was written by nobody.
+        decoders = {point.key: decoder_of(point) if kind == "generate" else None for point in members}
+        rows = [_row(point, name, members, baseline, samples, num_examples, decoders[point.key]) for point in members]
+        sections.append(Section(f"{name} (version {version:g})", metric, kind, rows))
+    return sections
+
+
+def _row(
+    point: Point,
+    name: str,
+    members: Sequence[Point],
+    baseline: Point | None,
+    samples: Mapping[str, Sequence[Sample]],
+    num_examples: int,
+    decoder: Decoder | None,
+) -> Row:
+    own, ar = samples[point.key], ar_twin(point, members, name)
+    against = {}
+    for role, other in (("ar", ar), ("baseline", baseline)):
+        known = other is not None and other.key != point.key and other.key in samples
+        shared = known and {s.doc_id for s in own} & {s.doc_id for s in samples[other.key]}  # type: ignore[union-attr]
+        against[role] = compare_samples(samples[other.key], own) if shared else None  # type: ignore[union-attr]
+    right_in_ar = {s.doc_id for s in samples[ar.key] if s.correct} if ar is not None else set()
+    wrong = [sample for sample in own if not sample.correct]
+    reasons = [(sample, _reasons(sample, right_in_ar)) for sample in wrong]
+    notable = sorted((item for item in reasons if item[1]), key=lambda item: -len(item[1]))
+    return Row(
+        point=point,
+        result=point.tasks[name],
+        against_ar=against["ar"],
+        against_baseline=against["baseline"],
+        failures=[Failure(_example(sample, decoder), why) for sample, why in notable[:num_examples]],
+        num_notable=len(notable),
+        num_wrong=len(wrong),
+        examples=[_example(sample, decoder) for sample in own[:num_examples]],
+    )
+
+
+def ar_twin(point: Point, points: Sequence[Point], task: str) -> Point | None:
+    """The AR point with the same weights, prompts and task version; of several the one with the closest parameters."""
+    result = point.tasks[task]
+    twins = [
+        other
+        for other in points
+        if other.decoding == AUTOREGRESSIVE
+        and other.weights() == point.weights()
+        and other.chat_template == point.chat_template
+        and other.tasks[task].num_fewshot == result.num_fewshot
+    ]
+
+    def distance(other: Point) -> tuple[bool, ...]:
+        return tuple(other.params.get(name) != point.params.get(name) for name in _CLOSENESS)
+
+    return min(twins, key=distance, default=None)
+
+
+def _reasons(sample: Sample, right_in_ar: set[int]) -> list[str]:
+    reasons = []
+    if sample.doc_id in right_in_ar:
+        reasons.append("AR decoding of the same weights is right")
+    if sample.finish_reason == "length":
+        reasons.append("cut at max_tokens")
+    if sample.truncated:
+        reasons.append("the prompt lost its beginning")
+    if not sample.text.strip():
+        reasons.append("empty answer")
+    return reasons
+
+
+def _example(sample: Sample, decoder: Decoder | None) -> Example:
+    return Example(sample, [] if decoder is None else split_by_step(sample, decoder))
+
+
+def split_by_step(sample: Sample, decoder: Decoder) -> list[Piece]:
+    """A sample's text, cut where another forward made it final; joined, the pieces are the text.
+
+    Tokens behind the text's end (end tokens, stop strings) count in their forward's ``num_tokens``. ValueError if the
+    tokens do not decode to the text.
+    """
+    from wedlm.engine.text import TextStream
+
+    stream = TextStream(decoder)
+    for token in sample.token_ids:
+        stream.push(token)
+    stream.finish()
+    if not stream.text.startswith(sample.text):
+        raise ValueError(
+            f"the tokens of question {sample.doc_id} do not decode to its text; expected the tokenizer of the model "
+            "that wrote it"
+        )
+    pieces, start = [], 0
+    last = len(stream.ends) - 1
+    for step, tokens in groupby(range(len(sample.token_ids)), key=lambda index: sample.token_steps[index]):
+        group = list(tokens)
+        end = len(stream.text) if group[-1] == last else stream.ends[group[-1]]
+        pieces.append(Piece(sample.text[start:end], step, len(group)))
+        start = end
+    return pieces
