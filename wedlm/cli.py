@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from wedlm.cli_eval import evaluate
 from wedlm.cli_serve import serve
 from wedlm.cli_terminal import plain_errors, read_prompts
 
@@ -32,6 +33,7 @@ wedlm chat --system "Answer in one sentence."
 wedlm generate "What is a prime number?" --max-tokens 64
 wedlm serve
 wedlm train config.yaml
+wedlm eval --tasks gsm8k --data-dir ./data
 wedlm COMMAND --help""",
 )
 
@@ -232,6 +234,7 @@ def init(
 
 
 app.command()(serve)
+app.command(name="eval")(evaluate)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """lm-evaluation-harness's model interface over our engine, in the same process."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,9 @@ _GENERATION_OPTIONS = {"until", "until_chat", "max_gen_toks", "temperature", "do
 class EngineLM(TemplateLM):
     """An ``LLM`` as the harness's model.
 
-    ``params``: decoding of generated answers; what a task's generation_kwargs say goes before it. ``chat``: prompts come
-    rendered by the chat template. ``journal_of``: the journal of a task; answers found there are not computed again, and
-    every new one is kept there. ``advance`` is called for each answer.
+    ``params``: decoding of generated answers; what a task's generation_kwargs say goes before it. ``chat``: prompts
+    come rendered by the chat template. ``journal_of``: the journal of a task; answers found there are not computed
+    again, and every new one is kept there. ``progress`` is called with a task and how many of its answers there are.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class EngineLM(TemplateLM):
         params: SamplingParams | None = None,
         chat: bool = False,
         journal_of: Callable[[str], Journal] | None = None,
-        advance: Callable[[], None] = lambda: None,
+        progress: Callable[[str, int, int], None] = lambda *_: None,
     ) -> None:
         super().__init__()
-        self.llm, self.params, self.chat, self.advance = llm, params or SamplingParams(), chat, advance
+        self.llm, self.params, self.chat, self.progress = llm, params or SamplingParams(), chat, progress
         self.scorer = LikelihoodScorer(llm)
+        self._totals: dict[str, int] = {}
         self._journals: dict[str, Journal] = {}
         self._journal_of = journal_of or (lambda task: self._journals.setdefault(task, Journal()))
 
@@ -69,8 +71,7 @@ class EngineLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts of the answers. All requests that no journal knows are given to the engine at once."""
-        open_requests = [request for request in requests if self._entry(request) is None]
-        self._start(open_requests)
+        open_requests = self._start(requests)
         prepared = [self._prepare(request) for request in open_requests]
         for request, output, truncated in self._generate(open_requests, prepared):
             assert output.stats is not None
@@ -112,9 +113,8 @@ class EngineLM(TemplateLM):
         ids = self.tok_encode(context, add_special_tokens=False if self.chat else None)
         room = self.llm.engine.config.max_model_len - params.max_tokens
         if room < 1:
-            raise ValueError(
-                f"max_tokens is {params.max_tokens}, but the model's length is {room + params.max_tokens}; expected less"
-            )
+            length = room + params.max_tokens
+            raise ValueError(f"max_tokens is {params.max_tokens}; expected less than the model's length, {length}")
         return ids[-room:], params, len(ids) > room
 
     def _sampling_params(self, options: dict[str, Any]) -> SamplingParams:
@@ -136,11 +136,18 @@ class EngineLM(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether greedy decoding would write it."""
-        open_requests = [request for request in requests if self._entry(request) is None]
-        self._start(open_requests)
+        open_requests = self._start(requests)
         pairs = [self._pair(*request.args) for request in open_requests]
+        stats, told = self.scorer.stats, replace(self.scorer.stats)
         for index, score in self.scorer.score(pairs):
-            self._keep(open_requests[index], {"logprob": score.logprob, "greedy": score.greedy})
+            entry = {
+                "logprob": score.logprob,
+                "greedy": score.greedy,
+                "computed": stats.num_computed_tokens - told.num_computed_tokens,
+                "reused": stats.num_reused_tokens - told.num_reused_tokens,
+            }
+            told = replace(stats)
+            self._keep(open_requests[index], entry)
         return [(entry["logprob"], entry["greedy"]) for entry in map(self._known, requests)]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -181,13 +188,21 @@ class EngineLM(TemplateLM):
     def _journal(self, request: Instance) -> Journal:
         return self._journal_of(request.task_name or "")
 
-    def _start(self, requests: Sequence[Instance]) -> None:
-        for name in {request.task_name or "" for request in requests}:
-            self._journal_of(name).start()
+    def _start(self, requests: Sequence[Instance]) -> list[Instance]:
+        """The requests that no journal knows; time counts from here."""
+        for request in requests:
+            self._journal(request).start()
+        self._totals = dict(Counter(request.task_name or "" for request in requests))
+        for name in self._totals:
+            self._tell(name)
+        return [request for request in requests if self._entry(request) is None]
 
     def _keep(self, request: Instance, entry: Entry) -> None:
         self._journal(request).add(*_place(request), entry)
-        self.advance()
+        self._tell(request.task_name or "")
+
+    def _tell(self, name: str) -> None:
+        self.progress(name, len(self._journal_of(name).entries), self._totals[name])
 
 
 def _place(request: Instance) -> tuple[int, int]:

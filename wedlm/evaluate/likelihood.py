@@ -81,7 +81,7 @@ class _Rows:
         self.wanted += [(last, index, tokens[0]) for index, tokens in enumerate(self.item.continuations)]
 
     def add_branch(self, index: int, num_shared: int) -> None:
-        """A continuation's tokens but the last, after ``num_shared`` rows of context; each row scores the next token."""
+        """A continuation's tokens but the last, after ``num_shared`` rows of context; each scores the next token."""
         tokens, own = self.item.continuations[index], len(self.tokens)
         alone = own == num_shared  # directly after what it sees: plain order, which needs no block of its own
         self._add(tokens[:-1], len(self.item.context), *((0, 0) if alone else (num_shared, own)))
@@ -150,7 +150,6 @@ class LikelihoodScorer:
             item = groups.setdefault(kept, _Item(list(kept), [], [], f"likelihood-{index}"))
             item.pairs.append(index)
             item.continuations.append(list(continuation))
-            self.stats.num_reused_tokens += len(kept) + len(continuation) - 1  # less what is computed, see _forward
         items = [groups[context] for context in sorted(groups)]
         for item in items:
             item.logprobs, item.greedy = [0.0] * len(item.pairs), [True] * len(item.pairs)
@@ -212,6 +211,8 @@ class LikelihoodScorer:
             self._forward(sequences)
         scores = []
         for item in batch:
+            alone = [len(item.context) + len(tokens) - 1 for tokens in item.continuations]
+            self.stats.num_reused_tokens += sum(alone)  # less what is computed, see _forward
             self.pool.commit(item.name, item.context, len(item.context))
             self.pool.close(item.name)
             for pair, logprob, greedy in zip(item.pairs, item.logprobs, item.greedy, strict=True):
@@ -235,21 +236,17 @@ class LikelihoodScorer:
             pages=[rows.pages for rows in sequences],
             visibility=None if plain else visibility,
         )
-        offset, logit_rows, where, targets, owners = 0, [], [], [], []
-        row_of: dict[int, int] = {}
+        offset, row_of, where, targets, owners = 0, dict[int, int](), [], [], []
         for rows in sequences:
             for row, index, target in rows.wanted:
                 packed = offset + row
-                if packed not in row_of:
-                    row_of[packed] = len(logit_rows)
-                    logit_rows.append(packed)
-                where.append(row_of[packed])
+                where.append(row_of.setdefault(packed, len(row_of)))
                 targets.append(target)
                 owners.append((rows.item, index))
             offset += len(rows.tokens)
         positions = self._tensor([position for rows in sequences for position in rows.positions])
         attend = PagedSdpa(self.cache, batch)
-        logits = self.model(self._tensor(tokens), positions, attend, self._tensor(logit_rows)).float()
+        logits = self.model(self._tensor(tokens), positions, attend, self._tensor(list(row_of))).float()
         at, target_ids = self._tensor(where), self._tensor(targets)
         logprobs = (logits[at, target_ids] - logits.logsumexp(dim=-1)[at]).tolist()
         greedy = (logits.argmax(dim=-1)[at] == target_ids).tolist()
