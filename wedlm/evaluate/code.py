@@ -12,8 +12,13 @@ _FENCE = re.compile(r"```[ \t]*(?:python|py|Python)?[ \t]*\n(.*?)(?:\n[ \t]*```|
 # A base model writes on after its function; the first line in column 0 that begins something else ends it.
 _NEXT_TOP_LEVEL = re.compile(r"\n(?=(?:class |def |if |print|#|@|assert |```|<))")
 
-_COMPARE = """
+# Helpers inside the program: how results compare, and what JSON may have made of an input's tuples and complex numbers.
+_HELPERS = """
+import copy, itertools, re
+
 def _same(got, want, atol):
+    if isinstance(want, re.Match) or isinstance(got, re.Match):
+        return bool(got) == bool(want)
     if isinstance(want, float) or isinstance(got, float) and isinstance(want, int):
         if got == want or got != got and want != want:
             return True
@@ -23,6 +28,27 @@ def _same(got, want, atol):
     if isinstance(want, dict) and isinstance(got, dict):
         return got.keys() == want.keys() and all(_same(got[k], want[k], atol) for k in want)
     return got == want
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+def _forms(args):
+    yield args
+    ways = [lambda x: x, _tuples, lambda x: [*map(_tuples, x)] if isinstance(x, list) else x]
+    for chosen in itertools.product(ways, repeat=len(args)):
+        yield [way(arg) for way, arg in zip(chosen, args)]
+    try:
+        yield [complex(arg) for arg in args]
+    except (TypeError, ValueError):
+        pass
+
+def _first_accepted(function, args):
+    for form in _forms(args):
+        try:
+            return form, function(*copy.deepcopy(form))
+        except Exception:
+            pass
+    return None, None
 """
 
 
@@ -57,8 +83,9 @@ def mbpp_program(doc: Document, text: str) -> str:
 def plus_program(doc: Document, text: str) -> str:
     """The answer beside the reference solution, on all inputs.
 
-    Inputs that the reference itself refuses are left out: JSON has turned some tuples into lists. HumanEval/32 asks for
-    some root of a polynomial: any is right.
+    JSON has turned tuples into lists: the reference gets an input in the first form that it accepts, and the answer
+    the same; inputs that it refuses in all forms are left out. HumanEval/32 asks for some root of a polynomial: any is
+    right.
     """
     entry = doc["entry_point"]
     is_humaneval = doc["task_id"].startswith("HumanEval/")
@@ -71,17 +98,15 @@ def plus_program(doc: Document, text: str) -> str:
     right = "_same(got, want, atol)"
     if doc["task_id"] == "HumanEval/32":
         right = "abs(sum(c * got**i for i, c in enumerate(args[0]))) <= 1e-4"
-    return f"""{_COMPARE}
-import copy
+    return f"""{_HELPERS}
 answer, reference = {{"__name__": "answer"}}, {{"__name__": "reference"}}
 exec({answer!r}, answer)
 exec({reference!r}, reference)
 atol, ran = {doc["atol"]!r}, 0
 inf, nan = float("inf"), float("nan")
 for args in {[*doc["base_input"], *doc["plus_input"]]!r}:
-    try:
-        want = reference[{entry!r}](*copy.deepcopy(args))
-    except Exception:
+    args, want = _first_accepted(reference[{entry!r}], args)
+    if args is None:
         continue
     got = answer[{entry!r}](*copy.deepcopy(args))
     assert {right}, (args, got, want)

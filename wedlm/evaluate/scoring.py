@@ -13,13 +13,16 @@ _PARSE_SECONDS = 5  # of one expression; unusual ones can keep the symbolic alge
 
 def gsm8k_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """The harness's process_results of GSM8K."""
-    expected = last_number(doc["answer"])
-    return {"exact_match": float(expected is not None and last_number(results[0]) == expected)}
+    expected = final_number(doc["answer"])
+    return {"exact_match": float(expected is not None and final_number(results[0]) == expected)}
 
 
-def last_number(text: str) -> Decimal | None:
-    """The answer of a solution: the number after the last "####", in the last box, or else the last one of all."""
-    _, mark, after = text.rpartition("####")
+def final_number(text: str) -> Decimal | None:
+    """The answer of a solution: the number after the first "####", in the last box, or else the last one of all.
+
+    The first, because a base model may go on with questions of its own.
+    """
+    _, mark, after = text.partition("####")
     if mark and (found := _NUMBER.search(after)):
         return _decimal(found[0])
     box = last_box(text)
