@@ -115,19 +115,25 @@ assert ran
 """
 
 
-def _passes(program: str) -> float:
-    from wedlm.evaluate.sandbox import run_program
+def _passes(program: str, seconds: float) -> float:
+    from wedlm.evaluate.sandbox import Limits, SandboxUnavailable, run_program
 
-    return float(run_program(program).status == "passed")
+    try:
+        outcome = run_program(program, Limits(seconds=seconds, cpu_seconds=seconds))
+    except SandboxUnavailable as error:
+        raise ValueError(f"generated code cannot be run here: {error}") from error
+    return float(outcome.status == "passed")
 
 
-def _results(make_program: Callable[[Document, str], str]) -> Callable[[Document, Sequence[str]], dict[str, float]]:
+def _results(
+    make_program: Callable[[Document, str], str], seconds: float
+) -> Callable[[Document, Sequence[str]], dict[str, float]]:
     def process_results(doc: Document, results: Sequence[str]) -> dict[str, float]:
-        return {"pass@1": _passes(make_program(doc, results[0]))}
+        return {"pass@1": _passes(make_program(doc, results[0]), seconds)}
 
     return process_results
 
 
-humaneval_results = _results(humaneval_program)
-mbpp_results = _results(mbpp_program)
-plus_results = _results(plus_program)
+humaneval_results = _results(humaneval_program, 10)
+mbpp_results = _results(mbpp_program, 10)
+plus_results = _results(plus_program, 30)  # hundreds of inputs, twice
