@@ -113,7 +113,6 @@ def run_eval(options: dict[str, Any]) -> None:
     base, grid = make_params(settings.protocol, chosen), parse_sweep(options["sweep"] or [])
     with err.status("Reading the questions ..."), _needs_extra():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; before its first import
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the data files are all it needs
         from wedlm.evaluate.point import Evaluation, load_tasks, sweep_params
 
         points = sweep_params(base, grid)
