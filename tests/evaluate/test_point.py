@@ -97,7 +97,8 @@ def test_the_files_of_a_point(evaluation, llm, sandbox):
         assert len(line["token_steps"]) == len(line["token_ids"])
         assert max(line["token_steps"]) < line["forwards"]
     assert record["tasks"]["humaneval"]["value"] == 0.5
-    assert all("check(half)" in program for program in sandbox)
+    assert len(sandbox) == 3  # the first asks whether there is a sandbox at all
+    assert all("check(half)" in program for program in sandbox[1:])
 
 
 def test_prompts_and_choices(evaluation):
@@ -196,6 +197,15 @@ def test_too_long_prompts_lose_their_beginning(directory, tmp_path):
     assert all(line["truncated"] and line["prompt_tokens"] == 48 for line in lines)
     with pytest.raises(ValueError, match="max_tokens is 60; expected less than the model's length, 60"):
         run.run(Params(max_tokens=60), {})
+
+
+def test_code_tasks_do_not_start_without_a_sandbox(evaluation, monkeypatch, sandbox):
+    def refuse(source, limits=None):
+        raise RuntimeError("no namespaces")
+
+    monkeypatch.setattr(sys.modules["wedlm.evaluate.sandbox"], "run_program", refuse)
+    with pytest.raises(ValueError, match="generated code cannot be run here: no namespaces"):
+        evaluation("gsm8k", "humaneval")
 
 
 def test_wrong_data_files(evaluation, tmp_path):

@@ -115,6 +115,12 @@ assert ran
 """
 
 
+def check_sandbox() -> None:
+    """ValueError if generated code cannot be run here: better known before the model answers than after."""
+    if not _passes("answer = 6 * 7\n", seconds=10):
+        raise ValueError("generated code cannot be run here: a program of one assignment did not end in the sandbox")
+
+
 def _passes(program: str, seconds: float) -> float:
     from wedlm.evaluate.sandbox import Limits, SandboxUnavailable, run_program
 

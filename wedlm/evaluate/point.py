@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
+from wedlm.evaluate.code import check_sandbox
 from wedlm.evaluate.data import digest
 from wedlm.evaluate.harness import EngineLM
 from wedlm.evaluate.identity import ModelIdentity, environment, now
@@ -32,11 +33,14 @@ Record = dict[str, Any]
 
 
 def load_tasks(settings: Settings) -> dict[str, Any]:
-    """The harness's task objects by name, with their questions read. ValueError if a data file is missing or odd."""
+    """The harness's task objects by name, with their questions read. ValueError if a data file is missing or odd,
+    or if a task needs to run code and that is impossible here."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about choices that the task files make
     metadata = {"data_dir": str(settings.data_dir), "chat": settings.chat_template}
     manager = TaskManager(include_path=str(TASKS_DIRECTORY), include_defaults=False, metadata=metadata)
     tasks = manager.load(list(settings.tasks))["tasks"]
+    if any((task.config.metadata or {}).get("runs_code") for task in tasks.values()):
+        check_sandbox()
     for task in tasks.values():
         if settings.num_fewshot is not None:
             task.set_config(key="num_fewshot", value=settings.num_fewshot)
