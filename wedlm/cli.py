@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from wedlm.cli_report import compare, report
+from wedlm.cli_eval import evaluate
 from wedlm.cli_serve import serve
 from wedlm.cli_terminal import plain_errors, read_prompts
 
@@ -34,6 +35,7 @@ wedlm chat --system "Answer in one sentence."
 wedlm generate "What is a prime number?" --max-tokens 64
 wedlm serve
 wedlm train config.yaml
+wedlm eval --tasks gsm8k --data-dir ./data
 wedlm COMMAND --help""",
 )
 
@@ -238,6 +240,7 @@ def init(
 app.command()(serve)
 app.command()(report)
 app.command()(compare)
+app.command(name="eval")(evaluate)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine on device steps against the engine on the plain runner: same text, same steps, same rows, in every mode."""
+"""The engine on device steps against the engine on the plain runner: same text, steps and rows in every mode."""
 
 import random
 

@@ -34,8 +34,9 @@ class LLM:
     model: a Hugging Face directory, a .gguf file, a hub id, or "demo". dtype: a torch dtype's name, or "auto": the
     checkpoint's, but float32 on CPUs without bfloat16 instructions. device: "auto" takes CUDA where there is one.
     max_model_len: positions of a sequence; default: the checkpoint's length. decoding: mode of requests that name none;
-    default: "auto", AR decoding's text with as many rows a forward as pay at the time. kv_cache_bytes: size of the cache; default on CUDA: what
-    gpu_memory_utilization leaves, elsewhere: four full sequences, at most a quarter of the memory. adapter: directory
+    default: "auto", AR decoding's text with as many rows a forward as pay at the time. kv_cache_bytes: size of the
+    cache; default on CUDA: what gpu_memory_utilization leaves, elsewhere: four full sequences, at most a quarter of the
+    memory. adapter: directory
     of a LoRA in peft's format, merged into the weights as they load; for another adapter make another LLM. cuda_graphs:
     steps on our kernels, as CUDA graphs; default: wherever that works; False: plain torch operations.
     """

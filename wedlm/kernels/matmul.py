@@ -50,10 +50,8 @@ def _rows_times_weight(
     m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     k_start = split * K_PER_SPLIT
     k_stop = tl.minimum(k_start + K_PER_SPLIT, K)
-    if GATED:  # weight rows of gate and up in turn, so that one tile holds both of an output
-        weight_row = (n % 2) * (N // 2) + n // 2
-    else:
-        weight_row = n
+    # Gated: weight rows of gate and up in turn, so that one tile holds both of an output.
+    weight_row = (n % 2) * (N // 2) + n // 2 if GATED else n
     inside_n = (n < N)[:, None]
     weight = weight_ptr + weight_row.to(tl.int64)[:, None] * K + k[None]
     begin(OVERLAP)
@@ -86,7 +84,8 @@ def few_rows_product(x: Tensor, weight: Tensor, tiling: Tiling, gated: bool = Fa
     """
     num_rows, depth = x.shape
     size = len(weight)
-    assert num_rows <= MAX_ROWS and not (gated and tiling.splits > 1)
+    assert num_rows <= MAX_ROWS, num_rows
+    assert not (gated and tiling.splits > 1)
     overlap = overlaps(x.device)
     if tiling.splits > 1:
         out = torch.empty(tiling.splits, num_rows, size, dtype=torch.float32, device=x.device)

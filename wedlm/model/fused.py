@@ -65,7 +65,8 @@ class FusedTransformer:
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
             attention, mlp = layer.self_attn, layer.mlp
-            assert attention.qkv_proj is not None and mlp.gate_up_proj is not None
+            assert attention.qkv_proj is not None
+            assert mlp.gate_up_proj is not None
             x_TC, normed = add_rms_norm(x_TC, delta, _weight(layer.input_layernorm), self.eps)
             qkv = self._product(normed, attention.qkv_proj)
             out_THD = attend(index, qkv, cos_TD, sin_TD, self.norms[index])

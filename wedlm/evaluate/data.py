@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions from files in a local folder, in the forms that the task files use. Nothing is fetched here."""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.samplers import ContextSampler
+
+Document = dict[str, Any]
+
+_CALCULATOR_MARK = re.compile(r"<<.*?>>")
+_LETTERS = "ABCDEFGHIJ"
+
+
+class Documents(list[Document]):
+    """Questions of a task, as the harness reads a data set; ``shots`` are the examples to choose from.
+
+    ``source``: name of the file that the examples come from.
+    """
+
+    def __init__(self, rows: Sequence[Document], shots: Sequence[Document] = (), source: str = "") -> None:
+        super().__init__(rows)
+        self.shots, self.source = list(shots), source
+
+    @property
+    def features(self) -> Document:
+        """The names of the fields, as keys."""
+        return dict.fromkeys(self[0])
+
+
+def load(
+    *, data_dir: str, chat: bool = False, test: str, form: str = "plain", shots: Sequence[str] = (), **_: Any
+) -> dict[str, Documents]:
+    """The split "test" from the file named ``test``. Called by the harness with a task's metadata and dataset_kwargs.
+
+    ``form`` names how rows are read. ``shots``: files of examples, of which the first that exists is taken, and the
+    rows of ``test`` if none does. Every document has the field ``chat``.
+    """
+    read = FORMS[form]
+    rows = [{**read(row), "chat": chat} for row in read_rows(Path(data_dir), test)]
+    for name in shots:
+        if find_file(Path(data_dir), name) is not None:
+            questions = {_question(row) for row in rows}
+            examples = [{**read(row), "chat": chat} for row in read_rows(Path(data_dir), name)]
+            # A larger file may contain the questions themselves (MATH-500 and the test set it was drawn from).
+            return {"test": Documents(rows, [row for row in examples if _question(row) not in questions], name)}
+    return {"test": Documents(rows, rows, test)}
+
+
+def find_file(directory: Path, name: str) -> Path | None:
+    """The file of that name, whatever its kind, or None."""
+    paths = [directory / f"{name}{kind}" for kind in (".jsonl.gz", ".jsonl", ".csv")]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_rows(directory: Path, name: str) -> list[Document]:
+    """Rows of a data file (.jsonl.gz, .jsonl or .csv). ValueError if it is missing, empty or no such file."""
+    path = find_file(directory, name)
+    if path is None:
+        raise ValueError(
+            f"{directory} has no {name}.jsonl.gz; expected that file there (wedlm eval --download DIR fetches "
+            "the public sets)"
+        )
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        if path.suffix == ".csv":
+            rows: list[Any] = list(csv.DictReader(io.StringIO(text, newline="")))
+        else:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read ({error}); expected one JSON object a line") from error
+    if not rows:
+        raise ValueError(f"{path} has no rows; expected at least one")
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} has a row that is no JSON object; expected one a line, with names for its fields")
+    return rows
+
+
+def digest(documents: Sequence[Document]) -> str:
+    """16 hexadecimal digits that change with the questions."""
+    text = json.dumps(list(documents), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _question(row: Document) -> str:
+    return str(next((row[name] for name in ("question", "problem", "text", "prompt", "query") if name in row), row))
+
+
+def _plain(row: Document) -> Document:
+    return row
+
+
+def _lettered(row: Document) -> Document:
+    """question, A, B, ..., answer (a letter)."""
+    letters = [letter for letter in _LETTERS if row.get(letter) is not None]
+    if row.get("answer") not in letters:
+        raise ValueError(f"a row's answer is {row.get('answer')!r}; expected one of its letters, {''.join(letters)}")
+    return {
+        "question": row["question"].strip(),
+        "subject": row.get("subject", "").replace("_", " "),
+        "choices": [row[letter] for letter in letters],
+        "letters": letters,
+        "gold": letters.index(row["answer"]),
+    }
+
+
+def _gpqa(row: Document) -> Document:
+    """The official CSV's columns, choices in an order that depends on the question alone; or a lettered row."""
+    if "Correct Answer" not in row:
+        return _lettered(row)
+    choices = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
+    order = sorted(range(4), key=lambda i: hashlib.sha256(f"{row['Question']}\n{i}".encode()).hexdigest())
+    lettered = {letter: choices[i].strip() for letter, i in zip("ABCD", order, strict=True)}
+    return _lettered({"question": row["Question"], **lettered, "answer": "ABCD"[order.index(0)]})
+
+
+def _gsm8k(row: Document) -> Document:
+    return {"question": row["question"], "answer": _CALCULATOR_MARK.sub("", row["answer"])}
+
+
+def _mbpp(row: Document) -> Document:
+    return {**row, "code": row["code"].replace("\r\n", "\n").strip(), "tests": "\n".join(row["test_list"])}
+
+
+FORMS: dict[str, Callable[[Document], Document]] = {
+    "plain": _plain,
+    "lettered": _lettered,
+    "gpqa": _gpqa,
+    "gsm8k": _gsm8k,
+    "mbpp": _mbpp,
+}
+
+
+def shots_of(documents: Documents) -> list[Document]:
+    """The examples that belong to a task's questions."""
+    return documents.shots
+
+
+class FirstOthers(ContextSampler):
+    """The first examples, the same for all questions so that their keys are shared: of the question's subject, if it
+    has one, and never the question itself."""
+
+    def sample(self, n: int, eval_doc: Document | None = None, df: Any = None, **_: Any) -> list[Document]:
+        subject = (eval_doc or {}).get("subject", "")
+        pool = [doc for doc in self.df if doc != eval_doc and doc.get("subject", "") == subject]
+        if len(pool) < n:
+            of = f" of the subject {subject}" if subject else ""
+            raise ValueError(f"num_fewshot is {n}, but there are {len(pool)} examples{of}; expected at most so many")
+        return pool[:n]

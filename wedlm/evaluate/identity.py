@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which model, on what: the facts that results are filed under."""
+
+import hashlib
+import platform
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from wedlm.model.demo import DEMO_CHANGE
+from wedlm.model.locate import DEMO_NAME, locate
+
+if TYPE_CHECKING:
+    from wedlm.engine.llm import LLM
+
+_KINDS = (".safetensors", ".gguf", ".json", ".jinja")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """A model as results name it; ``hash`` is a digest of its files, the adapter's included."""
+
+    name: str
+    hash: str
+    dtype: str
+    device: str
+    adapter: str | None
+
+
+def identify(llm: "LLM", model: str, adapter: str | None) -> ModelIdentity:
+    """``model`` and ``adapter`` as given to the ``LLM``."""
+    paths = _files(locate(model))
+    if model == DEMO_NAME:
+        paths.append(DEMO_CHANGE)
+    if adapter is not None:
+        paths += _files(Path(adapter))
+    return ModelIdentity(
+        name=_last_part(model),
+        hash=_digest(paths),
+        dtype=str(llm.engine.runner.cache.keys.dtype).removeprefix("torch."),
+        device=str(llm.device),
+        adapter=None if adapter is None else _last_part(adapter),
+    )
+
+
+def _last_part(path: str) -> str:
+    return Path(path).name or path
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a checkpoint that decide what it says."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.suffix in _KINDS and file.is_file())
+
+
+def _digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\n".encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and machine, as far as they matter for speed."""
+    return {
+        "wedlm": version("wedlm"),
+        "torch": torch.__version__,
+        "lm_eval": version("lm_eval"),
+        "python": platform.python_version(),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers as they come, on disk: what a killed run had finished is not computed again."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Entry = dict[str, Any]
+
+
+@dataclass
+class Journal:
+    """Answers of one task in one point, by (document, index of the request in it). ``path`` None keeps them in memory.
+
+    An entry's ``seconds`` is the wall time since the entry before it, so that they add up over killed runs.
+    """
+
+    path: Path | None = None
+    entries: dict[tuple[int, int], Entry] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._last = time.perf_counter()
+        if self.path is not None and self.path.exists():
+            whole = self.path.read_bytes()
+            end = whole.rfind(b"\n") + 1  # a killed run may have left half a line
+            for line in whole[:end].splitlines():
+                entry = json.loads(line)
+                self.entries[entry.pop("doc_id"), entry.pop("index")] = entry
+            if end < len(whole):
+                with self.path.open("r+b") as file:
+                    file.truncate(end)
+
+    def start(self) -> None:
+        """Time counts from here for the next entry."""
+        self._last = time.perf_counter()
+
+    def find(self, doc_id: int, index: int) -> Entry | None:
+        return self.entries.get((doc_id, index))
+
+    def add(self, doc_id: int, index: int, entry: Entry) -> None:
+        """Keep an answer; on disk when this returns."""
+        now = time.perf_counter()
+        entry = {**entry, "seconds": now - self._last}
+        self._last = now
+        self.entries[doc_id, index] = entry
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"doc_id": doc_id, "index": index, **entry}, ensure_ascii=False) + "\n")
+
+    def of_document(self, doc_id: int) -> list[Entry]:
+        """Answers of a document's requests, in their order."""
+        return [self.entries[key] for key in sorted(key for key in self.entries if key[0] == doc_id)]
+
+    def discard(self) -> None:
+        """Remove the file."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

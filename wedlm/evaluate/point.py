@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One point: a model and one set of parameters on some tasks, to a ``point-<key>.json`` and files of samples.
+
+docs/evaluation.md describes the files.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+
+from wedlm.evaluate.code import check_sandbox
+from wedlm.evaluate.data import digest
+from wedlm.evaluate.harness import EngineLM
+from wedlm.evaluate.identity import ModelIdentity, environment, now
+from wedlm.evaluate.journal import Journal
+from wedlm.evaluate.settings import TASKS_DIRECTORY, Params, Settings
+
+if TYPE_CHECKING:
+    from wedlm.engine.llm import LLM
+
+FORMAT = 1
+Progress = Callable[[str, int, int], None]  # task, answers so far, answers in all
+Record = dict[str, Any]
+
+
+def load_tasks(settings: Settings) -> dict[str, Any]:
+    """The harness's task objects by name, with their questions read. ValueError if a data file is missing or odd,
+    or if a task needs to run code and that is impossible here."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about choices that the task files make
+    metadata = {"data_dir": str(settings.data_dir), "chat": settings.chat_template}
+    manager = TaskManager(include_path=str(TASKS_DIRECTORY), include_defaults=False, metadata=metadata)
+    tasks = manager.load(list(settings.tasks))["tasks"]
+    if any((task.config.metadata or {}).get("runs_code") for task in tasks.values()):
+        check_sandbox()
+    for task in tasks.values():
+        if settings.num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        task.set_fewshot_seed(seed=0)
+    return tasks
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model, ready to be run on tasks with different parameters."""
+
+    llm: "LLM"
+    model: ModelIdentity
+    settings: Settings
+    tasks: Mapping[str, Any]
+
+    def key(self, params: Params) -> str:
+        """16 hexadecimal digits: a digest of all that can change an answer or a score."""
+        facts = {
+            "format": FORMAT,
+            "model": [self.model.hash, self.model.dtype, self.llm.engine.config.max_model_len],
+            "params": asdict(params),
+            "tasks": {name: [_version(task), self._num_fewshot(task)] for name, task in self.tasks.items()},
+            "data": {name: [digest(task.dataset["test"]), digest(_shots(task))] for name, task in self.tasks.items()},
+            "chat_template": self.settings.chat_template,
+            "limit": self.settings.limit,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def find(self, params: Params) -> Record | None:
+        """The point's record if the output folder has it."""
+        path = self._point_path(self.key(params))
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def run(self, params: Params, swept: Mapping[str, Any], progress: Progress = lambda *_: None) -> Record:
+        """Evaluate a point, from where a killed run left it, and write its files."""
+        key = self.key(params)
+        self.settings.output.mkdir(parents=True, exist_ok=True)
+        journals = {name: Journal(self._partial_path(key, name)) for name in self.tasks}
+        lm = EngineLM(
+            self.llm, params.sampling_params(), self.settings.chat_template, journals.__getitem__, progress=progress
+        )
+        tasks = {name: self._run_task(key, name, lm, journals[name]) for name in self.tasks}
+        record = {
+            "format": FORMAT,
+            "key": key,
+            "model": asdict(self.model),
+            "params": asdict(params),
+            "swept": dict(swept),
+            "protocol": self.settings.protocol,
+            "chat_template": self.settings.chat_template,
+            "limit": self.settings.limit,
+            "num_fewshot": self.settings.num_fewshot,
+            "tasks": tasks,
+            "environment": environment(self.llm.device),
+            "created": now(),
+        }
+        _write(self._point_path(key), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        for journal in journals.values():
+            journal.discard()
+        return record
+
+    def _run_task(self, key: str, name: str, lm: EngineLM, journal: Journal) -> Record:
+        """Evaluate one task, write its samples, and describe it as the point's file does."""
+        task = self.tasks[name]
+        results: Any = evaluate(
+            lm=lm,
+            task_dict={"tasks": {name: task}, "groups": {}},
+            limit=self.settings.limit,
+            bootstrap_iters=1000,  # every metric has a closed form; 0 would leave the errors out
+            apply_chat_template=self.settings.chat_template,
+            fewshot_as_multiturn=True,
+        )
+        metrics = _metrics(results["results"][name])
+        main = (task.config.metadata or {}).get("main_metric") or next(iter(metrics))
+        generates = task.OUTPUT_TYPE == "generate_until"
+        samples = [
+            _sample(task, sample, journal, main) for sample in sorted(results["samples"][name], key=_document_index)
+        ]
+        path = self.settings.output / f"samples-{key}-{name}.jsonl"
+        _write(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+        return {
+            "version": _version(task),
+            "kind": "generate" if generates else "likelihood",
+            "num_fewshot": self._num_fewshot(task),
+            "shots_from": task.dataset["test"].source if self._num_fewshot(task) else None,
+            "num_samples": len(samples),
+            "metric": main,
+            **metrics[main],
+            "metrics": metrics,
+            "speed": _generation_speed(samples) if generates else _likelihood_speed(samples, journal),
+            "samples_file": path.name,
+        }
+
+    def _num_fewshot(self, task: Any) -> int:
+        return int(task.config.num_fewshot or 0)
+
+    def _point_path(self, key: str) -> Path:
+        return self.settings.output / f"point-{key}.json"
+
+    def _partial_path(self, key: str, task: str) -> Path:
+        return self.settings.output / f"samples-{key}-{task}.jsonl.partial"
+
+
+def sweep_params(base: Params, points: Sequence[Mapping[str, Any]]) -> list[tuple[Params, Mapping[str, Any]]]:
+    """Parameters of each point of a grid, and what the grid varied in it."""
+    return [(replace(base, **point), point) for point in points]
+
+
+def _version(task: Any) -> float:
+    return float(task.config.metadata["version"])
+
+
+def _shots(task: Any) -> list[Record]:
+    return task.dataset["test"].shots
+
+
+def _document_index(sample: Record) -> int:
+    return sample["doc_id"]
+
+
+def _metrics(results: Mapping[str, Any]) -> dict[str, Record]:
+    """The harness writes ``acc,none`` and ``acc_stderr,none``; numbers only."""
+    found: dict[str, Record] = {}
+    for name, value in results.items():
+        metric, comma, filter_name = name.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            stderr = results.get(f"{metric}_stderr,{filter_name}")
+            known = isinstance(stderr, int | float) and math.isfinite(stderr)
+            found[metric] = {"value": float(value), "stderr": float(stderr) if known else None}  # type: ignore[arg-type]
+    return found
+
+
+def _sample(task: Any, sample: Record, journal: Journal, main: str) -> Record:
+    """A line of the samples file."""
+    entries = journal.of_document(sample["doc_id"])
+    arguments, values = sample["arguments"], {name: float(sample[name]) for name in sample["metrics"]}
+    record = {
+        "doc_id": sample["doc_id"],
+        "prompt": arguments[0][0],
+        "target": str(sample["target"]),
+        "metrics": values,
+        "correct": values[main] == 1,
+    }
+    if task.OUTPUT_TYPE == "generate_until":
+        return {**record, **entries[0]}
+    choices = [continuation for _, continuation in arguments]
+    if len({context for context, _ in arguments}) > 1:  # the choices are in the contexts
+        record["prompt"], choices = "", [context + continuation for context, continuation in arguments]
+    logprobs = [entry["logprob"] for entry in entries]
+    gold = sample["doc"]["gold"]
+    return {
+        **record,
+        "target": choices[gold],
+        "choices": choices,
+        "logprobs": logprobs,
+        "greedy": [entry["greedy"] for entry in entries],
+        "chosen": max(range(len(logprobs)), key=logprobs.__getitem__),
+        "seconds": sum(entry["seconds"] for entry in entries),
+    }
+
+
+def _generation_speed(samples: Sequence[Record]) -> Record:
+    tokens = sum(len(sample["token_ids"]) for sample in samples)
+    forwards, rows = sum(sample["forwards"] for sample in samples), sum(sample["rows"] for sample in samples)
+    seconds = sum(sample["seconds"] for sample in samples)
+    return {
+        "num_tokens": tokens,
+        "num_forwards": forwards,
+        "num_rows": rows,
+        "tokens_per_forward": tokens / forwards if forwards else 0.0,
+        "p_cache": tokens / rows if rows else 0.0,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
+        "num_cut": sum(sample["finish_reason"] == "length" for sample in samples),
+    }
+
+
+def _likelihood_speed(samples: Sequence[Record], journal: Journal) -> Record:
+    seconds = sum(sample["seconds"] for sample in samples)
+    entries = journal.entries.values()
+    return {
+        "seconds": seconds,
+        "samples_per_second": len(samples) / seconds if seconds else 0.0,
+        "num_computed_tokens": sum(entry["computed"] for entry in entries),
+        "num_reused_tokens": sum(entry["reused"] for entry in entries),
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    """All of the file or nothing of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

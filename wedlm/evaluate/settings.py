@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation is asked to do: decoding parameters, protocols, and grids of them. Imports neither torch nor the
+harness."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wedlm.engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Params:
+    """Decoding of a point, under the names that the command line and the result files use."""
+
+    decoding: str = "verified"
+    window_size: int = 16
+    entropy_threshold: float | None = 0.4
+    pos_penalty: float = 0.02
+    draft_entropy: float = 2.5
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    max_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        self.sampling_params()
+
+    def sampling_params(self) -> "SamplingParams":
+        """For the engine. ValueError naming field, value and expectation."""
+        from wedlm.engine.sampling_params import SamplingParams
+
+        return SamplingParams(
+            decoding=self.decoding,  # type: ignore[arg-type]
+            wedlm_window_size=self.window_size,
+            wedlm_entropy_threshold=self.entropy_threshold,
+            wedlm_pos_penalty_factor=self.pos_penalty,
+            wedlm_draft_entropy=self.draft_entropy,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            max_tokens=self.max_tokens,
+        )
+
+
+PARAM_NAMES = tuple(field.name for field in dataclasses.fields(Params))
+# What a protocol says differently from the defaults. "paper": the quality tables of arXiv 2512.22737.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "decoding": "streaming",
+        "window_size": 6,
+        "entropy_threshold": None,
+        "pos_penalty": 0.10,
+        "temperature": 0.1,
+        "max_tokens": 512,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all points of a run share, decoding aside."""
+
+    tasks: tuple[str, ...]
+    data_dir: Path
+    output: Path
+    protocol: str = "default"
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = False
+
+    def __post_init__(self) -> None:
+        known = task_names()
+        if not self.tasks:
+            raise ValueError(f"no task is given; expected some of {', '.join(known)}")
+        for name in self.tasks:
+            if name not in known:
+                raise ValueError(f"the task {name!r} is unknown; expected some of {', '.join(known)}")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks is {','.join(self.tasks)}; expected each task once")
+        for name, value, low in (("limit", self.limit, 1), ("num_fewshot", self.num_fewshot, 0)):
+            if value is not None and value < low:
+                raise ValueError(f"{name} is {value}; expected at least {low}")
+        if not self.data_dir.is_dir():
+            raise ValueError(f"--data-dir is {self.data_dir}, which is no directory; expected the folder of data files")
+
+
+TASKS_DIRECTORY = Path(__file__).parent / "tasks"
+
+
+def task_names() -> list[str]:
+    """Names of all tasks: their files'."""
+    return sorted(path.stem for path in TASKS_DIRECTORY.glob("*.yaml"))
+
+
+def make_params(protocol: str, chosen: Mapping[str, Any]) -> Params:
+    """A protocol's parameters, with those that the user chose. ValueError for an unknown protocol."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol is {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
+    return Params(**{**PROTOCOLS[protocol], **chosen})
+
+
+def parse_value(name: str, text: str) -> Any:
+    """The value of a parameter as the user wrote it. ValueError."""
+    if name == "entropy_threshold" and text.lower() == "none":
+        return None
+    kind: Callable[[str], Any] = {"int": int, "str": str}.get(str(_TYPES[name]), float)
+    try:
+        return kind(text)
+    except ValueError:
+        expected = "an integer" if kind is int else "a number or none" if name == "entropy_threshold" else "a number"
+        raise ValueError(f"{name} is {text!r}; expected {expected}") from None
+
+
+_TYPES = {field.name: getattr(field.type, "__name__", field.type) for field in dataclasses.fields(Params)}
+
+
+def parse_sweep(options: Sequence[str]) -> list[dict[str, Any]]:
+    """Points of a grid, the first option varying slowest: ``["window_size=4,8", "temperature=0,1"]`` makes four.
+
+    No option: one point that changes nothing. ValueError for what is no ``key=value,value`` of a known key.
+    """
+    axes: dict[str, list[Any]] = {}
+    for option in options:
+        name, equals, values = option.partition("=")
+        name = name.strip().replace("-", "_")
+        if name not in PARAM_NAMES:
+            raise ValueError(f"--sweep is {option!r}; expected key=value,value with a key of {', '.join(PARAM_NAMES)}")
+        if not equals or not all(value.strip() for value in values.split(",")):
+            raise ValueError(f"--sweep is {option!r}; expected {name}=value,value")
+        if name in axes:
+            raise ValueError(f"--sweep names {name} twice; expected all its values in one option")
+        axes[name] = list(dict.fromkeys(parse_value(name, value.strip()) for value in values.split(",")))
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
