@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from wedlm.cli_report import compare, report
 from wedlm.cli_eval import evaluate
+from wedlm.cli_report import compare, report
 from wedlm.cli_serve import serve
 from wedlm.cli_terminal import plain_errors, read_prompts
 

@@ -99,7 +99,8 @@ def test_few_rows_product(device, dtype, num_rows, tiling):
     weight = torch.randn(100, 320, device=device, dtype=dtype) / 18
     out = few_rows_product(x, weight, tiling)
     if tiling.splits > 1:
-        assert out.shape == (tiling.splits, num_rows, 100) and out.dtype == torch.float32
+        assert out.shape == (tiling.splits, num_rows, 100)
+        assert out.dtype == torch.float32
         out = out.sum(0)
     close(out, x.float() @ weight.float().T, dtype)
     # A row's sums do not depend on its company.

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.reorder import pack_rows
 from wedlm.algorithm.verify import row_layout
-from wedlm.algorithm.window import RowResults, WindowParams, WindowState, advance
+from wedlm.algorithm.window import RowResults, WindowParams, WindowState, advance, num_drafts
 from wedlm.kernels.verified import verified_advance, verified_rows
 
 MASK, COLUMNS, TRASH = 50, 32, 999
@@ -62,7 +62,8 @@ def test_histories(device, seed):
         pages = table[index][packed.sequence, keys // page_size]
         assert torch.equal(rows.slots[:real], pages * page_size + keys % page_size)
         assert rows.slots[real:].tolist() == [TRASH] * (capacity - real)
-        assert torch.equal(rows.num_rows, expected.width) and torch.equal(rows.cached, expected.cached)
+        assert torch.equal(rows.num_rows, expected.width)
+        assert torch.equal(rows.cached, expected.cached)
 
         choice = torch.randint(0, 3, (capacity,), device=device)  # few tokens, so that drafts are often right
         entropy, logprobs = torch.rand(capacity, device=device), torch.randn(capacity, device=device)
@@ -77,10 +78,13 @@ def test_histories(device, seed):
         })  # fmt: skip
         ints, floats = verified_advance(state, slots, index, rows, choice, entropy, logprobs)
         now = state.take(index)
-        assert torch.equal(now.cached, after.cached) and torch.equal(now.width, after.width)
+        assert torch.equal(now.cached, after.cached)
+        assert torch.equal(now.width, after.width)
         assert torch.equal(now.filled, after.filled)
         assert torch.equal(now.tokens[now.filled], after.tokens[after.filled])
-        assert torch.equal(ints[:, 0], emitted.count) and torch.equal(ints[:, 2], after.cached)
+        assert torch.equal(ints[:, 3], num_drafts(expected, own))
+        assert torch.equal(ints[:, 0], emitted.count)
+        assert torch.equal(ints[:, 2], after.cached)
         for s, count in enumerate(emitted.count.tolist()):
-            assert torch.equal(ints[s, 3 : 3 + count], emitted.tokens[s, :count])
+            assert torch.equal(ints[s, 4 : 4 + count], emitted.tokens[s, :count])
             assert torch.equal(floats[s, :count], emitted.logprobs[s, :count])

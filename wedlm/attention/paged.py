@@ -20,7 +20,7 @@ class PagedAttend:
         self.cache, self.rows, self.slots = cache, rows, slots
 
     def __call__(
-        self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor, float] | None
+        self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor, float] | None, /
     ) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         q = norm_rope_write(qkv, cos, sin, self.slots, norms, keys, values)
@@ -54,5 +54,5 @@ def plan_paged(cache: KVCache, batch: ExtendBatch) -> PagedAttend:
     return PagedAttend(cache, rows, slots.to(device))
 
 
-def _sequences(batch: ExtendBatch) -> zip:  # type: ignore[type-arg]
+def _sequences(batch: ExtendBatch) -> zip:
     return zip(batch.pages, batch.starts, batch.counts, strict=True)

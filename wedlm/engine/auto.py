@@ -90,8 +90,8 @@ def expected_step(row_budget: int, accepts: tuple[float, ...], offers: tuple[flo
                     after[offered] += weight * chance * probability
         share = [(old + new) / 2 for old, new in zip(share, after, strict=True)]  # numbers of drafts may alternate
     tokens = sum(w * (1 + sum(i * p for i, p in enumerate(_accepted(k, accepts)))) for k, w in enumerate(share))
-    rows = sum(w * min(row_budget, 1 + k + ((k + 1) * (most + 1) if most else 0)) for k, w in enumerate(share))
-    return tokens, rows
+    most_rows = sum(w * min(row_budget, 1 + k + ((k + 1) * (most + 1) if most else 0)) for k, w in enumerate(share))
+    return tokens, most_rows
 
 
 def _accepted(count: int, rates: tuple[float, ...]) -> list[float]:

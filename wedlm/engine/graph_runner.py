@@ -161,7 +161,7 @@ class GraphRunner(Runner):
             row, column, page = self._upload([rows, columns, pages])
             self.slots.page_table[row, column] = page
 
-    def _upload(self, values: list) -> Tensor:  # type: ignore[type-arg]
+    def _upload(self, values: list) -> Tensor:
         tensor = torch.tensor(values, dtype=torch.long)
         if self.device.type == "cuda":
             tensor = tensor.pin_memory().to(self.device, non_blocking=True)

@@ -25,7 +25,7 @@ Norms = tuple[Tensor, Tensor, float]  # weights of the query and the key norm, e
 class FusedAttend(Protocol):
     """Norm, RoPE, cache and attention of one forward's rows, given their q, k, v product (or partial sums of it)."""
 
-    def __call__(self, layer: int, qkv_TF: Tensor, cos_TD: Tensor, sin_TD: Tensor, norms: Norms | None) -> Tensor: ...
+    def __call__(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, norms: Norms | None, /) -> Tensor: ...
 
 
 class FusedTransformer:
