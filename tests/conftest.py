@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Set-up of all tests: shapes in signatures are checked in the layers that state them, except in long runs."""
 
+import os
 import platform
 import sys
 from datetime import date
@@ -8,7 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
+
+# Without a GPU our kernels run in Triton's interpreter, which must be chosen before they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# How long one example takes says something about the machine's load, nothing about the code.
+settings.register_profile("wedlm", deadline=None)
+settings.load_profile("wedlm")
 
 # params.py states no shapes, and beartype's random draws would disturb hypothesis, which builds those.
 _CHECKED = [

@@ -53,23 +53,22 @@ Piece = tuple[str, int]  # text, and the forward that made it final
 def run_demo(llm: LLM, name: str) -> None:
     """Three prompts in three modes, one table each, and the best answer coloured by forward."""
     _introduce(llm, name)
-    default = llm.engine.config.default_decoding
     answers: list[tuple[GenerationOutput, list[Piece]]] = []
     gaps: list[float] = []
     for number, prompt in enumerate(PROMPTS, 1):
         with status(f"Prompt {number} of {len(PROMPTS)} ..."):
             results = {mode: _answer(llm, prompt, mode) for mode in MODES}
         outputs = {mode: output for mode, (output, _) in results.items()}
-        answers.append(results[default])
+        answers.append(results["verified"])
         gaps += _gap(outputs["autoregressive"], outputs["verified"])
         out.print(Text(f"> {prompt}", style="bold"))
-        out.print(Padding(_shown(outputs[default]), _INDENT, expand=False))
+        out.print(Padding(_shown(outputs["verified"]), _INDENT, expand=False))
         out.print(Padding(_table(outputs), _INDENT, expand=False))
     output, pieces = max(answers, key=lambda answer: _ratio(answer[0]))
     how = "a colour for each forward" if has_colours() else "a bar between forwards"
     out.print(
-        f"The texts above are {default} decoding's, the default here, cut at {MAX_TOKENS} tokens. Once more the one "
-        f"with the most tokens a forward ({_ratio(output):.2f}, p_cache {_p_cache(output):.2f}), {how}:"
+        f"The texts above are verified decoding's (auto, the default, gives the same), cut at {MAX_TOKENS} tokens. "
+        f"Once more the one with the most tokens a forward ({_ratio(output):.2f}, p_cache {_p_cache(output):.2f}), {how}:"
     )
     out.print(Padding(by_step(pieces), _INDENT, expand=False))
     if gaps:

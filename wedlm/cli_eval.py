@@ -41,7 +41,7 @@ def evaluate(
     as_json: Annotated[bool, _option("Print each point as one line of JSON instead of a table.", WHAT, "--json")] = (
         False
     ),
-    decoding: Annotated[str | None, _option("verified, streaming, block or autoregressive.", HOW)] = None,
+    decoding: Annotated[str | None, _option("auto, verified, streaming, block or autoregressive.", HOW)] = None,
     window_size: Annotated[int | None, _option("Positions of a window or block; rows of verified.", HOW)] = None,
     entropy_threshold: Annotated[str | None, _option("Fill below this entropy (nats); none: one a forward.", HOW)] = (
         None
@@ -59,6 +59,7 @@ def evaluate(
     device: Annotated[str, _option("auto, cpu, cuda, cuda:1, ...", MODEL)] = "auto",
     max_model_len: Annotated[int | None, _option("Longest prompt and answer together, in tokens.", MODEL)] = None,
     max_num_seqs: Annotated[int, _option("Most sequences in one forward.", MODEL)] = 64,
+    kv_cache_gb: Annotated[float | None, _option("Key/value cache; default: what LLM takes.", MODEL)] = None,
     threads: Annotated[int | None, _option("CPU threads; default: torch's choice.", MODEL)] = None,
     debug: Annotated[bool, _option("Show the traceback of an error.", MODEL, "--debug")] = False,
 ) -> None:
@@ -103,8 +104,8 @@ def run_eval(options: dict[str, Any]) -> None:
 
     settings = Settings(
         tasks=tuple(name.strip() for name in options["tasks"].split(",") if name.strip()),
-        data_dir=options["data_dir"],
-        output=options["output"],
+        data_dir=Path(options["data_dir"]),
+        output=Path(options["output"]),
         **{name: options[name] for name in ("protocol", "limit", "num_fewshot", "chat_template")},
     )
     chosen = {name: options[name] for name in PARAM_NAMES if options[name] is not None}
@@ -120,7 +121,8 @@ def run_eval(options: dict[str, Any]) -> None:
     from wedlm.cli_generate import load_llm
     from wedlm.evaluate.identity import identify
 
-    llm = load_llm({name: options[name] for name in _LLM_OPTIONS})
+    cache = {} if options["kv_cache_gb"] is None else {"kv_cache_bytes": int(options["kv_cache_gb"] * 1e9)}
+    llm = load_llm({name: options[name] for name in _LLM_OPTIONS} | cache)
     if settings.chat_template and not llm.tokenizer.has_chat_template:
         raise ValueError(f"--chat-template is given, but {options['model']} has none; expected an instruct model")
     evaluation = Evaluation(llm, identify(llm, options["model"], options["adapter"]), settings, tasks)

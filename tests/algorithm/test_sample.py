@@ -114,11 +114,11 @@ def test_top_p_of_one_keeps_everything():
 
 def test_top_p_is_not_rounded():
     """The runner's own stacking of parameters, beside the reference's double."""
-    from wedlm.engine.runner import _BatchParams
+    from wedlm.engine.batch_params import BatchParams
 
     params = DecodeParams("streaming", temperature=1.0, top_p=0.3, mask_token_id=10)
     row, no_ends = [*[0.0] * 10, -math.inf], torch.zeros(100, 0, dtype=torch.long)
-    stacked = _BatchParams.stack([replace(params, seed=i) for i in range(100)], CPU)
+    stacked = BatchParams.stack([replace(params, seed=i) for i in range(100)], CPU)
     logits = ban_tokens(torch.tensor([row] * 100), 10, no_ends, torch.zeros(100, dtype=torch.bool))
     batch = SamplingBatch(
         stacked.temperature, stacked.top_k, stacked.top_p, stacked.seed, torch.zeros(100, dtype=torch.long), True, True

@@ -30,9 +30,9 @@ def test_a_sweep_shows_a_table_and_is_not_run_twice(words, monkeypatch):
     first = wedlm(*call)
 
     assert first.exit_code == 0, first.stderr
-    assert first.stdout.count("exact_match") == 4
-    assert first.stdout.count("acc_norm") == 4
-    assert "streaming" in first.stdout
+    assert first.stdout.count("gsm8k") == 4
+    assert first.stdout.count("arc_e") == 4
+    assert "strea" in first.stdout  # a narrow terminal cuts
     assert "tok/s" in first.stdout
     again = wedlm(*call, "--json")
     assert again.exit_code == 0, again.stderr
