@@ -68,7 +68,8 @@ def run_demo(llm: LLM, name: str) -> None:
     how = "a colour for each forward" if has_colours() else "a bar between forwards"
     out.print(
         f"The texts above are verified decoding's (auto, the default, gives the same), cut at {MAX_TOKENS} tokens. "
-        f"Once more the one with the most tokens a forward ({_ratio(output):.2f}, p_cache {_p_cache(output):.2f}), {how}:"
+        f"Once more the one with the most tokens a forward ({_ratio(output):.2f}, p_cache {_p_cache(output):.2f}), "
+        f"{how}:"
     )
     out.print(Padding(by_step(pieces), _INDENT, expand=False))
     if gaps:
