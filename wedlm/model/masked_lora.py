@@ -54,6 +54,17 @@ class BlockDiagonal(nn.Module):
         return torch.cat([block(part) for block, part in zip(self.blocks, parts, strict=True)], dim=-1)
 
 
+class NoChange(nn.Module):
+    """The ``up`` of a layer without factors, inside a fused product: zeros."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.new_zeros(*hidden.shape[:-1], self.size)
+
+
 def product(linear: nn.Module, x: Tensor, masked: Tensor | None) -> Tensor:
     """``linear`` of rows x [T, C], of which ``masked`` are masked."""
     return linear(x, masked) if isinstance(linear, MaskedLora) else linear(x)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wedlm.model.layers import MLP, Attention, DecoderLayer, RMSNorm
-from wedlm.model.masked_lora import BlockDiagonal, MaskedLora, linear_of, plain
+from wedlm.model.masked_lora import BlockDiagonal, MaskedLora, NoChange, plain
 from wedlm.model.transformer import Transformer
 
 
@@ -75,16 +75,18 @@ def _fuse(*linears: nn.Module) -> nn.Module:
 
 def _fuse_factors(fused: nn.Module, linears: Sequence[nn.Module]) -> MaskedLora:
     """The fused layer with the factors of ``linears``: all down products in one. A layer without has rank 0."""
-    downs, ups = [], []
+    downs: list[Tensor] = []
+    ups: list[nn.Module] = []
     for linear in linears:
         weight = plain(linear).get_parameter("weight").detach()
-        down, up = weight[:0], weight[:, :0]
         if isinstance(linear, MaskedLora):
-            down = linear.masked_lora_A.get_parameter("weight").detach().to(weight)
-            up = (linear.masked_lora_B.get_parameter("weight").detach() * linear.scale).to(weight)
-        downs.append(down)
-        ups.append(_inference_linear(up, None) if up.numel() else linear_of(up))
-    up_product = ups[0] if len(ups) == 1 else BlockDiagonal(ups, [len(one) for one in downs])
+            downs.append(linear.masked_lora_A.get_parameter("weight").detach().to(weight))
+            up = linear.masked_lora_B.get_parameter("weight").detach() * linear.scale
+            ups.append(_inference_linear(up.to(weight), None))
+        else:
+            downs.append(weight[:0])
+            ups.append(NoChange(len(weight)))
+    up_product = ups[0] if len(ups) == 1 else BlockDiagonal(ups, [len(down) for down in downs])
     return MaskedLora(fused, _inference_linear(torch.cat(downs), None), up_product)
 
 
