@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.model.tiny import causal_attend, our_model
-from wedlm.model import CheckpointError, Transformer, load_model, pack_for_inference, save_model
+from wedlm.model import CheckpointError, Transformer, pack_for_inference, save_model
 from wedlm.model.adapter import apply_adapter, read_adapter
 from wedlm.model.masked_lora import MaskedLora, add_beside, add_factors, linear_of
 
