@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.train.processes import run_processes
 from tests.train.test_step import MASK, gradients, plain_loop, run, settings, transformer, two_micro_batches
-from tests.train.tiny_run import metrics, questions, save_base, train, weights, write_chats
+from tests.train.tiny_run import config_of, metrics, questions, save_base, train, weights, write_chats
 from wedlm import LLM, SamplingParams
 from wedlm.model import Transformer
 from wedlm.model.checkpoint import read_config
@@ -195,3 +196,16 @@ def test_the_base_and_its_mask_tokens_row_stay(runs):
     for name, tensor in weights(ar).items():
         found = next(t for n, t in checkpoint.items() if n.replace(".base_layer.", ".") == f"transformer.{name}")
         assert torch.equal(found, tensor.float()), name
+
+
+@pytest.mark.long
+def test_compiled_layers_change_nothing(runs):
+    ar, _, _, directory = runs
+    options = {**LORA, "max_steps": 4, "learning_rate": 1e-2}
+    plain = train(ar, directory / "data.jsonl", directory / "plain", **options)
+    config = config_of(
+        ar, directory / "data.jsonl", directory / "compiled", compile=True, activation_checkpointing=True, **options
+    )
+    found = load_file(run_processes(config, 1) / "final/adapter_model.safetensors")
+    for name, tensor in load_file(plain / "adapter_model.safetensors").items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=5e-5, msg=name)
