@@ -14,8 +14,8 @@ NUM_FEATURES = 8  # head_dim of the stub: feature 0 marks position 0 and so coun
 
 
 class StubModel(nn.Module):
-    """``forward(tokens, positions, attend, logits_rows)`` as the transformer's. ``agreement`` ties masked predictions
-    to AR's: the larger, the more drafts are accepted and the lower the entropies."""
+    """``forward(tokens, positions, attend, logits_rows, masked)`` as the transformer's. ``agreement`` ties masked
+    predictions to AR's: the larger, the more drafts are accepted and the lower the entropies."""
 
     def __init__(self, vocab_size: int = 13, mask_token_id: int = 12, agreement: float = 4.0, seed: int = 0) -> None:
         super().__init__()
@@ -26,13 +26,22 @@ class StubModel(nn.Module):
         self.features = torch.randint(1, 60, (vocab_size, NUM_FEATURES), generator=rng).float()
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, positions: Tensor, attend, logits_rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend,
+        logits_rows: Tensor | None = None,
+        masked: Tensor | None = None,
+    ) -> Tensor:
         v = self.values(tokens, positions)
         zeros = torch.zeros_like(v)
         mean = attend(0, zeros, zeros, v)[:, 0].double()
         sums = (mean / mean[:, :1]).round().long()[:, 1:]
         context = (sums * torch.tensor([1, 31, 961, 29791, 7, 217, 6727])).sum(-1)
-        target = positions + (tokens != self.mask_token_id)
+        target = positions + 1
+        if masked is not None:
+            target[masked] -= 1
         logits = self.by_position[target % 61] + self.by_context[context % 4093]
         return logits if logits_rows is None else logits[logits_rows]
 
@@ -42,6 +51,7 @@ class StubModel(nn.Module):
         v[..., 0] = (positions == 0)[:, None]
         return v
 
-    def rows_model(self, tokens: list[int], positions: list[int]) -> Tensor:
+    def rows_model(self, tokens: list[int], positions: list[int], num_masked: int = 0) -> Tensor:
         """The same model as reference.py wants it."""
-        return self(torch.tensor(tokens), torch.tensor(positions), CausalAttend())
+        masked = torch.arange(len(tokens))[len(tokens) - num_masked :]
+        return self(torch.tensor(tokens), torch.tensor(positions), CausalAttend(), masked=masked)

@@ -59,7 +59,9 @@ Temperature = Annotated[float, _option("0 takes the most probable token.", DRAW)
 TopP = Annotated[float, _option("Sample from the smallest set with this probability.", DRAW)]
 TopK = Annotated[int, _option("Sample from the k most probable tokens; 0: from all.", DRAW)]
 Seed = Annotated[int | None, _option("Same seed, same text.", DRAW)]
-Adapter = Annotated[str | None, _option("Directory of a LoRA in peft's format, merged into the model.", MODEL)]
+Adapter = Annotated[
+    str | None, _option("Directory of a LoRA, merged into the model; one of masked rows stays beside it.", MODEL)
+]
 Dtype = Annotated[str, _option("auto, float32, bfloat16 or float16.", MODEL)]
 Device = Annotated[str, _option("auto, cpu, cuda, cuda:1, ...", MODEL)]
 MaxModelLen = Annotated[int | None, _option("Longest prompt and answer together, in tokens.", MODEL)]

@@ -54,7 +54,9 @@ def evaluate(
     seed: Annotated[int | None, _option("Same seed, same answers.", HOW)] = None,
     max_tokens: Annotated[int | None, _option("Cut answers after so many tokens.", HOW)] = None,
     model: Annotated[str, _option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'.", MODEL)] = "demo",
-    adapter: Annotated[str | None, _option("Directory of a LoRA in peft's format, merged in.", MODEL)] = None,
+    adapter: Annotated[
+        str | None, _option("Directory of a LoRA, merged in; one of masked rows stays beside.", MODEL)
+    ] = None,
     dtype: Annotated[str, _option("auto, float32, bfloat16 or float16.", MODEL)] = "auto",
     device: Annotated[str, _option("auto, cpu, cuda, cuda:1, ...", MODEL)] = "auto",
     max_model_len: Annotated[int | None, _option("Longest prompt and answer together, in tokens.", MODEL)] = None,

@@ -40,7 +40,9 @@ def serve(
     body_timeout: Annotated[float, _option("Seconds for a body to arrive.", LIMITS)] = 30.0,
     shutdown_timeout: Annotated[float, _option("Seconds for running answers after Ctrl-C or SIGTERM.", LIMITS)] = 30.0,
     model: Annotated[str, _option("Checkpoint directory, .gguf file, hub id, or 'demo'.", ENGINE)] = "demo",
-    adapter: Annotated[str | None, _option("Directory of a LoRA in peft's format, merged in.", ENGINE)] = None,
+    adapter: Annotated[
+        str | None, _option("Directory of a LoRA, merged in; one of masked rows stays beside.", ENGINE)
+    ] = None,
     decoding: Annotated[str, _option("Mode of requests that name none.", ENGINE)] = "auto",
     window_size: Annotated[int, _option("Window of requests that name none.", ENGINE)] = 16,
     dtype: Annotated[str, _option("auto, float32, bfloat16 or float16.", ENGINE)] = "auto",

@@ -78,7 +78,7 @@ def forward_batch(model: StubModel, state: WindowState, history: list[list[int]]
             for i, row in enumerate(rows.tolist()):
                 seen = [r for j, r in enumerate(rows[: i + 1].tolist()) if j < shared[row] or j >= own_start[row]]
                 after = (known[:n] + tokens[seen].tolist(), [*range(n), *positions[seen].tolist()])
-                logits[row] = model.rows_model(*after)[-1]
+                logits[row] = model.rows_model(*after, num_masked=int((~filled[seen]).sum()))[-1]
     entropy, normaliser = entropy_and_normaliser(logits)
     of = [params[s] for s in packed.sequence.tolist()]
     target = positions + filled

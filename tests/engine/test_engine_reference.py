@@ -77,7 +77,7 @@ def requests_of(seed: int) -> list[tuple[list[int], SamplingParams]]:
 def test_engine_equals_reference(model, page_size, tight):
     """Two rounds of the same requests: the second finds the first's pages in the prefix cache."""
 
-    def rows_model(tokens: list[int], positions: list[int]) -> torch.Tensor:
+    def rows_model(tokens: list[int], positions: list[int], num_masked: int) -> torch.Tensor:
         with torch.inference_mode():
             return model(torch.tensor(tokens), torch.tensor(positions), CausalAttend())
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from tests.model.test_masked_lora import random_factors
 from tests.model.tiny import our_model
 from wedlm.algorithm.params import DECODINGS
 from wedlm.attention.base import KVCache
@@ -16,13 +17,17 @@ from wedlm.engine.pages import PagePool
 from wedlm.engine.runner import Runner
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model.fused import FusedTransformer
+from wedlm.model.masked_lora import add_beside
 from wedlm.model.packed import pack_for_inference
 
 PAGES, PAGE_SIZE, LENGTH, MASK = 40, 4, 60, 90
 
 
-def engine(device, graphs: bool, max_num_seqs: int = 4) -> Engine:
-    model = pack_for_inference(our_model("wedlm-qwen3").to(device))
+def engine(device, graphs: bool, max_num_seqs: int = 4, masked_lora: bool = False) -> Engine:
+    model = our_model("wedlm-qwen3")
+    if masked_lora:
+        add_beside(model, random_factors(model), torch.linspace(-1, 1, model.config.hidden_size))
+    model = pack_for_inference(model.to(device))
     shape = model.config
     config = EngineConfig(shape.vocab_size, MASK, (5,), LENGTH, max_num_seqs=max_num_seqs, max_num_batched_tokens=64)
     heads = (shape.num_kv_heads, shape.head_dim, torch.float32, device)
@@ -62,15 +67,20 @@ def test_same_as_runner(device, decoding, temperature):
     check_same_as_runner(device, decoding, temperature, num_requests=3, seed=0)
 
 
+@pytest.mark.parametrize("decoding", ["verified", "streaming"])
+def test_same_as_runner_with_factors_for_masked_rows(device, decoding):
+    check_same_as_runner(device, decoding, 0.0, num_requests=2, seed=1, masked_lora=True)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("decoding", [*DECODINGS, None])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("seed", range(3))
 def test_same_as_runner_longer(device, decoding, temperature, seed):
-    check_same_as_runner(device, decoding, temperature, num_requests=9, seed=seed)
+    check_same_as_runner(device, decoding, temperature, num_requests=9, seed=seed, masked_lora=seed == 2)
 
 
-def check_same_as_runner(device, decoding, temperature, num_requests, seed):
+def check_same_as_runner(device, decoding, temperature, num_requests, seed, masked_lora=False):
     rng = random.Random(f"{decoding}{temperature}{seed}")
     requests = [
         (
@@ -90,8 +100,8 @@ def check_same_as_runner(device, decoding, temperature, num_requests, seed):
         )
         for _ in range(num_requests)
     ]
-    expected, logprobs = outcomes(engine(device, False), requests)
-    actual, others = outcomes(engine(device, True), requests)
+    expected, logprobs = outcomes(engine(device, False, masked_lora=masked_lora), requests)
+    actual, others = outcomes(engine(device, True, masked_lora=masked_lora), requests)
     for one, other, (_, params) in zip(actual, expected, requests, strict=True):
         if params.decoding == "auto":  # how many steps it takes depends on the load
             assert (one[0], one[3]) == (other[0], other[3])

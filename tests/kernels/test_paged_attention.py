@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 from tests.kernels.test_kernels import DTYPES
+from tests.model.test_masked_lora import random_factors
 from tests.model.tiny import our_model
 from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
 from wedlm.attention.paged import plan_paged
@@ -16,6 +17,7 @@ from wedlm.kernels import attention
 from wedlm.kernels.attention import paged_attention
 from wedlm.kernels.matmul import Tiling
 from wedlm.model.fused import FusedTransformer
+from wedlm.model.masked_lora import add_beside
 from wedlm.model.packed import pack_for_inference
 
 
@@ -61,10 +63,15 @@ def test_paged_attention_is_sdpa(device, monkeypatch, dtype, groups, splits, len
     assert torch.equal(cache.keys[0, plan.slots], k)
 
 
-@pytest.mark.parametrize("family", ["wedlm-qwen2.5", "wedlm-qwen3"])
-def test_fused_model_is_the_model(device, family):
+@pytest.mark.parametrize(
+    ("family", "masked_lora"), [("wedlm-qwen2.5", False), ("wedlm-qwen3", False), ("wedlm-qwen3", True)]
+)
+def test_fused_model_is_the_model(device, family, masked_lora):
     torch.manual_seed(2)
-    packed = pack_for_inference(our_model(family).to(device))
+    model = our_model(family)
+    if masked_lora:
+        add_beside(model, random_factors(model), torch.linspace(-1, 1, model.config.hidden_size))
+    packed = pack_for_inference(model.to(device))
     config = packed.config
     if config.head_dim < 16 and device.type == "cuda":
         pytest.skip("tensor cores take at least 16 numbers")
@@ -81,10 +88,31 @@ def test_fused_model_is_the_model(device, family):
     for cache in caches:
         cache.keys.copy_(history)
         cache.values.copy_(history.flip(0))
-    expected = packed(tokens, positions, PagedSdpa(caches[0], batch), wanted)
+    masked = torch.tensor([2, 4, 10], device=device)
+    flags = torch.zeros(total, dtype=torch.bool, device=device).index_fill_(0, masked, True)
+    expected = packed(tokens, positions, PagedSdpa(caches[0], batch), wanted, masked)
     for cache, tiling in zip(caches[1:], (None, lambda *_: Tiling(32, 32, splits=2)), strict=True):
         fused = FusedTransformer(packed, tiling)
-        actual = fused(tokens, positions, plan_paged(cache, batch), wanted)
+        actual = fused(tokens, positions, plan_paged(cache, batch), wanted, flags if tiling is None else masked)
         torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
         torch.testing.assert_close(cache.keys, caches[0].keys, rtol=2e-4, atol=2e-4)
         torch.testing.assert_close(cache.values, caches[0].values, rtol=2e-4, atol=2e-4)
+
+
+def test_observed_rows_of_the_fused_model_are_the_bases_bit_for_bit(device):
+    """Factors for masked rows change no bit of others, products in parts or whole."""
+    model = our_model("wedlm-qwen3")
+    add_beside(model, random_factors(model), torch.linspace(-1, 1, model.config.hidden_size))
+    packed = [pack_for_inference(one.to(device)) for one in (our_model("wedlm-qwen3"), model)]
+    config, batch = model.config, ExtendBatch([0], [6], [[0]])  # observed rows first, as every mode has them
+    shape = (config.num_layers, 1, 8, config.num_kv_heads, config.head_dim, torch.float32, device)
+    tokens, positions = torch.tensor([5, 90, 7, 90, 90, 90], device=device), torch.arange(6, device=device)
+    for tiling in (None, lambda *_: Tiling(32, 32, splits=2)):
+        base, adapted = (
+            FusedTransformer(one, tiling)(
+                tokens, positions, plan_paged(KVCache(*shape), batch), None, torch.arange(3, 6, device=device)
+            )
+            for one in packed
+        )
+        assert torch.equal(base[:3], adapted[:3])
+        assert (base[3:] != adapted[3:]).any(dim=1).all()

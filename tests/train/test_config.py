@@ -12,6 +12,7 @@ from wedlm.train.config import TrainConfig, load_config, parse_overrides
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*(ROOT / "examples").glob("*.yaml"), *(ROOT / "recipes").rglob("*.yaml")])
 LEAST = {"model_path": "model", "train_data": "a.jsonl"}
+MASKED = {"lora_rank": 4, "lora_rows": "masked"}
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,13 @@ def test_a_bad_setting_is_named(settings, sentence):
         ({"eval_steps": 5}, "eval_steps is 5 without anything to measure on"),
         ({"validation_documents": 3, "validation_data": "b.jsonl"}, "are both given; expected one of them"),
         ({"objective": "autoregressive", "enable_ar_loss": False}, "expected a loss to train on"),
+        ({"lora_rows": "masked"}, "lora_rows is masked; expected objective wedlm and a lora_rank above 0"),
+        ({**MASKED, "objective": "autoregressive"}, "lora_rows is masked; expected objective wedlm"),
+        (MASKED, "so that the AR loss has no gradient; expected enable_ar_loss false"),
+        (
+            {**MASKED, "enable_ar_loss": False},
+            "merge_lora is true with lora_rows masked, .*; expected merge_lora false",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_together(settings, sentence):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.train.processes import FSDP2, RUN_FSDP, run_processes
 from tests.train.tiny_run import config_of, metrics, save_base, train, weights, write_chats
@@ -13,6 +14,7 @@ from wedlm.train.checkpoint import latest_checkpoint
 from wedlm.train.parallel import make_accelerator
 
 TOLERANCE = 1e-6
+MASKED_LORA = {"lora_rank": 4, "lora_rows": "masked", "merge_lora": False, "enable_ar_loss": False}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,13 @@ def numbers(record: dict[str, Any]) -> list[float]:
     return [-1.0 if one is None else one for one in flat]
 
 
+def results(directory: Path) -> dict[str, torch.Tensor]:
+    adapter = directory / "adapter_model.safetensors"
+    return load_file(adapter) if adapter.is_file() else weights(directory)
+
+
 def check_equal(run: Path, other: Path) -> None:
-    first, second = weights(run / "final"), weights(other / "final")
+    first, second = results(run / "final"), results(other / "final")
     assert first.keys() == second.keys()
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=TOLERANCE, msg=name)
@@ -55,8 +62,9 @@ def run_both(parts, name: str, program_settings: dict[str, str], **settings) -> 
 
 
 @pytest.mark.long
-def test_lora_in_two_processes(parts):
-    check_equal(*run_both(parts, "lora", {}, lora_rank=4))
+@pytest.mark.parametrize("settings", [{"lora_rank": 4}, MASKED_LORA], ids=["all", "masked"])
+def test_lora_in_two_processes(parts, settings):
+    check_equal(*run_both(parts, f"lora-{len(settings)}", {}, **settings))
 
 
 def test_fsdp2_and_its_checkpoint_in_one_process(parts):
@@ -72,9 +80,11 @@ def test_fsdp2_and_its_checkpoint_in_one_process(parts):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("settings", [{"lora_rank": 4}, {"train_embeddings": False}], ids=str)
+@pytest.mark.parametrize("settings", [{"lora_rank": 4}, MASKED_LORA, {"train_embeddings": False}], ids=str)
 def test_fsdp2_with_frozen_weights(parts, settings):
-    check_equal(*run_both(parts, f"fsdp-{next(iter(settings))}", {"program": RUN_FSDP, **FSDP2}, **settings))
+    check_equal(
+        *run_both(parts, f"fsdp-{next(iter(settings))}-{len(settings)}", {"program": RUN_FSDP, **FSDP2}, **settings)
+    )
 
 
 def test_what_accelerate_would_leave_out_in_silence(monkeypatch):

@@ -121,6 +121,21 @@ def test_lora_trains_its_factors_alone(parts):
         load(parts, lora_rank=4, lora_targets=["qproj"])
 
 
+def test_a_lora_of_masked_rows_leaves_the_model_alone(parts):
+    settings = {"lora_rank": 4, "lora_rows": "masked", "merge_lora": False, "enable_ar_loss": False}
+    setup = load(parts, **settings, lora_targets=["q_proj"])
+    trained = [name for name, parameter in setup.transformer.named_parameters() if parameter.requires_grad]
+    assert "model.mask_embedding" in trained
+    assert all(".q_proj.masked_lora_" in name for name in trained if name != "model.mask_embedding")
+    assert torch.equal(setup.transformer.model.embed_tokens.weight, weights(parts[0])[EMBEDDING])
+    assert (setup.mask_token_id, setup.model_config.block_size) == (UNUSED, 8)
+    with pytest.raises(ValueError, match="lora_targets has 'lm_head'; expected some of down_proj"):
+        load(parts, **settings, lora_targets=["lm_head"])
+    adapted = save_base(parts[2] / "trained-mask", block_size=4, mask_token_id=UNUSED)
+    trained_row = weights(adapted)[EMBEDDING][UNUSED]
+    assert torch.equal(load(parts, adapted, **settings).transformer.model.mask_embedding, trained_row)
+
+
 def test_a_model_without_an_end_token(parts):
     base = save_base(parts[2] / "endless", eos_token_ids=())
     assert read_config(base).eos_token_ids == ()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The slow, obvious decoder: one sequence, no cache, plain Python. The oracle of every other decoder.
 
-``model(tokens, positions)`` takes rows in order and returns logits [rows, vocabulary]; row i attends to rows 0..i.
+``model(tokens, positions, num_masked)`` takes rows in order, the last ``num_masked`` of them masked, and returns logits
+[rows, vocabulary]; row i attends to rows 0..i.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import Tensor
 from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.sample import gumbel_noise
 
-RowsModel = Callable[[list[int], list[int]], Tensor]
+RowsModel = Callable[[list[int], list[int], int], Tensor]
 
 
 @dataclass
@@ -57,7 +58,8 @@ def _forward(
     order = filled + [c for c, token in enumerate(window) if token is None]
     n = len(committed)
     tokens = [params.mask_token_id if token is None else token for token in (window[c] for c in order)]
-    logits = model(committed + tokens, list(range(n)) + [n + c for c in order]).float()
+    positions = list(range(n)) + [n + c for c in order]
+    logits = model(committed + tokens, positions, len(order) - len(filled)).float()
     return order, {c: logits[n + row] for row, c in enumerate(order)}
 
 

@@ -82,7 +82,8 @@ class DeviceStep:
             shape.max_rows, self.max_keys,
             rows.shared if shape.flags.groups else None, rows.own_start if shape.flags.groups else None,
         )  # fmt: skip
-        logits = self.model(rows.tokens, rows.positions, PagedAttend(self.cache, plan, rows.slots))
+        masked = rows.shared > 0 if self.model.has_factors and shape.flags.groups else None
+        logits = self.model(rows.tokens, rows.positions, PagedAttend(self.cache, plan, rows.slots), masked=masked)
         chosen = self._choose(logits, index, rows.sequence, rows.target, shape.flags)
         return verified_advance(slots.state, self._window, index, rows, *chosen)
 
@@ -113,7 +114,8 @@ class DeviceStep:
         # Streaming reads nothing from a filled row; verification reads all.
         wanted = packed.real & (~filled | params.window.verifies[sequence])
         pick = torch.argsort(~wanted, stable=True)[: shape.num_wanted]
-        logits = self.model(tokens, positions, PagedAttend(self.cache, plan, key_slots), pick)
+        masked = ~filled & packed.real if self.model.has_factors else None
+        logits = self.model(tokens, positions, PagedAttend(self.cache, plan, key_slots), pick, masked)
         chosen = self._choose(logits, index, sequence[pick], (positions + filled)[pick], shape.flags)
         # Rows that nobody wanted write to a sequence that does not exist.
         at = (sequence[pick].where(wanted[pick], len(index)), column[pick])

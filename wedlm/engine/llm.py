@@ -36,9 +36,9 @@ class LLM:
     max_model_len: positions of a sequence; default: the checkpoint's length. decoding: mode of requests that name none;
     default: "auto", AR decoding's text with as many rows a forward as pay at the time. kv_cache_bytes: size of the
     cache; default on CUDA: what gpu_memory_utilization leaves, elsewhere: four full sequences, at most a quarter of the
-    memory. adapter: directory
-    of a LoRA in peft's format, merged into the weights as they load; for another adapter make another LLM. cuda_graphs:
-    steps on our kernels, as CUDA graphs; default: wherever that works; False: plain torch operations.
+    memory. adapter: directory of a LoRA in peft's format, merged into the weights as they load, or of one that `wedlm
+    train` made for masked rows, which stays beside them; for another adapter make another LLM. cuda_graphs: steps on
+    our kernels, as CUDA graphs; default: wherever that works; False: plain torch operations.
     """
 
     def __init__(

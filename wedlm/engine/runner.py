@@ -26,7 +26,7 @@ from wedlm.engine.types import Alternatives, Request, StepPlan, WindowResult, Wi
 
 _MEASURING_S = 0.7  # for a table of costs
 
-RowsForward = Callable[..., Tensor]  # model(tokens_T, positions_T, attend, logits_rows) -> logits [L, V]
+RowsForward = Callable[..., Tensor]  # model(tokens_T, positions_T, attend, logits_rows, masked) -> logits [L, V]
 
 
 class Flight(Protocol):
@@ -118,7 +118,8 @@ class Runner:
                 best = math.inf
                 for _ in range(3):
                     start = time.perf_counter()
-                    self.model(tokens, torch.arange(num_rows, device=self.device), CausalAttend(), tokens)
+                    positions = torch.arange(num_rows, device=self.device)
+                    self.model(tokens, positions, CausalAttend(), tokens, positions[1:] if num_rows > 1 else None)
                     if self.device.type == "cuda":
                         torch.cuda.synchronize()
                     best = min(best, time.perf_counter() - start)
@@ -162,7 +163,9 @@ class Runner:
         )
         positions = state.cached[packed.sequence] + offset
         visibility = RowVisibility(shared, own_start) if params.flags.groups else None
-        logits = self._forward(windows, chunks, (tokens, positions, num_rows, starts, wanted), visibility).float()
+        masked = (~filled).nonzero()[:, 0]  # windows come first, so these are rows of the step, too
+        logits = self._forward(windows, chunks, (tokens, positions, num_rows, starts, wanted, masked), visibility)
+        logits = logits.float()
         rows = PackedRows(packed.sequence[wanted], packed.row[wanted], packed.real[wanted])
         constrained = ConstrainedStep.of(windows, state, layout)
         target = (positions + filled)[wanted]
@@ -185,12 +188,12 @@ class Runner:
         self,
         windows: list[Work],
         chunks: list[Work],
-        rows: tuple[Tensor, Tensor, list[int], list[int], Tensor] | None,
+        rows: tuple[Tensor, Tensor, list[int], list[int], Tensor, Tensor] | None,
         visibility: RowVisibility | None = None,
     ) -> Tensor:
         """Windows' rows, then chunks' rows, through the model; logits of the wanted window rows only."""
         none = torch.zeros(0, dtype=torch.long, device=self.device)
-        window_tokens, window_positions, num_rows, starts, wanted = rows or (none, none, [], [], none)
+        window_tokens, window_positions, num_rows, starts, wanted, masked = rows or (none, none, [], [], none, none)
         tokens, positions = [window_tokens], [window_positions]
         for work in chunks:
             start, stop = work.request.num_cached, work.request.num_cached + work.count
@@ -206,7 +209,8 @@ class Runner:
             pages=[work.pages for work in everything],
             visibility=visibility,
         )
-        return self.model(torch.cat(tokens), torch.cat(positions), self.plan_attention(self.cache, batch), wanted)
+        attend = self.plan_attention(self.cache, batch)
+        return self.model(torch.cat(tokens), torch.cat(positions), attend, wanted, masked if len(masked) else None)
 
     def _choose(
         self,

@@ -86,9 +86,16 @@ class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutput(loss=loss, logits=logits)
         return output if return_dict is not False else output.to_tuple()
 
-    def rows(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, logits_rows: Tensor | None = None) -> Tensor:
+    def rows(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attend: Attend,
+        logits_rows: Tensor | None = None,
+        masked: Tensor | None = None,
+    ) -> Tensor:
         """``Transformer.forward`` over this model's modules: what the engine calls."""
-        hidden_TC = self.model(tokens_T, positions_T, attend)
+        hidden_TC = self.model(tokens_T, positions_T, attend, masked)
         hidden_LC = hidden_TC if logits_rows is None else hidden_TC[logits_rows]
         return self.lm_head(self.model.norm(hidden_LC))
 

@@ -156,10 +156,15 @@ def set_mask_embedding(model: Transformer, mask_token_id: int, num_tokens: int) 
     if not model.config.tie_word_embeddings:
         weights.append(model.lm_head.get_parameter("weight"))
     for weight in weights:
-        others = torch.arange(num_tokens, device=weight.device) != mask_token_id
-        # Summed in float32 without a float32 copy of the whole matrix.
-        total = torch.sum(weight[:num_tokens] * others[:, None].to(weight.dtype), dim=0, dtype=torch.float32)
-        weight[mask_token_id] = total / others.sum()
+        weight[mask_token_id] = mean_of_others(weight, mask_token_id, num_tokens)
+
+
+def mean_of_others(weight: Tensor, token_id: int, num_tokens: int) -> Tensor:
+    """Mean [C], float32, of the rows of ``weight`` [V, C] below ``num_tokens`` but for ``token_id``'s."""
+    others = torch.arange(num_tokens, device=weight.device) != token_id
+    # Summed in float32 without a float32 copy of the whole matrix.
+    total = torch.sum(weight[:num_tokens] * others[:, None].to(weight.dtype), dim=0, dtype=torch.float32)
+    return total / others.sum()
 
 
 def _check_output(output: Path, origin: Path, force: bool) -> None:

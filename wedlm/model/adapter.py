@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA adapters (arXiv 2106.09685) in peft's format, merged into the weights. One model, one adapter.
 
+Those of masked rows (``masked_lora.py``) cannot be merged and stay beside the weights. They have a type and names of
+their own, so that programs that know only LoRA refuse them.
+
 Only tensors and a JSON file are read; peft is not needed. Everything is checked before the first weight changes.
 """
 
@@ -22,6 +25,7 @@ from wedlm.model.checkpoint import read_config
 from wedlm.model.config import ModelConfig
 from wedlm.model.config_values import check_integer, read_flag, read_integer, read_number
 from wedlm.model.errors import CheckpointError
+from wedlm.model.masked_lora import MASK_EMBEDDING, MASKED_TYPE, add_beside, has_factors
 from wedlm.model.packed import is_packed
 from wedlm.model.transformer import Transformer
 
@@ -63,23 +67,34 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """Changes by parameter name, applied in this order: whole tensors, single rows, low-rank sums."""
+    """Changes by parameter name, applied in this order: whole tensors, single rows, low-rank sums.
+
+    ``masked_rows``: the sums are for masked rows alone, and the only whole tensor is MASK_EMBEDDING.
+    """
 
     whole: dict[str, Tensor]
     rows: dict[str, Rows]
     low_rank: dict[str, LowRank]
+    masked_rows: bool = False
 
 
 def apply_adapter(model: Transformer, directory: str | Path) -> None:
-    """Merge the adapter in ``directory`` into ``model``, in place: sums in float32, stored in the model's dtype.
+    """Merge the adapter in ``directory`` into ``model``, in place: sums in float32, stored in the model's dtype. One of
+    masked rows is put beside the weights, in the model's dtype.
 
     Raises CheckpointError, with the model unchanged, for an adapter that cannot be read, is of an unsupported kind or
     does not fit; ValueError for a packed model.
     """
     if is_packed(model):
         raise ValueError("the model is packed for inference; expected one to which the adapter is applied before that")
+    if has_factors(model):
+        raise ValueError("the model has an adapter of masked rows, which cannot be merged; expected one without")
     adapter = read_adapter(directory)
     _check_fit(adapter, model, Path(directory))
+    if adapter.masked_rows:
+        factors = {name: (change.a, change.scale * change.b.float()) for name, change in adapter.low_rank.items()}
+        add_beside(model, factors, adapter.whole.get(MASK_EMBEDDING))
+        return
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in adapter.whole.items():
@@ -143,8 +158,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{CONFIG_FILE} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG_FILE} is not a JSON object")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type is {config.get('peft_type')!r}; expected 'LORA'")
+    if config.get("peft_type") not in ("LORA", MASKED_TYPE):
+        raise ValueError(f"peft_type is {config.get('peft_type')!r}; expected 'LORA' or {MASKED_TYPE!r}")
     for key in sorted(set(config) - _HARMLESS):
         # peft writes {} or false for what is off; a configuration of a variant that is on is never empty.
         if config[key]:
@@ -179,6 +194,7 @@ _KINDS = {
     ".lora_embedding_B": "embedding B",
     ".token_adapter.trainable_tokens_delta": "rows",
 }
+_MASKED_KINDS = {".masked_lora_A.weight": "A", ".masked_lora_B.weight": "B"}
 
 
 def _sort_out(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adapter:
@@ -186,9 +202,11 @@ def _sort_out(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adapt
     whole: dict[str, Tensor] = {}
     rows: dict[str, Rows] = {}
     pairs: dict[str, dict[str, Tensor]] = {}
+    masked_rows = config["peft_type"] == MASKED_TYPE
+    kinds = _MASKED_KINDS if masked_rows else _KINDS
     for name, tensor in tensors.items():
-        end = next((end for end in _KINDS if name.endswith(end)), "")
-        module, kind = name.removesuffix(end), _KINDS.get(end)
+        end = next((end for end in kinds if name.endswith(end)), "")
+        module, kind = name.removesuffix(end), kinds.get(end)
         if not tensor.is_floating_point():
             raise ValueError(f"tensor {name} has dtype {tensor.dtype}; expected floating point numbers")
         if kind is None:
@@ -197,8 +215,10 @@ def _sort_out(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adapt
             rows[f"{module}.weight"] = Rows(_token_ids(module, len(tensor), config), tensor)
         else:
             pairs.setdefault(module, {})[kind] = tensor
+    if masked_rows and whole.keys() - {MASK_EMBEDDING}:
+        raise ValueError(f"tensor {min(whole.keys() - {MASK_EMBEDDING})} is no part of an adapter of masked rows")
     low_rank = {f"{module}.weight": _low_rank(module, pair, config) for module, pair in pairs.items()}
-    return Adapter(whole, rows, low_rank)
+    return Adapter(whole, rows, low_rank, masked_rows)
 
 
 def _low_rank(module: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRank:
@@ -243,8 +263,10 @@ def _token_ids(module: str, count: int, config: Mapping[str, Any]) -> tuple[int,
 
 def _check_fit(adapter: Adapter, model: Transformer, origin: Path) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    tied = model.config.tie_word_embeddings
-    if tied:
+    if adapter.masked_rows:
+        shapes = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.") and len(shape) == 2}
+        shapes[MASK_EMBEDDING] = (model.config.hidden_size,)
+    elif model.config.tie_word_embeddings:
         shapes[_OUTPUT] = shapes[_EMBEDDING]
         _check_tied(adapter, origin)
     changes: list[tuple[str, tuple[int, ...]]] = [(name, tuple(tensor.shape)) for name, tensor in adapter.whole.items()]

@@ -25,6 +25,7 @@ from wedlm.model.errors import CheckpointError
 from wedlm.model.gguf_file import GGUFFile
 from wedlm.model.gguf_model import read_gguf_config, read_gguf_tensors
 from wedlm.model.locate import DEMO_BASE_NAME, DEMO_NAME, locate
+from wedlm.model.masked_lora import has_factors
 from wedlm.model.packed import is_packed
 from wedlm.model.transformer import Transformer
 
@@ -80,8 +81,13 @@ def read_config(directory: Path) -> ModelConfig:
 def save_model(model: Transformer, config: ModelConfig, directory: str | Path) -> None:
     """Write ``config.json`` and ``model.safetensors``, from which this package and transformers load the model.
 
-    Raises ValueError for a packed model, whose tensors no longer have a checkpoint's names.
+    Raises ValueError for a packed model, whose tensors no longer have a checkpoint's names, and for one with an adapter
+    of masked rows, which no checkpoint holds.
     """
+    if has_factors(model):
+        raise ValueError(
+            "the model has an adapter of masked rows, which cannot be merged; expected the base model alone"
+        )
     if is_packed(model):
         raise ValueError("the model is packed for inference; expected one that is saved before pack_for_inference")
     save_tensors(model.state_dict(), config, directory)

@@ -16,6 +16,7 @@ from wedlm.kernels.embed import embed
 from wedlm.kernels.matmul import MAX_ROWS, Tiling, few_rows_product, tiling_for
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.model.layers import DecoderLayer
+from wedlm.model.masked_lora import MaskedLora, has_factors, plain, put_at_masked
 from wedlm.model.packed import is_packed
 from wedlm.model.transformer import Transformer
 
@@ -38,6 +39,7 @@ class FusedTransformer:
     def __init__(self, model: Transformer, tiling: Callable[[int, int], Tiling | None] | None = None) -> None:
         assert is_packed(model), "expected a model after pack_for_inference"
         self.model = model
+        self.has_factors = has_factors(model)  # for masked rows
         half = model.model.embed_tokens.weight.dtype.itemsize == 2
         self.tiling = tiling or (tiling_for if half else lambda size, depth: None)
         self.layers = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
@@ -55,49 +57,82 @@ class FusedTransformer:
 
     @torch.inference_mode()
     def __call__(
-        self, tokens_T: Tensor, positions_T: Tensor, attend: FusedAttend, logits_rows: Tensor | None = None
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attend: FusedAttend,
+        logits_rows: Tensor | None = None,
+        masked: Tensor | None = None,
     ) -> Tensor:
-        """Logits [L, V] of the rows picked by ``logits_rows`` (None: all)."""
+        """Logits [L, V] of the rows picked by ``logits_rows`` (None: all). ``masked`` as in ``Transformer``."""
         rotary = self.model.model.rotary
         x_TC, cos_TD, sin_TD = embed(
             tokens_T, positions_T, _weight(self.model.model.embed_tokens), rotary.inv_freq, rotary.attention_factor
         )
+        x_TC, column = self._masked(x_TC, masked)
         delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
             attention, mlp = layer.self_attn, layer.mlp
             assert attention.qkv_proj is not None
             assert mlp.gate_up_proj is not None
             x_TC, normed = add_rms_norm(x_TC, delta, _weight(layer.input_layernorm), self.eps)
-            qkv = self._product(normed, attention.qkv_proj)
+            qkv = self._product(normed, attention.qkv_proj, column)
             out_THD = attend(index, qkv, cos_TD, sin_TD, self.norms[index])
-            delta = self._product(out_THD.flatten(1), attention.o_proj)
+            delta = self._product(out_THD.flatten(1), attention.o_proj, column)
             x_TC, normed = add_rms_norm(x_TC, delta, _weight(layer.post_attention_layernorm), self.eps)
-            delta = self._product(self._gated(normed, mlp.gate_up_proj), mlp.down_proj)
+            delta = self._product(self._gated(normed, mlp.gate_up_proj, column), mlp.down_proj, column)
         if logits_rows is not None:
             if len(logits_rows) == 0:
                 return x_TC.new_empty(0, self.model.config.vocab_size)
             x_TC = x_TC[logits_rows]
             delta = delta[..., logits_rows, :] if delta is not None else None
         _, normed = add_rms_norm(x_TC, delta, _weight(self.model.model.norm), self.eps)
-        return self._product(normed, self.model.lm_head, splits=False)
+        return self._product(normed, self.model.lm_head, None, splits=False)
+
+    def _masked(self, x: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x with the masked rows' own embedding, and a column [T, 1] that is 1 at them and 0 elsewhere; None: no row
+        needs factors."""
+        if masked is None or not self.has_factors:
+            return x, None
+        if masked.dtype != torch.bool:
+            masked = torch.zeros(len(x), dtype=torch.bool, device=x.device).index_fill_(0, masked, True)
+        embedding = self.model.model.mask_embedding
+        x = x if embedding is None else put_at_masked(x, masked, embedding)
+        return x, masked[:, None].to(x.dtype)
 
     def _tiling(self, x: Tensor, linear: nn.Module) -> Tiling | None:
         if len(x) > MAX_ROWS or linear.bias is not None:
             return None
         return self.tiling(*_weight(linear).shape)
 
-    def _product(self, x: Tensor, linear: nn.Module, splits: bool = True) -> Tensor:
-        """[T, N], or partial sums [P, T, N] where allowed."""
-        tiling = self._tiling(x, linear)
+    def _product(self, x: Tensor, linear: nn.Module, masked: Tensor | None, splits: bool = True) -> Tensor:
+        """[T, N], or partial sums [P, T, N] where allowed. ``masked``: the column of ``_masked``."""
+        base = plain(linear)
+        tiling = self._tiling(x, base)
         if tiling is None or (tiling.splits > 1 and not splits):
-            return F.linear(x, _weight(linear), linear.bias)  # type: ignore[arg-type]
-        return few_rows_product(x, _weight(linear), tiling)
+            out = F.linear(x, _weight(base), base.bias)  # type: ignore[arg-type]
+        else:
+            out = few_rows_product(x, _weight(base), tiling)
+        _add_change(out if out.ndim == 2 else out[0], x, linear, masked)
+        return out
 
-    def _gated(self, x: Tensor, linear: nn.Module) -> Tensor:
-        tiling = self._tiling(x, linear)
+    def _gated(self, x: Tensor, linear: nn.Module, masked: Tensor | None) -> Tensor:
+        base = plain(linear)
+        tiling = self._tiling(x, base)
+        if tiling is not None and (masked is None or base is linear):
+            return few_rows_product(x, _weight(base), replace(tiling, splits=1), gated=True)
         if tiling is None:
-            return silu_mul(F.linear(x, _weight(linear), linear.bias))  # type: ignore[arg-type]
-        return few_rows_product(x, _weight(linear), replace(tiling, splits=1), gated=True)
+            out = F.linear(x, _weight(base), base.bias)  # type: ignore[arg-type]
+        else:
+            out = few_rows_product(x, _weight(base), replace(tiling, splits=1))
+        _add_change(out, x, linear, masked)
+        return silu_mul(out)
+
+
+def _add_change(out: Tensor, x: Tensor, linear: nn.Module, masked: Tensor | None) -> None:
+    """Add the factors' product of all rows times their column to ``out``: no size depends on how many are masked."""
+    if masked is not None and isinstance(linear, MaskedLora):
+        out.addcmul_(linear.change(x), masked)
 
 
 def _weight(module: nn.Module) -> Tensor:

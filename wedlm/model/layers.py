@@ -2,6 +2,7 @@
 """The parts of a decoder layer. Module and parameter names are those of Hugging Face checkpoints.
 
 Shape suffixes: T rows, C hidden size, H heads (query heads, or the fewer key/value heads K), D head dimension.
+``masked`` says which rows are masked; only layers with factors for them look at it (``masked_lora.py``).
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wedlm.model.config import ModelConfig
+from wedlm.model.masked_lora import product
 from wedlm.model.rope import rotate
 
 # attend(layer, q_THD, k_TKD, v_TKD) -> out_THD: cache, mask and softmax (scale D**-0.5) are all the backend's.
@@ -50,24 +52,27 @@ class Attention(nn.Module):
         self.qkv_proj: nn.Module | None = None
         self.qkv_sizes = (q_size, kv_size, kv_size)
 
-    def project(self, x_TC: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, x_TC: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor]:
         """(queries and keys side by side [T, H + K, D], values [T, K, D]) before norms and RoPE."""
         if self.qkv_proj is None:
-            qk_TF, v_TF = torch.cat((self.q_proj(x_TC), self.k_proj(x_TC)), dim=-1), self.v_proj(x_TC)
+            q_TF, k_TF, v_TF = (product(one, x_TC, masked) for one in (self.q_proj, self.k_proj, self.v_proj))
+            qk_TF = torch.cat((q_TF, k_TF), dim=-1)
         else:
             q_size, k_size, v_size = self.qkv_sizes
-            qk_TF, v_TF = self.qkv_proj(x_TC).split((q_size + k_size, v_size), dim=-1)
+            qk_TF, v_TF = product(self.qkv_proj, x_TC, masked).split((q_size + k_size, v_size), dim=-1)
         return qk_TF.unflatten(-1, (-1, self.head_dim)), v_TF.unflatten(-1, (-1, self.head_dim))
 
-    def forward(self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, attend: Attend, layer: int) -> Tensor:
-        qk_THD, v_TKD = self.project(x_TC)
+    def forward(
+        self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, attend: Attend, layer: int, masked: Tensor | None
+    ) -> Tensor:
+        qk_THD, v_TKD = self.project(x_TC, masked)
         # Heads are counted by the weights, which tensor parallelism may have sharded.
         heads = (qk_THD.shape[1] - v_TKD.shape[1], v_TKD.shape[1])
         if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TKD = qk_THD.split(heads, dim=1)
             qk_THD = torch.cat((self.q_norm(q_THD), self.k_norm(k_TKD)), dim=1)
         q_THD, k_TKD = rotate(qk_THD, cos_TD, sin_TD).split(heads, dim=1)
-        return self.o_proj(attend(layer, q_THD, k_TKD, v_TKD).flatten(-2))
+        return product(self.o_proj, attend(layer, q_THD, k_TKD, v_TKD).flatten(-2), masked)
 
 
 class MLP(nn.Module):
@@ -81,16 +86,16 @@ class MLP(nn.Module):
         # Set by pack_for_inference, which then removes gate_proj and up_proj.
         self.gate_up_proj: nn.Module | None = None
 
-    def project(self, x_TC: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, x_TC: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor]:
         """(gate, up), each [T, intermediate size]."""
         if self.gate_up_proj is None:
-            return self.gate_proj(x_TC), self.up_proj(x_TC)
-        gate, up = self.gate_up_proj(x_TC).chunk(2, dim=-1)
+            return product(self.gate_proj, x_TC, masked), product(self.up_proj, x_TC, masked)
+        gate, up = product(self.gate_up_proj, x_TC, masked).chunk(2, dim=-1)
         return gate, up
 
-    def forward(self, x_TC: Tensor) -> Tensor:
-        gate, up = self.project(x_TC)
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, x_TC: Tensor, masked: Tensor | None) -> Tensor:
+        gate, up = self.project(x_TC, masked)
+        return product(self.down_proj, F.silu(gate) * up, masked)
 
 
 class DecoderLayer(nn.Module):
@@ -103,6 +108,14 @@ class DecoderLayer(nn.Module):
         self.input_layernorm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, attend: Attend, layer: int) -> Tensor:
-        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), cos_TD, sin_TD, attend, layer)
-        return x_TC + self.mlp(self.post_attention_layernorm(x_TC))
+    def forward(
+        self,
+        x_TC: Tensor,
+        cos_TD: Tensor,
+        sin_TD: Tensor,
+        attend: Attend,
+        layer: int,
+        masked: Tensor | None = None,
+    ) -> Tensor:
+        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), cos_TD, sin_TD, attend, layer, masked)
+        return x_TC + self.mlp(self.post_attention_layernorm(x_TC), masked)

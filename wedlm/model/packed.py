@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inference form of the model: fewer, larger matrix products, and weights in the layout their kernel likes."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wedlm.model.layers import MLP, Attention, DecoderLayer, RMSNorm
+from wedlm.model.masked_lora import BlockDiagonal, MaskedLora, NoChange, plain
 from wedlm.model.transformer import Transformer
 
 
@@ -45,7 +48,8 @@ def _layers(model: Transformer) -> list[DecoderLayer]:
 
 def _pack_attention(attention: Attention) -> None:
     parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-    attention.qkv_sizes = (parts[0].weight.shape[0], parts[1].weight.shape[0], parts[2].weight.shape[0])
+    q_size, k_size, v_size = (len(plain(part).get_parameter("weight")) for part in parts)
+    attention.qkv_sizes = (q_size, k_size, v_size)
     attention.qkv_proj = _fuse(*parts)
     del attention.q_proj, attention.k_proj, attention.v_proj
     attention.o_proj = _fuse(attention.o_proj)
@@ -59,10 +63,31 @@ def _pack_mlp(mlp: MLP) -> None:
 
 def _fuse(*linears: nn.Module) -> nn.Module:
     """One linear layer whose outputs are the concatenated outputs of ``linears``."""
-    weights: list[Tensor] = [linear.get_parameter("weight") for linear in linears]
-    biases: list[Tensor] = [linear.get_parameter("bias") for linear in linears if linear.bias is not None]
+    bases = [plain(linear) for linear in linears]
+    weights: list[Tensor] = [linear.get_parameter("weight") for linear in bases]
+    biases: list[Tensor] = [linear.get_parameter("bias") for linear in bases if linear.bias is not None]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    return _inference_linear(weight.detach(), torch.cat(biases).detach() if biases else None)
+    fused = _inference_linear(weight.detach(), torch.cat(biases).detach() if biases else None)
+    if not any(isinstance(linear, MaskedLora) for linear in linears):
+        return fused
+    return _fuse_factors(fused, linears)
+
+
+def _fuse_factors(fused: nn.Module, linears: Sequence[nn.Module]) -> MaskedLora:
+    """The fused layer with the factors of ``linears``: all down products in one. A layer without has rank 0."""
+    downs: list[Tensor] = []
+    ups: list[nn.Module] = []
+    for linear in linears:
+        weight = plain(linear).get_parameter("weight").detach()
+        if isinstance(linear, MaskedLora):
+            downs.append(linear.masked_lora_A.get_parameter("weight").detach().to(weight))
+            up = linear.masked_lora_B.get_parameter("weight").detach() * linear.scale
+            ups.append(_inference_linear(up.to(weight), None))
+        else:
+            downs.append(weight[:0])
+            ups.append(NoChange(len(weight)))
+    up_product = ups[0] if len(ups) == 1 else BlockDiagonal(ups, [len(down) for down in downs])
+    return MaskedLora(fused, _inference_linear(torch.cat(downs), None), up_product)
 
 
 def _inference_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from wedlm.model.config import ModelConfig
 from wedlm.model.layers import Attend, DecoderLayer, RMSNorm
+from wedlm.model.masked_lora import put_at_masked
 from wedlm.model.rope import RotaryEmbedding
 
 
@@ -21,16 +22,20 @@ class Decoder(nn.Module):
         if not embedding.is_meta:  # Drawing on meta imports torch's compiler, over a second, and draws nothing.
             nn.init.normal_(embedding, std=0.02)
         self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
+        # [C], what masked rows start from in place of their token's embedding; set with factors for masked rows.
+        self.mask_embedding: nn.Parameter | None = None
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, masked: Tensor | None = None) -> Tensor:
         """Hidden states [T, C] after the last layer, before the final norm."""
         x_TC = self.embed_tokens(tokens_T)
+        if masked is not None and self.mask_embedding is not None:
+            x_TC = put_at_masked(x_TC, masked, self.mask_embedding)
         cos_TD, sin_TD = self.rotary(positions_T, x_TC.dtype)
         for layer, module in enumerate(self.layers):
-            x_TC = module(x_TC, cos_TD, sin_TD, attend, layer)
+            x_TC = module(x_TC, cos_TD, sin_TD, attend, layer, masked)
         return x_TC
 
 
@@ -54,14 +59,21 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
-        self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, logits_rows: Tensor | None = None
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attend: Attend,
+        logits_rows: Tensor | None = None,
+        masked: Tensor | None = None,
     ) -> Tensor:
         """Logits [L, V] in the model's dtype.
 
         ``tokens_T`` and ``positions_T`` are int64 [T]. ``logits_rows``, int64 [L], picks the rows to project, in the
         order wanted; None means all rows. ``attend(layer, q_THD, k_TKD, v_TKD) -> out_THD`` gets RoPE already applied.
+        ``masked`` (bool [T], or int64 [M] indices) says which rows are masked: it matters only where an adapter of
+        masked rows is loaded; None means no row.
         """
-        hidden_TC = self.model(tokens_T, positions_T, attend)
+        hidden_TC = self.model(tokens_T, positions_T, attend, masked)
         return self.logits(hidden_TC if logits_rows is None else hidden_TC[logits_rows])
 
     def logits(self, hidden_LC: Tensor) -> Tensor:

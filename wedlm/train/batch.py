@@ -39,6 +39,7 @@ class TrainBatch:
     document: Tensor  # [N, R]
     block: Tensor  # [N, R]
     prediction: Tensor  # [N, R]
+    masked: Tensor  # [N, R]
     ranges: Tensor  # [3, N, R]
     loss_rows: Tensor  # [K]
     target: Tensor  # [K]
@@ -121,7 +122,7 @@ def collate(rows: list[DualStream]) -> TrainBatch:
     loss_rows = torch.cat((loss_rows, loss_rows.new_zeros(padding)))
     real = torch.arange(len(loss_rows)) < len(loss_rows) - padding
     is_ar = is_ar.flatten()[loss_rows] & real
-    masked = masked.flatten()[loss_rows] & real
+    has_masked_loss = masked.flatten()[loss_rows] & real
     depth = 1 + flat("depth")[loss_rows].clamp(max=NUM_DEPTHS - 1)
     tenth = (flat("ratio")[loss_rows] * NUM_RATIOS).ceil().long().clamp(1, NUM_RATIOS) - 1
     return TrainBatch(
@@ -130,13 +131,14 @@ def collate(rows: list[DualStream]) -> TrainBatch:
         document=torch.stack([row.labels.document for row in rows]),
         block=torch.stack([row.labels.block for row in rows]),
         prediction=torch.stack([row.labels.prediction for row in rows]),
+        masked=masked,
         ranges=torch.stack([torch.stack(row_ranges(row.labels)) for row in rows], dim=1).int(),
         loss_rows=loss_rows,
         target=flat("target")[loss_rows],
         weight=torch.where(real, flat("weight")[loss_rows], 0.0),
         is_ar=is_ar,
-        depth_group=torch.where(is_ar, AR_GROUP, torch.where(masked, depth, NUM_GROUPS)),
-        ratio_group=torch.where(masked, 1 + NUM_DEPTHS + tenth, NUM_GROUPS),
+        depth_group=torch.where(is_ar, AR_GROUP, torch.where(has_masked_loss, depth, NUM_GROUPS)),
+        ratio_group=torch.where(has_masked_loss, 1 + NUM_DEPTHS + tenth, NUM_GROUPS),
         coefficient=torch.empty(0),
         num_clean_tokens=sum(int(((row.labels.document >= 0) & ~row.labels.prediction).sum()) for row in rows),
     )

@@ -93,6 +93,8 @@ class TrainConfig(_Strict):
     """Factors count alpha/rank times; none is twice the rank."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the factors."""
+    lora_rows: Literal["all", "masked"] = "all"
+    """masked: factors act on masked rows alone, the base's AR output stays exact, and the adapter cannot be merged."""
     lora_targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     """Layers that get factors."""
     merge_lora: bool = True
@@ -185,6 +187,24 @@ class TrainConfig(_Strict):
             )
         if self.validation_documents and self.validation_data:
             raise ValueError("validation_documents and validation_data are both given; expected one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _masked_rows_alone(self) -> Self:
+        """No setting is changed in silence for a LoRA of masked rows."""
+        if self.lora_rows == "all":
+            return self
+        if not self.lora_rank or self.objective != "wedlm":
+            raise ValueError("lora_rows is masked; expected objective wedlm and a lora_rank above 0")
+        if self.effective_ar_weight:
+            raise ValueError(
+                "lora_rows is masked, so that the AR loss has no gradient; expected enable_ar_loss false, the masked "
+                "loss alone"
+            )
+        if self.merge_lora:
+            raise ValueError(
+                "merge_lora is true with lora_rows masked, whose factors no weight can take; expected merge_lora false"
+            )
         return self
 
     @property

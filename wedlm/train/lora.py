@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank adaptation through peft: injected into our model, merged or saved as an adapter that peft also reads."""
+"""Low-rank adaptation through peft: injected into our model, merged or saved as an adapter that peft also reads.
+
+Factors for masked rows alone (``lora_rows``) are our own: peft knows no such thing.
+"""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wedlm.model.adapter import CONFIG_FILE, WEIGHTS_FILE
+from wedlm.model.masked_lora import MASK_EMBEDDING, MASKED_TYPE, add_factors
 from wedlm.model.transformer import Transformer
 from wedlm.train.config import TrainConfig
 
@@ -44,15 +51,37 @@ def add_lora(transformer: Transformer, config: TrainConfig) -> None:
     """
     from peft import inject_adapter_in_model
 
-    modules = {name.rpartition(".")[2] for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
-    for target in config.lora_targets:
-        if target not in modules:
-            raise ValueError(f"lora_targets has {target!r}; expected some of {', '.join(sorted(modules))}")
+    _targets(transformer, config)
     transformer.requires_grad_(False)
     inject_adapter_in_model(lora_config(config), transformer, adapter_name=_NAME)
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def _targets(model: nn.Module, config: TrainConfig) -> list[str]:
+    """Names of the linear layers that get factors. ValueError if a target is none."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    modules = {name.rpartition(".")[2] for name in names}
+    for target in config.lora_targets:
+        if target not in modules:
+            raise ValueError(f"lora_targets has {target!r}; expected some of {', '.join(sorted(modules))}")
+    return [name for name in names if name.rpartition(".")[2] in config.lora_targets]
+
+
+def add_masked_lora(transformer: Transformer, config: TrainConfig, mask_embedding: Tensor) -> None:
+    """Freeze the model and give the target layers factors for masked rows, and those rows a first state [C]; float32.
+
+    As peft's, a product of factors starts at zero. ValueError if a target names no layer of the decoder.
+    """
+    transformer.requires_grad_(False)
+    decoder = transformer.model
+    for name in _targets(decoder, config):
+        size, depth = decoder.get_submodule(name).get_parameter("weight").shape
+        down = torch.empty(config.lora_rank, depth)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        add_factors(decoder, name, down, torch.zeros(size, config.lora_rank), scale_of(config), config.lora_dropout)
+    decoder.mask_embedding = nn.Parameter(mask_embedding.float())
 
 
 def merged_tensors(tensors: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
@@ -74,9 +103,42 @@ def merged_tensors(tensors: Mapping[str, Tensor], config: TrainConfig) -> dict[s
 def save_adapter(tensors: Mapping[str, Tensor], mask_embedding: Tensor | None, setup: "Setup", directory: Path) -> None:
     """``adapter_config.json`` and ``adapter_model.safetensors`` in peft's layout, and the result's ``config.json``.
 
-    The mask's embedding, where one was trained, is stored as peft stores a trained token row.
+    The mask's embedding, where one was trained, is stored as peft stores a trained token row. An adapter of masked rows
+    has a type and names that peft does not know, so that it is not taken for one of all rows.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    if setup.config.lora_rows == "masked":
+        _save_masked(tensors, setup.config, directory)
+    else:
+        _save_for_peft(tensors, mask_embedding, setup, directory)
+    text = json.dumps(setup.model_config.to_hf(), indent=2)
+    (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _save_masked(tensors: Mapping[str, Tensor], config: TrainConfig, directory: Path) -> None:
+    kept = {
+        f"base_model.model.{name}": tensor.contiguous()
+        for name, tensor in tensors.items()
+        if ".masked_lora_" in name or name == MASK_EMBEDDING
+    }
+    save_file(kept, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    values = {
+        "peft_type": MASKED_TYPE,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.model_path,
+        "r": config.lora_rank,
+        "lora_alpha": scale_of(config) * config.lora_rank,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": config.lora_targets,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (directory / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_for_peft(
+    tensors: Mapping[str, Tensor], mask_embedding: Tensor | None, setup: "Setup", directory: Path
+) -> None:
     kept = {
         "base_model.model." + name.replace(f".{_NAME}.", "."): tensor.contiguous()
         for name, tensor in tensors.items()
@@ -87,7 +149,5 @@ def save_adapter(tensors: Mapping[str, Tensor], mask_embedding: Tensor | None, s
     if mask_embedding is not None:
         kept["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = mask_embedding[None].clone()
         peft_config.trainable_token_indices = {"embed_tokens": [setup.mask_token_id]}
-    save_file(kept, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(kept, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     peft_config.save_pretrained(str(directory))
-    text = json.dumps(setup.model_config.to_hf(), indent=2)
-    (directory / "config.json").write_text(text + "\n", encoding="utf-8")

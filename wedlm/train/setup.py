@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from wedlm.model import Tokenizer, load_model, load_tokenizer
-from wedlm.model.adapt import check_mask_token_id, choose_mask_token_id, set_mask_embedding
+from wedlm.model.adapt import check_mask_token_id, choose_mask_token_id, mean_of_others, set_mask_embedding
 from wedlm.model.checkpoint import save_tensors
 from wedlm.model.config import ModelConfig
 from wedlm.model.transformer import Transformer
 from wedlm.train.config import TrainConfig
 from wedlm.train.data import PackedData, load_data
-from wedlm.train.lora import add_lora, merged_tensors, save_adapter
+from wedlm.train.lora import add_lora, add_masked_lora, merged_tensors, save_adapter
 from wedlm.train.records import token_progress
 
 
@@ -51,7 +51,7 @@ class Setup:
             raise ValueError(
                 f"max_seq_length is {config.max_seq_length}; expected at most the model's {model_config.max_length}"
             )
-        mask = -1  # no token
+        mask, base_config = -1, model_config  # no token
         if config.objective == "wedlm":
             model_config = _with_mask_token(transformer, model_config, tokenizer, config)
             mask = model_config.mask_token_id if model_config.mask_token_id is not None else mask
@@ -60,7 +60,10 @@ class Setup:
         transformer.train()
         if config.lora_rank:
             torch.manual_seed(config.seed)  # the factors start the same in every process and every run
-            add_lora(transformer, config)
+            if config.lora_rows == "masked":
+                add_masked_lora(transformer, config, _first_mask_embedding(transformer, base_config, mask, tokenizer))
+            else:
+                add_lora(transformer, config)
         elif not config.train_embeddings:
             for module in (transformer.model.embed_tokens, transformer.lm_head):
                 module.weight.requires_grad_(False)
@@ -80,6 +83,8 @@ def _with_mask_token(
         mask = choose_mask_token_id(model_config, tokenizer)
     if not (model_config.is_wedlm and mask == known):
         check_mask_token_id(mask, model_config, tokenizer)
+        if config.lora_rows == "masked":  # whose base stays as it is
+            return dataclasses.replace(model_config, mask_token_id=mask, block_size=config.block_size)
         weight = transformer.lm_head.get_parameter("weight")
         frozen = config.lora_rank > 0 or not config.train_embeddings
         output_row = weight.detach()[mask].clone() if frozen and not model_config.tie_word_embeddings else None
@@ -88,6 +93,14 @@ def _with_mask_token(
             with torch.no_grad():
                 weight[mask] = output_row
     return dataclasses.replace(model_config, mask_token_id=mask, block_size=config.block_size)
+
+
+def _first_mask_embedding(transformer: Transformer, base: ModelConfig, mask: int, tokenizer: Tokenizer) -> Tensor:
+    """What masked rows start from: the base's mask embedding where it has a trained one, else its tokens' mean."""
+    weight = transformer.model.embed_tokens.weight.detach()
+    if base.is_wedlm and mask == base.mask_token_id:
+        return weight[mask].float()
+    return mean_of_others(weight, mask, min(tokenizer.vocab_size, base.vocab_size))
 
 
 def save_result(setup: Setup, accelerator: Accelerator, model: nn.Module, directory: Path) -> Path:

@@ -54,7 +54,8 @@ class TrainingModel(nn.Module):
 
     def forward(self, batch: TrainBatch) -> StepLosses:
         attend = plan_training_attention(self.backend, batch.labels, batch.row_ranges)
-        hidden_TC = self.transformer.model(batch.tokens.flatten(), batch.positions.flatten(), attend)
+        rows = (batch.tokens.flatten(), batch.positions.flatten())
+        hidden_TC = self.transformer.model(*rows, attend, batch.masked.flatten())
         hidden_KC = self.transformer.model.norm(hidden_TC.index_select(0, batch.loss_rows))
         # Products are made in the type of the hidden states anyway; autocast would round the sum of losses, too.
         with torch.autocast(hidden_KC.device.type, enabled=False):

@@ -41,7 +41,10 @@ class _Done(NamedTuple):
 
 def _check_packages(config: TrainConfig) -> None:
     """Before anything is loaded, not when a package is first used."""
-    wanted = {"peft": ("lora_rank", config.lora_rank), "tensorboard": ("tensorboard", config.tensorboard)}
+    wanted = {
+        "peft": ("lora_rank", config.lora_rank and config.lora_rows == "all"),
+        "tensorboard": ("tensorboard", config.tensorboard),
+    }
     for package, (setting, on) in {**wanted, "wandb": ("use_wandb", config.use_wandb)}.items():
         if on:
             require(package, setting)
@@ -63,7 +66,8 @@ class Trainer:
         self.data = self.setup.train_data
         self.compiled = self.device.type == "cuda" if config.compile is None else config.compile
         prepare_layers(self.setup.transformer, self.compiled, config.activation_checkpointing)
-        own_mask = self.setup.embeddings_frozen and config.objective == "wedlm"
+        # Factors for masked rows bring a mask embedding with them.
+        own_mask = self.setup.embeddings_frozen and config.objective == "wedlm" and config.lora_rows == "all"
         model = TrainingModel(self.setup.transformer, self.backend, self.setup.mask_token_id, own_mask)
         optimizer = make_optimizer(model, config, self.device)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)

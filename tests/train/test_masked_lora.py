@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training a LoRA of masked rows: a plain loop with explicit factors, a base that stays, and its text made faster."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.train.processes import run_processes
+from tests.train.test_step import MASK, gradients, plain_loop, run, settings, transformer, two_micro_batches
+from tests.train.tiny_run import config_of, metrics, questions, save_base, train, weights, write_chats
+from wedlm import LLM, SamplingParams
+from wedlm.model import Transformer
+from wedlm.model.checkpoint import read_config
+from wedlm.train.lora import add_masked_lora
+from wedlm.train.step import TrainingModel
+
+__all__ = ["transformer"]  # a fixture
+LORA = {"lora_rank": 4, "lora_rows": "masked", "merge_lora": False, "enable_ar_loss": False}
+
+
+class ExplicitFactors:
+    """The model of a plain loop: each masked row of each layer's product gets scale · B A x, written out.
+
+    The rows of these tests hold the mask token where they are masked, and nowhere else.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self.model, self.masked = model, torch.zeros(0)
+        for module in model.modules():
+            if hasattr(module, "masked_lora_A"):
+                module.base_layer.register_forward_hook(self.added_by(module))
+        model.model.embed_tokens.register_forward_hook(self.embedded)
+
+    def added_by(self, layer):
+        def hook(_: torch.nn.Module, inputs: tuple[Tensor], y: Tensor) -> Tensor:
+            down, up = layer.masked_lora_A.weight, layer.masked_lora_B.weight
+            rows = [y[row] + 1.5 * up @ (down @ x) if self.masked[row] else y[row] for row, x in enumerate(inputs[0])]
+            return torch.stack(rows)
+
+        return hook
+
+    def embedded(self, _: torch.nn.Module, inputs: tuple[Tensor], x: Tensor) -> Tensor:
+        return torch.where(self.masked[:, None], self.model.model.mask_embedding, x)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, attend) -> Tensor:
+        self.masked = tokens == MASK
+        return self.model(tokens, positions, attend)  # without the flags the layers add nothing themselves
+
+
+def with_factors(transformer: Transformer) -> Transformer:
+    """A copy with random factors that count 6 / 4 times."""
+    model = Transformer(transformer.config)
+    model.load_state_dict(transformer.state_dict())
+    torch.manual_seed(1)
+    config = settings(**LORA, lora_alpha=6.0)
+    add_masked_lora(model, config, torch.randn(transformer.config.hidden_size))
+    for name, parameter in model.named_parameters():
+        if "masked_lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def trained_gradients(model: Transformer) -> dict[str, Tensor]:
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return gradients(model)
+
+
+def test_losses_and_gradients_equal_a_plain_loop_with_explicit_factors(transformer):
+    micro_batches = two_micro_batches(settings(**LORA))
+    loop_model, model = with_factors(transformer), with_factors(transformer)
+    loop = plain_loop(ExplicitFactors(loop_model), micro_batches)
+    expected = loop.loss(a=0.0, uniform=False)
+    expected.backward()
+    losses = run(TrainingModel(model, "dense", MASK, False), micro_batches, a=0.0)
+    torch.testing.assert_close(losses.loss, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(losses.statistics.double(), loop.statistics, rtol=1e-5, atol=1e-5)
+    found, wanted = trained_gradients(model), trained_gradients(loop_model)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+        trained = "masked_lora" in name or "mask_embedding" in name
+        assert bool(gradient.any()) == trained, name
+
+
+def test_observed_rows_of_both_streams_are_the_bases_bit_for_bit(transformer):
+    model = with_factors(transformer)
+    states = []
+
+    def keep(_: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
+        states.append(output.detach())
+
+    for batch in two_micro_batches(settings(**LORA)):
+        states.clear()
+        for one in (transformer, model):
+            handle = one.model.register_forward_hook(keep)
+            with torch.no_grad():
+                run(TrainingModel(one, "dense", MASK, False), [batch], a=0.0)
+            handle.remove()
+        masked = batch.masked.flatten()
+        observed = ~masked & (batch.document.flatten() >= 0)
+        assert (observed & batch.prediction.flatten()).any()
+        assert torch.equal(states[0][observed], states[1][observed])
+        assert (states[0][masked] != states[1][masked]).any(dim=1).all()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(AR model that knows 50 answers by heart, its adapter, training records, directory)"""
+    directory = tmp_path_factory.mktemp("masked")
+    base = save_base(directory / "raw", hidden_size=96, mask_token_id=None)
+    data = write_chats(directory / "data.jsonl", 50)
+    common = {
+        "max_seq_length": 128,
+        "per_device_train_batch_size": 6,
+        "gradient_accumulation_steps": 1,
+        "warmup_ratio": 0.05,
+        "weight_decay": 0.0,
+        "logging_steps": 40,
+    }
+    ar = train(base, data, directory / "ar", objective="autoregressive", max_steps=80, learning_rate=4e-3, **common)
+    settings = {**LORA, "lora_rank": 16, "max_steps": 80, "learning_rate": 1e-2}
+    adapter = train(ar, data, directory / "adapter", **settings, **common)
+    return ar, adapter, metrics(directory / "adapter"), directory
+
+
+def test_the_ar_loss_stays_and_the_masked_loss_falls(runs):
+    records = runs[2]
+    assert records[-1]["masked_loss"] < 0.7 * records[0]["masked_loss"]
+    assert records[-1]["ar_loss"] == pytest.approx(records[0]["ar_loss"], rel=0.05)  # of other rows
+
+
+def test_fifty_documents_are_decoded_faster_with_the_bases_text(runs):
+    ar, adapter, _, _ = runs
+    chats = [[{"role": "user", "content": question}] for question, _ in questions(50)]
+    mask = read_config(adapter).mask_token_id
+    base, adapted = LLM(ar, device="cpu", mask_token_id=mask), LLM(ar, device="cpu", adapter=adapter)
+
+    def answers(llm: LLM, decoding: str) -> tuple[list[list[int]], float]:
+        outputs = llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=40, decoding=decoding))
+        forwards = sum(output.stats.num_forwards for output in outputs)
+        return [output.token_ids for output in outputs], sum(output.stats.num_tokens for output in outputs) / forwards
+
+    expected, _ = answers(base, "autoregressive")
+    assert len({tuple(one) for one in expected}) > 20
+    for decoding in ("verified", "autoregressive", "auto"):
+        found, per_forward = answers(adapted, decoding)
+        assert found == expected
+        if decoding == "verified":
+            assert per_forward > 1.5
+
+
+def test_the_result_is_an_adapter_of_masked_rows(runs):
+    ar, adapter, _, _ = runs
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("MASKED_LORA", 16, 32)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert len(tensors) == 1 + 2 * 2 * 7
+    assert tensors["base_model.model.model.mask_embedding"].shape == (96,)
+    assert tensors["base_model.model.model.layers.1.mlp.down_proj.masked_lora_A.weight"].shape == (16, 192)
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    noted, base = read_config(adapter), read_config(ar)
+    assert (noted.block_size, base.block_size, base.mask_token_id) == (8, None, None)
+
+
+def test_a_resumed_run_equals_an_unbroken_one(runs):
+    ar, _, _, directory = runs
+    data = directory / "data.jsonl"
+    options = {**LORA, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
+    whole = train(ar, data, directory / "whole", **options)
+    broken = directory / "broken"
+    train(ar, data, broken, **options)
+    for path in (broken / "checkpoint-000004").iterdir():
+        path.unlink()
+    expected, found = (
+        load_file(train(ar, data, p.parent, **options) / "adapter_model.safetensors") for p in (whole, broken / "final")
+    )
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_base_and_its_mask_tokens_row_stay(runs):
+    """Masked rows start from the mean of the vocabulary, which no weight of the base holds."""
+    ar, _, _, directory = runs
+    options = {**LORA, "max_steps": 1, "learning_rate": 1e-9}
+    result = train(ar, directory / "data.jsonl", directory / "one", **options)
+    embedding = load_file(result / "adapter_model.safetensors")["base_model.model.model.mask_embedding"]
+    rows, mask = weights(ar)["model.embed_tokens.weight"].float(), read_config(result).mask_token_id
+    rows = rows[: len(rows) - 4]  # the tokenizer's
+    others = torch.arange(len(rows)) != mask
+    torch.testing.assert_close(embedding, rows[others].mean(dim=0), rtol=0, atol=1e-6)
+    checkpoint = load_file(directory / "one/checkpoint-000001/training_model.safetensors")
+    for name, tensor in weights(ar).items():
+        found = next(t for n, t in checkpoint.items() if n.replace(".base_layer.", ".") == f"transformer.{name}")
+        assert torch.equal(found, tensor.float()), name
+
+
+def same_factors(adapter, other, tolerance: float) -> None:
+    expected = load_file(other / "adapter_model.safetensors")
+    for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=tolerance, msg=name)
+
+
+def test_recomputed_activations_change_nothing(runs):
+    ar, _, _, directory = runs
+    options = {**LORA, "max_steps": 2, "learning_rate": 1e-2, "lora_dropout": 0.2}
+    plain = train(ar, directory / "data.jsonl", directory / "kept", **options)
+    again = train(ar, directory / "data.jsonl", directory / "again", activation_checkpointing=True, **options)
+    same_factors(again, plain, tolerance=1e-6)
+
+
+@pytest.mark.long
+def test_compiled_layers_change_nothing(runs):
+    ar, _, _, directory = runs
+    options = {**LORA, "max_steps": 4, "learning_rate": 1e-2}
+    plain = train(ar, directory / "data.jsonl", directory / "plain", **options)
+    config = config_of(ar, directory / "data.jsonl", directory / "compiled", compile=True, **options)
+    same_factors(run_processes(config, 1) / "final", plain, tolerance=5e-5)
