@@ -41,6 +41,10 @@ def evaluate(
     as_json: Annotated[bool, _option("Print each point as one line of JSON instead of a table.", WHAT, "--json")] = (
         False
     ),
+    answers_only: Annotated[
+        bool,
+        _option("Answer, but do not score: the same call without this does.", WHAT, "--answers-only"),
+    ] = False,
     decoding: Annotated[str | None, _option("auto, verified, streaming, block or autoregressive.", HOW)] = None,
     window_size: Annotated[int | None, _option("Positions of a window or block; rows of verified.", HOW)] = None,
     entropy_threshold: Annotated[str | None, _option("Fill below this entropy (nats); none: one a forward.", HOW)] = (
@@ -117,18 +121,25 @@ def run_eval(options: dict[str, Any]) -> None:
         from wedlm.evaluate.point import Evaluation, load_tasks, sweep_params
 
         points = sweep_params(base, grid)
-        tasks = load_tasks(settings)
+        tasks = load_tasks(settings, scores=not options["answers_only"])
     from wedlm.cli_generate import load_llm
     from wedlm.evaluate.identity import identify
 
     cache = {} if options["kv_cache_gb"] is None else {"kv_cache_bytes": int(options["kv_cache_gb"] * 1e9)}
-    llm = load_llm({name: options[name] for name in _LLM_OPTIONS} | cache)
+    # So that a step holds the widest windows of all sequences.
+    rows = options["max_num_seqs"] * max(params.max_rows for params, _ in points)
+    llm = load_llm({name: options[name] for name in _LLM_OPTIONS} | cache | {"max_num_batched_tokens": max(2048, rows)})
     if settings.chat_template and not llm.tokenizer.has_chat_template:
         raise ValueError(f"--chat-template is given, but {options['model']} has none; expected an instruct model")
     evaluation = Evaluation(llm, identify(llm, options["model"], options["adapter"]), settings, tasks)
     records = []
     for number, (params, swept) in enumerate(points, start=1):
         record = evaluation.find(params)
+        if record is None and options["answers_only"]:
+            with _bar(f"Point {number} of {len(points)}") as progress:
+                evaluation.answer(params, progress)
+            note(f"the answers of point {number} of {len(points)} are in {settings.output}: {evaluation.key(params)}")
+            continue
         if record is None:
             with _bar(f"Point {number} of {len(points)}") as progress:
                 record = evaluation.run(params, swept, progress)
@@ -137,7 +148,7 @@ def run_eval(options: dict[str, Any]) -> None:
         records.append(record)
         if options["as_json"]:
             write(json.dumps(record, ensure_ascii=False) + "\n")
-    if not options["as_json"]:
+    if records and not options["as_json"]:
         out.print(table(records))
 
 

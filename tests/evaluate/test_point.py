@@ -161,7 +161,7 @@ def test_a_killed_run_goes_on_at_its_first_missing_answer(evaluation, monkeypatc
         run.run(PARAMS, {}, kill)
     (partial,) = run.settings.output.iterdir()
     assert partial.name == f"samples-{whole['key']}-{task}.jsonl.partial"
-    assert partial.read_text().count("\n") == 4
+    assert partial.read_text().count('"doc_id"') == 4
     with partial.open("a") as file:
         file.write('{"doc_id": 5, "ind')  # half a line
     assert run.find(PARAMS) is None
@@ -236,3 +236,34 @@ def test_gpqa_reads_the_official_columns(tmp_path):
         doc["choices"][doc["gold"]] == "right" and sorted(doc["choices"])[1:] == ["w1", "w2", "w3"] for doc in docs
     )
     assert {doc["gold"] for doc in docs} == {0, 1, 2, 3}
+
+
+def test_answers_of_one_machine_are_scored_on_another(evaluation, llm, monkeypatch, sandbox):
+    run = evaluation("gsm8k", "arc_e", "humaneval")
+    whole = run.run(PARAMS, {})
+    expected = {name: [without_time(line) for line in samples(run, whole, name)] for name in whole["tasks"]}
+    for path in run.settings.output.iterdir():
+        path.unlink()
+    num_programs = len(sandbox)
+    monkeypatch.setattr("wedlm.evaluate.identity.platform.machine", lambda: "another machine")
+
+    run.answer(PARAMS)
+
+    assert len(sandbox) == num_programs
+    assert run.find(PARAMS) is None
+    assert all(path.suffix == ".partial" for path in run.settings.output.iterdir())
+    monkeypatch.setattr("wedlm.evaluate.identity.platform.machine", lambda: "this machine")
+    monkeypatch.setattr(llm.engine.runner, "model", None)  # no forward is left to run
+    record = run.run(PARAMS, {})
+    assert record["environment"]["device_name"] == "another machine"
+    assert {name: [without_time(line) for line in samples(run, record, name)] for name in record["tasks"]} == expected
+
+
+def test_answers_without_a_sandbox(evaluation, monkeypatch, tmp_path):
+    data = write_small_sets(tmp_path / "data")
+    monkeypatch.setattr("wedlm.evaluate.point.check_sandbox", lambda: (_ for _ in ()).throw(ValueError("none here")))
+    settings = Settings(("humaneval",), data, tmp_path / "out", num_fewshot=0)
+
+    with pytest.raises(ValueError, match="none here"):
+        load_tasks(settings)
+    assert load_tasks(settings, scores=False)

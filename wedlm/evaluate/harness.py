@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 _GENERATION_OPTIONS = {"until", "until_chat", "max_gen_toks", "temperature", "do_sample", "top_p", "top_k"}
 
 
+class Answered(Exception):
+    """All answers are in the journals, and no more was asked for: how ``EngineLM`` leaves the harness unscored."""
+
+
 class EngineLM(TemplateLM):
     """An ``LLM`` as the harness's model.
 
     ``params``: decoding of generated answers; what a task's generation_kwargs say goes before it. ``chat``: prompts
     come rendered by the chat template. ``journal_of``: the journal of a task; answers found there are not computed
     again, and every new one is kept there. ``progress`` is called with a task and how many of its answers there are.
+    ``answers_only``: raise ``Answered`` instead of returning answers.
     """
 
     def __init__(
@@ -37,8 +42,10 @@ class EngineLM(TemplateLM):
         chat: bool = False,
         journal_of: Callable[[str], Journal] | None = None,
         progress: Callable[[str, int, int], None] = lambda *_: None,
+        answers_only: bool = False,
     ) -> None:
         super().__init__()
+        self.answers_only = answers_only
         self.llm, self.params, self.chat, self.progress = llm, params or SamplingParams(), chat, progress
         self.scorer = LikelihoodScorer(llm)
         self._totals: dict[str, int] = {}
@@ -88,7 +95,7 @@ class EngineLM(TemplateLM):
                     "truncated": truncated,
                 },
             )
-        return [self._known(request)["text"] for request in requests]
+        return [entry["text"] for entry in self._all_known(requests)]
 
     def _generate(
         self, requests: Sequence[Instance], prepared: Sequence[tuple[list[int], SamplingParams, bool]]
@@ -148,7 +155,7 @@ class EngineLM(TemplateLM):
             }
             told = replace(stats)
             self._keep(open_requests[index], entry)
-        return [(entry["logprob"], entry["greedy"]) for entry in map(self._known, requests)]
+        return [(entry["logprob"], entry["greedy"]) for entry in self._all_known(requests)]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids as the harness splits them."""
@@ -180,10 +187,13 @@ class EngineLM(TemplateLM):
     def _entry(self, request: Instance) -> Entry | None:
         return self._journal(request).find(*_place(request))
 
-    def _known(self, request: Instance) -> Entry:
-        entry = self._entry(request)
-        assert entry is not None, "every request has been answered"
-        return entry
+    def _all_known(self, requests: Sequence[Instance]) -> list[Entry]:
+        """Entries of requests that have all been answered. ``Answered`` if nobody wants to see them."""
+        if self.answers_only:
+            raise Answered
+        entries = [self._entry(request) for request in requests]
+        assert all(entry is not None for entry in entries), "every request has been answered"
+        return entries  # type: ignore[return-value]
 
     def _journal(self, request: Instance) -> Journal:
         return self._journal_of(request.task_name or "")

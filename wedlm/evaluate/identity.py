@@ -5,7 +5,7 @@ import hashlib
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +69,21 @@ def _digest(paths: list[Path]) -> str:
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and machine, as far as they matter for speed."""
     return {
-        "wedlm": version("wedlm"),
+        "wedlm": _version("wedlm"),
         "torch": torch.__version__,
         "lm_eval": version("lm_eval"),
         "python": platform.python_version(),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _version(package: str) -> str:
+    """Of a package; ours may also run from its folder."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def now() -> str:
