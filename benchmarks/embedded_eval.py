@@ -22,11 +22,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; before tqdm's first import
+
 import torch
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; before its first import
-
 from wedlm import LLM, SamplingParams
+from wedlm.evaluate.harness import EngineBackend
 from wedlm.evaluate.identity import identify
 from wedlm.evaluate.journal import Journal
 from wedlm.evaluate.point import Evaluation, load_tasks
@@ -133,7 +134,8 @@ class Bench:
         if key not in self._tasks:
             self._tasks[key] = load_tasks(settings, scores)
         llm = self.llm(stage.dtype)
-        return Evaluation(llm, identify(llm, self.arguments.model, None), settings, self._tasks[key])
+        backend = EngineBackend(llm, identify(llm, self.arguments.model, None))
+        return Evaluation(backend, settings, self._tasks[key])
 
 
 def finished(output: Path) -> dict[str, dict[str, Any]]:

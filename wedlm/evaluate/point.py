@@ -13,20 +13,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from wedlm.evaluate.code import check_sandbox
 from wedlm.evaluate.data import digest
-from wedlm.evaluate.harness import Answered, EngineLM
-from wedlm.evaluate.identity import ModelIdentity, environment, now
+from wedlm.evaluate.identity import now
 from wedlm.evaluate.journal import Journal
+from wedlm.evaluate.journaled import Answered, Backend, How, JournaledLM
 from wedlm.evaluate.settings import TASKS_DIRECTORY, Params, Settings
-
-if TYPE_CHECKING:
-    from wedlm.engine.llm import LLM
 
 FORMAT = 1
 Progress = Callable[[str, int, int], None]  # task, answers so far, answers in all
@@ -53,22 +50,24 @@ def load_tasks(settings: Settings, scores: bool = True) -> dict[str, Any]:
 class Evaluation:
     """A model, ready to be run on tasks with different parameters."""
 
-    llm: "LLM"
-    model: ModelIdentity
+    backend: Backend
     settings: Settings
     tasks: Mapping[str, Any]
 
     def key(self, params: Params) -> str:
         """16 hexadecimal digits: a digest of all that can change an answer or a score."""
-        facts = {
+        model = self.backend.identity
+        facts: Record = {
             "format": FORMAT,
-            "model": [self.model.hash, self.model.dtype, self.llm.engine.config.max_model_len],
+            "model": [model.hash, model.dtype, self.backend.max_length],
             "params": asdict(params),
             "tasks": {name: [_version(task), self._num_fewshot(task)] for name, task in self.tasks.items()},
             "data": {name: [digest(task.dataset["test"]), digest(_shots(task))] for name, task in self.tasks.items()},
             "chat_template": self.settings.chat_template,
             "limit": self.settings.limit,
         }
+        if model.engine != "wedlm":
+            facts["engine"] = model.engine
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def find(self, params: Params) -> Record | None:
@@ -79,13 +78,13 @@ class Evaluation:
     def run(self, params: Params, swept: Mapping[str, Any], progress: Progress = lambda *_: None) -> Record:
         """Evaluate a point, from where a killed run left it, and write its files."""
         key, journals = self.key(params), self._journals(params)
-        lm = self._lm(params, journals, progress)
+        lm = self.backend.lm(self._how(params, journals, progress))
         tasks = {name: self._run_task(key, name, lm, journals[name]) for name in self.tasks}
         device, machine = _origin(journals.values())
         record = {
             "format": FORMAT,
             "key": key,
-            "model": {**asdict(self.model), "device": device},
+            "model": {**asdict(self.backend.identity), "device": device},
             "params": asdict(params),
             "swept": dict(swept),
             "protocol": self.settings.protocol,
@@ -104,24 +103,24 @@ class Evaluation:
     def answer(self, params: Params, progress: Progress = lambda *_: None) -> None:
         """Compute what answers the journals lack, and score nothing: ``run`` does that, on this machine or another."""
         journals = self._journals(params)
-        lm = self._lm(params, journals, progress, answers_only=True)
+        lm = self.backend.lm(self._how(params, journals, progress, answers_only=True))
         for task in self.tasks.values():
             with suppress(Answered):
                 self._evaluate(task, lm)
 
     def _journals(self, params: Params) -> dict[str, Journal]:
         self.settings.output.mkdir(parents=True, exist_ok=True)
-        origin = {"device": self.model.device, "environment": environment(self.llm.device)}
+        origin = {"device": self.backend.identity.device, "environment": self.backend.environment}
         key = self.key(params)
         return {name: Journal(self.partial_path(key, name), origin) for name in self.tasks}
 
-    def _lm(
+    def _how(
         self, params: Params, journals: Mapping[str, Journal], progress: Progress, answers_only: bool = False
-    ) -> EngineLM:
-        how = params.sampling_params(), self.settings.chat_template
-        return EngineLM(self.llm, *how, journals.__getitem__, progress, answers_only=answers_only)
+    ) -> How:
+        decoding, chat = params.sampling_params(), self.settings.chat_template
+        return How(decoding, chat, journals.__getitem__, progress, answers_only)
 
-    def _evaluate(self, task: Any, lm: EngineLM) -> Any:
+    def _evaluate(self, task: Any, lm: JournaledLM) -> Any:
         """The harness's results; ``Answered`` if ``lm`` only answers."""
         return evaluate(
             lm=lm,
@@ -132,7 +131,7 @@ class Evaluation:
             fewshot_as_multiturn=True,
         )
 
-    def _run_task(self, key: str, name: str, lm: EngineLM, journal: Journal) -> Record:
+    def _run_task(self, key: str, name: str, lm: JournaledLM, journal: Journal) -> Record:
         """Evaluate one task, write its samples, and describe it as the point's file does."""
         task = self.tasks[name]
         results = self._evaluate(task, lm)
