@@ -26,7 +26,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; before tqd
 
 import torch
 
-from wedlm import LLM, SamplingParams
+from wedlm import LLM
+from wedlm.evaluate.divergence import divergences
 from wedlm.evaluate.harness import EngineBackend
 from wedlm.evaluate.identity import identify
 from wedlm.evaluate.journal import Journal
@@ -236,20 +237,9 @@ def pairs_of(points: list) -> list[tuple]:
 
 
 def same_texts(bench: Bench, ar: tuple, verified: tuple) -> dict[str, Any]:
-    """How many answers have the same tokens; where others part, and how near AR's two best logits were there (nats)."""
+    """How many answers have the same tokens, and where others part."""
     (stage, _, a), (_, _, b) = ar, verified
-    differing = []
-    for x, y in zip(a, b, strict=True):
-        ours, theirs = x["token_ids"], y["token_ids"]
-        if ours == theirs:
-            continue
-        shorter = min(len(ours), len(theirs))
-        common = next((i for i in range(shorter) if ours[i] != theirs[i]), shorter)
-        llm = bench.llm(stage.dtype)
-        prompt = llm.tokenizer.encode(x["prompt"], add_special_tokens=False) + ours[:common]
-        ask = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2, decoding="autoregressive", ignore_eos=True)
-        first, second = sorted((logprob for _, logprob in llm.generate([prompt], ask)[0].top_logprobs[0]), reverse=True)
-        differing.append({"doc_id": x["doc_id"], "token": common, "gap": first - second})
+    differing = divergences(bench.llm(stage.dtype), a, b, stage.chat)
     return {
         "task": stage.task,
         "folder": stage.folder,
@@ -257,8 +247,8 @@ def same_texts(bench: Bench, ar: tuple, verified: tuple) -> dict[str, Any]:
         "answers": len(a),
         "same": len(a) - len(differing),
         "tokens": sum(len(x["token_ids"]) for x in a),
-        "largest_gap": max((one["gap"] for one in differing), default=None),
-        "differing": differing,
+        "largest_gap": max((one.gap for one in differing), default=None),
+        "differing": [asdict(one) for one in differing],
     }
 
 
