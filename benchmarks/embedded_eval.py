@@ -66,10 +66,10 @@ def stages() -> list[Stage]:
     """All, the most important first."""
     found = []
     for task in GENERATED:
-        limits = {"ar": 60, "verified": 60, "streaming": 120}
+        limits = {"ar": 120, "verified": 120, "streaming": 180}
         for mode, params in MODES.items():
             found.append(Stage(f"{task} {mode}", "table", task, params, limits[mode], num_fewshot=0))
-    found += [Stage(task, "table", task, MODES["ar"], 150) for task in LIKELIHOODS]
+    found += [Stage(task, "table", task, MODES["ar"], 180) for task in LIKELIHOODS]
     sweep = {"limit": SWEEP_QUESTIONS, "num_fewshot": 0}
     short = replace(MODES["streaming"], max_tokens=SWEEP_TOKENS)
     for threshold in THRESHOLDS:

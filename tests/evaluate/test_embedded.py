@@ -47,7 +47,7 @@ def run(llm, task, num_fewshot, params, tmp_path):
 def test_generated_answers(llm, task, tmp_path, record_property):
     results = {}
     for mode in MODES:
-        params = Params(decoding=mode, max_tokens=256)
+        params = Params(decoding=mode, max_tokens=128)
         results[mode] = run(llm, task, 0, params, tmp_path)
         result, _ = results[mode]
         error = f" ± {100 * result['stderr']:.1f}" if result["stderr"] is not None else ""

@@ -83,7 +83,7 @@ class EngineLM(JournaledLM):
                 stream.close()  # type: ignore[attr-defined]
 
     def score(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Entry]]:
-        pairs = [self.pair(*request.args) for request in requests]
+        pairs = self.pairs(requests)
         stats, told = self.scorer.stats, replace(self.scorer.stats)
         for index, score in self.scorer.score(pairs):
             entry = {

@@ -100,8 +100,7 @@ class JournaledLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         if add_special_tokens is None:
-            bos = self.tokenizer.special_tokens.get("bos_token")
-            add_special_tokens = not (bos and string.startswith(bos))
+            add_special_tokens = self._takes_special_tokens(string)
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -147,12 +146,38 @@ class JournaledLM(TemplateLM):
         changes |= {name: options[name] for name in ("top_p", "top_k") if name in options}
         return replace(self.how.params, **changes)
 
-    def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids as the harness splits them."""
-        if context:
-            return self._encode_pair(context, continuation)
-        ids = self.tok_encode(continuation, add_special_tokens=False)
-        return ([self.prefix_token_id], ids) if ids[:1] != [self.prefix_token_id] else (ids[:1], ids[1:])
+    def pairs(self, requests: Sequence[Instance]) -> list[tuple[list[int], list[int]]]:
+        """Token ids of contexts and continuations, as the harness splits them; every text is encoded once."""
+        halves = []
+        for context, continuation in (request.args for request in requests):
+            kept = context.rstrip()  # spaces at a context's end belong to the continuation's first token
+            halves.append((kept, context[len(kept) :] + continuation))
+        texts = dict.fromkeys(text for context, rest in halves if context for text in (context + rest, context))
+        ids = dict(zip(texts, self._encode_all(list(texts)), strict=True))
+        found = []
+        for context, rest in halves:
+            if context:
+                head = ids[context]
+                found.append((head, ids[context + rest][len(head) :]))
+                continue
+            alone = self.tok_encode(rest, add_special_tokens=False)
+            begins = alone[:1] == [self.prefix_token_id]
+            found.append((alone[:1], alone[1:]) if begins else ([self.prefix_token_id], alone))
+        return found
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        found: list[list[int]] = [[]] * len(texts)
+        for special in (False, True):
+            chosen = [index for index, text in enumerate(texts) if self._takes_special_tokens(text) is special]
+            encoded = self.tokenizer.encode_batch([texts[index] for index in chosen], add_special_tokens=special)
+            for index, ids in zip(chosen, encoded, strict=True):
+                found[index] = ids
+        return found
+
+    def _takes_special_tokens(self, text: str) -> bool:
+        """Not if it has its BOS already."""
+        bos = self.tokenizer.special_tokens.get("bos_token")
+        return not (bos and text.startswith(bos))
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         raise NotImplementedError("loglikelihood does not come by here")

@@ -12,9 +12,11 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from lm_eval import utils
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
@@ -34,6 +36,7 @@ def load_tasks(settings: Settings, scores: bool = True) -> dict[str, Any]:
     """The harness's task objects by name, with their questions read. ValueError if a data file is missing or odd,
     or if a task needs to run code and that is impossible here, unless nothing is to be scored (``scores``)."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about choices that the task files make
+    _keep_compiled_templates()
     metadata = {"data_dir": str(settings.data_dir), "chat": settings.chat_template}
     manager = TaskManager(include_path=str(TASKS_DIRECTORY), include_defaults=False, metadata=metadata)
     tasks = manager.load(list(settings.tasks))["tasks"]
@@ -44,6 +47,12 @@ def load_tasks(settings: Settings, scores: bool = True) -> dict[str, Any]:
             task.set_config(key="num_fewshot", value=settings.num_fewshot)
         task.set_fewshot_seed(seed=0)
     return tasks
+
+
+@cache
+def _keep_compiled_templates() -> None:
+    """The harness compiles a prompt's template anew for every question, which takes longer than a GPU's answer."""
+    utils.env.from_string = lru_cache(maxsize=256)(utils.env.from_string)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class VllmLM(JournaledLM):
         ask = VllmParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
         for start in range(0, len(requests), _PART):
             part = requests[start : start + _PART]
-            pairs = [self.pair(*request.args) for request in part]
+            pairs = self.pairs(part)
             # vLLM wants room for the token that it must generate, which nobody asked for.
             inputs = [(context + continuation)[1 - self.max_length :] for context, continuation in pairs]
             for request, (_, continuation), ids, output in zip(
