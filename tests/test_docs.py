@@ -38,7 +38,8 @@ def test_python_blocks_run(capsys):
 
 def test_shell_lines_name_options_that_exist():
     command = typer.main.get_command(app)
-    lines = [line for _, block in blocks("(?:bash|sh|console)") for line in block.splitlines()]
+    shell = [block.replace("\\\n", " ") for _, block in blocks("(?:bash|sh|console)")]
+    lines = [line for block in shell for line in block.splitlines()]
     wedlm_lines = [shlex.split(line.removeprefix("$ ")) for line in lines if re.match(r"(\$ )?wedlm ", line)]
     assert wedlm_lines
     for words in wedlm_lines:

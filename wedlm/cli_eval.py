@@ -5,14 +5,18 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from wedlm.cli_terminal import err, note, out, plain_errors, write
+
+if TYPE_CHECKING:
+    from wedlm.evaluate.journaled import Backend
 
 WHAT, HOW, MODEL = "What to evaluate", "Decoding (default: the protocol's)", "Model and machine"
 
@@ -41,6 +45,10 @@ def evaluate(
     as_json: Annotated[bool, _option("Print each point as one line of JSON instead of a table.", WHAT, "--json")] = (
         False
     ),
+    answers_only: Annotated[
+        bool,
+        _option("Answer, but do not score: the same call without this does.", WHAT, "--answers-only"),
+    ] = False,
     decoding: Annotated[str | None, _option("auto, verified, streaming, block or autoregressive.", HOW)] = None,
     window_size: Annotated[int | None, _option("Positions of a window or block; rows of verified.", HOW)] = None,
     entropy_threshold: Annotated[str | None, _option("Fill below this entropy (nats); none: one a forward.", HOW)] = (
@@ -53,6 +61,10 @@ def evaluate(
     top_k: Annotated[int | None, _option("Sample from the k most probable tokens; 0: all.", HOW)] = None,
     seed: Annotated[int | None, _option("Same seed, same answers.", HOW)] = None,
     max_tokens: Annotated[int | None, _option("Cut answers after so many tokens.", HOW)] = None,
+    engine: Annotated[str, _option("wedlm, or vllm: its AR decoding, as a baseline.", MODEL)] = "wedlm",
+    workers: Annotated[
+        int | None, _option("Replicas of the model by Ray, on this machine or a cluster; one GPU each.", MODEL)
+    ] = None,
     model: Annotated[str, _option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'.", MODEL)] = "demo",
     adapter: Annotated[
         str | None, _option("Directory of a LoRA, merged in; one of masked rows stays beside.", MODEL)
@@ -113,24 +125,27 @@ def run_eval(options: dict[str, Any]) -> None:
     chosen = {name: options[name] for name in PARAM_NAMES if options[name] is not None}
     if "entropy_threshold" in chosen:
         chosen["entropy_threshold"] = parse_value("entropy_threshold", chosen["entropy_threshold"])
+    if options["engine"] == "vllm":
+        chosen.setdefault("decoding", "autoregressive")
     base, grid = make_params(settings.protocol, chosen), parse_sweep(options["sweep"] or [])
     with err.status("Reading the questions ..."), _needs_extra():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; before its first import
         from wedlm.evaluate.point import Evaluation, load_tasks, sweep_params
 
         points = sweep_params(base, grid)
-        tasks = load_tasks(settings)
-    from wedlm.cli_generate import load_llm
-    from wedlm.evaluate.identity import identify
-
-    cache = {} if options["kv_cache_gb"] is None else {"kv_cache_bytes": int(options["kv_cache_gb"] * 1e9)}
-    llm = load_llm({name: options[name] for name in _LLM_OPTIONS} | cache)
-    if settings.chat_template and not llm.tokenizer.has_chat_template:
-        raise ValueError(f"--chat-template is given, but {options['model']} has none; expected an instruct model")
-    evaluation = Evaluation(llm, identify(llm, options["model"], options["adapter"]), settings, tasks)
+        if options["engine"] == "vllm" and (other := {p.decoding for p, _ in points} - {"autoregressive"}):
+            raise ValueError(f"--decoding is {', '.join(sorted(other))}; expected autoregressive beside --engine vllm")
+        tasks = load_tasks(settings, scores=not options["answers_only"])
+    backend = _backend(options, max(params.max_rows for params, _ in points))
+    evaluation = Evaluation(backend, settings, tasks)
     records = []
     for number, (params, swept) in enumerate(points, start=1):
         record = evaluation.find(params)
+        if record is None and options["answers_only"]:
+            with _bar(f"Point {number} of {len(points)}") as progress:
+                evaluation.answer(params, progress)
+            note(f"the answers of point {number} of {len(points)} are in {settings.output}: {evaluation.key(params)}")
+            continue
         if record is None:
             with _bar(f"Point {number} of {len(points)}") as progress:
                 record = evaluation.run(params, swept, progress)
@@ -139,11 +154,56 @@ def run_eval(options: dict[str, Any]) -> None:
         records.append(record)
         if options["as_json"]:
             write(json.dumps(record, ensure_ascii=False) + "\n")
-    if not options["as_json"]:
+    if records and not options["as_json"]:
         out.print(table(records))
 
 
-_LLM_OPTIONS = ("model", "adapter", "dtype", "device", "max_model_len", "max_num_seqs", "threads")
+def _backend(options: dict[str, Any], max_rows: int) -> "Backend":
+    """The model on the engine that was asked for. ``max_rows``: of a sequence in a step. ValueError."""
+    from wedlm.model import load_tokenizer
+
+    if options["chat_template"] and not load_tokenizer(options["model"]).has_chat_template:
+        raise ValueError(f"--chat-template is given, but {options['model']} has none; expected an instruct model")
+    given = {name: options[name] for name in _LLM_OPTIONS}
+    if options["kv_cache_gb"] is not None:
+        given["kv_cache_bytes"] = int(options["kv_cache_gb"] * 1e9)
+    if options["engine"] == "vllm":
+        _refuse(options, ("adapter", "kv_cache_gb", "threads", "workers"), "--engine vllm")
+        from wedlm.evaluate.vllm_lm import VllmBackend
+
+        return VllmBackend(given)
+    if options["engine"] != "wedlm":
+        raise ValueError(f"--engine is {options['engine']}; expected wedlm or vllm")
+    # So that a step holds the widest windows of all sequences.
+    given["max_num_batched_tokens"] = max(2048, options["max_num_seqs"] * max_rows)
+    if options["workers"] is not None:
+        return _replicas(given, options["workers"], options["threads"])
+    from wedlm.cli_generate import load_llm
+    from wedlm.evaluate.harness import EngineBackend
+    from wedlm.evaluate.identity import identify
+
+    llm = load_llm(given | {"threads": options["threads"]})
+    return EngineBackend(llm, identify(llm, options["model"], options["adapter"]))
+
+
+def _replicas(given: dict[str, Any], workers: int, threads: int | None) -> "Backend":
+    if workers < 1:
+        raise ValueError(f"--workers is {workers}; expected at least 1")
+    if find_spec("ray") is None:
+        raise ValueError("--workers needs ray, which is not installed; expected pip install 'wedlm[eval,workers]'")
+    from wedlm.evaluate.workers import RayBackend
+
+    with err.status(f"Loading {workers} replicas ..."):
+        return RayBackend(given, workers, threads)
+
+
+def _refuse(options: dict[str, Any], names: Sequence[str], beside: str) -> None:
+    for name in names:
+        if options[name] is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is {options[name]}; expected no such option beside {beside}")
+
+
+_LLM_OPTIONS = ("model", "adapter", "dtype", "device", "max_model_len", "max_num_seqs")
 
 
 @contextmanager

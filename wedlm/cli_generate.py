@@ -30,7 +30,15 @@ FIELDS = {
     "pos_penalty": "wedlm_pos_penalty_factor",
     "draft_entropy": "wedlm_draft_entropy",
 }
-_LLM_OPTIONS = ("adapter", "dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_bytes")
+_LLM_OPTIONS = (
+    "adapter",
+    "dtype",
+    "device",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kv_cache_bytes",
+)
 
 
 def sampling_params(options: Mapping[str, Any]) -> "SamplingParams":

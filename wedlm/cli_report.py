@@ -9,8 +9,11 @@ import typer
 from wedlm.cli_terminal import note, plain_errors, write
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from wedlm.evaluate.compare import Comparison
-    from wedlm.evaluate.report import Decoder
+    from wedlm.evaluate.plots import Plot
+    from wedlm.evaluate.report import Decoder, Section
     from wedlm.evaluate.result_folder import Point
 
 # Names under which a model's own tokenizer is at hand without asking the user.
@@ -31,6 +34,9 @@ def report(
     examples: Annotated[int, typer.Option(help="Answers and failures to show per point and task.")] = 10,
     title: Annotated[str, typer.Option(help="Heading of the report.")] = "Evaluation",
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw figures (needs matplotlib).")] = True,
+    figures: Annotated[
+        Path | None, typer.Option(help="Also write each figure into this folder, as an SVG file.")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Write report.html, one page that needs nothing else, and report.md, its tables.
@@ -48,6 +54,8 @@ def report(
 
         if examples < 0:
             raise ValueError(f"--examples is {examples}; expected 0 or more")
+        if figures is not None and not plots:
+            raise ValueError(f"--figures is {figures}; expected no such option beside --no-plots")
         points = read_points(folders)
         chosen = None if baseline is None else choose_baseline(points, baseline)
         sections = build_sections(points, chosen, examples, _Decoders(tokenizer))
@@ -61,6 +69,18 @@ def report(
             # Half of a surrogate pair, which JSON can carry, is no text.
             (target / name).write_text(text, encoding="utf-8", errors="replace")
             note(f"wrote {target / name}")
+        if figures is not None:
+            _write_figures(figures, sections, drawn)
+
+
+def _write_figures(folder: Path, sections: "Sequence[Section]", drawn: "Sequence[Sequence[Plot]]") -> None:
+    """One file per section and figure, named by both."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for section, plots in zip(sections, drawn, strict=True):
+        for plot in plots:
+            name = "".join(c if c.isalnum() else "-" for c in f"{section.title.split()[0]} {plot.title}".lower())
+            (folder / f"{name}.svg").write_text(plot.svg, encoding="utf-8")
+            note(f"wrote {folder / f'{name}.svg'}")
 
 
 class _Decoders:

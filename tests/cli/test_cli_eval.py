@@ -82,3 +82,33 @@ def test_help_needs_neither_torch_nor_the_harness():
     program += "except SystemExit:\n    print(sorted({'torch', 'lm_eval', 'datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_answers_first_and_scores_later(words):
+    call = [*words, "--tasks", "gsm8k", "--limit", "2", "--num-fewshot", "0", "--max-tokens", "5"]
+
+    first = wedlm(*call, "--answers-only")
+
+    assert first.exit_code == 0, first.stderr
+    assert "the answers of point 1 of 1 are in" in " ".join(first.stderr.split())
+    assert first.stdout == ""
+    second = wedlm(*call, "--json")
+    assert second.exit_code == 0, second.stderr
+    assert json.loads(second.stdout)["tasks"]["gsm8k"]["num_samples"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", "0"], "--workers is 0; expected at least 1"),
+        (["--workers", "2"], "--workers needs ray, which is not installed; expected pip install 'wedlm[eval,workers]'"),
+        (["--engine", "tgi"], "--engine is tgi; expected wedlm or vllm"),
+    ],
+)
+def test_engines_and_workers_that_cannot_be(words, monkeypatch, options, message):
+    monkeypatch.setattr("wedlm.cli_eval.find_spec", lambda name: None)
+
+    result = wedlm(*words, "--tasks", "gsm8k", *options)
+
+    assert result.exit_code != 0
+    assert message in " ".join(result.stderr.split())

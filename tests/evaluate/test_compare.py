@@ -8,9 +8,13 @@ import pytest
 import typer.testing
 from scipy.stats import binomtest
 
+from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.result_files import samples_of, write_point
 from wedlm.cli import app
+from wedlm.engine.llm import LLM
+from wedlm.engine.sampling_params import SamplingParams
 from wedlm.evaluate.compare import compare_points, compare_samples, mcnemar
+from wedlm.evaluate.divergence import divergences
 from wedlm.evaluate.result_folder import read_point, read_points, read_samples
 
 
@@ -143,3 +147,21 @@ def test_wrong_use_of_the_command_is_told(tmp_path):
         result = invoke("compare", *words)
         assert result.exit_code == 2
         assert message in result.output.replace("\n", "")
+
+
+def test_divergences_say_where_and_how_undecided_ar_was(tmp_path):
+    llm = LLM(save_tiny(tmp_path, chat=False), device="cpu", dtype="float32")
+    prompt = llm.tokenizer.encode("some prompt")
+    ask = SamplingParams(temperature=0.0, max_tokens=6, logprobs=2, decoding="autoregressive")
+    output = llm.generate([prompt], ask)[0]
+    line = {"doc_id": 5, "prompt": "some prompt", "token_ids": output.token_ids}
+    changed = [*output.token_ids[:3], output.token_ids[3] + 1, *output.token_ids[4:]]
+
+    found = divergences(llm, [line, line], [line, {**line, "token_ids": changed}], chat=False)
+    shorter = divergences(llm, [line], [{**line, "token_ids": output.token_ids[:2]}], chat=False)
+
+    first, second = (logprob for _, logprob in output.top_logprobs[3])
+    assert [(one.doc_id, one.token) for one in found + shorter] == [(5, 3), (5, 2)]
+    assert found[0].gap == pytest.approx(first - second, abs=1e-5)
+    with pytest.raises(ValueError, match="question 5 meets question 6; expected the same questions"):
+        divergences(llm, [line], [{**line, "doc_id": 6}], chat=False)

@@ -3,6 +3,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from tests.evaluate.eval_data import write_rows, write_small_sets
 from wedlm.engine.llm import LLM
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.evaluate.data import load
+from wedlm.evaluate.harness import EngineBackend
 from wedlm.evaluate.identity import identify
 from wedlm.evaluate.point import Evaluation, load_tasks
 from wedlm.evaluate.settings import Params, Settings
@@ -51,9 +53,13 @@ def evaluation(llm, directory, tmp_path):
     def make(*tasks, **changes):
         data = write_small_sets(tmp_path / "data")
         settings = Settings(tasks, data, tmp_path / "out", **{"num_fewshot": 1, **changes})
-        return Evaluation(llm, identify(llm, str(directory), None), settings, load_tasks(settings))
+        return Evaluation(backend(llm, directory), settings, load_tasks(settings))
 
     return make
+
+
+def backend(llm, directory):
+    return EngineBackend(llm, identify(llm, str(directory), None))
 
 
 def samples(evaluation, record, task):
@@ -138,7 +144,7 @@ def test_keys_change_with_what_changes_answers(evaluation, tmp_path):
     assert evaluation("gsm8k").key(PARAMS) in keys
     write_rows(tmp_path / "data", "gsm8k_train", [{"question": "7?", "answer": "#### 7"}])
     settings = run.settings
-    assert Evaluation(run.llm, run.model, settings, load_tasks(settings)).key(PARAMS) not in keys
+    assert Evaluation(run.backend, settings, load_tasks(settings)).key(PARAMS) not in keys
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "arc_e"])
@@ -161,11 +167,11 @@ def test_a_killed_run_goes_on_at_its_first_missing_answer(evaluation, monkeypatc
         run.run(PARAMS, {}, kill)
     (partial,) = run.settings.output.iterdir()
     assert partial.name == f"samples-{whole['key']}-{task}.jsonl.partial"
-    assert partial.read_text().count("\n") == 4
+    assert partial.read_text().count('"doc_id"') == 4
     with partial.open("a") as file:
         file.write('{"doc_id": 5, "ind')  # half a line
     assert run.find(PARAMS) is None
-    assert not run.llm.engine.has_work
+    assert not run.backend.llm.engine.has_work
     told = []
 
     resumed = run.run(PARAMS, {}, lambda name, done, total: told.append(done))
@@ -190,7 +196,7 @@ def without_time(line):
 def test_too_long_prompts_lose_their_beginning(directory, tmp_path):
     llm = LLM(directory, device="cpu", dtype="float32", max_model_len=60)
     settings = Settings(("gsm8k",), write_small_sets(tmp_path / "data"), tmp_path / "out", num_fewshot=3)
-    run = Evaluation(llm, identify(llm, str(directory), None), settings, load_tasks(settings))
+    run = Evaluation(backend(llm, directory), settings, load_tasks(settings))
 
     lines = samples(run, run.run(PARAMS, {}), "gsm8k")
 
@@ -236,3 +242,33 @@ def test_gpqa_reads_the_official_columns(tmp_path):
         doc["choices"][doc["gold"]] == "right" and sorted(doc["choices"])[1:] == ["w1", "w2", "w3"] for doc in docs
     )
     assert {doc["gold"] for doc in docs} == {0, 1, 2, 3}
+
+
+def test_answers_of_one_machine_are_scored_on_another(evaluation, llm, directory, monkeypatch, sandbox):
+    run = evaluation("gsm8k", "arc_e", "humaneval")
+    whole = run.run(PARAMS, {})
+    expected = {name: [without_time(line) for line in samples(run, whole, name)] for name in whole["tasks"]}
+    for path in run.settings.output.iterdir():
+        path.unlink()
+    num_programs = len(sandbox)
+    monkeypatch.setattr("wedlm.evaluate.identity.platform.machine", lambda: "another machine")
+
+    replace(run, backend=backend(llm, directory)).answer(PARAMS)
+
+    assert len(sandbox) == num_programs
+    assert run.find(PARAMS) is None
+    assert all(path.suffix == ".partial" for path in run.settings.output.iterdir())
+    monkeypatch.setattr(llm.engine.runner, "model", None)  # no forward is left to run
+    record = run.run(PARAMS, {})
+    assert record["environment"]["device_name"] == "another machine"
+    assert {name: [without_time(line) for line in samples(run, record, name)] for name in record["tasks"]} == expected
+
+
+def test_answers_without_a_sandbox(evaluation, monkeypatch, tmp_path):
+    data = write_small_sets(tmp_path / "data")
+    monkeypatch.setattr("wedlm.evaluate.point.check_sandbox", lambda: (_ for _ in ()).throw(ValueError("none here")))
+    settings = Settings(("humaneval",), data, tmp_path / "out", num_fewshot=0)
+
+    with pytest.raises(ValueError, match="none here"):
+        load_tasks(settings)
+    assert load_tasks(settings, scores=False)

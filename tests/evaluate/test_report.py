@@ -191,9 +191,22 @@ def test_the_command_writes_both_files(tmp_path):
     assert not list((tmp_path / "results").glob("report*"))
 
 
+def test_figures_are_written_as_files_too(tmp_path):
+    write_sweep(tmp_path / "results")
+    words = ["report", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
+
+    result = typer.testing.CliRunner().invoke(app, words)
+
+    assert result.exit_code == 0, result.output
+    names = ["accuracy-against-speed", "penalty-sweep", "streaming-against-block", "threshold-sweep"]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [f"gsm8k-{name}.svg" for name in names]
+    assert all("<svg" in path.read_text() for path in (tmp_path / "figures").iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--figures", "x", "--no-plots"], "--figures is x; expected no such option beside --no-plots"),
         (["--examples", "-1"], "--examples is -1; expected 0 or more"),
         (["--baseline", "x"], "the baseline 'x' fits no point"),
         (["--tokenizer", "no-such-directory"], "no-such-directory does not exist"),

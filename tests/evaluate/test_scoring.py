@@ -108,7 +108,8 @@ def runs(program: str) -> bool:
 
 
 @needs_data
-def test_all_gsm8k_solutions_are_right():
+@pytest.mark.long
+def test_all_gsm8k_solutions_are_right(record_property):
     docs = load(data_dir=REAL, test="gsm8k_test", form="gsm8k")["test"]
     assert len(docs) == 1319
     for doc in docs:
@@ -116,14 +117,18 @@ def test_all_gsm8k_solutions_are_right():
         assert gsm8k_results(doc, [doc["answer"]])["exact_match"] == 1
         assert gsm8k_results(doc, [f"So the answer is {number}."])["exact_match"] == 1
         assert gsm8k_results(doc, [f"#### {number}1"])["exact_match"] == 0
+    record_property("right", f"{len(docs)}/1319")
 
 
 @needs_data
-def test_all_math500_solutions_are_right():
+@pytest.mark.long
+def test_all_math500_solutions_are_right(record_property):
     docs = load(data_dir=REAL, test="math500")["test"]
     assert len(docs) == 500
     assert [doc["answer"] for doc in docs if not math_equal(doc["solution"], doc["answer"])] == []
     symbolic = [doc for doc in docs if not math_equal(f"\\boxed{{{doc['answer']} + 0}}", doc["answer"])]
+    record_property("right", f"{len(docs)}/500")
+    record_property("compared as text only", len(symbolic))
     assert len(symbolic) < 60  # text, sets and intervals have no sum; everything else goes through the algebra
 
 
@@ -139,8 +144,10 @@ def test_all_math500_solutions_are_right():
         ("mbpp_plus", "plain", "canonical_solution", code.plus_results, 376, 378),
     ],
 )
-def test_own_solutions_pass_in_the_sandbox(name, form, solution, results, num_right, num_all):
+def test_own_solutions_pass_in_the_sandbox(name, form, solution, results, num_right, num_all, record_property):
     docs = load(data_dir=REAL, test=name, form=form)["test"]
     assert len(docs) == num_all
-    assert sum(results(doc, [doc[solution]])["pass@1"] for doc in docs) >= num_right
+    right = sum(results(doc, [doc[solution]])["pass@1"] for doc in docs)
+    record_property("right", f"{right:.0f}/{num_all}")
+    assert right >= num_right
     assert sum(results(doc, ["    return None"])["pass@1"] for doc in docs[:10]) == 0

@@ -5,6 +5,7 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import re
 import zlib
@@ -151,8 +152,9 @@ class FirstOthers(ContextSampler):
 
     def sample(self, n: int, eval_doc: Document | None = None, df: Any = None, **_: Any) -> list[Document]:
         subject = (eval_doc or {}).get("subject", "")
-        pool = [doc for doc in self.df if doc != eval_doc and doc.get("subject", "") == subject]
-        if len(pool) < n:
+        others = (doc for doc in self.df if doc.get("subject", "") == subject and doc != eval_doc)
+        found = list(itertools.islice(others, n))
+        if len(found) < n:
             of = f" of the subject {subject}" if subject else ""
-            raise ValueError(f"num_fewshot is {n}, but there are {len(pool)} examples{of}; expected at most so many")
-        return pool[:n]
+            raise ValueError(f"num_fewshot is {n}, but there are {len(found)} examples{of}; expected at most so many")
+        return found

@@ -1,94 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lm-evaluation-harness's model interface over our engine, in the same process."""
+"""The harness's model interface over our engine, in the same process."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from wedlm.engine.outputs import GenerationOutput
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.evaluate.journal import Entry, Journal
+from wedlm.evaluate.identity import ModelIdentity, environment
+from wedlm.evaluate.journal import Entry
+from wedlm.evaluate.journaled import How, JournaledLM
 from wedlm.evaluate.likelihood import LikelihoodScorer
 
 if TYPE_CHECKING:
     from wedlm.engine.llm import LLM
 
-# Options of a task's generation_kwargs that are understood; until_chat replaces until under a chat template.
-_GENERATION_OPTIONS = {"until", "until_chat", "max_gen_toks", "temperature", "do_sample", "top_p", "top_k"}
 
+@dataclass(frozen=True)
+class EngineBackend:
+    """An ``LLM`` of this process."""
 
-class EngineLM(TemplateLM):
-    """An ``LLM`` as the harness's model.
-
-    ``params``: decoding of generated answers; what a task's generation_kwargs say goes before it. ``chat``: prompts
-    come rendered by the chat template. ``journal_of``: the journal of a task; answers found there are not computed
-    again, and every new one is kept there. ``progress`` is called with a task and how many of its answers there are.
-    """
-
-    def __init__(
-        self,
-        llm: "LLM",
-        params: SamplingParams | None = None,
-        chat: bool = False,
-        journal_of: Callable[[str], Journal] | None = None,
-        progress: Callable[[str, int, int], None] = lambda *_: None,
-    ) -> None:
-        super().__init__()
-        self.llm, self.params, self.chat, self.progress = llm, params or SamplingParams(), chat, progress
-        self.scorer = LikelihoodScorer(llm)
-        self._totals: dict[str, int] = {}
-        self._journals: dict[str, Journal] = {}
-        self._journal_of = journal_of or (lambda task: self._journals.setdefault(task, Journal()))
+    llm: "LLM"
+    identity: ModelIdentity
 
     @property
-    def tokenizer_name(self) -> str:
-        return type(self.llm.tokenizer).__name__
+    def max_length(self) -> int:
+        return self.llm.engine.config.max_model_len
 
-    @property
-    def eot_token_id(self) -> int:
-        return self.llm.model_config.eos_token_ids[0]
+    @cached_property
+    def environment(self) -> Entry:
+        return environment(self.llm.device)
 
-    @property
-    def prefix_token_id(self) -> int:
-        """What stands before a text without context: the BOS token, or an end token."""
-        bos = self.llm.tokenizer.special_tokens.get("bos_token")
-        token = None if bos is None else self.llm.tokenizer.token_id(bos)
-        return self.eot_token_id if token is None else token
+    def lm(self, how: How) -> "EngineLM":
+        return EngineLM(self.llm, how)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        if add_special_tokens is None:
-            bos = self.llm.tokenizer.special_tokens.get("bos_token")
-            add_special_tokens = not (bos and string.startswith(bos))
-        return self.llm.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.llm.tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
+class EngineLM(JournaledLM):
+    """An ``LLM`` as the harness's model."""
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts of the answers. All requests that no journal knows are given to the engine at once."""
-        open_requests = self._start(requests)
-        prepared = [self._prepare(request) for request in open_requests]
-        for request, output, truncated in self._generate(open_requests, prepared):
+    def __init__(self, llm: "LLM", how: How | None = None) -> None:
+        config = llm.engine.config
+        super().__init__(
+            llm.tokenizer, llm.model_config.eos_token_ids[0], config.max_model_len, how or How(SamplingParams())
+        )
+        self.llm, self.scorer = llm, LikelihoodScorer(llm)
+
+    def answer(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Entry]]:
+        """All are given to the engine at once."""
+        prepared = [self.prepare(request) for request in requests]
+        for request, output, truncated in self._generate(requests, prepared):
             assert output.stats is not None
-            self._keep(
-                request,
-                {
-                    "text": output.text,
-                    "token_ids": output.token_ids,
-                    "token_steps": output.token_steps,
-                    "finish_reason": output.finish_reason,
-                    "forwards": output.stats.num_forwards,
-                    "rows": output.stats.num_rows,
-                    "prompt_tokens": output.stats.num_prompt_tokens,
-                    "truncated": truncated,
-                },
-            )
-        return [self._known(request)["text"] for request in requests]
+            entry = {
+                "text": output.text,
+                "token_ids": output.token_ids,
+                "token_steps": output.token_steps,
+                "finish_reason": output.finish_reason,
+                "forwards": output.stats.num_forwards,
+                "rows": output.stats.num_rows,
+                "prompt_tokens": output.stats.num_prompt_tokens,
+                "truncated": truncated,
+            }
+            yield request, entry
 
     def _generate(
         self, requests: Sequence[Instance], prepared: Sequence[tuple[list[int], SamplingParams, bool]]
@@ -106,38 +82,8 @@ class EngineLM(TemplateLM):
             for stream in streams:
                 stream.close()  # type: ignore[attr-defined]
 
-    def _prepare(self, request: Instance) -> tuple[list[int], SamplingParams, bool]:
-        """Prompt, parameters, and whether the prompt had to lose its beginning to leave room for the answer."""
-        context, options = request.args
-        params = self._sampling_params(dict(options))
-        ids = self.tok_encode(context, add_special_tokens=False if self.chat else None)
-        room = self.llm.engine.config.max_model_len - params.max_tokens
-        if room < 1:
-            length = room + params.max_tokens
-            raise ValueError(f"max_tokens is {params.max_tokens}; expected less than the model's length, {length}")
-        return ids[-room:], params, len(ids) > room
-
-    def _sampling_params(self, options: dict[str, Any]) -> SamplingParams:
-        unknown = set(options) - _GENERATION_OPTIONS
-        if unknown:
-            raise ValueError(
-                f"generation_kwargs has {', '.join(sorted(unknown))}; expected some of {sorted(_GENERATION_OPTIONS)}"
-            )
-        stop = options.get("until_chat", options.get("until")) if self.chat else options.get("until")
-        changes: dict[str, Any] = {"stop": stop or None}
-        if options.get("do_sample") is False:
-            changes["temperature"] = 0.0
-        elif "temperature" in options:
-            changes["temperature"] = float(options["temperature"])
-        if "max_gen_toks" in options:
-            changes["max_tokens"] = int(options["max_gen_toks"])
-        changes |= {name: options[name] for name in ("top_p", "top_k") if name in options}
-        return replace(self.params, **changes)
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether greedy decoding would write it."""
-        open_requests = self._start(requests)
-        pairs = [self._pair(*request.args) for request in open_requests]
+    def score(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Entry]]:
+        pairs = self.pairs(requests)
         stats, told = self.scorer.stats, replace(self.scorer.stats)
         for index, score in self.scorer.score(pairs):
             entry = {
@@ -147,15 +93,7 @@ class EngineLM(TemplateLM):
                 "reused": stats.num_reused_tokens - told.num_reused_tokens,
             }
             told = replace(stats)
-            self._keep(open_requests[index], entry)
-        return [(entry["logprob"], entry["greedy"]) for entry in map(self._known, requests)]
-
-    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids as the harness splits them."""
-        if context:
-            return self._encode_pair(context, continuation)
-        ids = self.tok_encode(continuation, add_special_tokens=False)
-        return ([self.prefix_token_id], ids) if ids[:1] != [self.prefix_token_id] else (ids[:1], ids[1:])
+            yield requests[index], entry
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
@@ -176,36 +114,3 @@ class EngineLM(TemplateLM):
             pairs = [make_disjoint_window(window) for window in windows]
             totals.append(sum(score.logprob for _, score in self.scorer.score(pairs)))
         return totals
-
-    def _entry(self, request: Instance) -> Entry | None:
-        return self._journal(request).find(*_place(request))
-
-    def _known(self, request: Instance) -> Entry:
-        entry = self._entry(request)
-        assert entry is not None, "every request has been answered"
-        return entry
-
-    def _journal(self, request: Instance) -> Journal:
-        return self._journal_of(request.task_name or "")
-
-    def _start(self, requests: Sequence[Instance]) -> list[Instance]:
-        """The requests that no journal knows; time counts from here."""
-        for request in requests:
-            self._journal(request).start()
-        self._totals = dict(Counter(request.task_name or "" for request in requests))
-        for name in self._totals:
-            self._tell(name)
-        return [request for request in requests if self._entry(request) is None]
-
-    def _keep(self, request: Instance, entry: Entry) -> None:
-        self._journal(request).add(*_place(request), entry)
-        self._tell(request.task_name or "")
-
-    def _tell(self, name: str) -> None:
-        self.progress(name, len(self._journal_of(name).entries), self._totals[name])
-
-
-def _place(request: Instance) -> tuple[int, int]:
-    """Where a request stands in its task."""
-    assert request.doc_id is not None
-    return request.doc_id, request.idx

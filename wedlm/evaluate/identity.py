@@ -5,7 +5,7 @@ import hashlib
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +22,24 @@ _KINDS = (".safetensors", ".gguf", ".json", ".jinja")
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """A model as results name it; ``hash`` is a digest of its files, the adapter's included."""
+    """A model as results name it. ``hash``: digest of its files, the adapter's included; ``engine``: what runs it."""
 
     name: str
     hash: str
     dtype: str
     device: str
     adapter: str | None
+    engine: str = "wedlm"
 
 
 def identify(llm: "LLM", model: str, adapter: str | None) -> ModelIdentity:
     """``model`` and ``adapter`` as given to the ``LLM``."""
+    dtype = str(llm.engine.runner.cache.keys.dtype).removeprefix("torch.")
+    return identify_files(model, adapter, dtype, str(llm.device))
+
+
+def identify_files(model: str, adapter: str | None, dtype: str, device: str, engine: str = "wedlm") -> ModelIdentity:
+    """A model by its files. ``dtype`` is that of the activations."""
     paths = _files(locate(model))
     if model == DEMO_NAME:
         paths.append(DEMO_CHANGE)
@@ -41,9 +48,10 @@ def identify(llm: "LLM", model: str, adapter: str | None) -> ModelIdentity:
     return ModelIdentity(
         name=_last_part(model),
         hash=_digest(paths),
-        dtype=str(llm.engine.runner.cache.keys.dtype).removeprefix("torch."),
-        device=str(llm.device),
+        dtype=dtype,
+        device=device,
         adapter=None if adapter is None else _last_part(adapter),
+        engine=engine,
     )
 
 
@@ -69,13 +77,21 @@ def _digest(paths: list[Path]) -> str:
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and machine, as far as they matter for speed."""
     return {
-        "wedlm": version("wedlm"),
+        "wedlm": _version("wedlm"),
         "torch": torch.__version__,
         "lm_eval": version("lm_eval"),
         "python": platform.python_version(),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _version(package: str) -> str:
+    """Of a package; ours may also run from its folder."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def now() -> str:

@@ -14,20 +14,24 @@ Entry = dict[str, Any]
 class Journal:
     """Answers of one task in one point, by (document, index of the request in it). ``path`` None keeps them in memory.
 
+    ``origin``: what new answers are computed on; ``origins`` has those of all answers, in the order of their first.
     An entry's ``seconds`` is the wall time since the entry before it, so that they add up over killed runs.
     """
 
     path: Path | None = None
+    origin: Entry = field(default_factory=dict)
     entries: dict[tuple[int, int], Entry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._last = time.perf_counter()
+        self.origins: list[Entry] = []
+        self._documents: dict[int, list[int]] = {}
+        self._named_origin = False
         if self.path is not None and self.path.exists():
             whole = self.path.read_bytes()
             end = whole.rfind(b"\n") + 1  # a killed run may have left half a line
             for line in whole[:end].splitlines():
-                entry = json.loads(line)
-                self.entries[entry.pop("doc_id"), entry.pop("index")] = entry
+                self._remember(json.loads(line))
             if end < len(whole):
                 with self.path.open("r+b") as file:
                     file.truncate(end)
@@ -42,18 +46,31 @@ class Journal:
     def add(self, doc_id: int, index: int, entry: Entry) -> None:
         """Keep an answer; on disk when this returns."""
         now = time.perf_counter()
-        entry = {**entry, "seconds": now - self._last}
+        lines: list[Entry] = [] if self._named_origin else [{"origin": self.origin}]
+        self._named_origin = True
+        lines.append({"doc_id": doc_id, "index": index, **entry, "seconds": now - self._last})
         self._last = now
-        self.entries[doc_id, index] = entry
+        for line in lines:
+            self._remember(dict(line))
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"doc_id": doc_id, "index": index, **entry}, ensure_ascii=False) + "\n")
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def of_document(self, doc_id: int) -> list[Entry]:
         """Answers of a document's requests, in their order."""
-        return [self.entries[key] for key in sorted(key for key in self.entries if key[0] == doc_id)]
+        return [self.entries[doc_id, index] for index in sorted(self._documents.get(doc_id, []))]
 
     def discard(self) -> None:
         """Remove the file."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+    def _remember(self, line: Entry) -> None:
+        if "origin" in line:
+            if line["origin"] not in self.origins:
+                self.origins.append(line["origin"])
+            return
+        place = line.pop("doc_id"), line.pop("index")
+        if place not in self.entries:
+            self._documents.setdefault(place[0], []).append(place[1])
+        self.entries[place] = line

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from wedlm.attention.base import ExtendBatch, RowVisibility
-from wedlm.attention.sdpa import PagedSdpa
 
 if TYPE_CHECKING:
     from wedlm.engine.llm import LLM
@@ -96,13 +95,14 @@ class _Rows:
 
 
 class LikelihoodScorer:
-    """Scores pairs with the weights, cache and pages of an idle ``LLM``. ``max_rows``: of one forward, about."""
+    """Scores pairs with the forward, cache and pages of an idle ``LLM``. ``max_rows``: of one forward, about."""
 
     def __init__(self, llm: "LLM", max_rows: int | None = None) -> None:
-        self.model, self.device = llm.model, llm.device
-        self.cache, self.pool = llm.engine.runner.cache, llm.engine.pool
+        runner, self.device = llm.engine.runner, llm.device
+        self.model, self.plan_attention = runner.model, runner.plan_attention
+        self.cache, self.pool = runner.cache, llm.engine.pool
         self.max_length = llm.engine.config.max_model_len
-        self.max_rows = max_rows or (512 if self.device.type == "cpu" else 4096)
+        self.max_rows = max_rows or (512 if self.device.type == "cpu" else 8192)
         self.stats = LikelihoodStats()
 
     @torch.inference_mode()
@@ -245,7 +245,7 @@ class LikelihoodScorer:
                 owners.append((rows.item, index))
             offset += len(rows.tokens)
         positions = self._tensor([position for rows in sequences for position in rows.positions])
-        attend = PagedSdpa(self.cache, batch)
+        attend = self.plan_attention(self.cache, batch)
         logits = self.model(self._tensor(tokens), positions, attend, self._tensor(list(row_of))).float()
         at, target_ids = self._tensor(where), self._tensor(targets)
         logprobs = (logits[at, target_ids] - logits.logsumexp(dim=-1)[at]).tolist()

@@ -9,37 +9,38 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lm_eval import utils
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from wedlm.evaluate.code import check_sandbox
 from wedlm.evaluate.data import digest
-from wedlm.evaluate.harness import EngineLM
-from wedlm.evaluate.identity import ModelIdentity, environment, now
+from wedlm.evaluate.identity import now
 from wedlm.evaluate.journal import Journal
+from wedlm.evaluate.journaled import Answered, Backend, How, JournaledLM
 from wedlm.evaluate.settings import TASKS_DIRECTORY, Params, Settings
-
-if TYPE_CHECKING:
-    from wedlm.engine.llm import LLM
 
 FORMAT = 1
 Progress = Callable[[str, int, int], None]  # task, answers so far, answers in all
 Record = dict[str, Any]
 
 
-def load_tasks(settings: Settings) -> dict[str, Any]:
+def load_tasks(settings: Settings, scores: bool = True) -> dict[str, Any]:
     """The harness's task objects by name, with their questions read. ValueError if a data file is missing or odd,
-    or if a task needs to run code and that is impossible here."""
+    or if a task needs to run code and that is impossible here, unless nothing is to be scored (``scores``)."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about choices that the task files make
+    _keep_compiled_templates()
     metadata = {"data_dir": str(settings.data_dir), "chat": settings.chat_template}
     manager = TaskManager(include_path=str(TASKS_DIRECTORY), include_defaults=False, metadata=metadata)
     tasks = manager.load(list(settings.tasks))["tasks"]
-    if any((task.config.metadata or {}).get("runs_code") for task in tasks.values()):
+    if scores and any((task.config.metadata or {}).get("runs_code") for task in tasks.values()):
         check_sandbox()
     for task in tasks.values():
         if settings.num_fewshot is not None:
@@ -48,26 +49,34 @@ def load_tasks(settings: Settings) -> dict[str, Any]:
     return tasks
 
 
+@cache
+def _keep_compiled_templates() -> None:
+    """The harness compiles a prompt's template anew for every question, which takes longer than a GPU's answer."""
+    utils.env.from_string = lru_cache(maxsize=256)(utils.env.from_string)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A model, ready to be run on tasks with different parameters."""
 
-    llm: "LLM"
-    model: ModelIdentity
+    backend: Backend
     settings: Settings
     tasks: Mapping[str, Any]
 
     def key(self, params: Params) -> str:
         """16 hexadecimal digits: a digest of all that can change an answer or a score."""
-        facts = {
+        model = self.backend.identity
+        facts: Record = {
             "format": FORMAT,
-            "model": [self.model.hash, self.model.dtype, self.llm.engine.config.max_model_len],
+            "model": [model.hash, model.dtype, self.backend.max_length],
             "params": asdict(params),
             "tasks": {name: [_version(task), self._num_fewshot(task)] for name, task in self.tasks.items()},
             "data": {name: [digest(task.dataset["test"]), digest(_shots(task))] for name, task in self.tasks.items()},
             "chat_template": self.settings.chat_template,
             "limit": self.settings.limit,
         }
+        if model.engine != "wedlm":
+            facts["engine"] = model.engine
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def find(self, params: Params) -> Record | None:
@@ -77,17 +86,14 @@ class Evaluation:
 
     def run(self, params: Params, swept: Mapping[str, Any], progress: Progress = lambda *_: None) -> Record:
         """Evaluate a point, from where a killed run left it, and write its files."""
-        key = self.key(params)
-        self.settings.output.mkdir(parents=True, exist_ok=True)
-        journals = {name: Journal(self._partial_path(key, name)) for name in self.tasks}
-        lm = EngineLM(
-            self.llm, params.sampling_params(), self.settings.chat_template, journals.__getitem__, progress=progress
-        )
+        key, journals = self.key(params), self._journals(params)
+        lm = self.backend.lm(self._how(params, journals, progress))
         tasks = {name: self._run_task(key, name, lm, journals[name]) for name in self.tasks}
+        device, machine = _origin(journals.values())
         record = {
             "format": FORMAT,
             "key": key,
-            "model": asdict(self.model),
+            "model": {**asdict(self.backend.identity), "device": device},
             "params": asdict(params),
             "swept": dict(swept),
             "protocol": self.settings.protocol,
@@ -95,7 +101,7 @@ class Evaluation:
             "limit": self.settings.limit,
             "num_fewshot": self.settings.num_fewshot,
             "tasks": tasks,
-            "environment": environment(self.llm.device),
+            "environment": machine,
             "created": now(),
         }
         _write(self._point_path(key), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
@@ -103,17 +109,41 @@ class Evaluation:
             journal.discard()
         return record
 
-    def _run_task(self, key: str, name: str, lm: EngineLM, journal: Journal) -> Record:
-        """Evaluate one task, write its samples, and describe it as the point's file does."""
-        task = self.tasks[name]
-        results: Any = evaluate(
+    def answer(self, params: Params, progress: Progress = lambda *_: None) -> None:
+        """Compute what answers the journals lack, and score nothing: ``run`` does that, on this machine or another."""
+        journals = self._journals(params)
+        lm = self.backend.lm(self._how(params, journals, progress, answers_only=True))
+        for task in self.tasks.values():
+            with suppress(Answered):
+                self._evaluate(task, lm)
+
+    def _journals(self, params: Params) -> dict[str, Journal]:
+        self.settings.output.mkdir(parents=True, exist_ok=True)
+        origin = {"device": self.backend.identity.device, "environment": self.backend.environment}
+        key = self.key(params)
+        return {name: Journal(self.partial_path(key, name), origin) for name in self.tasks}
+
+    def _how(
+        self, params: Params, journals: Mapping[str, Journal], progress: Progress, answers_only: bool = False
+    ) -> How:
+        decoding, chat = params.sampling_params(), self.settings.chat_template
+        return How(decoding, chat, journals.__getitem__, progress, answers_only)
+
+    def _evaluate(self, task: Any, lm: JournaledLM) -> Any:
+        """The harness's results; ``Answered`` if ``lm`` only answers."""
+        return evaluate(
             lm=lm,
-            task_dict={"tasks": {name: task}, "groups": {}},
+            task_dict={"tasks": {task.config.task: task}, "groups": {}},
             limit=self.settings.limit,
             bootstrap_iters=1000,  # every metric has a closed form; 0 would leave the errors out
             apply_chat_template=self.settings.chat_template,
             fewshot_as_multiturn=True,
         )
+
+    def _run_task(self, key: str, name: str, lm: JournaledLM, journal: Journal) -> Record:
+        """Evaluate one task, write its samples, and describe it as the point's file does."""
+        task = self.tasks[name]
+        results = self._evaluate(task, lm)
         metrics = _metrics(results["results"][name])
         main = (task.config.metadata or {}).get("main_metric") or next(iter(metrics))
         generates = task.OUTPUT_TYPE == "generate_until"
@@ -141,7 +171,8 @@ class Evaluation:
     def _point_path(self, key: str) -> Path:
         return self.settings.output / f"point-{key}.json"
 
-    def _partial_path(self, key: str, task: str) -> Path:
+    def partial_path(self, key: str, task: str) -> Path:
+        """Where the answers of an unfinished point are."""
         return self.settings.output / f"samples-{key}-{task}.jsonl.partial"
 
 
@@ -160,6 +191,14 @@ def _shots(task: Any) -> list[Record]:
 
 def _document_index(sample: Record) -> int:
     return sample["doc_id"]
+
+
+def _origin(journals: Iterable[Journal]) -> tuple[str, Record]:
+    """Device and environment of the latest answers; all names, where several devices had a part."""
+    origins = [origin for journal in journals for origin in journal.origins]
+    latest = origins[-1]
+    names = dict.fromkeys(origin["environment"]["device_name"] for origin in origins)
+    return latest["device"], {**latest["environment"], "device_name": ", ".join(names)}
 
 
 def _metrics(results: Mapping[str, Any]) -> dict[str, Record]:

@@ -77,9 +77,13 @@ class Section:
 
 
 def choose_baseline(points: Sequence[Point], name: str) -> Point:
-    """The point that a user calls ``name``: a key, its beginning, or a model's name (its AR point). ValueError."""
+    """The point that a user calls ``name``: a key, its beginning, or a model's or an engine's name (its AR point).
+
+    ValueError if there is none, or several.
+    """
     by_key = [point for point in points if point.key.startswith(name)]
-    by_model = [point for point in points if point.model["name"] == name and point.decoding == AUTOREGRESSIVE]
+    named = [point for point in points if name in (point.model["name"], point.engine)]
+    by_model = [point for point in named if point.decoding == AUTOREGRESSIVE]
     found = by_key or by_model
     if len(found) != 1:
         known = "; ".join(f"{point.key} ({point.model['name']}, {point.label})" for point in points)

@@ -84,10 +84,16 @@ class Point:
     def model_label(self) -> str:
         """Name, adapter, and the digest that tells weights of one name apart."""
         adapter = f" + {self.model['adapter']}" if self.model.get("adapter") else ""
-        return f"{self.model['name']}{adapter} ({self.model['hash'][:8]}, {self.model.get('dtype', '?')})"
+        engine = "" if self.engine == "wedlm" else f", {self.engine}"
+        return f"{self.model['name']}{adapter} ({self.model['hash'][:8]}, {self.model.get('dtype', '?')}{engine})"
 
-    def weights(self) -> tuple[str, Any]:
-        return self.model["hash"], self.model.get("dtype")
+    @property
+    def engine(self) -> str:
+        return str(self.model.get("engine", "wedlm"))
+
+    def weights(self) -> tuple[str, Any, str]:
+        """What two points must share for one to be the other's AR baseline."""
+        return self.model["hash"], self.model.get("dtype"), self.engine
 
 
 def describe(name: str, value: Any) -> str:

@@ -48,6 +48,13 @@ class Params:
             max_tokens=self.max_tokens,
         )
 
+    @property
+    def max_rows(self) -> int:
+        """The most rows that a sequence takes in a step."""
+        if self.decoding == "autoregressive":
+            return 1
+        return self.window_size if self.decoding in ("auto", "verified") else 2 * self.window_size
+
 
 PARAM_NAMES = tuple(field.name for field in dataclasses.fields(Params))
 # What a protocol says differently from the defaults. "paper": the quality tables of arXiv 2512.22737.

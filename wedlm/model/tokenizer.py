@@ -101,6 +101,10 @@ class Tokenizer:
         """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """``encode`` of each text, on all cores."""
+        return [one.ids for one in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; an incomplete UTF-8 sequence becomes U+FFFD, an id without a token becomes nothing."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
