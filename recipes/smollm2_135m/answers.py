@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2: the teacher answers the prompts of the training files. ``python answers.py TEACHER DATA_DIR OUT_DIR``"""
+"""Stage 2: the teacher answers prompts, the base model continues texts.
+
+``python answers.py TEACHER DATA_DIR PROMPTS_DIR OUT_DIR``
+"""
 
 import sys
 import time
@@ -8,32 +11,46 @@ from pathlib import Path
 import torch
 
 from wedlm.model import load_model, load_tokenizer
-from wedlm.train.answers import AnswerSettings, write_answers
+from wedlm.train.answers import AnswerSettings, write_answers, write_continuations
 
-# (file of prompts, name of the answers, temperature, answers a prompt)
-JOBS = [
-    ("gsm8k_train.jsonl.gz", "gsm8k_greedy", 0.0, 1),
-    ("gsm8k_train.jsonl.gz", "gsm8k_sampled", 0.5, 2),
-    ("math_train.jsonl.gz", "math", 0.0, 1),
-    ("dolly_subset.jsonl.gz", "dolly", 0.0, 1),
-    ("openstax_exercises.jsonl.gz", "openstax", 0.0, 1),
-    ("gpteacher_codegen.jsonl.gz", "codegen", 0.0, 1),
-]
+# Prompts that the teacher answers greedily: what is to be learnt is a function of the prompt.
+PROMPTS = {
+    "gsm8k": "gsm8k_train.jsonl.gz",
+    "math": "math_train.jsonl.gz",
+    "mbpp": "mbpp_train.jsonl.gz",
+    "dolly": "dolly_subset.jsonl.gz",
+    "openstax": "openstax_exercises.jsonl.gz",
+    "codegen": "gpteacher_codegen.jsonl.gz",
+    "algorithms": "thealgorithms_python.jsonl.gz",
+    "puzzles": "python_puzzles.jsonl.gz",
+    "assistant": "openassistant_sample.jsonl.gz",
+}
+# Texts whose paragraphs the base model continues at temperature 1: its own distribution keeps it where it is.
+TEXTS = {"openstax_text": ("openstax_text.jsonl.xz", 9), "python_text": ("python_docs_text.jsonl.xz", 4), "dolly_text": ("dolly_subset.jsonl.gz", 1)}
 
 
-def main(teacher: str, data: Path, out: Path) -> None:
+def load(name: str) -> tuple:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, _ = load_model(teacher, torch.bfloat16 if device == "cuda" else torch.float32, device)
-    tokenizer = load_tokenizer(teacher)
+    model, _ = load_model(name, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    return model, load_tokenizer(name)
+
+
+def main(teacher: str, data: Path, prompts: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for source, name, temperature, count in JOBS:
+    model, tokenizer = load(teacher)
+    settings = AnswerSettings(max_prompt_tokens=384, max_tokens=240, batch_size=2048)
+    sources = {name: data / file for name, file in PROMPTS.items()} | {"gsm8k_numbers": prompts / "gsm8k_numbers.jsonl"}
+    for name, source in sources.items():
         began = time.perf_counter()
-        settings = AnswerSettings(
-            max_prompt_tokens=384, max_tokens=224, temperature=temperature, num_samples=count, batch_size=2048
-        )
-        written, left_out = write_answers(model, tokenizer, data / source, out / f"{name}.jsonl", settings)
+        written, left_out = write_answers(model, tokenizer, source, out / f"{name}.jsonl", settings)
         print(f"{name}: {written} answers, {left_out} left out, {time.perf_counter() - began:.0f} s", flush=True)
+    model, tokenizer = load("demo-base")
+    settings = AnswerSettings(max_tokens=200, temperature=1.0, batch_size=2048, keep_cut=True)
+    for name, (file, every) in TEXTS.items():
+        began = time.perf_counter()
+        written = write_continuations(model, tokenizer, data / file, out / f"{name}.jsonl", settings, every)
+        print(f"{name}: {written} continuations, {time.perf_counter() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], *map(Path, sys.argv[2:]))

@@ -9,7 +9,7 @@ import torch
 
 from tests.algorithm.packings import random_packing
 from wedlm.algorithm.dual_stream import DualStream
-from wedlm.algorithm.objective import LossTotals, chunked_losses, plain_losses, row_coefficients
+from wedlm.algorithm.objective import Anchor, LossTotals, chunked_losses, plain_losses, row_coefficients
 
 VOCAB, WIDTH = 61, 8
 
@@ -81,15 +81,20 @@ def test_the_split_into_micro_batches_changes_nothing():
 
 
 @pytest.mark.parametrize(("rows", "chunk"), [(50, 16), (48, 16), (5, 16), (0, 16)])
-def test_chunks_change_nothing(rows, chunk):
+@pytest.mark.parametrize("sure", [False, True])
+@pytest.mark.parametrize("anchors", [False, True])
+def test_chunks_change_nothing(rows, chunk, sure, anchors):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(rows, WIDTH, generator=generator, requires_grad=True)
     projection = torch.randn(VOCAB, WIDTH, generator=generator, requires_grad=True)
     target = torch.randint(0, VOCAB, (rows,), generator=generator)
-    coefficient = torch.rand(rows, generator=generator)
+    target[::2] = (hidden @ projection.T).argmax(dim=-1)[::2]  # half of the rows are right
+    coefficient, certainty = torch.rand(2, rows, generator=generator)
+    other = torch.randn(rows, WIDTH, generator=generator)
+    extra = certainty if sure else None, Anchor(other, torch.arange(rows) % 3 == 0) if anchors else None
     results = [
-        plain_losses(hidden, projection, target, coefficient),
-        chunked_losses(hidden, projection, target, coefficient, chunk=chunk),
+        plain_losses(hidden, projection, target, coefficient, *extra),
+        chunked_losses(hidden, projection, target, coefficient, *extra, chunk=chunk),
     ]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -106,8 +111,11 @@ def test_compiling_the_softmax_changes_nothing():
     hidden = torch.randn(40, WIDTH, generator=generator).to(device).requires_grad_()
     projection = torch.randn(VOCAB, WIDTH, generator=generator).to(device).requires_grad_()
     target, coefficient = torch.randint(0, VOCAB, (40,), generator=generator).to(device), torch.rand(40).to(device)
-    found = chunked_losses(hidden, projection, target, coefficient, chunk=16, compiled=True)
-    expected = plain_losses(hidden, projection, target, coefficient)
+    target[::2] = (hidden @ projection.T).argmax(dim=-1)[::2]
+    anchor = Anchor(torch.randn(40, WIDTH, device=device), torch.arange(40, device=device) % 3 == 0)
+    extra = coefficient, anchor
+    found = chunked_losses(hidden, projection, target, coefficient, *extra, chunk=16, compiled=True)
+    expected = plain_losses(hidden, projection, target, coefficient, *extra)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     gradients = [torch.autograd.grad(losses.loss, (hidden, projection)) for losses in (found, expected)]
@@ -130,12 +138,33 @@ def test_gradients_are_those_of_finite_differences(losses):
     """Logits are rounded to float32 on the way, hence the wide steps."""
     generator = torch.Generator().manual_seed(2)
     hidden, projection = (torch.randn(n, 4, generator=generator, dtype=torch.double) for n in (5, 7))
-    coefficient = torch.rand(5, generator=generator)
+    coefficient, certainty = torch.rand(2, 5, generator=generator)
 
     def loss(h: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        return losses(h, p, torch.arange(5), coefficient).loss.double()
+        return losses(h, p, torch.arange(5), coefficient, certainty).loss.double()
 
     assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), projection.requires_grad_()), eps=1e-2, atol=1e-3)
+
+
+def test_certainty_is_asked_of_right_rows_alone():
+    hidden, projection = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    right, wrong = torch.tensor([0, 1]), torch.tensor([1, 1])  # of row 0; row 1 is a tie, whose arg max is 0
+    zero, one = torch.zeros(2), torch.ones(2)
+    p = 1 / (1 + math.exp(-1.0))
+    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
+    assert plain_losses(hidden, projection, right, zero, one).loss.item() == pytest.approx(entropy, abs=1e-6)
+    assert plain_losses(hidden, projection, wrong, zero, one).loss.item() == 0
+
+
+def test_an_anchored_row_rests_at_the_other_models_distribution():
+    hidden = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(6)).requires_grad_()
+    projection, one = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(7)), torch.ones(3)
+    same = Anchor(hidden.detach().clone(), torch.tensor([True, True, False]))
+    losses = plain_losses(hidden, projection, torch.arange(3), one, anchor=same)
+    losses.loss.backward()
+    assert hidden.grad[:2].abs().max() < 1e-5 < hidden.grad[2].abs().max()
+    # What is reported stays the target's cross-entropy.
+    assert torch.equal(losses.cross_entropy, plain_losses(hidden, projection, torch.arange(3), one).cross_entropy)
 
 
 def test_a_tie_has_one_arg_max():

@@ -39,9 +39,17 @@ def row_coefficients(
     return coefficients + is_ar.to(weight.dtype) * (a / (totals.num_ar or 1.0) / scale)
 
 
+class Anchor(NamedTuple):
+    """Rows whose target is not a token but the distribution of another model, whose hidden states [N, C] are
+    ``hidden`` under the same projection: their CE is Σ -p_other · log p, their KL divergence up to a constant."""
+
+    hidden: Float[Tensor, "N C"]
+    anchored: Bool[Tensor, " N"]
+
+
 class RowLosses(NamedTuple):
-    """``loss`` = Σ coefficient · CE, the only part with a gradient; per row the CE (nats) and whether the arg max of
-    the logits is the target."""
+    """``loss`` = Σ coefficient · CE + Σ certainty · H of the rows that are right, the only part with a gradient; per row
+    the CE (nats) of the target and whether the arg max of the logits is the target."""
 
     loss: Float[Tensor, ""]
     cross_entropy: Float[Tensor, " N"]
@@ -53,11 +61,27 @@ def plain_losses(
     projection: Float[Tensor, "V C"],
     target: Int[Tensor, " N"],
     coefficient: Float[Tensor, " N"],
+    certainty: Float[Tensor, " N"] | None = None,
+    anchor: Anchor | None = None,
 ) -> RowLosses:
-    """The definition, with all logits in memory at once: slow twin of ``chunked_losses``."""
+    """The definition, with all logits in memory at once: slow twin of ``chunked_losses``.
+
+    ``certainty`` weighs the entropy H (nats) of rows whose arg max is the target already: what is right is pushed to
+    be sure, so that parallel decoding may take it; what is wrong is left to the cross-entropy (as in dParallel,
+    arXiv 2509.26488). None: no such term.
+    """
     logits = (hidden @ projection.T).float()
     cross_entropy = F.cross_entropy(logits, target, reduction="none")
-    return RowLosses(cross_entropy @ coefficient, cross_entropy.detach(), logits.argmax(dim=-1) == target)
+    correct = logits.argmax(dim=-1) == target
+    log_probs = torch.log_softmax(logits, dim=-1)
+    wanted = cross_entropy
+    if anchor is not None:
+        other = torch.softmax((anchor.hidden @ projection.detach().T).float(), dim=-1)
+        wanted = torch.where(anchor.anchored, -(other * log_probs).sum(dim=-1), cross_entropy)
+    loss = wanted @ coefficient
+    if certainty is not None:
+        loss = loss - (log_probs.exp() * log_probs).sum(dim=-1) @ (certainty * correct)
+    return RowLosses(loss, cross_entropy.detach(), correct)
 
 
 def chunked_losses(
@@ -65,6 +89,8 @@ def chunked_losses(
     projection: Float[Tensor, "V C"],
     target: Int[Tensor, " N"],
     coefficient: Float[Tensor, " N"],
+    certainty: Float[Tensor, " N"] | None = None,
+    anchor: Anchor | None = None,
     chunk: int = 8192,
     compiled: bool = False,
 ) -> RowLosses:
@@ -74,34 +100,50 @@ def chunked_losses(
     gradient is computed right after its logits, in the forward, and the logits are dropped. Products run in
     ``hidden``'s dtype; the projection's gradient adds up in float32. ``compiled`` fuses the softmax (CUDA).
     """
-    loss, cross_entropy, correct = _ChunkedLosses.apply(hidden, projection, target, coefficient, chunk, compiled)
+    loss, cross_entropy, correct = _ChunkedLosses.apply(
+        hidden, projection, target, coefficient, certainty, anchor, chunk, compiled
+    )
     return RowLosses(loss, cross_entropy, correct)
 
 
 class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, projection: Tensor, target: Tensor, coefficient: Tensor, chunk: int, compiled: bool
+        ctx: Any,
+        hidden: Tensor,
+        projection: Tensor,
+        target: Tensor,
+        coefficient: Tensor,
+        certainty: Tensor | None,
+        anchor: Anchor | None,
+        chunk: int,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight = projection.to(hidden.dtype)
         wanted = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if wanted[0] else None
         weight_grad = torch.zeros_like(projection, dtype=torch.float32) if wanted[1] else None
         cross_entropy = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         softmax = _compiled_softmax_losses() if compiled else _softmax_losses
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = hidden[part] @ weight.T
-            cross_entropy[part], correct[part], logits_grad = softmax(logits, target[part], coefficient[part])
+            sure = None if certainty is None else certainty[part]
+            other = None if anchor is None else anchor.hidden[part] @ weight.T
+            anchored = None if anchor is None else anchor.anchored[part]
+            part_loss, cross_entropy[part], correct[part], logits_grad = softmax(
+                logits, target[part], coefficient[part], sure, other, anchored
+            )
+            loss += part_loss
             if hidden_grad is not None:
                 hidden_grad[part] = logits_grad @ weight
             if weight_grad is not None:
                 weight_grad += logits_grad.T @ hidden[part]
         ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(projection.dtype))
         ctx.mark_non_differentiable(cross_entropy, correct)
-        # No product of vectors: autocast would make that one in bfloat16.
-        return (cross_entropy * coefficient).sum(), cross_entropy, correct
+        return loss, cross_entropy, correct
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -109,26 +151,41 @@ class _ChunkedLosses(torch.autograd.Function):
         return (
             None if hidden_grad is None else hidden_grad * loss_grad.to(hidden_grad.dtype),
             None if weight_grad is None else weight_grad * loss_grad.to(weight_grad.dtype),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 6,
         )
 
 
 def _softmax_losses(
-    logits: Float[Tensor, "N V"], target: Int[Tensor, " N"], coefficient: Float[Tensor, " N"]
-) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"], Float[Tensor, "N V"]]:
-    """(cross-entropy, arg max is the target, gradient of Σ coefficient · CE with respect to the logits)."""
+    logits: Float[Tensor, "N V"],
+    target: Int[Tensor, " N"],
+    coefficient: Float[Tensor, " N"],
+    certainty: Float[Tensor, " N"] | None,
+    other: Float[Tensor, "N V"] | None,
+    anchored: Bool[Tensor, " N"] | None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Bool[Tensor, " N"], Float[Tensor, "N V"]]:
+    """(loss, cross-entropy, arg max is the target, gradient of the loss with respect to the logits)."""
     wide = logits.float()
-    normaliser = torch.logsumexp(wide, dim=-1)
-    at_target = wide.gather(1, target[:, None])[:, 0]
-    is_target = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
-    gradient = (torch.exp(wide - normaliser[:, None]) - is_target.float()) * coefficient[:, None]
-    return normaliser - at_target, wide.argmax(dim=-1) == target, gradient.to(logits.dtype)
+    log_probs = wide - torch.logsumexp(wide, dim=-1, keepdim=True)
+    probs = log_probs.exp()
+    cross_entropy = -log_probs.gather(1, target[:, None])[:, 0]
+    correct = wide.argmax(dim=-1) == target
+    goal = (torch.arange(logits.shape[1], device=logits.device) == target[:, None]).float()
+    wanted = cross_entropy
+    if other is not None and anchored is not None:
+        goal = torch.where(anchored[:, None], torch.softmax(other.float(), dim=-1), goal)
+        wanted = torch.where(anchored, -(goal * log_probs).sum(dim=-1), cross_entropy)
+    gradient = (probs - goal) * coefficient[:, None]
+    # No product of vectors: autocast would make that one in bfloat16.
+    loss = (wanted * coefficient).sum()
+    if certainty is not None:
+        sure = certainty * correct
+        entropy = -(probs * log_probs).sum(dim=-1)
+        loss = loss + (entropy * sure).sum()
+        gradient = gradient - probs * (log_probs + entropy[:, None]) * sure[:, None]
+    return loss, cross_entropy, correct, gradient.to(logits.dtype)
 
 
 @functools.cache
-def _compiled_softmax_losses() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _compiled_softmax_losses() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Made when first wanted: importing the compiler takes over a second."""
     return torch.compile(_softmax_losses)

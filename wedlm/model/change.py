@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fine-tuned model as a small file: the change of each weight in two bits, over a base that users have already.
+"""A fine-tuned model as a small file: low-rank changes of its weights in four bits a value, over a base that users have.
 
-What fine-tuning adds to a weight is small and close to normally distributed, so four levels a value lose about a tenth
-of its energy. A matrix [O, I] is stored as codes (four to a byte), a scale a row, a scale a column and its four levels:
-change = level[code] · row · column. Everything else (norms, single embedding rows) is stored whole.
+A weight's change is up @ down, the factors of a LoRA. Each factor [O, I] is stored as codes (two to a byte), a scale a
+row, a scale a column and its sixteen levels: value = level[code] · row · column. Rows of the embedding are stored whole.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,83 +15,72 @@ from torch import Tensor
 
 from wedlm.model.errors import CheckpointError
 
-_FORMAT = "wedlm-change-1"
-_CODES_PER_BYTE = 4
-_SHIFTS = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
-_EMBEDDING = "model.embed_tokens.weight"
-# Lloyd-Max levels of a standard normal distribution: where the search for a matrix's own levels starts.
-_NORMAL_LEVELS = (-1.5104, -0.4528, 0.4528, 1.5104)
-_ROUNDS = 8
+_FORMAT = "wedlm-change-2"
+_LEVELS = 16
+_SHIFTS = torch.tensor([0, 4], dtype=torch.uint8)
+_ROUNDS = 12
 
 
-def quantise_change(change: Tensor) -> dict[str, Tensor]:
-    """``codes`` uint8 [O, I / 4], ``row`` float16 [O], ``column`` float16 [I] and ``levels`` float32 [4] of a change.
+def quantise(matrix: Tensor) -> dict[str, Tensor]:
+    """``codes`` uint8 [O, I / 2], ``row`` float16 [O], ``column`` float16 [I] and ``levels`` float32 [16] of a matrix.
 
-    Scales and levels are fitted in turns, each by least squares given the others. I must be a multiple of 4.
+    Scales and levels are fitted in turns, each by least squares given the others. I must be even.
     """
-    if change.ndim != 2 or change.shape[1] % _CODES_PER_BYTE:
-        raise ValueError(f"the change has shape {list(change.shape)}; expected [O, I] with I a multiple of 4")
-    change = change.float()
+    if matrix.ndim != 2 or matrix.shape[1] % len(_SHIFTS):
+        raise ValueError(f"the matrix has shape {list(matrix.shape)}; expected [O, I] with I even")
+    matrix = matrix.float()
     tiny = torch.finfo(torch.float32).tiny
-    row = change.pow(2).mean(dim=1).sqrt().clamp(min=tiny)
-    column = (change / row[:, None]).pow(2).mean(dim=0).sqrt().clamp(min=tiny)
-    levels = torch.tensor(_NORMAL_LEVELS, device=change.device)
-    codes = torch.zeros_like(change, dtype=torch.long)
+    row = matrix.pow(2).mean(dim=1).sqrt().clamp(min=tiny)
+    column = (matrix / row[:, None]).pow(2).mean(dim=0).sqrt().clamp(min=tiny)
+    # Where the search for a matrix's own levels starts: evenly over what a normal distribution covers.
+    levels = torch.linspace(-2.4, 2.4, _LEVELS, device=matrix.device)
+    codes = torch.zeros_like(matrix, dtype=torch.long)
     for _ in range(_ROUNDS):
         scale = row[:, None] * column
-        codes = torch.bucketize(change / scale, (levels[1:] + levels[:-1]) / 2)
-        weight = scale.square().flatten()
-        sums = torch.zeros(2, 4, device=change.device)
-        sums[0].index_add_(0, codes.flatten(), (change * scale).flatten())
-        sums[1].index_add_(0, codes.flatten(), weight)
+        codes = torch.bucketize(matrix / scale, (levels[1:] + levels[:-1]) / 2)
+        sums = torch.zeros(2, _LEVELS, device=matrix.device)
+        sums[0].index_add_(0, codes.flatten(), (matrix * scale).flatten())
+        sums[1].index_add_(0, codes.flatten(), scale.square().flatten())
         levels = torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=tiny), levels).sort().values
         part = levels[codes] * column
-        row = (change * part).sum(dim=1) / part.square().sum(dim=1).clamp(min=tiny)
-        row = row.clamp(min=tiny)
+        row = ((matrix * part).sum(dim=1) / part.square().sum(dim=1).clamp(min=tiny)).clamp(min=tiny)
         part = levels[codes] * row[:, None]
-        column = ((change * part).sum(dim=0) / part.square().sum(dim=0).clamp(min=tiny)).clamp(min=tiny)
+        column = ((matrix * part).sum(dim=0) / part.square().sum(dim=0).clamp(min=tiny)).clamp(min=tiny)
     # float16 holds the scales only near 1, so their size goes into the levels.
     sizes = row.mean(), column.mean()
-    packed = (codes.to(torch.uint8).unflatten(1, (-1, 4)) << _SHIFTS.to(change.device)).sum(dim=2, dtype=torch.uint8)
+    pairs = codes.to(torch.uint8).unflatten(1, (-1, len(_SHIFTS)))
     return {
-        "codes": packed,
+        "codes": (pairs << _SHIFTS.to(matrix.device)).sum(dim=2, dtype=torch.uint8),
         "row": (row / sizes[0]).half(),
         "column": (column / sizes[1]).half(),
         "levels": levels * sizes[0] * sizes[1],
     }
 
 
-def restore_change(stored: Mapping[str, Tensor]) -> Tensor:
-    """The change [O, I], float32, that ``quantise_change`` stored."""
-    codes = (stored["codes"][..., None] >> _SHIFTS.to(stored["codes"].device)) & 3
+def restore(stored: Mapping[str, Tensor]) -> Tensor:
+    """The matrix [O, I], float32, that ``quantise`` stored."""
+    codes = (stored["codes"][..., None] >> _SHIFTS.to(stored["codes"].device)) & (_LEVELS - 1)
     values = stored["levels"][codes.flatten(1).long()]
     return values * stored["row"].float()[:, None] * stored["column"].float()
 
 
-def save_change(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], path: Path, note: str) -> None:
-    """Write what turns ``base`` into (nearly) ``tuned``: parameters by the same names. ``note`` says what it is.
-
-    Of the embedding only rows that differ are stored, whole: those that training changed must be few.
-    """
+def save_change(
+    factors: Mapping[str, tuple[Tensor, Tensor]], rows: Mapping[str, tuple[Tensor, Tensor]], path: Path, note: str
+) -> None:
+    """Write a change of a model, by parameter name: ``factors`` (up [O, r], down [r, I]), whose product is added, and
+    ``rows`` (ids [n], values [n, C]), which replace rows of an embedding. ``note`` says what it is."""
     tensors: dict[str, Tensor] = {}
-    for name, before in base.items():
-        after = tuned[name].detach().float()
-        if torch.equal(after, before.float()):
-            continue
-        if name == _EMBEDDING:
-            ids = (after != before.float()).any(dim=1).nonzero().flatten()
-            tensors[f"{name}:ids"], tensors[f"{name}:rows"] = ids, after[ids]
-        elif after.ndim == 2:
-            stored = quantise_change(after - before.float())
-            tensors.update({f"{name}:{part}": value for part, value in stored.items()})
-        else:
-            tensors[name] = after
+    for name, pair in factors.items():
+        for which, factor in zip(("up", "down"), pair, strict=True):
+            tensors.update({f"{name}:{which}.{part}": value for part, value in quantise(factor).items()})
+    for name, (ids, values) in rows.items():
+        tensors[f"{name}:ids"], tensors[f"{name}:rows"] = ids, values.float()
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path, metadata={"format": _FORMAT, "note": note})
 
 
 def changed(tensors: Iterable[tuple[str, Tensor]], path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The (name, tensor) pairs of a base model with the change in ``path`` added, in float32 where they are changed.
+    """The (name, tensor) pairs of a base model with the change in ``path`` applied, in float32 where they are changed.
 
     Raises CheckpointError if the file is damaged or made for another model.
     """
@@ -113,8 +101,10 @@ def changed(tensors: Iterable[tuple[str, Tensor]], path: Path) -> Iterator[tuple
 
 
 def _changed(tensor: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    if "codes" in parts:
-        return tensor.float() + restore_change(parts).to(tensor.device)
     if "ids" in parts:
         return tensor.float().index_copy(0, parts["ids"], parts["rows"])
-    return parts[""]
+    up, down = (
+        restore({key.removeprefix(f"{which}."): part for key, part in parts.items() if key.startswith(which)})
+        for which in ("up", "down")
+    )
+    return tensor.float() + (up @ down).to(tensor.device)

@@ -2,7 +2,8 @@
 """A model's own answers to the prompts of a chat file, as training data (self-distillation).
 
 Training on what the model itself says makes its text easier to predict for its masked rows, and keeps its AR head where
-it was. The sampler is a plain AR loop over a dense cache, for thousands of short prompts at once on one device.
+it was; continuations of text do so for text. The sampler is a plain AR loop over a dense cache, for thousands of short
+prompts at once on one device.
 """
 
 import json
@@ -24,7 +25,8 @@ _KEY_STEP = 64
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """``temperature`` 0 takes the most likely token. Answers that do not end within ``max_tokens`` are left out."""
+    """``temperature`` 0 takes the most likely token. Answers that do not end within ``max_tokens`` are left out, unless
+    ``keep_cut``."""
 
     max_prompt_tokens: int = 512
     max_tokens: int = 256
@@ -32,6 +34,7 @@ class AnswerSettings:
     num_samples: int = 1
     batch_size: int = 1024
     seed: int = 0
+    keep_cut: bool = False
 
 
 class _DenseCacheAttend:
@@ -110,7 +113,8 @@ def sample_answers(
             logits = model(chosen, length + step, attend)
             attend.start += 1
     rows, complete = answers.tolist(), ended.tolist()
-    return [[t for t in row if t >= 0] if whole else None for row, whole in zip(rows, complete, strict=True)]
+    kept = zip(rows, (whole or settings.keep_cut for whole in complete), strict=True)
+    return [[t for t in row if t >= 0] if keeps else None for row, keeps in kept]
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
@@ -146,6 +150,34 @@ def write_answers(
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 written += 1
     return written, left_out
+
+
+def write_continuations(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    source: str | Path,
+    target: str | Path,
+    settings: AnswerSettings,
+    every: int = 1,
+    num_prompt_tokens: int = 24,
+) -> int:
+    """Continue the beginning of every ``every``-th paragraph in ``source``; write {"text"} lines to ``target``.
+
+    A paragraph is 200 or more characters between empty lines, of a text or of a conversation's first message. Returns
+    how many were written.
+    """
+    device = model.model.embed_tokens.weight.device
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    texts = (sample.text or sample.messages[0]["content"] for sample in read_samples(source, skip_bad=False))  # type: ignore[index]
+    paragraphs = [part for text in texts for part in text.split("\n\n") if len(part) >= 200][::every]
+    prompts = [tokenizer.encode(part, False)[:num_prompt_tokens] for part in paragraphs]
+    with Path(target).open("w", encoding="utf-8") as file:
+        for start in range(0, len(prompts), settings.batch_size):
+            part = prompts[start : start + settings.batch_size]
+            for prompt, answer in zip(part, sample_answers(model, part, settings, generator), strict=True):
+                text = tokenizer.decode([*prompt, *(answer or [])])
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return len(prompts)
 
 
 def _questions(

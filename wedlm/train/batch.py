@@ -31,7 +31,7 @@ class TrainBatch:
 
     ``loss_rows`` index the N · R flattened rows. ``coefficient`` is what ``row_coefficients`` gives; until the totals
     of the optimiser batch are known it is empty. ``depth_group`` and ``ratio_group`` number the statistics a row
-    counts in (NUM_GROUPS: none). ``num_clean_tokens`` are those of the clean stream without padding.
+    counts in (NUM_GROUPS: none). ``is_text`` are AR rows of plain text, which is to learn from its beginning on. ``certainty`` is that of ``chunked_losses``, None without such a term. ``num_clean_tokens`` are those of the clean stream without padding.
     """
 
     tokens: Tensor  # [N, R]
@@ -45,9 +45,11 @@ class TrainBatch:
     target: Tensor  # [K]
     weight: Tensor  # [K]
     is_ar: Tensor  # [K]
+    is_text: Tensor  # [K]
     depth_group: Tensor  # [K]
     ratio_group: Tensor  # [K]
     coefficient: Tensor  # [K]
+    certainty: Tensor | None  # [K]
     num_clean_tokens: int
 
     @property
@@ -61,10 +63,15 @@ class TrainBatch:
     def totals(self) -> LossTotals:
         return LossTotals(float(self.weight.double().sum()), float(self.is_ar.sum()))
 
-    def to(self, device: torch.device, totals: LossTotals, ar_loss_weight: float) -> "TrainBatch":
-        """The batch on ``device``, with coefficients for these totals."""
+    def to(
+        self, device: torch.device, totals: LossTotals, ar_loss_weight: float, certainty_weight: float = 0.0
+    ) -> "TrainBatch":
+        """The batch on ``device``, with coefficients for these totals; certainty counts so often as much as the CE."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["coefficient"] = row_coefficients(self.weight, self.is_ar, totals, ar_loss_weight)
+        coefficient = row_coefficients(self.weight, self.is_ar, totals, ar_loss_weight)
+        values["coefficient"] = coefficient
+        if certainty_weight:
+            values["certainty"] = torch.where(self.is_ar, 0.0, coefficient * certainty_weight)
         for name, value in values.items():
             if isinstance(value, Tensor):
                 pinned = value.pin_memory() if device.type == "cuda" else value
@@ -137,8 +144,17 @@ def collate(rows: list[DualStream]) -> TrainBatch:
         target=flat("target")[loss_rows],
         weight=torch.where(real, flat("weight")[loss_rows], 0.0),
         is_ar=is_ar,
+        is_text=torch.stack([_text_rows(row) for row in rows]).flatten()[loss_rows] & is_ar,
         depth_group=torch.where(is_ar, AR_GROUP, torch.where(has_masked_loss, depth, NUM_GROUPS)),
         ratio_group=torch.where(has_masked_loss, 1 + NUM_DEPTHS + tenth, NUM_GROUPS),
         coefficient=torch.empty(0),
+        certainty=None,
         num_clean_tokens=sum(int(((row.labels.document >= 0) & ~row.labels.prediction).sum()) for row in rows),
     )
+
+
+def _text_rows(row: DualStream) -> Tensor:
+    """Rows of documents whose very first row has an AR target: a conversation begins with a question."""
+    document = row.labels.document
+    texts = document[(row.positions == 0) & row.is_ar & ~row.labels.prediction]
+    return torch.isin(document, texts)

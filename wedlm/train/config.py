@@ -78,6 +78,8 @@ class TrainConfig(_Strict):
     """Masked rows weigh 1/ratio of their block, or 1."""
     num_learnable_im_end: int = Field(default=8, ge=1)
     """End tokens after a document or reply."""
+    certainty_weight: float = Field(default=0.0, ge=0)
+    """Above 0 also lowers the entropy of masked rows that are right, so many times their cross-entropy's weight."""
     enable_ar_loss: bool = True
     """false trains the masked loss alone."""
     ar_loss_weight: float = Field(default=1.0, ge=0)
@@ -95,6 +97,10 @@ class TrainConfig(_Strict):
     """Dropout before the factors."""
     lora_rows: Literal["all", "masked"] = "all"
     """masked: factors act on masked rows alone, the base's AR output stays exact, and the adapter cannot be merged."""
+    lora_init: str | None = None
+    """Directory of an adapter of the same rank and targets, from whose factors training starts."""
+    anchor_text: bool = False
+    """Plain text's AR targets are the base model's distributions instead of its tokens; needs a LoRA of all rows."""
     lora_targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     """Layers that get factors."""
     merge_lora: bool = True
@@ -187,6 +193,14 @@ class TrainConfig(_Strict):
             )
         if self.validation_documents and self.validation_data:
             raise ValueError("validation_documents and validation_data are both given; expected one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _needs_a_lora(self) -> Self:
+        """Settings of a LoRA that acts on all rows."""
+        for name, on in (("anchor_text", self.anchor_text), ("lora_init", self.lora_init is not None)):
+            if on and (not self.lora_rank or self.lora_rows == "masked"):
+                raise ValueError(f"{name} is set; expected a lora_rank above 0 and lora_rows all")
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,8 @@ Factors for masked rows alone (``lora_rows``) are our own: peft knows no such th
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wedlm.model.adapter import CONFIG_FILE, WEIGHTS_FILE
+from wedlm.model.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from wedlm.model.masked_lora import MASK_EMBEDDING, MASKED_TYPE, add_factors
 from wedlm.model.transformer import Transformer
 from wedlm.train.config import TrainConfig
@@ -57,6 +58,44 @@ def add_lora(transformer: Transformer, config: TrainConfig) -> None:
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+
+
+    if config.lora_init is not None:
+        _take_factors(transformer, config)
+
+
+def _take_factors(transformer: Transformer, config: TrainConfig) -> None:
+    """Start from the adapter in ``lora_init``, its mask embedding included. ValueError if it has another shape."""
+    adapter = read_adapter(str(config.lora_init))
+    parameters = dict(transformer.named_parameters())
+    with torch.no_grad():
+        for name, rows in adapter.rows.items():
+            parameters[name][list(rows.ids)] = rows.values.to(parameters[name].dtype)
+        for name, change in adapter.low_rank.items():
+            module = name.removesuffix(".weight")
+            up, down = (parameters.get(f"{module}.lora_{part}.{_NAME}.weight") for part in "BA")
+            if up is None or down is None or (up.shape, down.shape) != (change.b.shape, change.a.shape):
+                raise ValueError(
+                    f"lora_init is {config.lora_init!r}, whose factors of {module} are {list(change.b.shape)} and "
+                    f"{list(change.a.shape)}; expected an adapter of rank {config.lora_rank} of these lora_targets"
+                )
+            up.copy_(change.b * (change.scale / scale_of(config)))
+            down.copy_(change.a)
+
+
+@contextmanager
+def without_lora(transformer: Transformer) -> Iterator[None]:
+    """Inside, the model computes as before training."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def _targets(model: nn.Module, config: TrainConfig) -> list[str]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wedlm.algorithm.objective import chunked_losses
+from wedlm.algorithm.objective import Anchor, chunked_losses
 from wedlm.attention.dual_stream import plan_training_attention
 from wedlm.model.transformer import Transformer
 from wedlm.train.batch import NUM_GROUPS, TrainBatch
+from wedlm.train.lora import without_lora
 
 
 class StepLosses(NamedTuple):
@@ -30,12 +31,20 @@ class TrainingModel(nn.Module):
     """The model with its objective inside, so that data-parallel wrappers see one forward from batch to loss.
 
     ``mask_embedding`` is the mask token's embedding as a parameter of its own, for runs that train no other embedding;
-    None where the embedding itself is trained.
+    None where the embedding itself is trained. ``anchor_text``: AR targets of plain text are the distributions of the
+    model without its LoRA.
     """
 
-    def __init__(self, transformer: Transformer, backend: str, mask_token_id: int, own_mask_embedding: bool) -> None:
+    def __init__(
+        self,
+        transformer: Transformer,
+        backend: str,
+        mask_token_id: int,
+        own_mask_embedding: bool,
+        anchor_text: bool = False,
+    ) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer, self.anchor_text = transformer, anchor_text
         self.backend, self.mask_token_id = backend, mask_token_id
         embedding = transformer.model.embed_tokens
         self.mask_embedding: nn.Parameter | None = None
@@ -53,10 +62,11 @@ class TrainingModel(nn.Module):
         return embedded.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else embedded
 
     def forward(self, batch: TrainBatch) -> StepLosses:
-        attend = plan_training_attention(self.backend, batch.labels, batch.row_ranges)
-        rows = (batch.tokens.flatten(), batch.positions.flatten())
-        hidden_TC = self.transformer.model(*rows, attend, batch.masked.flatten())
-        hidden_KC = self.transformer.model.norm(hidden_TC.index_select(0, batch.loss_rows))
+        anchor = None
+        if self.anchor_text and self.training:
+            with torch.no_grad(), without_lora(self.transformer):
+                anchor = Anchor(self._loss_states(batch), batch.is_text)
+        hidden_KC = self._loss_states(batch)
         # Products are made in the type of the hidden states anyway; autocast would round the sum of losses, too.
         with torch.autocast(hidden_KC.device.type, enabled=False):
             losses = chunked_losses(
@@ -64,6 +74,8 @@ class TrainingModel(nn.Module):
                 self.transformer.lm_head.get_parameter("weight"),
                 batch.target,
                 batch.coefficient,
+                batch.certainty,
+                anchor,
                 compiled=hidden_KC.is_cuda,
             )
         figures = torch.stack((torch.ones_like(losses.cross_entropy), losses.cross_entropy, losses.correct.float()), 1)
@@ -71,6 +83,14 @@ class TrainingModel(nn.Module):
         statistics = figures.new_zeros(NUM_GROUPS + 1, 3)
         statistics.index_add_(0, batch.depth_group, figures).index_add_(0, batch.ratio_group, figures)
         return StepLosses(losses.loss, statistics[:-1])
+
+    def _loss_states(self, batch: TrainBatch) -> Tensor:
+        """Hidden states [K, C], after the final norm, of the rows with a loss."""
+        attend = plan_training_attention(self.backend, batch.labels, batch.row_ranges)
+        rows = (batch.tokens.flatten(), batch.positions.flatten())
+        hidden_TC = self.transformer.model(*rows, attend, batch.masked.flatten())
+        hidden_KC: Tensor = self.transformer.model.norm(hidden_TC.index_select(0, batch.loss_rows))
+        return hidden_KC
 
 
 def prepare_layers(transformer: Transformer, compile_layers: bool, checkpoint_activations: bool) -> None:

@@ -68,7 +68,9 @@ class Trainer:
         prepare_layers(self.setup.transformer, self.compiled, config.activation_checkpointing)
         # Factors for masked rows bring a mask embedding with them.
         own_mask = self.setup.embeddings_frozen and config.objective == "wedlm" and config.lora_rows == "all"
-        model = TrainingModel(self.setup.transformer, self.backend, self.setup.mask_token_id, own_mask)
+        model = TrainingModel(
+            self.setup.transformer, self.backend, self.setup.mask_token_id, own_mask, config.anchor_text
+        )
         optimizer = make_optimizer(model, config, self.device)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.sequences_per_forward = config.per_device_train_batch_size * self.accelerator.num_processes
@@ -197,7 +199,9 @@ class Trainer:
         seed_forward(config.seed, step, accelerator)
         for index, batch in enumerate(micro_batches):
             with self._gradients_meet(index == len(micro_batches) - 1):
-                losses = self.model(batch.to(self.device, totals, config.effective_ar_weight))
+                losses = self.model(
+                    batch.to(self.device, totals, config.effective_ar_weight, config.certainty_weight)
+                )
                 # Gradients are averaged over processes, the loss is a sum over them.
                 accelerator.backward(losses.loss * accelerator.num_processes)
             loss += losses.loss.detach()

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain text anchored to the base model's distributions, and a LoRA that goes on from another one."""
+
+import json
+
+import pytest
+import torch
+
+from tests.train.tiny_run import config_of, metrics, save_base, train, write_chats
+from wedlm.algorithm.objective import LossTotals
+from wedlm.train.batch import collate_rows
+from wedlm.train.trainer import Trainer
+
+LORA = {"lora_rank": 4, "learning_rate": 3e-2, "max_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("anchor") / "base", mask_token_id=None)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Chats and plain text."""
+    path = write_chats(tmp_path / "data.jsonl", 12)
+    texts = "".join(json.dumps({"text": "one two three cat sat on mat " * n}) + "\n" for n in (1, 2, 3))
+    path.write_text(path.read_text() + texts)
+    return path
+
+
+def test_text_rows_are_those_of_texts(base, data, tmp_path):
+    trainer = Trainer(config_of(base, data, tmp_path / "run", **LORA))
+    chats = write_chats(tmp_path / "chats.jsonl", 12)
+    other = Trainer(config_of(base, chats, tmp_path / "chats", **LORA))
+    for run, has_text in ((trainer, True), (other, False)):
+        rows = run.data.rows_in_epoch(0)
+        batch = collate_rows([run.data.row(i) for i in range(rows)], range(rows), run.config, run.setup.mask_token_id)
+        assert bool(batch.is_text.any()) == has_text
+        assert not (batch.is_text & ~batch.is_ar).any()
+        assert (batch.is_ar & ~batch.is_text).any()
+        documents = batch.document.flatten()[batch.loss_rows] + 1000 * (batch.loss_rows // batch.document.shape[1])
+        assert not set(documents[batch.is_text].tolist()) & set(documents[batch.is_ar & ~batch.is_text].tolist())
+
+
+def test_anchored_text_has_no_gradient_where_training_begins(base, data, tmp_path):
+    """A new LoRA changes nothing, so the base's distribution is the model's own: only chats and masks pull."""
+    gradients = {}
+    for anchored in (False, True):
+        config = config_of(base, data, tmp_path / f"run{anchored}", **LORA, anchor_text=anchored)
+        trainer = Trainer(config)
+        rows = trainer.data.rows_in_epoch(0)
+        indices = range(rows)
+        batch = collate_rows([trainer.data.row(i) for i in indices], indices, config, trainer.setup.mask_token_id)
+        batch = batch.to(trainer.device, LossTotals(1.0, 1.0), 1.0)
+        only_text = batch.coefficient * batch.is_text
+        object.__setattr__(batch, "coefficient", only_text)
+        trainer.model(batch).loss.backward()
+        found = [p.grad.abs().max() for name, p in trainer.model.named_parameters() if "lora_B" in name]
+        gradients[anchored] = float(torch.stack(found).max())
+    assert gradients[True] < 1e-4 * gradients[False]
+
+
+def test_an_anchored_run_trains_and_saves(base, data, tmp_path):
+    plain = train(base, data, tmp_path / "plain", **LORA)
+    anchored = train(base, data, tmp_path / "anchored", **LORA, anchor_text=True)
+    assert plain != anchored
+    assert metrics(tmp_path / "plain")[-1]["loss"] != metrics(tmp_path / "anchored")[-1]["loss"]
+
+
+def test_training_goes_on_from_an_adapter(base, data, tmp_path):
+    first = train(base, data, tmp_path / "first", **LORA, merge_lora=False)
+    config = config_of(base, data, tmp_path / "second", **LORA, lora_alpha=2.0, lora_init=str(first))
+    merged = train(base, data, tmp_path / "merged", **LORA)
+    losses = []
+    for trainer in (Trainer(config), Trainer(config_of(merged, data, tmp_path / "third", **LORA))):
+        rows = trainer.data.rows_in_epoch(0)
+        indices = range(rows)
+        batch = collate_rows([trainer.data.row(i) for i in indices], indices, config, trainer.setup.mask_token_id)
+        losses.append(trainer.model(batch.to(trainer.device, LossTotals(1.0, 1.0), 1.0)).loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_an_adapter_of_another_rank_is_refused(base, data, tmp_path):
+    first = train(base, data, tmp_path / "first", **LORA, merge_lora=False)
+    config = config_of(base, data, tmp_path / "second", **{**LORA, "lora_rank": 2}, lora_init=str(first))
+    with pytest.raises(ValueError, match=r"lora_init is .*; expected an adapter of rank 2 of these lora_targets"):
+        Trainer(config)
+
+
+@pytest.mark.parametrize("setting", [{"anchor_text": True}, {"lora_init": "x"}])
+def test_without_a_lora_there_is_nothing_to_go_back_to(base, data, tmp_path, setting):
+    with pytest.raises(ValueError, match=r"expected a lora_rank above 0 and lora_rows all"):
+        config_of(base, data, tmp_path / "run", **setting)
