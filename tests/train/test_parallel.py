@@ -3,16 +3,17 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from tests.train.processes import DEEPSPEED, FSDP2, RUN_DEEPSPEED, RUN_FSDP, run_processes
 from tests.train.tiny_run import config_of, metrics, save_base, train, weights, write_chats
-from wedlm.train import parallel
+from wedlm.train import packages, parallel, zero
 from wedlm.train.checkpoint import latest_checkpoint
 from wedlm.train.parallel import make_accelerator
 
@@ -112,13 +113,33 @@ def test_zero_and_its_checkpoint_in_one_process(parts, stage, settings):
     check_equal(two, one)
 
 
+@pytest.mark.parametrize(
+    ("zero_config", "sentence"),
+    [
+        ({"stage": 3}, "asks for ZeRO stage 3; expected 1 or 2, or FSDP with fsdp_version 2"),
+        ({}, "asks for ZeRO stage None; expected 1 or 2"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "has offload_optimizer to cpu; expected none"),
+    ],
+)
+def test_what_zero_is_not_run_with(zero_config, sentence):
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero_config})
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(ValueError, match=sentence):
+        zero.configure(accelerator, bf16=True, sequences=1, max_grad_norm=1.0)
+
+
 def test_what_accelerate_would_leave_out_in_silence(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="asks for FSDP, which it runs on GPUs alone; expected GPUs"):
         make_accelerator(bf16=False)
     monkeypatch.undo()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr(parallel, "Accelerator", lambda **_: Accelerator(cpu=True))
+    monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="needs the package deepspeed, which is not installed: pip install deepspeed"):
+        make_accelerator(bf16=False)
+    monkeypatch.setattr(packages, "find_spec", lambda _: True)
+    alone = SimpleNamespace(distributed_type=DistributedType.NO, is_fsdp2=False)
+    monkeypatch.setattr(parallel, "Accelerator", lambda **_: alone)
     with pytest.raises(ValueError, match="asks for DeepSpeed, which it runs on GPUs alone; expected GPUs"):
         make_accelerator(bf16=False)
     monkeypatch.undo()

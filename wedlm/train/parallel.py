@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from wedlm.train.packages import require
 from wedlm.train.zero import uses_zero
 
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -21,6 +22,8 @@ def make_accelerator(bf16: bool) -> Accelerator:
     accelerate goes on without what it cannot do, and then every process would train alone, or keep whole weights; that
     is an error here, too.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        require("deepspeed", "accelerate's configuration")
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
     kind = accelerator.distributed_type
     if kind not in _PLAIN and not accelerator.is_fsdp2 and not uses_zero(accelerator):
