@@ -58,6 +58,7 @@ def run_mode(llm: LLM, questions: list[str], answers: list[float], mode: str, ar
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
+    parser.add_argument("--adapter", help="directory of a LoRA")
     parser.add_argument("--data", required=True)
     parser.add_argument("--decoding", nargs="+", default=["autoregressive", "verified", "streaming"])
     parser.add_argument("--limit", type=int, default=0, help="only the first N questions")
@@ -79,6 +80,7 @@ def main() -> None:
     answers = [float(row["answer"].rpartition("####")[2].replace(",", "")) for row in rows]
     llm = LLM(
         model=arguments.model,
+        adapter=arguments.adapter,
         dtype=arguments.dtype,
         device=arguments.device,
         max_num_seqs=arguments.max_num_seqs,
@@ -87,6 +89,7 @@ def main() -> None:
     )
     report = {
         "model": str(Path(*Path(arguments.model).parts[-2:])),
+        "adapter": arguments.adapter,
         "questions": len(questions),
         "dtype": arguments.dtype,
         "torch": torch.__version__,

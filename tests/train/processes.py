@@ -19,6 +19,14 @@ RUN_FSDP = (
     "from accelerate.state import PartialState; from accelerate.utils import DistributedType; "
     "PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU; " + RUN
 )
+# The same for DeepSpeed, without the operator that it would compile for a CPU's shared memory.
+RUN_DEEPSPEED = (
+    "import os, deepspeed; deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False; "
+    "from accelerate.state import PartialState; from accelerate.utils import DistributedType; "
+    "PartialState(cpu=True).distributed_type = DistributedType.DEEPSPEED; "
+    "os.environ['ACCELERATE_USE_CPU'] = 'false'; " + RUN
+)
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",

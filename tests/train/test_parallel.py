@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes: the same losses and weights as one, for every kind of training, and nothing done in silence."""
 
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from tests.train.processes import FSDP2, RUN_FSDP, run_processes
+from tests.train.processes import DEEPSPEED, FSDP2, RUN_DEEPSPEED, RUN_FSDP, run_processes
 from tests.train.tiny_run import config_of, metrics, save_base, train, weights, write_chats
+from wedlm.train import packages, parallel, zero
 from wedlm.train.checkpoint import latest_checkpoint
 from wedlm.train.parallel import make_accelerator
 
@@ -87,9 +91,56 @@ def test_fsdp2_with_frozen_weights(parts, settings):
     )
 
 
+@pytest.mark.long
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("settings", [{}, MASKED_LORA], ids=["full", "masked-lora"])
+def test_zero_and_its_checkpoint_in_one_process(parts, stage, settings):
+    """ZeRO in two processes is one process; a checkpoint of one goes on in the other."""
+    name = f"zero{stage}-{len(settings)}"
+    program = {"program": RUN_DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage), **DEEPSPEED}
+    two, one = run_both(parts, name, program, **settings)
+    check_equal(two, one)
+    base, data, _ = parts
+    more = {**settings, "validation_documents": 5, "eval_steps": 2, "save_steps": 2, "max_steps": 4}
+    for run, processes in ((two, 1), (one, 2)):  # each goes on from the other's kind of checkpoint
+        for path in (run / "checkpoint-000004").iterdir():
+            path.unlink()  # as if the run had ended before
+        if processes == 1:
+            train(base, data, run, per_device_train_batch_size=4, gradient_accumulation_steps=1, **more)
+        else:
+            run_processes(config_of(base, data, run, per_device_train_batch_size=1, **more), 2, **program)
+    check_equal(two, one)
+
+
+@pytest.mark.parametrize(
+    ("zero_config", "sentence"),
+    [
+        ({"stage": 3}, "asks for ZeRO stage 3; expected 1 or 2, or FSDP with fsdp_version 2"),
+        ({}, "asks for ZeRO stage None; expected 1 or 2"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "has offload_optimizer to cpu; expected none"),
+    ],
+)
+def test_what_zero_is_not_run_with(zero_config, sentence):
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero_config})
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(ValueError, match=sentence):
+        zero.configure(accelerator, bf16=True, sequences=1, max_grad_norm=1.0)
+
+
 def test_what_accelerate_would_leave_out_in_silence(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="asks for FSDP, which it runs on GPUs alone; expected GPUs"):
+        make_accelerator(bf16=False)
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="needs the package deepspeed, which is not installed: pip install deepspeed"):
+        make_accelerator(bf16=False)
+    monkeypatch.setattr(packages, "find_spec", lambda _: True)
+    alone = SimpleNamespace(distributed_type=DistributedType.NO, is_fsdp2=False)
+    monkeypatch.setattr(parallel, "Accelerator", lambda **_: alone)
+    with pytest.raises(ValueError, match="asks for DeepSpeed, which it runs on GPUs alone; expected GPUs"):
         make_accelerator(bf16=False)
     monkeypatch.undo()
     monkeypatch.setenv("WORLD_SIZE", "2")  # without ACCELERATE_USE_CPU

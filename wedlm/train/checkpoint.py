@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from wedlm.train import zero
+
 _PREFIX = "checkpoint-"
 _MODEL, _OPTIMIZER, _STATE = "training_model.safetensors", "optimizer.safetensors", "trainer_state.json"
 # Gathered from all ranks, onto rank 0's main memory: the same file whatever the parallelism.
@@ -43,8 +45,7 @@ def save_checkpoint(
     It is built beside its place and renamed: a full disk or a kill leaves the previous checkpoint as it was. Raises
     ValueError if it cannot be written.
     """
-    tensors: Any = get_model_state_dict(model, options=_WHOLE)  # its type admits much besides tensors
-    gathered: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    tensors, moments = _whole_state(model, optimizer)
     if not is_main:  # the others took part in gathering, and hold nothing
         return
     target = directory / f"{_PREFIX}{step:06d}"
@@ -52,7 +53,7 @@ def save_checkpoint(
     try:
         building.mkdir(parents=True)
         save_file(_distinct(tensors), building / _MODEL)
-        flat = {f"{name}/{key}": value for name, values in gathered["state"].items() for key, value in values.items()}
+        flat = {f"{name}/{key}": value for name, values in moments.items() for key, value in values.items()}
         save_file(_distinct(flat), building / _OPTIMIZER)
         (building / _STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
         for path in building.iterdir():
@@ -67,6 +68,15 @@ def save_checkpoint(
         shutil.rmtree(building, ignore_errors=True)
     for old in _checkpoints(directory)[:-keep]:
         _remove(old)
+
+
+def _whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+    """(weights by name, the optimiser's tensors by parameter and name)"""
+    engine: Any = model
+    if zero.is_engine(model):
+        return get_model_state_dict(engine.module, options=_WHOLE), zero.moments(engine)
+    gathered: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE)  # its type admits much besides tensors
+    return get_model_state_dict(model, options=_WHOLE), gathered["state"]
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -92,6 +102,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put weights and moments back. All ranks call it; every rank reads the files. ValueError if they are damaged."""
     tensors: dict[str, Any] = dict(_read(checkpoint / _MODEL))
+    engine: Any = model if zero.is_engine(model) else None
+    if engine is not None:
+        zero.make_state(engine)
+        model = engine.module
     missing = set(get_model_state_dict(model)) - set(tensors)
     shared = {name for name in missing if name.endswith("lm_head.weight")}  # tied: saved once, under the other name
     if missing - shared:
@@ -103,6 +117,9 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     for key, value in _read(checkpoint / _OPTIMIZER).items():
         name, _, moment = key.rpartition("/")
         state.setdefault(name, {})[moment] = value
+    if engine is not None:
+        zero.restore(engine, state)
+        return
     whole = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
     set_optimizer_state_dict(
         model,

@@ -14,7 +14,7 @@ Train a WeDLM from an AR checkpoint, go on training one, or fine-tune with the A
 wedlm train CONFIG.yaml [--KEY VALUE ...]    train, or go on from the latest checkpoint under output_dir
 wedlm train --KEY VALUE ...                  the same without a file
 wedlm train --plot DIR [DIR ...]             draw the curves of runs to the first DIR/curves.png
-accelerate launch -m wedlm.train CONFIG.yaml on several devices; --config_file for FSDP2
+accelerate launch -m wedlm.train CONFIG.yaml on several devices; --config_file for FSDP2, DeepSpeed
 
 Values are read as YAML: --train_data '[a.jsonl, {path: b.jsonl, repeat: 2}]'. docs/training.md explains.
 

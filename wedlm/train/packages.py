@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 # What `import wedlm.train…` itself needs; others are needed by some settings.
 ALWAYS = ("accelerate", "pydantic", "yaml")
-_OUTSIDE = ("wandb",)  # not part of the extra
+_OUTSIDE = ("wandb", "deepspeed")  # not part of the extra
 
 
 def require(package: str, purpose: str = "training") -> None:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from wedlm.train.packages import require
+from wedlm.train.zero import uses_zero
+
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -19,13 +22,17 @@ def make_accelerator(bf16: bool) -> Accelerator:
     accelerate goes on without what it cannot do, and then every process would train alone, or keep whole weights; that
     is an error here, too.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        require("deepspeed", "accelerate's configuration")
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
     kind = accelerator.distributed_type
-    if kind not in _PLAIN and not accelerator.is_fsdp2:
+    if kind not in _PLAIN and not accelerator.is_fsdp2 and not uses_zero(accelerator):
         raise ValueError(
-            f"accelerate's configuration asks for {kind.value}; expected plain data parallelism or FSDP with "
-            "fsdp_version 2"
+            f"accelerate's configuration asks for {kind.value}; expected plain data parallelism, DeepSpeed, or FSDP "
+            "with fsdp_version 2"
         )
+    if kind in _PLAIN and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise ValueError("accelerate's configuration asks for DeepSpeed, which it runs on GPUs alone; expected GPUs")
     if kind in _PLAIN and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise ValueError("accelerate's configuration asks for FSDP, which it runs on GPUs alone; expected GPUs")
     started = int(os.environ.get("WORLD_SIZE", 1))
@@ -58,8 +65,8 @@ def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients to at most ``max_norm`` and return the norm they had, over all processes."""
-    norm: Tensor = accelerator.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)  # under DeepSpeed this tells what was done
+    return norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=accelerator.device)
 
 
 def seed_forward(seed: int, step: int, accelerator: Accelerator) -> None:

@@ -44,7 +44,7 @@ class Setup:
     def load(cls, config: TrainConfig, accelerator: Accelerator) -> "Setup":
         """Everything read and checked before a step is paid for. ValueError (or CheckpointError) in one sentence."""
         # Trained weights are float32, whatever precision computes; under LoRA the base is only read.
-        base = torch.bfloat16 if config.lora_rank and accelerator.mixed_precision == "bf16" else torch.float32
+        base = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32
         transformer, model_config = load_model(config.model_path, base)
         tokenizer = load_tokenizer(config.model_path)
         if config.max_seq_length > model_config.max_length:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wedlm.algorithm.objective import LossTotals
 from wedlm.attention.dual_stream import choose_training_backend
+from wedlm.train import zero
 from wedlm.train.batch import NUM_GROUPS, TrainBatch, collate_rows, without_loss
 from wedlm.train.checkpoint import latest_checkpoint, load_checkpoint, read_state, remove_unfinished, save_checkpoint
 from wedlm.train.config import TrainConfig
@@ -72,6 +73,8 @@ class Trainer:
             self.setup.transformer, self.backend, self.setup.mask_token_id, own_mask, config.anchor_text
         )
         optimizer = make_optimizer(model, config, self.device)
+        if zero.uses_zero(self.accelerator):
+            zero.configure(self.accelerator, config.bf16, config.per_device_train_batch_size, config.max_grad_norm)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.sequences_per_forward = config.per_device_train_batch_size * self.accelerator.num_processes
         self.sequences_per_step = self.sequences_per_forward * config.gradient_accumulation_steps
@@ -142,7 +145,7 @@ class Trainer:
         self.records.say(
             f"{trained / 1e6:,.1f} M parameters trained on {self.accelerator.num_processes} x {self.device.type}, "
             f"attention {self.backend}{', compiled' if self.compiled else ''}, precision "
-            f"{self.accelerator.mixed_precision}, mask token {self.setup.mask_token_id}"
+            f"{'bf16' if self.config.bf16 else 'float32'}, mask token {self.setup.mask_token_id}"
         )
         for line in self.data.describe():
             self.records.say(line)
@@ -197,25 +200,31 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         statistics = torch.zeros(NUM_GROUPS, 3, device=self.device)
         seed_forward(config.seed, step, accelerator)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.num_steps, config)
         for index, batch in enumerate(micro_batches):
-            with self._gradients_meet(index == len(micro_batches) - 1):
+            last = index == len(micro_batches) - 1
+            with self._gradients_meet(last):
                 losses = self.model(
                     batch.to(self.device, totals, config.effective_ar_weight, config.certainty_weight)
                 )
                 # Gradients are averaged over processes, the loss is a sum over them.
-                accelerator.backward(losses.loss * accelerator.num_processes)
+                loss_here = losses.loss * accelerator.num_processes
+                if zero.uses_zero(accelerator):
+                    zero.backward(accelerator, loss_here, last)
+                else:
+                    accelerator.backward(loss_here)
             loss += losses.loss.detach()
             statistics += losses.statistics
         norm = clip_gradients(accelerator, self.model, config.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.num_steps, config)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return _Done(step, loss, norm, statistics, micro_batches)
 
     def _gradients_meet(self, last: bool) -> AbstractContextManager[Any]:
         """Processes exchange gradients once a step, with its last micro-batch."""
-        return nullcontext() if last else self.accelerator.no_sync(self.model)
+        waits = not last and not zero.uses_zero(self.accelerator)
+        return self.accelerator.no_sync(self.model) if waits else nullcontext()
 
     def _totals(self, micro_batches: list[TrainBatch]) -> LossTotals:
         own = [batch.totals() for batch in micro_batches]
