@@ -25,6 +25,7 @@ from lm_eval.api.model import LM
 
 from wedlm import LLM
 from wedlm.evaluate.harness import EngineLM
+from wedlm.evaluate.identity import cpu_name
 from wedlm.evaluate.point import load_tasks
 from wedlm.evaluate.settings import Settings
 from wedlm.model import load_model, load_tokenizer
@@ -117,12 +118,6 @@ def timed(lm: LM, requests: list[Instance]) -> tuple[float, list[tuple[float, bo
     began = time.perf_counter()
     scores = lm.loglikelihood(requests)
     return time.perf_counter() - began, scores
-
-
-def cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

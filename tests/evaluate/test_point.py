@@ -39,6 +39,7 @@ def sandbox(monkeypatch):
     programs = []
 
     def run_program(source, limits=None):
+        assert limits.seconds > 2 * limits.cpu_seconds  # a busy machine is no fault of the program
         programs.append(source)
         return SimpleNamespace(status="passed" if len(programs) % 2 else "failed")
 
@@ -251,7 +252,7 @@ def test_answers_of_one_machine_are_scored_on_another(evaluation, llm, directory
     for path in run.settings.output.iterdir():
         path.unlink()
     num_programs = len(sandbox)
-    monkeypatch.setattr("wedlm.evaluate.identity.platform.machine", lambda: "another machine")
+    monkeypatch.setattr("wedlm.evaluate.identity.cpu_name", lambda: "another machine")
 
     replace(run, backend=backend(llm, directory)).answer(PARAMS)
 

@@ -12,7 +12,7 @@ from tests.evaluate.result_files import STOP, WordDecoder, sample, samples_of, w
 from wedlm.cli import app
 from wedlm.evaluate.plots import draw_plots
 from wedlm.evaluate.report import Piece, build_sections, choose_baseline, split_by_step
-from wedlm.evaluate.report_page import COLUMNS, cells, html_page, markdown_page
+from wedlm.evaluate.report_page import COLUMNS, cells, columns, html_page, markdown_page
 from wedlm.evaluate.result_folder import read_point, read_points, read_samples
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(1)> {{ 7 * 7 }} | `x`"
@@ -65,6 +65,8 @@ def test_rows_stand_beside_ar_and_baseline(tmp_path):
         "streaming W=16 τ=0.4 λ=0.02", "4", "25.0 ± 25.0", "-25.0 (p = 1.000)", "-75.0 (p = 0.250)", "75.0 %",
     ]  # fmt: skip
     assert cells(rows["1"])[6:] == ["2.50", "0.312", "40.0", "0"]
+    assert cells(rows["1"], baseline=False) == [*cells(rows["1"])[:4], *cells(rows["1"])[5:]]
+    assert len(columns("generate", baseline=False)) == len(cells(rows["1"], baseline=False))
 
 
 def test_the_closest_ar_run_is_taken(tmp_path):
@@ -134,7 +136,7 @@ def test_nothing_that_was_said_becomes_markup(tmp_path):
     assert "49" not in page.text
     table = [line for line in markdown_page(sections, HOSTILE).splitlines() if line.startswith("|")]
     bars = [len(re.findall(r"(?<!\\)\|", line)) for line in table]
-    assert bars == [len(COLUMNS["generate"]) + 2] * 4
+    assert bars == [len(columns("generate", baseline=False)) + 2] * 4
     assert not any("<script" in line for line in table)
 
 

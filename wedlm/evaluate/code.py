@@ -12,6 +12,8 @@ _FENCE = re.compile(r"```[ \t]*(?:python|py|Python)?[ \t]*\n(.*?)(?:\n[ \t]*```|
 # A base model writes on after its function; the first line in column 0 that begins something else ends it.
 _NEXT_TOP_LEVEL = re.compile(r"\n(?=(?:class |def |if |print|#|@|assert |```|<))")
 
+_WALL_PER_CPU_SECOND = 6  # limits programs that wait for something; a score must not depend on the machine's load
+
 # Helpers inside the program: how results compare, and what JSON may have made of an input's tuples and complex numbers.
 _HELPERS = """
 import copy, itertools, re
@@ -122,10 +124,11 @@ def check_sandbox() -> None:
 
 
 def _passes(program: str, seconds: float) -> float:
+    """1.0 or 0.0. ``seconds`` are of CPU time: on a busy machine they may take several times as long."""
     from wedlm.evaluate.sandbox import Limits, SandboxUnavailable, run_program
 
     try:
-        outcome = run_program(program, Limits(seconds=seconds, cpu_seconds=seconds))
+        outcome = run_program(program, Limits(seconds=_WALL_PER_CPU_SECOND * seconds, cpu_seconds=seconds))
     except SandboxUnavailable as error:
         raise ValueError(f"generated code cannot be run here: {error}") from error
     return float(outcome.status == "passed")

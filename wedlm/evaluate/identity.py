@@ -81,7 +81,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "lm_eval": version("lm_eval"),
         "python": platform.python_version(),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
     }
 
@@ -92,6 +92,13 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def cpu_name() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def now() -> str:

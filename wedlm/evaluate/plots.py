@@ -55,8 +55,13 @@ def _pareto(section: Section) -> Plot | None:
     if len(section.rows) < 2:
         return None
     figure, panels = _figure(2)
+    several = len({row.point.model_label for row in section.rows}) > 1
+
+    def by_mode(row: Row) -> str:
+        return f"{row.point.model_label} {row.point.decoding}" if several else row.point.decoding
+
     for axes, (speed, label) in zip(panels, _SPEEDS, strict=True):
-        for index, (name, rows) in enumerate(_groups(section.rows, _by_mode).items()):
+        for index, (name, rows) in enumerate(_groups(section.rows, by_mode).items()):
             _errors(axes, [row.result.speed[speed] for row in rows], rows, name, index, line="")
         axes.set_xlabel(label)
         axes.set_ylabel(f"{section.metric} (%)")
@@ -163,10 +168,6 @@ def _distinct(groups: Sequence[_Facts]) -> list[str]:
         )
         for group in named
     ]
-
-
-def _by_mode(row: Row) -> str:
-    return f"{row.point.model_label} {row.point.decoding}"
 
 
 def _groups(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:

@@ -17,11 +17,16 @@ COLUMNS = {
     "generate": (*_SCORE, "same text as AR", "tokens / forward", "p_cache", "tokens / second", "cut at max_tokens"),
     "likelihood": (*_SCORE, "samples / second"),
 }
-_NOTHING = "–"
+_NOTHING, _BASELINE = "–", "Δ baseline (points)"
 
 
-def cells(row: Row) -> list[str]:
-    """A row's cells, in the order of ``COLUMNS``."""
+def columns(kind: str, baseline: bool) -> list[str]:
+    """Headings of a table; ``baseline``: whether there is one to compare with."""
+    return [name for name in COLUMNS[kind] if baseline or name != _BASELINE]
+
+
+def cells(row: Row, baseline: bool = True) -> list[str]:
+    """A row's cells, in the order of ``columns``."""
     result, speed = row.result, row.result.speed
     error = "" if result.stderr is None else f" ± {100 * result.stderr:.1f}"
     score = [
@@ -29,7 +34,7 @@ def cells(row: Row) -> list[str]:
         str(result.num_samples),
         f"{100 * result.value:.1f}{error}",
         _difference(row.against_ar),
-        _difference(row.against_baseline),
+        *([_difference(row.against_baseline)] if baseline else []),
     ]
     if result.kind == "likelihood":
         return [*score, _figure(speed, "samples_per_second", ".2f")]
@@ -75,7 +80,7 @@ def html_page(
         sections=sections,
         plots=plots,
         baseline=baseline,
-        columns=COLUMNS,
+        columns=columns,
         cells=cells,
         num_points=len({row.point.key for section in sections for row in section.rows}),
         environments=environments(sections),
@@ -94,10 +99,10 @@ def markdown_page(sections: Sequence[Section], title: str, baseline: Point | Non
     if baseline is not None:
         lines += [f"Baseline: {_markdown(baseline.model_label)}, {_markdown(baseline.label)} (`{baseline.key}`).", ""]
     for section in sections:
-        columns = ("model", *COLUMNS[section.kind])
-        lines += [f"## {_markdown(section.title)}, {_markdown(section.metric)}", "", _line(columns)]
-        lines.append(_line(["---"] * len(columns)))
-        lines += [_line([row.point.model_label, *cells(row)]) for row in section.rows]
+        names = ["model", *columns(section.kind, baseline is not None)]
+        lines += [f"## {_markdown(section.title)}, {_markdown(section.metric)}", "", _line(names)]
+        lines.append(_line(["---"] * len(names)))
+        lines += [_line([row.point.model_label, *cells(row, baseline is not None)]) for row in section.rows]
         lines.append("")
     lines.append("Δ: on the questions that both answered; p: McNemar's exact test.")
     lines += [f"Run with {_markdown(text)}." for text in environments(sections)]
