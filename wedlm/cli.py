@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from wedlm.cli_bench import bench
 from wedlm.cli_eval import evaluate
 from wedlm.cli_report import compare, report
 from wedlm.cli_serve import serve
@@ -36,6 +37,7 @@ wedlm generate "What is a prime number?" --max-tokens 64
 wedlm serve
 wedlm train config.yaml
 wedlm eval --tasks gsm8k --data-dir ./data
+wedlm bench --threads 2
 wedlm COMMAND --help""",
 )
 
@@ -238,6 +240,7 @@ def init(
 
 
 app.command()(serve)
+app.command()(bench)
 app.command()(report)
 app.command()(compare)
 app.command(name="eval")(evaluate)

@@ -54,6 +54,10 @@ class StepCosts:
         for _, seconds in seconds_by_rows:  # more rows never cost less
             self._seconds.append(max(seconds, self._seconds[-1] if self._seconds else 0.0))
 
+    def table(self) -> list[tuple[int, float]]:
+        """(rows, seconds) as measured."""
+        return list(zip(self._rows, self._seconds, strict=True))
+
     def __call__(self, rows: float) -> float:
         i = bisect.bisect_left(self._rows, rows)
         if i == 0 or (self.padded and i < len(self._rows)):
