@@ -104,7 +104,7 @@ def test_a_small_vocabulary_and_captured_steps():
     from tests.kernels.test_graph_runner import engine
 
     one = engine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), graphs=True)
-    params = settings().params("verified", 12, wedlm_draft_entropy=1e9, wedlm_window_size=9)
+    params = settings().params("verified", 4, wedlm_draft_entropy=1e9, wedlm_window_size=6)
 
     def forwards() -> int:
         request = one.add("one", [3, 4, 5], params)
@@ -113,9 +113,9 @@ def test_a_small_vocabulary_and_captured_steps():
         return request.num_forwards
 
     with injected(one) as chances:
-        assert forwards() == 12
+        assert forwards() == 4
         chances.set((1.0,))
-        assert forwards() < 8
+        assert forwards() == 3  # the first step has no drafts
 
 
 def test_serve_gives_every_request_its_tokens(subject):
