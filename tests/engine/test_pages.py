@@ -46,24 +46,6 @@ def test_pages_reserved_ahead_for_a_window_are_never_found():
     assert pool.open("d", tokens, 20) == 8
 
 
-def test_what_is_forgotten_is_not_found_and_what_is_held_stays():
-    pool = PagePool(16, 4)
-    tokens, others = list(range(20)), list(range(50, 60))
-    for name, held in (("a", tokens), ("b", others)):
-        run(pool, name, held)
-    pool.close("a")
-    pool.forget()
-    pool.check_integrity()
-    assert pool.open("c", tokens, 20) == 0
-    assert pool.open("d", others, 10) == 8  # b holds these pages
-    for name in ("b", "c", "d"):
-        pool.close(name)
-    pool.forget()
-    pool.check_integrity()
-    assert pool.num_available == 16
-    assert pool.open("e", others, 10) == 0
-
-
 def test_a_page_filled_by_the_window_is_found_once_committed():
     pool = PagePool(16, 4)
     tokens = list(range(20))
