@@ -41,7 +41,9 @@ def evaluate(
     as_json: Annotated[bool, _option("Print each point as one line of JSON instead of a table.", WHAT, "--json")] = (
         False
     ),
-    decoding: Annotated[str | None, _option("auto, verified, streaming, block or autoregressive.", HOW)] = None,
+    decoding: Annotated[
+        str | None, _option("auto, verified, streaming, auto_streaming, block or autoregressive.", HOW)
+    ] = None,
     window_size: Annotated[int | None, _option("Positions of a window or block; rows of verified.", HOW)] = None,
     entropy_threshold: Annotated[str | None, _option("Fill below this entropy (nats); none: one a forward.", HOW)] = (
         None

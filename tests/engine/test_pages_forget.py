@@ -21,3 +21,5 @@ def test_what_is_forgotten_is_not_found_and_what_is_held_stays():
     pool.check_integrity()
     assert pool.num_available == 16
     assert pool.open("e", others, 10) == 0
+    assert pool.reserve("e", 12)
+    assert pool.table("e") == [0, 1, 2]

@@ -21,7 +21,10 @@ class Loop:
         self.engine, self._ids = subject.engine, itertools.count()
 
     def start(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Request]:
-        """Requests past their prompts, each with at least one token."""
+        """Requests past their prompts, each with at least one token. On a GPU prompts may be found in the cache; on a
+        CPU, where attention copies keys whose pages are not consecutive, that would change what a step costs."""
+        if self.engine.runner.device.type == "cpu":
+            self.engine.pool.forget()
         requests = [self._add(prompt, params) for prompt in prompts]
         while any(request.num_output_tokens == 0 for request in requests):
             self.engine.step()
@@ -51,7 +54,7 @@ class Loop:
             self.engine.abort(request.request_id)
 
     def batch(self, prompts: Sequence[list[int]], params: SamplingParams, warm: int, num_steps: int) -> Figures:
-        """``steps`` of requests of their own, after ``warm`` steps. Prompts may be found in the cache."""
+        """``steps`` of requests of their own, after ``warm`` steps."""
         requests = self.start(prompts, params)
         try:
             self.steps(requests, warm)

@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from wedlm.algorithm.params import DECODINGS, Decoding
+from wedlm.algorithm.params import ALL_DECODINGS, Decoding
 from wedlm.engine.sampling_params import SamplingParams
 
 PARTS = {
@@ -93,8 +93,8 @@ def read_modes(text: str | None, shape: str | None) -> tuple[Decoding, ...]:
     usual = MODES if shape is None else AR_TEXT
     names = usual if text is None else tuple(name.strip() for name in text.split(","))
     for name in names:
-        if name not in DECODINGS:
-            raise ValueError(f"--modes contains {name!r}; expected some of {', '.join(DECODINGS)}")
+        if name not in ALL_DECODINGS:
+            raise ValueError(f"--modes contains {name!r}; expected some of {', '.join(ALL_DECODINGS)}")
     return tuple(dict.fromkeys(names))  # type: ignore[arg-type]
 
 

@@ -7,7 +7,7 @@ from wedlm.bench.figures import Figures, Row, make_row
 from wedlm.bench.host import host_work
 from wedlm.bench.inject import injected
 from wedlm.bench.measure import Bench, Case, take_turns
-from wedlm.engine.auto import AutoRows, expected_step
+from wedlm.engine.auto import ROW_BUDGETS, AutoRows, expected_step
 from wedlm.engine.sampling_params import SamplingParams
 
 # However unsure: every row that the budget has; every mask filled in each step, which runs 2W rows.
@@ -90,6 +90,8 @@ def accept(bench: Bench) -> list[Row]:
     params = _params(bench, "auto", **_ALL_ROWS)
     rows = []
     with injected(bench.subject.engine) as chances:
+        for batch in amounts.batches:
+            _try_all_budgets(bench, _prompts(bench, batch), params)
         for name, rates in curves.items():
             for batch in amounts.batches:
                 label = {"accepted": name, "rates": list(rates), "mode": "auto", "batch": batch}
@@ -100,17 +102,35 @@ def accept(bench: Bench) -> list[Row]:
     return rows
 
 
+class _Fixed(AutoRows):
+    """Auto decoding that has made up its mind."""
+
+    def choose(self, num_windows: int, most: int) -> int:
+        return min(self.row_budget, most)
+
+
+def _try_all_budgets(bench: Bench, prompts: list[list[int]], params: SamplingParams) -> None:
+    """Every step that auto may choose for this batch, once: captures and compilations are no part of what follows."""
+    engine = bench.subject.engine
+    requests = bench.loop.start(prompts, params)
+    assert engine.auto is not None
+    for row_budget in ROW_BUDGETS:
+        if row_budget <= requests[0].decode.row_budget:
+            engine.auto = _Fixed(engine.auto.costs, row_budget)
+            bench.loop.steps(requests, 3)
+    bench.loop.end(requests)
+
+
 def _accepted(bench: Bench, label: dict[str, Any], prompts: list[list[int]], params: SamplingParams) -> Row:
     engine, amounts = bench.subject.engine, bench.settings.amounts
-    if engine.auto is not None:
-        engine.auto = AutoRows(engine.auto.costs)
+    assert engine.auto is not None
+    engine.auto = AutoRows(engine.auto.costs)
     requests = bench.loop.start(prompts, params)
     try:
         bench.loop.steps(requests, _AUTO_WARM_STEPS)
         runs = [bench.loop.steps(requests, amounts.steps) for _ in range(amounts.runs)]
     finally:
         bench.loop.end(requests)
-    assert engine.auto is not None
     return make_row(label, runs, row_budget=engine.auto.row_budget)
 
 
