@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Auto streaming: its choices simulated, and that a window narrows and widens without losing what it is for."""
+"""Auto streaming: its choices simulated, and windows that narrow and widen; auto decoding where one row is best."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch
 from tests.engine.test_auto import CPU, GPU
 from tests.engine.tiny_llm import check_empty, save_tiny
 from wedlm import LLM, SamplingParams
-from wedlm.engine.auto import StepCosts
+from wedlm.engine.auto import AutoRows, StepCosts
 from wedlm.engine.auto_window import WIDTHS, AutoWindow
 
 
@@ -55,6 +55,14 @@ def test_wide_alone_and_narrow_under_load():
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
     return LLM(save_tiny(tmp_path_factory.mktemp("auto") / "tiny"), device="cpu", dtype="float32", decoding="streaming")
+
+
+def test_auto_costs_no_row_where_one_is_best(llm):
+    """From the first step of a request on."""
+    before, llm.engine.auto = llm.engine.auto, AutoRows(StepCosts([(1, 1.0), (2, 100.0)], True), row_budget=1)
+    outputs = llm.generate(["Hello", "abc abc"], SamplingParams(decoding="auto", max_tokens=9, ignore_eos=True))
+    llm.engine.auto = before
+    assert [(o.stats.num_forwards, o.stats.num_rows) for o in outputs] == [(9, 9)] * 2
 
 
 class Script:

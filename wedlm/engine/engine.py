@@ -76,18 +76,23 @@ class Engine:
             constraint=constraint,
         )
         self.scheduler.add(request)
-        self._prepare(decode)
+        self._prepare(request)
         self._arrivals += 1
         self.requests[request_id] = request
         return request
 
-    def _prepare(self, decode: DecodeParams) -> None:
-        """Measure what steps cost before the first request whose rows depend on it."""
+    def _prepare(self, request: Request) -> None:
+        """Measure what steps cost before the first request whose rows depend on it; begin with the rows of the hour."""
+        decode = request.decode
         most_rows = decode.max_rows * self.config.max_num_seqs
         if decode.decoding == "auto" and self.auto is None:
             self.auto = AutoRows(self.runner.step_costs(most_rows))
         if decode.decoding == "auto_streaming" and self.auto_window is None:
             self.auto_window = AutoWindow(self.runner.step_costs(most_rows))
+        if decode.decoding == "auto" and self.auto is not None:
+            first = replace(decode, window_size=min(decode.window_size, self.auto.row_budget))
+            request.window = WindowSnapshot.initial(request.prompt_token_ids, first)
+            request.row_bound = first.row_budget
 
     def _check_prompt(self, prompt: list[int]) -> None:
         if not prompt:
