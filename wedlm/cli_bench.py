@@ -40,6 +40,7 @@ def bench(
         Path | None, _option("Folder of wedlm eval: also draw its speed against quality over τ.", WHAT)
     ] = None,
     output: Annotated[Path | None, _option("Folder for bench.json and plots, written after each part.", WHAT)] = None,
+    show: Annotated[Path | None, _option("Show, and draw, the run in this folder; measure nothing.", WHAT)] = None,
     plots: Annotated[
         bool, _option("Draw figures into --output (needs matplotlib).", WHAT, "--plots/--no-plots")
     ] = True,
@@ -75,7 +76,7 @@ def bench(
     dtype: Annotated[str, _option("auto, float32, bfloat16 or float16.", MODEL)] = "auto",
     device: Annotated[str, _option("auto, cpu, cuda, cuda:1, ...", MODEL)] = "auto",
     max_num_batched_tokens: Annotated[
-        int | None, _option("Rows of a step, chunks of prompts included. [2048]", MODEL)
+        int | None, _option("Rows of a step, chunks of prompts included. [2048, or the largest batch's]", MODEL)
     ] = None,
     kv_cache_gb: Annotated[float | None, _option("Key/value cache; default: what the engine takes.", MODEL)] = None,
     threads: Annotated[int | None, _option("CPU threads; default: torch's choice.", MODEL)] = None,
@@ -92,6 +93,9 @@ def bench(
     Figures are medians of runs, their spread in bench.json; the last line is JSON. docs/benchmarks.md explains them.
     """
     with plain_errors(debug):
+        if show is not None:
+            show_run(show, evaluation, plots)
+            return
         settings = read_settings(ctx.params)
         run(settings, output, evaluation, plots and output is not None)
 
@@ -174,9 +178,26 @@ def run(settings: "Settings", output: Path | None, evaluation: Path | None, draw
     if record.values["cut"]:
         note(f"the budget of {settings.budget_s:g} s cut {len(record.values['cut'])} measurements", "yellow")
     if draws and output is not None:
-        from wedlm.bench.plots import draw_bench, draw_evaluation, write_plots
-
-        drawn = [*draw_bench(record.values), *([] if evaluation is None else draw_evaluation(evaluation))]
-        for path in write_plots(drawn, output):
-            note(f"wrote {path}")
+        _draw(record.values, evaluation, output)
     write(record.summary(output) + "\n")
+
+
+def show_run(folder: Path, evaluation: Path | None, draws: bool) -> None:
+    """The tables of a finished run, and its figures beside it. ValueError if there is none."""
+    from wedlm.bench.record import read_record
+    from wedlm.bench.tables import show_tables
+    from wedlm.evaluate.plots import need_matplotlib
+
+    values = read_record(folder)
+    show_tables(values["parts"])
+    if draws:
+        need_matplotlib()
+        _draw(values, evaluation, folder)
+
+
+def _draw(values: dict[str, Any], evaluation: Path | None, folder: Path) -> None:
+    from wedlm.bench.plots import draw_bench, draw_evaluation, write_plots
+
+    drawn = [*draw_bench(values), *([] if evaluation is None else draw_evaluation(evaluation))]
+    for path in write_plots(drawn, folder):
+        note(f"wrote {path}")

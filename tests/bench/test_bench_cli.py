@@ -46,6 +46,12 @@ def test_all_parts_on_random_weights(tmp_path):
         "rows_processed_against_tokens_kept.svg",
         "throughput_against_batch.svg",
     }
+    for path in tmp_path.glob("*.svg"):
+        path.unlink()
+    shown = wedlm("bench", "--show", str(tmp_path))
+    assert shown.exit_code == 0, shown.stderr
+    assert "accept: auto decoding" in shown.stdout
+    assert {path.name for path in tmp_path.glob("*.svg")} == names
     accepted = {(row["accepted"], row["batch"]): row for row in record["parts"]["accept"]}
     assert ("0.8, 0.5", 1) in accepted
     assert all(1 <= row["tokens_per_step"] <= 3.6 for row in accepted.values())
@@ -87,6 +93,7 @@ def fails(*words: str) -> str:
         (("--rate", "0"), "--rate is 0; expected a number above 0"),
         (("--against", "sglang"), "--against is 'sglang'; expected vllm"),
         (("--evaluation", "x"), "--evaluation is given without --output"),
+        (("--show", "nowhere"), "nowhere/bench.json cannot be read"),
     ],
 )
 def test_refusals(words, message):

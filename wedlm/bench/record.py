@@ -85,6 +85,18 @@ class Record:
         return json.dumps({"file": file, "parts": parts, **kept}, ensure_ascii=False)
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a run has written. ValueError if the folder has no ``bench.json`` of ours."""
+    file = folder / _FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); expected what wedlm bench --output wrote") from error
+    if not isinstance(values, dict) or not isinstance(values.get("parts"), dict):
+        raise ValueError(f"{file} has no parts; expected what wedlm bench --output wrote")
+    return values
+
+
 def label_of(row: Row) -> dict[str, Any]:
     """What the row is about."""
     return {name: row[name] for name in LABELS if name in row}

@@ -21,7 +21,7 @@ PARTS = {
 }
 DEFAULT_PARTS = ("latency", "throughput", "serving")
 # All of them, the most telling first, for runs whose time is limited.
-PRIORITY = ("scenarios", "steps", "accept", "prefill", "host", "pairs", "serving", "contexts", "latency", "throughput")
+PRIORITY = ("scenarios", "steps", "accept", "prefill", "contexts", "host", "serving", "pairs", "latency", "throughput")
 MODES: tuple[Decoding, ...] = ("autoregressive", "verified", "streaming", "block", "auto")
 AR_TEXT: tuple[Decoding, ...] = ("autoregressive", "verified", "auto")
 
@@ -69,6 +69,13 @@ class Settings:
     against: str | None = None
     engine: dict[str, Any] = field(default_factory=dict)  # options of the engine that were given
     budget_s: float | None = None
+
+    @property
+    def most_rows(self) -> int:
+        """Of a step of the largest batch, so that its windows all run in it."""
+        window = self.decoding.get("wedlm_window_size") or 16
+        wide = 2 if {"streaming", "block", "auto_streaming"} & {*self.modes} else 1
+        return wide * window * max(self.amounts.batches)
 
     def params(self, mode: str, max_tokens: int, **more: Any) -> SamplingParams:
         """Temperature 0. Random weights never end by themselves."""

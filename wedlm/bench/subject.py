@@ -39,7 +39,8 @@ class Subject:
 def load_subject(settings: Settings) -> Subject:
     """The engine that all parts share. ValueError for options that cannot be."""
     device = options.read_device(settings.device)
-    given = {"max_num_seqs": max(settings.amounts.batches), "max_num_batched_tokens": 2048, **settings.engine}
+    rows = max(2048, settings.most_rows)
+    given = {"max_num_seqs": max(settings.amounts.batches), "max_num_batched_tokens": rows, **settings.engine}
     if settings.shape is None:
         assert settings.model is not None
         llm = LLM(settings.model, adapter=settings.adapter, dtype=settings.dtype, device=settings.device, **given)

@@ -33,7 +33,10 @@ class Worker:
     def params(self, max_tokens: int, ignore_eos: bool) -> Any:
         from vllm import SamplingParams
 
-        return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=ignore_eos, detokenize=False)
+        ends = [] if ignore_eos else self.task["end_token_ids"]  # without its tokenizer it knows none
+        return SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=ignore_eos, detokenize=False, stop_token_ids=ends
+        )
 
     def seconds(self, prompts: Sequence[list[int]], max_tokens: int) -> float:
         """Of answers of exactly so many tokens."""
@@ -60,9 +63,10 @@ class Worker:
             outputs = engine.step() if running else []
             now = time.perf_counter()
             for output in outputs:
-                running[output.request_id].add(now, len(output.outputs[0].token_ids))
+                name = "-".join(output.request_id.split("-")[:2])  # some versions add a suffix
+                running[name].add(now, len(output.outputs[0].token_ids))
                 if output.finished:
-                    done.append(running.pop(output.request_id))
+                    done.append(running.pop(name))
         return answer_figures(done, now - start)
 
     def repeat(self, label: dict[str, Any], arrivals: Sequence[dict[str, Any]]) -> Row:
