@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wedlm.algorithm.window import RowResults, WindowParams, WindowState
 from wedlm.engine import runner as plain_runner
+from wedlm.engine.auto import AutoRows
 from wedlm.engine.engine import Engine
 
 FIRST_OTHER = 10
@@ -42,7 +43,8 @@ class Chances:
 
 @contextmanager
 def injected(engine: Engine) -> Iterator[Chances]:
-    """Meanwhile verification accepts at the rates that ``set`` was last given, at first none."""
+    """Meanwhile verification accepts at the rates that ``set`` was last given, at first none. Auto decoding begins anew
+    before and after: what it learns from one says nothing of the other."""
     chances = Chances(engine.runner.device, engine.config.vocab_size)
     before = plain_runner.advance
 
@@ -54,12 +56,19 @@ def injected(engine: Engine) -> Iterator[Chances]:
     if hasattr(engine.runner, "forget_graphs"):
         restore.append(_swap_captured(chances))
     forget()
+    _begin_anew(engine)
     try:
         yield chances
     finally:
         for put_back in restore:
             put_back()
         forget()
+        _begin_anew(engine)
+
+
+def _begin_anew(engine: Engine) -> None:
+    if engine.auto is not None:
+        engine.auto = AutoRows(engine.auto.costs)
 
 
 def force_choices(state: WindowState, results: RowResults, params: WindowParams, chances: Chances) -> Tensor:

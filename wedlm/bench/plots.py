@@ -3,6 +3,7 @@
 results of ``wedlm eval`` speed against quality."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def draw_bench(values: dict[str, Any]) -> list[Plot]:
 def draw_evaluation(folder: Path) -> list[Plot]:
     """Speed against quality, over τ where it was swept, of a folder of ``wedlm eval``."""
     sections = build_sections(read_points([folder]), None, 0, lambda _: None)
-    return [plot for section in sections for plot in draw_plots(section)]
+    return [
+        replace(plot, title=f"{section.title} {plot.title}") for section in sections for plot in draw_plots(section)
+    ]
 
 
 def write_plots(plots: Sequence[Plot], directory: Path) -> list[Path]:
