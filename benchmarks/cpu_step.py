@@ -9,8 +9,6 @@ with a window of R. Variants and transformers take turns within every repetition
 
 import argparse
 import json
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wedlm import LLM, SamplingParams
+from wedlm.bench.record import cpu_name
 from wedlm.model import load_model
 
 PROMPT_TOKENS, STEPS = 256, 24
@@ -64,13 +63,6 @@ def engine_step_ms(llm: LLM, prompt: list[int], rows: int) -> list[float]:
         if changed:
             times.append((time.perf_counter() - start) * 1e3)
     return times
-
-
-def cpu_name() -> str:
-    """As Linux names it, else the architecture."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.machine()
 
 
 def peak_memory_mb() -> float:

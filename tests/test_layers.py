@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "engine": {"algorithm", "kernels", "attention", "model"},
     "train": {"algorithm", "attention", "model"},
     "hf": {"algorithm", "attention", "model", "engine"},
+    "bench": {"algorithm", "kernels", "attention", "model", "engine", "evaluate"},
 }
 ENGINE_AND_BELOW = {"algorithm", "kernels", "model", "attention", "engine"}
 # The paper on its own: what algorithm/ needs besides the standard library.

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from wedlm.cli_bench import bench
 from wedlm.cli_eval import evaluate
 from wedlm.cli_report import compare, report
 from wedlm.cli_serve import serve
@@ -25,6 +26,7 @@ Decoding modes (--decoding):
 [b]auto[/b]            verified, with as many rows as pay under the load; AR's text; the default
 [b]verified[/b]        drafts tokens and checks them in the same forward; AR's text
 [b]streaming[/b]       fills positions as they become certain; for WeDLM checkpoints
+[b]auto_streaming[/b]  streaming, with windows as wide as pay under the load, on which the text then depends
 [b]block[/b]           fills one block of positions completely, then the next
 [b]autoregressive[/b]  one token a forward; the baseline
 
@@ -36,6 +38,7 @@ wedlm generate "What is a prime number?" --max-tokens 64
 wedlm serve
 wedlm train config.yaml
 wedlm eval --tasks gsm8k --data-dir ./data
+wedlm bench --threads 2
 wedlm COMMAND --help""",
 )
 
@@ -47,7 +50,9 @@ def _option(help: str, panel: str, *names: str) -> typer.models.OptionInfo:
 
 
 Model = Annotated[str, _option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'.", MODEL)]
-Decoding = Annotated[str | None, _option("auto, verified, streaming, block or autoregressive. [auto]", HOW)]
+Decoding = Annotated[
+    str | None, _option("auto, verified, streaming, auto_streaming, block, autoregressive. [auto]", HOW)
+]
 Window = Annotated[
     int | None, _option("Positions of a window or block; most rows a forward of auto and verified. [16]", HOW)
 ]
@@ -240,6 +245,7 @@ def init(
 
 
 app.command()(serve)
+app.command()(bench)
 app.command()(report)
 app.command()(compare)
 app.command(name="eval")(evaluate)

@@ -26,7 +26,11 @@ PROMPTS = {
     "assistant": "openassistant_sample.jsonl.gz",
 }
 # Texts whose paragraphs the base model continues at temperature 1: its own distribution keeps it where it is.
-TEXTS = {"openstax_text": ("openstax_text.jsonl.xz", 9), "python_text": ("python_docs_text.jsonl.xz", 4), "dolly_text": ("dolly_subset.jsonl.gz", 1)}
+TEXTS = {
+    "openstax_text": ("openstax_text.jsonl.xz", 9),
+    "python_text": ("python_docs_text.jsonl.xz", 4),
+    "dolly_text": ("dolly_subset.jsonl.gz", 1),
+}
 
 
 def load(name: str) -> tuple:

@@ -59,7 +59,9 @@ def counting(rng: random.Random, count: int) -> list[dict]:
         if words and question[-1] not in ".?":
             question += "."
         answer = separator.join(str(n) for n in range(first, last + 1)) + ("." if separator == ", " else "")
-        found.append({"messages": [{"role": "user", "content": question + words}, {"role": "assistant", "content": answer}]})
+        found.append(
+            {"messages": [{"role": "user", "content": question + words}, {"role": "assistant", "content": answer}]}
+        )
     return found
 
 
@@ -76,7 +78,10 @@ def main(data: Path, out: Path) -> None:
     known = set(questions)
     variants = [text for text in made if text not in known]
     unanswered = {"role": "assistant", "content": "(to come)"}  # a file of conversations needs one
-    write([{"messages": [{"role": "user", "content": text}, unanswered]} for text in variants], out / "gsm8k_numbers.jsonl")
+    write(
+        [{"messages": [{"role": "user", "content": text}, unanswered]} for text in variants],
+        out / "gsm8k_numbers.jsonl",
+    )
     write(counting(rng, 3000), out / "counting.jsonl")
 
 

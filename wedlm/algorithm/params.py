@@ -5,8 +5,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Decoding = Literal["auto", "streaming", "verified", "block", "autoregressive"]
-DECODINGS: tuple[str, ...] = get_args(Decoding)
+Decoding = Literal["auto", "streaming", "verified", "block", "autoregressive", "auto_streaming"]
+ALL_DECODINGS: tuple[str, ...] = get_args(Decoding)
+# Those whose text depends on the request and the model alone, not on the load.
+DECODINGS: tuple[str, ...] = tuple(name for name in ALL_DECODINGS if name != "auto_streaming")
 
 
 def drafts_of(row_budget: int) -> int:
@@ -21,7 +23,8 @@ class DecodeParams:
 
     ``window_size`` is W, the positions a window covers, in streaming and block decoding, and R, the most rows of a
     step, in verified decoding. Autoregressive decoding is verified decoding with R=1: an anchor, no drafts, no masked
-    rows. Auto is verified decoding whose R may be lowered from step to step (``row_budget`` is the most).
+    rows. Auto is verified decoding whose R may be lowered from step to step (``row_budget`` is the most); auto
+    streaming is streaming whose W may be, which changes the text.
     ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``max_positions`` is the model's length: no
     position at or past it exists. ``first_free_end`` is the first position at which an end token may stand
     (prompt length + min_tokens).
@@ -45,6 +48,11 @@ class DecodeParams:
     def verifies(self) -> bool:
         """Whether tokens are chosen by the shifted head (AR's text) rather than by the masked rows."""
         return self.decoding in ("auto", "verified", "autoregressive")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether a step may lower the row budget."""
+        return self.decoding in ("auto", "auto_streaming")
 
     @property
     def row_budget(self) -> int:

@@ -148,7 +148,9 @@ def advance(
 def _advance_streaming(
     state: WindowState, run: Int[Tensor, " S"], results: RowResults, params: WindowParams
 ) -> tuple[WindowState, Emitted]:
-    width = state.width - run
+    # The window covers W positions again, as far as the model reaches; fewer or more if W has changed meanwhile.
+    room = params.max_positions - state.cached - run
+    width = torch.where(state.width > 0, torch.minimum(params.row_budget, room).clamp(min=0), 0)
     inside = torch.arange(state.tokens.shape[1], device=run.device) < width[:, None]
     filled = shift_left(state.filled, run) & inside
     chosen = select_fill(shift_left(results.entropy, run), inside & ~filled, params.threshold, params.penalty)

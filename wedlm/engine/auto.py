@@ -6,6 +6,7 @@ it was built: tests/engine/test_auto.py, docs/log.md.
 """
 
 import bisect
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -54,6 +55,10 @@ class StepCosts:
         for _, seconds in seconds_by_rows:  # more rows never cost less
             self._seconds.append(max(seconds, self._seconds[-1] if self._seconds else 0.0))
 
+    def table(self) -> list[tuple[int, float]]:
+        """(rows, seconds) as measured."""
+        return list(zip(self._rows, self._seconds, strict=True))
+
     def __call__(self, rows: float) -> float:
         i = bisect.bisect_left(self._rows, rows)
         if i == 0 or (self.padded and i < len(self._rows)):
@@ -79,15 +84,17 @@ def expected_step(row_budget: int, accepts: tuple[float, ...], offers: tuple[flo
     """(tokens, rows) of a step in the long run, for drafts accepted at these rates by depth, given their predecessors,
     and offered (certain enough to be drafted) at those."""
     most = drafts_of(row_budget)
+    follows = [[0.0] * (most + 1) for _ in range(most + 1)]  # chances of so many drafts after so many
+    for drafts, after in enumerate(follows):
+        rows = min(row_budget, 1 + drafts + (drafts + 1) * (most + 1) if most else 1)
+        for accepted, chance in enumerate(_accepted(drafts, accepts)):
+            longest = longest_draft(rows, drafts, accepted, row_budget)
+            for offered, probability in enumerate(_accepted(longest, offers)):
+                after[offered] += chance * probability
     share = [1.0] + [0.0] * most  # of steps that have so many drafts
+    into = list(zip(*follows, strict=True))
     for _ in range(40):
-        after = [0.0] * (most + 1)
-        for drafts, weight in enumerate(share):
-            rows = min(row_budget, 1 + drafts + (drafts + 1) * (most + 1) if most else 1)
-            for accepted, chance in enumerate(_accepted(drafts, accepts)):
-                longest = longest_draft(rows, drafts, accepted, row_budget)
-                for offered, probability in enumerate(_accepted(longest, offers)):
-                    after[offered] += weight * chance * probability
+        after = [sum(map(operator.mul, share, column)) for column in into]
         share = [(old + new) / 2 for old, new in zip(share, after, strict=True)]  # numbers of drafts may alternate
     tokens = sum(w * (1 + sum(i * p for i, p in enumerate(_accepted(k, accepts)))) for k, w in enumerate(share))
     most_rows = sum(w * min(row_budget, 1 + k + ((k + 1) * (most + 1) if most else 0)) for k, w in enumerate(share))

@@ -24,7 +24,7 @@ class BatchParams:
     seed: Tensor
     end_tokens: Tensor  # padded with -1
     first_free_end: Tensor
-    adapts: Tensor  # auto decoding: a step may lower its rows
+    adapts: Tensor  # a step may lower its rows
     flags: "BatchFlags"
 
     @classmethod
@@ -40,7 +40,7 @@ class BatchParams:
             seed=torch.tensor([p.seed for p in params], dtype=torch.long, device=device),
             end_tokens=torch.tensor(ends, dtype=torch.long, device=device).reshape(len(params), num_ends),
             first_free_end=torch.tensor([p.first_free_end for p in params], dtype=torch.long, device=device),
-            adapts=torch.tensor([p.decoding == "auto" for p in params], device=device),
+            adapts=torch.tensor([p.adapts for p in params], device=device),
             flags=BatchFlags.of(params),
         )
 
@@ -90,7 +90,7 @@ class BatchFlags:
             end_banned=any(p.first_free_end > 0 for p in params),
             groups=any(p.verifies and p.max_drafts > 0 for p in params),
             entropy=any(p.row_budget > 1 or not p.verifies for p in params),
-            adapts=any(p.decoding == "auto" for p in params),
+            adapts=any(p.adapts for p in params),
         )
 
 

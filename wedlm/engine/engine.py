@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from wedlm.algorithm.params import DecodeParams, Decoding
 from wedlm.engine.auto import AutoRows, longest_draft
+from wedlm.engine.auto_window import AutoWindow
 from wedlm.engine.constraints import constraint_of
 from wedlm.engine.pages import PagePool
 from wedlm.engine.runner import Flight, Runner
@@ -41,6 +42,7 @@ class Engine:
         self._arrivals = 0
         self._flight: tuple[StepPlan, Flight] | None = None  # a launched step that nobody has read
         self.auto: AutoRows | None = None  # since the first request that decodes so
+        self.auto_window: AutoWindow | None = None  # the same of auto streaming
         self._last_read: float | None = None  # when the last step of windows alone was read, if none came between
 
     @property
@@ -74,11 +76,23 @@ class Engine:
             constraint=constraint,
         )
         self.scheduler.add(request)
-        if decode.decoding == "auto" and self.auto is None:
-            self.auto = AutoRows(self.runner.step_costs(decode.row_budget * self.config.max_num_seqs))
+        self._prepare(request)
         self._arrivals += 1
         self.requests[request_id] = request
         return request
+
+    def _prepare(self, request: Request) -> None:
+        """Measure what steps cost before the first request whose rows depend on it; begin with the rows of the hour."""
+        decode = request.decode
+        most_rows = decode.max_rows * self.config.max_num_seqs
+        if decode.decoding == "auto" and self.auto is None:
+            self.auto = AutoRows(self.runner.step_costs(most_rows))
+        if decode.decoding == "auto_streaming" and self.auto_window is None:
+            self.auto_window = AutoWindow(self.runner.step_costs(most_rows))
+        if decode.decoding == "auto" and self.auto is not None:
+            first = replace(decode, window_size=min(decode.window_size, self.auto.row_budget))
+            request.window = WindowSnapshot.initial(request.prompt_token_ids, first)
+            request.row_bound = first.row_budget
 
     def _check_prompt(self, prompt: list[int]) -> None:
         if not prompt:
@@ -136,28 +150,33 @@ class Engine:
         return changed
 
     def _with_rows(self, plan: StepPlan) -> StepPlan:
-        """The plan with the rows that it leaves to windows of auto decoding."""
-        adapting = [work.request for work in plan.work if work.decodes and work.request.decode.decoding == "auto"]
-        if self.auto is None or not adapting:
+        """The plan with the rows that it leaves to windows that adapt; where both kinds do, auto decoding decides."""
+        adapting = [work.request for work in plan.work if work.decodes and work.request.decode.adapts]
+        chosen_by = [request for request in adapting if request.decode.verifies] or adapting
+        if not adapting:
             return plan
-        most = max(request.decode.row_budget for request in adapting)
-        row_budget = self.auto.choose(len(plan.work), most)
+        chooser = self.auto if chosen_by[0].decode.verifies else self.auto_window
+        assert chooser is not None
+        row_budget = chooser.choose(len(plan.work), max(request.decode.row_budget for request in chosen_by))
         for request in adapting:
-            request.row_bound = min(request.decode.row_budget, row_budget)
+            most = min(request.decode.row_budget, row_budget)
+            request.row_bound = most if request.decode.verifies else 2 * most
         return replace(plan, row_budget=row_budget)
 
     def _learn(self, plan: StepPlan, results: Sequence[WindowResult | None]) -> None:
         """Tell auto decoding what the step cost and what became of its drafts."""
         now, last = time.perf_counter(), self._last_read
         self._last_read = now if all(result is not None for result in results) else None
-        if self.auto is None:
+        if self.auto is None and self.auto_window is None:
             return
         decoded = [(work, result) for work, result in zip(plan.work, results, strict=True) if result is not None]
-        if last is not None and self._last_read is not None:
+        if self.auto is not None and last is not None and self._last_read is not None:
             self.auto.observe_time(len(decoded), sum(result.num_rows for _, result in decoded), now - last)
         for work, result in decoded:
             request, accepted = work.request, len(result.tokens) - 1
-            if request.decode.decoding == "auto":
+            if request.decode.decoding == "auto_streaming" and self.auto_window is not None:
+                self.auto_window.observe(-(-work.count // 2), len(result.tokens), len(decoded))
+            if request.decode.decoding == "auto" and self.auto is not None:
                 self.auto.observe(result.num_drafts, accepted, request.longest_draft, len(decoded))
                 budget = min(plan.row_budget, request.decode.row_budget)
                 request.longest_draft = longest_draft(result.num_rows, result.num_drafts, accepted, budget)

@@ -194,7 +194,7 @@ class LLM:
         block = self.model_config.block_size
         window = params.wedlm_window_size or self.engine.config.default_window_size
         decoding = params.decoding or self.engine.config.default_decoding
-        if block is not None and window > block and decoding in ("streaming", "block"):
+        if block is not None and window > block and decoding in ("streaming", "block", "auto_streaming"):
             warnings.warn(
                 f"the window of {window} is wider than the noise block of {block} that this checkpoint was trained "
                 "with: it meets distances it never saw",

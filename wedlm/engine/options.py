@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from wedlm.algorithm.params import DECODINGS, Decoding
+from wedlm.algorithm.params import ALL_DECODINGS, Decoding
 from wedlm.model import ModelConfig, Tokenizer
 
 
@@ -27,8 +27,8 @@ def read_decoding(name: str | None) -> Decoding:
     """The mode asked for; by default "auto": AR's text, with as many masked rows as pay at the time."""
     if name is None:
         return "auto"
-    if name not in DECODINGS:
-        raise ValueError(f"decoding is {name!r}; expected one of {', '.join(DECODINGS)}")
+    if name not in ALL_DECODINGS:
+        raise ValueError(f"decoding is {name!r}; expected one of {', '.join(ALL_DECODINGS)}")
     return name  # type: ignore[return-value]
 
 

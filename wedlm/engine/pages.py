@@ -91,6 +91,14 @@ class PagePool:
                     self._free.append(page)
         del self._num_filed[request_id], self._digests[request_id]
 
+    def forget(self) -> None:
+        """Let no later request find what is filed now and held by nobody; pages are handed out in order again."""
+        while self._idle:
+            page, _ = self._idle.popitem()
+            del self._page_of[self._digest_of.pop(page)]
+            self._free.append(page)
+        self._free.sort(reverse=True)
+
     def _hold(self, page: int) -> None:
         self._idle.pop(page, None)
         self._holders[page] += 1

@@ -150,6 +150,8 @@ class Runner:
         state, run = extend(self.state.take(index), params.window)
         drafts = num_drafts(state, params.window)
         num_rows, starts, drafts = torch.stack((state.width, state.cached, drafts)).tolist()
+        if not params.flags.streams and max(num_rows) <= 1:  # anchors alone: what auto decoding costs where AR is best
+            params = replace(params, flags=replace(params.flags, groups=False, entropy=False))
         order = topological_order(state.filled, state.width)
         packed = pack_rows(state.width, sum(num_rows))
         column = order[packed.sequence, packed.row]

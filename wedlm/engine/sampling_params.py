@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-from wedlm.algorithm.params import DECODINGS, Decoding
+from wedlm.algorithm.params import ALL_DECODINGS, Decoding
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
@@ -29,8 +29,10 @@ class SamplingParams:
     logit. presence_penalty, frequency_penalty: subtracted from the logit of a token that the output has, and once for
     each time that it has it. json_schema: a JSON schema as a dict or as text; the output is JSON that it admits.
     grammar: a context-free grammar in llguidance's Lark syntax that the output keeps to. Both need the serve extra.
-    decoding: "auto", "streaming", "verified", "block" or "autoregressive"; None is the engine's default.
-    wedlm_window_size: W of streaming and block decoding, most rows a step of verified and auto; None is the engine's.
+    decoding: "auto", "streaming", "verified", "block", "autoregressive" or "auto_streaming"; None is the engine's
+    default. With "auto_streaming" the engine narrows windows under load, so that the same request may get another text.
+    wedlm_window_size: W of streaming and block decoding (auto_streaming: the most), most rows a step of verified and
+    auto; None is the engine's.
     wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
     wedlm_draft_entropy: verified decoding drafts up to the first masked row whose entropy reaches this (nats).
     """
@@ -84,8 +86,8 @@ class SamplingParams:
             raise ValueError(f"grammar has {len(self.grammar)} characters; expected at most {MAX_GRAMMAR_CHARACTERS}")
         if self.grammar is not None and self.json_schema is not None:
             raise ValueError("grammar is set beside json_schema; expected one of them")
-        if self.decoding is not None and self.decoding not in DECODINGS:
-            raise ValueError(f"decoding is {self.decoding!r}; expected one of {', '.join(DECODINGS)}")
+        if self.decoding is not None and self.decoding not in ALL_DECODINGS:
+            raise ValueError(f"decoding is {self.decoding!r}; expected one of {', '.join(ALL_DECODINGS)}")
         if self.wedlm_window_size is not None:
             self._set("wedlm_window_size", _integer("wedlm_window_size", self.wedlm_window_size, low=1))
         if self.wedlm_entropy_threshold is not None:

@@ -66,7 +66,7 @@ class Request:
     first_token_time: float | None = None
     finish_reason: FinishReason | None = None
     watched: bool = False  # somebody looks at the window after each step
-    row_bound: int | None = None  # most rows of the next step, where auto decoding has lowered them
+    row_bound: int | None = None  # most rows of the next step, where the engine has lowered them
     longest_draft: int = 0  # drafts that the next step could have, by what the last one left it
 
     @property
@@ -99,7 +99,7 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """What one forward does, windows first. ``row_budget``: the most rows that this step leaves to a window of auto
-    decoding for the next one."""
+    decoding for the next one, or the width that it leaves to one of auto streaming."""
 
     work: list[Work]
     row_budget: int = 1

@@ -38,10 +38,7 @@ def draw_plots(section: Section) -> list[Plot]:
     """
     if section.kind != "generate":
         return []
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            'plots need the package matplotlib, which is not installed: pip install "wedlm[train]", or --no-plots'
-        )
+    need_matplotlib()
     drawn = [
         _pareto(section),
         _sweep(section, "entropy_threshold", "threshold τ (nats; none at 0)", "Threshold sweep"),
@@ -51,22 +48,30 @@ def draw_plots(section: Section) -> list[Plot]:
     return [plot for plot in drawn if plot is not None]
 
 
+def need_matplotlib() -> None:
+    """ValueError if it is missing."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            'plots need the package matplotlib, which is not installed: pip install "wedlm[train]", or --no-plots'
+        )
+
+
 def _pareto(section: Section) -> Plot | None:
     if len(section.rows) < 2:
         return None
-    figure, panels = _figure(2)
+    figure, panels = new_figure(2)
     several = len({row.point.model_label for row in section.rows}) > 1
 
     def by_mode(row: Row) -> str:
         return f"{row.point.model_label} {row.point.decoding}" if several else row.point.decoding
 
     for axes, (speed, label) in zip(panels, _SPEEDS, strict=True):
-        for index, (name, rows) in enumerate(_groups(section.rows, by_mode).items()):
+        for index, (name, rows) in enumerate(group_by(section.rows, by_mode).items()):
             _errors(axes, [row.result.speed[speed] for row in rows], rows, name, index, line="")
         axes.set_xlabel(label)
         axes.set_ylabel(f"{section.metric} (%)")
-    _legend(figure, panels[0])
-    return _plot(figure, "Accuracy against speed", f"{section.title}: one dot per point, upper right is better")
+    place_legend(figure, panels[0])
+    return finish_plot(figure, "Accuracy against speed", f"{section.title}: one dot per point, upper right is better")
 
 
 def _sweep(section: Section, parameter: str, label: str, title: str) -> Plot | None:
@@ -74,7 +79,7 @@ def _sweep(section: Section, parameter: str, label: str, title: str) -> Plot | N
     lines = _lines(section.rows, parameter)
     if not lines:
         return None
-    figure, panels = _figure(3)
+    figure, panels = new_figure(3)
     for index, (name, rows) in enumerate(lines.items()):
         places = [_place(row, parameter) for row in rows]
         _errors(panels[0], places, rows, name, index)
@@ -83,21 +88,21 @@ def _sweep(section: Section, parameter: str, label: str, title: str) -> Plot | N
     for axes, what in zip(panels, (f"{section.metric} (%)", *(name for _, name in _SPEEDS)), strict=True):
         axes.set_xlabel(label)
         axes.set_ylabel(what)
-    _legend(figure, panels[0])
-    return _plot(figure, title, f"{section.title}: accuracy and speed over {label}")
+    place_legend(figure, panels[0])
+    return finish_plot(figure, title, f"{section.title}: accuracy and speed over {label}")
 
 
 def _streaming_against_block(section: Section) -> Plot | None:
     """The two modes where all else is equal: accuracy, and how many times faster streaming is, over the threshold."""
     pairs = []
-    for rows in _groups(section.rows, lambda row: _others(row, "decoding")).values():
+    for rows in group_by(section.rows, lambda row: _others(row, "decoding")).values():
         modes = {row.point.decoding: row for row in rows}
         if {"streaming", "block"} <= modes.keys():
             pairs.append((modes["streaming"], modes["block"]))
     if not pairs:
         return None
-    figure, panels = _figure(2)
-    families = _groups(pairs, lambda pair: _others(pair[0], "entropy_threshold", "decoding"))
+    figure, panels = new_figure(2)
+    families = group_by(pairs, lambda pair: _others(pair[0], "entropy_threshold", "decoding"))
     shared = [_others(family[0][0], "entropy_threshold", "decoding") for family in families.values()]
     for colour, (names, family) in enumerate(zip(_distinct(shared), families.values(), strict=True)):
         family.sort(key=lambda pair: _place(pair[0], "entropy_threshold"))
@@ -113,8 +118,8 @@ def _streaming_against_block(section: Section) -> Plot | None:
     for axes, what in zip(panels, (f"{section.metric} (%)", "streaming ÷ block"), strict=True):
         axes.set_xlabel("threshold τ (nats; none at 0)")
         axes.set_ylabel(what)
-    _legend(figure, *panels)
-    return _plot(
+    place_legend(figure, *panels)
+    return finish_plot(
         figure, "Streaming against block", f"{section.title}: accuracy of both, and their ratio in speed, over τ"
     )
 
@@ -122,7 +127,7 @@ def _streaming_against_block(section: Section) -> Plot | None:
 def _lines(rows: Sequence[Row], parameter: str) -> dict[str, list[Row]]:
     """Rows that differ in one parameter alone, two values or more, in its order; by a name that tells them apart."""
     using = [row for row in rows if row.point.decoding in ("streaming", "block")]
-    groups = _groups(using, lambda row: _others(row, parameter))
+    groups = group_by(using, lambda row: _others(row, parameter))
     kept = {others: group for others, group in groups.items() if len({_place(row, parameter) for row in group}) > 1}
     names = _distinct(list(kept))
     return {
@@ -170,7 +175,8 @@ def _distinct(groups: Sequence[_Facts]) -> list[str]:
     ]
 
 
-def _groups(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+def group_by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """Items of the same key together, keys in the order of their first item."""
     groups: dict[Any, list[Any]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -190,7 +196,8 @@ def _plain(text: str) -> str:
     return " " * text.startswith("_") + text.replace("$", r"\$")
 
 
-def _figure(columns: int) -> tuple["Figure", list["Axes"]]:
+def new_figure(columns: int) -> tuple["Figure", list["Axes"]]:
+    """So many panels side by side."""
     from matplotlib.figure import Figure  # without pyplot there is no window, and nothing stays behind
 
     width, height = _PANEL_INCHES
@@ -201,7 +208,7 @@ def _figure(columns: int) -> tuple["Figure", list["Axes"]]:
     return figure, panels
 
 
-def _legend(figure: "Figure", *panels: "Axes") -> None:
+def place_legend(figure: "Figure", *panels: "Axes") -> None:
     """Below the panels, because names are long; the figure grows by it."""
     entries = [entry for axes in panels for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
     columns = 1 if max(len(label) for _, label in entries) > 60 else 2
@@ -210,7 +217,8 @@ def _legend(figure: "Figure", *panels: "Axes") -> None:
     figure.legend(*zip(*entries, strict=True), loc="outside lower left", fontsize="small", ncols=columns)
 
 
-def _plot(figure: "Figure", title: str, text: str) -> Plot:
+def finish_plot(figure: "Figure", title: str, text: str) -> Plot:
+    """The figure as SVG."""
     from matplotlib import rc_context
 
     file = io.StringIO()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fine-tuned model as a small file: low-rank changes of its weights in four bits a value, over a base that users have.
+"""A fine-tuned model as a small file: low-rank changes of its weights, four bits a value, over a base that users have.
 
 A weight's change is up @ down, the factors of a LoRA. Each factor [O, I] is stored as codes (two to a byte), a scale a
-row, a scale a column and its sixteen levels: value = level[code] · row · column. Rows of the embedding are stored whole.
+row, a scale a column and its sixteen levels: value = level[code] · row · column. Embedding rows are stored whole.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -31,7 +31,9 @@ class TrainBatch:
 
     ``loss_rows`` index the N · R flattened rows. ``coefficient`` is what ``row_coefficients`` gives; until the totals
     of the optimiser batch are known it is empty. ``depth_group`` and ``ratio_group`` number the statistics a row
-    counts in (NUM_GROUPS: none). ``is_text`` are AR rows of plain text, which is to learn from its beginning on. ``certainty`` is that of ``chunked_losses``, None without such a term. ``num_clean_tokens`` are those of the clean stream without padding.
+    counts in (NUM_GROUPS: none). ``is_text`` are AR rows of plain text, which is to learn from its beginning on.
+    ``certainty`` is that of ``chunked_losses``, None without such a term. ``num_clean_tokens`` are those of the clean
+    stream without padding.
     """
 
     tokens: Tensor  # [N, R]

@@ -59,7 +59,6 @@ def add_lora(transformer: Transformer, config: TrainConfig) -> None:
         if ".lora_" in name:
             parameter.data = parameter.data.float()
 
-
     if config.lora_init is not None:
         _take_factors(transformer, config)
 

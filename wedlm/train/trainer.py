@@ -205,9 +205,7 @@ class Trainer:
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with self._gradients_meet(last):
-                losses = self.model(
-                    batch.to(self.device, totals, config.effective_ar_weight, config.certainty_weight)
-                )
+                losses = self.model(batch.to(self.device, totals, config.effective_ar_weight, config.certainty_weight))
                 # Gradients are averaged over processes, the loss is a sum over them.
                 loss_here = losses.loss * accelerator.num_processes
                 if zero.uses_zero(accelerator):

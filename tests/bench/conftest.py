@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small runs on random weights."""
+
+import pytest
+
+from tests.engine.tiny_llm import save_tiny
+from wedlm.bench.settings import Amounts, Settings
+from wedlm.bench.subject import Subject, load_subject
+
+AMOUNTS = Amounts(
+    batches=(1, 2),
+    runs=2,
+    pairs=2,
+    steps=3,
+    warm_steps=1,
+    answer=6,
+    prompt=12,
+    requests=3,
+    contexts=(20,),
+    long_prompt=40,
+)
+
+
+def settings(**changes) -> Settings:
+    given = {"parts": ("latency",), "modes": ("autoregressive", "auto"), "amounts": AMOUNTS, "shape": "tiny"}
+    return Settings(**{**given, "dtype": "float32", "device": "cpu", **changes})
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return load_subject(settings())
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("bench") / "tiny")

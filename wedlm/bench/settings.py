@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run measures, and how much of it: options of ``wedlm bench`` with the defaults of the device."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from wedlm.algorithm.params import ALL_DECODINGS, Decoding
+from wedlm.engine.sampling_params import SamplingParams
+
+PARTS = {
+    "latency": "one stream: time to the first token, time between tokens, tok/s",
+    "throughput": "tok/s of complete answers by batch",
+    "serving": "arrivals at random times, prompts of mixed lengths: first token, time between tokens, tok/s",
+    "steps": "milliseconds a step by batch and rows",
+    "accept": "auto decoding with drafts accepted at given rates, by batch",
+    "pairs": "auto against AR, interleaved: nothing accepted, counting, mixed arrivals",
+    "prefill": "tokens a second of a long prompt",
+    "host": "work of the host in a step, by what it does",
+    "contexts": "milliseconds a step by length of the context",
+    "scenarios": "the paper's four scenarios, mode beside mode (needs a checkpoint)",
+}
+DEFAULT_PARTS = ("latency", "throughput", "serving")
+# All of them, the most telling first, for runs whose time is limited.
+PRIORITY = ("scenarios", "steps", "accept", "prefill", "contexts", "host", "serving", "pairs", "latency", "throughput")
+MODES: tuple[Decoding, ...] = ("autoregressive", "verified", "streaming", "block", "auto")
+AR_TEXT: tuple[Decoding, ...] = ("autoregressive", "verified", "auto")
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much is measured. Lengths in tokens."""
+
+    batches: tuple[int, ...]
+    runs: int
+    pairs: int
+    steps: int  # of a measurement with a fixed batch
+    warm_steps: int  # before it
+    answer: int  # most tokens of an answer
+    prompt: int | None  # of a prompt; None: as long as the question is (not for random weights)
+    requests: int  # that arrive
+    contexts: tuple[int, ...]
+    long_prompt: int
+
+    @classmethod
+    def of(cls, on_gpu: bool, random_weights: bool) -> "Amounts":
+        """The defaults: minutes on either kind of device."""
+        if on_gpu:
+            prompt = 512 if random_weights else None
+            return cls((1, 8, 32, 64, 128), 3, 10, 60, 5, 128, prompt, 96, (512, 4096, 16384, 32000), 8192)
+        prompt = 64 if random_weights else None
+        return cls((1, 4), 3, 10, 16, 3, 48, prompt, 8, (128, 512), 1024)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. ``shape`` (random weights) or ``model`` (a checkpoint) is what runs; ``curves`` are rates by depth."""
+
+    parts: tuple[str, ...]
+    modes: tuple[Decoding, ...]
+    amounts: Amounts
+    shape: str | None = None
+    model: str | None = None
+    adapter: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    decoding: dict[str, Any] = field(default_factory=dict)  # wedlm_* of SamplingParams
+    curves: tuple[tuple[float, ...], ...] = ()
+    rate: float | None = None  # requests a second; None: 0.7 of what AR (vLLM's, if measured) can serve
+    against: str | None = None
+    engine: dict[str, Any] = field(default_factory=dict)  # options of the engine that were given
+    budget_s: float | None = None
+
+    @property
+    def most_rows(self) -> int:
+        """Of a step of the largest batch, so that its windows all run in it."""
+        window = self.decoding.get("wedlm_window_size") or 16
+        wide = 2 if {"streaming", "block", "auto_streaming"} & {*self.modes} else 1
+        return wide * window * max(self.amounts.batches)
+
+    def params(self, mode: str, max_tokens: int, **more: Any) -> SamplingParams:
+        """Temperature 0. Random weights never end by themselves."""
+        values = {**self.decoding, "ignore_eos": self.shape is not None, **more}
+        return SamplingParams(decoding=mode, max_tokens=max_tokens, **values)  # type: ignore[arg-type]
+
+
+def read_parts(names: list[str], shape: str | None) -> tuple[str, ...]:
+    """The parts in the order given; "all": every one that the subject has, the most telling first."""
+    if names == ["all"]:
+        return tuple(part for part in PRIORITY if part != "scenarios" or shape is None)
+    for name in names:
+        if name not in PARTS:
+            raise ValueError(f"the part is {name!r}; expected all or some of {', '.join(PARTS)}")
+    if "scenarios" in names and shape is not None:
+        raise ValueError("scenarios is given with --shape, whose random weights say nothing; expected --model")
+    return tuple(dict.fromkeys(names)) or DEFAULT_PARTS
+
+
+def read_modes(text: str | None, shape: str | None) -> tuple[Decoding, ...]:
+    """All of them; for random weights, of which streaming and block decoding fill one position a step, AR's text."""
+    usual = MODES if shape is None else AR_TEXT
+    names = usual if text is None else tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in ALL_DECODINGS:
+            raise ValueError(f"--modes contains {name!r}; expected some of {', '.join(ALL_DECODINGS)}")
+    return tuple(dict.fromkeys(names))  # type: ignore[arg-type]
+
+
+def read_numbers(name: str, text: str, low: float, high: float) -> tuple[float, ...]:
+    """Numbers with commas between, each from ``low`` to ``high``."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(low <= number <= high for number in numbers):
+        raise ValueError(f"{name} is {text!r}; expected numbers from {low:g} to {high:g} with commas between")
+    return numbers
+
+
+def change_amounts(amounts: Amounts, options: dict[str, Any]) -> Amounts:
+    """``amounts`` with the options that are not None; each must be at least 1."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if number < 1 or number != int(number):
+                raise ValueError(f"--{name.replace('_', '-')} has {number:g}; expected integers of at least 1")
+    whole: dict[str, Any] = {k: tuple(map(int, v)) if isinstance(v, tuple) else int(v) for k, v in given.items()}
+    return replace(amounts, **whole)
