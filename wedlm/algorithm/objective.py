@@ -48,7 +48,7 @@ class Anchor(NamedTuple):
 
 
 class RowLosses(NamedTuple):
-    """``loss`` = Σ coefficient · CE + Σ certainty · H of the rows that are right, the only part with a gradient; per row
+    """``loss`` = Σ coefficient · CE + Σ certainty · H of rows that are right, the only part with a gradient; per row
     the CE (nats) of the target and whether the arg max of the logits is the target."""
 
     loss: Float[Tensor, ""]
