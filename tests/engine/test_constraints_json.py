@@ -57,7 +57,7 @@ def test_random_schemas(llm):
             llm, schemas, prompts, decoding, max_tokens=200, wedlm_window_size=6, frequency_penalty=0.2
         )
         assert figures["stop"] >= 18, figures
-    assert texts["verified"] == texts["autoregressive"]
+    assert texts["verified"] == texts["auto"] == texts["autoregressive"]
     check_empty(llm)
 
 

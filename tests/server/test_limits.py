@@ -228,13 +228,14 @@ def test_a_bug_of_ours_tells_nothing(running, monkeypatch, caplog):
 
 
 def test_metrics(llm):
+    body = {"prompt": "abc" * 20, "max_tokens": 10, "temperature": 0, "decoding": "verified"}
     with serving(llm) as running:
         for _ in range(2):
-            running.post(TEXT, {"prompt": "abc" * 20, "max_tokens": 10, "temperature": 0})
+            running.post(TEXT, body)
         values = dict(
             line.rsplit(" ", 1) for line in running.http.get("/metrics").text.split("\n") if line and line[0] != "#"
         )
-        stats = running.post(TEXT, {"prompt": "abc" * 20, "max_tokens": 10, "temperature": 0}).json()["usage"]
+        stats = running.post(TEXT, body).json()["usage"]
     assert float(values["wedlm_generated_tokens_total"]) == 20
     assert float(values["wedlm_prompt_tokens_total"]) == 120
     assert float(values["wedlm_prompt_tokens_reused_total"]) == 48  # three pages of 16, the second time
