@@ -139,5 +139,3 @@ def test_memory_stays(llm):
 def test_memory_stays_over_5000_requests(llm, record_property):
     grown = check_memory(llm, 1000, 5000, allowed_mb=15)
     record_property("grown_mb", f"{grown:.1f}")
-
-

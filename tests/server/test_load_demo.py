@@ -12,7 +12,14 @@ from wedlm import LLM, SamplingParams
 from wedlm.engine.outputs import GenerationOutput
 
 VERBS = ["Describe", "Explain", "Draw", "Name a use of", "Praise", "Define", "Sell me", "Write a poem about"]
-VERBS += ["List kinds of", "Who invented", "Why do people like", "Where do I find", "How do I clean", "Compare two kinds of"]
+VERBS += [
+    "List kinds of",
+    "Who invented",
+    "Why do people like",
+    "Where do I find",
+    "How do I clean",
+    "Compare two kinds of",
+]
 VERBS += ["Tell a child about", "What is the price of"]
 NOUNS = ["bread", "a bridge", "the moon", "coffee", "a violin", "snow", "money", "a train"]
 NOUNS += ["cheese", "the sea", "a clock", "paper", "wine", "a garden", "glass", "salt"]
@@ -57,7 +64,9 @@ def test_256_streams_of_the_demo_model(alone, decoding, record_property):
         running.settled()
     assert max(most) == len(PROMPTS), "they must have been in one batch"
     ids = [[token for chunk in chunks for token in chunk["wedlm"]["token_ids"]] for chunks in answers]
-    different = [i for i, output in enumerate(alone) if (text_of(answers[i]), ids[i]) != (output.text, output.token_ids)]
+    different = [
+        i for i, output in enumerate(alone) if (text_of(answers[i]), ids[i]) != (output.text, output.token_ids)
+    ]
     leads = {PROMPTS[i]: lead(alone[i], ids[i]) for i in different}
     record_property("equal", f"{len(PROMPTS) - len(different)} of {len(PROMPTS)}")
     record_property("excused", leads)

@@ -29,6 +29,7 @@ from wedlm.server.tool_forms import Tool
 from wedlm.server.tools import ForcedReader, TaggedReader, for_template, in_plain_words, takes_tools
 
 log = logging.getLogger("wedlm.server")
+WARNING = "X-Wedlm-Warning"
 _COMPLETION_TOKENS = 16  # OpenAI's default there
 _LARGEST_SEED = 2**63 - 1
 _SEND_S = 10.0  # beyond the request's time, for a slow client to take the last of a stream
@@ -111,6 +112,9 @@ class Service:
         except EngineStopped as error:
             raise _failure(error) from error
         request.scope["wedlm.log"] |= {"id": job.id, "prompt_tokens": job.num_prompt_tokens}
+        headers = {} if job.warning is None else {WARNING: job.warning}
+        if job.warning is not None:
+            request.scope["wedlm.log"]["warning"] = job.warning
         timer = asyncio.get_running_loop().call_later(self.config.request_timeout_s, ticket.expire)
         handed_over = False
 
@@ -122,9 +126,10 @@ class Service:
             await ticket.accepted()
             if job.streams:
                 handed_over = True
-                return EventStream(self._events(job, ticket, request), close, self.config.request_timeout_s + _SEND_S)
+                limit = self.config.request_timeout_s + _SEND_S
+                return EventStream(self._events(job, ticket, request), close, limit, headers)
             outputs = await unless_disconnected(request.receive, self._collect(job, ticket, request))
-            return JSONResponse(answers.whole(job, outputs, self.llm.tokenizer))
+            return JSONResponse(answers.whole(job, outputs, self.llm.tokenizer), headers=headers)
         except Disconnected:
             request.scope["wedlm.log"]["disconnected"] = True
             return Response(status_code=499)  # nobody will see it but the log
@@ -227,6 +232,7 @@ class Service:
             streams=body.streams,
             wants_usage=body.wants_usage,
             watches=bool(body.wedlm_trace),
+            warning=self.llm.window_warning(params),
         )
 
 
