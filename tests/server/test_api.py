@@ -200,8 +200,9 @@ def test_without_a_limit_the_answer_ends_at_the_models_length(running, reference
 
 
 def test_langchain(running, reference):
-    chat_openai = pytest.importorskip("langchain_openai").ChatOpenAI
-    chat = chat_openai(model=MODEL, base_url=f"{running.url}/v1", api_key="none", temperature=0, max_tokens=12)
+    from langchain_openai import ChatOpenAI  # which takes a second
+
+    chat = ChatOpenAI(model=MODEL, base_url=f"{running.url}/v1", api_key="none", temperature=0, max_tokens=12)
     expected = chat_text(reference, max_tokens=12)
     assert chat.invoke("Hello").content == expected
     assert "".join(chunk.text for chunk in chat.stream("Hello")) == expected
