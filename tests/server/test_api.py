@@ -178,6 +178,9 @@ def test_models_version_health(running, client):
         client.models.retrieve("no-model")
     assert running.http.get("/version").json() == {"version": version("wedlm")}
     assert running.http.get("/health").json() == {"status": "ok"}
+    for path in ("/health", "/"):  # what load balancers ask
+        answer = running.http.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
 
 
 def test_conversations_reach_the_template(running, reference):

@@ -57,6 +57,14 @@ def test_full_queue(slow):
         running.settled()
 
 
+def test_more_choices_than_the_queue_can_ever_hold(llm):
+    """Trying again would not help, so 429 would be wrong."""
+    with serving(llm, max_queue=4) as running:
+        message = check_error(running.post(TEXT, {"prompt": "x", "n": 21}))["message"]
+        assert "is 21; expected at most 20" in message
+        assert running.post(TEXT, {"prompt": "x", "n": 20, "max_tokens": 2}).status_code == 200
+
+
 def test_requests_that_take_too_long(slow):
     with serving(slow, request_timeout_s=0.3) as running:
         assert check_error(running.post(TEXT, LONG), 504)["code"] == "timeout"

@@ -107,6 +107,8 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         status = service.status
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
+    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
+
     @app.get("/version")
     async def show_version() -> dict[str, str]:
         """The version of wedlm."""
@@ -128,7 +130,7 @@ def _add_page(app: FastAPI, folder: Path) -> None:
         async def serve() -> FileResponse:
             return FileResponse(path, media_type=kind, headers={**headers, "Cache-Control": "no-cache"})
 
-        app.add_api_route(address, serve, methods=["GET"], include_in_schema=False, response_class=FileResponse)
+        app.add_api_route(address, serve, methods=["GET", "HEAD"], include_in_schema=False, response_class=FileResponse)
 
     for path in sorted(folder.rglob("*")):
         if path.is_file():

@@ -182,12 +182,13 @@ class Service:
             name = json_name(model)
             message = f"model is {name}; expected {self.config.model_name}"
             raise ApiError(404, message, type="not_found_error", param="model", code="model_not_found")
-        if count > self.config.max_choices:
-            message = f"n times the number of prompts is {count}; expected at most {self.config.max_choices}"
+        room = self.llm.engine.config.max_num_seqs + self.config.max_queue
+        most = min(self.config.max_choices, room)
+        if count > most:
+            message = f"n times the number of prompts is {count}; expected at most {most}"
             raise ApiError(400, message, param="n", code="invalid_value")
         if self.status != "ok":
             raise unavailable(f"the server is {self.status} and takes no requests", self.status)
-        room = self.llm.engine.config.max_num_seqs + self.config.max_queue
         if self.engine.num_open + count > room:
             message = f"{self.engine.num_open} of {room} places are taken; expected {count} free ones, try again later"
             raise ApiError(429, message, type="rate_limit_error", code="queue_full", headers={"Retry-After": "1"})
