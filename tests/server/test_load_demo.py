@@ -51,8 +51,8 @@ def distances(llm: LLM, prompt: str, token_ids: list[int]) -> list[float]:
     choosing = torch.arange(len(given) - 1, len(rows))
     with torch.inference_mode():
         logits = llm.model(rows, torch.arange(len(rows)), causal_attend, choosing).float()
-    logits[:, llm.engine.config.mask_token_id] = -torch.inf
-    return (logits.max(1).values - logits[torch.arange(len(token_ids)), token_ids]).tolist()
+        logits[:, llm.engine.config.mask_token_id] = -torch.inf
+        return (logits.max(1).values - logits[torch.arange(len(token_ids)), token_ids]).tolist()
 
 
 @pytest.mark.long
