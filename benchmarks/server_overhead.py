@@ -140,7 +140,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     out = parser.parse_args().out
     engine = NoEngine()
-    llm: Any = SimpleNamespace(engine=engine, tokenizer=engine.tokenizer, _encode=engine.tokenizer.encode)
+    llm: Any = SimpleNamespace(
+        engine=engine,
+        tokenizer=engine.tokenizer,
+        _encode=engine.tokenizer.encode,
+        window_warning=lambda params: None,
+    )
     server = Server(create_app(llm, ServerConfig(model_name="none", port=0, max_queue=1000)))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -52,8 +52,10 @@ def encoded(llm: LLM, prompt: str, **options: Any) -> tuple[list[int], SamplingP
 class FaultyRunner:
     """Stands in for an engine's runner: its step number ``at`` raises, after half of the work is done."""
 
-    def __init__(self, engine: Engine, at: int, hold: threading.Event | None = None) -> None:
-        self.runner, self.left, self.hold = engine.runner, at, hold
+    def __init__(
+        self, engine: Engine, at: int, hold: threading.Event | None = None, error: type[BaseException] = RuntimeError
+    ) -> None:
+        self.runner, self.left, self.hold, self.error = engine.runner, at, hold, error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.runner, name)
@@ -63,7 +65,7 @@ class FaultyRunner:
             self.hold.wait(30)
         results = self.runner.run(plan)
         if self.left == 0:
-            raise RuntimeError("injected")
+            raise self.error("injected")
         self.left -= 1
         return results
 

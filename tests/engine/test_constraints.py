@@ -141,7 +141,8 @@ def run_history(seed: int) -> dict[str, int]:
         assert request.output_token_ids == lonely.output_token_ids
         if request.params.logprobs is not None:
             assert request.logprobs == pytest.approx(lonely.logprobs, abs=1e-5)
-        assert (request.token_steps, request.num_rows) == (lonely.token_steps, lonely.num_rows)
+        if request.decode.decoding != "auto":  # how many steps that takes depends on the load
+            assert (request.token_steps, request.num_rows) == (lonely.token_steps, lonely.num_rows)
     preempted = sum(request.num_preemptions for request in finished if request.constraint is not None)
     return {"free": free, "constrained": len(finished) - free, "preempted": preempted}
 

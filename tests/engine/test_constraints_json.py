@@ -57,7 +57,7 @@ def test_random_schemas(llm):
             llm, schemas, prompts, decoding, max_tokens=200, wedlm_window_size=6, frequency_penalty=0.2
         )
         assert figures["stop"] >= 18, figures
-    assert texts["verified"] == texts["autoregressive"]
+    assert texts["verified"] == texts["auto"] == texts["autoregressive"]
     check_empty(llm)
 
 
@@ -154,16 +154,31 @@ def test_the_library_is_asked_for_by_name(llm, monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.demo_model
-@pytest.mark.parametrize("decoding", ["streaming", "verified", "autoregressive"])
-def test_500_schemas_on_the_demo_model(decoding, record_property):
-    demo = LLM("demo", dtype="float32", device="cpu", max_model_len=1024, max_num_seqs=32)
+def test_500_schemas_on_the_demo_model(record_property):
+    """Float32. A few at a time in each mode in turn, so that a prompt's keys are computed once."""
+    options = {"max_model_len": 1024, "max_num_seqs": 32, "kv_cache_bytes": 2**30}
+    demo = LLM("demo", dtype="float32", device="cpu", **options)
     rng = random.Random(2)
     schemas = [random_schema(rng) for _ in range(500)]
-    prompts = [
-        demo.chat_prompt([{"role": "user", "content": f"Answer with JSON for this schema: {json.dumps(schema)}"}])
-        for schema in schemas
-    ]
-    figures, _ = check_schemas(demo, schemas, prompts, decoding, max_tokens=160)
-    for name, value in figures.items():
-        record_property(name, value)
-    assert figures["stop"] > 450
+    question = "Answer with JSON for this schema: "
+    prompts = [demo.chat_prompt([{"role": "user", "content": question + json.dumps(schema)}]) for schema in schemas]
+    modes: tuple[Decoding, ...] = ("streaming", "verified", "autoregressive")
+    totals = {decoding: Counter() for decoding in modes}
+    same = 0
+    for start in range(0, len(schemas), 25):
+        some = slice(start, start + 25)
+        texts = {}
+        for decoding in modes:
+            figures, texts[decoding] = check_schemas(
+                demo, schemas[some], prompts[some], decoding, max_tokens=160, wedlm_window_size=6
+            )
+            totals[decoding] += figures
+        same += sum(a == b for a, b in zip(texts["verified"], texts["autoregressive"], strict=True))
+    for decoding, figures in totals.items():
+        share = f"{figures['length'] / len(schemas):.1%} cut by length"
+        cost = f"{figures['tokens']} tokens in {figures['forwards']} forwards"
+        record_property(decoding, f"{figures['stop']} ended by themselves, all valid; {share}; {cost}")
+        assert figures["stop"] + figures["length"] == len(schemas)
+        assert figures["stop"] > 450
+    record_property("verified texts that are AR's", f"{same} of {len(schemas)}")
+    assert same >= len(schemas) - 2  # nearly tied logits may be ordered either way by forwards of other sizes

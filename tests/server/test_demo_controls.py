@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo page's controls: a phone, a keyboard, settings, keys, another server."""
 
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
 from playwright.sync_api import expect
 
-from tests.server.browsing import ask, fresh, requests, sides
+from tests.engine.tiny_llm import save_tiny
+from tests.server.browsing import ask, fresh, requests, sides, tokens
 from tests.server.running import serving, wait_until
 from wedlm import LLM
 
@@ -20,8 +27,48 @@ def test_a_phone_has_no_sideways_scroll(browser, server):
         assert right.bounding_box()["y"] > left.bounding_box()["y"]  # one below the other
         page.get_by_label("Opponent").select_option("Another server")
         assert page.evaluate(wide) <= 360
+        page.get_by_label("Base URL").fill("nowhere")
+        ask(page)  # while the end of a long page is in view
+        banner = page.get_by_role("alert").bounding_box()
+        assert banner["y"] >= 0
+        assert banner["y"] + banner["height"] < 740
         send = page.get_by_role("button", name="Send").bounding_box()
         assert send["x"] + send["width"] <= 360
+
+
+def test_a_small_laptop_shows_answers_beside_the_plot(browser, server):
+    for page in fresh(browser, server.url, viewport={"width": 1024, "height": 640}):
+        ask(page, "word " * 600)  # too long for the model; its answers, which are none, must be in view all the same
+        expect(page.get_by_role("alert")).to_be_visible()
+        left, _ = sides(page)
+        expect(left.locator(".text")).to_be_in_viewport()
+        page.get_by_label("Your message").fill("")
+        page.get_by_label("Max tokens").fill("64")
+        ask(page)
+        expect(page.locator(".verdict")).to_be_visible()
+        left, _ = sides(page)
+        expect(left.locator(".text")).to_be_in_viewport()
+
+
+def test_auto_and_a_window_that_is_too_wide(browser, tmp_path):
+    """Auto is asked for with verified's fields; the server's warning stands below the answer that it is about."""
+    llm = LLM(save_tiny(tmp_path, block_size=8), device="cpu", max_num_seqs=16)
+    with serving(llm) as running:
+        for page in fresh(browser, running.url):
+            bodies = requests(page)
+            page.get_by_label("Max tokens").fill("16")
+            page.get_by_text("Auto", exact=True).click()
+            ask(page)
+            expect(page.locator(".verdict")).to_contain_text("Both texts are the same.")
+            assert bodies[0]["decoding"] == "auto"
+            assert {"wedlm_window_size", "wedlm_draft_entropy"} <= set(bodies[0])
+            expect(page.locator(".note:visible")).to_have_count(0)
+            page.get_by_text("Streaming", exact=True).click()
+            ask(page)
+            left, right = sides(page)
+            expect(left.locator(".note")).to_contain_text("the window of 16 is wider than the noise block of 8")
+            expect(page.locator(".verdict")).to_have_count(2)
+            expect(right.locator(".note")).to_be_hidden()
 
 
 def test_the_keyboard_is_enough(page, server):
@@ -31,8 +78,9 @@ def test_the_keyboard_is_enough(page, server):
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     assert page.evaluate(focused) == "verified"
-    page.keyboard.press("ArrowRight")
-    assert page.get_by_label("Streaming").is_checked()
+    for name in ("Auto", "Streaming"):
+        page.keyboard.press("ArrowRight")
+        assert page.get_by_label(name, exact=True).is_checked()
     ring = "getComputedStyle(document.activeElement.nextElementSibling).outlineStyle"
     assert page.evaluate(ring) == "solid"
     page.keyboard.press("Shift+Tab")
@@ -113,9 +161,71 @@ def test_a_server_with_keys(browser, directory):
             assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
 
 
-def test_another_server_as_the_opponent(page, server, directory):
+def other_model(directory: Path) -> Path:
+    """One that writes other texts."""
+    return save_tiny(directory, rope_theta=100.0)
+
+
+class Foreign(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server that is not ours, reduced to what vLLM sends: nothing about forwards, the role in
+    a chunk of its own, several tokens in a chunk, figures at the end."""
+
+    WORDS: ClassVar = ["Once", " upon a", " time"]
+    asked: ClassVar[list[dict]] = []
+
+    def _answer(self, kind: str, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Access-Control-Allow-Origin", "*")
+        self.send_header("Access-Control-Allow-Headers", "*")
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_OPTIONS(self) -> None:
+        self._answer("text/plain", b"")
+
+    def do_GET(self) -> None:
+        models = {"object": "list", "data": [{"id": "org/foreign-model", "object": "model", "owned_by": "vllm"}]}
+        self._answer("application/json", json.dumps(models).encode())
+
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "org/foreign-model"}
+        deltas: list[dict] = [{"role": "assistant", "content": ""}, *({"content": word} for word in self.WORDS), {}]
+        chunks = [{**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+        chunks[-1]["choices"][0]["finish_reason"] = "stop"
+        usage = {"prompt_tokens": 9, "total_tokens": 13, "completion_tokens": 4}
+        lines = [json.dumps(chunk) for chunk in (*chunks, {**head, "choices": [], "usage": usage})]
+        self._answer("text/event-stream", "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"]).encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_server_that_is_not_ours(page):
+    page.get_by_label("Opponent").select_option("Another server")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Foreign) as foreign:
+        threading.Thread(target=foreign.serve_forever).start()
+        try:
+            page.get_by_label("Base URL").fill(f"http://127.0.0.1:{foreign.server_port}/v1")
+            ask(page)
+            left, right = sides(page)
+            expect(right.locator("[data-figure=tokens]")).to_have_text("4")
+            expect(left.locator("[data-figure=pCache]")).not_to_have_text("–")
+        finally:
+            foreign.shutdown()
+    assert [token["text"] for token in tokens(right)] == Foreign.WORDS
+    assert len({token["colour"] for token in tokens(right)}) == 3
+    expect(right.locator("[data-figure=forwards]")).to_have_text("–")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    (body,) = Foreign.asked
+    assert body["model"] == "org/foreign-model"
+    assert not [name for name in body if name.startswith("wedlm") or name == "decoding"], "it would refuse them"
+
+
+def test_another_server_as_the_opponent(page, server, tmp_path):
     """One that allows this page's origin answers; one that does not, or is none, gives a sentence."""
-    llm = LLM(directory, device="cpu", max_num_seqs=16)
+    llm = LLM(other_model(tmp_path), device="cpu", max_num_seqs=16)
     page.get_by_label("Opponent").select_option("Another server")
     url = page.get_by_label("Base URL")
     url.fill("nowhere")
@@ -127,6 +237,11 @@ def test_another_server_as_the_opponent(page, server, directory):
         page.get_by_role("button", name="Send").click()
         expect(page.locator(".verdict")).to_be_visible()
         expect(page.locator(".answer .name").last).to_have_text(f"127.0.0.1:{rival.port}")
+        body = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 128}
+        answer = rival.post("/v1/chat/completions", {**body, "model": "rival"}, Authorization=f"Bearer {KEY}").json()
+        own, shown = sides(page)
+        text = answer["choices"][0]["message"]["content"]
+        assert shown.locator(".text").text_content() == text != own.locator(".text").text_content()
     url.fill(f"http://127.0.0.1:{rival.port}/v1")
     ask(page)
     expect(page.get_by_role("alert")).to_contain_text("does not let pages of")

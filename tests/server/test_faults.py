@@ -26,9 +26,11 @@ def quiet(caplog):
     caplog.set_level(logging.CRITICAL, logger="wedlm")
 
 
-def test_requests_get_errors_and_the_engine_restarts(llm, reference, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, SystemExit, KeyboardInterrupt])
+def test_requests_get_errors_and_the_engine_restarts(llm, reference, monkeypatch, error):
+    """Whatever is raised: what ends a thread in silence must not leave requests waiting behind a green /health."""
     repaired = threading.Event()
-    llm.engine.runner = FaultyRunner(llm.engine, at=20)
+    llm.engine.runner = FaultyRunner(llm.engine, at=20, error=error)
     expected = reference.generate("abc", SamplingParams(max_tokens=20))[0].text
     with serving(llm) as running:
         original = running.service.engine._renew
@@ -99,3 +101,15 @@ def test_beyond_repair_the_server_ends(llm, monkeypatch):
         running.thread.join(10)
         assert not running.thread.is_alive()
         assert running.server.failed
+
+
+def test_a_fault_in_the_repair_ends_the_server(llm, monkeypatch):
+    """The thread itself dies: requests get an error, and /health does not stay green."""
+    llm.engine.runner = FaultyRunner(llm.engine, at=3)
+    with serving(llm) as running:
+        monkeypatch.setattr(running.service.engine, "_recover", lambda error: 1 / 0)
+        assert check_error(running.post(TEXT, LONG), 503)["code"] == "shutting_down"
+        running.thread.join(10)
+        assert not running.thread.is_alive()
+        assert running.server.failed
+        assert running.service.status == "dead"

@@ -8,6 +8,7 @@ import random
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -19,18 +20,21 @@ from wedlm import LLM, SamplingParams
 PROMPTS = [f"{i}: tell me" for i in range(256)]
 
 
-async def stream(client: httpx2.AsyncClient, prompt: str, **options) -> str:
-    """The text of a stream that must end well."""
+Chunks = list[dict[str, Any]]
+
+
+async def stream(client: httpx2.AsyncClient, prompt: str, **options) -> Chunks:
+    """The chunks of a stream that must end well."""
     body = {"model": MODEL, "prompt": prompt, "temperature": 0, "stream": True, **options}
     answer = await client.post(TEXT, json=body)
     assert answer.status_code == 200, answer.text
     chunks = events(answer)
     assert chunks[-1]["choices"][0]["finish_reason"] in ("length", "stop"), chunks[-1]
-    return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    return chunks
 
 
-def all_streams(running: Running, prompts: list[str], **options) -> list[str]:
-    async def main() -> list[str]:
+def all_streams(running: Running, prompts: list[str], **options) -> list[Chunks]:
+    async def main() -> list[Chunks]:
         limits = httpx2.Limits(max_connections=None)
         async with httpx2.AsyncClient(base_url=running.url, timeout=3600, limits=limits) as client:
             return await asyncio.gather(*(stream(client, prompt, **options) for prompt in prompts))
@@ -38,11 +42,15 @@ def all_streams(running: Running, prompts: list[str], **options) -> list[str]:
     return asyncio.run(main())
 
 
+def text_of(chunks: Chunks) -> str:
+    return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+
 def check_streams(llm: LLM, reference: LLM, prompts: list[str], decoding: str, max_tokens: int) -> None:
     """All at once through the server: each has the text that it has alone."""
     params = SamplingParams(max_tokens=max_tokens, decoding=decoding)
     with serving(llm) as running:
-        texts = all_streams(running, prompts, max_tokens=max_tokens, decoding=decoding)
+        texts = [text_of(one) for one in all_streams(running, prompts, max_tokens=max_tokens, decoding=decoding)]
         running.settled()
     assert texts == [reference.generate(prompt, params)[0].text for prompt in prompts]
 
@@ -131,21 +139,3 @@ def test_memory_stays(llm):
 def test_memory_stays_over_5000_requests(llm, record_property):
     grown = check_memory(llm, 1000, 5000, allowed_mb=15)
     record_property("grown_mb", f"{grown:.1f}")
-
-
-@pytest.mark.long
-@pytest.mark.demo_model
-def test_256_streams_of_the_demo_model(record_property):
-    """Float32, temperature 0, 32 tokens each, 64 at a time: the texts of one after another. About 15 minutes."""
-    sampling = {"max_tokens": 32, "decoding": "verified", "wedlm_window_size": 4}
-    options = {"device": "cpu", "dtype": "float32", "max_model_len": 256, "kv_cache_bytes": 2**28}
-    with serving(LLM("demo", **options), request_timeout_s=3600) as running:
-        start = time.perf_counter()
-        texts = all_streams(running, PROMPTS, **sampling)
-        record_property("seconds", f"{time.perf_counter() - start:.0f}")
-        running.settled()
-    reference = LLM("demo", **options)
-    alone = [reference.generate(prompt, SamplingParams(**sampling))[0].text for prompt in PROMPTS]
-    equal = sum(a == b for a, b in zip(texts, alone, strict=True))
-    record_property("equal", f"{equal} of {len(PROMPTS)}")
-    assert equal == len(PROMPTS)

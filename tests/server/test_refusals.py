@@ -27,6 +27,7 @@ def nested(depth: int) -> dict:
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 UNSUPPORTED = [
     (CHAT, "repetition_penalty", 1.2),
+    (TEXT, "min_p", 0.1),
     (CHAT, "functions", [{"name": "f"}]),
     (CHAT, "function_call", {"name": "f"}),
     (TEXT, "best_of", 2),
@@ -65,14 +66,19 @@ INVALID = [
     (TEXT, "prompt", {"a": 1}),
     (TEXT, "prompt", ["a", 1]),
     (TEXT, "user", 5),
+    (CHAT, "max_tokens", 3),  # beside another max_completion_tokens
     (CHAT, "logprobs", 3),
     (CHAT, "top_logprobs", 3),  # without logprobs
+    (CHAT, "top_logprobs", -1),
+    (CHAT, "top_logprobs", 21),
+    (TEXT, "stop_token_ids", [99_999]),
     (TEXT, "logprobs", 21),
     (TEXT, "logprobs", True),
     (CHAT, "logit_bias", {"5": 101}),
     (CHAT, "logit_bias", {"5": "x"}),
     (CHAT, "logit_bias", {"99999": 1}),
     (TEXT, "logit_bias", {"a": 10}),
+    (TEXT, "logit_bias", {"05": 10}),  # a second name of 5
     (TEXT, "logit_bias", [5]),
     (CHAT, "presence_penalty", 2.5),
     (TEXT, "frequency_penalty", -2.5),
@@ -84,6 +90,7 @@ INVALID = [
     (CHAT, "response_format", schema_format({"$ref": "https://example.com/schema"})),
     (CHAT, "response_format", schema_format({"type": "integer", "minimum": 2, "maximum": 1})),
     (CHAT, "response_format", schema_format({"type": "array", "uniqueItems": True})),
+    (CHAT, "response_format", schema_format({"oneOf": [{"type": "string"}, {"minLength": 1}]})),
     (CHAT, "response_format", schema_format(nested(200))),
     (CHAT, "response_format", schema_format({"enum": ["x" * 66_000]})),
     (CHAT, "tools", [{"type": "retrieval"}]),
@@ -100,8 +107,8 @@ INVALID = [
 
 
 def ask(running: Running, path: str, **fields):
-    base = {"messages": MESSAGES} if path == CHAT else {"prompt": "Hello"}
-    return running.post(path, {**base, "max_tokens": 2, **fields})
+    base = {"messages": MESSAGES, "max_completion_tokens": 2} if path == CHAT else {"prompt": "Hello", "max_tokens": 2}
+    return running.post(path, {**base, **fields})
 
 
 def check_error(answer, status: int = 400) -> dict:
@@ -127,6 +134,17 @@ def test_field_is_refused_by_name_and_value(running, path, field, value):
         assert error["code"] == "unsupported"
 
 
+def test_messages_say_what_was_wrong(running):
+    """No more than that: not the model's own end token beside the one given, not the first line of a longer report."""
+    assert "[99999]" in check_error(ask(running, TEXT, stop_token_ids=[99_999]))["message"]
+    form = schema_format({"type": "string", "pattern": "("})
+    assert "unclosed group" in check_error(ask(running, CHAT, response_format=form))["message"]
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": True}}
+    assert "expected an object" in check_error(ask(running, CHAT, response_format=form))["message"]
+    assert "expected true or false" in check_error(ask(running, CHAT, stream="yes"))["message"]
+    assert "top_logprobs is 21" in check_error(ask(running, CHAT, logprobs=True, top_logprobs=21))["message"]
+
+
 def test_contradictions(running):
     tools = [{"type": "function", "function": {"name": "f"}}]
     error = check_error(ask(running, CHAT, tools=tools, response_format={"type": "json_object"}))
@@ -140,6 +158,7 @@ def test_contradictions(running):
 def test_neutral_values_are_accepted(running):
     """What clients send by default asks for nothing that is missing."""
     common = {"user": "u", "presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}, "n": 1, "stop": None}
+    common |= {"repetition_penalty": 1.0, "min_p": 0.0}
     chat = {
         "metadata": {"a": "b"},
         "store": False,
@@ -155,6 +174,10 @@ def test_neutral_values_are_accepted(running):
         "safety_identifier": "s",
         "stream": False,
         "stream_options": None,
+        "reasoning_effort": None,
+        "verbosity": None,
+        "web_search_options": None,
+        "max_tokens": 2,  # as max_completion_tokens
     }
     assert ask(running, CHAT, **common, **chat).status_code == 200
     text = {"best_of": 1, "echo": False, "suffix": None, "logprobs": None}

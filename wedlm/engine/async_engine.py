@@ -105,14 +105,20 @@ class AsyncEngine:
     # From here on: the engine thread.
 
     def _run(self) -> None:
-        while self.state == "running":
-            try:
-                self._serve()
-                self.state = "stopped"
-            except Exception as error:
-                self._recover(error)
-        for request_id in self._live:  # none after a fault: the engine is whole
-            self.engine.abort(request_id)
+        """Until told to stop, or beyond repair. BaseException: a SystemExit from a library would end the thread in
+        silence, and leave requests waiting behind a state of "running"."""
+        try:
+            while self.state == "running":
+                try:
+                    self._serve()
+                    self.state = "stopped"
+                except BaseException as error:
+                    self._recover(error)
+            for request_id in self._live:  # none after a fault: the engine is whole
+                self.engine.abort(request_id)
+        except BaseException:
+            log.exception("the engine's thread failed outside a step")
+            self.state = "dead"
         self._fail_live(EngineStopped("the engine has stopped"))
         self._report(self._thread_ended)
         self._send_reports()
@@ -148,7 +154,7 @@ class AsyncEngine:
         except ValueError as error:
             self._forget(ticket)
             self._report(partial(ticket.fail, error))
-        except Exception:
+        except BaseException:
             self._report(partial(ticket.fail, EngineFault("the engine failed")))
             raise
         else:
@@ -197,7 +203,7 @@ class AsyncEngine:
             window=self.engine.runner.snapshot(request) if one.request.watched and not finished else None,
         )
 
-    def _recover(self, error: Exception) -> None:
+    def _recover(self, error: BaseException) -> None:
         """Fail what the broken engine held, and replace it by one that is known to work."""
         self.state = "restarting"
         self.num_faults += 1
@@ -209,7 +215,7 @@ class AsyncEngine:
             try:
                 self.engine = self._renew(self.engine)
                 self._prove()
-            except Exception:
+            except BaseException:
                 log.exception("the engine could not be restarted (attempt %d of %d)", attempt + 1, MAX_RESTARTS)
             else:
                 self.num_restarts += 1

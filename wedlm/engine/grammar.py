@@ -2,16 +2,19 @@
 """Grammars over the tokens of a tokenizer, through llguidance (extra ``serve``), imported when one is asked for."""
 
 import functools
+import json
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wedlm.engine.one_of import check_one_of
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer
 
 _CACHED_GRAMMARS = 64
-# One optional space wherever JSON may have white space: a weak model cannot go on with blanks for ever.
+# One optional space wherever JSON may have white space: a weak model cannot go on with blanks for ever. oneOf is taken
+# for anyOf, after ``check_one_of`` has found that it is the same: llguidance's own proof does not follow references.
 _JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?", "lenient": False, "coerce_one_of": True}
 
 
@@ -60,7 +63,7 @@ class Grammars:
             size = max(vocab_size, tokenizer.vocab_size)
             self._tokens = library.LLTokenizer(tokenizer.backend.to_str(), n_vocab=size)
         except Exception as error:  # The Rust library raises plain Exception.
-            raise ValueError(f"this model's tokenizer has no grammars: {_first_line(error)}") from error
+            raise ValueError(f"this model's tokenizer has no grammars: {_sentence(error)}") from error
         self._compile = functools.lru_cache(maxsize=_CACHED_GRAMMARS)(self._compile_new)
 
     def matcher(self, params: SamplingParams) -> Matcher:
@@ -73,11 +76,12 @@ class Grammars:
         library, name = _library(), "grammar" if schema is None else "json_schema"
         try:
             if schema is not None:
+                check_one_of(json.loads(schema))
                 source = library.LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
             else:
                 source = library.LLMatcher.grammar_from_lark(grammar)
         except ValueError as error:
-            raise ValueError(f"{name} is not usable: {_first_line(error)}") from error
+            raise ValueError(f"{name} is not usable: {_sentence(error)}") from error
         limits = library.LLParserLimits(verbose_errors=False)
         matcher = library.LLMatcher(self._tokens, source, log_level=0, limits=limits)
         if not matcher.is_error():
@@ -85,7 +89,7 @@ class Grammars:
         if "NoExtension" in (matcher.stop_reason() + matcher.get_error()):
             raise ValueError(f"{name} is not usable: it admits no text of at least one token")
         if matcher.is_error():
-            raise ValueError(f"{name} is not usable: {_first_line(matcher.get_error())}")
+            raise ValueError(f"{name} is not usable: {_sentence(matcher.get_error())}")
         return matcher
 
 
@@ -141,5 +145,8 @@ def _library() -> Any:
     return llguidance
 
 
-def _first_line(error: object) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _sentence(error: object) -> str:
+    """The first line of a report; of one that quotes a pattern, the reason, which comes after the quotation."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    reasons = [line.removeprefix("error: ") for line in more if line.startswith("error: ")]
+    return (f"{first.rstrip(':')}: {reasons[0]}" if reasons else first)[:200]

@@ -191,18 +191,24 @@ class LLM:
     def _add(self, prompt: Prompt, params: SamplingParams) -> Request:
         if not isinstance(prompt, str | list):
             raise ValueError(f"the prompt is {prompt!r}; expected a string or a list of token ids")
-        block = self.model_config.block_size
-        window = params.wedlm_window_size or self.engine.config.default_window_size
-        decoding = params.decoding or self.engine.config.default_decoding
-        if block is not None and window > block and decoding in ("streaming", "block", "auto_streaming"):
-            warnings.warn(
-                f"the window of {window} is wider than the noise block of {block} that this checkpoint was trained "
-                "with: it meets distances it never saw",
-                stacklevel=3,
-            )
+        warning = self.window_warning(params)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=3)
         ids = self._encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
         with self._engine_alone():
             return self.engine.add(f"request-{next(self._ids)}", ids, params)
+
+    def window_warning(self, params: SamplingParams) -> str | None:
+        """A sentence if these parameters' window meets distances that the checkpoint was not trained for."""
+        block = self.model_config.block_size
+        window = params.wedlm_window_size or self.engine.config.default_window_size
+        decoding = params.decoding or self.engine.config.default_decoding
+        if block is None or window <= block or decoding not in ("streaming", "block", "auto_streaming"):
+            return None
+        return (
+            f"the window of {window} is wider than the noise block of {block} that this checkpoint was trained with: "
+            "it meets distances it never saw"
+        )
 
     def _encode(self, prompt: str, add_special_tokens: bool) -> list[int]:
         try:

@@ -28,6 +28,7 @@ class Job:
     streams: bool
     wants_usage: bool
     watches: bool
+    warning: str | None = None
     new_reader: Callable[[], Reader] = PlainReader
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = ""

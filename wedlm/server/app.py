@@ -19,7 +19,7 @@ from wedlm.server.config import ServerConfig
 from wedlm.server.limits import ApiKeys, BodyLimit
 from wedlm.server.logs import RequestLog
 from wedlm.server.protocol import ChatRequest, CompletionRequest
-from wedlm.server.service import Service, json_name
+from wedlm.server.service import WARNING, Service, json_name
 
 DEMO = Path(__file__).parent / "demo"
 _REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ def create_app(llm: LLM, config: ServerConfig, demo: Path = DEMO) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
     app.add_middleware(ApiKeys, keys=config.api_keys)
     if config.cors_origins:
-        exposed = ["X-Request-Id", "Retry-After"]
+        exposed = ["X-Request-Id", "Retry-After", WARNING]
         allow: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": exposed}
         app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origins), **allow)
     app.add_middleware(RequestLog, metrics=service.metrics)
@@ -107,6 +107,8 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         status = service.status
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
+    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
+
     @app.get("/version")
     async def show_version() -> dict[str, str]:
         """The version of wedlm."""
@@ -128,7 +130,7 @@ def _add_page(app: FastAPI, folder: Path) -> None:
         async def serve() -> FileResponse:
             return FileResponse(path, media_type=kind, headers={**headers, "Cache-Control": "no-cache"})
 
-        app.add_api_route(address, serve, methods=["GET"], include_in_schema=False, response_class=FileResponse)
+        app.add_api_route(address, serve, methods=["GET", "HEAD"], include_in_schema=False, response_class=FileResponse)
 
     for path in sorted(folder.rglob("*")):
         if path.is_file():

@@ -14,6 +14,14 @@ from starlette.responses import Response
 from wedlm.server.protocol import EXPECTED, UNSUPPORTED
 
 _SHOWN = 80  # characters of a refused value that the message repeats
+_TYPES = {  # of JSON; pydantic speaks of Python's
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "float_type": "a number",
+    "int_type": "an integer",
+    "list_type": "a list",
+    "string_type": "a string",
+}
 
 
 class ErrorDetail(BaseModel):
@@ -113,9 +121,8 @@ def explain(errors: Sequence[Any], body: Any) -> ApiError:
     elif error["type"] == "extra_forbidden":
         message, code = f"{path} is {_show(value)}; this server knows no field of that name", "unknown_field"
     else:
-        expected = EXPECTED.get(last) or str(error["msg"]).removeprefix("Input should be ").removeprefix(
-            "Value error, "
-        )
+        said = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+        expected = EXPECTED.get(last) or _TYPES.get(error["type"], said)
         message, code = f"{path} is {_show(value)}; expected {expected}", "invalid_value"
     return ApiError(400, message, param=path, code=code)
 

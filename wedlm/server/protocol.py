@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field
 
 from wedlm.algorithm.params import Decoding
-from wedlm.engine.sampling_params import MAX_BIASES, SamplingParams
+from wedlm.engine.sampling_params import MAX_BIASES, MAX_LOGPROBS, SamplingParams
 from wedlm.server.messages import Message
 from wedlm.server.tool_forms import MAX_TOOLS, NamedChoice, ResponseFormat, Strict, Tool
 from wedlm.server.tools import call_schema
@@ -16,7 +16,8 @@ _OLD_TOOLS = "the old form of tools is not supported; expected tools and tool_ch
 _NO_MEDIA = "text alone is supported"
 # Fields that are refused, and what the refusal says.
 UNSUPPORTED = {
-    "repetition_penalty": "this penalty is not supported; expected presence_penalty or frequency_penalty",
+    "repetition_penalty": "this penalty is not supported; expected presence_penalty or frequency_penalty, or 1",
+    "min_p": "this cut is not supported; expected top_p or top_k, or 0",
     "functions": _OLD_TOOLS,
     "function_call": _OLD_TOOLS,
     "best_of": "choosing among several texts is not supported; expected nothing or 1",
@@ -43,6 +44,7 @@ EXPECTED = {
     "tools": f'a list of at most {MAX_TOOLS} of {{"type": "function", "function": {{"name": ...}}}}',
     "tool_choice": '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
     "tool_call_id": "the id of the call that a message of the role tool answers",
+    "top_logprobs": f"an integer from 0 to {MAX_LOGPROBS}",
     "logit_bias": f"at most {MAX_BIASES} token ids with numbers from -100 to 100",
     "name": "1 to 64 of the characters a-z, A-Z, 0-9, _ and -",
     "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
@@ -86,6 +88,8 @@ class _Generation(Strict):
     wedlm_trace: bool | None = None
     # Accepted because clients send them and they ask for nothing that could be missed.
     user: str | None = None
+    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
@@ -140,7 +144,7 @@ class _Generation(Strict):
 
 
 def _token_id(key: str) -> int:
-    if not (key.isascii() and key.isdecimal() and len(key) < 10):
+    if not (key.isascii() and key.isdecimal() and len(key) < 10) or str(int(key)) != key:
         raise ValueError(f"logit_bias has the key {key[:80]!r}; expected token ids")
     return int(key)
 
@@ -184,7 +188,7 @@ class ChatRequest(_Generation):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
@@ -193,9 +197,18 @@ class ChatRequest(_Generation):
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     audio: Nothing = None
     prediction: Nothing = None
+    reasoning_effort: Nothing = None
+    verbosity: Nothing = None
+    web_search_options: Nothing = None
 
     @property
     def token_limit(self) -> int | None:
+        """By the old name or the new one. ValueError if they differ."""
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            other = self.max_completion_tokens
+            raise ValueError(
+                f"max_tokens is {self.max_tokens} beside max_completion_tokens {other}; expected one of them"
+            )
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property

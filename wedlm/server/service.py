@@ -29,6 +29,7 @@ from wedlm.server.tool_forms import Tool
 from wedlm.server.tools import ForcedReader, TaggedReader, for_template, in_plain_words, takes_tools
 
 log = logging.getLogger("wedlm.server")
+WARNING = "X-Wedlm-Warning"
 _COMPLETION_TOKENS = 16  # OpenAI's default there
 _LARGEST_SEED = 2**63 - 1
 _SEND_S = 10.0  # beyond the request's time, for a slow client to take the last of a stream
@@ -111,6 +112,9 @@ class Service:
         except EngineStopped as error:
             raise _failure(error) from error
         request.scope["wedlm.log"] |= {"id": job.id, "prompt_tokens": job.num_prompt_tokens}
+        headers = {} if job.warning is None else {WARNING: job.warning}
+        if job.warning is not None:
+            request.scope["wedlm.log"]["warning"] = job.warning
         timer = asyncio.get_running_loop().call_later(self.config.request_timeout_s, ticket.expire)
         handed_over = False
 
@@ -122,9 +126,10 @@ class Service:
             await ticket.accepted()
             if job.streams:
                 handed_over = True
-                return EventStream(self._events(job, ticket, request), close, self.config.request_timeout_s + _SEND_S)
+                limit = self.config.request_timeout_s + _SEND_S
+                return EventStream(self._events(job, ticket, request), close, limit, headers)
             outputs = await unless_disconnected(request.receive, self._collect(job, ticket, request))
-            return JSONResponse(answers.whole(job, outputs, self.llm.tokenizer))
+            return JSONResponse(answers.whole(job, outputs, self.llm.tokenizer), headers=headers)
         except Disconnected:
             request.scope["wedlm.log"]["disconnected"] = True
             return Response(status_code=499)  # nobody will see it but the log
@@ -177,12 +182,13 @@ class Service:
             name = json_name(model)
             message = f"model is {name}; expected {self.config.model_name}"
             raise ApiError(404, message, type="not_found_error", param="model", code="model_not_found")
-        if count > self.config.max_choices:
-            message = f"n times the number of prompts is {count}; expected at most {self.config.max_choices}"
+        room = self.llm.engine.config.max_num_seqs + self.config.max_queue
+        most = min(self.config.max_choices, room)
+        if count > most:
+            message = f"n times the number of prompts is {count}; expected at most {most}"
             raise ApiError(400, message, param="n", code="invalid_value")
         if self.status != "ok":
             raise unavailable(f"the server is {self.status} and takes no requests", self.status)
-        room = self.llm.engine.config.max_num_seqs + self.config.max_queue
         if self.engine.num_open + count > room:
             message = f"{self.engine.num_open} of {room} places are taken; expected {count} free ones, try again later"
             raise ApiError(429, message, type="rate_limit_error", code="queue_full", headers={"Retry-After": "1"})
@@ -227,6 +233,7 @@ class Service:
             streams=body.streams,
             wants_usage=body.wants_usage,
             watches=bool(body.wedlm_trace),
+            warning=self.llm.window_warning(params),
         )
 
 

@@ -2,7 +2,7 @@
 """Answers that end when the client leaves: server-sent events, and the wait for a whole answer."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any
 
 from starlette.responses import StreamingResponse
@@ -38,9 +38,11 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None], limit_s: float) -> None:
+    def __init__(
+        self, events: AsyncIterator[bytes], close: Callable[[], None], limit_s: float, headers: Mapping[str, str]
+    ) -> None:
         # The second header asks nginx not to hold events back.
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         self._events, self._close, self._limit_s = events, close, limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

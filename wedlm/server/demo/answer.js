@@ -34,6 +34,7 @@ export class Answer {
 
   /** Take in a chunk of the stream. Model output becomes text nodes, never HTML. */
   accept(chunk) {
+    if (chunk.warning) this._note(chunk.warning);
     const choice = chunk.choices?.[0];
     const content = choice?.delta?.content ?? "";
     this.text += content;
@@ -111,6 +112,12 @@ export class Answer {
     token.title = title;
     token.textContent = text;
     this._shown.append(token);
+  }
+
+  _note(sentence) {
+    const note = this.element.querySelector(".note");
+    note.textContent = sentence;
+    note.hidden = false;
   }
 
   _figure(name, value) {

@@ -36,10 +36,15 @@ export async function firstModel(server, signal) {
   return name;
 }
 
-/** The chunks of a streamed chat answer, as objects, until [DONE]. ServerError, or AbortError after `signal`. */
+/**
+ * The chunks of a streamed chat answer, as objects, until [DONE]; before them {warning}, if the server has one.
+ * ServerError, or AbortError after `signal`.
+ */
 export async function* chat(server, body, signal) {
   const request = { ...body, stream: true, stream_options: { include_usage: true } };
   const response = await call(server, "/chat/completions", { method: "POST", body: JSON.stringify(request), signal });
+  const warning = response.headers.get("X-Wedlm-Warning");
+  if (warning) yield { warning };
   const events = lines(response.body.pipeThrough(new TextDecoderStream()).getReader());
   for await (const line of guarded(events, server)) {
     if (!line.startsWith("data:")) continue;

@@ -12,6 +12,7 @@ const timeline = new Timeline();
 let messages = []; // what the model has been told so far; the left answers count
 let model = "";
 let running = null; // the AbortController of the turn in progress
+let following = true; // the reader is at the end of the conversation
 
 watchSettings();
 connect();
@@ -28,6 +29,10 @@ prompt.addEventListener("input", grow);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
 });
+scroll.addEventListener("scroll", () => {
+  following = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 120;
+});
+new ResizeObserver(follow).observe(scroll); // the plot appears, and takes some of the height
 byId("stop").addEventListener("click", stop);
 byId("reset").addEventListener("click", reset);
 byId("banner-close").addEventListener("click", () => hideBanner());
@@ -81,6 +86,7 @@ async function send(text = prompt.value.trim()) {
   const turn = makeTurn(text, settings.sides, settings.maxTokens);
   byId("welcome").hidden = true;
   turns.append(turn.element);
+  following = true;
   turn.element.scrollIntoView({ block: "start" });
   prompt.value = "";
   grow();
@@ -139,8 +145,7 @@ function setBusy(busy) {
 
 /** Keep the end in view for who is reading there, where the conversation scrolls by itself. */
 function follow() {
-  const below = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight;
-  if (below < 120) scroll.scrollTop = scroll.scrollHeight;
+  if (following) scroll.scrollTop = scroll.scrollHeight;
 }
 
 function grow() {

@@ -53,7 +53,7 @@ async function runSide(side, answer, signal, onError) {
 /** Verified text is autoregressive text up to rounding; of the other modes nobody expects it. */
 function why(sides) {
   const modes = sides.map((side) => side.body.decoding);
-  return modes.includes("verified") ? ": where two tokens are nearly tied, rounding may choose (not so in float32)" : "";
+  return modes.includes("verified") || modes.includes("auto") ? ": where two tokens are nearly tied, rounding may choose (not so in float32)" : "";
 }
 
 /** The sentence at the end of a race of two whole answers; empty if there was none. */

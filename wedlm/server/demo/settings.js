@@ -3,14 +3,21 @@
 
 import { otherServer, ownServer } from "./api.js";
 
-export const NAMES = { verified: "Verified", streaming: "Streaming", block: "Block", autoregressive: "Autoregressive" };
+export const NAMES = {
+  verified: "Verified",
+  auto: "Auto",
+  streaming: "Streaming",
+  block: "Block",
+  autoregressive: "Autoregressive",
+};
 const HINTS = {
   verified: "Masked rows draft, the AR head checks in the same forward: autoregressive text, in fewer forwards.",
+  auto: "Verified with as many rows as pay at the time, down to one: the same text, as fast as the machine allows.",
   streaming: "A window slides; positions are filled as soon as they are certain enough.",
   block: "A block is filled as a whole before the next one begins.",
   autoregressive: "One token a forward: the baseline.",
 };
-const WINDOW = { verified: "Rows in a forward", streaming: "Window size W", block: "Block size W" };
+const WINDOW = { verified: "Rows in a forward", auto: "Most rows in a forward", streaming: "Window size W", block: "Block size W" };
 const ORDER_HINTS = {
   together: "Both share this server's forwards until one is done: a race of tokens per forward.",
   apart: "Each has the machine to itself: a race of time.",
@@ -83,6 +90,6 @@ function ownBody(mode) {
   const body = { ...common(), decoding: mode };
   if (mode === "autoregressive") return body;
   body.wedlm_window_size = number("window");
-  if (mode === "verified") return { ...body, wedlm_draft_entropy: number("draft") };
+  if (mode === "verified" || mode === "auto") return { ...body, wedlm_draft_entropy: number("draft") };
   return { ...body, wedlm_entropy_threshold: number("threshold"), wedlm_pos_penalty_factor: number("penalty") };
 }
