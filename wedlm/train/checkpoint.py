@@ -75,8 +75,9 @@ def _whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[An
     engine: Any = model
     if zero.is_engine(model):
         return get_model_state_dict(engine.module, options=_WHOLE), zero.moments(engine)
-    gathered: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE)  # its type admits much besides tensors
-    return get_model_state_dict(model, options=_WHOLE), gathered["state"]
+    tensors: Any = get_model_state_dict(model, options=_WHOLE)  # its type admits much besides tensors
+    gathered: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    return tensors, gathered.get("state", {})  # which processes but the first do not get
 
 
 def remove_unfinished(directory: Path) -> None:
