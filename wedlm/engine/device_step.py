@@ -18,6 +18,7 @@ from wedlm.attention.paged import PagedAttend
 from wedlm.engine.batch_params import BatchFlags, BatchParams
 from wedlm.kernels.attention import PagedRows
 from wedlm.kernels.logits import greedy_rows
+from wedlm.kernels.streaming import streaming_advance, streaming_rows
 from wedlm.kernels.verified import verified_advance, verified_rows
 from wedlm.model.fused import FusedTransformer
 
@@ -70,7 +71,9 @@ class DeviceStep:
     def __call__(self, shape: StepShape, index: Tensor) -> tuple[Tensor, Tensor]:
         """Int64 [S, 4 + C]: tokens emitted, rows run, tokens cached now, drafts verified, the emitted tokens; and
         their log-probabilities [S, C]."""
-        return self._any(shape, index) if shape.flags.streams else self._verified(shape, index)
+        if not shape.flags.streams:
+            return self._verified(shape, index)
+        return self._any(shape, index) if shape.flags.verifies else self._streaming(shape, index)
 
     def _verified(self, shape: StepShape, index: Tensor) -> tuple[Tensor, Tensor]:
         slots, page_size = self.slots, self.cache.page_size
@@ -86,7 +89,22 @@ class DeviceStep:
         chosen = self._choose(logits, index, rows.sequence, rows.target, shape.flags)
         return verified_advance(slots.state, self._window, index, rows, *chosen)
 
+    def _streaming(self, shape: StepShape, index: Tensor) -> tuple[Tensor, Tensor]:
+        slots, page_size = self.slots, self.cache.page_size
+        rows = streaming_rows(
+            slots.state, slots.params.window, index, slots.page_table, page_size,
+            shape.num_rows, shape.num_wanted, self.mask_token_id, self.trash_slot,
+        )  # fmt: skip
+        plan = PagedRows(
+            rows.row_start, rows.num_rows, rows.cached, index, slots.page_table, page_size,
+            shape.max_rows, self.max_keys,
+        )  # fmt: skip
+        logits = self.model(rows.tokens, rows.positions, PagedAttend(self.cache, plan, rows.slots), rows.wanted)
+        chosen = self._choose(logits, index, rows.sequence, rows.target, shape.flags)
+        return streaming_advance(slots.state, slots.params.window, index, rows, *chosen)
+
     def _any(self, shape: StepShape, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Streaming and verified windows side by side, in plain tensor operations: the twin of the other two."""
         slots, page_size = self.slots, self.cache.page_size
         params = slots.params.take(index, shape.flags)
         state, run = extend(slots.state.take(index), params.window)
