@@ -2,6 +2,7 @@
 """The paged kernel and the fused model against PagedSdpa and the plain model."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 from tests.kernels.test_kernels import DTYPES
 from tests.model.tiny import our_model
+from wedlm.attention import paged
 from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
 from wedlm.attention.paged import plan_paged
 from wedlm.attention.sdpa import PagedSdpa
@@ -43,6 +45,24 @@ def random_batch(rng: random.Random, lengths, page_size: int, device, groups: bo
 )
 def test_paged_attention_is_sdpa(device, monkeypatch, dtype, groups, splits, lengths):
     monkeypatch.setattr(attention, "num_splits", lambda *_: splits)
+    check_attention(device, dtype, groups, lengths)
+
+
+@pytest.mark.parametrize(("dtype", "groups", "splits"), [(DTYPES[0], True, 4), (DTYPES[1], False, 1)])
+def test_keys_that_all_rows_see_apart(device, monkeypatch, dtype, groups, splits):
+    monkeypatch.setattr(attention, "num_splits", lambda *_: splits)
+    for name in ("SHORT", "LONG"):
+        monkeypatch.setattr(attention, name, replace(getattr(attention, name), keys=16, halves=True))
+    check_attention(device, dtype, groups, [(3, 30), (70, 16), (64, 1)])
+
+
+@pytest.mark.parametrize("lengths", [[(0, 40)], [(70, 40), (5, 1), (0, 41)]], ids=str)
+def test_long_chunks_through_the_library(device, monkeypatch, lengths):
+    monkeypatch.setattr(paged, "LIBRARY_ROWS", 40)
+    check_attention(device, DTYPES[1], False, lengths)
+
+
+def check_attention(device, dtype, groups, lengths):
     rng = random.Random(repr((lengths, groups)))
     torch.manual_seed(1)
     page_size, kv_heads, heads, d = 8, 2, 6, 16
@@ -55,7 +75,11 @@ def test_paged_attention_is_sdpa(device, monkeypatch, dtype, groups, splits, len
     k, v = (torch.randn(total, kv_heads, d, device=device).to(dtype) for _ in range(2))
     expected = PagedSdpa(cache, batch)(0, q, k, v)  # and writes k and v
     plan = plan_paged(cache, batch)
-    actual = paged_attention(q, cache.keys[0], cache.values[0], plan.rows)
+    actual = torch.full_like(q, torch.nan)
+    for rows in plan.groups:
+        paged_attention(q, cache.keys[0], cache.values[0], rows, actual)
+    for chunk in plan.chunks:
+        actual[chunk.first : chunk.first + chunk.count] = chunk.attend(q, cache.keys[0], cache.values[0])
     tolerance = 2e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
     assert torch.equal(cache.keys[0, plan.slots], k)

@@ -85,7 +85,7 @@ class DeviceStep:
             shape.max_rows, self.max_keys,
             rows.shared if shape.flags.groups else None, rows.own_start if shape.flags.groups else None,
         )  # fmt: skip
-        logits = self.model(rows.tokens, rows.positions, PagedAttend(self.cache, plan, rows.slots))
+        logits = self.model(rows.tokens, rows.positions, PagedAttend(self.cache, [plan], rows.slots))
         chosen = self._choose(logits, index, rows.sequence, rows.target, shape.flags)
         return verified_advance(slots.state, self._window, index, rows, *chosen)
 
@@ -99,7 +99,7 @@ class DeviceStep:
             rows.row_start, rows.num_rows, rows.cached, index, slots.page_table, page_size,
             shape.max_rows, self.max_keys,
         )  # fmt: skip
-        logits = self.model(rows.tokens, rows.positions, PagedAttend(self.cache, plan, rows.slots), rows.wanted)
+        logits = self.model(rows.tokens, rows.positions, PagedAttend(self.cache, [plan], rows.slots), rows.wanted)
         chosen = self._choose(logits, index, rows.sequence, rows.target, shape.flags)
         return streaming_advance(slots.state, slots.params.window, index, rows, *chosen)
 
@@ -131,7 +131,7 @@ class DeviceStep:
         # Streaming reads nothing from a filled row; verification reads all.
         wanted = packed.real & (~filled | params.window.verifies[sequence])
         pick = torch.argsort(~wanted, stable=True)[: shape.num_wanted]
-        logits = self.model(tokens, positions, PagedAttend(self.cache, plan, key_slots), pick)
+        logits = self.model(tokens, positions, PagedAttend(self.cache, [plan], key_slots), pick)
         chosen = self._choose(logits, index, sequence[pick], (positions + filled)[pick], shape.flags)
         # Rows that nobody wanted write to a sequence that does not exist.
         at = (sequence[pick].where(wanted[pick], len(index)), column[pick])

@@ -18,8 +18,8 @@ _ROWS_PER_TILE = 256
 
 @dataclass(frozen=True)
 class StreamingRows:
-    """Rows of a step, packed, filled ones of a window before masked ones; padded to a capacity T with rows whose keys go
-    to the trash slot. L of them have logits: the masked ones, then padding. S sequences."""
+    """Rows of a step, packed, a window's filled ones before its masked ones, padded to a capacity T with rows whose
+    keys go to the trash slot. L of them have logits: the masked ones, then padding. S sequences."""
 
     tokens: Int[Tensor, " T"]
     positions: Int[Tensor, " T"]
