@@ -4,8 +4,8 @@
     python -m benchmarks.kernel_variants OUT.json [--parts forward,products,…] [--shape 8b|tiny]
 
 A variant changes constants of modules (``attention.SHORT``, ``norm.NORM_COLUMNS_PER_WARP``, …) or the tilings of
-products of few rows. "error" is ‖logits - plain‖ / ‖plain‖ on two layers of the shape, plain being the packed model in float32
-with ``PagedSdpa``. Times are milliseconds: medians over blocks of graph replays; the baseline is repeated last.
+products of few rows. "error" is ‖logits - plain‖ / ‖plain‖ on two layers of the shape, plain being the packed model in
+float32 with ``PagedSdpa``. Times are milliseconds: medians over blocks of graph replays; the baseline is repeated last.
 """
 
 import argparse

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop: requests in, one step at a time, finished requests out. Single-threaded; callers serialise access."""
 
+import math
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from wedlm.algorithm.params import DecodeParams, Decoding
-from wedlm.engine.auto import AutoRows, longest_draft
+from wedlm.engine.auto import AutoRows, StepCosts, longest_draft
 from wedlm.engine.constraints import constraint_of
+from wedlm.engine.pacing import Pacing
 from wedlm.engine.pages import PagePool
 from wedlm.engine.runner import Flight, Runner
 from wedlm.engine.sampling_params import SamplingParams
@@ -29,6 +31,8 @@ class EngineConfig:
     default_window_size: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
+    # A step with prompt chunks should take at most so many times what its windows alone take; inf: no limit.
+    chunk_step_ratio: float = math.inf
 
 
 class Engine:
@@ -36,10 +40,14 @@ class Engine:
 
     def __init__(self, config: EngineConfig, runner: Runner, pool: PagePool, tokenizer: Decoder | None) -> None:
         self.config, self.runner, self.pool, self.tokenizer = config, runner, pool, tokenizer
-        self.scheduler = Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens, runner.suspend)
+        limits = config.max_num_seqs, config.max_num_batched_tokens
+        paced = self._chunk_rows if config.chunk_step_ratio < math.inf else None
+        self.scheduler = Scheduler(pool, *limits, runner.suspend, paced)
         self.requests: dict[str, Request] = {}
         self._arrivals = 0
         self._flight: tuple[StepPlan, Flight] | None = None  # a launched step that nobody has read
+        self.pacing: Pacing | None = None  # since prompts and windows first met
+        self._costs: StepCosts | None = None
         self.auto: AutoRows | None = None  # since the first request that decodes so
         self._last_read: float | None = None  # when the last step of windows alone was read, if none came between
 
@@ -75,10 +83,22 @@ class Engine:
         )
         self.scheduler.add(request)
         if decode.decoding == "auto" and self.auto is None:
-            self.auto = AutoRows(self.runner.step_costs(decode.row_budget * self.config.max_num_seqs))
+            self.auto = AutoRows(self._step_costs(decode.row_budget))
         self._arrivals += 1
         self.requests[request_id] = request
         return request
+
+    def _step_costs(self, row_budget: int) -> StepCosts:
+        """Measured when first asked for, which takes about a second."""
+        if self._costs is None:
+            self._costs = self.runner.step_costs(row_budget * self.config.max_num_seqs)
+        return self._costs
+
+    def _chunk_rows(self, window_rows: int) -> int:
+        if self.pacing is None:
+            costs = self._step_costs(self.config.default_window_size)
+            self.pacing = Pacing(costs, self.config.chunk_step_ratio)
+        return self.pacing.chunk_rows(window_rows)
 
     def _check_prompt(self, prompt: list[int]) -> None:
         if not prompt:
@@ -124,7 +144,11 @@ class Engine:
                 assert not self.requests, "requests wait, but nothing can run"
                 return []
             if not self.runner.can_launch(plan):
-                return self._take(plan, self.runner.run(plan))
+                started = time.perf_counter()
+                results = self.runner.run(plan)
+                if not all(work.decodes for work in plan.work):
+                    self._pace(plan, results, time.perf_counter() - started)
+                return self._take(plan, results)
             self._flight = plan, self.runner.launch(plan)
         plan, flight = self._flight
         ahead = self.scheduler.schedule_ahead(plan)
@@ -146,10 +170,18 @@ class Engine:
             request.row_bound = min(request.decode.row_budget, row_budget)
         return replace(plan, row_budget=row_budget)
 
+    def _pace(self, plan: StepPlan, results: Sequence[WindowResult | None], seconds: float) -> None:
+        """Tell the pacing what a step with windows took."""
+        windows = sum(result.num_rows for result in results if result is not None)
+        if self.pacing is not None and windows:
+            self.pacing.observe(windows, sum(work.count for work in plan.work if not work.decodes), seconds)
+
     def _learn(self, plan: StepPlan, results: Sequence[WindowResult | None]) -> None:
         """Tell auto decoding what the step cost and what became of its drafts."""
         now, last = time.perf_counter(), self._last_read
         self._last_read = now if all(result is not None for result in results) else None
+        if last is not None and self._last_read is not None:
+            self._pace(plan, results, now - last)
         if self.auto is None:
             return
         decoded = [(work, result) for work, result in zip(plan.work, results, strict=True) if result is not None]

@@ -13,7 +13,7 @@ class Scheduler:
 
     ``suspend(request)`` is called when a running request is preempted and returns its window, the only state besides
     tokens that must survive. Preemption takes the latest arrival; since ``admit`` refuses a request that could not run
-    alone, the earliest one always gets on.
+    alone, the earliest one always gets on. ``chunk_rows(rows of windows)``: most rows of prompt chunks beside those.
     """
 
     def __init__(
@@ -22,8 +22,10 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         suspend: Callable[[Request], WindowSnapshot],
+        chunk_rows: Callable[[int], int] | None = None,
     ) -> None:
         self.pool = pool
+        self._chunk_rows = chunk_rows
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -52,31 +54,35 @@ class Scheduler:
         self._step += 1
         planned: dict[str, Work] = {}
         budget = self.max_num_batched_tokens
+        chunk_budget = self._chunk_budget()
         preempted = False
         # Least recently served first, so that a budget too small for all starves nobody.
         for request in sorted(self.running, key=lambda r: (r.last_step, r.arrival)):
             while request in self.running:
-                work = self._plan(request, budget)
+                work = self._plan(request, budget, chunk_budget)
                 if work is None:
                     break
                 if self.pool.reserve(request.request_id, request.num_cached + work.count):
                     planned[request.request_id] = work
                     request.last_step = self._step
                     budget -= work.count
+                    chunk_budget -= 0 if work.decodes else work.count
                     break
                 victim = max(self.running, key=lambda r: r.arrival)
                 self._preempt(victim)
                 preempted = True
                 if (lost := planned.pop(victim.request_id, None)) is not None:
                     budget += lost.count
+                    chunk_budget += 0 if lost.decodes else lost.count
         while self.waiting and not preempted and len(self.running) < self.max_num_seqs:
-            work = self._admit(self.waiting[0], budget)
+            work = self._admit(self.waiting[0], budget, chunk_budget)
             if work is None:
                 break
             self.running.append(self.waiting.popleft())
             planned[work.request.request_id] = work
             work.request.last_step = self._step
             budget -= work.count
+            chunk_budget -= 0 if work.decodes else work.count
         return StepPlan(sorted(planned.values(), key=lambda work: not work.decodes))
 
     def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
@@ -105,23 +111,30 @@ class Scheduler:
             work.request.last_step = self._step
         return StepPlan(ahead)
 
-    def _plan(self, request: Request, budget: int) -> Work | None:
+    def _chunk_budget(self) -> int:
+        """Rows that chunks may have in a step, for the sake of the windows beside them."""
+        windows = [r for r in self.running if r.num_cached >= r.window.cached]
+        if self._chunk_rows is None or not windows or (len(windows) == len(self.running) and not self.waiting):
+            return self.max_num_batched_tokens
+        return self._chunk_rows(sum(_max_rows(request) for request in windows))
+
+    def _plan(self, request: Request, budget: int, chunk_budget: int) -> Work | None:
         """The request's next chunk or window, if the budget holds it."""
         missing = request.window.cached - request.num_cached
         decodes = missing <= 0
-        count = _max_rows(request) if decodes else min(missing, budget)
+        count = _max_rows(request) if decodes else min(missing, budget, chunk_budget)
         if count > budget or count == 0:
             return None
         return Work(request, decodes, count, self.pool.table(request.request_id))
 
-    def _admit(self, request: Request, budget: int) -> Work | None:
+    def _admit(self, request: Request, budget: int, chunk_budget: int) -> Work | None:
         """Open a table and plan the first chunk, if all tokens to cache and a first window would fit now."""
         if budget <= 0:
             return None
         request.num_cached = self.pool.open(request.request_id, request.tokens, request.window.cached)
         needed = min(request.window.cached + request.decode.max_rows, request.decode.max_positions)
         missing = self.pool.pages_for(needed) - len(self.pool.table(request.request_id))
-        work = self._plan(request, budget) if missing <= self.pool.num_available else None
+        work = self._plan(request, budget, chunk_budget) if missing <= self.pool.num_available else None
         if work is None or not self.pool.reserve(request.request_id, request.num_cached + work.count):
             self.pool.close(request.request_id)
             request.num_cached = 0
