@@ -6,12 +6,9 @@ kernel (``wedlm.kernels.rope``).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from wedlm.attention.base import ExtendBatch, KVCache
 from wedlm.kernels.attention import PagedRows, paged_attention
@@ -19,47 +16,23 @@ from wedlm.kernels.rope import norm_rope_write
 
 # A prompt's chunk and a window of few rows want different tiles, so they are different launches.
 _SHORT_ROWS = 32
-# Chunks of at least so many rows run through the library's attention over a copy of their keys. None: never.
-LIBRARY_ROWS: int | None = None
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive rows of one sequence, from packed row ``first`` on; ``slots`` of all keys that the last one sees."""
-
-    first: int
-    count: int
-    slots: Tensor
-
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """[count, H, D] for the queries q [T, H, D] of all packed rows."""
-        own = q[self.first : self.first + self.count].transpose(0, 1)[None]
-        k, v = (part[self.slots].transpose(0, 1)[None] for part in (keys, values))
-        bias = causal_lower_right(self.count, len(self.slots))
-        return F.scaled_dot_product_attention(own, k, v, attn_mask=bias, enable_gqa=True)[0].transpose(0, 1)
 
 
 class PagedAttend:
-    """Attention of one step's rows, sequence by sequence in one of ``groups`` or ``chunks``. ``slots`` [T]: where each
-    row's key goes (a slot nobody reads, for padding)."""
+    """Attention of one step's rows, each sequence in one of ``groups``. ``slots`` [T]: where each row's key goes (a slot
+    nobody reads, for padding)."""
 
-    def __init__(
-        self, cache: KVCache, groups: Sequence[PagedRows], slots: Tensor, chunks: Sequence[Chunk] = ()
-    ) -> None:
-        self.cache, self.groups, self.slots, self.chunks = cache, groups, slots, chunks
+    def __init__(self, cache: KVCache, groups: Sequence[PagedRows], slots: Tensor) -> None:
+        self.cache, self.groups, self.slots = cache, groups, slots
 
     def __call__(
         self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor, float] | None, /
     ) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         q = norm_rope_write(qkv, cos, sin, self.slots, norms, keys, values)
-        if not self.groups and len(self.chunks) == 1:
-            return self.chunks[0].attend(q, keys, values)
         out = torch.empty_like(q)
         for rows in self.groups:
             paged_attention(q, keys, values, rows, out)
-        for chunk in self.chunks:
-            out[chunk.first : chunk.first + chunk.count] = chunk.attend(q, keys, values)
         return out
 
 
@@ -74,10 +47,9 @@ def plan_paged(cache: KVCache, batch: ExtendBatch) -> PagedAttend:
     first = counts.cumsum(0) - counts
     logical = torch.arange(len(sequence)) - first[sequence] + starts[sequence]
     slots = table[sequence, logical // page_size] * page_size + logical % page_size
-    library = LIBRARY_ROWS if cache.keys.dtype.itemsize == 2 else None
-    members: tuple[list[int], list[int], list[int]] = [], [], []  # short, long, for the library
+    members: tuple[list[int], list[int]] = [], []  # short, long
     for s, count in enumerate(batch.counts):
-        members[0 if count <= _SHORT_ROWS else 1 if library is None or count < library else 2].append(s)
+        members[count > _SHORT_ROWS].append(s)
     visibility, device_table = batch.visibility, table.to(device)
     groups = [
         PagedRows(
@@ -92,15 +64,10 @@ def plan_paged(cache: KVCache, batch: ExtendBatch) -> PagedAttend:
             shared=None if visibility is None else visibility.shared,
             own_start=None if visibility is None else visibility.own_start,
         )
-        for group in members[:2]
+        for group in members
         if group
     ]
-    chunks = []
-    for s in members[2]:
-        key = torch.arange(batch.starts[s] + batch.counts[s])
-        own = table[s, key // page_size] * page_size + key % page_size
-        chunks.append(Chunk(int(first[s]), batch.counts[s], own.to(device)))
-    return PagedAttend(cache, groups, slots.to(device), chunks)
+    return PagedAttend(cache, groups, slots.to(device))
 
 
 def _sequences(batch: ExtendBatch) -> zip:

@@ -29,8 +29,8 @@ class Tile:
     halves: bool = False
 
 
-# Measured on an H200: docs/log.md.
-SHORT, LONG = Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)
+# Of windows, of chunks, and of chunks long enough that large tiles occupy all processors. Measured: docs/log.md.
+SHORT, MIDDLE, LONG = Tile(64, 64, 4, 2), Tile(64, 64, 4, 3, halves=True), Tile(256, 64, 8, 3, halves=True)
 MAX_SPLITS = 64
 # A hidden key's score lies so far below the lowest maximum that its weight is 0 without further ado.
 _HIDDEN, _LOWEST = tl.constexpr(-1e30), tl.constexpr(-1e20)
@@ -42,6 +42,7 @@ class PagedRows:
     cached[s] keys; its pages are ``page_table[table_row[s]]``. ``shared`` and ``own_start`` as in ``RowVisibility``.
 
     ``max_rows``: no sequence has more. ``max_keys``: none sees more (only the number of splits depends on it).
+    ``within``: all rows come before this one of the packed rows (None: anywhere).
     """
 
     row_start: Int[Tensor, " S"]
@@ -54,6 +55,7 @@ class PagedRows:
     max_keys: int
     shared: Int[Tensor, " T"] | None = None
     own_start: Int[Tensor, " T"] | None = None
+    within: int | None = None
 
 
 @triton.jit
@@ -218,6 +220,13 @@ def num_splits(num_programs: int, max_keys: int, num_processors: int, tile_keys:
     return splits
 
 
+def tile_for(most: int, num_large: int, num_processors: int, is_half: bool) -> Tile:
+    """For sequences of at most ``most`` rows, each head's counted, that would fill ``num_large`` of the largest tiles."""
+    if most <= SHORT.rows or not is_half:
+        return SHORT
+    return LONG if num_large >= num_processors else MIDDLE
+
+
 def paged_attention(q: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, out: Tensor | None = None) -> Tensor:
     """q [T, H, D] over one layer's keys and values [A, K, D], those of the rows written already: [T, H, D].
 
@@ -225,15 +234,17 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, ou
     memory: any number.
     """
     num_rows, heads, head_dim = q.shape
+    num_rows = num_rows if rows.within is None else rows.within
     kv_heads = keys.shape[1]
     share, sequences = heads // kv_heads, len(rows.num_rows)
     most = min(rows.max_rows, num_rows) * share
-    tile = SHORT if most <= SHORT.rows or q.dtype.itemsize > 2 else LONG
-    block = min(tile.rows, max(16, triton.next_power_of_2(most)))
-    tiles = triton.cdiv(most, block)
     overlap = overlaps(q.device)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-    splits = num_splits(sequences * kv_heads * tiles, rows.max_keys, processors, tile.keys)
+    tile = tile_for(most, kv_heads * (num_rows * share // LONG.rows), processors, q.dtype.itemsize == 2)
+    block = min(tile.rows, max(16, triton.next_power_of_2(most)))
+    tiles = triton.cdiv(most, block)
+    busy = min(sequences * tiles, num_rows * share // block + sequences)  # tiles that can have rows
+    splits = num_splits(busy * kv_heads, rows.max_keys, processors, tile.keys)
     out = torch.empty_like(q) if out is None else out
     part = stats = out
     if splits > 1:

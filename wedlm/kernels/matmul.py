@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from wedlm.kernels.launch import begin, launch_options, overlaps
 
@@ -19,20 +18,13 @@ MAX_ROWS = 64
 
 @dataclass(frozen=True)
 class Tiling:
-    """``outputs`` weight rows and ``depth`` of K a tile, K in ``splits`` parts, ``stages`` tiles in flight.
-
-    ``early``: the first tile of the weight is read before the kernel waits for its predecessor. ``once``: the weight
-    leaves the L2 cache first. ``descriptors``: tiles come through the tensor memory accelerator (Hopper and later).
-    """
+    """``outputs`` weight rows and ``depth`` of K a tile, K in ``splits`` parts, ``stages`` tiles in flight."""
 
     outputs: int = 64
     depth: int = 128
     splits: int = 1
     stages: int = 4
     warps: int = 4
-    early: bool = False
-    once: bool = False
-    descriptors: bool = False
 
 
 def tiling_for(size: int, depth: int) -> Tiling:
@@ -50,7 +42,7 @@ def tiling_for(size: int, depth: int) -> Tiling:
 def _rows_times_weight(
     x_ptr, weight_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, EARLY: tl.constexpr, ONCE: tl.constexpr, OVERLAP: tl.constexpr,
+    GATED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k]; gated: silu(first half) · second half."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -62,21 +54,13 @@ def _rows_times_weight(
     weight_row = (n % 2) * (N // 2) + n // 2 if GATED else n
     inside_n = (n < N)[:, None]
     weight = weight_ptr + weight_row.to(tl.int64)[:, None] * K + k[None]
-    policy: tl.constexpr = "evict_first" if ONCE else ""
-    if EARLY:
-        inside_k = k_start + k < k_stop
-        w_first = tl.load(weight + k_start, mask=inside_n & inside_k[None], other=0.0, eviction_policy=policy)
     begin(OVERLAP)
     x = x_ptr + m[None].to(tl.int64) * K + k[:, None]
     inside_m = (m < num_rows)[None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if EARLY:
-        x_first = tl.load(x + k_start, mask=inside_k[:, None] & inside_m, other=0.0)
-        acc = tl.dot(w_first, x_first, acc, input_precision="ieee")
-        k_start += BLOCK_K
     for start in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
         inside_k = start + k < k_stop
-        w_tile = tl.load(weight + start, mask=inside_n & inside_k[None], other=0.0, eviction_policy=policy)
+        w_tile = tl.load(weight + start, mask=inside_n & inside_k[None], other=0.0)
         x_tile = tl.load(x + start, mask=inside_k[:, None] & inside_m, other=0.0)
         acc = tl.dot(w_tile, x_tile, acc, input_precision="ieee")
     dtype = out_ptr.dtype.element_ty
@@ -91,43 +75,6 @@ def _rows_times_weight(
     else:
         place = out_ptr + (split * num_rows + m[None]).to(tl.int64) * N + n[:, None]
         tl.store(place, acc.to(dtype), mask=inside_n & inside_m)
-
-
-@triton.jit
-def _rows_times_weight_tma(
-    x_ptr, weight, out_ptr, num_rows, N, K, K_PER_SPLIT,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """The same with tiles of the weight from a descriptor: [BLOCK_N, BLOCK_K], or gated of [2, N / 2, K]."""
-    split = tl.program_id(1)
-    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    k_start = split * K_PER_SPLIT
-    k_stop = tl.minimum(k_start + K_PER_SPLIT, K)
-    SIZE: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    first = tl.program_id(0) * SIZE
-    begin(OVERLAP)
-    x = x_ptr + m[None].to(tl.int64) * K + k[:, None]
-    inside_m = (m < num_rows)[None]
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for start in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
-        x_tile = tl.load(x + start, mask=(start + k < k_stop)[:, None] & inside_m, other=0.0)
-        if GATED:
-            w_tile = tl.reshape(weight.load([0, first, start]), (BLOCK_N, BLOCK_K))
-        else:
-            w_tile = weight.load([first, start])
-        acc = tl.dot(w_tile, x_tile, acc, input_precision="ieee")
-    dtype = out_ptr.dtype.element_ty
-    n = first + tl.arange(0, SIZE)
-    size = N // 2 if GATED else N
-    place = out_ptr + (split * num_rows + m[None]).to(tl.int64) * size + n[:, None]
-    if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (2, SIZE, BLOCK_M)), (1, 2, 0)))
-        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
-        gated = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up
-        tl.store(place, gated.to(dtype), mask=(n < size)[:, None] & inside_m)
-    else:
-        tl.store(place, acc.to(dtype), mask=(n < size)[:, None] & inside_m)
 
 
 def few_rows_product(x: Tensor, weight: Tensor, tiling: Tiling, gated: bool = False) -> Tensor:
@@ -145,19 +92,10 @@ def few_rows_product(x: Tensor, weight: Tensor, tiling: Tiling, gated: bool = Fa
     else:
         out = x.new_empty(num_rows, size // 2 if gated else size)
     per_split = triton.cdiv(triton.cdiv(depth, tiling.splits), tiling.depth) * tiling.depth
-    shape = {"BLOCK_M": max(16, triton.next_power_of_2(num_rows)), "BLOCK_N": tiling.outputs, "BLOCK_K": tiling.depth}
-    how = {"num_warps": tiling.warps, **launch_options(overlap)}
-    if tiling.descriptors:
-        halves = weight.view(2, size // 2, depth) if gated else weight
-        tile = [2, tiling.outputs // 2] if gated else [tiling.outputs]
-        tiles = TensorDescriptor.from_tensor(halves, [*tile, tiling.depth])
-        _rows_times_weight_tma[(triton.cdiv(size, tiling.outputs), tiling.splits)](
-            x, tiles, out, num_rows, size, depth, per_split,
-            **shape, STAGES=tiling.stages, GATED=gated, OVERLAP=overlap, **how,
-        )  # fmt: skip
-        return out
     _rows_times_weight[(triton.cdiv(size, tiling.outputs), tiling.splits)](
         x, weight, out, num_rows, size, depth, per_split,
-        **shape, STAGES=tiling.stages, GATED=gated, EARLY=tiling.early, ONCE=tiling.once, OVERLAP=overlap, **how,
+        BLOCK_M=max(16, triton.next_power_of_2(num_rows)), BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
+        STAGES=tiling.stages,
+        GATED=gated, OVERLAP=overlap, num_warps=tiling.warps, **launch_options(overlap),
     )  # fmt: skip
     return out

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from wedlm.kernels.launch import begin, launch_options, overlaps
 
-NORM_COLUMNS_PER_WARP = 256
-
 
 @triton.jit
 def _add_rms_norm(
@@ -47,7 +45,7 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     _add_rms_norm[(num_rows,)](
         x, x if delta is None else delta, weight, total, out, num_rows, size, eps,
         PARTS=parts, BLOCK=block, OVERLAP=overlap,
-        num_warps=min(16, max(1, block // NORM_COLUMNS_PER_WARP)), **launch_options(overlap),
+        num_warps=min(16, max(1, block // 256)), **launch_options(overlap),
     )  # fmt: skip
     return total, out
 

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from wedlm.kernels.launch import begin, launch_options, overlaps
 
-HEADS_PER_PROGRAM, ROPE_WARPS = 8, 4  # of few rows
-
 
 @triton.jit
 def _norm_rope_write(
@@ -75,11 +73,11 @@ def norm_rope_write(
     heads = width // head_dim - 2 * kv_heads
     out = torch.empty(num_rows, heads, head_dim, dtype=keys.dtype, device=qkv.device)
     overlap = overlaps(qkv.device)
-    block, warps = (HEADS_PER_PROGRAM, ROPE_WARPS) if num_rows <= 256 else (16, 4)
+    block = 8 if num_rows <= 256 else 16
     q_weight, k_weight, eps = norms if norms is not None else (cos, cos, 0.0)
     _norm_rope_write[(num_rows, triton.cdiv(heads + 2 * kv_heads, block))](
         qkv, cos, sin, slots, q_weight, k_weight, out, keys, values, num_rows, eps,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, BLOCK_H=block, NORM=norms is not None, PARTS=parts,
-        OVERLAP=overlap, num_warps=warps, **launch_options(overlap),
+        OVERLAP=overlap, num_warps=4, **launch_options(overlap),
     )  # fmt: skip
     return out
