@@ -17,10 +17,10 @@ CPU = torch.device("cpu")
 
 
 class LaggingRunner(Runner):
-    """Steps of windows alone are launched, and read one step late, as a GPU's are."""
+    """Steps are launched, and read one step late, as a GPU's are."""
 
     def can_launch(self, plan: StepPlan) -> bool:
-        return all(work.decodes and not work.request.needs_host for work in plan.work)
+        return not any(work.decodes and work.request.needs_host for work in plan.work)
 
     def launch(self, plan: StepPlan) -> "Landed":
         return Landed(self.run(plan))

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from tests.model.tiny import our_model
 from wedlm.algorithm.params import DECODINGS
 from wedlm.attention.base import KVCache
+from wedlm.engine import graph_runner
 from wedlm.engine.engine import Engine, EngineConfig
 from wedlm.engine.graph_runner import GraphRunner
 from wedlm.engine.pages import PagePool
@@ -51,6 +52,13 @@ def outcomes(one: Engine, requests: list[tuple[list[int], SamplingParams]]) -> t
     return [(r.output_token_ids, r.token_steps, r.num_rows, r.finish_reason) for r in done], [
         r.logprobs for r in done if r.params.logprobs is not None
     ]
+
+
+@pytest.fixture(autouse=True)
+def few_rows_beside_chunks(device, monkeypatch):
+    """Interpreted kernels take their time for padding."""
+    if device.type == "cpu":
+        monkeypatch.setattr(graph_runner, "_FEWEST_CHUNK_ROWS", 16)
 
 
 # Padding rows are whatever lay in memory, and the interpreter reports what a GPU ignores.

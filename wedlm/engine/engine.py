@@ -32,7 +32,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     # A step with prompt chunks should take at most so many times what its windows alone take; inf: no limit.
-    chunk_step_ratio: float = math.inf
+    chunk_step_ratio: float = 1.8
 
 
 class Engine:
@@ -49,7 +49,7 @@ class Engine:
         self.pacing: Pacing | None = None  # since prompts and windows first met
         self._costs: StepCosts | None = None
         self.auto: AutoRows | None = None  # since the first request that decodes so
-        self._last_read: float | None = None  # when the last step of windows alone was read, if none came between
+        self._last_read: float | None = None  # when the last step was read, if it had windows
 
     @property
     def has_work(self) -> bool:
@@ -144,17 +144,14 @@ class Engine:
                 assert not self.requests, "requests wait, but nothing can run"
                 return []
             if not self.runner.can_launch(plan):
-                started = time.perf_counter()
-                results = self.runner.run(plan)
-                if not all(work.decodes for work in plan.work):
-                    self._pace(plan, results, time.perf_counter() - started)
-                return self._take(plan, results)
+                return self._take(plan, self.runner.run(plan))
             self._flight = plan, self.runner.launch(plan)
         plan, flight = self._flight
         ahead = self.scheduler.schedule_ahead(plan)
-        if ahead is not None:
+        following = None
+        if ahead is not None and self.runner.can_launch(ahead):
             ahead = self._with_rows(ahead)
-        following = None if ahead is None else (ahead, self.runner.launch(ahead))
+            following = ahead, self.runner.launch(ahead)
         changed = self._take(plan, flight.read())
         self._flight = following if self.requests else None
         return changed
@@ -165,28 +162,25 @@ class Engine:
         if self.auto is None or not adapting:
             return plan
         most = max(request.decode.row_budget for request in adapting)
-        row_budget = self.auto.choose(len(plan.work), most)
+        row_budget = self.auto.choose(sum(work.decodes for work in plan.work), most)
         for request in adapting:
             request.row_bound = min(request.decode.row_budget, row_budget)
         return replace(plan, row_budget=row_budget)
 
-    def _pace(self, plan: StepPlan, results: Sequence[WindowResult | None], seconds: float) -> None:
-        """Tell the pacing what a step with windows took."""
-        windows = sum(result.num_rows for result in results if result is not None)
-        if self.pacing is not None and windows:
-            self.pacing.observe(windows, sum(work.count for work in plan.work if not work.decodes), seconds)
-
     def _learn(self, plan: StepPlan, results: Sequence[WindowResult | None]) -> None:
-        """Tell auto decoding what the step cost and what became of its drafts."""
+        """Tell pacing and auto decoding what the step cost, and what became of drafts."""
+        decoded = [(work, result) for work, result in zip(plan.work, results, strict=True) if result is not None]
         now, last = time.perf_counter(), self._last_read
-        self._last_read = now if all(result is not None for result in results) else None
-        if last is not None and self._last_read is not None:
-            self._pace(plan, results, now - last)
+        self._last_read = now if decoded else None
+        if last is not None and decoded:
+            rows = sum(result.num_rows for _, result in decoded)
+            chunk_rows = sum(work.count for work in plan.work if not work.decodes)
+            if self.pacing is not None:
+                self.pacing.observe(rows, chunk_rows, now - last)
+            if self.auto is not None and not chunk_rows:
+                self.auto.observe_time(len(decoded), rows, now - last)
         if self.auto is None:
             return
-        decoded = [(work, result) for work, result in zip(plan.work, results, strict=True) if result is not None]
-        if last is not None and self._last_read is not None:
-            self.auto.observe_time(len(decoded), sum(result.num_rows for _, result in decoded), now - last)
         for work, result in decoded:
             request, accepted = work.request, len(result.tokens) - 1
             if request.decode.decoding == "auto":
@@ -203,7 +197,7 @@ class Engine:
             if request.finish_reason is not None:  # since the step was launched
                 continue
             if result is None:
-                self.scheduler.cached(request, request.num_cached + work.count)
+                self.scheduler.cached(request, work.start + work.count)
                 continue
             request.num_forwards += 1
             request.num_rows += result.num_rows
@@ -263,3 +257,5 @@ class Engine:
         if request.text is not None and request.finish_reason != "stop":
             request.text.finish()
         del self.requests[request.request_id]
+        if not self.requests:
+            self._last_read = None
