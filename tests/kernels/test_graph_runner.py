@@ -58,7 +58,8 @@ def outcomes(one: Engine, requests: list[tuple[list[int], SamplingParams]]) -> t
 def few_rows_beside_chunks(device, monkeypatch):
     """Interpreted kernels take their time for padding."""
     if device.type == "cpu":
-        monkeypatch.setattr(graph_runner, "_FEWEST_CHUNK_ROWS", 16)
+        for name, value in (("_FEWEST_CHUNK_ROWS", 1), ("_FEWEST_BESIDE", 1), ("_CHUNK_SIZES", [1, 2, 4, 16, 64])):
+            monkeypatch.setattr(graph_runner, name, value)
 
 
 # Padding rows are whatever lay in memory, and the interpreter reports what a GPU ignores.
@@ -113,3 +114,23 @@ def test_a_wide_window_and_a_later_common_one(device):
     params = [SamplingParams(decoding="streaming", wedlm_window_size=w, max_tokens=4) for w in (40, 2)]
     requests = [([3, 4, 5], one) for one in params]
     assert outcomes(engine(device, True), requests)[0] == outcomes(engine(device, False), requests)[0]
+
+
+@pytest.mark.parametrize("decodings", [("verified", "auto"), ("streaming", "verified"), ("block", "streaming")])
+def test_long_prompts_beside_windows(device, monkeypatch, decodings):
+    shares = []
+    launch = GraphRunner.launch
+
+    def noted(self, plan):
+        shares.append(tuple(sum(work.decodes == d for work in plan.work) for d in (True, False)))
+        return launch(self, plan)
+
+    monkeypatch.setattr(GraphRunner, "launch", noted)
+    requests = [
+        ([7 + i for i in range(length)], SamplingParams(decoding=name, max_tokens=tokens, wedlm_window_size=3))
+        for length, name, tokens in zip((3, 44, 38), (*decodings, decodings[0]), (6, 2, 2), strict=True)
+    ]
+    actual, expected = (outcomes(engine(device, graphs), requests)[0] for graphs in (True, False))
+    assert [one[::3] for one in actual] == [one[::3] for one in expected]
+    assert max(chunks for windows, chunks in shares if windows) >= 1, "no step had both"
+    assert any(chunks and not windows for windows, chunks in shares)

@@ -19,8 +19,8 @@ _SHORT_ROWS = 32
 
 
 class PagedAttend:
-    """Attention of one step's rows, each sequence in one of ``groups``. ``slots`` [T]: where each row's key goes (a slot
-    nobody reads, for padding)."""
+    """Attention of one step's rows, each sequence in one of ``groups``. ``slots`` [T]: where each row's key goes
+    (a slot nobody reads, for padding)."""
 
     def __init__(self, cache: KVCache, groups: Sequence[PagedRows], slots: Tensor) -> None:
         self.cache, self.groups, self.slots = cache, groups, slots

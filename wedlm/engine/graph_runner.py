@@ -25,6 +25,7 @@ _MAX_ENDS = 8  # end tokens of a request; more need the host
 # Chunks come in few sizes, so that few steps are captured; a step of more rows keeps the GPU busy while it is launched.
 _CHUNK_SIZES = [4, 16, 64, 256, 1024, 4096]
 _FEWEST_CHUNK_ROWS, _MOST_CHUNK_ROWS = 128, 2048
+_FEWEST_BESIDE = 64  # rows of windows there
 _SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
 
 
@@ -195,12 +196,11 @@ class GraphRunner(Runner):
     def _captured(
         self, shape: StepShape, index: Tensor, chunks: ChunkRows | None
     ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        """The step as a graph; ``index`` names the empty window meanwhile, which no step changes, and chunks are empty."""
+        """The step as a graph; ``index`` names the empty window meanwhile, which no step changes, chunks are empty."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):
-                self.step(shape, index, chunks)
+            self.step(shape, index, chunks)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=None if self._latest is None else self._latest.pool()):
@@ -239,8 +239,8 @@ def _shape(windows: list[Work], chunks: list[Work]) -> StepShape:
     num_chunks = _chunk_size(len(chunks))
     if not windows:
         return StepShape(0, rows, 0, 0, flags, 0, num_chunks)
-    window_rows = min(rows, _chunk_size(max(64, num_rows)))
-    wanted = min(window_rows, _chunk_size(max(64, streaming)))
+    window_rows = min(rows, _chunk_size(max(_FEWEST_BESIDE, num_rows)))
+    wanted = min(window_rows, _chunk_size(max(_FEWEST_BESIDE, streaming)))
     most = _chunk_size(max(16, most))
     return StepShape(_chunk_size(len(windows)), rows, wanted, most, flags, window_rows, num_chunks)
 

@@ -64,7 +64,7 @@ class Scheduler:
         return ahead if ahead is not None and ahead.work else None
 
     def _schedule(self, unread: dict[str, Work]) -> StepPlan | None:
-        """The step after one that does ``unread``, by request. None if pages run short while somebody has yet to read."""
+        """The step after one that does ``unread``, by request. None if pages run short before it is read."""
         self._step += 1
         planned: dict[str, Work] = {}
         budget = self.max_num_batched_tokens

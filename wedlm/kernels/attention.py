@@ -221,7 +221,7 @@ def num_splits(num_programs: int, max_keys: int, num_processors: int, tile_keys:
 
 
 def tile_for(most: int, num_large: int, num_processors: int, is_half: bool) -> Tile:
-    """For sequences of at most ``most`` rows, each head's counted, that would fill ``num_large`` of the largest tiles."""
+    """For sequences of at most ``most`` rows (heads' counted) that would fill ``num_large`` of the largest tiles."""
     if most <= SHORT.rows or not is_half:
         return SHORT
     return LONG if num_large >= num_processors else MIDDLE

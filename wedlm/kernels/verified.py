@@ -116,7 +116,8 @@ def verified_rows(
         page_table, page_table.shape[1], mask_token_id, trash_slot, num_sequences, capacity,
         rows.tokens, rows.positions, rows.target, rows.sequence, rows.shared, rows.own_start, rows.slots,
         rows.row_start, rows.num_rows, rows.cached,
-        C=columns, PAGE=page_size, BLOCK_S=triton.next_power_of_2(len(state.width)), BLOCK_T=_ROWS_PER_TILE, num_warps=1,
+        C=columns, PAGE=page_size, BLOCK_S=triton.next_power_of_2(len(state.width)), BLOCK_T=_ROWS_PER_TILE,
+        num_warps=1,
     )  # fmt: skip
     return rows
 
