@@ -14,7 +14,7 @@ from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
 from wedlm.attention.paged import plan_paged
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.kernels import attention
-from wedlm.kernels.attention import paged_attention
+from wedlm.kernels.attention import LONG, MIDDLE, SHORT, paged_attention, tile_for
 from wedlm.kernels.matmul import Tiling
 from wedlm.model.fused import FusedTransformer
 from wedlm.model.packed import pack_for_inference
@@ -50,7 +50,7 @@ def test_paged_attention_is_sdpa(device, monkeypatch, dtype, groups, splits, len
 @pytest.mark.parametrize(("dtype", "groups", "splits"), [(DTYPES[0], True, 4), (DTYPES[1], False, 1)])
 def test_keys_that_all_rows_see_apart(device, monkeypatch, dtype, groups, splits):
     monkeypatch.setattr(attention, "num_splits", lambda *_: splits)
-    for name in ("SHORT", "LONG"):
+    for name in ("SHORT", "MIDDLE", "LONG"):
         monkeypatch.setattr(attention, name, replace(getattr(attention, name), keys=16, halves=True))
     check_attention(device, dtype, groups, [(3, 30), (70, 16), (64, 1)])
 
@@ -74,6 +74,17 @@ def check_attention(device, dtype, groups, lengths):
     tolerance = 2e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
     assert torch.equal(cache.keys[0, plan.slots], k)
+
+
+def test_tiles():
+    large, small, no_room = (132, 232_448), (132, 101_376), (132, 2**16)  # an H100's, and others'
+    assert tile_for(16 * 4, 10**6, 256, *large) == SHORT
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 256, *large) == LONG
+    assert tile_for(512 * 4, 8 * 512 * 4, 256, *large) == MIDDLE
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 256, *small) == SHORT
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 128, *small) == LONG
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 512, *large) == SHORT  # heads of 256
+    assert tile_for(512 * 4, 8 * 512 * 4, 128, *no_room) == MIDDLE
 
 
 @pytest.mark.parametrize("family", ["wedlm-qwen2.5", "wedlm-qwen3"])

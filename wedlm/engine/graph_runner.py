@@ -35,8 +35,10 @@ class GraphFlight:
     def __init__(self, num_windows: int, num_chunks: int, ints: Tensor, floats: Tensor) -> None:
         self.num_windows, self.num_chunks = num_windows, num_chunks
         on_gpu = ints.is_cuda
-        self._ints = torch.empty(ints.shape, dtype=ints.dtype, pin_memory=on_gpu).copy_(ints, non_blocking=True)
-        self._floats = torch.empty(floats.shape, dtype=floats.dtype, pin_memory=on_gpu).copy_(floats, non_blocking=True)
+        self._ints, self._floats = (
+            torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu and num_windows > 0).copy_(t, non_blocking=True)
+            for t in (ints, floats)
+        )
         self._done = torch.cuda.Event() if on_gpu else None
         if self._done is not None:
             self._done.record()

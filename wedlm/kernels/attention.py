@@ -7,6 +7,7 @@ of rows; it does depend on where the keys are split, which moves only when a seq
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -220,11 +221,26 @@ def num_splits(num_programs: int, max_keys: int, num_processors: int, tile_keys:
     return splits
 
 
-def tile_for(most: int, num_large: int, num_processors: int, is_half: bool) -> Tile:
-    """For sequences of at most ``most`` rows (heads' counted) that would fill ``num_large`` of the largest tiles."""
-    if most <= SHORT.rows or not is_half:
+def tile_for(most: int, total: int, row_bytes: int, num_processors: int, shared_bytes: int) -> Tile:
+    """For 16-bit sequences of at most ``most`` rows (heads count), ``total`` for all key heads, of ``row_bytes`` each."""
+    if most <= SHORT.rows:
         return SHORT
-    return LONG if num_large >= num_processors else MIDDLE
+    tile = LONG if total // LONG.rows >= num_processors else MIDDLE
+    if _shared_bytes(tile, row_bytes) > shared_bytes:
+        tile = MIDDLE
+    return tile if _shared_bytes(tile, row_bytes) <= shared_bytes else SHORT
+
+
+def _shared_bytes(tile: Tile, row_bytes: int) -> int:
+    """Queries, keys and values in flight, and a little more."""
+    return (tile.rows + 2 * tile.stages * tile.keys) * row_bytes + 4096
+
+
+@lru_cache
+def _processor(index: int) -> tuple[int, int]:
+    """(processors, bytes of memory that a program's threads can share) of a CUDA device."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return properties["multiprocessor_count"], properties["max_shared_mem"]
 
 
 def paged_attention(q: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, out: Tensor | None = None) -> Tensor:
@@ -239,8 +255,10 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, ou
     share, sequences = heads // kv_heads, len(rows.num_rows)
     most = min(rows.max_rows, num_rows) * share
     overlap = overlaps(q.device)
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-    tile = tile_for(most, kv_heads * (num_rows * share // LONG.rows), processors, q.dtype.itemsize == 2)
+    processors, shared_bytes = _processor(q.device.index) if q.is_cuda else (4, 2**18)
+    row_bytes = head_dim * q.dtype.itemsize
+    tile = tile_for(most, kv_heads * num_rows * share, row_bytes, processors, shared_bytes)
+    tile = tile if q.dtype.itemsize == 2 else SHORT
     block = min(tile.rows, max(16, triton.next_power_of_2(most)))
     tiles = triton.cdiv(most, block)
     busy = min(sequences * tiles, num_rows * share // block + sequences)  # tiles that can have rows
