@@ -222,7 +222,7 @@ def num_splits(num_programs: int, max_keys: int, num_processors: int, tile_keys:
 
 
 def tile_for(most: int, total: int, row_bytes: int, num_processors: int, shared_bytes: int) -> Tile:
-    """For 16-bit sequences of at most ``most`` rows (heads count), ``total`` for all key heads, of ``row_bytes`` each."""
+    """For sequences of at most ``most`` rows (heads count), ``total`` for all key heads, of ``row_bytes`` each."""
     if most <= SHORT.rows:
         return SHORT
     tile = LONG if total // LONG.rows >= num_processors else MIDDLE
