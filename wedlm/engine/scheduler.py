@@ -75,7 +75,7 @@ class Scheduler:
             done = unread.get(request.request_id)
             if done is not None and _ends(done):
                 continue
-            while request in self.running:
+            while not preempted or request in self.running:
                 work = self._plan(request, _start(request, done), budget, chunk_budget)
                 if work is None:
                     break
