@@ -55,6 +55,17 @@ def test_keys_that_all_rows_see_apart(device, monkeypatch, dtype, groups, splits
     check_attention(device, dtype, groups, [(3, 30), (70, 16), (64, 1)])
 
 
+def test_tiles():
+    large, small, no_room = (132, 232_448), (132, 101_376), (132, 2**16)  # an H100's, and others'
+    assert tile_for(16 * 4, 10**6, 256, *large) == SHORT
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 256, *large) == LONG
+    assert tile_for(512 * 4, 8 * 512 * 4, 256, *large) == MIDDLE
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 256, *small) == SHORT
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 128, *small) == LONG
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 512, *large) == SHORT  # heads of 256
+    assert tile_for(512 * 4, 8 * 512 * 4, 128, *no_room) == MIDDLE
+
+
 def check_attention(device, dtype, groups, lengths):
     rng = random.Random(repr((lengths, groups)))
     torch.manual_seed(1)
@@ -74,17 +85,6 @@ def check_attention(device, dtype, groups, lengths):
     tolerance = 2e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
     assert torch.equal(cache.keys[0, plan.slots], k)
-
-
-def test_tiles():
-    large, small, no_room = (132, 232_448), (132, 101_376), (132, 2**16)  # an H100's, and others'
-    assert tile_for(16 * 4, 10**6, 256, *large) == SHORT
-    assert tile_for(2048 * 4, 8 * 2048 * 4, 256, *large) == LONG
-    assert tile_for(512 * 4, 8 * 512 * 4, 256, *large) == MIDDLE
-    assert tile_for(2048 * 4, 8 * 2048 * 4, 256, *small) == SHORT
-    assert tile_for(2048 * 4, 8 * 2048 * 4, 128, *small) == LONG
-    assert tile_for(2048 * 4, 8 * 2048 * 4, 512, *large) == SHORT  # heads of 256
-    assert tile_for(512 * 4, 8 * 512 * 4, 128, *no_room) == MIDDLE
 
 
 @pytest.mark.parametrize("family", ["wedlm-qwen2.5", "wedlm-qwen3"])
