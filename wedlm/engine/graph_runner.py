@@ -231,7 +231,7 @@ def _shape(windows: list[Work], chunks: list[Work]) -> StepShape:
     most = max((work.count for work in windows), default=0)
     flags = BatchFlags.of(params)
     # A captured step does the same with and without these; windows of a row each have no groups, so auto is as AR.
-    flags = replace(flags, adapts=False, entropy=False, groups=flags.groups and most > 1)
+    flags = replace(flags, adapts=flags.adapts and flags.streams, entropy=False, groups=flags.groups and most > 1)
     num_rows = sum(work.count for work in windows)
     streaming = sum(p.window_size if not p.verifies else w.count for p, w in zip(params, windows, strict=True))
     if not chunks:
