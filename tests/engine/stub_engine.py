@@ -17,10 +17,10 @@ CPU = torch.device("cpu")
 
 
 class LaggingRunner(Runner):
-    """Steps of windows alone are launched, and read one step late, as a GPU's are."""
+    """Steps are launched, and read one step late, as a GPU's are."""
 
     def can_launch(self, plan: StepPlan) -> bool:
-        return all(work.decodes and not work.request.needs_host for work in plan.work)
+        return not any(work.decodes and work.request.needs_host for work in plan.work)
 
     def launch(self, plan: StepPlan) -> "Landed":
         return Landed(self.run(plan))
@@ -44,6 +44,7 @@ def stub_engine(
     max_num_batched_tokens: int = 64,
     max_model_len: int = 200,
     end_token_ids: tuple[int, ...] = (),
+    chunk_step_ratio: float = 1.8,
 ) -> Engine:
     """Float32 on the CPU, one layer, one key head."""
     cache = KVCache(1, num_pages, page_size, 1, NUM_FEATURES, torch.float32, CPU)
@@ -54,6 +55,7 @@ def stub_engine(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        chunk_step_ratio=chunk_step_ratio,
     )
     runner = (LaggingRunner if lagging else Runner)(model, cache, model.mask_token_id, max_num_seqs)
     return Engine(config, runner, PagePool(num_pages, page_size), tokenizer=None)

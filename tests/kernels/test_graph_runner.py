@@ -11,6 +11,7 @@ from tests.model.test_masked_lora import random_factors
 from tests.model.tiny import our_model
 from wedlm.algorithm.params import DECODINGS
 from wedlm.attention.base import KVCache
+from wedlm.engine import graph_runner
 from wedlm.engine.engine import Engine, EngineConfig
 from wedlm.engine.graph_runner import GraphRunner
 from wedlm.engine.pages import PagePool
@@ -33,7 +34,7 @@ def engine(device, graphs: bool, max_num_seqs: int = 4, masked_lora: bool = Fals
     heads = (shape.num_kv_heads, shape.head_dim, torch.float32, device)
     cache = KVCache(shape.num_layers, PAGES + graphs, PAGE_SIZE, *heads)
     if graphs:
-        runner: Runner = GraphRunner(FusedTransformer(model), cache, MASK, max_num_seqs, LENGTH)
+        runner: Runner = GraphRunner(FusedTransformer(model), cache, MASK, max_num_seqs, LENGTH, True)
     else:
         runner = Runner(model, cache, MASK, max_num_seqs)
     return Engine(config, runner, PagePool(PAGES, PAGE_SIZE), None)
@@ -56,6 +57,14 @@ def outcomes(one: Engine, requests: list[tuple[list[int], SamplingParams]]) -> t
     return [(r.output_token_ids, r.token_steps, r.num_rows, r.finish_reason) for r in done], [
         r.logprobs for r in done if r.params.logprobs is not None
     ]
+
+
+@pytest.fixture(autouse=True)
+def few_rows_beside_chunks(device, monkeypatch):
+    """Interpreted kernels take their time for padding."""
+    if device.type == "cpu":
+        for name, value in (("_FEWEST_CHUNK_ROWS", 1), ("_FEWEST_BESIDE", 1), ("_CHUNK_SIZES", [1, 2, 4, 16, 64])):
+            monkeypatch.setattr(graph_runner, name, value)
 
 
 # Padding rows are whatever lay in memory, and the interpreter reports what a GPU ignores.
@@ -115,3 +124,27 @@ def test_a_wide_window_and_a_later_common_one(device):
     params = [SamplingParams(decoding="streaming", wedlm_window_size=w, max_tokens=4) for w in (40, 2)]
     requests = [([3, 4, 5], one) for one in params]
     assert outcomes(engine(device, True), requests)[0] == outcomes(engine(device, False), requests)[0]
+
+
+@pytest.mark.parametrize("decodings", [("verified", "auto"), ("streaming", "verified")])
+def test_long_prompts_beside_windows(device, monkeypatch, decodings):
+    shares = []
+    launch = GraphRunner.launch
+
+    def noted(self, plan):
+        windows = sum(work.decodes for work in plan.work)
+        shares.append((windows, [work.start for work in plan.work[windows:]]))
+        return launch(self, plan)
+
+    monkeypatch.setattr(GraphRunner, "launch", noted)
+    requests = [
+        ([7 + i for i in range(length)], SamplingParams(decoding=name, max_tokens=tokens, wedlm_window_size=3))
+        for length, name, tokens in zip((3, 26, 22), (*decodings, decodings[0]), (6, 2, 2), strict=True)
+    ]
+    engines = [engine(device, graphs) for graphs in (True, False)]
+    for one in engines:
+        one.scheduler.max_num_batched_tokens = 18  # so that a prompt takes several steps
+    actual, expected = (outcomes(one, requests)[0] for one in engines)
+    assert [one[::3] for one in actual] == [one[::3] for one in expected]
+    assert any(windows and max(starts, default=0) for windows, starts in shares), "no later chunk beside windows"
+    assert any(starts and not windows for windows, starts in shares)

@@ -2,6 +2,7 @@
 """The paged kernel and the fused model against PagedSdpa and the plain model."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
 from wedlm.attention.paged import plan_paged
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.kernels import attention
-from wedlm.kernels.attention import paged_attention
+from wedlm.kernels.attention import LONG, MIDDLE, SHORT, paged_attention, tile_for
 from wedlm.kernels.matmul import Tiling
 from wedlm.model.fused import FusedTransformer
 from wedlm.model.masked_lora import add_beside
@@ -45,6 +46,29 @@ def random_batch(rng: random.Random, lengths, page_size: int, device, groups: bo
 )
 def test_paged_attention_is_sdpa(device, monkeypatch, dtype, groups, splits, lengths):
     monkeypatch.setattr(attention, "num_splits", lambda *_: splits)
+    check_attention(device, dtype, groups, lengths)
+
+
+@pytest.mark.parametrize(("dtype", "groups", "splits"), [(DTYPES[0], True, 4), (DTYPES[1], False, 1)])
+def test_keys_that_all_rows_see_apart(device, monkeypatch, dtype, groups, splits):
+    monkeypatch.setattr(attention, "num_splits", lambda *_: splits)
+    for name in ("SHORT", "MIDDLE", "LONG"):
+        monkeypatch.setattr(attention, name, replace(getattr(attention, name), keys=16, halves=True))
+    check_attention(device, dtype, groups, [(3, 30), (70, 16), (64, 1)])
+
+
+def test_tiles():
+    large, small, no_room = (132, 232_448), (132, 101_376), (132, 2**16)  # an H100's, and others'
+    assert tile_for(16 * 4, 10**6, 256, *large) == SHORT
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 256, *large) == LONG
+    assert tile_for(512 * 4, 8 * 512 * 4, 256, *large) == MIDDLE
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 256, *small) == SHORT
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 128, *small) == LONG
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 512, *large) == SHORT  # heads of 256
+    assert tile_for(512 * 4, 8 * 512 * 4, 128, *no_room) == MIDDLE
+
+
+def check_attention(device, dtype, groups, lengths):
     rng = random.Random(repr((lengths, groups)))
     torch.manual_seed(1)
     page_size, kv_heads, heads, d = 8, 2, 6, 16
@@ -57,7 +81,9 @@ def test_paged_attention_is_sdpa(device, monkeypatch, dtype, groups, splits, len
     k, v = (torch.randn(total, kv_heads, d, device=device).to(dtype) for _ in range(2))
     expected = PagedSdpa(cache, batch)(0, q, k, v)  # and writes k and v
     plan = plan_paged(cache, batch)
-    actual = paged_attention(q, cache.keys[0], cache.values[0], plan.rows)
+    actual = torch.full_like(q, torch.nan)
+    for rows in plan.groups:
+        paged_attention(q, cache.keys[0], cache.values[0], rows, actual)
     tolerance = 2e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
     assert torch.equal(cache.keys[0, plan.slots], k)

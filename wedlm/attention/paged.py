@@ -5,6 +5,8 @@ The twin is ``PagedSdpa``. Takes the q, k, v product itself, so that norm, RoPE 
 kernel (``wedlm.kernels.rope``).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,19 +14,26 @@ from wedlm.attention.base import ExtendBatch, KVCache
 from wedlm.kernels.attention import PagedRows, paged_attention
 from wedlm.kernels.rope import norm_rope_write
 
+# A prompt's chunk and a window of few rows want different tiles, so they are different launches.
+_SHORT_ROWS = 32
+
 
 class PagedAttend:
-    """Attention of one step's rows. ``slots`` [T]: where each row's key goes (a slot nobody reads, for padding)."""
+    """Attention of one step's rows, each sequence in one of ``groups``. ``slots`` [T]: where each row's key goes
+    (a slot nobody reads, for padding)."""
 
-    def __init__(self, cache: KVCache, rows: PagedRows, slots: Tensor) -> None:
-        self.cache, self.rows, self.slots = cache, rows, slots
+    def __init__(self, cache: KVCache, groups: Sequence[PagedRows], slots: Tensor) -> None:
+        self.cache, self.groups, self.slots = cache, groups, slots
 
     def __call__(
         self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor, float] | None, /
     ) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         q = norm_rope_write(qkv, cos, sin, self.slots, norms, keys, values)
-        return paged_attention(q, keys, values, self.rows)
+        out = torch.empty_like(q)
+        for rows in self.groups:
+            paged_attention(q, keys, values, rows, out)
+        return out
 
 
 def plan_paged(cache: KVCache, batch: ExtendBatch) -> PagedAttend:
@@ -38,20 +47,27 @@ def plan_paged(cache: KVCache, batch: ExtendBatch) -> PagedAttend:
     first = counts.cumsum(0) - counts
     logical = torch.arange(len(sequence)) - first[sequence] + starts[sequence]
     slots = table[sequence, logical // page_size] * page_size + logical % page_size
-    visibility = batch.visibility
-    rows = PagedRows(
-        row_start=first.to(device),
-        num_rows=counts.to(device),
-        cached=starts.to(device),
-        table_row=torch.arange(len(counts), device=device),
-        page_table=table.to(device),
-        page_size=page_size,
-        max_rows=max(batch.counts),
-        max_keys=int((starts + counts).max()),
-        shared=None if visibility is None else visibility.shared,
-        own_start=None if visibility is None else visibility.own_start,
-    )
-    return PagedAttend(cache, rows, slots.to(device))
+    members: tuple[list[int], list[int]] = [], []  # short, long
+    for s, count in enumerate(batch.counts):
+        members[count > _SHORT_ROWS].append(s)
+    visibility, device_table = batch.visibility, table.to(device)
+    groups = [
+        PagedRows(
+            row_start=first[group].to(device),
+            num_rows=counts[group].to(device),
+            cached=starts[group].to(device),
+            table_row=torch.tensor(group, device=device),
+            page_table=device_table,
+            page_size=page_size,
+            max_rows=int(counts[group].max()),
+            max_keys=int((starts + counts)[group].max()),
+            shared=None if visibility is None else visibility.shared,
+            own_start=None if visibility is None else visibility.own_start,
+        )
+        for group in members
+        if group
+    ]
+    return PagedAttend(cache, groups, slots.to(device))
 
 
 def _sequences(batch: ExtendBatch) -> zip:

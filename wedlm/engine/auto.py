@@ -69,6 +69,17 @@ class StepCosts:
         (x0, y0), (x1, y1) = ((self._rows[j], self._seconds[j]) for j in (i - 1, i))
         return y0 + (rows - x0) * (y1 - y0) / (x1 - x0)
 
+    def rows_within(self, seconds: float) -> int:
+        """The most rows that a forward of so many seconds can have; at least 0."""
+        points = list(zip(self._rows, self._seconds, strict=True))
+        if len(points) == 1 or seconds < points[0][1]:
+            return int(points[0][0] * seconds / points[0][1])
+        if self.padded and seconds < points[-1][1]:
+            return points[bisect.bisect_right(self._seconds, seconds) - 1][0]
+        i = min(bisect.bisect_right(self._seconds, seconds), len(points) - 1)
+        (x0, y0), (x1, y1) = points[i - 1], points[i]
+        return int(x0 + (seconds - y0) * (x1 - x0) / max(y1 - y0, 1e-9))
+
 
 def longest_draft(num_rows: int, num_drafts: int, num_accepted: int, row_budget: int) -> int:
     """Most drafts that a step of so many rows can leave to the next one, which gets at most ``row_budget`` rows.

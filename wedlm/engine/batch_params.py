@@ -57,13 +57,11 @@ class BatchParams:
         window = replace(_map(self.window, lambda t: t[index]), any_verifies=flags.verifies, any_streams=flags.streams)
         return replace(_map(self, lambda t: t[index]), window=window, flags=flags)
 
-    def put(self, row: int, one: "BatchParams") -> None:
-        """Write the only row of ``one`` to ``row`` in place."""
-        for mine, its in ((self, one), (self.window, one.window)):
-            for field in fields(mine):
-                target = getattr(mine, field.name)
-                if isinstance(target, Tensor):
-                    target[row] = getattr(its, field.name)[0]
+    def pairs(self, one: "BatchParams") -> list[tuple[Tensor, Tensor]]:
+        """Each tensor of this one, and its only row in ``one``."""
+        both = ((self, one), (self.window, one.window))
+        named = [(getattr(mine, f.name), getattr(its, f.name)) for mine, its in both for f in fields(mine)]
+        return [(target, value[0]) for target, value in named if isinstance(target, Tensor)]
 
 
 @dataclass(frozen=True)

@@ -63,4 +63,5 @@ def _runner(model: Transformer, cache: KVCache, config: EngineConfig, graphs: bo
     from wedlm.model.fused import FusedTransformer
 
     fused = FusedTransformer(model)
-    return GraphRunner(fused, cache, config.mask_token_id, config.max_num_seqs, config.max_model_len)
+    limits = config.max_num_seqs, config.max_model_len
+    return GraphRunner(fused, cache, config.mask_token_id, *limits, captures_chunks=config.capture_chunks)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step of decoding windows as device code alone: no size depends on data, nothing waits, a CUDA graph can hold it.
+"""One step of decoding windows and prompt chunks as device code alone: no size depends on data, nothing waits, a CUDA
+graph can hold it.
 
 The twin is ``Runner.run``. Whatever a step needs lies in tensors by slot: windows, parameters, pages.
 """
@@ -18,19 +19,49 @@ from wedlm.attention.paged import PagedAttend
 from wedlm.engine.batch_params import BatchFlags, BatchParams
 from wedlm.kernels.attention import PagedRows
 from wedlm.kernels.logits import greedy_rows
+from wedlm.kernels.streaming import streaming_advance, streaming_rows
 from wedlm.kernels.verified import verified_advance, verified_rows
 from wedlm.model.fused import FusedTransformer
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """All that a captured step depends on: S sequences, T rows in all, L of them with logits, rows of one sequence."""
+    """All that a captured step depends on: S windows with at most so many rows in all and each, L logits; T rows with
+    those of chunks. No window: the step has chunks alone."""
 
     num_sequences: int
     num_rows: int
     num_wanted: int
     max_rows: int
     flags: BatchFlags
+    num_window_rows: int
+    num_chunks: int = 0
+
+    @classmethod
+    def of_windows(
+        cls, num_sequences: int, num_rows: int, num_wanted: int, max_rows: int, flags: BatchFlags
+    ) -> "StepShape":
+        """Of a step without chunks."""
+        return cls(num_sequences, num_rows, num_wanted, max_rows, flags, num_rows)
+
+
+@dataclass(frozen=True)
+class ChunkRows:
+    """Chunks of N prompts, the last of T rows; the rows before theirs are as padding. On the device, overwritten before
+    each step. Chunks without rows start at T, and their pages are nobody's."""
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    row_start: Tensor
+    num_rows: Tensor
+    cached: Tensor
+    table_row: Tensor
+
+    @classmethod
+    def views(cls, numbers: Tensor, num_rows: int, num_chunks: int) -> "ChunkRows":
+        """Of int64 [3 T + 4 N], the fields one after the other."""
+        return cls(*numbers.split([*[num_rows] * 3, *[num_chunks] * 4]))
 
 
 @dataclass
@@ -67,12 +98,51 @@ class DeviceStep:
         self.max_keys = slots.page_table.shape[1] * cache.page_size
 
     @torch.inference_mode()
-    def __call__(self, shape: StepShape, index: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None = None) -> tuple[Tensor, Tensor]:
         """Int64 [S, 4 + C]: tokens emitted, rows run, tokens cached now, drafts verified, the emitted tokens; and
-        their log-probabilities [S, C]."""
-        return self._any(shape, index) if shape.flags.streams else self._verified(shape, index)
+        their log-probabilities [S, C]. ``chunks``: N of ``shape.num_chunks`` prompts, beside the windows."""
+        assert (chunks is not None) == (shape.num_chunks > 0)
+        if not shape.num_sequences:
+            assert chunks is not None
+            return self._chunks(shape, chunks)
+        if not shape.flags.streams:
+            return self._verified(shape, index, chunks)
+        # The kernels know neither windows whose size adapts nor flags of masked rows.
+        if shape.flags.verifies or shape.flags.adapts or self.model.has_factors:
+            return self._any(shape, index, chunks)
+        return self._streaming(shape, index, chunks)
 
-    def _verified(self, shape: StepShape, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _chunks(self, shape: StepShape, chunks: ChunkRows) -> tuple[Tensor, Tensor]:
+        attend = PagedAttend(self.cache, [self._plan_chunks(shape, chunks)], chunks.slots)
+        self.model(chunks.tokens, chunks.positions, attend, chunks.slots[:0])
+        columns = self.slots.state.tokens.shape[1]
+        return chunks.slots.new_empty(0, 4 + columns), self.slots.state.logprobs.new_empty(0, columns)
+
+    def _plan_chunks(self, shape: StepShape, chunks: ChunkRows) -> PagedRows:
+        return PagedRows(
+            chunks.row_start, chunks.num_rows, chunks.cached, chunks.table_row, self.slots.page_table,
+            self.cache.page_size, shape.num_rows, self.max_keys,
+        )  # fmt: skip
+
+    def _forward(
+        self, shape: StepShape, tokens: Tensor, positions: Tensor, slots: Tensor, plan: PagedRows,
+        wanted: Tensor | None, chunks: ChunkRows | None, masked: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits of the rows ``wanted`` (None: the first L), those of the chunks having taken the last places.
+        ``masked``: flags of masked rows, where the model has factors for them; rows of chunks have none."""
+        groups = [plan]
+        if chunks is not None:
+            row = torch.arange(shape.num_rows, device=tokens.device)
+            own = row >= chunks.row_start[0]
+            tokens, positions, slots = (
+                torch.where(own, theirs, ours)
+                for theirs, ours in ((chunks.tokens, tokens), (chunks.positions, positions), (chunks.slots, slots))
+            )
+            groups = [replace(plan, within=shape.num_window_rows), self._plan_chunks(shape, chunks)]
+            wanted = row[: shape.num_wanted] if wanted is None else wanted
+        return self.model(tokens, positions, PagedAttend(self.cache, groups, slots), wanted, masked)
+
+    def _verified(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> tuple[Tensor, Tensor]:
         slots, page_size = self.slots, self.cache.page_size
         rows = verified_rows(
             slots.state, index, slots.page_table, page_size, shape.num_rows, self.mask_token_id, self.trash_slot
@@ -83,11 +153,27 @@ class DeviceStep:
             rows.shared if shape.flags.groups else None, rows.own_start if shape.flags.groups else None,
         )  # fmt: skip
         masked = rows.shared > 0 if self.model.has_factors and shape.flags.groups else None
-        logits = self.model(rows.tokens, rows.positions, PagedAttend(self.cache, plan, rows.slots), masked=masked)
-        chosen = self._choose(logits, index, rows.sequence, rows.target, shape.flags)
+        logits = self._forward(shape, rows.tokens, rows.positions, rows.slots, plan, None, chunks, masked)
+        last = shape.num_wanted
+        chosen = self._choose(logits, index, rows.sequence[:last], rows.target[:last], shape.flags)
         return verified_advance(slots.state, self._window, index, rows, *chosen)
 
-    def _any(self, shape: StepShape, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _streaming(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> tuple[Tensor, Tensor]:
+        slots, page_size = self.slots, self.cache.page_size
+        rows = streaming_rows(
+            slots.state, slots.params.window, index, slots.page_table, page_size,
+            shape.num_rows, shape.num_wanted, self.mask_token_id, self.trash_slot,
+        )  # fmt: skip
+        plan = PagedRows(
+            rows.row_start, rows.num_rows, rows.cached, index, slots.page_table, page_size,
+            shape.max_rows, self.max_keys,
+        )  # fmt: skip
+        logits = self._forward(shape, rows.tokens, rows.positions, rows.slots, plan, rows.wanted, chunks)
+        chosen = self._choose(logits, index, rows.sequence, rows.target, shape.flags)
+        return streaming_advance(slots.state, slots.params.window, index, rows, *chosen)
+
+    def _any(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> tuple[Tensor, Tensor]:
+        """Streaming and verified windows side by side, in plain tensor operations: the twin of the other two."""
         slots, page_size = self.slots, self.cache.page_size
         params = slots.params.take(index, shape.flags)
         state, run = extend(slots.state.take(index), params.window)
@@ -115,7 +201,7 @@ class DeviceStep:
         wanted = packed.real & (~filled | params.window.verifies[sequence])
         pick = torch.argsort(~wanted, stable=True)[: shape.num_wanted]
         masked = ~filled & packed.real if self.model.has_factors else None
-        logits = self.model(tokens, positions, PagedAttend(self.cache, plan, key_slots), pick, masked)
+        logits = self._forward(shape, tokens, positions, key_slots, plan, pick, chunks, masked)
         chosen = self._choose(logits, index, sequence[pick], (positions + filled)[pick], shape.flags)
         # Rows that nobody wanted write to a sequence that does not exist.
         at = (sequence[pick].where(wanted[pick], len(index)), column[pick])

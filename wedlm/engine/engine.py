@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop: requests in, one step at a time, finished requests out. Single-threaded; callers serialise access."""
 
+import math
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from wedlm.algorithm.params import DecodeParams, Decoding
-from wedlm.engine.auto import AutoRows, longest_draft
+from wedlm.engine.auto import AutoRows, StepCosts, longest_draft
 from wedlm.engine.auto_window import AutoWindow
 from wedlm.engine.constraints import constraint_of
+from wedlm.engine.pacing import Pacing
 from wedlm.engine.pages import PagePool
 from wedlm.engine.runner import Flight, Runner
 from wedlm.engine.sampling_params import SamplingParams
@@ -30,6 +32,10 @@ class EngineConfig:
     default_window_size: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
+    # A step with prompt chunks should take at most so many times what its windows alone take; inf: no limit. 1.8 keeps
+    # tokens coming where such steps are captured; neither has run on a GPU yet, so both are off.
+    chunk_step_ratio: float = math.inf
+    capture_chunks: bool = False
 
 
 class Engine:
@@ -37,13 +43,17 @@ class Engine:
 
     def __init__(self, config: EngineConfig, runner: Runner, pool: PagePool, tokenizer: Decoder | None) -> None:
         self.config, self.runner, self.pool, self.tokenizer = config, runner, pool, tokenizer
-        self.scheduler = Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens, runner.suspend)
+        limits = config.max_num_seqs, config.max_num_batched_tokens
+        paced = self._chunk_rows if config.chunk_step_ratio < math.inf else None
+        self.scheduler = Scheduler(pool, *limits, runner.suspend, paced)
         self.requests: dict[str, Request] = {}
         self._arrivals = 0
         self._flight: tuple[StepPlan, Flight] | None = None  # a launched step that nobody has read
+        self.pacing: Pacing | None = None  # since prompts and windows first met
+        self._costs: StepCosts | None = None
         self.auto: AutoRows | None = None  # since the first request that decodes so
         self.auto_window: AutoWindow | None = None  # the same of auto streaming
-        self._last_read: float | None = None  # when the last step of windows alone was read, if none came between
+        self._last_read: float | None = None  # when the last step was read, if it had windows
 
     @property
     def has_work(self) -> bool:
@@ -81,14 +91,24 @@ class Engine:
         self.requests[request_id] = request
         return request
 
+    def _step_costs(self, most_rows: int) -> StepCosts:
+        """Measured when first asked for, which takes about a second."""
+        if self._costs is None:
+            self._costs = self.runner.step_costs(most_rows * self.config.max_num_seqs)
+        return self._costs
+
+    def _chunk_rows(self, window_rows: int) -> int:
+        if self.pacing is None:
+            self.pacing = Pacing(self._step_costs(self.config.default_window_size), self.config.chunk_step_ratio)
+        return self.pacing.chunk_rows(window_rows)
+
     def _prepare(self, request: Request) -> None:
         """Measure what steps cost before the first request whose rows depend on it; begin with the rows of the hour."""
         decode = request.decode
-        most_rows = decode.max_rows * self.config.max_num_seqs
         if decode.decoding == "auto" and self.auto is None:
-            self.auto = AutoRows(self.runner.step_costs(most_rows))
+            self.auto = AutoRows(self._step_costs(decode.max_rows))
         if decode.decoding == "auto_streaming" and self.auto_window is None:
-            self.auto_window = AutoWindow(self.runner.step_costs(most_rows))
+            self.auto_window = AutoWindow(self._step_costs(decode.max_rows))
         if decode.decoding == "auto" and self.auto is not None:
             first = replace(decode, window_size=min(decode.window_size, self.auto.row_budget))
             request.window = WindowSnapshot.initial(request.prompt_token_ids, first)
@@ -109,8 +129,7 @@ class Engine:
     def _decode_params(self, prompt: list[int], params: SamplingParams) -> DecodeParams:
         ends = tuple(params.stop_token_ids or ()) + (() if params.ignore_eos else self.config.end_token_ids)
         if any(token >= self.config.vocab_size for token in ends):
-            given = list(params.stop_token_ids or ())
-            raise ValueError(f"stop_token_ids is {given}; expected ids below {self.config.vocab_size}")
+            raise ValueError(f"stop_token_ids is {ends}; expected ids below {self.config.vocab_size}")
         return DecodeParams(
             decoding=params.decoding or self.config.default_decoding,
             window_size=params.wedlm_window_size or self.config.default_window_size,
@@ -143,9 +162,10 @@ class Engine:
             self._flight = plan, self.runner.launch(plan)
         plan, flight = self._flight
         ahead = self.scheduler.schedule_ahead(plan)
-        if ahead is not None:
+        following = None
+        if ahead is not None and self.runner.can_launch(ahead):
             ahead = self._with_rows(ahead)
-        following = None if ahead is None else (ahead, self.runner.launch(ahead))
+            following = ahead, self.runner.launch(ahead)
         changed = self._take(plan, flight.read())
         self._flight = following if self.requests else None
         return changed
@@ -158,21 +178,25 @@ class Engine:
             return plan
         chooser = self.auto if chosen_by[0].decode.verifies else self.auto_window
         assert chooser is not None
-        row_budget = chooser.choose(len(plan.work), max(request.decode.row_budget for request in chosen_by))
+        most = max(request.decode.row_budget for request in chosen_by)
+        row_budget = chooser.choose(sum(work.decodes for work in plan.work), most)
         for request in adapting:
             most = min(request.decode.row_budget, row_budget)
             request.row_bound = most if request.decode.verifies else 2 * most
         return replace(plan, row_budget=row_budget)
 
     def _learn(self, plan: StepPlan, results: Sequence[WindowResult | None]) -> None:
-        """Tell auto decoding what the step cost and what became of its drafts."""
-        now, last = time.perf_counter(), self._last_read
-        self._last_read = now if all(result is not None for result in results) else None
-        if self.auto is None and self.auto_window is None:
-            return
+        """Tell pacing and auto decoding what the step cost, and what became of drafts."""
         decoded = [(work, result) for work, result in zip(plan.work, results, strict=True) if result is not None]
-        if self.auto is not None and last is not None and self._last_read is not None:
-            self.auto.observe_time(len(decoded), sum(result.num_rows for _, result in decoded), now - last)
+        now, last = time.perf_counter(), self._last_read
+        self._last_read = now if decoded else None
+        if last is not None and decoded:
+            rows = sum(result.num_rows for _, result in decoded)
+            chunk_rows = sum(work.count for work in plan.work if not work.decodes)
+            if self.pacing is not None:
+                self.pacing.observe(rows, chunk_rows, now - last)
+            if self.auto is not None and not chunk_rows:
+                self.auto.observe_time(len(decoded), rows, now - last)
         for work, result in decoded:
             request, accepted = work.request, len(result.tokens) - 1
             if request.decode.decoding == "auto_streaming" and self.auto_window is not None:
@@ -191,7 +215,7 @@ class Engine:
             if request.finish_reason is not None:  # since the step was launched
                 continue
             if result is None:
-                self.scheduler.cached(request, request.num_cached + work.count)
+                self.scheduler.cached(request, work.start + work.count)
                 continue
             request.num_forwards += 1
             request.num_rows += result.num_rows
@@ -251,3 +275,5 @@ class Engine:
         if request.text is not None and request.finish_reason != "stop":
             request.text.finish()
         del self.requests[request.request_id]
+        if not self.requests:
+            self._last_read = None

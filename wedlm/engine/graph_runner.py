@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs steps of windows alone as CUDA graphs, and lets the host read a step while the next one runs.
+"""Runs steps of windows and prompt chunks as CUDA graphs, and lets the host read a step while the next one runs.
 
-Steps that carry a prompt's chunk, or a request that needs the host, run as ``Runner`` runs them, on the same slots.
+Steps of very many rows, or with a request that needs the host, run as ``Runner`` runs them, on the same slots.
 """
 
 from dataclasses import replace
@@ -15,49 +15,66 @@ from wedlm.attention.base import KVCache
 from wedlm.attention.paged import plan_paged
 from wedlm.engine.auto import StepCosts
 from wedlm.engine.batch_params import BatchFlags, BatchParams
-from wedlm.engine.device_step import DeviceStep, Slots, StepShape
+from wedlm.engine.device_step import ChunkRows, DeviceStep, Slots, StepShape
 from wedlm.engine.runner import Runner
 from wedlm.engine.types import Request, StepPlan, WindowResult, Work
+from wedlm.engine.upload import put_row, upload
 from wedlm.model.fused import FusedTransformer
 
 _MAX_ENDS = 8  # end tokens of a request; more need the host
+# Chunks come in few sizes, so that few steps are captured; a step of more rows keeps the GPU busy while it is launched.
+_CHUNK_SIZES = [4, 16, 64, 256, 1024, 4096]
+_FEWEST_CHUNK_ROWS, _MOST_CHUNK_ROWS = 128, 2048
+_FEWEST_BESIDE = 64  # rows of windows there
 _SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
 
 
 class GraphFlight:
     """``Flight`` whose results are on their way to the host's memory."""
 
-    def __init__(self, num_windows: int, ints: Tensor, floats: Tensor) -> None:
-        self.num_windows = num_windows
+    def __init__(self, num_windows: int, num_chunks: int, ints: Tensor, floats: Tensor) -> None:
+        self.num_windows, self.num_chunks = num_windows, num_chunks
         on_gpu = ints.is_cuda
-        self._ints = torch.empty(ints.shape, dtype=ints.dtype, pin_memory=on_gpu).copy_(ints, non_blocking=True)
-        self._floats = torch.empty(floats.shape, dtype=floats.dtype, pin_memory=on_gpu).copy_(floats, non_blocking=True)
+        self._ints, self._floats = (
+            torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu and num_windows > 0).copy_(t, non_blocking=True)
+            for t in (ints, floats)
+        )
         self._done = torch.cuda.Event() if on_gpu else None
         if self._done is not None:
             self._done.record()
 
-    def read(self) -> list[WindowResult]:
+    def read(self) -> list[WindowResult | None]:
         if self._done is not None:
             self._done.synchronize()
+        if not self.num_windows:
+            return [None] * self.num_chunks
         widest = max(1, int(self._ints[: self.num_windows, 0].max()))
         rows = self._ints[: self.num_windows, : 4 + widest].tolist()
         logprobs = self._floats[: self.num_windows, :widest].tolist()
-        return [
+        results = [
             WindowResult(row[4 : 4 + row[0]], logprob[: row[0]], [], row[1], row[2], row[3])
             for row, logprob in zip(rows, logprobs, strict=True)
         ]
+        return [*results, *[None] * self.num_chunks]
 
 
 class GraphRunner(Runner):
-    """``Runner`` whose steps of windows alone need no host. The cache's last page must be no pool's.
+    """``Runner`` whose steps need no host. The cache's last page must be no pool's.
 
-    Without a GPU the same device code runs directly, for the tests."""
+    ``captures_chunks``: steps with prompt chunks are captured, too; otherwise they run as ``Runner`` runs them. Without
+    a GPU the same device code runs directly, for the tests."""
 
     def __init__(
-        self, model: FusedTransformer, cache: KVCache, mask_token_id: int, max_num_seqs: int, max_model_len: int
+        self,
+        model: FusedTransformer,
+        cache: KVCache,
+        mask_token_id: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        captures_chunks: bool = False,
     ) -> None:
         super().__init__(model, cache, mask_token_id, max_num_seqs, plan_paged)
-        self._fused, self._max_model_len = model, max_model_len
+        self._fused, self._max_model_len, self._captures_chunks = model, max_model_len, captures_chunks
         self.state = WindowState.empty(max_num_seqs + 1, 64, self.device)
         nobody = [DecodeParams("autoregressive")] * (max_num_seqs + 1)
         params = BatchParams.stack(nobody, self.device, _MAX_ENDS)
@@ -70,12 +87,14 @@ class GraphRunner(Runner):
         self.step = DeviceStep(model, cache, self.slots, mask_token_id)
         self._sent: dict[str, int] = {}  # pages of a request that the device's table has
         self._index: dict[int, tuple[list[int], Tensor]] = {}  # by number of sequences: what it holds, static tensor
+        self._chunks: dict[tuple[int, int], Tensor] = {}  # by rows and chunks: static tensor of ``ChunkRows``
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._latest: torch.cuda.CUDAGraph | None = None  # keeps alive the memory that all captured steps share
 
     def again(self, cache: KVCache) -> "GraphRunner":
         """A new one for the same model over ``cache``."""
-        return GraphRunner(self._fused, cache, self.mask_token_id, self.slots.nobody, self._max_model_len)
+        limits = self.slots.nobody, self._max_model_len
+        return GraphRunner(self._fused, cache, self.mask_token_id, *limits, captures_chunks=self._captures_chunks)
 
     def forget_graphs(self) -> None:
         """Capture each step anew when it is next needed."""
@@ -89,7 +108,7 @@ class GraphRunner(Runner):
         flags = BatchFlags.of([DecodeParams("verified")])
         measured = []
         for num_rows in [size for size in _SIZES if size <= _size(most_rows)]:
-            graph, *_ = self._captured(StepShape(1, num_rows, num_rows, 16, flags), index)
+            graph, *_ = self._captured(StepShape.of_windows(1, num_rows, num_rows, 16, flags), index, None)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             graph.replay()
             start.record()
@@ -102,8 +121,11 @@ class GraphRunner(Runner):
 
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether nothing in the step needs the host."""
-        return bool(plan.work) and all(
-            work.decodes and not work.request.needs_host and len(work.request.decode.end_token_ids) <= _MAX_ENDS
+        most = _MOST_CHUNK_ROWS if self._captures_chunks else 0
+        if not all(work.decodes for work in plan.work) and sum(work.count for work in plan.work) > most:
+            return False
+        return bool(plan.work) and not any(
+            work.decodes and (work.request.needs_host or len(work.request.decode.end_token_ids) > _MAX_ENDS)
             for work in plan.work
         )
 
@@ -116,24 +138,19 @@ class GraphRunner(Runner):
             self._row_budget = plan.row_budget
             self.slots.limit(plan.row_budget)
         self._send_pages(plan.work)
-        params = [work.request.decode for work in plan.work]
-        num_rows = _size(sum(work.count for work in plan.work))
-        streaming = sum(p.window_size if not p.verifies else w.count for p, w in zip(params, plan.work, strict=True))
-        shape = StepShape(
-            num_sequences=_size(len(plan.work)),
-            num_rows=num_rows,
-            num_wanted=min(num_rows, _size(streaming)),
-            max_rows=_size(max(work.count for work in plan.work)),
-            flags=BatchFlags.of(params),
-        )
+        windows = [work for work in plan.work if work.decodes]
+        chunks = plan.work[len(windows) :]
+        shape = _shape(windows, chunks)
         if self.device.type == "cuda" and shape not in self._graphs:
-            self._graphs[shape] = self._captured(shape, self._set_index(shape.num_sequences, []))
-        index = self._set_index(shape.num_sequences, [self._slots[work.request.request_id] for work in plan.work])
+            nothing = self._set_index(shape.num_sequences, []), self._set_chunks(shape, [])
+            self._graphs[shape] = self._captured(shape, *nothing)
+        index = self._set_index(shape.num_sequences, [self._slots[work.request.request_id] for work in windows])
+        rows = self._set_chunks(shape, chunks)
         if self.device.type != "cuda":
-            return GraphFlight(len(plan.work), *self.step(shape, index))
+            return GraphFlight(len(windows), len(chunks), *self.step(shape, index, rows))
         graph, ints, floats = self._graphs[shape]
         graph.replay()
-        return GraphFlight(len(plan.work), ints, floats)
+        return GraphFlight(len(windows), len(chunks), ints, floats)
 
     def _set_index(self, size: int, slots: list[int]) -> Tensor:
         slots = [*slots, *[self.slots.nobody] * (size - len(slots))]
@@ -144,6 +161,29 @@ class GraphRunner(Runner):
             index.copy_(self._upload(slots), non_blocking=True)
             self._index[size] = (slots, index)
         return index
+
+    def _set_chunks(self, shape: StepShape, chunks: list[Work]) -> ChunkRows | None:
+        if not shape.num_chunks:
+            return None
+        size, page_size = shape.num_rows, self.cache.page_size
+        padding = torch.tensor([self.mask_token_id, 0, self.step.trash_slot])
+        rows = padding[:, None].repeat(1, size)  # tokens, positions, slots
+        sequences = torch.tensor([size, 0, 0, self.slots.nobody])[:, None].repeat(1, shape.num_chunks)
+        first = size - sum(work.count for work in chunks)
+        for i, work in enumerate(chunks):
+            position = torch.arange(work.start, work.start + work.count)
+            own = rows[:, first : first + work.count]
+            own[0] = torch.tensor(work.request.tokens[work.start : work.start + work.count])
+            own[1] = position
+            own[2] = torch.tensor(work.pages)[position // page_size] * page_size + position % page_size
+            sequences[:, i] = torch.tensor([first, work.count, work.start, self._slots[work.request.request_id]])
+            first += work.count
+        numbers = torch.cat((rows.view(-1), sequences.view(-1)))
+        key = size, shape.num_chunks
+        if key not in self._chunks:
+            self._chunks[key] = torch.empty_like(numbers, device=self.device)
+        self._chunks[key].copy_(upload(numbers, self.device), non_blocking=True)
+        return ChunkRows.views(self._chunks[key], *key)
 
     def _send_pages(self, work: list[Work]) -> None:
         rows: list[int] = []
@@ -162,22 +202,20 @@ class GraphRunner(Runner):
             self.slots.page_table[row, column] = page
 
     def _upload(self, values: list) -> Tensor:
-        tensor = torch.tensor(values, dtype=torch.long)
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor
+        return upload(torch.tensor(values, dtype=torch.long), self.device)
 
-    def _captured(self, shape: StepShape, index: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        """The step as a graph; ``index`` names the empty window meanwhile, which no step changes."""
+    def _captured(
+        self, shape: StepShape, index: Tensor, chunks: ChunkRows | None
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """The step as a graph; ``index`` names the empty window meanwhile, which no step changes, chunks are empty."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):
-                self.step(shape, index)
+            self.step(shape, index, chunks)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=None if self._latest is None else self._latest.pool()):
-            ints, floats = self.step(shape, index)
+            ints, floats = self.step(shape, index, chunks)
         self._latest = graph
         return graph, ints, floats
 
@@ -187,8 +225,8 @@ class GraphRunner(Runner):
             self.slots.state = self.state
             self.forget_graphs()
         if len(request.decode.end_token_ids) <= _MAX_ENDS:
-            one = BatchParams.stack([request.decode], self.device, _MAX_ENDS)
-            self.slots.params.put(self._slots[request.request_id], one)
+            one = BatchParams.stack([request.decode], torch.device("cpu"), _MAX_ENDS)
+            put_row(self._slots[request.request_id], self.slots.params.pairs(one))
             self.slots.limit(self._row_budget)
 
     def unload(self, request: Request) -> None:
@@ -196,6 +234,33 @@ class GraphRunner(Runner):
         super().unload(request)
 
 
+def _shape(windows: list[Work], chunks: list[Work]) -> StepShape:
+    """The captured step that holds these windows and chunks."""
+    params = [work.request.decode for work in windows]
+    most = max((work.count for work in windows), default=0)
+    flags = BatchFlags.of(params)
+    # A captured step does the same with and without these; windows of a row each have no groups, so auto is as AR.
+    flags = replace(flags, adapts=flags.adapts and flags.streams, entropy=False, groups=flags.groups and most > 1)
+    num_rows = sum(work.count for work in windows)
+    streaming = sum(p.window_size if not p.verifies else w.count for p, w in zip(params, windows, strict=True))
+    if not chunks:
+        rows = _size(num_rows)
+        return StepShape.of_windows(_size(len(windows)), rows, min(rows, _size(streaming)), _size(most), flags)
+    rows = _size(max(_FEWEST_CHUNK_ROWS, num_rows + sum(work.count for work in chunks)))
+    num_chunks = _chunk_size(len(chunks))
+    if not windows:
+        return StepShape(0, rows, 0, 0, flags, 0, num_chunks)
+    window_rows = min(rows, _chunk_size(max(_FEWEST_BESIDE, num_rows)))
+    wanted = min(window_rows, _chunk_size(max(_FEWEST_BESIDE, streaming)))
+    most = _chunk_size(max(16, most))
+    return StepShape(_chunk_size(len(windows)), rows, wanted, most, flags, window_rows, num_chunks)
+
+
 def _size(number: int) -> int:
     """The smallest captured size that holds ``number``."""
     return next((size for size in _SIZES if size >= number), -(-number // 1024) * 1024)
+
+
+def _chunk_size(number: int) -> int:
+    """``_size`` where chunks share the step."""
+    return next(size for size in _CHUNK_SIZES if size >= number)

@@ -23,6 +23,7 @@ from wedlm.engine.batch_params import BatchParams
 from wedlm.engine.constrained_step import ConstrainedStep
 from wedlm.engine.sampling_params import MAX_LOGPROBS
 from wedlm.engine.types import Alternatives, Request, StepPlan, WindowResult, WindowSnapshot, Work
+from wedlm.engine.upload import put_row
 
 _MEASURING_S = 0.7  # for a table of costs
 
@@ -32,8 +33,8 @@ RowsForward = Callable[..., Tensor]  # model(tokens_T, positions_T, attend, logi
 class Flight(Protocol):
     """A launched step."""
 
-    def read(self) -> list[WindowResult]:
-        """Wait for the step, and for nothing launched after it: a result per window of its plan."""
+    def read(self) -> list[WindowResult | None]:
+        """Wait for the step, and for nothing launched after it: a result per work of its plan, None for chunks."""
         ...
 
 
@@ -74,12 +75,14 @@ class Runner:
             for old, new in ((getattr(self.state, n), getattr(wider, n)) for n in ("tokens", "filled", "logprobs")):
                 new[:, : old.shape[1]] = old
             self.state = replace(wider, cached=self.state.cached, width=self.state.width)
-        width = len(window.tokens)
-        self.state.cached[slot], self.state.width[slot] = window.cached, width
-        self.state.filled[slot] = False
-        self.state.filled[slot, :width] = torch.tensor([t is not None for t in window.tokens])
-        self.state.tokens[slot, :width] = torch.tensor([t or 0 for t in window.tokens])
-        self.state.logprobs[slot, :width] = torch.tensor(window.logprobs)
+        rest = [0] * (self.state.tokens.shape[1] - len(window.tokens))
+        put_row(slot, [
+            (self.state.cached, torch.tensor(window.cached)),
+            (self.state.width, torch.tensor(len(window.tokens))),
+            (self.state.tokens, torch.tensor([*(t or 0 for t in window.tokens), *rest])),
+            (self.state.filled, torch.tensor([*(t is not None for t in window.tokens), *rest])),
+            (self.state.logprobs, torch.tensor([*window.logprobs, *rest])),
+        ])  # fmt: skip
 
     def unload(self, request: Request) -> None:
         """Free the request's slot, if it has one."""
@@ -198,15 +201,15 @@ class Runner:
         window_tokens, window_positions, num_rows, starts, wanted, masked = rows or (none, none, [], [], none, none)
         tokens, positions = [window_tokens], [window_positions]
         for work in chunks:
-            start, stop = work.request.num_cached, work.request.num_cached + work.count
-            tokens.append(torch.tensor(work.request.tokens[start:stop], device=self.device))
-            positions.append(torch.arange(start, stop, device=self.device))
+            stop = work.start + work.count
+            tokens.append(torch.tensor(work.request.tokens[work.start : stop], device=self.device))
+            positions.append(torch.arange(work.start, stop, device=self.device))
         if visibility is not None and chunks:  # a chunk's rows are in plain order
             more = (0, sum(work.count for work in chunks))
             visibility = RowVisibility(F.pad(visibility.shared, more), F.pad(visibility.own_start, more))
         everything = [*windows, *chunks]
         batch = ExtendBatch(
-            starts=[*starts, *(work.request.num_cached for work in chunks)],
+            starts=[*starts, *(work.start for work in chunks)],
             counts=[*num_rows, *(work.count for work in chunks)],
             pages=[work.pages for work in everything],
             visibility=visibility,

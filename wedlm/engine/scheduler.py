@@ -13,7 +13,7 @@ class Scheduler:
 
     ``suspend(request)`` is called when a running request is preempted and returns its window, the only state besides
     tokens that must survive. Preemption takes the latest arrival; since ``admit`` refuses a request that could not run
-    alone, the earliest one always gets on.
+    alone, the earliest one always gets on. ``chunk_rows(rows of windows)``: most rows of prompt chunks beside those.
     """
 
     def __init__(
@@ -22,8 +22,10 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         suspend: Callable[[Request], WindowSnapshot],
+        chunk_rows: Callable[[int], int] | None = None,
     ) -> None:
         self.pool = pool
+        self._chunk_rows = chunk_rows
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -49,80 +51,85 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plan the next step; empty only if nothing waits or runs."""
+        plan = self._schedule({})
+        assert plan is not None
+        return plan
+
+    def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step after ``plan``, which nobody has read yet; pages are reserved for whatever it may commit.
+
+        None if that takes a preemption, or if ``plan`` leaves nothing to do.
+        """
+        ahead = self._schedule({work.request.request_id: work for work in plan.work})
+        return ahead if ahead is not None and ahead.work else None
+
+    def _schedule(self, unread: dict[str, Work]) -> StepPlan | None:
+        """The step after one that does ``unread``, by request. None if pages run short before it is read."""
         self._step += 1
         planned: dict[str, Work] = {}
         budget = self.max_num_batched_tokens
+        chunk_budget = self._chunk_budget(unread)
         preempted = False
         # Least recently served first, so that a budget too small for all starves nobody.
         for request in sorted(self.running, key=lambda r: (r.last_step, r.arrival)):
-            while request in self.running:
-                work = self._plan(request, budget)
+            done = unread.get(request.request_id)
+            if done is not None and _ends(done):
+                continue
+            while not preempted or request in self.running:
+                work = self._plan(request, _start(request, done), budget, chunk_budget)
                 if work is None:
                     break
-                if self.pool.reserve(request.request_id, request.num_cached + work.count):
+                if self.pool.reserve(request.request_id, min(work.start + work.count, request.decode.max_positions)):
                     planned[request.request_id] = work
                     request.last_step = self._step
                     budget -= work.count
+                    chunk_budget -= 0 if work.decodes else work.count
                     break
+                if unread:
+                    return None
                 victim = max(self.running, key=lambda r: r.arrival)
                 self._preempt(victim)
                 preempted = True
                 if (lost := planned.pop(victim.request_id, None)) is not None:
                     budget += lost.count
+                    chunk_budget += 0 if lost.decodes else lost.count
         while self.waiting and not preempted and len(self.running) < self.max_num_seqs:
-            work = self._admit(self.waiting[0], budget)
-            if work is None:
+            admitted = self._admit(self.waiting[0], budget, chunk_budget)
+            if admitted is None:
                 break
             self.running.append(self.waiting.popleft())
-            planned[work.request.request_id] = work
-            work.request.last_step = self._step
-            budget -= work.count
+            planned[admitted.request.request_id] = admitted
+            admitted.request.last_step = self._step
+            budget -= admitted.count
+            chunk_budget -= 0 if admitted.decodes else admitted.count
         return StepPlan(sorted(planned.values(), key=lambda work: not work.decodes))
 
-    def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
-        """The step after ``plan``, a step of windows alone that nobody has read yet: the same windows once more.
+    def _chunk_budget(self, unread: dict[str, Work]) -> int:
+        """Rows that chunks may have in a step, for the sake of the windows beside them."""
+        windows = [r for r in self.running if _start(r, unread.get(r.request_id)) >= r.window.cached]
+        if self._chunk_rows is None or not windows or (len(windows) == len(self.running) and not self.waiting):
+            return self.max_num_batched_tokens
+        return self._chunk_rows(sum(_max_rows(request) for request in windows))
 
-        None if something else should come first (a request could join, pages ran short, a budget does not hold all),
-        or if ``plan`` ends all of them. Pages are reserved for whatever ``plan`` may have committed.
-        """
-        if len(plan.work) < len(self.running) or (self.waiting and len(self.running) < self.max_num_seqs):
-            return None
-        ahead = []
-        for work in plan.work:
-            request = work.request
-            if request.finish_reason is not None:
-                continue
-            # A verified step emits a token at least.
-            if request.decode.verifies and request.num_output_tokens + 1 >= request.max_tokens:
-                continue
-            most = min(request.num_cached + work.count + _max_rows(request), request.decode.max_positions)
-            if not self.pool.reserve(request.request_id, most):
-                return None
-            ahead.append(Work(request, True, _max_rows(request), work.pages))
-        if not ahead:
-            return None
-        for work in ahead:
-            work.request.last_step = self._step
-        return StepPlan(ahead)
-
-    def _plan(self, request: Request, budget: int) -> Work | None:
+    def _plan(self, request: Request, start: int, budget: int, chunk_budget: int) -> Work | None:
         """The request's next chunk or window, if the budget holds it."""
-        missing = request.window.cached - request.num_cached
+        missing = request.window.cached - start
         decodes = missing <= 0
-        count = _max_rows(request) if decodes else min(missing, budget)
-        if count > budget or count == 0:
+        count = _max_rows(request) if decodes else min(missing, budget, chunk_budget)
+        if count > budget or count <= 0:
             return None
-        return Work(request, decodes, count, self.pool.table(request.request_id))
+        return Work(request, decodes, count, self.pool.table(request.request_id), start)
 
-    def _admit(self, request: Request, budget: int) -> Work | None:
+    def _admit(self, request: Request, budget: int, chunk_budget: int) -> Work | None:
         """Open a table and plan the first chunk, if all tokens to cache and a first window would fit now."""
         if budget <= 0:
             return None
         request.num_cached = self.pool.open(request.request_id, request.tokens, request.window.cached)
         needed = min(request.window.cached + request.decode.max_rows, request.decode.max_positions)
         missing = self.pool.pages_for(needed) - len(self.pool.table(request.request_id))
-        work = self._plan(request, budget) if missing <= self.pool.num_available else None
-        if work is None or not self.pool.reserve(request.request_id, request.num_cached + work.count):
+        fits = missing <= self.pool.num_available
+        work = self._plan(request, request.num_cached, budget, chunk_budget) if fits else None
+        if work is None or not self.pool.reserve(request.request_id, work.start + work.count):
             self.pool.close(request.request_id)
             request.num_cached = 0
             return None
@@ -156,3 +163,16 @@ def _max_rows(request: Request) -> int:
     """Upper bound of the rows of the request's next window step."""
     most = request.decode.max_rows if request.row_bound is None else request.row_bound
     return min(most, request.decode.max_positions - request.num_cached)
+
+
+def _start(request: Request, unread: Work | None) -> int:
+    """Upper bound of the tokens that have keys when ``unread``, the request's share of a step, is done."""
+    if unread is None:
+        return request.num_cached
+    return (request.num_cached if unread.decodes else unread.start) + unread.count
+
+
+def _ends(unread: Work) -> bool:
+    """Whether a step is sure to end the request: a verified one emits a token at least."""
+    request = unread.request
+    return unread.decodes and request.decode.verifies and request.num_output_tokens + 1 >= request.max_tokens

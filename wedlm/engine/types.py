@@ -85,15 +85,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One request's share of a step: a chunk of tokens to cache (``count`` of them), or its decoding window.
-
-    For a window ``count`` is an upper bound of its rows. ``pages`` covers slots 0 .. num_cached + count - 1.
+    """One request's share of a step: a chunk of tokens to cache (``count`` of them from ``start`` on), or its decoding
+    window, for which both are upper bounds. ``pages`` covers slots 0 .. start + count - 1.
     """
 
     request: Request
     decodes: bool
     count: int
     pages: list[int]
+    start: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ of rows; it does depend on where the keys are split, which moves only when a seq
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -16,7 +17,24 @@ from torch import Tensor
 
 from wedlm.kernels.launch import begin, launch_options, overlaps
 
-_KEYS_PER_TILE = 64
+
+@dataclass(frozen=True)
+class Tile:
+    """At most so many rows (query heads of a key head count as rows) over so many keys at once. ``halves``: keys that
+    every row of a tile sees go through a loop of their own, which masks nothing."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    halves: bool = False
+
+
+# Of windows, of chunks, and of chunks long enough that large tiles occupy all processors. Measured: docs/log.md.
+SHORT, MIDDLE, LONG = Tile(64, 64, 4, 2), Tile(64, 64, 4, 3, halves=True), Tile(256, 64, 8, 3, halves=True)
+MAX_SPLITS = 64
+# A hidden key's score lies so far below the lowest maximum that its weight is 0 without further ado.
+_HIDDEN, _LOWEST = tl.constexpr(-1e30), tl.constexpr(-1e20)
 
 
 @dataclass(frozen=True)
@@ -25,6 +43,7 @@ class PagedRows:
     cached[s] keys; its pages are ``page_table[table_row[s]]``. ``shared`` and ``own_start`` as in ``RowVisibility``.
 
     ``max_rows``: no sequence has more. ``max_keys``: none sees more (only the number of splits depends on it).
+    ``within``: all rows come before this one of the packed rows (None: anywhere).
     """
 
     row_start: Int[Tensor, " S"]
@@ -37,6 +56,61 @@ class PagedRows:
     max_keys: int
     shared: Int[Tensor, " T"] | None = None
     own_start: Int[Tensor, " T"] | None = None
+    within: int | None = None
+
+
+@triton.jit
+def _part_length(num_keys, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
+    """Keys of a part: a power of two of tiles, so that a key stays in its part while the sequence grows."""
+    length = BLOCK_N
+    while length * SPLITS < tl.cdiv(num_keys, BLOCK_N) * BLOCK_N:
+        length *= 2
+    return length
+
+
+@triton.jit
+def _keys_of_tile(num_rows, cached, tile, BLOCK_M: tl.constexpr, SHARE: tl.constexpr):
+    """Keys that the last row of a tile sees."""
+    return cached + tl.minimum(num_rows, (tile + 1) * BLOCK_M // SHARE + 1)
+
+
+@triton.jit
+def _add_keys(
+    q, best, total, acc, first_key, stop, keys_ptr, values_ptr, table, kv_head, row, cached, shared, own, scale_log2,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Softmax over the keys before, and a tile of keys from ``first_key`` on."""
+    d = tl.arange(0, D)
+    key = first_key + tl.arange(0, BLOCK_N)
+    exists = key < stop
+    if MASKED:
+        page = tl.load(table + key // PAGE, mask=exists, other=0).to(tl.int64)
+    else:
+        page = tl.load(table + key // PAGE).to(tl.int64)
+    at = ((page * PAGE + key % PAGE) * KV_HEADS + kv_head) * D
+    if MASKED:
+        k = tl.load(keys_ptr + at[None] + d[:, None], mask=exists[None], other=0.0)
+    else:
+        k = tl.load(keys_ptr + at[None] + d[:, None])
+    scores = tl.dot(q, k, input_precision="ieee")
+    if MASKED:
+        new = (key - cached)[None]
+        visible = (new <= row[:, None]) & exists[None]
+        if GROUPS:
+            visible = visible & ((new < shared[:, None]) | (new >= own[:, None]) | (new < 0))
+        scores = tl.where(visible, scores, _HIDDEN)
+    higher = tl.maximum(best, tl.max(scores, axis=1) * scale_log2)
+    # Written as one operation, so that both loops round alike.
+    weights = tl.exp2(tl.fma(scores, scale_log2, -higher[:, None]))
+    shrink = tl.exp2(best - higher)
+    total = total * shrink + tl.sum(weights, axis=1)
+    if MASKED:
+        v = tl.load(values_ptr + at[:, None] + d[None], mask=exists[:, None], other=0.0)
+    else:
+        v = tl.load(values_ptr + at[:, None] + d[None])
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return higher, total, acc
 
 
 @triton.jit
@@ -45,12 +119,14 @@ def _paged_attention(
     row_start_ptr, num_rows_ptr, cached_ptr, table_row_ptr, page_table_ptr, shared_ptr, own_start_ptr,
     table_width, scale_log2, num_rows_total,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one sequence and key head, over one part of its keys (``_add_parts`` adds them up)."""
     SHARE: tl.constexpr = HEADS // KV_HEADS
     sequence, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
-    tile, split = tl.program_id(1), tl.program_id(2)
+    # The last rows see most keys: their tiles begin first.
+    tile, split = tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(2)
     # The plan was complete before the first layer began: only queries and new keys come from the kernel before.
     num_rows = tl.load(num_rows_ptr + sequence).to(tl.int32)
     if tile * BLOCK_M >= num_rows * SHARE:
@@ -65,43 +141,38 @@ def _paged_attention(
     head = kv_head * SHARE + m % SHARE
     d = tl.arange(0, D)
     place = ((first + row) * HEADS + head) * D
+    shared, own = row, row
     if GROUPS:
         shared = tl.load(shared_ptr + first + row, mask=real, other=0).to(tl.int32)
         own = tl.load(own_start_ptr + first + row, mask=real, other=0).to(tl.int32)
-    num_keys = cached + tl.minimum(num_rows, (tile + 1) * BLOCK_M // SHARE + 1)
-    # Parts are a power of two of tiles long, so that a key stays in its part while the sequence grows.
-    num_tiles = tl.cdiv(num_keys, BLOCK_N)
-    length = BLOCK_N
+    num_keys = _keys_of_tile(num_rows, cached, tile, BLOCK_M, SHARE)
+    start, stop = 0, num_keys
     if SPLITS > 1:
-        while length * SPLITS < num_tiles * BLOCK_N:
-            length *= 2
+        length = _part_length(num_keys, BLOCK_N, SPLITS)
         start, stop = split * length, tl.minimum((split + 1) * length, num_keys)
-    else:
-        start, stop = 0, num_keys
-    best = tl.full((BLOCK_M,), -1e30, tl.float32)
+        if start >= stop:  # _add_parts knows that there is nothing
+            begin(OVERLAP)
+            return
+    best = tl.full((BLOCK_M,), _LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     begin(OVERLAP)
     q = tl.load(q_ptr + place[:, None] + d[None], mask=real[:, None], other=0.0)
-    for tile_start in tl.range(start, stop, BLOCK_N):
-        key = tile_start + tl.arange(0, BLOCK_N)
-        exists = key < stop
-        page = tl.load(table + key // PAGE, mask=exists, other=0).to(tl.int64)
-        at = ((page * PAGE + key % PAGE) * KV_HEADS + kv_head) * D
-        k = tl.load(keys_ptr + at[None] + d[:, None], mask=exists[None], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * scale_log2
-        new = (key - cached)[None]
-        visible = (new <= row[:, None]) & exists[None]
-        if GROUPS:
-            visible = visible & ((new < shared[:, None]) | (new >= own[:, None]) | (new < 0))
-        scores = tl.where(visible, scores, -1e30)
-        higher = tl.maximum(best, tl.max(scores, axis=1))
-        weights = tl.where(visible, tl.exp2(scores - higher[:, None]), 0.0)
-        shrink = tl.exp2(best - higher)
-        total = total * shrink + tl.sum(weights, axis=1)
-        v = tl.load(values_ptr + at[:, None] + d[None], mask=exists[:, None], other=0.0)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        best = higher
+    middle = start
+    if HALVES:
+        # All rows of the tile see the cached keys and, in plain order, those of the rows before the tile.
+        seen = cached if GROUPS else cached + tile * BLOCK_M // SHARE
+        middle = start + tl.maximum(tl.minimum(seen, stop) - start, 0) // BLOCK_N * BLOCK_N
+        for first_key in tl.range(start, middle, BLOCK_N, num_stages=STAGES):
+            best, total, acc = _add_keys(
+                q, best, total, acc, first_key, stop, keys_ptr, values_ptr, table, kv_head, row, cached, shared, own,
+                scale_log2, KV_HEADS, D, PAGE, BLOCK_N, False, GROUPS,
+            )  # fmt: skip
+    for first_key in tl.range(middle, stop, BLOCK_N, num_stages=STAGES):
+        best, total, acc = _add_keys(
+            q, best, total, acc, first_key, stop, keys_ptr, values_ptr, table, kv_head, row, cached, shared, own,
+            scale_log2, KV_HEADS, D, PAGE, BLOCK_N, True, GROUPS,
+        )  # fmt: skip
     dtype = out_ptr.dtype.element_ty
     if SPLITS == 1:
         tl.store(out_ptr + place[:, None] + d[None], (acc / total[:, None]).to(dtype), mask=real[:, None])
@@ -114,63 +185,103 @@ def _paged_attention(
 
 @triton.jit
 def _add_parts(
-    part_ptr, stats_ptr, out_ptr, num_places, D: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr
+    part_ptr, stats_ptr, out_ptr, row_start_ptr, num_rows_ptr, cached_ptr, num_rows_total,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One row and head: its parts, of which those that had no keys weigh nothing, into the output."""
-    place = tl.program_id(0).to(tl.int64)
+    """One row and head of a sequence: the parts that have keys, into the output."""
+    SHARE: tl.constexpr = HEADS // KV_HEADS
+    sequence, row, head = tl.program_id(0), tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    num_rows = tl.load(num_rows_ptr + sequence).to(tl.int32)
+    if row >= num_rows:
+        begin(OVERLAP)
+        return
+    cached = tl.load(cached_ptr + sequence).to(tl.int32)
+    place = (tl.load(row_start_ptr + sequence).to(tl.int64) + row) * HEADS + head
+    tile = (row * SHARE + head % SHARE) // BLOCK_M
+    num_keys = _keys_of_tile(num_rows, cached, tile, BLOCK_M, SHARE)
     part, d = tl.arange(0, SPLITS), tl.arange(0, D)
+    has_keys = part * _part_length(num_keys, BLOCK_N, SPLITS) < num_keys
     begin(OVERLAP)
-    index = part * num_places + place
-    best = tl.load(stats_ptr + index * 2)
-    total = tl.load(stats_ptr + index * 2 + 1)
-    acc = tl.load(part_ptr + index[:, None] * D + d[None])
+    index = part * num_rows_total * HEADS + place
+    best = tl.load(stats_ptr + index * 2, mask=has_keys, other=_LOWEST)
+    total = tl.load(stats_ptr + index * 2 + 1, mask=has_keys, other=0.0)
+    acc = tl.load(part_ptr + index[:, None] * D + d[None], mask=has_keys[:, None], other=0.0)
     weight = tl.exp2(best - tl.max(best, axis=0))
-    acc = tl.sum(tl.where((total > 0)[:, None], acc * weight[:, None], 0.0), axis=0)
+    acc = tl.sum(acc * weight[:, None], axis=0)
     total = tl.sum(total * weight, axis=0)
     tl.store(out_ptr + place * D + d, (acc / total).to(out_ptr.dtype.element_ty))
 
 
-def num_splits(num_programs: int, max_keys: int, num_processors: int) -> int:
+def num_splits(num_programs: int, max_keys: int, num_processors: int, tile_keys: int) -> int:
     """Parts of the keys so that all processors have work: a power of two, at most one a tile of keys."""
     splits = 1
-    while splits * 2 * num_programs <= 2 * num_processors and splits * _KEYS_PER_TILE < max_keys and splits < 64:
+    while splits * 2 * num_programs <= 2 * num_processors and splits * tile_keys < max_keys and splits < MAX_SPLITS:
         splits *= 2
     return splits
 
 
-def paged_attention(q: Tensor, keys: Tensor, values: Tensor, rows: PagedRows) -> Tensor:
+def tile_for(most: int, total: int, row_bytes: int, num_processors: int, shared_bytes: int) -> Tile:
+    """For sequences of at most ``most`` rows (heads count), ``total`` for all key heads, of ``row_bytes`` each."""
+    if most <= SHORT.rows:
+        return SHORT
+    tile = LONG if total // LONG.rows >= num_processors else MIDDLE
+    if _shared_bytes(tile, row_bytes) > shared_bytes:
+        tile = MIDDLE
+    return tile if _shared_bytes(tile, row_bytes) <= shared_bytes else SHORT
+
+
+def _shared_bytes(tile: Tile, row_bytes: int) -> int:
+    """Queries, keys and values in flight, and a little more."""
+    return (tile.rows + 2 * tile.stages * tile.keys) * row_bytes + 4096
+
+
+@lru_cache
+def _processor(index: int) -> tuple[int, int]:
+    """(processors, bytes of memory that a program's threads can share) of a CUDA device."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return properties["multiprocessor_count"], properties["max_shared_mem"]
+
+
+def paged_attention(q: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, out: Tensor | None = None) -> Tensor:
     """q [T, H, D] over one layer's keys and values [A, K, D], those of the rows written already: [T, H, D].
 
-    Rows of no sequence (padding) come out as they were in memory: any number, and nobody reads them.
+    Rows of no sequence (padding, or sequences that ``rows`` does not name) come out as they were in ``out``, or in
+    memory: any number.
     """
     num_rows, heads, head_dim = q.shape
+    num_rows = num_rows if rows.within is None else rows.within
     kv_heads = keys.shape[1]
     share, sequences = heads // kv_heads, len(rows.num_rows)
-    wanted = max(16, triton.next_power_of_2(min(rows.max_rows, num_rows) * share))
-    limit = 128 if q.dtype.itemsize == 2 else 64
-    block = min(limit, wanted)
-    tiles = triton.cdiv(min(rows.max_rows, num_rows) * share, block)
+    most = min(rows.max_rows, num_rows) * share
     overlap = overlaps(q.device)
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-    splits = num_splits(sequences * kv_heads * tiles, rows.max_keys, processors)
-    out = torch.empty_like(q)
+    processors, shared_bytes = _processor(q.device.index) if q.is_cuda else (4, 2**18)
+    row_bytes = head_dim * q.dtype.itemsize
+    tile = tile_for(most, kv_heads * num_rows * share, row_bytes, processors, shared_bytes)
+    tile = tile if q.dtype.itemsize == 2 else SHORT
+    block = min(tile.rows, max(16, triton.next_power_of_2(most)))
+    tiles = triton.cdiv(most, block)
+    busy = min(sequences * tiles, num_rows * share // block + sequences)  # tiles that can have rows
+    splits = num_splits(busy * kv_heads, rows.max_keys, processors, tile.keys)
+    out = torch.empty_like(q) if out is None else out
     part = stats = out
     if splits > 1:
         part = torch.empty(splits, num_rows, heads, head_dim, dtype=torch.float32, device=q.device)
         stats = torch.empty(splits, num_rows, heads, 2, dtype=torch.float32, device=q.device)
     groups = rows.shared is not None
+    shape = {"HEADS": heads, "KV_HEADS": kv_heads, "D": head_dim, "SPLITS": splits, "BLOCK_M": block}
     _paged_attention[(sequences * kv_heads, tiles, splits)](
         q, keys, values, out, part, stats,
         rows.row_start, rows.num_rows, rows.cached, rows.table_row, rows.page_table,
         rows.shared if groups else rows.num_rows, rows.own_start if groups else rows.num_rows,
         rows.page_table.shape[1], head_dim**-0.5 * 1.4426950408889634, num_rows,
-        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, PAGE=rows.page_size, SPLITS=splits, GROUPS=groups,
-        BLOCK_M=block, BLOCK_N=_KEYS_PER_TILE, OVERLAP=overlap,
-        num_warps=8 if block == 128 else 4, num_stages=2, **launch_options(overlap),
+        **shape, PAGE=rows.page_size, GROUPS=groups, BLOCK_N=tile.keys, HALVES=tile.halves, STAGES=tile.stages,
+        OVERLAP=overlap, num_warps=tile.warps, **launch_options(overlap),
     )  # fmt: skip
     if splits > 1:
-        _add_parts[(num_rows * heads,)](
-            part, stats, out, num_rows * heads, D=head_dim, SPLITS=splits, OVERLAP=overlap,
+        _add_parts[(sequences, min(rows.max_rows, num_rows) * heads)](
+            part, stats, out, rows.row_start, rows.num_rows, rows.cached, num_rows,
+            **shape, BLOCK_N=tile.keys, OVERLAP=overlap,
             num_warps=1 if splits * head_dim <= 1024 else 4, **launch_options(overlap),
         )  # fmt: skip
     return out

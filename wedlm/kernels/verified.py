@@ -12,6 +12,8 @@ from torch import Tensor
 
 from wedlm.algorithm.window import WindowParams, WindowState
 
+_ROWS_PER_TILE = 256  # of padding
+
 
 @dataclass(frozen=True)
 class VerifiedRows:
@@ -36,30 +38,31 @@ def _group_start(group, groups, masked):
     return groups + group * (masked // groups) + tl.maximum(group - small, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "capacity"])
 def _rows(
     index_ptr, cached_ptr, width_ptr, tokens_ptr, filled_ptr, table_ptr, table_width, mask_token_id, trash_slot,
+    num_sequences, capacity,
     row_tokens_ptr, positions_ptr, target_ptr, sequence_ptr, shared_ptr, own_ptr, slots_ptr,
     row_start_ptr, num_rows_ptr, cached_out_ptr,
-    S: tl.constexpr, C: tl.constexpr, T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
-    PAGE: tl.constexpr,
+    C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0)
     other = tl.arange(0, BLOCK_S)
-    others = tl.load(index_ptr + other, mask=other < S, other=0)
-    widths = tl.load(width_ptr + others, mask=other < S, other=0)
+    others = tl.load(index_ptr + other, mask=other < num_sequences, other=0)
+    widths = tl.load(width_ptr + others, mask=other < num_sequences, other=0)
     row_start = tl.sum(tl.where(other < s, widths, 0), axis=0)
-    if s == S:  # padding
-        row = tl.arange(0, BLOCK_T)
-        pad = (row >= row_start) & (row < T)
+    if s == num_sequences:  # padding
         zero = tl.zeros((BLOCK_T,), tl.int64)
-        tl.store(row_tokens_ptr + row, zero + mask_token_id, mask=pad)
-        tl.store(positions_ptr + row, zero, mask=pad)
-        tl.store(target_ptr + row, zero, mask=pad)
-        tl.store(sequence_ptr + row, zero, mask=pad)
-        tl.store(shared_ptr + row, zero, mask=pad)
-        tl.store(own_ptr + row, zero, mask=pad)
-        tl.store(slots_ptr + row, zero + trash_slot, mask=pad)
+        for begin in range(0, capacity, BLOCK_T):
+            row = begin + tl.arange(0, BLOCK_T)
+            pad = (row >= row_start) & (row < capacity)
+            tl.store(row_tokens_ptr + row, zero + mask_token_id, mask=pad)
+            tl.store(positions_ptr + row, zero, mask=pad)
+            tl.store(target_ptr + row, zero, mask=pad)
+            tl.store(sequence_ptr + row, zero, mask=pad)
+            tl.store(shared_ptr + row, zero, mask=pad)
+            tl.store(own_ptr + row, zero, mask=pad)
+            tl.store(slots_ptr + row, zero + trash_slot, mask=pad)
         return
     slot = tl.load(index_ptr + s)
     width, cached = tl.load(width_ptr + slot), tl.load(cached_ptr + slot)
@@ -80,7 +83,7 @@ def _rows(
     key = cached + column
     page = tl.load(table_ptr + slot * table_width + key // PAGE, mask=inside, other=0)
     row = row_start + column
-    inside = inside & (row < T)
+    inside = inside & (row < capacity)
     tl.store(row_tokens_ptr + row, tl.where(filled, token, mask_token_id), mask=inside)
     tl.store(positions_ptr + row, position, mask=inside)
     tl.store(target_ptr + row, position + filled.to(tl.int64), mask=inside)
@@ -110,11 +113,11 @@ def verified_rows(
     )
     _rows[(num_sequences + 1,)](
         index, state.cached, state.width, state.tokens, state.filled.view(torch.uint8),
-        page_table, page_table.shape[1], mask_token_id, trash_slot,
+        page_table, page_table.shape[1], mask_token_id, trash_slot, num_sequences, capacity,
         rows.tokens, rows.positions, rows.target, rows.sequence, rows.shared, rows.own_start, rows.slots,
         rows.row_start, rows.num_rows, rows.cached,
-        S=num_sequences, C=columns, T=capacity, PAGE=page_size,
-        BLOCK_S=triton.next_power_of_2(num_sequences), BLOCK_T=triton.next_power_of_2(capacity), num_warps=1,
+        C=columns, PAGE=page_size, BLOCK_S=triton.next_power_of_2(len(state.width)), BLOCK_T=_ROWS_PER_TILE,
+        num_warps=1,
     )  # fmt: skip
     return rows
 

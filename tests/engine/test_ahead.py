@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps planned before the one before them is read, prompts included; and what goes to the device unawaited."""
+
+import torch
+
+from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
+from tests.stub import StubModel
+from wedlm.engine.sampling_params import SamplingParams
+from wedlm.engine.upload import put_row
+
+MODEL = StubModel()
+
+
+def test_prompts_are_planned_ahead(monkeypatch):
+    engine = stub_engine(MODEL, lagging=True, max_num_batched_tokens=24, max_num_seqs=2, num_pages=90)
+    events, shares = [], []
+    launch = engine.runner.launch
+
+    def noted(plan):
+        events.append("launch")
+        shares.append([(work.request.request_id, work.decodes, work.start, work.count) for work in plan.work])
+        flight = launch(plan)
+        read = flight.read
+        flight.read = lambda: events.append("read") or read()
+        return flight
+
+    monkeypatch.setattr(engine.runner, "launch", noted)
+    # The third waits for a place, so its prompt comes beside the first one's window.
+    prompts = [[1 + (i + length) % 5 for i in range(length)] for length in (61, 30, 22)]
+    done = []
+    for name, prompt, max_tokens in zip("abc", prompts, (30, 3, 3), strict=True):
+        params = SamplingParams(decoding="verified", max_tokens=max_tokens, wedlm_window_size=2)
+        done.append(engine.add(name, prompt, params))
+    while engine.has_work:
+        engine.step()
+        check_engine(engine)
+    for request in done:
+        check_outcome(MODEL, request)
+    # Nothing ran but what was launched, each step before the one before it was read.
+    assert events == ["launch", *["launch", "read"] * (len(shares) - 1), "read"]
+    chunks = {name: [share[2:] for step in shares for share in step if share[:2] == (name, False)] for name in "abc"}
+    for name, prompt in zip("abc", prompts, strict=True):
+        assert [start for start, _ in chunks[name]] == [0, *(start + count for start, count in chunks[name][:-1])]
+        assert sum(chunks[name][-1]) == len(prompt) - 1
+    assert len(chunks["a"]) > 2
+    assert any(len({decodes for _, decodes, *_ in step}) == 2 for step in shares), "no step had both"
+
+
+def test_put_row():
+    row = [torch.tensor(2**63 - 25), torch.tensor(-torch.inf, dtype=torch.double), torch.tensor([0.1, 2.0]),
+           torch.tensor([True, False, True]), torch.tensor(1 / 3, dtype=torch.double)]  # fmt: skip
+    tables = [torch.zeros(3, *value.shape, dtype=value.dtype) for value in row]
+    put_row(1, list(zip(tables, row, strict=True)))
+    for table, value in zip(tables, row, strict=True):
+        assert torch.equal(table[1], value)
+        assert not table[::2].any()
