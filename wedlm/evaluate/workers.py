@@ -124,7 +124,7 @@ class RayLM(JournaledLM):
             return replica.compute.remote(kind, number, arguments, self.how.params, self.how.chat)
 
         with _plain_errors():
-            for number, entries in ActorPool(self._replicas).map_unordered(send, list(range(len(parts)))):
+            for number, entries in ActorPool(list(self._replicas)).map_unordered(send, list(range(len(parts)))):
                 yield from zip(parts[number], entries, strict=True)
 
 
