@@ -129,7 +129,8 @@ class Engine:
     def _decode_params(self, prompt: list[int], params: SamplingParams) -> DecodeParams:
         ends = tuple(params.stop_token_ids or ()) + (() if params.ignore_eos else self.config.end_token_ids)
         if any(token >= self.config.vocab_size for token in ends):
-            raise ValueError(f"stop_token_ids is {ends}; expected ids below {self.config.vocab_size}")
+            given = list(params.stop_token_ids or ())
+            raise ValueError(f"stop_token_ids is {given}; expected ids below {self.config.vocab_size}")
         return DecodeParams(
             decoding=params.decoding or self.config.default_decoding,
             window_size=params.wedlm_window_size or self.config.default_window_size,
