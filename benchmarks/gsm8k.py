@@ -29,6 +29,7 @@ def run_mode(llm: LLM, questions: list[str], answers: list[float], mode: str, ar
     options: dict = {}
     if mode == "streaming":
         options["wedlm_entropy_threshold"] = arguments.threshold
+        options["wedlm_pos_penalty_factor"] = arguments.pos_penalty
     if mode == "verified":
         options["wedlm_draft_entropy"] = arguments.draft_entropy
     window = arguments.streaming_window if mode == "streaming" else arguments.rows
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--draft-entropy", type=float, default=2.5, help="verified: nats")
     parser.add_argument("--streaming-window", type=int, default=16)
     parser.add_argument("--threshold", type=float, default=0.4, help="streaming: entropy threshold in nats")
+    parser.add_argument("--pos-penalty", type=float, default=0.02, help="streaming: nats a position")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
