@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from wedlm.algorithm.objective import Anchor, chunked_losses
 from wedlm.attention.dual_stream import plan_training_attention
+from wedlm.model.layers import Attend
 from wedlm.model.transformer import Transformer
 from wedlm.train.batch import NUM_GROUPS, TrainBatch
 from wedlm.train.lora import without_lora
@@ -62,11 +63,12 @@ class TrainingModel(nn.Module):
         return embedded.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else embedded
 
     def forward(self, batch: TrainBatch) -> StepLosses:
+        attend = plan_training_attention(self.backend, batch.labels, batch.row_ranges)
         anchor = None
         if self.anchor_text and self.training:
             with torch.no_grad(), without_lora(self.transformer):
-                anchor = Anchor(self._loss_states(batch), batch.is_text)
-        hidden_KC = self._loss_states(batch)
+                anchor = Anchor(self._loss_states(batch, attend), batch.is_text)
+        hidden_KC = self._loss_states(batch, attend)
         # Products are made in the type of the hidden states anyway; autocast would round the sum of losses, too.
         with torch.autocast(hidden_KC.device.type, enabled=False):
             losses = chunked_losses(
@@ -84,9 +86,8 @@ class TrainingModel(nn.Module):
         statistics.index_add_(0, batch.depth_group, figures).index_add_(0, batch.ratio_group, figures)
         return StepLosses(losses.loss, statistics[:-1])
 
-    def _loss_states(self, batch: TrainBatch) -> Tensor:
+    def _loss_states(self, batch: TrainBatch, attend: Attend) -> Tensor:
         """Hidden states [K, C], after the final norm, of the rows with a loss."""
-        attend = plan_training_attention(self.backend, batch.labels, batch.row_ranges)
         rows = (batch.tokens.flatten(), batch.positions.flatten())
         hidden_TC = self.transformer.model(*rows, attend, batch.masked.flatten())
         hidden_KC: Tensor = self.transformer.model.norm(hidden_TC.index_select(0, batch.loss_rows))
