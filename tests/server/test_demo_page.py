@@ -72,12 +72,24 @@ def test_a_race_streams_and_ends_with_a_winner(page, server, slow):
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     texts = ["".join(one["text"] for one in tokens(side)) for side in (left, right)]
     body = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 64}
+    body["decoding"] = "verified"  # as the page asks: auto's rows follow the time that steps take
     answer = server.post("/v1/chat/completions", body).json()
     assert texts == [answer["choices"][0]["message"]["content"]] * 2
     assert left.locator("[data-figure=forwards]").inner_text() == str(answer["usage"]["forwards"])
     assert left.locator("[data-figure=pCache]").inner_text() == f"{answer['usage']['p_cache']:.3f}"
     assert right.locator("[data-figure=perForward]").inner_text() == "1.00"
     expect(page.locator("#announce")).to_contain_text(answer["choices"][0]["message"]["content"][:20])
+
+
+def test_a_race_too_short_to_time(page):
+    """Answers that come in one chunk."""
+    chunk = {"choices": [{"index": 0, "delta": {"content": "Hi"}}]}
+    stream = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=stream))
+    ask(page)
+    verdict = page.locator(".verdict")
+    expect(verdict).to_have_text("No winner: an answer came too quickly to be timed. Both texts are the same.")
+    assert page.locator(".winner").count() == 0
 
 
 def test_tokens_of_a_forward_share_a_colour(page):

@@ -32,7 +32,9 @@ def test_a_window_wider_than_the_noise_block(tmp_path, caplog, stream):
 
 def test_request_ids_and_logs(running, caplog):
     caplog.set_level(logging.INFO, logger="wedlm.server")
-    answer = running.post(TEXT, {"prompt": "secret prompt", "max_tokens": 3}, **{"X-Request-Id": "my-id.1"})
+    answer = running.post(
+        TEXT, {"prompt": "secret prompt", "max_tokens": 3, "ignore_eos": True}, **{"X-Request-Id": "my-id.1"}
+    )
     assert answer.headers["X-Request-Id"] == "my-id.1"
     made = running.http.get("/nothing", headers={"X-Request-Id": 'x"\ty'}).headers["X-Request-Id"]
     assert made.startswith("req-")

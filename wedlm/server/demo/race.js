@@ -56,22 +56,26 @@ function why(sides) {
   return modes.includes("verified") || modes.includes("auto") ? ": where two tokens are nearly tied, rounding may choose (not so in float32)" : "";
 }
 
-/** The sentence at the end of a race of two whole answers; empty if there was none. */
-function conclude(element, answers, sides, together) {
-  if (answers.length < 2 || answers.some((one) => one.state !== "done" || !one.rate)) return "";
+/** Who won, and the speeds; the marks on the two sides. */
+function compare(answers, shared) {
   const [fast, slow] = answers[0].rate >= answers[1].rate ? answers : [answers[1], answers[0]];
   const ratio = fast.rate / slow.rate;
-  const shared = together && sides.every((side) => side.server.own) ? " in shared forwards" : "";
-  const speeds = `${fast.rate.toFixed(1)} against ${slow.rate.toFixed(1)} tok/s${shared}`;
-  const tie = ratio < 1 + DRAW;
-  const winner = tie ? "A draw" : `${fast.name} is ${ratio.toFixed(2)}× as fast`;
-  if (!tie) {
-    fast.badge(`${ratio.toFixed(2)}×`);
-    fast.element.classList.add("winner");
-    fast.lap.classList.add("winner");
-    slow.compare(1 / ratio);
-  }
+  const speeds = `${fast.rate.toFixed(1)} against ${slow.rate.toFixed(1)} tok/s${shared ? " in shared forwards" : ""}`;
+  if (ratio < 1 + DRAW) return ["A draw", speeds];
+  fast.badge(`${ratio.toFixed(2)}×`);
+  fast.element.classList.add("winner");
+  fast.lap.classList.add("winner");
+  slow.compare(1 / ratio);
+  return [`${fast.name} is ${ratio.toFixed(2)}× as fast`, speeds];
+}
+
+/** The sentence at the end of a race of two whole answers; empty if there was none. */
+function conclude(element, answers, sides, together) {
+  if (answers.length < 2 || answers.some((one) => one.state !== "done")) return "";
   const sameModel = sides.every((side) => side.server.own);
+  const [winner, speeds] = answers.every((one) => one.rate)
+    ? compare(answers, together && sameModel)
+    : ["No winner", "an answer came too quickly to be timed"];
   const same = answers[0].text === answers[1].text ? " Both texts are the same." : ` The texts differ${why(sides)}.`;
   const verdict = document.createElement("p");
   verdict.className = "verdict";
