@@ -253,7 +253,9 @@ def same_texts(bench: Bench, ar: tuple, verified: tuple) -> dict[str, Any]:
 
 
 def chosen(arguments: argparse.Namespace) -> list[Stage]:
-    return [stage for stage in stages() if arguments.only is None or arguments.only in stage.name]
+    """Those of the names asked for, with this run's data type and patience."""
+    found = [stage for stage in stages() if arguments.only is None or arguments.only in stage.name]
+    return [replace(one, seconds=one.seconds * arguments.patience, dtype=arguments.dtype or one.dtype) for one in found]
 
 
 def pack(output: Path, archive: Path) -> None:
@@ -275,6 +277,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=560, help="answer: of everything, loading included")
     parser.add_argument("--only", help="stages with this in their names")
     parser.add_argument("--limit", type=int, help="questions of a task, for a trial")
+    parser.add_argument("--patience", type=float, default=1, help="answer: times each stage's own limit")
+    parser.add_argument("--dtype", help="of all stages; by default float32, except where bfloat16 is what is measured")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--kv-cache-gb", type=float, default=24.0)

@@ -27,6 +27,11 @@ def test_version():
     assert wedlm("--version").stdout.startswith("wedlm 0.")
 
 
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "wedlm", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == wedlm("--version").stdout
+
+
 def test_an_answer_goes_to_stdout_and_its_figures_to_stderr(model):
     result = generate(model, "Hello", "--max-tokens", "8")
     assert result.exit_code == 0

@@ -127,6 +127,16 @@ def test_prompts_and_choices(evaluation):
     assert record["tasks"]["mmlu"]["shots_from"] == "mmlu_dev"
 
 
+def test_an_example_is_dropped_only_if_it_is_a_question(tmp_path):
+    """Not if it merely begins like one, or is asked in another subject, as some of MMLU's do."""
+    row = {"subject": "law", "question": "Which is true?", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "D"}
+    write_rows(tmp_path, "mmlu_test", [row])
+    others = [{**row, "B": "5"}, {**row, "subject": "ethics"}]
+    write_rows(tmp_path, "mmlu_dev", [row, *others])
+    shots = load(data_dir=str(tmp_path), test="mmlu_test", form="lettered", shots=["mmlu_dev"])["test"].shots
+    assert [(shot["choices"][1], shot["subject"]) for shot in shots] == [("5", "law"), ("2", "ethics")]
+
+
 def test_chat_template(evaluation):
     run = evaluation("gsm8k", chat_template=True, num_fewshot=0, limit=2)
     record = run.run(PARAMS, {})

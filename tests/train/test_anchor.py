@@ -87,6 +87,17 @@ def test_an_adapter_of_another_rank_is_refused(base, data, tmp_path):
         Trainer(config)
 
 
+def test_an_adapter_of_fewer_layers_is_refused(base, data, tmp_path):
+    fewer, more = ({**LORA, "lora_targets": targets} for targets in (["q_proj"], ["q_proj", "down_proj"]))
+    first = train(base, data, tmp_path / "first", **fewer, merge_lora=False)
+    config = config_of(base, data, tmp_path / "second", **more, lora_init=str(first))
+    sentence = (
+        r"lora_init is .*, which has no factors of .*down_proj; expected an adapter of lora_targets q_proj, down_proj"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        Trainer(config)
+
+
 @pytest.mark.parametrize("setting", [{"anchor_text": True}, {"lora_init": "x"}])
 def test_without_a_lora_there_is_nothing_to_go_back_to(base, data, tmp_path, setting):
     with pytest.raises(ValueError, match=r"expected a lora_rank above 0 and lora_rows all"):

@@ -92,8 +92,10 @@ def digest(documents: Sequence[Document]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _question(row: Document) -> str:
-    return str(next((row[name] for name in ("question", "problem", "text", "prompt", "query") if name in row), row))
+def _question(row: Document) -> tuple[str, ...]:
+    """What a row asks, and where: MMLU has the same words with other choices, and the same question in two subjects."""
+    text = next((row[name] for name in ("question", "problem", "text", "prompt", "query") if name in row), row)
+    return str(text), *(str(row[name]) for name in ("subject", "choices") if name in row)
 
 
 def _plain(row: Document) -> Document:

@@ -67,6 +67,14 @@ def _take_factors(transformer: Transformer, config: TrainConfig) -> None:
     """Start from the adapter in ``lora_init``, its mask embedding included. ValueError if it has another shape."""
     adapter = read_adapter(str(config.lora_init))
     parameters = dict(transformer.named_parameters())
+    ending = f".lora_B.{_NAME}.weight"
+    targets = {name.removesuffix(ending) for name in parameters if name.endswith(ending)}
+    missing = sorted(targets - {name.removesuffix(".weight") for name in adapter.low_rank})
+    if missing:
+        raise ValueError(
+            f"lora_init is {config.lora_init!r}, which has no factors of {missing[0]}; expected an adapter of "
+            f"lora_targets {', '.join(config.lora_targets)}"
+        )
     with torch.no_grad():
         for name, rows in adapter.rows.items():
             parameters[name][list(rows.ids)] = rows.values.to(parameters[name].dtype)

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m wedlm``: the command ``wedlm``, where scripts are not on the path."""
+
+from wedlm.cli import main
+
+if __name__ == "__main__":
+    main()
