@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 4: the trained LoRA as a change of the demo model. ``python pack.py ADAPTER OUT.safetensors MODEL_DIR``
+"""Stage 5: the trained LoRA as a change of the demo model. ``python pack.py ADAPTER OUT MODEL_DIR [STRENGTH]``
 
-MODEL_DIR gets the model as users will meet it, restored from the file, so that every figure is that of what is shipped.
+OUT is a safetensors file. MODEL_DIR gets the model as users will meet it, restored from the file, so that every figure
+is that of what is shipped. STRENGTH (1) multiplies the LoRA's product, not the mask's embedding: below 1 the model lies
+between the base and the tuned one.
 """
 
 import json
@@ -16,10 +18,10 @@ from wedlm.model.change import changed, save_change
 from wedlm.model.checkpoint import save_tensors
 
 
-def main(trained: str, out: Path, directory: Path) -> None:
+def main(trained: str, out: Path, directory: Path, strength: float) -> None:
     base, config = load_model("demo-base", torch.float32)
     adapter = read_adapter(trained)
-    factors = {name: (one.b.float() * one.scale, one.a.float()) for name, one in adapter.low_rank.items()}
+    factors = {name: (one.b.float() * (one.scale * strength), one.a.float()) for name, one in adapter.low_rank.items()}
     rows = {name: (torch.tensor(one.ids), one.values) for name, one in adapter.rows.items()}
     save_change(factors, rows, out, "SmolLM2-135M-Instruct adapted to WeDLM; recipes/smollm2_135m")
     before = {name: parameter.detach() for name, parameter in base.named_parameters()}
@@ -35,4 +37,4 @@ def main(trained: str, out: Path, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]) if len(sys.argv) > 4 else 1.0)
