@@ -107,8 +107,7 @@ class Bench:
     def llm(self, dtype: str) -> LLM:
         if self._llm is None or self._llm[0] != dtype:
             self._llm = None  # before the next one needs the memory
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             given, seqs = self.arguments, self.arguments.max_num_seqs
             llm = LLM(
                 given.model,
@@ -201,7 +200,6 @@ def score(bench: Bench) -> None:
         samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         points.append((stage, record, samples))
         print(json.dumps(row_of(stage, record)), flush=True)
-    rows = [row_of(stage, record) for stage, record, _ in points]
     pairs = [same_texts(bench, *pair) for pair in pairs_of(points)]
     machine = points[0][1] if points else {}
     report = {
@@ -209,7 +207,7 @@ def score(bench: Bench) -> None:
         "environment": machine.get("environment"),
         "command": "python -m benchmarks.embedded_eval answer ...; python -m benchmarks.embedded_eval score ...",
         "verified_against_ar": pairs,
-        "points": rows,
+        "points": [row_of(stage, record) for stage, record, _ in points],
     }
     bench.arguments.summary.parent.mkdir(parents=True, exist_ok=True)
     bench.arguments.summary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -261,9 +259,7 @@ def chosen(arguments: argparse.Namespace) -> list[Stage]:
 def pack(output: Path, archive: Path) -> None:
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, "w:xz", preset=1) as tar:
-        for path in sorted(output.rglob("*")):
-            if path.is_file():
-                tar.add(path, path.relative_to(output))
+        tar.add(output, ".")
     print(f"packed {archive}: {archive.stat().st_size / 2**20:.1f} MiB", flush=True)
 
 

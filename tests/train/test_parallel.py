@@ -17,7 +17,9 @@ from wedlm.train import packages, parallel, zero
 from wedlm.train.checkpoint import latest_checkpoint
 from wedlm.train.parallel import make_accelerator
 
-TOLERANCE = 1e-6
+TOLERANCE = (
+    1e-5  # of weights that moved a thousand times as far; sums in another order, and Adam where gradients vanish
+)
 MASKED_LORA = {"lora_rank": 4, "lora_rows": "masked", "merge_lora": False, "enable_ar_loss": False}
 
 
@@ -44,7 +46,9 @@ def check_equal(run: Path, other: Path) -> None:
     first, second = results(run / "final"), results(other / "final")
     assert first.keys() == second.keys()
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=TOLERANCE, msg=name)
+        torch.testing.assert_close(
+            first[name], second[name], rtol=0, atol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}"
+        )
     for kind in ("train", "eval", "eval_suffix"):
         records, expected = metrics(run, kind), metrics(other, kind)
         assert records
