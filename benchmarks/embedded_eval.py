@@ -193,7 +193,7 @@ def score(bench: Bench) -> None:
         evaluation = bench.evaluation(stage, scores=True)
         swept = {name: getattr(stage.params, name) for name in stage.swept}
         if evaluation.key(stage.params) != known[stage.name]["key"]:
-            raise ValueError(f"{stage.name} was answered by another model or from other data; expected the same here")
+            raise ValueError(f"{stage.name} was answered by another model, --dtype or data; expected the same here")
         record = evaluation.find(stage.params) or evaluation.run(stage.params, swept)
         (result,) = record["tasks"].values()
         path = evaluation.settings.output / result["samples_file"]

@@ -71,7 +71,8 @@ def test_which_token_wins_at_neighbouring_positions():
 
 def test_rows_are_no_shifted_copies():
     x = noise(1, 400, 64)[0]
-    assert len(np.unique(x)) > 0.99 * x.size  # some 20 pairs share a float32 by chance; a copy would share all
+    # Some 20 pairs share a float32 by chance; a row that is another one, shifted by one, would share 63 values.
+    assert len(np.unique(x)) > x.size - 60
 
 
 @settings(max_examples=100, deadline=None)

@@ -17,9 +17,8 @@ from wedlm.train import packages, parallel, zero
 from wedlm.train.checkpoint import latest_checkpoint
 from wedlm.train.parallel import make_accelerator
 
-TOLERANCE = (
-    1e-5  # of weights that moved a thousand times as far; sums in another order, and Adam where gradients vanish
-)
+# Of weights that moved by 2e-3 to 9e-3. Sums in another order, and Adam where gradients vanish, gave up to 1.1e-6.
+TOLERANCE = 5e-6
 MASKED_LORA = {"lora_rank": 4, "lora_rows": "masked", "merge_lora": False, "enable_ar_loss": False}
 
 

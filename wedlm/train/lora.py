@@ -52,7 +52,7 @@ def add_lora(transformer: Transformer, config: TrainConfig) -> None:
     """
     from peft import inject_adapter_in_model
 
-    _targets(transformer, config)
+    targets = _targets(transformer, config)
     transformer.requires_grad_(False)
     inject_adapter_in_model(lora_config(config), transformer, adapter_name=_NAME)
     for name, parameter in transformer.named_parameters():
@@ -60,16 +60,14 @@ def add_lora(transformer: Transformer, config: TrainConfig) -> None:
             parameter.data = parameter.data.float()
 
     if config.lora_init is not None:
-        _take_factors(transformer, config)
+        _take_factors(transformer, config, targets)
 
 
-def _take_factors(transformer: Transformer, config: TrainConfig) -> None:
+def _take_factors(transformer: Transformer, config: TrainConfig, targets: list[str]) -> None:
     """Start from the adapter in ``lora_init``, its mask embedding included. ValueError if it has another shape."""
     adapter = read_adapter(str(config.lora_init))
     parameters = dict(transformer.named_parameters())
-    ending = f".lora_B.{_NAME}.weight"
-    targets = {name.removesuffix(ending) for name in parameters if name.endswith(ending)}
-    missing = sorted(targets - {name.removesuffix(".weight") for name in adapter.low_rank})
+    missing = [module for module in targets if f"{module}.weight" not in adapter.low_rank]
     if missing:
         raise ValueError(
             f"lora_init is {config.lora_init!r}, which has no factors of {missing[0]}; expected an adapter of "

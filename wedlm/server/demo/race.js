@@ -57,7 +57,7 @@ function why(sides) {
 }
 
 /** Who won, and the speeds; the marks on the two sides. */
-function compare(answers, shared) {
+function judge(answers, shared) {
   const [fast, slow] = answers[0].rate >= answers[1].rate ? answers : [answers[1], answers[0]];
   const ratio = fast.rate / slow.rate;
   const speeds = `${fast.rate.toFixed(1)} against ${slow.rate.toFixed(1)} tok/s${shared ? " in shared forwards" : ""}`;
@@ -74,7 +74,7 @@ function conclude(element, answers, sides, together) {
   if (answers.length < 2 || answers.some((one) => one.state !== "done")) return "";
   const sameModel = sides.every((side) => side.server.own);
   const [winner, speeds] = answers.every((one) => one.rate)
-    ? compare(answers, together && sameModel)
+    ? judge(answers, together && sameModel)
     : ["No winner", "an answer came too quickly to be timed"];
   const same = answers[0].text === answers[1].text ? " Both texts are the same." : ` The texts differ${why(sides)}.`;
   const verdict = document.createElement("p");
