@@ -25,14 +25,15 @@ def last_number(text: str) -> float | None:
     return float(found[-1].replace(",", "").rstrip(".")) if found else None
 
 
-def run_mode(llm: LLM, questions: list[str], answers: list[float], mode: str, arguments: argparse.Namespace) -> dict:
+def run_mode(
+    llm: LLM, questions: list[str], answers: list[float], mode: str, window: int, arguments: argparse.Namespace
+) -> dict:
     options: dict = {}
     if mode == "streaming":
         options["wedlm_entropy_threshold"] = arguments.threshold
         options["wedlm_pos_penalty_factor"] = arguments.pos_penalty
     if mode == "verified":
         options["wedlm_draft_entropy"] = arguments.draft_entropy
-    window = arguments.streaming_window if mode == "streaming" else arguments.rows
     if mode != "autoregressive":
         options["wedlm_window_size"] = window
     params = SamplingParams(temperature=0.0, max_tokens=arguments.max_tokens, decoding=mode, **options)
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="only the first N questions")
     parser.add_argument("--rows", type=int, default=16, help="verified: rows a step")
     parser.add_argument("--draft-entropy", type=float, default=2.5, help="verified: nats")
-    parser.add_argument("--streaming-window", type=int, default=16)
+    parser.add_argument("--streaming-window", type=int, nargs="+", default=[16], help="streaming: one run for each")
     parser.add_argument("--threshold", type=float, default=0.4, help="streaming: entropy threshold in nats")
     parser.add_argument("--pos-penalty", type=float, default=0.02, help="streaming: nats a position")
     parser.add_argument("--max-tokens", type=int, default=256)
@@ -99,8 +100,9 @@ def main() -> None:
         "max_tokens": arguments.max_tokens,
         "modes": [],
     }
-    for mode in arguments.decoding:
-        result = run_mode(llm, questions, answers, mode, arguments)
+    windows = {"streaming": arguments.streaming_window}
+    for mode, window in [(mode, one) for mode in arguments.decoding for one in windows.get(mode, [arguments.rows])]:
+        result = run_mode(llm, questions, answers, mode, window, arguments)
         report["modes"].append(result)
         if mode == "autoregressive":
             baseline = result["token_ids"]
