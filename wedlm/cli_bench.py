@@ -78,6 +78,16 @@ def bench(
     max_num_batched_tokens: Annotated[
         int | None, _option("Rows of a step, chunks of prompts included. [2048, or the largest batch's]", MODEL)
     ] = None,
+    capture_chunks: Annotated[
+        bool | None,
+        _option(
+            "Steps with prompt chunks as CUDA graphs, too; default: no.", MODEL, "--capture-chunks/--no-capture-chunks"
+        ),
+    ] = None,
+    chunk_step_ratio: Annotated[
+        float | None,
+        _option("A step with prompt chunks takes at most so many times one without; default: inf, no limit.", MODEL),
+    ] = None,
     kv_cache_gb: Annotated[float | None, _option("Key/value cache; default: what the engine takes.", MODEL)] = None,
     threads: Annotated[int | None, _option("CPU threads; default: torch's choice.", MODEL)] = None,
     debug: Annotated[bool, _option("Show the traceback of an error.", MODEL, "--debug")] = False,
@@ -104,7 +114,7 @@ def read_settings(options: dict[str, Any]) -> "Settings":
     """Options of the command line, checked. Raises ValueError."""
     from wedlm.bench.settings import Amounts, Settings, change_amounts, read_modes, read_numbers, read_parts
     from wedlm.cli_generate import parse_threshold
-    from wedlm.engine.options import read_device
+    from wedlm.engine.options import read_device, read_ratio
 
     shape, model = options["shape"], options["model"]
     if shape is not None and (model is not None or options["adapter"] is not None):
@@ -120,7 +130,9 @@ def read_settings(options: dict[str, Any]) -> "Settings":
     for name in ("rate", "budget_s", "kv_cache_gb"):
         if options[name] is not None and not options[name] > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {options[name]:g}; expected a number above 0")
-    engine = {"max_num_batched_tokens": options["max_num_batched_tokens"]}
+    engine = {name: options[name] for name in ("max_num_batched_tokens", "capture_chunks", "chunk_step_ratio")}
+    if options["chunk_step_ratio"] is not None:
+        read_ratio("--chunk-step-ratio", options["chunk_step_ratio"])  # before vLLM has run for nothing
     if options["kv_cache_gb"] is not None:
         engine["kv_cache_bytes"] = int(options["kv_cache_gb"] * 1e9)
     return Settings(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``wedlm serve``: options to a running server."""
 
+import math
 import os
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
 
 HTTP, LIMITS, ENGINE = "Address and access", "Limits", "Model and machine"
 _KEY_VARIABLE = "WEDLM_API_KEY"
+_LLM_OPTIONS = (
+    "adapter",
+    "dtype",
+    "device",
+    "max_model_len",
+    "decoding",
+    "max_num_seqs",
+    "kv_cache_bytes",
+    "capture_chunks",
+    "chunk_step_ratio",
+)
 
 
 def _option(help: str, panel: str, *names: str) -> typer.models.OptionInfo:
@@ -50,6 +62,12 @@ def serve(
     max_model_len: Annotated[int | None, _option("Longest prompt and answer together, in tokens.", ENGINE)] = None,
     max_num_seqs: Annotated[int, _option("Most sequences in one forward.", ENGINE)] = 64,
     kv_cache_bytes: Annotated[int | None, _option("Memory for keys and values.", ENGINE)] = None,
+    capture_chunks: Annotated[
+        bool, _option("Steps with prompt chunks as CUDA graphs, too.", ENGINE, "--capture-chunks/--no-capture-chunks")
+    ] = False,
+    chunk_step_ratio: Annotated[
+        float, _option("A step with prompt chunks takes at most so many times one without; inf: no limit.", ENGINE)
+    ] = math.inf,
     threads: Annotated[int | None, _option("CPU threads; default: torch's choice.", ENGINE)] = None,
     debug: Annotated[bool, _option("Show the traceback of an error.", ENGINE, "--debug")] = False,
 ) -> None:
@@ -107,10 +125,9 @@ def _load(options: dict[str, Any]) -> "LLM":
     locate(options["model"])  # outside the status line: a download shows its own progress
     if threads is not None:
         torch.set_num_threads(threads)
-    names = ("adapter", "dtype", "device", "max_model_len", "decoding", "max_num_seqs", "kv_cache_bytes")
     with status(f"Loading {options['model']} ..."):
         return LLM(
-            options["model"], wedlm_window_size=options["window_size"], **{name: options[name] for name in names}
+            options["model"], wedlm_window_size=options["window_size"], **{name: options[name] for name in _LLM_OPTIONS}
         )
 
 

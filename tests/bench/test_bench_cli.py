@@ -60,6 +60,16 @@ def test_all_parts_on_random_weights(tmp_path):
     assert modes["autoregressive"]["vs_ar"] == 1
 
 
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("weights", ["random", "checkpoint"])
+def test_options_of_prompt_chunks(tmp_path, tiny_checkpoint, weights, given):
+    subject = ("--shape", "tiny", "--prompt", "10") if weights == "random" else ("--model", str(tiny_checkpoint))
+    words = ("--capture-chunks", "--chunk-step-ratio", "1.5") if given else ()
+    run("prefill", *subject, *words, "--no-plots", "--output", str(tmp_path))
+    engine = json.loads((tmp_path / "bench.json").read_text())["subject"]["engine"]
+    assert (engine["capture_chunks"], engine["chunk_step_ratio"]) == ((True, 1.5) if given else (False, float("inf")))
+
+
 def test_scenarios_of_a_checkpoint(tiny_checkpoint):
     summary = run("scenarios", "--model", str(tiny_checkpoint), "--modes", "autoregressive,streaming,block")
     assert len(summary["parts"]["scenarios"]) == 4 * 3
@@ -91,6 +101,8 @@ def fails(*words: str) -> str:
         (("--runs", "0"), "--runs has 0; expected integers of at least 1"),
         (("--accept", "1.2"), "--accept is '1.2'; expected numbers from 0 to 1"),
         (("--rate", "0"), "--rate is 0; expected a number above 0"),
+        (("--chunk-step-ratio", "1"), "--chunk-step-ratio is 1.0; expected a number > 1, or inf"),
+        (("--shape", "tiny", "--chunk-step-ratio", "nan"), "--chunk-step-ratio is nan; expected a number > 1, or inf"),
         (("--against", "sglang"), "--against is 'sglang'; expected vllm"),
         (("--evaluation", "x"), "--evaluation is given without --output"),
         (("--show", "nowhere"), "nowhere/bench.json cannot be read"),

@@ -39,6 +39,14 @@ SHORT = SamplingParams(max_tokens=12)
         ("gpu_memory_utilization", 0, "a number > 0 and <= 1"),
         ("gpu_memory_utilization", float("nan"), "a number > 0 and <= 1"),
         ("gpu_memory_utilization", "0.9", "a number > 0 and <= 1"),
+        ("chunk_step_ratio", 1, "a number > 1, or inf"),
+        ("chunk_step_ratio", -2.0, "a number > 1, or inf"),
+        ("chunk_step_ratio", float("nan"), "a number > 1, or inf"),
+        ("chunk_step_ratio", "inf", "a number > 1, or inf"),
+        ("chunk_step_ratio", None, "a number > 1, or inf"),
+        ("chunk_step_ratio", True, "a number > 1, or inf"),
+        ("capture_chunks", 1, "True or False"),
+        ("capture_chunks", None, "True or False"),
         ("max_model_len", 10**9, f"2 to {LENGTH}, the length of this model"),
         ("max_model_len", 1, f"2 to {LENGTH}"),
         ("max_model_len", 64.0, f"2 to {LENGTH}"),
@@ -74,6 +82,21 @@ def test_defaults(directory, tmp_path):
     assert ar.engine.config.mask_token_id == ar.tokenizer.vocab_size  # the first embedding that no text needs
     assert alone(ar, "a", SHORT).text == alone(ar, "a", SamplingParams(max_tokens=12, decoding="autoregressive")).text
     assert LLM(directory, device="cpu", dtype="bfloat16").generate("a", SHORT)[0].stats.num_tokens == 12
+
+
+def test_options_of_prompt_chunks(directory, llm):
+    config = LLM(directory, device="cpu").engine.config
+    assert (config.chunk_step_ratio, config.capture_chunks) == (float("inf"), False)
+    paced = LLM(directory, device="cpu", chunk_step_ratio=2, capture_chunks=True)  # a CPU captures nothing
+    assert (paced.engine.config.chunk_step_ratio, paced.engine.config.capture_chunks) == (2, True)
+    params = [SamplingParams(max_tokens=12, decoding="autoregressive")] * 2
+    expected = [output.token_ids for output in llm.generate(["a", "Hello" * 15], params)]
+    early = paced.generate_stream("a", params[0])
+    pieces = [next(early)]  # so that the other prompt comes beside a window
+    (late,) = paced.generate(["Hello" * 15], params[1:])
+    assert [[token for piece in [*pieces, *early] for token in piece.token_ids], late.token_ids] == expected
+    assert paced.engine.pacing.ratio == 2
+    check_empty(paced)
 
 
 def test_no_room_for_a_mask_token(tmp_path):

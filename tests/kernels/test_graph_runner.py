@@ -11,7 +11,7 @@ from tests.model.test_masked_lora import random_factors
 from tests.model.tiny import our_model
 from wedlm.algorithm.params import DECODINGS
 from wedlm.attention.base import KVCache
-from wedlm.engine import graph_runner
+from wedlm.engine import build, graph_runner
 from wedlm.engine.engine import Engine, EngineConfig
 from wedlm.engine.graph_runner import GraphRunner
 from wedlm.engine.pages import PagePool
@@ -118,6 +118,19 @@ def check_same_as_runner(device, decoding, temperature, num_requests, seed, mask
             assert one == other
     for one, other in zip(logprobs, others, strict=True):
         torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_whether_chunks_are_captured_is_the_configurations(device, monkeypatch, captures):
+    monkeypatch.setattr(build, "runs_as_graphs", lambda *_: True)
+    config = EngineConfig(96, MASK, (5,), LENGTH, capture_chunks=captures)
+    one = build.build_engine(
+        pack_for_inference(our_model("wedlm-qwen3").to(device)), config, None, kv_cache_bytes=2**20
+    )
+    one.add("prompt", list(range(20)), SamplingParams(decoding="autoregressive"))
+    plan = one.scheduler.schedule()
+    assert [work.decodes for work in plan.work] == [False]
+    assert one.runner.can_launch(plan) == one.runner.again(one.runner.cache).can_launch(plan) == captures
 
 
 def test_a_wide_window_and_a_later_common_one(device):

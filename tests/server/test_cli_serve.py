@@ -13,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from tests.server.running import wait_until
+from wedlm import cli_serve
 from wedlm.cli_serve import serve, server_config
 
 app = typer.Typer()
@@ -67,6 +68,28 @@ def test_wrong_options(words, message):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (False, float("inf"))),
+        (["--capture-chunks", "--chunk-step-ratio", "1.5"], (True, 1.5)),
+        (["--no-capture-chunks", "--chunk-step-ratio", "inf"], (False, float("inf"))),
+    ],
+)
+def test_options_of_prompt_chunks(directory, monkeypatch, words, expected):
+    served = []
+    monkeypatch.setattr(cli_serve, "run", lambda llm, *_: served.append(llm.engine.config))
+    result = CliRunner().invoke(app, ["--model", str(directory), "--device", "cpu", *words])
+    assert result.exit_code == 0, result.stderr
+    assert [(config.capture_chunks, config.chunk_step_ratio) for config in served] == [expected]
+
+
+def test_a_wrong_option_of_the_engine(directory):
+    result = CliRunner().invoke(app, ["--model", str(directory), "--device", "cpu", "--chunk-step-ratio", "1"])
+    assert result.exit_code == 2
+    assert "chunk_step_ratio is 1.0; expected a number > 1, or inf" in " ".join(result.stderr.split())
 
 
 def test_keys_of_the_environment_and_the_options():

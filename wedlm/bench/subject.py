@@ -15,6 +15,8 @@ from wedlm.engine.engine import Engine, EngineConfig
 from wedlm.engine.llm import LLM
 from wedlm.model import ModelConfig
 
+# Options of an engine that its configuration has under the same names.
+_CONFIGURED = ("max_num_seqs", "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio")
 _CACHE_SPARE_TOKENS = 2000  # for each sequence of the largest batch: what a measurement lets it write
 
 
@@ -53,8 +55,7 @@ def load_subject(settings: Settings) -> Subject:
         mask_token_id=MASK_TOKEN_ID,
         end_token_ids=config.eos_token_ids,
         max_model_len=options.read_length(given.get("max_model_len"), config),
-        max_num_seqs=given["max_num_seqs"],
-        max_num_batched_tokens=given["max_num_batched_tokens"],
+        **{name: given[name] for name in _CONFIGURED if name in given},
     )
     model = random_model(config, device, dtype)
     cache_bytes = given.get("kv_cache_bytes") or _cache_bytes(settings, engine_config, config, dtype, device)

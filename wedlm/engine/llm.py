@@ -2,7 +2,7 @@
 """``LLM``: a checkpoint, an engine and a tokenizer behind a few methods."""
 
 import itertools
-import signal
+import math
 import sys
 import threading
 import time
@@ -18,6 +18,7 @@ from wedlm.algorithm.params import Decoding
 from wedlm.engine import options
 from wedlm.engine.build import build_engine
 from wedlm.engine.engine import EngineConfig
+from wedlm.engine.interrupts import interrupts_deferred
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.types import Request
@@ -38,7 +39,9 @@ class LLM:
     cache; default on CUDA: what gpu_memory_utilization leaves, elsewhere: four full sequences, at most a quarter of the
     memory. adapter: directory of a LoRA in peft's format, merged into the weights as they load, or of one that `wedlm
     train` made for masked rows, which stays beside them; for another adapter make another LLM. cuda_graphs: steps on
-    our kernels, as CUDA graphs; default: wherever that works; False: plain torch operations.
+    our kernels, as CUDA graphs; default: wherever that works; False: plain torch operations. capture_chunks: where
+    steps are CUDA graphs, those with prompt chunks, too. chunk_step_ratio: prompt chunks are cut so that a step with
+    some takes at most so many times what its windows alone take; inf: no limit.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class LLM:
         kv_cache_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
         cuda_graphs: bool | None = None,
+        capture_chunks: bool = False,
+        chunk_step_ratio: float = math.inf,
     ) -> None:
         self.device = options.read_device(device)
         options.positive_integers(
@@ -68,6 +73,8 @@ class LLM:
             kv_cache_bytes=1 if kv_cache_bytes is None else kv_cache_bytes,
         )
         utilization = options.read_fraction("gpu_memory_utilization", gpu_memory_utilization)
+        ratio = options.read_ratio("chunk_step_ratio", chunk_step_ratio)
+        captures = options.read_flag("capture_chunks", capture_chunks)
         weights_dtype = options.read_dtype(dtype, self.device)
         self.tokenizer: Tokenizer = load_tokenizer(model)
         transformer, self.model_config = load_model(model, weights_dtype, self.device)
@@ -86,6 +93,8 @@ class LLM:
             default_window_size=wedlm_window_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            chunk_step_ratio=ratio,
+            capture_chunks=captures,
         )
         self.engine = build_engine(
             self.model,
@@ -232,7 +241,7 @@ class LLM:
     def _step(self, request: Request) -> None:
         """Advance the engine, for everybody, unless another thread has finished the request meanwhile."""
         if request.finish_reason is None:
-            with _interrupts_deferred():
+            with interrupts_deferred():
                 self.engine.step()
 
     def _abort(self, requests: Sequence[Request]) -> None:
@@ -258,26 +267,6 @@ class LLM:
                 tokens = sum(request.num_output_tokens for request in requests) if show else 0
                 speed = f"{tokens / (time.perf_counter() - start):,.0f} tok/s"
                 bar.update(task, completed=len(requests) - len(pending), speed=speed)
-
-
-@contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Ctrl-C takes effect after the step: half of one would lose tokens of all requests in it.
-
-    Only where Python's own handler is in force: whoever installed another decides for himself.
-    """
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    caught: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if caught:
-        raise KeyboardInterrupt
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -23,6 +23,20 @@ def read_fraction(name: str, value: object) -> float:
     return float(value)
 
 
+def read_ratio(name: str, value: object) -> float:
+    """A number above 1; infinity is one."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 1:
+        raise ValueError(f"{name} is {value!r}; expected a number > 1, or inf")
+    return float(value)
+
+
+def read_flag(name: str, value: object) -> bool:
+    """True or False, and nothing that merely counts as one."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; expected True or False")
+    return value
+
+
 def read_decoding(name: str | None) -> Decoding:
     """The mode asked for; by default "auto": AR's text, with as many masked rows as pay at the time."""
     if name is None:
