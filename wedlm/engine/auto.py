@@ -44,16 +44,28 @@ class Rate:
 
 
 class StepCosts:
-    """Seconds of a forward by rows in all, as measured once. ``padded``: in between as much as for the next larger
-    number that was measured (CUDA graphs are of such sizes); otherwise linear."""
+    """Seconds of a forward by rows in all, each measured once. ``padded``: in between as much as for the next larger
+    number that was measured (CUDA graphs are of such sizes); otherwise linear. Beyond the last, the last two go on in a
+    line, which tells little: a few rows cost a GPU the same, and noise makes the slope. So ``add`` those that may run.
+    """
 
     def __init__(self, seconds_by_rows: Sequence[tuple[int, float]], padded: bool) -> None:
-        assert seconds_by_rows
         self.padded = padded
-        self._rows = [rows for rows, _ in seconds_by_rows]
+        self._rows: list[int] = []
         self._seconds: list[float] = []
-        for _, seconds in seconds_by_rows:  # more rows never cost less
-            self._seconds.append(max(seconds, self._seconds[-1] if self._seconds else 0.0))
+        for rows, seconds in seconds_by_rows:
+            self.add(rows, seconds)
+
+    @property
+    def most_rows(self) -> int:
+        """That were measured; 0 if nothing was."""
+        return self._rows[-1] if self._rows else 0
+
+    def add(self, rows: int, seconds: float) -> None:
+        """Extend the table, for all who hold it."""
+        assert rows > self.most_rows
+        self._rows.append(rows)
+        self._seconds.append(max(seconds, self._seconds[-1] if self._seconds else 0.0))  # more never cost less
 
     def table(self) -> list[tuple[int, float]]:
         """(rows, seconds) as measured."""

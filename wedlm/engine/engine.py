@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from wedlm.algorithm.params import DecodeParams, Decoding
-from wedlm.engine.auto import AutoRows, StepCosts, longest_draft
+from wedlm.engine.auto import AutoRows, longest_draft
 from wedlm.engine.auto_window import AutoWindow
 from wedlm.engine.constraints import constraint_of
 from wedlm.engine.pacing import Pacing
@@ -50,7 +50,6 @@ class Engine:
         self._arrivals = 0
         self._flight: tuple[StepPlan, Flight] | None = None  # a launched step that nobody has read
         self.pacing: Pacing | None = None  # since prompts and windows first met
-        self._costs: StepCosts | None = None
         self.auto: AutoRows | None = None  # since the first request that decodes so
         self.auto_window: AutoWindow | None = None  # the same of auto streaming
         self._last_read: float | None = None  # when the last step was read, if it had windows
@@ -91,25 +90,23 @@ class Engine:
         self.requests[request_id] = request
         return request
 
-    def _step_costs(self, most_rows: int) -> StepCosts:
-        """Measured when first asked for, which takes about a second."""
-        if self._costs is None:
-            self._costs = self.runner.step_costs(most_rows * self.config.max_num_seqs)
-        return self._costs
-
     def _chunk_rows(self, window_rows: int) -> int:
-        if self.pacing is None:
-            self.pacing = Pacing(self._step_costs(self.config.default_window_size), self.config.chunk_step_ratio)
+        if self.pacing is None:  # it chooses among all steps that there can be
+            costs = self.runner.step_costs(self.config.max_num_batched_tokens)
+            self.pacing = Pacing(costs, self.config.chunk_step_ratio)
         return self.pacing.chunk_rows(window_rows)
 
     def _prepare(self, request: Request) -> None:
-        """Measure what steps cost before the first request whose rows depend on it; begin with the rows of the hour."""
-        decode = request.decode
-        if decode.decoding == "auto" and self.auto is None:
-            self.auto = AutoRows(self._step_costs(decode.max_rows))
-        if decode.decoding == "auto_streaming" and self.auto_window is None:
-            self.auto_window = AutoWindow(self._step_costs(decode.max_rows))
-        if decode.decoding == "auto" and self.auto is not None:
+        """If the request adapts: measure what is not yet known of such steps' costs (at first for about a second), and
+        begin with the rows of the hour."""
+        decode, config = request.decode, self.config
+        if not decode.adapts:
+            return
+        costs = self.runner.step_costs(min(decode.max_rows * config.max_num_seqs, config.max_num_batched_tokens))
+        if not decode.verifies:
+            self.auto_window = self.auto_window or AutoWindow(costs)
+        else:
+            self.auto = self.auto or AutoRows(costs)
             first = replace(decode, window_size=min(decode.window_size, self.auto.row_budget))
             request.window = WindowSnapshot.initial(request.prompt_token_ids, first)
             request.row_bound = first.row_budget

@@ -74,6 +74,7 @@ class GraphRunner(Runner):
         captures_chunks: bool = False,
     ) -> None:
         super().__init__(model, cache, mask_token_id, max_num_seqs, plan_paged)
+        self._costs = StepCosts([], padded=True)
         self._fused, self._max_model_len, self._captures_chunks = model, max_model_len, captures_chunks
         self.state = WindowState.empty(max_num_seqs + 1, 64, self.device)
         nobody = [DecodeParams("autoregressive")] * (max_num_seqs + 1)
@@ -101,13 +102,12 @@ class GraphRunner(Runner):
         self._graphs.clear()
 
     def step_costs(self, most_rows: int) -> StepCosts:
-        """Time captured steps of padding alone, which read all weights and no keys."""
+        """The table with captured steps of padding alone, which read all weights and no keys; each is timed once."""
         if self.device.type != "cuda":
             return StepCosts([(1, 1.0), (2, 1.1)], padded=True)  # interpreted kernels tell nothing
-        index = torch.full((1,), self.slots.nobody, dtype=torch.long, device=self.device)
         flags = BatchFlags.of([DecodeParams("verified")])
-        measured = []
-        for num_rows in [size for size in _SIZES if size <= _size(most_rows)]:
+        for num_rows in [size for size in _SIZES if self._costs.most_rows < size <= _size(most_rows)]:
+            index = torch.full((1,), self.slots.nobody, dtype=torch.long, device=self.device)
             graph, *_ = self._captured(StepShape.of_windows(1, num_rows, num_rows, 16, flags), index, None)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             graph.replay()
@@ -116,8 +116,8 @@ class GraphRunner(Runner):
                 graph.replay()
             end.record()
             end.synchronize()
-            measured.append((num_rows, start.elapsed_time(end) / 4e3))
-        return StepCosts(measured, padded=True)
+            self._costs.add(num_rows, start.elapsed_time(end) / 4e3)
+        return self._costs
 
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether nothing in the step needs the host."""

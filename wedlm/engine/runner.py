@@ -25,7 +25,7 @@ from wedlm.engine.sampling_params import MAX_LOGPROBS
 from wedlm.engine.types import Alternatives, Request, StepPlan, WindowResult, WindowSnapshot, Work
 from wedlm.engine.upload import put_row
 
-_MEASURING_S = 0.7  # for a table of costs
+_MEASURING_S = 0.7  # for the table of costs
 
 RowsForward = Callable[..., Tensor]  # model(tokens_T, positions_T, attend, logits_rows, masked) -> logits [L, V]
 
@@ -57,6 +57,7 @@ class Runner:
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._alternatives: dict[str, dict[int, Alternatives]] = {}
         self._params: tuple[list[DecodeParams], BatchParams] | None = None
+        self._costs, self._measured_s = StepCosts([], padded=False), 0.0
 
     def again(self, cache: KVCache) -> "Runner":
         """A new one for the same model over ``cache``."""
@@ -112,13 +113,11 @@ class Runner:
         )
 
     def step_costs(self, most_rows: int) -> StepCosts:
-        """Measure what forwards of up to ``most_rows`` rows cost, in about a second."""
-        measured: list[tuple[int, float]] = []
-        started, num_rows = time.perf_counter(), 1
+        """The table of costs, always the same, with what it lacks up to ``most_rows``: about a second's work in all."""
         with torch.inference_mode():
-            while num_rows <= most_rows and time.perf_counter() - started < _MEASURING_S:
+            while (num_rows := 2 * self._costs.most_rows or 1) <= most_rows and self._measured_s < _MEASURING_S:
+                started, best = time.perf_counter(), math.inf
                 tokens = torch.arange(num_rows, device=self.device) % 2
-                best = math.inf
                 for _ in range(3):
                     start = time.perf_counter()
                     positions = torch.arange(num_rows, device=self.device)
@@ -126,9 +125,9 @@ class Runner:
                     if self.device.type == "cuda":
                         torch.cuda.synchronize()
                     best = min(best, time.perf_counter() - start)
-                measured.append((num_rows, best))
-                num_rows *= 2
-        return StepCosts(measured, padded=False)
+                self._costs.add(num_rows, best)
+                self._measured_s += time.perf_counter() - started
+        return self._costs
 
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether ``launch`` takes the step: it starts it, and the host may read it while the next one runs."""
