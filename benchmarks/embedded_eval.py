@@ -37,7 +37,7 @@ from wedlm.evaluate.settings import Params, Settings
 MODES = {
     "ar": Params(decoding="autoregressive"),
     "verified": Params(decoding="verified"),
-    "streaming": Params(decoding="streaming", window_size=8),  # as many rows as verified's 16
+    "streaming": Params(decoding="streaming"),
 }
 GENERATED = ("gsm8k", "humaneval", "mbpp", "math500", "humaneval_plus", "mbpp_plus")
 LIKELIHOODS = ("arc_c", "arc_e", "hellaswag", "mmlu")

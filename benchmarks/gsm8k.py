@@ -101,7 +101,8 @@ def main() -> None:
         "modes": [],
     }
     windows = {"streaming": arguments.streaming_window}
-    for mode, window in [(mode, one) for mode in arguments.decoding for one in windows.get(mode, [arguments.rows])]:
+    runs = [(mode, window) for mode in arguments.decoding for window in windows.get(mode, [arguments.rows])]
+    for mode, window in runs:
         result = run_mode(llm, questions, answers, mode, window, arguments)
         report["modes"].append(result)
         if mode == "autoregressive":
