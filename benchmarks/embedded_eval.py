@@ -197,7 +197,7 @@ def score(bench: Bench) -> None:
         record = evaluation.find(stage.params) or evaluation.run(stage.params, swept)
         (result,) = record["tasks"].values()
         path = evaluation.settings.output / result["samples_file"]
-        samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        samples = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         points.append((stage, record, samples))
         print(json.dumps(row_of(stage, record)), flush=True)
     pairs = [same_texts(bench, *pair) for pair in pairs_of(points)]

@@ -11,7 +11,7 @@ from wedlm.cli_bench import bench
 from wedlm.cli_eval import evaluate
 from wedlm.cli_report import compare, report
 from wedlm.cli_serve import serve
-from wedlm.cli_terminal import plain_errors, read_prompts
+from wedlm.cli_terminal import option, plain_errors, read_prompts
 
 # \b keeps the line breaks of a paragraph.
 app = typer.Typer(
@@ -45,33 +45,29 @@ wedlm COMMAND --help""",
 PROMPT, HOW, DRAW, MODEL = "Prompt and output", "Decoding", "Sampling and length", "Model and machine"
 
 
-def _option(help: str, panel: str, *names: str) -> typer.models.OptionInfo:
-    return typer.Option(*names, help=help, rich_help_panel=panel)
-
-
-Model = Annotated[str, _option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'.", MODEL)]
+Model = Annotated[str, option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'.", MODEL)]
 Decoding = Annotated[
-    str | None, _option("auto, verified, streaming, auto_streaming, block, autoregressive. [auto]", HOW)
+    str | None, option("auto, verified, streaming, auto_streaming, block, autoregressive. [auto]", HOW)
 ]
 Window = Annotated[
-    int | None, _option("Positions of a window or block; most rows a forward of auto and verified. [16]", HOW)
+    int | None, option("Positions of a window or block; most rows a forward of auto and verified. [16]", HOW)
 ]
-Threshold = Annotated[str, _option("Streaming, block: fill below this entropy (nats); none: one a forward.", HOW)]
-Penalty = Annotated[float, _option("Streaming, block: entropy added per position of distance.", HOW)]
-DraftEntropy = Annotated[float, _option("Verified: draft up to the first row this uncertain (nats).", HOW)]
-MaxTokens = Annotated[int, _option("Cut the answer after so many tokens.", DRAW)]
-Temperature = Annotated[float, _option("0 takes the most probable token.", DRAW)]
-TopP = Annotated[float, _option("Sample from the smallest set with this probability.", DRAW)]
-TopK = Annotated[int, _option("Sample from the k most probable tokens; 0: from all.", DRAW)]
-Seed = Annotated[int | None, _option("Same seed, same text.", DRAW)]
+Threshold = Annotated[str, option("Streaming, block: fill below this entropy (nats); none: one a forward.", HOW)]
+Penalty = Annotated[float, option("Streaming, block: entropy added per position of distance.", HOW)]
+DraftEntropy = Annotated[float, option("Verified: draft up to the first row this uncertain (nats).", HOW)]
+MaxTokens = Annotated[int, option("Cut the answer after so many tokens.", DRAW)]
+Temperature = Annotated[float, option("0 takes the most probable token.", DRAW)]
+TopP = Annotated[float, option("Sample from the smallest set with this probability.", DRAW)]
+TopK = Annotated[int, option("Sample from the k most probable tokens; 0: from all.", DRAW)]
+Seed = Annotated[int | None, option("Same seed, same text.", DRAW)]
 Adapter = Annotated[
-    str | None, _option("Directory of a LoRA, merged into the model; one of masked rows stays beside it.", MODEL)
+    str | None, option("Directory of a LoRA, merged into the model; one of masked rows stays beside it.", MODEL)
 ]
-Dtype = Annotated[str, _option("auto, float32, bfloat16 or float16.", MODEL)]
-Device = Annotated[str, _option("auto, cpu, cuda, cuda:1, ...", MODEL)]
-MaxModelLen = Annotated[int | None, _option("Longest prompt and answer together, in tokens.", MODEL)]
-Threads = Annotated[int | None, _option("CPU threads; default: torch's choice.", MODEL)]
-Debug = Annotated[bool, _option("Show the traceback of an error.", MODEL, "--debug")]
+Dtype = Annotated[str, option("auto, float32, bfloat16 or float16.", MODEL)]
+Device = Annotated[str, option("auto, cpu, cuda, cuda:1, ...", MODEL)]
+MaxModelLen = Annotated[int | None, option("Longest prompt and answer together, in tokens.", MODEL)]
+Threads = Annotated[int | None, option("CPU threads; default: torch's choice.", MODEL)]
+Debug = Annotated[bool, option("Show the traceback of an error.", MODEL, "--debug")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -93,23 +89,23 @@ def _root(
 def generate(
     ctx: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; without it and --file: standard input.")] = None,
-    file: Annotated[Path | None, _option("Read the prompt from this file; - is standard input.", PROMPT)] = None,
-    lines: Annotated[bool, _option("One prompt a line (blank ones skipped), decoded together.", PROMPT, "--lines")] = (
+    file: Annotated[Path | None, option("Read the prompt from this file; - is standard input.", PROMPT)] = None,
+    lines: Annotated[bool, option("One prompt a line (blank ones skipped), decoded together.", PROMPT, "--lines")] = (
         False
     ),
     chat: Annotated[
         bool | None,
-        _option(
+        option(
             "As a user's message in the chat template, or as it stands; default: chat if the model has a template.",
             PROMPT,
             "--chat/--raw",
         ),
     ] = None,
     as_json: Annotated[
-        bool, _option("One JSON object a line: prompt, text, token_ids, finish_reason, stats, ...", PROMPT, "--json")
+        bool, option("One JSON object a line: prompt, text, token_ids, finish_reason, stats, ...", PROMPT, "--json")
     ] = False,
     logprobs: Annotated[
-        int | None, _option("With --json: log-probabilities, also of so many alternatives.", PROMPT)
+        int | None, option("With --json: log-probabilities, also of so many alternatives.", PROMPT)
     ] = None,
     decoding: Decoding = None,
     window_size: Window = None,
@@ -121,15 +117,15 @@ def generate(
     top_k: TopK = 0,
     seed: Seed = None,
     max_tokens: MaxTokens = 256,
-    min_tokens: Annotated[int, _option("No end before so many tokens.", DRAW)] = 0,
-    stop: Annotated[list[str] | None, _option("End before this string; may be repeated.", DRAW)] = None,
-    ignore_eos: Annotated[bool, _option("Go on after end tokens.", DRAW, "--ignore-eos")] = False,
+    min_tokens: Annotated[int, option("No end before so many tokens.", DRAW)] = 0,
+    stop: Annotated[list[str] | None, option("End before this string; may be repeated.", DRAW)] = None,
+    ignore_eos: Annotated[bool, option("Go on after end tokens.", DRAW, "--ignore-eos")] = False,
     model: Model = "demo",
     adapter: Adapter = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
-    max_num_seqs: Annotated[int, _option("Most prompts in one forward.", MODEL)] = 64,
+    max_num_seqs: Annotated[int, option("Most prompts in one forward.", MODEL)] = 64,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
@@ -156,7 +152,7 @@ def generate(
 @app.command()
 def chat(
     ctx: typer.Context,
-    system: Annotated[str | None, _option("System message of the conversation.", PROMPT)] = None,
+    system: Annotated[str | None, option("System message of the conversation.", PROMPT)] = None,
     decoding: Decoding = None,
     window_size: Window = None,
     entropy_threshold: Threshold = "0.4",

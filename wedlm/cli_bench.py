@@ -7,17 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wedlm.cli_terminal import note, plain_errors, write
+from wedlm.cli_terminal import note, option, plain_errors, write
 
 if TYPE_CHECKING:
     from wedlm.bench.figures import Row
     from wedlm.bench.settings import Settings
 
 WHAT, MUCH, HOW, MODEL = "What to measure", "How much", "Decoding", "Model and machine"
-
-
-def _option(help: str, panel: str, *names: str) -> typer.models.OptionInfo:
-    return typer.Option(*names, help=help, rich_help_panel=panel)
 
 
 def bench(
@@ -29,68 +25,64 @@ def bench(
             metavar="[PART]...",
         ),
     ] = None,
-    against: Annotated[str | None, _option("vllm: its AR on the same weights, first, where it is installed.", WHAT)] = (
+    against: Annotated[str | None, option("vllm: its AR on the same weights, first, where it is installed.", WHAT)] = (
         None
     ),
     accept: Annotated[
         list[str] | None,
-        _option("accept: share of drafts accepted by depth, as 0.78,0.72,0.64; may be repeated.", WHAT),
+        option("accept: share of drafts accepted by depth, as 0.78,0.72,0.64; may be repeated.", WHAT),
     ] = None,
     evaluation: Annotated[
-        Path | None, _option("Folder of wedlm eval: also draw its speed against quality over τ.", WHAT)
+        Path | None, option("Folder of wedlm eval: also draw its speed against quality over τ.", WHAT)
     ] = None,
-    output: Annotated[Path | None, _option("Folder for bench.json and plots, written after each part.", WHAT)] = None,
-    show: Annotated[Path | None, _option("Show, and draw, the run in this folder; measure nothing.", WHAT)] = None,
-    plots: Annotated[
-        bool, _option("Draw figures into --output (needs matplotlib).", WHAT, "--plots/--no-plots")
-    ] = True,
-    budget_s: Annotated[float | None, _option("Begin nothing new after so many seconds.", MUCH)] = None,
-    batches: Annotated[str | None, _option("Batch sizes with commas between. [GPU 1,8,32,64,128; CPU 1,4]", MUCH)] = (
+    output: Annotated[Path | None, option("Folder for bench.json and plots, written after each part.", WHAT)] = None,
+    show: Annotated[Path | None, option("Show, and draw, the run in this folder; measure nothing.", WHAT)] = None,
+    plots: Annotated[bool, option("Draw figures into --output (needs matplotlib).", WHAT, "--plots/--no-plots")] = True,
+    budget_s: Annotated[float | None, option("Begin nothing new after so many seconds.", MUCH)] = None,
+    batches: Annotated[str | None, option("Batch sizes with commas between. [GPU 1,8,32,64,128; CPU 1,4]", MUCH)] = (
         None
     ),
-    runs: Annotated[int | None, _option("Runs of each case. [3]", MUCH)] = None,
-    pairs: Annotated[int | None, _option("Pairs of auto and AR. [10]", MUCH)] = None,
-    steps: Annotated[int | None, _option("Steps of a run with a fixed batch. [GPU 60; CPU 16]", MUCH)] = None,
-    answer: Annotated[int | None, _option("Most tokens of an answer. [GPU 128; CPU 48]", MUCH)] = None,
+    runs: Annotated[int | None, option("Runs of each case. [3]", MUCH)] = None,
+    pairs: Annotated[int | None, option("Pairs of auto and AR. [10]", MUCH)] = None,
+    steps: Annotated[int | None, option("Steps of a run with a fixed batch. [GPU 60; CPU 16]", MUCH)] = None,
+    answer: Annotated[int | None, option("Most tokens of an answer. [GPU 128; CPU 48]", MUCH)] = None,
     prompt: Annotated[
-        int | None, _option("Tokens of a prompt. [the question's; random weights: GPU 512, CPU 64]", MUCH)
+        int | None, option("Tokens of a prompt. [the question's; random weights: GPU 512, CPU 64]", MUCH)
     ] = None,
-    requests: Annotated[int | None, _option("Requests that arrive. [GPU 96; CPU 8]", MUCH)] = None,
-    rate: Annotated[float | None, _option("Requests a second; default: 0.7 of what AR can serve.", MUCH)] = None,
-    contexts: Annotated[str | None, _option("Context lengths. [GPU 512,4096,16384,32000; CPU 128,512]", MUCH)] = None,
-    long_prompt: Annotated[int | None, _option("Tokens of prefill's prompt. [GPU 8192; CPU 1024]", MUCH)] = None,
+    requests: Annotated[int | None, option("Requests that arrive. [GPU 96; CPU 8]", MUCH)] = None,
+    rate: Annotated[float | None, option("Requests a second; default: 0.7 of what AR can serve.", MUCH)] = None,
+    contexts: Annotated[str | None, option("Context lengths. [GPU 512,4096,16384,32000; CPU 128,512]", MUCH)] = None,
+    long_prompt: Annotated[int | None, option("Tokens of prefill's prompt. [GPU 8192; CPU 1024]", MUCH)] = None,
     modes: Annotated[
-        str | None, _option("Modes with commas between. [all; random weights: those of AR's text]", HOW)
+        str | None, option("Modes with commas between. [all; random weights: those of AR's text]", HOW)
     ] = (None),
-    window_size: Annotated[
-        int | None, _option("Positions of a window or block; most rows a forward. [16]", HOW)
-    ] = None,
-    entropy_threshold: Annotated[str, _option("Streaming, block: fill below this entropy (nats); none.", HOW)] = "0.4",
-    pos_penalty: Annotated[float, _option("Streaming, block: entropy added per position of distance.", HOW)] = 0.02,
-    draft_entropy: Annotated[float, _option("Verified: draft up to the first row this uncertain.", HOW)] = 2.5,
+    window_size: Annotated[int | None, option("Positions of a window or block; most rows a forward. [16]", HOW)] = None,
+    entropy_threshold: Annotated[str, option("Streaming, block: fill below this entropy (nats); none.", HOW)] = "0.4",
+    pos_penalty: Annotated[float, option("Streaming, block: entropy added per position of distance.", HOW)] = 0.02,
+    draft_entropy: Annotated[float, option("Verified: draft up to the first row this uncertain.", HOW)] = 2.5,
     model: Annotated[
-        str | None, _option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'. [demo]", MODEL)
+        str | None, option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'. [demo]", MODEL)
     ] = None,
-    shape: Annotated[str | None, _option("Random weights instead: qwen3-8b, smollm2-135m or tiny.", MODEL)] = None,
-    adapter: Annotated[str | None, _option("Directory of a LoRA in peft's format, merged in.", MODEL)] = None,
-    dtype: Annotated[str, _option("auto, float32, bfloat16 or float16.", MODEL)] = "auto",
-    device: Annotated[str, _option("auto, cpu, cuda, cuda:1, ...", MODEL)] = "auto",
+    shape: Annotated[str | None, option("Random weights instead: qwen3-8b, smollm2-135m or tiny.", MODEL)] = None,
+    adapter: Annotated[str | None, option("Directory of a LoRA in peft's format, merged in.", MODEL)] = None,
+    dtype: Annotated[str, option("auto, float32, bfloat16 or float16.", MODEL)] = "auto",
+    device: Annotated[str, option("auto, cpu, cuda, cuda:1, ...", MODEL)] = "auto",
     max_num_batched_tokens: Annotated[
-        int | None, _option("Rows of a step, chunks of prompts included. [2048, or the largest batch's]", MODEL)
+        int | None, option("Rows of a step, chunks of prompts included. [2048, or the largest batch's]", MODEL)
     ] = None,
     capture_chunks: Annotated[
         bool | None,
-        _option(
+        option(
             "Steps with prompt chunks as CUDA graphs, too; default: no.", MODEL, "--capture-chunks/--no-capture-chunks"
         ),
     ] = None,
     chunk_step_ratio: Annotated[
         float | None,
-        _option("A step with prompt chunks takes at most so many times one without; default: inf, no limit.", MODEL),
+        option("A step with prompt chunks takes at most so many times one without; default: inf, no limit.", MODEL),
     ] = None,
-    kv_cache_gb: Annotated[float | None, _option("Key/value cache; default: what the engine takes.", MODEL)] = None,
-    threads: Annotated[int | None, _option("CPU threads; default: torch's choice.", MODEL)] = None,
-    debug: Annotated[bool, _option("Show the traceback of an error.", MODEL, "--debug")] = False,
+    kv_cache_gb: Annotated[float | None, option("Key/value cache; default: what the engine takes.", MODEL)] = None,
+    threads: Annotated[int | None, option("CPU threads; default: torch's choice.", MODEL)] = None,
+    debug: Annotated[bool, option("Show the traceback of an error.", MODEL, "--debug")] = False,
 ) -> None:
     """Measure speed: our modes beside AR in one engine, runs taking turns; optionally beside vLLM.
 

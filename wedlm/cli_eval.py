@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from wedlm.cli_terminal import err, note, out, plain_errors, write
+from wedlm.cli_terminal import err, note, option, out, plain_errors, write
 
 if TYPE_CHECKING:
     from wedlm.evaluate.journaled import Backend
@@ -21,63 +21,59 @@ if TYPE_CHECKING:
 WHAT, HOW, MODEL = "What to evaluate", "Decoding (default: the protocol's)", "Model and machine"
 
 
-def _option(help: str, panel: str, *names: str) -> typer.models.OptionInfo:
-    return typer.Option(*names, help=help, rich_help_panel=panel)
-
-
 def evaluate(
     ctx: typer.Context,
-    tasks: Annotated[str, _option("Names with commas between: gsm8k,arc_e,...", WHAT)] = "",
-    data_dir: Annotated[Path, _option("Folder of the data files.", WHAT)] = Path("data"),
-    output: Annotated[Path, _option("Folder for results; what it has already is not run again.", WHAT)] = Path(
+    tasks: Annotated[str, option("Names with commas between: gsm8k,arc_e,...", WHAT)] = "",
+    data_dir: Annotated[Path, option("Folder of the data files.", WHAT)] = Path("data"),
+    output: Annotated[Path, option("Folder for results; what it has already is not run again.", WHAT)] = Path(
         "results"
     ),
-    download: Annotated[Path | None, _option("Fetch the public data files into this folder, and end.", WHAT)] = None,
-    protocol: Annotated[str, _option("default, or paper: the paper's decoding parameters.", WHAT)] = "default",
+    download: Annotated[Path | None, option("Fetch the public data files into this folder, and end.", WHAT)] = None,
+    protocol: Annotated[str, option("default, or paper: the paper's decoding parameters.", WHAT)] = "default",
     sweep: Annotated[
-        list[str] | None, _option("key=value,value: a point for each value; repeated: a grid.", WHAT)
+        list[str] | None, option("key=value,value: a point for each value; repeated: a grid.", WHAT)
     ] = None,
-    limit: Annotated[int | None, _option("Only the first N questions of each task.", WHAT)] = None,
-    num_fewshot: Annotated[int | None, _option("Examples in a prompt; default: each task's own.", WHAT)] = None,
+    limit: Annotated[int | None, option("Only the first N questions of each task.", WHAT)] = None,
+    num_fewshot: Annotated[int | None, option("Examples in a prompt; default: each task's own.", WHAT)] = None,
     chat_template: Annotated[
-        bool, _option("Ask in the model's chat template, for instruct models.", WHAT, "--chat-template")
+        bool, option("Ask in the model's chat template, for instruct models.", WHAT, "--chat-template")
     ] = False,
-    as_json: Annotated[bool, _option("Print each point as one line of JSON instead of a table.", WHAT, "--json")] = (
+    as_json: Annotated[bool, option("Print each point as one line of JSON instead of a table.", WHAT, "--json")] = (
         False
     ),
     answers_only: Annotated[
         bool,
-        _option("Answer, but do not score: the same call without this does.", WHAT, "--answers-only"),
+        option("Answer, but do not score: the same call without this does.", WHAT, "--answers-only"),
     ] = False,
     decoding: Annotated[
-        str | None, _option("auto, verified, streaming, auto_streaming, block or autoregressive.", HOW)
+        str | None, option("auto, verified, streaming, auto_streaming, block or autoregressive.", HOW)
     ] = None,
-    window_size: Annotated[int | None, _option("Positions of a window or block; rows of verified.", HOW)] = None,
-    entropy_threshold: Annotated[str | None, _option("Fill below this entropy (nats); none: one a forward.", HOW)] = (
+    window_size: Annotated[int | None, option("Positions of a window or block; rows of verified.", HOW)] = None,
+    entropy_threshold: Annotated[str | None, option("Fill below this entropy (nats); none: one a forward.", HOW)] = (
         None
     ),
-    pos_penalty: Annotated[float | None, _option("Entropy added per position of distance.", HOW)] = None,
-    draft_entropy: Annotated[float | None, _option("Verified: draft up to the first row this uncertain.", HOW)] = None,
-    temperature: Annotated[float | None, _option("0 takes the most probable token.", HOW)] = None,
-    top_p: Annotated[float | None, _option("Sample from the smallest set with this probability.", HOW)] = None,
-    top_k: Annotated[int | None, _option("Sample from the k most probable tokens; 0: all.", HOW)] = None,
-    seed: Annotated[int | None, _option("Same seed, same answers.", HOW)] = None,
-    max_tokens: Annotated[int | None, _option("Cut answers after so many tokens.", HOW)] = None,
-    engine: Annotated[str, _option("wedlm, or vllm: its AR decoding, as a baseline.", MODEL)] = "wedlm",
+    pos_penalty: Annotated[float | None, option("Entropy added per position of distance.", HOW)] = None,
+    draft_entropy: Annotated[float | None, option("Verified: draft up to the first row this uncertain.", HOW)] = None,
+    temperature: Annotated[float | None, option("0 takes the most probable token.", HOW)] = None,
+    top_p: Annotated[float | None, option("Sample from the smallest set with this probability.", HOW)] = None,
+    top_k: Annotated[int | None, option("Sample from the k most probable tokens; 0: all.", HOW)] = None,
+    seed: Annotated[int | None, option("Same seed, same answers.", HOW)] = None,
+    max_tokens: Annotated[int | None, option("Cut answers after so many tokens.", HOW)] = None,
+    engine: Annotated[str, option("wedlm, or vllm: its AR decoding, as a baseline.", MODEL)] = "wedlm",
     workers: Annotated[
-        int | None, _option("Replicas of the model by Ray, on this machine or a cluster; one GPU each.", MODEL)
+        int | None, option("Replicas of the model by Ray, on this machine or a cluster; one GPU each.", MODEL)
     ] = None,
-    model: Annotated[str, _option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'.", MODEL)] = "demo",
+    model: Annotated[str, option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'.", MODEL)] = "demo",
     adapter: Annotated[
-        str | None, _option("Directory of a LoRA, merged in; one of masked rows stays beside.", MODEL)
+        str | None, option("Directory of a LoRA, merged in; one of masked rows stays beside.", MODEL)
     ] = None,
-    dtype: Annotated[str, _option("auto, float32, bfloat16 or float16.", MODEL)] = "auto",
-    device: Annotated[str, _option("auto, cpu, cuda, cuda:1, ...", MODEL)] = "auto",
-    max_model_len: Annotated[int | None, _option("Longest prompt and answer together, in tokens.", MODEL)] = None,
-    max_num_seqs: Annotated[int, _option("Most sequences in one forward.", MODEL)] = 64,
-    kv_cache_gb: Annotated[float | None, _option("Key/value cache; default: what LLM takes.", MODEL)] = None,
-    threads: Annotated[int | None, _option("CPU threads; default: torch's choice.", MODEL)] = None,
-    debug: Annotated[bool, _option("Show the traceback of an error.", MODEL, "--debug")] = False,
+    dtype: Annotated[str, option("auto, float32, bfloat16 or float16.", MODEL)] = "auto",
+    device: Annotated[str, option("auto, cpu, cuda, cuda:1, ...", MODEL)] = "auto",
+    max_model_len: Annotated[int | None, option("Longest prompt and answer together, in tokens.", MODEL)] = None,
+    max_num_seqs: Annotated[int, option("Most sequences in one forward.", MODEL)] = 64,
+    kv_cache_gb: Annotated[float | None, option("Key/value cache; default: what LLM takes.", MODEL)] = None,
+    threads: Annotated[int | None, option("CPU threads; default: torch's choice.", MODEL)] = None,
+    debug: Annotated[bool, option("Show the traceback of an error.", MODEL, "--debug")] = False,
 ) -> None:
     """Measure accuracy and speed on benchmarks, one decoding mode or a grid of parameters.
 

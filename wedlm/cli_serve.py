@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wedlm.cli_terminal import note, plain_errors, status
+from wedlm.cli_terminal import note, option, plain_errors, status
 
 if TYPE_CHECKING:
     from wedlm import LLM
@@ -28,48 +28,44 @@ _LLM_OPTIONS = (
 )
 
 
-def _option(help: str, panel: str, *names: str) -> typer.models.OptionInfo:
-    return typer.Option(*names, help=help, rich_help_panel=panel)
-
-
 def serve(
     ctx: typer.Context,
-    host: Annotated[str, _option("Address to listen on; 0.0.0.0 for all.", HTTP)] = "127.0.0.1",
-    port: Annotated[int, _option("Port to listen on; 0 takes a free one.", HTTP)] = 8000,
-    model_name: Annotated[str | None, _option("What clients call the model; default: the model's last part.", HTTP)] = (
+    host: Annotated[str, option("Address to listen on; 0.0.0.0 for all.", HTTP)] = "127.0.0.1",
+    port: Annotated[int, option("Port to listen on; 0 takes a free one.", HTTP)] = 8000,
+    model_name: Annotated[str | None, option("What clients call the model; default: the model's last part.", HTTP)] = (
         None
     ),
     api_key: Annotated[
         list[str] | None,
-        _option("Require this key, or another one given so; better in the variable WEDLM_API_KEY.", HTTP),
+        option("Require this key, or another one given so; better in the variable WEDLM_API_KEY.", HTTP),
     ] = None,
-    cors_origin: Annotated[list[str] | None, _option("Let pages of this origin call; may be repeated.", HTTP)] = None,
-    log_level: Annotated[str, _option("debug, info, warning or error.", HTTP)] = "info",
-    max_queue: Annotated[int, _option("Sequences that may wait; more are refused with 429.", LIMITS)] = 256,
-    max_choices: Annotated[int, _option("Most sequences of one request.", LIMITS)] = 64,
-    max_body_bytes: Annotated[int, _option("Largest body of a request.", LIMITS)] = 2**20,
-    request_timeout: Annotated[float, _option("Seconds for a whole answer.", LIMITS)] = 600.0,
-    body_timeout: Annotated[float, _option("Seconds for a body to arrive.", LIMITS)] = 30.0,
-    shutdown_timeout: Annotated[float, _option("Seconds for running answers after Ctrl-C or SIGTERM.", LIMITS)] = 30.0,
-    model: Annotated[str, _option("Checkpoint directory, .gguf file, hub id, or 'demo'.", ENGINE)] = "demo",
+    cors_origin: Annotated[list[str] | None, option("Let pages of this origin call; may be repeated.", HTTP)] = None,
+    log_level: Annotated[str, option("debug, info, warning or error.", HTTP)] = "info",
+    max_queue: Annotated[int, option("Sequences that may wait; more are refused with 429.", LIMITS)] = 256,
+    max_choices: Annotated[int, option("Most sequences of one request.", LIMITS)] = 64,
+    max_body_bytes: Annotated[int, option("Largest body of a request.", LIMITS)] = 2**20,
+    request_timeout: Annotated[float, option("Seconds for a whole answer.", LIMITS)] = 600.0,
+    body_timeout: Annotated[float, option("Seconds for a body to arrive.", LIMITS)] = 30.0,
+    shutdown_timeout: Annotated[float, option("Seconds for running answers after Ctrl-C or SIGTERM.", LIMITS)] = 30.0,
+    model: Annotated[str, option("Checkpoint directory, .gguf file, hub id, or 'demo'.", ENGINE)] = "demo",
     adapter: Annotated[
-        str | None, _option("Directory of a LoRA, merged in; one of masked rows stays beside.", ENGINE)
+        str | None, option("Directory of a LoRA, merged in; one of masked rows stays beside.", ENGINE)
     ] = None,
-    decoding: Annotated[str, _option("Mode of requests that name none.", ENGINE)] = "auto",
-    window_size: Annotated[int, _option("Window of requests that name none.", ENGINE)] = 16,
-    dtype: Annotated[str, _option("auto, float32, bfloat16 or float16.", ENGINE)] = "auto",
-    device: Annotated[str, _option("auto, cpu, cuda, cuda:1, ...", ENGINE)] = "auto",
-    max_model_len: Annotated[int | None, _option("Longest prompt and answer together, in tokens.", ENGINE)] = None,
-    max_num_seqs: Annotated[int, _option("Most sequences in one forward.", ENGINE)] = 64,
-    kv_cache_bytes: Annotated[int | None, _option("Memory for keys and values.", ENGINE)] = None,
+    decoding: Annotated[str, option("Mode of requests that name none.", ENGINE)] = "auto",
+    window_size: Annotated[int, option("Window of requests that name none.", ENGINE)] = 16,
+    dtype: Annotated[str, option("auto, float32, bfloat16 or float16.", ENGINE)] = "auto",
+    device: Annotated[str, option("auto, cpu, cuda, cuda:1, ...", ENGINE)] = "auto",
+    max_model_len: Annotated[int | None, option("Longest prompt and answer together, in tokens.", ENGINE)] = None,
+    max_num_seqs: Annotated[int, option("Most sequences in one forward.", ENGINE)] = 64,
+    kv_cache_bytes: Annotated[int | None, option("Memory for keys and values.", ENGINE)] = None,
     capture_chunks: Annotated[
-        bool, _option("Steps with prompt chunks as CUDA graphs, too.", ENGINE, "--capture-chunks/--no-capture-chunks")
+        bool, option("Steps with prompt chunks as CUDA graphs, too.", ENGINE, "--capture-chunks/--no-capture-chunks")
     ] = False,
     chunk_step_ratio: Annotated[
-        float, _option("A step with prompt chunks takes at most so many times one without; inf: no limit.", ENGINE)
+        float, option("A step with prompt chunks takes at most so many times one without; inf: no limit.", ENGINE)
     ] = math.inf,
-    threads: Annotated[int | None, _option("CPU threads; default: torch's choice.", ENGINE)] = None,
-    debug: Annotated[bool, _option("Show the traceback of an error.", ENGINE, "--debug")] = False,
+    threads: Annotated[int | None, option("CPU threads; default: torch's choice.", ENGINE)] = None,
+    debug: Annotated[bool, option("Show the traceback of an error.", ENGINE, "--debug")] = False,
 ) -> None:
     """Serve a model to any OpenAI client.
 

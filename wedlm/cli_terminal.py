@@ -12,6 +12,7 @@ from types import FrameType
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.status import Status
 from rich.text import Text
 
@@ -21,6 +22,11 @@ PALETTE = ("cyan", "yellow", "green", "magenta", "blue", "red")
 # What a model writes must not move the cursor or change the terminal's state.
 _CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C: 128 + SIGINT
+
+
+def option(help: str, panel: str, *names: str) -> typer.models.OptionInfo:
+    """An option in its panel of the help, whose brackets are brackets and no markup."""
+    return typer.Option(*names, help=escape(help), rich_help_panel=panel)
 
 
 class Interrupt:

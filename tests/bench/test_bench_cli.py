@@ -67,7 +67,7 @@ def test_options_of_prompt_chunks(tmp_path, tiny_checkpoint, weights, given):
     words = ("--capture-chunks", "--chunk-step-ratio", "1.5") if given else ()
     run("prefill", *subject, *words, "--no-plots", "--output", str(tmp_path))
     engine = json.loads((tmp_path / "bench.json").read_text())["subject"]["engine"]
-    assert (engine["capture_chunks"], engine["chunk_step_ratio"]) == ((True, 1.5) if given else (False, float("inf")))
+    assert (engine["capture_chunks"], engine["chunk_step_ratio"]) == ((True, 1.5) if given else (False, "inf"))
 
 
 def test_scenarios_of_a_checkpoint(tiny_checkpoint):

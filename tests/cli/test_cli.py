@@ -14,6 +14,13 @@ from wedlm import cli_generate
 from wedlm.algorithm.params import DECODINGS
 
 
+@pytest.mark.parametrize(
+    ("command", "default"), [("bench", "[demo]"), ("bench", "[all;"), ("bench", "[10]"), ("chat", "[auto]")]
+)
+def test_help_shows_defaults_in_brackets(command, default):
+    assert default in wedlm(command, "--help").stdout
+
+
 def test_help_is_quick_and_teaches():
     code = "import sys, wedlm.cli; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

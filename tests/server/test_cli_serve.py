@@ -37,7 +37,7 @@ def test_a_process(directory):
         assert httpx2.get(f"{url}/v1/models").status_code == 401
         (model,) = httpx2.get(f"{url}/v1/models", headers=headers).json()["data"]
         assert model["id"] == directory.name  # and not the path
-        body = {"model": model["id"], "prompt": "abc", "max_tokens": 4}
+        body = {"model": model["id"], "prompt": "abc", "max_tokens": 4, "seed": 0}
         assert (
             httpx2.post(f"{url}/v1/completions", json=body, headers=headers).json()["usage"]["completion_tokens"] == 4
         )

@@ -2,6 +2,7 @@
 """The file of a run: hardware, versions, configuration, rows by part; written anew after each part."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -51,7 +52,7 @@ class Record:
                 "dtype": subject.dtype,
                 "runner": type(engine.runner).__name__,
                 "model": config.to_hf(),
-                "engine": asdict(engine.config),
+                "engine": _json_values(asdict(engine.config)),
                 "cache_tokens": engine.pool.num_pages * engine.pool.page_size,
                 "cache_bytes_per_token": KVCache.bytes_per_token(config.num_layers, *heads),
             },
@@ -83,6 +84,11 @@ class Record:
         file = None if directory is None else str(directory / _FILE)
         kept = {name: self.values[name] for name in ("seconds", "cut") if name in self.values}
         return json.dumps({"file": file, "parts": parts, **kept}, ensure_ascii=False)
+
+
+def _json_values(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity."""
+    return {name: str(value) if value == math.inf else value for name, value in values.items()}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
