@@ -34,6 +34,13 @@ def report(
     examples: Annotated[int, typer.Option(help="Answers and failures to show per point and task.")] = 10,
     title: Annotated[str, typer.Option(help="Heading of the report.")] = "Evaluation",
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw figures (needs matplotlib).")] = True,
+    seconds: Annotated[
+        bool,
+        typer.Option(
+            "--seconds/--no-seconds",
+            help="Figures with tokens a second beside tokens a forward; no: the machine did other work meanwhile.",
+        ),
+    ] = True,
     figures: Annotated[
         Path | None, typer.Option(help="Also write each figure into this folder, as an SVG file.")
     ] = None,
@@ -59,7 +66,7 @@ def report(
         points = read_points(folders)
         chosen = None if baseline is None else choose_baseline(points, baseline)
         sections = build_sections(points, chosen, examples, _Decoders(tokenizer))
-        drawn = [draw_plots(section) if plots else [] for section in sections]
+        drawn = [draw_plots(section, seconds) if plots else [] for section in sections]
         target = output or folders[0]
         target.mkdir(parents=True, exist_ok=True)
         for name, text in (

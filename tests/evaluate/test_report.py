@@ -160,6 +160,12 @@ def test_the_plots_that_there_are_points_for(tmp_path):
     titles = ["Accuracy against speed", "Threshold sweep", "Penalty sweep", "Streaming against block"]
     assert [plot.title for plot in plots] == titles
     assert all("<svg" in plot.svg for plot in plots)
+    assert all("tokens / second" in plot.svg for plot in plots)
+    kept = draw_plots(section, seconds=False)
+    assert [plot.title for plot in kept] == titles
+    for plot in kept:
+        assert "tokens / forward" in plot.svg
+        assert "tokens / second" not in plot.svg
     write_point(tmp_path / "one", "0" * 16, samples_of([True]))
     (section,) = sections_of(tmp_path / "one")
     assert draw_plots(section) == []

@@ -19,7 +19,8 @@ _PANEL_INCHES = (4.6, 3.4)
 _LEGEND_LINE_INCHES = 0.18
 # Where a sweep of the threshold puts "none": with 0 the rule fills one position a forward, too.
 _NO_THRESHOLD = 0.0
-_SPEEDS = (("tokens_per_forward", "tokens / forward"), ("tokens_per_second", "tokens / second"))
+_Speeds = Sequence[tuple[str, str]]  # name in a result, label
+_SPEEDS: _Speeds = (("tokens_per_forward", "tokens / forward"), ("tokens_per_second", "tokens / second"))
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,20 @@ class Plot:
     svg: str
 
 
-def draw_plots(section: Section) -> list[Plot]:
+def draw_plots(section: Section, seconds: bool = True) -> list[Plot]:
     """The figures that a section has the points for; none for likelihood tasks, which no decoding mode changes.
 
-    ValueError if matplotlib is missing.
+    ``seconds``: with tokens a second beside tokens a forward. ValueError if matplotlib is missing.
     """
     if section.kind != "generate":
         return []
     need_matplotlib()
+    speeds = _SPEEDS if seconds else _SPEEDS[:1]
     drawn = [
-        _pareto(section),
-        _sweep(section, "entropy_threshold", "threshold τ (nats; none at 0)", "Threshold sweep"),
-        _sweep(section, "pos_penalty", "position penalty λ (nats per position)", "Penalty sweep"),
-        _streaming_against_block(section),
+        _pareto(section, speeds),
+        _sweep(section, speeds, "entropy_threshold", "threshold τ (nats; none at 0)", "Threshold sweep"),
+        _sweep(section, speeds, "pos_penalty", "position penalty λ (nats per position)", "Penalty sweep"),
+        _streaming_against_block(section, speeds),
     ]
     return [plot for plot in drawn if plot is not None]
 
@@ -56,16 +58,16 @@ def need_matplotlib() -> None:
         )
 
 
-def _pareto(section: Section) -> Plot | None:
+def _pareto(section: Section, speeds: _Speeds) -> Plot | None:
     if len(section.rows) < 2:
         return None
-    figure, panels = new_figure(2)
+    figure, panels = new_figure(len(speeds))
     several = len({row.point.model_label for row in section.rows}) > 1
 
     def by_mode(row: Row) -> str:
         return f"{row.point.model_label} {row.point.decoding}" if several else row.point.decoding
 
-    for axes, (speed, label) in zip(panels, _SPEEDS, strict=True):
+    for axes, (speed, label) in zip(panels, speeds, strict=True):
         for index, (name, rows) in enumerate(group_by(section.rows, by_mode).items()):
             _errors(axes, [row.result.speed[speed] for row in rows], rows, name, index, line="")
         axes.set_xlabel(label)
@@ -74,25 +76,25 @@ def _pareto(section: Section) -> Plot | None:
     return finish_plot(figure, "Accuracy against speed", f"{section.title}: one dot per point, upper right is better")
 
 
-def _sweep(section: Section, parameter: str, label: str, title: str) -> Plot | None:
+def _sweep(section: Section, speeds: _Speeds, parameter: str, label: str, title: str) -> Plot | None:
     """Accuracy and speed over one parameter, a line per set of all others."""
     lines = _lines(section.rows, parameter)
     if not lines:
         return None
-    figure, panels = new_figure(3)
+    figure, panels = new_figure(1 + len(speeds))
     for index, (name, rows) in enumerate(lines.items()):
         places = [_place(row, parameter) for row in rows]
         _errors(panels[0], places, rows, name, index)
-        for axes, (speed, _) in zip(panels[1:], _SPEEDS, strict=True):
+        for axes, (speed, _) in zip(panels[1:], speeds, strict=True):
             axes.plot(places, [row.result.speed[speed] for row in rows], ".-", color=f"C{index % 10}")
-    for axes, what in zip(panels, (f"{section.metric} (%)", *(name for _, name in _SPEEDS)), strict=True):
+    for axes, what in zip(panels, (f"{section.metric} (%)", *(name for _, name in speeds)), strict=True):
         axes.set_xlabel(label)
         axes.set_ylabel(what)
     place_legend(figure, panels[0])
     return finish_plot(figure, title, f"{section.title}: accuracy and speed over {label}")
 
 
-def _streaming_against_block(section: Section) -> Plot | None:
+def _streaming_against_block(section: Section, speeds: _Speeds) -> Plot | None:
     """The two modes where all else is equal: accuracy, and how many times faster streaming is, over the threshold."""
     pairs = []
     for rows in group_by(section.rows, lambda row: _others(row, "decoding")).values():
@@ -111,7 +113,7 @@ def _streaming_against_block(section: Section) -> Plot | None:
         for side, style in ((0, "-"), (1, "--")):
             rows = [pair[side] for pair in family]
             _errors(panels[0], places, rows, rows[0].point.decoding + suffix, colour, line=style)
-        for (speed, name), style in zip(_SPEEDS, ("-", ":"), strict=True):
+        for (speed, name), style in zip(speeds, ("-", ":"), strict=False):
             ratios = [a.result.speed[speed] / (b.result.speed[speed] or float("nan")) for a, b in family]
             panels[1].plot(places, ratios, style, marker=".", color=f"C{colour % 10}", label=_plain(name + suffix))
     panels[1].axhline(1.0, color="grey", linewidth=0.8)
@@ -205,6 +207,7 @@ def new_figure(columns: int) -> tuple["Figure", list["Axes"]]:
     panels = [figure.add_subplot(1, columns, number) for number in range(1, columns + 1)]
     for axes in panels:
         axes.grid(alpha=0.3)
+        axes.locator_params(axis="x", nbins=7)  # more numbers would touch each other
     return figure, panels
 
 
