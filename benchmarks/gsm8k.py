@@ -81,6 +81,7 @@ def main() -> None:
         rows = [json.loads(line) for line in file][: arguments.limit or None]
     questions = [row["question"] for row in rows]
     answers = [float(row["answer"].rpartition("####")[2].replace(",", "")) for row in rows]
+    most_rows = max(arguments.rows, *arguments.streaming_window)
     llm = LLM(
         model=arguments.model,
         adapter=arguments.adapter,
@@ -88,7 +89,7 @@ def main() -> None:
         device=arguments.device,
         max_num_seqs=arguments.max_num_seqs,
         kv_cache_bytes=int(arguments.kv_cache_gb * 1e9) or None,
-        max_num_batched_tokens=max(8192, 2 * arguments.rows * arguments.max_num_seqs),
+        max_num_batched_tokens=max(8192, 2 * most_rows * arguments.max_num_seqs),
     )
     report = {
         "model": str(Path(*Path(arguments.model).parts[-2:])),

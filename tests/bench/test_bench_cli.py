@@ -60,14 +60,17 @@ def test_all_parts_on_random_weights(tmp_path):
     assert modes["autoregressive"]["vs_ar"] == 1
 
 
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("given", ["1.5", "inf", None])
 @pytest.mark.parametrize("weights", ["random", "checkpoint"])
 def test_options_of_prompt_chunks(tmp_path, tiny_checkpoint, weights, given):
     subject = ("--shape", "tiny", "--prompt", "10") if weights == "random" else ("--model", str(tiny_checkpoint))
-    words = ("--capture-chunks", "--chunk-step-ratio", "1.5") if given else ()
+    words = ("--capture-chunks", "--chunk-step-ratio", given) if given else ()
     run("prefill", *subject, *words, "--no-plots", "--output", str(tmp_path))
-    engine = json.loads((tmp_path / "bench.json").read_text())["subject"]["engine"]
-    assert (engine["capture_chunks"], engine["chunk_step_ratio"]) == ((True, 1.5) if given else (False, "inf"))
+    text = (tmp_path / "bench.json").read_text()
+    assert "Infinity" not in text
+    engine = json.loads(text)["subject"]["engine"]
+    expected = (given is not None, 1.5 if given == "1.5" else "inf")
+    assert (engine["capture_chunks"], engine["chunk_step_ratio"]) == expected
 
 
 def test_scenarios_of_a_checkpoint(tiny_checkpoint):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of what steps cost: it reaches the rows of every request that came, and all deciders read the same one."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -129,3 +130,36 @@ def test_captured_steps_are_timed_once_each(monkeypatch):
     assert rows_of(runner.step_costs(60)) == captured == [1, 2, 4, 8, 16, 24, 32, 48, 64]
     assert runner.step_costs(9000) is runner.step_costs(9000)
     assert captured == graph_runner._SIZES
+
+
+def test_an_error_while_measuring_leaves_no_request(monkeypatch):
+    engine, _ = counted_engine()
+
+    def interrupted(most_rows):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "step_costs", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask(engine, (AUTO, 4))
+    assert not engine.has_work
+    assert not engine.scheduler.waiting
+    ask(engine, (AUTO, 4))
+    while engine.has_work:
+        engine.step()
+
+
+def test_measuring_is_no_part_of_a_steps_time(monkeypatch):
+    engine, _ = counted_engine()
+    for number in range(4):  # the one that measures has to wait, so that no prompt runs in the next steps
+        params = SamplingParams(decoding="autoregressive", max_tokens=30 + number, ignore_eos=True)
+        engine.add(f"ar {number}", [1, 2], params)
+    for _ in range(5):
+        engine.step()
+    measure = engine.runner.step_costs
+    monkeypatch.setattr(engine.runner, "step_costs", lambda rows: time.sleep(0.5) or measure(rows))
+    ask(engine, (AUTO, 4))
+    for _ in range(2):
+        engine.step()
+    (seconds,) = engine.auto._beside[0].values()
+    assert seconds < 0.3

@@ -66,5 +66,5 @@ def run_processes(config: TrainConfig, processes: int, program: str = RUN, **env
         for process in running:
             stack.callback(process.kill)
         for process, log in zip(running, logs, strict=True):
-            assert process.wait(timeout=120) == 0, log.read_text()
+            assert process.wait(timeout=300) == 0, log.read_text()
     return Path(config.output_dir)

@@ -52,7 +52,7 @@ class Record:
                 "dtype": subject.dtype,
                 "runner": type(engine.runner).__name__,
                 "model": config.to_hf(),
-                "engine": _json_values(asdict(engine.config)),
+                "engine": asdict(engine.config),
                 "cache_tokens": engine.pool.num_pages * engine.pool.page_size,
                 "cache_bytes_per_token": KVCache.bytes_per_token(config.num_layers, *heads),
             },
@@ -72,7 +72,8 @@ class Record:
             return
         directory.mkdir(parents=True, exist_ok=True)
         temporary = directory / f".{_FILE}"
-        temporary.write_text(json.dumps(self.values, indent=1, ensure_ascii=False) + "\n")
+        values = _json_values(self.values)
+        temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         temporary.replace(directory / _FILE)
 
     def summary(self, directory: Path | None) -> str:
@@ -86,9 +87,13 @@ class Record:
         return json.dumps({"file": file, "parts": parts, **kept}, ensure_ascii=False)
 
 
-def _json_values(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity."""
-    return {name: str(value) if value == math.inf else value for name, value in values.items()}
+def _json_values(value: Any) -> Any:
+    """JSON has no infinity, which some options may be."""
+    if isinstance(value, dict):
+        return {name: _json_values(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_values(one) for one in value]
+    return str(value) if value == math.inf else value
 
 
 def read_record(folder: Path) -> dict[str, Any]:

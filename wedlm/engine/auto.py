@@ -19,6 +19,8 @@ _PROBE = 6
 _MEMORY = 100.0  # steps after which an observation counts e times less
 _HOPE = 0.85  # what is assumed of a draft that nobody has seen, times its predecessor's rate
 _PATIENCE = 0.02  # gain below which a budget is kept
+_CALM = 8  # steps between two looks at the choice,
+_OTHER_LOAD = 1.25  # unless there are so many times more windows, or fewer
 _PROBE_STEPS = 3  # steps of a probe: the first has no drafts yet
 _SHORTEST, _LONGEST = 32, 512  # steps between probes; doubled whenever one finds nothing
 
@@ -141,20 +143,23 @@ class AutoRows:
     row_budget: int = 16
     _accepts: list[Rate] = field(default_factory=lambda: [Rate() for _ in range(8)])
     _offers: list[Rate] = field(default_factory=lambda: [Rate() for _ in range(8)])
-    _extra: dict[int, float] = field(default_factory=dict)  # seconds beside the forward's, by number of windows
+    # Seconds beside the forward's, by number of windows: of steps without masked rows, and of steps with some.
+    _beside: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))
     _since: int = 0  # steps since the last probe, or left of this one if negative
     _interval: int = _SHORTEST
     _calm: int = 0  # steps until the choice is looked at again
+    _chosen_for: int = 0  # windows
 
     def choose(self, num_windows: int, most: int) -> int:
         """The row budget that the next step leaves to its windows, at most ``most``, for ``num_windows`` of them."""
         self._since += 1
         if self._since < 0:
             return min(self.row_budget, most)
-        if self._calm > 0 and self.row_budget <= most:
+        fewer, more = sorted((num_windows, self._chosen_for))
+        if self._calm > 0 and self.row_budget <= most and more < _OTHER_LOAD * fewer:
             self._calm -= 1
             return self._maybe_probe(num_windows, most)
-        self._calm = 8
+        self._calm, self._chosen_for = _CALM, num_windows
         rates = self.rates()
         speeds = {b: self._speed(b, num_windows, *rates) for b in ROW_BUDGETS if b <= most}
         best = max(speeds, key=lambda b: speeds[b])
@@ -191,12 +196,16 @@ class AutoRows:
 
     def observe_time(self, num_windows: int, num_rows: int, seconds: float) -> None:
         """How long a step of windows alone took, from result to result."""
-        extra = max(0.0, seconds - self.costs(num_rows))
-        before = self._extra.get(num_windows)
-        if before is None:
-            self._extra[num_windows] = extra
-        else:  # a pause of the machine is no cost of the step
-            self._extra[num_windows] = before + 0.1 * (min(extra, 2 * before + 1e-3) - before)
+        beside = self._beside[num_rows > num_windows]
+        now, before = max(0.0, seconds - self.costs(num_rows)), beside.get(num_windows)
+        # A pause of the machine is no cost of the step.
+        beside[num_windows] = now if before is None else before + 0.1 * (min(now, 2 * before + 1e-3) - before)
+
+    def _seconds_beside(self, num_windows: int, drafting: bool) -> float:
+        """As seen with the number of windows nearest to this one. What was never seen is taken for cheap: so it is
+        tried, and then known."""
+        seen = self._beside[drafting] or (self._beside[0] if drafting else {})
+        return seen[min(seen, key=lambda number: abs(number - num_windows))] if seen else 0.0
 
     def rates(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(accepted, offered) by depth, rounded, so that equal situations are computed once."""
@@ -217,4 +226,4 @@ class AutoRows:
         """Tokens a second of one window."""
         tokens, rows = expected_step(row_budget, accepts, offers)
         rows = row_budget if self.costs.padded else rows
-        return tokens / (self.costs(num_windows * rows) + self._extra.get(num_windows, 0.0))
+        return tokens / (self.costs(num_windows * rows) + self._seconds_beside(num_windows, row_budget > 1))

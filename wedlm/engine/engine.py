@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from wedlm.algorithm.params import DecodeParams, Decoding
-from wedlm.engine.auto import AutoRows, longest_draft
+from wedlm.engine.auto import AutoRows, StepCosts, longest_draft
 from wedlm.engine.auto_window import AutoWindow
 from wedlm.engine.constraints import constraint_of
 from wedlm.engine.pacing import Pacing
@@ -18,6 +18,8 @@ from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.scheduler import Scheduler
 from wedlm.engine.text import Decoder, TextStream
 from wedlm.engine.types import FinishReason, Request, StepPlan, WindowResult, WindowSnapshot
+
+_MOST_PACED_ROWS = 1024  # larger forwards cost in proportion, so that the table goes on in a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self._arrivals = 0
         self._flight: tuple[StepPlan, Flight] | None = None  # a launched step that nobody has read
+        self._most_rows_timed = 0
         self.pacing: Pacing | None = None  # since prompts and windows first met
         self.auto: AutoRows | None = None  # since the first request that decodes so
         self.auto_window: AutoWindow | None = None  # the same of auto streaming
@@ -85,24 +88,34 @@ class Engine:
             constraint=constraint,
         )
         self.scheduler.add(request)
-        self._prepare(request)
+        try:
+            self._prepare(request)
+        except BaseException:  # Ctrl-C, or no memory to measure in
+            self.scheduler.remove(request)
+            raise
         self._arrivals += 1
         self.requests[request_id] = request
         return request
 
+    def _step_costs(self, most_rows: int) -> StepCosts:
+        """What forwards of up to so many rows cost, as far as steps have them. What is not known is measured: on a CPU
+        within a second, on a GPU a graph is captured for each size. No step's time is to contain that."""
+        most_rows = min(most_rows, self.config.max_num_batched_tokens)
+        if most_rows > self._most_rows_timed:
+            self._most_rows_timed, self._last_read = most_rows, None
+        return self.runner.step_costs(most_rows)
+
     def _chunk_rows(self, window_rows: int) -> int:
-        if self.pacing is None:  # it chooses among all steps that there can be
-            costs = self.runner.step_costs(self.config.max_num_batched_tokens)
-            self.pacing = Pacing(costs, self.config.chunk_step_ratio)
+        if self.pacing is None:
+            self.pacing = Pacing(self._step_costs(_MOST_PACED_ROWS), self.config.chunk_step_ratio)
         return self.pacing.chunk_rows(window_rows)
 
     def _prepare(self, request: Request) -> None:
-        """If the request adapts: measure what is not yet known of such steps' costs (at first for about a second), and
-        begin with the rows of the hour."""
-        decode, config = request.decode, self.config
+        """If the request adapts: know what such steps cost, and begin with the rows of the hour."""
+        decode = request.decode
         if not decode.adapts:
             return
-        costs = self.runner.step_costs(min(decode.max_rows * config.max_num_seqs, config.max_num_batched_tokens))
+        costs = self._step_costs(decode.max_rows * self.config.max_num_seqs)
         if not decode.verifies:
             self.auto_window = self.auto_window or AutoWindow(costs)
         else:

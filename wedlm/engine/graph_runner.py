@@ -74,7 +74,7 @@ class GraphRunner(Runner):
         captures_chunks: bool = False,
     ) -> None:
         super().__init__(model, cache, mask_token_id, max_num_seqs, plan_paged)
-        self._costs = StepCosts([], padded=True)
+        self._costs = StepCosts([] if self.device.type == "cuda" else [(1, 1.0), (2, 1.1)], padded=True)
         self._fused, self._max_model_len, self._captures_chunks = model, max_model_len, captures_chunks
         self.state = WindowState.empty(max_num_seqs + 1, 64, self.device)
         nobody = [DecodeParams("autoregressive")] * (max_num_seqs + 1)
@@ -103,11 +103,11 @@ class GraphRunner(Runner):
 
     def step_costs(self, most_rows: int) -> StepCosts:
         """The table with captured steps of padding alone, which read all weights and no keys; each is timed once."""
-        if self.device.type != "cuda":
-            return StepCosts([(1, 1.0), (2, 1.1)], padded=True)  # interpreted kernels tell nothing
+        if self.device.type != "cuda":  # interpreted kernels tell nothing: the table is made up
+            return self._costs
         flags = BatchFlags.of([DecodeParams("verified")])
+        index = torch.full((1,), self.slots.nobody, dtype=torch.long, device=self.device)
         for num_rows in [size for size in _SIZES if self._costs.most_rows < size <= _size(most_rows)]:
-            index = torch.full((1,), self.slots.nobody, dtype=torch.long, device=self.device)
             graph, *_ = self._captured(StepShape.of_windows(1, num_rows, num_rows, 16, flags), index, None)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             graph.replay()
