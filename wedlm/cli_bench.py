@@ -78,7 +78,7 @@ def bench(
     ] = None,
     chunk_step_ratio: Annotated[
         float | None,
-        option("A step with prompt chunks takes at most so many times one without; default: inf, no limit.", MODEL),
+        option("A step with prompt chunks takes about so many times one without, at most; default: inf.", MODEL),
     ] = None,
     kv_cache_gb: Annotated[float | None, option("Key/value cache; default: what the engine takes.", MODEL)] = None,
     threads: Annotated[int | None, option("CPU threads; default: torch's choice.", MODEL)] = None,

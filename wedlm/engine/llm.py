@@ -41,7 +41,7 @@ class LLM:
     train` made for masked rows, which stays beside them; for another adapter make another LLM. cuda_graphs: steps on
     our kernels, as CUDA graphs; default: wherever that works; False: plain torch operations. capture_chunks: where
     steps are CUDA graphs, those with prompt chunks, too. chunk_step_ratio: prompt chunks are cut so that a step with
-    some takes at most so many times what its windows alone take; inf: no limit.
+    some should take at most about so many times what its windows alone take; inf: no limit.
     """
 
     def __init__(
