@@ -62,7 +62,8 @@ def serve(
         bool, option("Steps with prompt chunks as CUDA graphs, too.", ENGINE, "--capture-chunks/--no-capture-chunks")
     ] = False,
     chunk_step_ratio: Annotated[
-        float, option("A step with prompt chunks takes about so many times one without, at most; inf: no limit.", ENGINE)
+        float,
+        option("A step with prompt chunks takes about so many times one without, at most; inf: no limit.", ENGINE),
     ] = math.inf,
     threads: Annotated[int | None, option("CPU threads; default: torch's choice.", ENGINE)] = None,
     debug: Annotated[bool, option("Show the traceback of an error.", ENGINE, "--debug")] = False,
