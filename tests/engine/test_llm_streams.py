@@ -53,7 +53,8 @@ def test_pieces_make_up_the_output(llm, decoding, prompt):
     pieces = list(llm.generate_stream(prompt, params))
     assert "".join(piece.text for piece in pieces) == expected.text
     assert [token for piece in pieces for token in piece.token_ids] == expected.token_ids
-    assert [piece.step for piece in pieces for _ in piece.token_ids] == expected.token_steps
+    if decoding != "auto":  # whose steps depend on the load
+        assert [piece.step for piece in pieces for _ in piece.token_ids] == expected.token_steps
     assert [piece.output is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
     output = pieces[-1].output
     assert (output.text, output.token_ids, output.finish_reason) == (
