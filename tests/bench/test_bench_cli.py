@@ -2,11 +2,13 @@
 """``wedlm bench`` as it is called: every part, the file, the line of JSON, the figures, refusals."""
 
 import json
+import math
 
 import pytest
 
 from tests.cli.command import wedlm
 from wedlm.bench import vllm
+from wedlm.bench.record import Record, read_record
 from wedlm.bench.settings import PARTS, PRIORITY
 
 SMALL = [
@@ -71,6 +73,13 @@ def test_options_of_prompt_chunks(tmp_path, tiny_checkpoint, weights, given):
     engine = json.loads(text)["subject"]["engine"]
     expected = (given is not None, 1.5 if given == "1.5" else "inf")
     assert (engine["capture_chunks"], engine["chunk_step_ratio"]) == expected
+
+
+def test_a_figure_that_is_no_number_costs_no_record(tmp_path):
+    record = object.__new__(Record)
+    record.values = {"parts": {"steps": [{"step_ms": math.nan}]}}
+    record.write(tmp_path)
+    assert read_record(tmp_path)["parts"]["steps"] == [{"step_ms": "nan"}]
 
 
 def test_scenarios_of_a_checkpoint(tiny_checkpoint):

@@ -88,12 +88,12 @@ class Record:
 
 
 def _json_values(value: Any) -> Any:
-    """JSON has no infinity, which some options may be."""
+    """JSON has no infinity, which some options may be, and no NaN."""
     if isinstance(value, dict):
         return {name: _json_values(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
         return [_json_values(one) for one in value]
-    return str(value) if value == math.inf else value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_record(folder: Path) -> dict[str, Any]:
