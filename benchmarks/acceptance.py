@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Share of drafts that verification accepts, by depth: what ``wedlm bench accept --accept`` wants to know of a model.
+
+    python benchmarks/acceptance.py demo --data gsm8k_test.jsonl.gz --limit 64 --out acceptance.json
+
+Verified decoding at temperature 0 of GSM8K questions, every masked row drafted, however unsure; the share at a depth is
+of the drafts whose predecessors were accepted. Prints and saves one JSON object.
+"""
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+
+import torch
+
+from wedlm import LLM, SamplingParams
+from wedlm.algorithm.params import drafts_of
+from wedlm.engine.auto import AutoRows, StepCosts
+
+
+class Counting(AutoRows):
+    """Auto decoding that keeps one number of rows and counts what became of drafts."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(StepCosts([(1, 1.0)], padded=False), row_budget=rows)
+        self.trials, self.accepted = [0] * drafts_of(rows), [0] * drafts_of(rows)
+        self.steps = self.tokens = 0
+
+    def choose(self, num_windows: int, most: int) -> int:
+        return min(self.row_budget, most)
+
+    def observe(self, num_drafts: int, num_accepted: int, longest: int, num_windows: int) -> None:
+        self.steps += 1
+        self.tokens += 1 + num_accepted
+        for depth in range(min(num_drafts, num_accepted + 1)):
+            self.trials[depth] += 1
+            self.accepted[depth] += depth < num_accepted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--limit", type=int, default=64, help="only the first N questions")
+    parser.add_argument("--rows", type=int, default=16, help="rows a step")
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    with gzip.open(arguments.data, "rt", encoding="utf-8") as file:
+        questions = [json.loads(line)["question"] for line in file][: arguments.limit]
+    llm = LLM(arguments.model, dtype=arguments.dtype, device=arguments.device, wedlm_window_size=arguments.rows)
+    llm.engine.auto = counting = Counting(arguments.rows)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=arguments.max_tokens, decoding="auto", wedlm_draft_entropy=1e9
+    )
+    llm.chat([[{"role": "user", "content": question}] for question in questions], params)
+    report = {
+        "model": str(Path(*Path(arguments.model).parts[-2:])),
+        "questions": len(questions),
+        "rows": arguments.rows,
+        "dtype": str(next(llm.model.parameters()).dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if llm.device.type == "cuda" else "cpu",
+        "tokens_per_step": round(counting.tokens / counting.steps, 3),
+        "drafts": counting.trials,
+        "accepted": [round(a / t, 3) for a, t in zip(counting.accepted, counting.trials, strict=True) if t],
+    }
+    print(json.dumps(report))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
