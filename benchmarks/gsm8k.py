@@ -25,6 +25,12 @@ def last_number(text: str) -> float | None:
     return float(found[-1].replace(",", "").rstrip(".")) if found else None
 
 
+def agreeing(one: list[int], other: list[int]) -> int:
+    """Tokens up to the first that differs, that one included; all of them if none does."""
+    count = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return count if one == other else count + 1
+
+
 def run_mode(
     llm: LLM, questions: list[str], answers: list[float], mode: str, window: int, arguments: argparse.Namespace
 ) -> dict:
@@ -116,6 +122,7 @@ def main() -> None:
             baseline = result["token_ids"]
         if report["modes"][0]["mode"] == "autoregressive":
             result["same_text_as_ar"] = sum(a == b for a, b in zip(baseline, result["token_ids"], strict=True))
+            result["tokens_to_first_difference"] = sum(map(agreeing, baseline, result["token_ids"]))
         shown = {key: value for key, value in result.items() if key not in ("texts", "token_ids")}
         print(json.dumps(shown), flush=True)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -73,12 +73,15 @@ def bench(
     capture_chunks: Annotated[
         bool | None,
         option(
-            "Steps with prompt chunks as CUDA graphs, too; default: no.", MODEL, "--capture-chunks/--no-capture-chunks"
+            "Steps with prompt chunks as CUDA graphs, too; default: yes.", MODEL, "--capture-chunks/--no-capture-chunks"
         ),
     ] = None,
     chunk_step_ratio: Annotated[
         float | None,
-        option("A step with prompt chunks takes about so many times one without, at most; default: inf.", MODEL),
+        option(
+            "A step with prompt chunks takes about so many times one without, at most. [captured 1.8; else inf]",
+            MODEL,
+        ),
     ] = None,
     kv_cache_gb: Annotated[float | None, option("Key/value cache; default: what the engine takes.", MODEL)] = None,
     threads: Annotated[int | None, option("CPU threads; default: torch's choice.", MODEL)] = None,

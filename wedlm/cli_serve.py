@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``wedlm serve``: options to a running server."""
 
-import math
 import os
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,11 +59,13 @@ def serve(
     kv_cache_bytes: Annotated[int | None, option("Memory for keys and values.", ENGINE)] = None,
     capture_chunks: Annotated[
         bool, option("Steps with prompt chunks as CUDA graphs, too.", ENGINE, "--capture-chunks/--no-capture-chunks")
-    ] = False,
+    ] = True,
     chunk_step_ratio: Annotated[
-        float,
-        option("A step with prompt chunks takes about so many times one without, at most; inf: no limit.", ENGINE),
-    ] = math.inf,
+        float | None,
+        option(
+            "A step with prompt chunks takes about so many times one without, at most. [captured 1.8; else inf]", ENGINE
+        ),
+    ] = None,
     threads: Annotated[int | None, option("CPU threads; default: torch's choice.", ENGINE)] = None,
     debug: Annotated[bool, option("Show the traceback of an error.", ENGINE, "--debug")] = False,
 ) -> None:

@@ -43,7 +43,6 @@ SHORT = SamplingParams(max_tokens=12)
         ("chunk_step_ratio", -2.0, "a number > 1, or inf"),
         ("chunk_step_ratio", float("nan"), "a number > 1, or inf"),
         ("chunk_step_ratio", "inf", "a number > 1, or inf"),
-        ("chunk_step_ratio", None, "a number > 1, or inf"),
         ("chunk_step_ratio", True, "a number > 1, or inf"),
         ("capture_chunks", 1, "True or False"),
         ("capture_chunks", None, "True or False"),
@@ -86,9 +85,9 @@ def test_defaults(directory, tmp_path):
 
 def test_options_of_prompt_chunks(directory, llm):
     config = LLM(directory, device="cpu").engine.config
-    assert (config.chunk_step_ratio, config.capture_chunks) == (float("inf"), False)
-    paced = LLM(directory, device="cpu", chunk_step_ratio=2, capture_chunks=True)  # a CPU captures nothing
-    assert (paced.engine.config.chunk_step_ratio, paced.engine.config.capture_chunks) == (2, True)
+    assert (config.chunk_step_ratio, config.capture_chunks) == (float("inf"), True)  # a CPU captures nothing
+    paced = LLM(directory, device="cpu", chunk_step_ratio=2, capture_chunks=False)
+    assert (paced.engine.config.chunk_step_ratio, paced.engine.config.capture_chunks) == (2, False)
     params = [SamplingParams(max_tokens=12, decoding="autoregressive")] * 2
     expected = [output.token_ids for output in llm.generate(["a", "Hello" * 15], params)]
     early = paced.generate_stream("a", params[0])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine on device steps against the engine on the plain runner: same text, steps and rows in every mode."""
 
+import math
 import random
 
 import pytest
@@ -127,6 +128,7 @@ def test_whether_chunks_are_captured_is_the_configurations(device, monkeypatch, 
     one = build.build_engine(
         pack_for_inference(our_model("wedlm-qwen3").to(device)), config, None, kv_cache_bytes=2**20
     )
+    assert one.config.chunk_step_ratio == (1.8 if captures else math.inf)
     one.add("prompt", list(range(20)), SamplingParams(decoding="autoregressive"))
     plan = one.scheduler.schedule()
     assert [work.decodes for work in plan.work] == [False]

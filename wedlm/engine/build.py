@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine around a model that is in memory: sizes the cache, chooses the runner."""
 
+import math
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -13,6 +15,10 @@ from wedlm.engine.runner import Runner
 from wedlm.engine.text import Decoder
 from wedlm.model import ModelConfig, Transformer
 
+# Keeps tokens coming while prompts are read (docs/log.md). Where such steps are launched piece by piece, many short
+# chunks would cost more than they spare.
+_CAPTURED_CHUNK_STEP_RATIO = 1.8
+
 
 def build_engine(
     model: Transformer,
@@ -24,7 +30,8 @@ def build_engine(
     gpu_memory_utilization: float = 0.9,
     cuda_graphs: bool | None = None,
 ) -> Engine:
-    """``model`` is packed and stays where it is. ``kv_cache_bytes`` and ``cuda_graphs`` as in ``LLM``."""
+    """``model`` is packed and stays where it is. ``kv_cache_bytes`` and ``cuda_graphs`` as in ``LLM``, like the
+    configuration's ``chunk_step_ratio`` and ``capture_chunks``."""
     shape, device = model.config, model.model.embed_tokens.weight.device
     dtype = model.model.embed_tokens.weight.dtype
     heads = (shape.num_kv_heads, shape.head_dim, dtype)
@@ -38,6 +45,9 @@ def build_engine(
     graphs = runs_as_graphs(cuda_graphs, device, shape)
     # Captured steps write the keys of padding to a page that is nobody's.
     cache = KVCache(shape.num_layers, num_pages + graphs, page_size, *heads, device)
+    if config.chunk_step_ratio is None:
+        captured = graphs and config.capture_chunks
+        config = replace(config, chunk_step_ratio=_CAPTURED_CHUNK_STEP_RATIO if captured else math.inf)
     runner = _runner(model, cache, config, graphs)
     return Engine(config, runner, PagePool(num_pages, page_size), tokenizer)
 

@@ -34,10 +34,10 @@ class EngineConfig:
     default_window_size: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
-    # A step with prompt chunks should take at most so many times what its windows alone take; inf: no limit. 1.8 keeps
-    # tokens coming where such steps are captured; neither has run on a GPU yet, so both are off.
-    chunk_step_ratio: float = math.inf
-    capture_chunks: bool = False
+    # A step with prompt chunks should take at most so many times what its windows alone take; inf: no limit; None:
+    # ``build_engine`` decides.
+    chunk_step_ratio: float | None = None
+    capture_chunks: bool = True
 
 
 class Engine:
@@ -46,7 +46,8 @@ class Engine:
     def __init__(self, config: EngineConfig, runner: Runner, pool: PagePool, tokenizer: Decoder | None) -> None:
         self.config, self.runner, self.pool, self.tokenizer = config, runner, pool, tokenizer
         limits = config.max_num_seqs, config.max_num_batched_tokens
-        paced = self._chunk_rows if config.chunk_step_ratio < math.inf else None
+        self._chunk_step_ratio = math.inf if config.chunk_step_ratio is None else config.chunk_step_ratio
+        paced = self._chunk_rows if self._chunk_step_ratio < math.inf else None
         self.scheduler = Scheduler(pool, *limits, runner.suspend, paced)
         self.requests: dict[str, Request] = {}
         self._arrivals = 0
@@ -107,7 +108,7 @@ class Engine:
 
     def _chunk_rows(self, window_rows: int) -> int:
         if self.pacing is None:
-            self.pacing = Pacing(self._step_costs(_MOST_PACED_ROWS), self.config.chunk_step_ratio)
+            self.pacing = Pacing(self._step_costs(_MOST_PACED_ROWS), self._chunk_step_ratio)
         return self.pacing.chunk_rows(window_rows)
 
     def _prepare(self, request: Request) -> None:

@@ -2,7 +2,6 @@
 """``LLM``: a checkpoint, an engine and a tokenizer behind a few methods."""
 
 import itertools
-import math
 import sys
 import threading
 import time
@@ -41,7 +40,8 @@ class LLM:
     train` made for masked rows, which stays beside them; for another adapter make another LLM. cuda_graphs: steps on
     our kernels, as CUDA graphs; default: wherever that works; False: plain torch operations. capture_chunks: where
     steps are CUDA graphs, those with prompt chunks, too. chunk_step_ratio: prompt chunks are cut so that a step with
-    some should take at most about so many times what its windows alone take; inf: no limit.
+    some should take at most about so many times what its windows alone take; inf: no limit; default: 1.8 where such
+    steps are CUDA graphs, elsewhere inf.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class LLM:
         kv_cache_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
         cuda_graphs: bool | None = None,
-        capture_chunks: bool = False,
-        chunk_step_ratio: float = math.inf,
+        capture_chunks: bool = True,
+        chunk_step_ratio: float | None = None,
     ) -> None:
         self.device = options.read_device(device)
         options.positive_integers(
@@ -73,7 +73,7 @@ class LLM:
             kv_cache_bytes=1 if kv_cache_bytes is None else kv_cache_bytes,
         )
         utilization = options.read_fraction("gpu_memory_utilization", gpu_memory_utilization)
-        ratio = options.read_ratio("chunk_step_ratio", chunk_step_ratio)
+        ratio = None if chunk_step_ratio is None else options.read_ratio("chunk_step_ratio", chunk_step_ratio)
         captures = options.read_flag("capture_chunks", capture_chunks)
         weights_dtype = options.read_dtype(dtype, self.device)
         self.tokenizer: Tokenizer = load_tokenizer(model)
