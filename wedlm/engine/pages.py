@@ -64,6 +64,8 @@ class PagePool:
     def reserve(self, request_id: str, num_slots: int) -> bool:
         """Let the request's table cover ``num_slots`` slots. False, and nothing changes, if pages do not suffice."""
         table = self._tables[request_id]
+        if num_slots <= len(table) * self.page_size:
+            return True
         missing = self.pages_for(num_slots) - len(table)
         if missing > self.num_available:
             return False

@@ -3,6 +3,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from operator import attrgetter
 
 from wedlm.engine.pages import PagePool
 from wedlm.engine.types import Request, StepPlan, WindowSnapshot, Work
@@ -71,7 +72,7 @@ class Scheduler:
         chunk_budget = self._chunk_budget(unread)
         preempted = False
         # Least recently served first, so that a budget too small for all starves nobody.
-        for request in sorted(self.running, key=lambda r: (r.last_step, r.arrival)):
+        for request in sorted(self.running, key=attrgetter("last_step", "arrival")):
             done = unread.get(request.request_id)
             if done is not None and _ends(done):
                 continue
@@ -102,12 +103,14 @@ class Scheduler:
             admitted.request.last_step = self._step
             budget -= admitted.count
             chunk_budget -= 0 if admitted.decodes else admitted.count
-        return StepPlan(sorted(planned.values(), key=lambda work: not work.decodes))
+        return StepPlan(sorted(planned.values(), key=attrgetter("decodes"), reverse=True))
 
     def _chunk_budget(self, unread: dict[str, Work]) -> int:
         """Rows that chunks may have in a step, for the sake of the windows beside them."""
+        if self._chunk_rows is None:
+            return self.max_num_batched_tokens
         windows = [r for r in self.running if _start(r, unread.get(r.request_id)) >= r.window.cached]
-        if self._chunk_rows is None or not windows or (len(windows) == len(self.running) and not self.waiting):
+        if not windows or (len(windows) == len(self.running) and not self.waiting):
             return self.max_num_batched_tokens
         return self._chunk_rows(sum(_max_rows(request) for request in windows))
 
