@@ -48,12 +48,13 @@ class GraphFlight:
             self._done.synchronize()
         if not self.num_windows:
             return [None] * self.num_chunks
-        widest = max(1, int(self._ints[: self.num_windows, 0].max()))
-        rows = self._ints[: self.num_windows, : 4 + widest].tolist()
-        logprobs = self._floats[: self.num_windows, :widest].tolist()
+        ints, floats = self._ints.numpy()[: self.num_windows], self._floats.numpy()[: self.num_windows]
+        figures = ints[:, :4].T.tolist()
+        widest = max(figures[0])
+        tokens, logprobs = ints[:, 4 : 4 + widest].tolist(), floats[:, :widest].tolist()
         results = [
-            WindowResult(row[4 : 4 + row[0]], logprob[: row[0]], [], row[1], row[2], row[3])
-            for row, logprob in zip(rows, logprobs, strict=True)
+            WindowResult(emitted[:count], theirs[:count], [], rows, cached, drafts)
+            for emitted, theirs, count, rows, cached, drafts in zip(tokens, logprobs, *figures, strict=True)
         ]
         return [*results, *[None] * self.num_chunks]
 
@@ -86,6 +87,7 @@ class GraphRunner(Runner):
         self.slots = Slots(self.state, params, table, *budgets)
         self._row_budget = 1
         self.step = DeviceStep(model, cache, self.slots, mask_token_id)
+        self._flags: tuple[list[DecodeParams], BatchFlags] = [], BatchFlags.of([])  # of the latest windows
         self._sent: dict[str, int] = {}  # pages of a request that the device's table has
         self._index: dict[int, tuple[list[int], Tensor]] = {}  # by number of sequences: what it holds, static tensor
         self._chunks: dict[tuple[int, int], Tensor] = {}  # by rows and chunks: static tensor of ``ChunkRows``
@@ -122,11 +124,11 @@ class GraphRunner(Runner):
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether nothing in the step needs the host."""
         most = _MOST_CHUNK_ROWS if self._captures_chunks else 0
-        if not all(work.decodes for work in plan.work) and sum(work.count for work in plan.work) > most:
+        windows = [work.request for work in plan.work if work.decodes]
+        if len(windows) < len(plan.work) and sum(work.count for work in plan.work) > most:
             return False
         return bool(plan.work) and not any(
-            work.decodes and (work.request.needs_host or len(work.request.decode.end_token_ids) > _MAX_ENDS)
-            for work in plan.work
+            request.needs_host or len(request.decode.end_token_ids) > _MAX_ENDS for request in windows
         )
 
     def launch(self, plan: StepPlan) -> GraphFlight:
@@ -140,7 +142,7 @@ class GraphRunner(Runner):
         self._send_pages(plan.work)
         windows = [work for work in plan.work if work.decodes]
         chunks = plan.work[len(windows) :]
-        shape = _shape(windows, chunks)
+        shape = _shape(windows, chunks, self._flags_of(windows))
         if self.device.type == "cuda" and shape not in self._graphs:
             nothing = self._set_index(shape.num_sequences, []), self._set_chunks(shape, [])
             self._graphs[shape] = self._captured(shape, *nothing)
@@ -151,6 +153,12 @@ class GraphRunner(Runner):
         graph, ints, floats = self._graphs[shape]
         graph.replay()
         return GraphFlight(len(windows), len(chunks), ints, floats)
+
+    def _flags_of(self, windows: list[Work]) -> BatchFlags:
+        params = [work.request.decode for work in windows]
+        if params != self._flags[0]:
+            self._flags = params, BatchFlags.of(params)
+        return self._flags[1]
 
     def _set_index(self, size: int, slots: list[int]) -> Tensor:
         slots = [*slots, *[self.slots.nobody] * (size - len(slots))]
@@ -234,15 +242,15 @@ class GraphRunner(Runner):
         super().unload(request)
 
 
-def _shape(windows: list[Work], chunks: list[Work]) -> StepShape:
-    """The captured step that holds these windows and chunks."""
-    params = [work.request.decode for work in windows]
-    most = max((work.count for work in windows), default=0)
-    flags = BatchFlags.of(params)
+def _shape(windows: list[Work], chunks: list[Work], flags: BatchFlags) -> StepShape:
+    """The captured step that holds these windows, whose flags are ``flags``, and chunks."""
+    counts = [work.count for work in windows]
+    num_rows, most = sum(counts), max(counts, default=0)
     # A captured step does the same with and without these; windows of a row each have no groups, so auto is as AR.
     flags = replace(flags, adapts=flags.adapts and flags.streams, entropy=False, groups=flags.groups and most > 1)
-    num_rows = sum(work.count for work in windows)
-    streaming = sum(p.window_size if not p.verifies else w.count for p, w in zip(params, windows, strict=True))
+    streaming = num_rows
+    if flags.streams:
+        streaming = sum(w.count if w.request.decode.verifies else w.request.decode.window_size for w in windows)
     if not chunks:
         rows = _size(num_rows)
         return StepShape.of_windows(_size(len(windows)), rows, min(rows, _size(streaming)), _size(most), flags)
