@@ -198,21 +198,28 @@ class Engine:
 
     def _learn(self, plan: StepPlan, results: Sequence[WindowResult | None]) -> None:
         """Tell pacing and auto decoding what the step cost, and what became of drafts."""
-        decoded = [(work, result) for work, result in zip(plan.work, results, strict=True) if result is not None]
+        decoded = [result for result in results if result is not None]
         now, last = time.perf_counter(), self._last_read
         self._last_read = now if decoded else None
+        if self.pacing is None and self.auto is None and self.auto_window is None:
+            return
         if last is not None and decoded:
-            rows = sum(result.num_rows for _, result in decoded)
+            rows = sum(result.num_rows for result in decoded)
             chunk_rows = sum(work.count for work in plan.work if not work.decodes)
             if self.pacing is not None:
                 self.pacing.observe(rows, chunk_rows, now - last)
             if self.auto is not None and not chunk_rows:
                 self.auto.observe_time(len(decoded), rows, now - last)
-        for work, result in decoded:
-            request, accepted = work.request, len(result.tokens) - 1
-            if request.decode.decoding == "auto_streaming" and self.auto_window is not None:
+        for work, result in zip(plan.work, results, strict=True):
+            request = work.request
+            if result is None or not request.decode.adapts:
+                continue
+            if not request.decode.verifies:
+                assert self.auto_window is not None
                 self.auto_window.observe(-(-work.count // 2), len(result.tokens), len(decoded))
-            if request.decode.decoding == "auto" and self.auto is not None:
+            else:
+                assert self.auto is not None
+                accepted = len(result.tokens) - 1
                 self.auto.observe(result.num_drafts, accepted, request.longest_draft, len(decoded))
                 budget = min(plan.row_budget, request.decode.row_budget)
                 request.longest_draft = longest_draft(result.num_rows, result.num_drafts, accepted, budget)
@@ -263,14 +270,14 @@ class Engine:
             if text is not None:
                 text.finish()  # the end token is reported as an id; it is no part of the text
             return "stop"
-        may_stop = request.num_output_tokens >= request.params.min_tokens
-        if text is not None and text.push(token, may_stop):
+        num_tokens = request.num_output_tokens
+        if text is not None and text.push(token, num_tokens >= request.params.min_tokens):
             return "stop"
         if request.constraint is not None and request.constraint.complete:
             if text is not None:
                 text.finish()
             return "stop"
-        return "length" if request.num_output_tokens == request.max_tokens else None
+        return "length" if num_tokens == request.max_tokens else None
 
     def abort(self, request_id: str) -> Request | None:
         """End a request now; its tokens so far stay with it. None if it is not running (any more)."""
