@@ -247,21 +247,22 @@ class Engine:
 
     def _deliver(self, request: Request, result: WindowResult) -> None:
         """Append emitted tokens up to the one that ends the request."""
-        if result.tokens and request.first_token_time is None:
+        if request.first_token_time is None and result.tokens:
             request.first_token_time = time.perf_counter()
+        constraint, step = request.constraint, request.num_forwards - 1
         for i, token in enumerate(result.tokens):
-            if request.constraint is not None and not request.constraint.accept(token):
+            if constraint is not None and not constraint.accept(token):
                 request.finish_reason = (
                     "length"  # the grammar met its limits of work: the text is cut, but valid so far
                 )
                 return
             request.tokens.append(token)
             request.logprobs.append(result.logprobs[i])
-            request.token_steps.append(request.num_forwards - 1)
+            request.token_steps.append(step)
             if result.alternatives:
                 request.alternatives.append(result.alternatives[i])
-            request.finish_reason = self._finish_reason(request, token)
-            if request.finish_reason is not None:
+            request.finish_reason = reason = self._finish_reason(request, token)
+            if reason is not None:
                 return
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:

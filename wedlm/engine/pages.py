@@ -74,8 +74,9 @@ class PagePool:
 
     def commit(self, request_id: str, tokens: Sequence[int], num_committed: int) -> None:
         """File the pages that ``tokens[:num_committed]``, whose keys are final, have filled."""
-        table, size = self._tables[request_id], self.page_size
-        for index in range(self._num_filed[request_id], num_committed // size):
+        size = self.page_size
+        while (index := self._num_filed[request_id]) < num_committed // size:
+            table = self._tables[request_id]
             digest = _digest(self._digests[request_id], tokens[index * size : (index + 1) * size])
             if digest not in self._page_of:
                 self._page_of[digest] = table[index]

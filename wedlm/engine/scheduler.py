@@ -178,4 +178,4 @@ def _start(request: Request, unread: Work | None) -> int:
 def _ends(unread: Work) -> bool:
     """Whether a step is sure to end the request: a verified one emits a token at least."""
     request = unread.request
-    return unread.decodes and request.decode.verifies and request.num_output_tokens + 1 >= request.max_tokens
+    return request.num_output_tokens + 1 >= request.max_tokens and unread.decodes and request.decode.verifies
