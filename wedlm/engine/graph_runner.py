@@ -6,6 +6,7 @@ Steps of very many rows, or with a request that needs the host, run as ``Runner`
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from wedlm.engine.device_step import ChunkRows, DeviceStep, Slots, StepShape
 from wedlm.engine.runner import Runner
 from wedlm.engine.types import Request, StepPlan, WindowResult, Work
 from wedlm.engine.upload import put_row, upload
+from wedlm.kernels.results import first_logprob
 from wedlm.model.fused import FusedTransformer
 
 _MAX_ENDS = 8  # end tokens of a request; more need the host
@@ -32,13 +34,11 @@ _SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024
 class GraphFlight:
     """``Flight`` whose results are on their way to the host's memory."""
 
-    def __init__(self, num_windows: int, num_chunks: int, ints: Tensor, floats: Tensor) -> None:
+    def __init__(self, num_windows: int, num_chunks: int, results: Tensor) -> None:
         self.num_windows, self.num_chunks = num_windows, num_chunks
-        on_gpu = ints.is_cuda
-        self._ints, self._floats = (
-            torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu and num_windows > 0).copy_(t, non_blocking=True)
-            for t in (ints, floats)
-        )
+        on_gpu = results.is_cuda
+        memory = torch.empty(results.shape, dtype=results.dtype, pin_memory=on_gpu and num_windows > 0)
+        self._results = memory.copy_(results, non_blocking=True)
         self._done = torch.cuda.Event() if on_gpu else None
         if self._done is not None:
             self._done.record()
@@ -48,10 +48,11 @@ class GraphFlight:
             self._done.synchronize()
         if not self.num_windows:
             return [None] * self.num_chunks
-        ints, floats = self._ints.numpy()[: self.num_windows], self._floats.numpy()[: self.num_windows]
-        figures = ints[:, :4].T.tolist()
+        numbers = self._results.numpy()[: self.num_windows]
+        figures = numbers[:, :4].T.tolist()
         widest = max(figures[0])
-        tokens, logprobs = ints[:, 4 : 4 + widest].tolist(), floats[:, :widest].tolist()
+        tokens = numbers[:, 4 : 4 + widest].tolist()
+        logprobs = numbers[:, first_logprob(numbers.shape) :].view(np.float32)[:, :widest].tolist()
         results = [
             WindowResult(emitted[:count], theirs[:count], [], rows, cached, drafts)
             for emitted, theirs, count, rows, cached, drafts in zip(tokens, logprobs, *figures, strict=True)
@@ -91,7 +92,7 @@ class GraphRunner(Runner):
         self._sent: dict[str, int] = {}  # pages of a request that the device's table has
         self._index: dict[int, tuple[list[int], Tensor]] = {}  # by number of sequences: what it holds, static tensor
         self._chunks: dict[tuple[int, int], Tensor] = {}  # by rows and chunks: static tensor of ``ChunkRows``
-        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._latest: torch.cuda.CUDAGraph | None = None  # keeps alive the memory that all captured steps share
 
     def again(self, cache: KVCache) -> "GraphRunner":
@@ -110,7 +111,7 @@ class GraphRunner(Runner):
         flags = BatchFlags.of([DecodeParams("verified")])
         index = torch.full((1,), self.slots.nobody, dtype=torch.long, device=self.device)
         for num_rows in [size for size in _SIZES if self._costs.most_rows < size <= _size(most_rows)]:
-            graph, *_ = self._captured(StepShape.of_windows(1, num_rows, num_rows, 16, flags), index, None)
+            graph, _ = self._captured(StepShape.of_windows(1, num_rows, num_rows, 16, flags), index, None)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             graph.replay()
             start.record()
@@ -149,10 +150,10 @@ class GraphRunner(Runner):
         index = self._set_index(shape.num_sequences, [self._slots[work.request.request_id] for work in windows])
         rows = self._set_chunks(shape, chunks)
         if self.device.type != "cuda":
-            return GraphFlight(len(windows), len(chunks), *self.step(shape, index, rows))
-        graph, ints, floats = self._graphs[shape]
+            return GraphFlight(len(windows), len(chunks), self.step(shape, index, rows))
+        graph, results = self._graphs[shape]
         graph.replay()
-        return GraphFlight(len(windows), len(chunks), ints, floats)
+        return GraphFlight(len(windows), len(chunks), results)
 
     def _flags_of(self, windows: list[Work]) -> BatchFlags:
         params = [work.request.decode for work in windows]
@@ -214,7 +215,7 @@ class GraphRunner(Runner):
 
     def _captured(
         self, shape: StepShape, index: Tensor, chunks: ChunkRows | None
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The step as a graph; ``index`` names the empty window meanwhile, which no step changes, chunks are empty."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -223,9 +224,9 @@ class GraphRunner(Runner):
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=None if self._latest is None else self._latest.pool()):
-            ints, floats = self.step(shape, index, chunks)
+            results = self.step(shape, index, chunks)
         self._latest = graph
-        return graph, ints, floats
+        return graph, results
 
     def _load(self, request: Request) -> None:
         super()._load(request)
