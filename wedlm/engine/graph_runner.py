@@ -125,12 +125,12 @@ class GraphRunner(Runner):
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether nothing in the step needs the host."""
         most = _MOST_CHUNK_ROWS if self._captures_chunks else 0
-        windows = [work.request for work in plan.work if work.decodes]
-        if len(windows) < len(plan.work) and sum(work.count for work in plan.work) > most:
-            return False
-        return bool(plan.work) and not any(
-            request.needs_host or len(request.decode.end_token_ids) > _MAX_ENDS for request in windows
-        )
+        for work in plan.work:
+            if not work.decodes:  # windows come first
+                return sum(work.count for work in plan.work) <= most
+            if work.request.needs_host or len(work.request.decode.end_token_ids) > _MAX_ENDS:
+                return False
+        return bool(plan.work)
 
     def launch(self, plan: StepPlan) -> GraphFlight:
         """Start the step and return at once."""
