@@ -50,12 +50,13 @@ class GraphFlight:
             return [None] * self.num_chunks
         numbers = self._results.numpy()[: self.num_windows]
         figures = numbers[:, :4].T.tolist()
-        widest = max(figures[0])
-        tokens = numbers[:, 4 : 4 + widest].tolist()
-        logprobs = numbers[:, first_logprob(numbers.shape) :].view(np.float32)[:, :widest].tolist()
+        widest = max(1, *figures[0])
+        # In one list each: lists by the hundred keep the garbage collector busy.
+        tokens = numbers[:, 4 : 4 + widest].ravel().tolist()
+        logprobs = numbers[:, first_logprob(numbers.shape) :].view(np.float32)[:, :widest].ravel().tolist()
         results = [
-            WindowResult(emitted[:count], theirs[:count], [], rows, cached, drafts)
-            for emitted, theirs, count, rows, cached, drafts in zip(tokens, logprobs, *figures, strict=True)
+            WindowResult(tokens[at : at + count], logprobs[at : at + count], (), rows, cached, drafts)
+            for at, count, rows, cached, drafts in zip(range(0, len(tokens), widest), *figures, strict=True)
         ]
         return [*results, *[None] * self.num_chunks]
 

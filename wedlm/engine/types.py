@@ -2,6 +2,7 @@
 """Plain data that the engine's parts pass to each other."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -111,7 +112,7 @@ class WindowResult:
 
     tokens: list[int]
     logprobs: list[float]
-    alternatives: list[Alternatives]
+    alternatives: Sequence[Alternatives]
     num_rows: int
     num_cached: int
     num_drafts: int  # that the step verified
