@@ -4,6 +4,7 @@
 Steps of very many rows, or with a request that needs the host, run as ``Runner`` runs them, on the same slots.
 """
 
+from bisect import bisect_left
 from dataclasses import replace
 
 import numpy as np
@@ -268,7 +269,8 @@ def _shape(windows: list[Work], chunks: list[Work], flags: BatchFlags) -> StepSh
 
 def _size(number: int) -> int:
     """The smallest captured size that holds ``number``."""
-    return next((size for size in _SIZES if size >= number), -(-number // 1024) * 1024)
+    at = bisect_left(_SIZES, number)
+    return _SIZES[at] if at < len(_SIZES) else -(-number // 1024) * 1024
 
 
 def _chunk_size(number: int) -> int:
