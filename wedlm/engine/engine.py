@@ -238,7 +238,8 @@ class Engine:
             request.num_forwards += 1
             request.num_rows += result.num_rows
             self._deliver(request, result)
-            self.scheduler.cached(request, min(result.num_cached, len(request.tokens)))
+            cached, known = result.num_cached, len(request.tokens)
+            self.scheduler.cached(request, cached if cached < known else known)
             if result.tokens:
                 changed.append(request)
             if request.finish_reason is not None:

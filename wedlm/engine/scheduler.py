@@ -80,7 +80,9 @@ class Scheduler:
                 work = self._plan(request, _start(request, done), budget, chunk_budget)
                 if work is None:
                     break
-                if self.pool.reserve(request.request_id, min(work.start + work.count, request.decode.max_positions)):
+                # For each window of each step: ``min`` would cost more than all else in these two lines.
+                slots, most = work.start + work.count, request.decode.max_positions
+                if self.pool.reserve(request.request_id, slots if slots < most else most):
                     planned[request.request_id] = work
                     request.last_step = self._step
                     budget -= work.count
@@ -165,7 +167,8 @@ class Scheduler:
 def _max_rows(request: Request) -> int:
     """Upper bound of the rows of the request's next window step."""
     most = request.decode.max_rows if request.row_bound is None else request.row_bound
-    return min(most, request.decode.max_positions - request.num_cached)
+    room = request.decode.max_positions - request.num_cached
+    return most if most < room else room
 
 
 def _start(request: Request, unread: Work | None) -> int:
