@@ -12,6 +12,7 @@ from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.reorder import pack_rows
 from wedlm.algorithm.verify import row_layout
 from wedlm.algorithm.window import RowResults, WindowParams, WindowState, advance, num_drafts
+from wedlm.kernels.results import first_logprob
 from wedlm.kernels.verified import verified_advance, verified_rows
 
 MASK, COLUMNS, TRASH = 50, 32, 999
@@ -76,7 +77,8 @@ def test_histories(device, seed):
             f.name: (lambda v: torch.cat([v, v[:1]]) if isinstance(v, torch.Tensor) else v)(getattr(stacked, f.name))
             for f in fields(stacked)
         })  # fmt: skip
-        ints, floats = verified_advance(state, slots, index, rows, choice, entropy, logprobs)
+        ints = verified_advance(state, slots, index, rows, choice, entropy, logprobs)
+        floats = ints[:, first_logprob(ints.shape) :].view(torch.float32)
         now = state.take(index)
         assert torch.equal(now.cached, after.cached)
         assert torch.equal(now.width, after.width)

@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 Decoding = Literal["auto", "streaming", "verified", "block", "autoregressive", "auto_streaming"]
@@ -17,7 +18,7 @@ def drafts_of(row_budget: int) -> int:
     return max(0, math.isqrt(row_budget) - 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DecodeParams:
     """Everything that the text of one sequence depends on, besides the model and the prompt.
 
@@ -27,7 +28,7 @@ class DecodeParams:
     streaming is streaming whose W may be, which changes the text.
     ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``max_positions`` is the model's length: no
     position at or past it exists. ``first_free_end`` is the first position at which an end token may stand
-    (prompt length + min_tokens).
+    (prompt length + min_tokens). What follows from the fields is kept, since each step asks for it.
     """
 
     decoding: Decoding
@@ -44,22 +45,22 @@ class DecodeParams:
     first_free_end: int = 0
     max_positions: int = 2**31 - 1
 
-    @property
+    @cached_property
     def verifies(self) -> bool:
         """Whether tokens are chosen by the shifted head (AR's text) rather than by the masked rows."""
         return self.decoding in ("auto", "verified", "autoregressive")
 
-    @property
+    @cached_property
     def adapts(self) -> bool:
         """Whether a step may lower the row budget."""
         return self.decoding in ("auto", "auto_streaming")
 
-    @property
+    @cached_property
     def row_budget(self) -> int:
         """R when verifying (1 for AR), W otherwise."""
         return 1 if self.decoding == "autoregressive" else self.window_size
 
-    @property
+    @cached_property
     def max_drafts(self) -> int:
         """``drafts_of`` the row budget."""
         return drafts_of(self.row_budget)
@@ -75,7 +76,7 @@ class DecodeParams:
         masked = (num_drafts + 1) * (self.max_drafts + 1) if self.max_drafts else 0
         return min(budget, 1 + num_drafts + masked)
 
-    @property
+    @cached_property
     def max_rows(self) -> int:
         """Upper bound of the rows of any step: a full window commits while as many masked positions join it."""
         return self.row_budget if self.verifies else 2 * self.window_size

@@ -25,7 +25,7 @@ _PROBE_STEPS = 3  # steps of a probe: the first has no drafts yet
 _SHORTEST, _LONGEST = 32, 512  # steps between probes; doubled whenever one finds nothing
 
 
-@dataclass
+@dataclass(slots=True)
 class Rate:
     """A decaying share of successes."""
 
@@ -95,6 +95,7 @@ class StepCosts:
         return int(x0 + (seconds - y0) * (x1 - x0) / max(y1 - y0, 1e-9))
 
 
+@lru_cache(maxsize=4096)
 def longest_draft(num_rows: int, num_drafts: int, num_accepted: int, row_budget: int) -> int:
     """Most drafts that a step of so many rows can leave to the next one, which gets at most ``row_budget`` rows.
 
@@ -189,10 +190,10 @@ class AutoRows:
     def observe(self, num_drafts: int, num_accepted: int, longest: int, num_windows: int) -> None:
         """What became of one window's drafts in a step; ``longest``: there could have been so many."""
         keep = 1 - 1 / (_MEMORY * max(1, num_windows))
-        for depth in range(min(num_drafts, num_accepted + 1, len(self._accepts))):
-            self._accepts[depth].add(depth < num_accepted, keep)
-        for depth in range(min(longest, num_drafts + 1, len(self._offers))):
-            self._offers[depth].add(depth < num_drafts, keep)
+        for depth, rate in enumerate(self._accepts[: min(num_drafts, num_accepted + 1)]):
+            rate.add(depth < num_accepted, keep)
+        for depth, rate in enumerate(self._offers[: min(longest, num_drafts + 1)]):
+            rate.add(depth < num_drafts, keep)
 
     def observe_time(self, num_windows: int, num_rows: int, seconds: float) -> None:
         """How long a step of windows alone took, from result to result."""

@@ -19,6 +19,7 @@ from wedlm.attention.paged import PagedAttend
 from wedlm.engine.batch_params import BatchFlags, BatchParams
 from wedlm.kernels.attention import PagedRows
 from wedlm.kernels.logits import greedy_rows
+from wedlm.kernels.results import empty_results
 from wedlm.kernels.streaming import streaming_advance, streaming_rows
 from wedlm.kernels.verified import verified_advance, verified_rows
 from wedlm.model.fused import FusedTransformer
@@ -98,9 +99,9 @@ class DeviceStep:
         self.max_keys = slots.page_table.shape[1] * cache.page_size
 
     @torch.inference_mode()
-    def __call__(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None = None) -> tuple[Tensor, Tensor]:
-        """Int64 [S, 4 + C]: tokens emitted, rows run, tokens cached now, drafts verified, the emitted tokens; and
-        their log-probabilities [S, C]. ``chunks``: N of ``shape.num_chunks`` prompts, beside the windows."""
+    def __call__(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None = None) -> Tensor:
+        """Results as ``wedlm.kernels.results`` has them. ``chunks``: N of ``shape.num_chunks`` prompts, beside the
+        windows."""
         assert (chunks is not None) == (shape.num_chunks > 0)
         if not shape.num_sequences:
             assert chunks is not None
@@ -112,11 +113,11 @@ class DeviceStep:
             return self._any(shape, index, chunks)
         return self._streaming(shape, index, chunks)
 
-    def _chunks(self, shape: StepShape, chunks: ChunkRows) -> tuple[Tensor, Tensor]:
+    def _chunks(self, shape: StepShape, chunks: ChunkRows) -> Tensor:
         attend = PagedAttend(self.cache, [self._plan_chunks(shape, chunks)], chunks.slots)
         self.model(chunks.tokens, chunks.positions, attend, chunks.slots[:0])
-        columns = self.slots.state.tokens.shape[1]
-        return chunks.slots.new_empty(0, 4 + columns), self.slots.state.logprobs.new_empty(0, columns)
+        results, _ = empty_results(0, self.slots.state.tokens.shape[1], chunks.slots.device)
+        return results
 
     def _plan_chunks(self, shape: StepShape, chunks: ChunkRows) -> PagedRows:
         return PagedRows(
@@ -142,7 +143,7 @@ class DeviceStep:
             wanted = row[: shape.num_wanted] if wanted is None else wanted
         return self.model(tokens, positions, PagedAttend(self.cache, groups, slots), wanted, masked)
 
-    def _verified(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> tuple[Tensor, Tensor]:
+    def _verified(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> Tensor:
         slots, page_size = self.slots, self.cache.page_size
         rows = verified_rows(
             slots.state, index, slots.page_table, page_size, shape.num_rows, self.mask_token_id, self.trash_slot
@@ -158,7 +159,7 @@ class DeviceStep:
         chosen = self._choose(logits, index, rows.sequence[:last], rows.target[:last], shape.flags)
         return verified_advance(slots.state, self._window, index, rows, *chosen)
 
-    def _streaming(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> tuple[Tensor, Tensor]:
+    def _streaming(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> Tensor:
         slots, page_size = self.slots, self.cache.page_size
         rows = streaming_rows(
             slots.state, slots.params.window, index, slots.page_table, page_size,
@@ -172,7 +173,7 @@ class DeviceStep:
         chosen = self._choose(logits, index, rows.sequence, rows.target, shape.flags)
         return streaming_advance(slots.state, slots.params.window, index, rows, *chosen)
 
-    def _any(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> tuple[Tensor, Tensor]:
+    def _any(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> Tensor:
         """Streaming and verified windows side by side, in plain tensor operations: the twin of the other two."""
         slots, page_size = self.slots, self.cache.page_size
         params = slots.params.take(index, shape.flags)
@@ -212,7 +213,7 @@ class DeviceStep:
         state, emitted = advance(state, run, RowResults(choice, entropy, logprobs), limited)
         slots.state.put(index, state)
         figures = torch.stack((emitted.count, num_rows, state.cached, drafts), dim=1)
-        return torch.cat((figures, emitted.tokens), dim=1), emitted.logprobs
+        return torch.cat((figures, emitted.tokens, emitted.logprobs.contiguous().view(torch.long)), dim=1)
 
     def _choose(
         self, logits: Tensor, index: Tensor, sequence: Tensor, target: Tensor, flags: BatchFlags

@@ -199,21 +199,28 @@ class Engine:
 
     def _learn(self, plan: StepPlan, results: Sequence[WindowResult | None]) -> None:
         """Tell pacing and auto decoding what the step cost, and what became of drafts."""
-        decoded = [(work, result) for work, result in zip(plan.work, results, strict=True) if result is not None]
+        decoded = [result for result in results if result is not None]
         now, last = time.perf_counter(), self._last_read
         self._last_read = now if decoded else None
+        if self.pacing is None and self.auto is None and self.auto_window is None:
+            return
         if last is not None and decoded:
-            rows = sum(result.num_rows for _, result in decoded)
+            rows = sum(result.num_rows for result in decoded)
             chunk_rows = sum(work.count for work in plan.work if not work.decodes)
             if self.pacing is not None:
                 self.pacing.observe(rows, chunk_rows, now - last)
             if self.auto is not None and not chunk_rows:
                 self.auto.observe_time(len(decoded), rows, now - last)
-        for work, result in decoded:
-            request, accepted = work.request, len(result.tokens) - 1
-            if request.decode.decoding == "auto_streaming" and self.auto_window is not None:
+        for work, result in zip(plan.work, results, strict=True):
+            request = work.request
+            if result is None or not request.decode.adapts:
+                continue
+            if not request.decode.verifies:
+                assert self.auto_window is not None
                 self.auto_window.observe(-(-work.count // 2), len(result.tokens), len(decoded))
-            if request.decode.decoding == "auto" and self.auto is not None:
+            else:
+                assert self.auto is not None
+                accepted = len(result.tokens) - 1
                 self.auto.observe(result.num_drafts, accepted, request.longest_draft, len(decoded))
                 budget = min(plan.row_budget, request.decode.row_budget)
                 request.longest_draft = longest_draft(result.num_rows, result.num_drafts, accepted, budget)
@@ -232,7 +239,8 @@ class Engine:
             request.num_forwards += 1
             request.num_rows += result.num_rows
             self._deliver(request, result)
-            self.scheduler.cached(request, min(result.num_cached, len(request.tokens)))
+            cached, known = result.num_cached, len(request.tokens)
+            self.scheduler.cached(request, cached if cached < known else known)
             if result.tokens:
                 changed.append(request)
             if request.finish_reason is not None:
@@ -241,21 +249,22 @@ class Engine:
 
     def _deliver(self, request: Request, result: WindowResult) -> None:
         """Append emitted tokens up to the one that ends the request."""
-        if result.tokens and request.first_token_time is None:
+        if request.first_token_time is None and result.tokens:
             request.first_token_time = time.perf_counter()
+        constraint, step = request.constraint, request.num_forwards - 1
         for i, token in enumerate(result.tokens):
-            if request.constraint is not None and not request.constraint.accept(token):
+            if constraint is not None and not constraint.accept(token):
                 request.finish_reason = (
                     "length"  # the grammar met its limits of work: the text is cut, but valid so far
                 )
                 return
             request.tokens.append(token)
             request.logprobs.append(result.logprobs[i])
-            request.token_steps.append(request.num_forwards - 1)
+            request.token_steps.append(step)
             if result.alternatives:
                 request.alternatives.append(result.alternatives[i])
-            request.finish_reason = self._finish_reason(request, token)
-            if request.finish_reason is not None:
+            request.finish_reason = reason = self._finish_reason(request, token)
+            if reason is not None:
                 return
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
@@ -264,14 +273,14 @@ class Engine:
             if text is not None:
                 text.finish()  # the end token is reported as an id; it is no part of the text
             return "stop"
-        may_stop = request.num_output_tokens >= request.params.min_tokens
-        if text is not None and text.push(token, may_stop):
+        num_tokens = request.num_output_tokens
+        if text is not None and text.push(token, num_tokens >= request.params.min_tokens):
             return "stop"
         if request.constraint is not None and request.constraint.complete:
             if text is not None:
                 text.finish()
             return "stop"
-        return "length" if request.num_output_tokens == request.max_tokens else None
+        return "length" if num_tokens == request.max_tokens else None
 
     def abort(self, request_id: str) -> Request | None:
         """End a request now; its tokens so far stay with it. None if it is not running (any more)."""

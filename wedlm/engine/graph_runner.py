@@ -4,8 +4,10 @@
 Steps of very many rows, or with a request that needs the host, run as ``Runner`` runs them, on the same slots.
 """
 
+from bisect import bisect_left
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from wedlm.engine.device_step import ChunkRows, DeviceStep, Slots, StepShape
 from wedlm.engine.runner import Runner
 from wedlm.engine.types import Request, StepPlan, WindowResult, Work
 from wedlm.engine.upload import put_row, upload
+from wedlm.kernels.results import first_logprob
 from wedlm.model.fused import FusedTransformer
 
 _MAX_ENDS = 8  # end tokens of a request; more need the host
@@ -32,13 +35,11 @@ _SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024
 class GraphFlight:
     """``Flight`` whose results are on their way to the host's memory."""
 
-    def __init__(self, num_windows: int, num_chunks: int, ints: Tensor, floats: Tensor) -> None:
+    def __init__(self, num_windows: int, num_chunks: int, results: Tensor) -> None:
         self.num_windows, self.num_chunks = num_windows, num_chunks
-        on_gpu = ints.is_cuda
-        self._ints, self._floats = (
-            torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu and num_windows > 0).copy_(t, non_blocking=True)
-            for t in (ints, floats)
-        )
+        on_gpu = results.is_cuda
+        memory = torch.empty(results.shape, dtype=results.dtype, pin_memory=on_gpu and num_windows > 0)
+        self._results = memory.copy_(results, non_blocking=True)
         self._done = torch.cuda.Event() if on_gpu else None
         if self._done is not None:
             self._done.record()
@@ -48,12 +49,15 @@ class GraphFlight:
             self._done.synchronize()
         if not self.num_windows:
             return [None] * self.num_chunks
-        widest = max(1, int(self._ints[: self.num_windows, 0].max()))
-        rows = self._ints[: self.num_windows, : 4 + widest].tolist()
-        logprobs = self._floats[: self.num_windows, :widest].tolist()
+        numbers = self._results.numpy()[: self.num_windows]
+        figures = numbers[:, :4].T.tolist()
+        widest = max(1, *figures[0])
+        # In one list each: lists by the hundred keep the garbage collector busy.
+        tokens = numbers[:, 4 : 4 + widest].ravel().tolist()
+        logprobs = numbers[:, first_logprob(numbers.shape) :].view(np.float32)[:, :widest].ravel().tolist()
         results = [
-            WindowResult(row[4 : 4 + row[0]], logprob[: row[0]], [], row[1], row[2], row[3])
-            for row, logprob in zip(rows, logprobs, strict=True)
+            WindowResult(tokens[at : at + count], logprobs[at : at + count], (), rows, cached, drafts)
+            for at, count, rows, cached, drafts in zip(range(0, len(tokens), widest), *figures, strict=True)
         ]
         return [*results, *[None] * self.num_chunks]
 
@@ -86,10 +90,11 @@ class GraphRunner(Runner):
         self.slots = Slots(self.state, params, table, *budgets)
         self._row_budget = 1
         self.step = DeviceStep(model, cache, self.slots, mask_token_id)
+        self._flags: tuple[list[DecodeParams], BatchFlags] = [], BatchFlags.of([])  # of the latest windows
         self._sent: dict[str, int] = {}  # pages of a request that the device's table has
         self._index: dict[int, tuple[list[int], Tensor]] = {}  # by number of sequences: what it holds, static tensor
         self._chunks: dict[tuple[int, int], Tensor] = {}  # by rows and chunks: static tensor of ``ChunkRows``
-        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._latest: torch.cuda.CUDAGraph | None = None  # keeps alive the memory that all captured steps share
 
     def again(self, cache: KVCache) -> "GraphRunner":
@@ -108,7 +113,7 @@ class GraphRunner(Runner):
         flags = BatchFlags.of([DecodeParams("verified")])
         index = torch.full((1,), self.slots.nobody, dtype=torch.long, device=self.device)
         for num_rows in [size for size in _SIZES if self._costs.most_rows < size <= _size(most_rows)]:
-            graph, *_ = self._captured(StepShape.of_windows(1, num_rows, num_rows, 16, flags), index, None)
+            graph, _ = self._captured(StepShape.of_windows(1, num_rows, num_rows, 16, flags), index, None)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             graph.replay()
             start.record()
@@ -122,12 +127,12 @@ class GraphRunner(Runner):
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether nothing in the step needs the host."""
         most = _MOST_CHUNK_ROWS if self._captures_chunks else 0
-        if not all(work.decodes for work in plan.work) and sum(work.count for work in plan.work) > most:
-            return False
-        return bool(plan.work) and not any(
-            work.decodes and (work.request.needs_host or len(work.request.decode.end_token_ids) > _MAX_ENDS)
-            for work in plan.work
-        )
+        for work in plan.work:
+            if not work.decodes:  # windows come first
+                return sum(work.count for work in plan.work) <= most
+            if work.request.needs_host or len(work.request.decode.end_token_ids) > _MAX_ENDS:
+                return False
+        return bool(plan.work)
 
     def launch(self, plan: StepPlan) -> GraphFlight:
         """Start the step and return at once."""
@@ -140,17 +145,23 @@ class GraphRunner(Runner):
         self._send_pages(plan.work)
         windows = [work for work in plan.work if work.decodes]
         chunks = plan.work[len(windows) :]
-        shape = _shape(windows, chunks)
+        shape = _shape(windows, chunks, self._flags_of(windows))
         if self.device.type == "cuda" and shape not in self._graphs:
             nothing = self._set_index(shape.num_sequences, []), self._set_chunks(shape, [])
             self._graphs[shape] = self._captured(shape, *nothing)
         index = self._set_index(shape.num_sequences, [self._slots[work.request.request_id] for work in windows])
         rows = self._set_chunks(shape, chunks)
         if self.device.type != "cuda":
-            return GraphFlight(len(windows), len(chunks), *self.step(shape, index, rows))
-        graph, ints, floats = self._graphs[shape]
+            return GraphFlight(len(windows), len(chunks), self.step(shape, index, rows))
+        graph, results = self._graphs[shape]
         graph.replay()
-        return GraphFlight(len(windows), len(chunks), ints, floats)
+        return GraphFlight(len(windows), len(chunks), results)
+
+    def _flags_of(self, windows: list[Work]) -> BatchFlags:
+        params = [work.request.decode for work in windows]
+        if params != self._flags[0]:
+            self._flags = params, BatchFlags.of(params)
+        return self._flags[1]
 
     def _set_index(self, size: int, slots: list[int]) -> Tensor:
         slots = [*slots, *[self.slots.nobody] * (size - len(slots))]
@@ -206,7 +217,7 @@ class GraphRunner(Runner):
 
     def _captured(
         self, shape: StepShape, index: Tensor, chunks: ChunkRows | None
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The step as a graph; ``index`` names the empty window meanwhile, which no step changes, chunks are empty."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -215,9 +226,9 @@ class GraphRunner(Runner):
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=None if self._latest is None else self._latest.pool()):
-            ints, floats = self.step(shape, index, chunks)
+            results = self.step(shape, index, chunks)
         self._latest = graph
-        return graph, ints, floats
+        return graph, results
 
     def _load(self, request: Request) -> None:
         super()._load(request)
@@ -234,15 +245,15 @@ class GraphRunner(Runner):
         super().unload(request)
 
 
-def _shape(windows: list[Work], chunks: list[Work]) -> StepShape:
-    """The captured step that holds these windows and chunks."""
-    params = [work.request.decode for work in windows]
-    most = max((work.count for work in windows), default=0)
-    flags = BatchFlags.of(params)
+def _shape(windows: list[Work], chunks: list[Work], flags: BatchFlags) -> StepShape:
+    """The captured step that holds these windows, whose flags are ``flags``, and chunks."""
+    counts = [work.count for work in windows]
+    num_rows, most = sum(counts), max(counts, default=0)
     # A captured step does the same with and without these; windows of a row each have no groups, so auto is as AR.
     flags = replace(flags, adapts=flags.adapts and flags.streams, entropy=False, groups=flags.groups and most > 1)
-    num_rows = sum(work.count for work in windows)
-    streaming = sum(p.window_size if not p.verifies else w.count for p, w in zip(params, windows, strict=True))
+    streaming = num_rows
+    if flags.streams:
+        streaming = sum(w.count if w.request.decode.verifies else w.request.decode.window_size for w in windows)
     if not chunks:
         rows = _size(num_rows)
         return StepShape.of_windows(_size(len(windows)), rows, min(rows, _size(streaming)), _size(most), flags)
@@ -258,7 +269,8 @@ def _shape(windows: list[Work], chunks: list[Work]) -> StepShape:
 
 def _size(number: int) -> int:
     """The smallest captured size that holds ``number``."""
-    return next((size for size in _SIZES if size >= number), -(-number // 1024) * 1024)
+    at = bisect_left(_SIZES, number)
+    return _SIZES[at] if at < len(_SIZES) else -(-number // 1024) * 1024
 
 
 def _chunk_size(number: int) -> int:

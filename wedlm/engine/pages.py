@@ -64,6 +64,8 @@ class PagePool:
     def reserve(self, request_id: str, num_slots: int) -> bool:
         """Let the request's table cover ``num_slots`` slots. False, and nothing changes, if pages do not suffice."""
         table = self._tables[request_id]
+        if num_slots <= len(table) * self.page_size:
+            return True
         missing = self.pages_for(num_slots) - len(table)
         if missing > self.num_available:
             return False
@@ -72,8 +74,9 @@ class PagePool:
 
     def commit(self, request_id: str, tokens: Sequence[int], num_committed: int) -> None:
         """File the pages that ``tokens[:num_committed]``, whose keys are final, have filled."""
-        table, size = self._tables[request_id], self.page_size
-        for index in range(self._num_filed[request_id], num_committed // size):
+        size = self.page_size
+        while (index := self._num_filed[request_id]) < num_committed // size:
+            table = self._tables[request_id]
             digest = _digest(self._digests[request_id], tokens[index * size : (index + 1) * size])
             if digest not in self._page_of:
                 self._page_of[digest] = table[index]

@@ -39,7 +39,7 @@ class TextStream:
             self._context, self._read = self._read, len(self._ids)
             self._known = len(self._decode())
         self.ends.append(len(self.text))
-        return may_stop and self._cut(before)
+        return bool(self._stop) and may_stop and self._cut(before)
 
     def finish(self) -> None:
         """No token follows: bytes that never became a character turn into the replacement character."""

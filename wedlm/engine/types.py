@@ -2,6 +2,7 @@
 """Plain data that the engine's parts pass to each other."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -83,7 +84,7 @@ class Request:
         return len(self.tokens) - len(self.prompt_token_ids)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # made for each window of each step, and four times slower to make if frozen
 class Work:
     """One request's share of a step: a chunk of tokens to cache (``count`` of them from ``start`` on), or its decoding
     window, for which both are upper bounds. ``pages`` covers slots 0 .. start + count - 1.
@@ -105,13 +106,13 @@ class StepPlan:
     row_budget: int = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # as ``Work``
 class WindowResult:
     """What a step did to one window: tokens that became final, rows it ran, tokens that now have valid keys."""
 
     tokens: list[int]
     logprobs: list[float]
-    alternatives: list[Alternatives]
+    alternatives: Sequence[Alternatives]
     num_rows: int
     num_cached: int
     num_drafts: int  # that the step verified

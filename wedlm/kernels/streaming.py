@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from wedlm.algorithm.window import WindowParams, WindowState
+from wedlm.kernels.results import empty_results
 
 _SEQUENCES_PER_TILE = 32
 _ROWS_PER_TILE = 256
@@ -194,13 +195,13 @@ def _advance(
     tl.store(filled_ptr + place, tl.zeros((C,), tl.uint8), mask=column >= C - run)
     tl.store(cached_ptr + slot, cached)
     tl.store(width_ptr + slot, width)
-    figures = ints_ptr + s * (C + 4)
+    figures = ints_ptr + s * (4 + C + C // 2)
     tl.store(figures, count)
     tl.store(figures + 1, width + run)
     tl.store(figures + 2, cached)
     tl.store(figures + 3, cached * 0)
     tl.store(figures + 4 + target, tokens, mask=stays)
-    tl.store(floats_ptr + s * C + target, logprobs, mask=stays)
+    tl.store(floats_ptr + s * (3 * C + 8) + target, logprobs, mask=stays)
 
 
 def streaming_advance(
@@ -211,19 +212,18 @@ def streaming_advance(
     choice: Tensor,
     entropy: Tensor,
     logprobs: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Moves the windows ``index`` on, in place, by what their masked rows [L] chose; ``state``, ``params`` by window.
 
-    Returns int64 [S, 4 + C]: tokens emitted, rows run, tokens cached now, 0, then the emitted tokens (and, after them,
-    anything); and their log-probabilities [S, C]. ``index`` may name the empty window several times: it stays empty.
+    Returns results as ``wedlm.kernels.results`` has them: no drafts, and after the emitted tokens anything. ``index``
+    may name the empty window several times: it stays empty.
     """
     num_sequences, columns = len(index), state.tokens.shape[1]
-    ints = torch.empty(num_sequences, columns + 4, dtype=torch.long, device=index.device)
-    floats = torch.empty(num_sequences, columns, dtype=torch.float32, device=index.device)
+    results, floats = empty_results(num_sequences, columns, index.device)
     _advance[(num_sequences,)](
         index, state.cached, state.width, state.tokens, state.filled.view(torch.uint8), state.logprobs,
         params.block.view(torch.uint8), params.threshold, params.penalty,
-        rows.num_rows, rows.run, rows.wanted_start, choice, entropy, logprobs, ints, floats,
+        rows.num_rows, rows.run, rows.wanted_start, choice, entropy, logprobs, results, floats,
         C=columns, num_warps=1,
     )  # fmt: skip
-    return ints, floats
+    return results

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from wedlm.algorithm.window import WindowParams, WindowState
+from wedlm.kernels.results import empty_results
 
 _ROWS_PER_TILE = 256  # of padding
 
@@ -163,13 +164,14 @@ def _advance(
     tl.store(logprobs_ptr + place, tl.zeros((C,), tl.float32))
     tl.store(cached_ptr + slot, cached)
     tl.store(width_ptr + slot, new_width)
-    tl.store(ints_ptr + s * (C + 4), count)
-    tl.store(ints_ptr + s * (C + 4) + 1, width)
-    tl.store(ints_ptr + s * (C + 4) + 2, cached)
-    tl.store(ints_ptr + s * (C + 4) + 3, groups - 1)
-    tl.store(ints_ptr + s * (C + 4) + 4 + column, choice)
+    figures = ints_ptr + s * (4 + C + C // 2)
+    tl.store(figures, count)
+    tl.store(figures + 1, width)
+    tl.store(figures + 2, cached)
+    tl.store(figures + 3, groups - 1)
+    tl.store(figures + 4 + column, choice)
     logprobs = tl.load(logprob_ptr + first + column, mask=inside, other=0.0)
-    tl.store(floats_ptr + s * C + column, logprobs)
+    tl.store(floats_ptr + s * (3 * C + 8) + column, logprobs)
 
 
 def verified_advance(
@@ -180,18 +182,17 @@ def verified_advance(
     choice: Tensor,
     entropy: Tensor,
     logprobs: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Moves the windows ``index`` on, in place, by what their rows [T] chose; ``state`` and ``params`` by window.
 
-    Returns int64 [S, 4 + C]: tokens emitted, rows run, tokens cached now, drafts verified, then the emitted tokens; and
-    their log-probabilities [S, C]. ``index`` may name the empty window several times: it stays empty.
+    Returns results as ``wedlm.kernels.results`` has them. ``index`` may name the empty window several times: it stays
+    empty.
     """
     num_sequences, columns = len(index), state.tokens.shape[1]
-    ints = torch.empty(num_sequences, columns + 4, dtype=torch.long, device=index.device)
-    floats = torch.empty(num_sequences, columns, dtype=torch.float32, device=index.device)
+    results, floats = empty_results(num_sequences, columns, index.device)
     _advance[(num_sequences,)](
         index, state.cached, state.width, state.tokens, state.filled.view(torch.uint8), state.logprobs,
         params.row_budget, params.max_drafts, params.max_positions, params.draft_entropy,
-        rows.row_start, choice, entropy, logprobs, ints, floats, C=columns, num_warps=1,
+        rows.row_start, choice, entropy, logprobs, results, floats, C=columns, num_warps=1,
     )  # fmt: skip
-    return ints, floats
+    return results
