@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts that measure a checkpoint on GSM8K, on a tiny one with questions of our own."""
+
+import gzip
+import json
+
+import pytest
+
+from benchmarks import acceptance, gsm8k
+from tests.engine.tiny_llm import save_tiny
+from wedlm import LLM, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("scripts") / "tiny")
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl.gz"
+    rows = [{"question": question, "answer": "So it is #### 1,234"} for question in ("One?", "And two?", "Three?")]
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    return path
+
+
+def run(script, monkeypatch, out, *words):
+    monkeypatch.setattr("sys.argv", ["script", *map(str, words), "--device", "cpu", "--out", str(out)])
+    script.main()
+    return json.loads(out.read_text())
+
+
+def test_acceptance_counts_what_verification_accepts(monkeypatch, tmp_path, checkpoint, questions):
+    report = run(acceptance, monkeypatch, tmp_path / "out.json", checkpoint, "--data", questions, "--max-tokens", "40")
+    llm = LLM(checkpoint, device="cpu")
+    params = SamplingParams(temperature=0.0, max_tokens=40, decoding="verified", wedlm_draft_entropy=1e9)
+    outputs = llm.chat([[{"role": "user", "content": text}] for text in ("One?", "And two?", "Three?")], params)
+    forwards = sum(output.stats.num_forwards for output in outputs)
+    # Each step emits AR's token and the drafts accepted; drafts behind the last token of an answer are not delivered.
+    assert report["tokens_per_step"] * forwards >= sum(len(output["token_ids"]) for output in outputs) - 0.05
+    assert report["questions"] == 3
+    assert len(report["drafts"]) == 3
+    first, second, third = report["drafts"]
+    assert first >= second >= third >= 0
+    assert second <= round(first * report["accepted"][0])
+
+
+def test_gsm8k_compares_texts_with_ars(monkeypatch, tmp_path, checkpoint, questions):
+    words = (checkpoint, "--data", questions, "--decoding", "autoregressive", "verified", "auto", "--warm", "1")
+    report = run(gsm8k, monkeypatch, tmp_path / "out.json", *words, "--max-tokens", "24", "--max-num-seqs", "2")
+    tokens = sum(len(one) for one in report["modes"][0]["token_ids"])
+    for mode in report["modes"]:
+        assert (mode["same_text_as_ar"], mode["tokens_to_first_difference"]) == (3, tokens)
+        assert mode["tokens_per_second"] == pytest.approx(tokens / mode["seconds"])
+        assert mode["accuracy"] == 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "count"),
+    [([], [], 0), ([1, 2], [1, 2], 2), ([1, 2], [1, 3], 2), ([1, 2], [1], 2), ([1], [1, 2, 3], 2), ([4], [5], 1)],
+)
+def test_tokens_to_the_first_difference(one, other, count):
+    assert gsm8k.agreeing(one, other) == count
+
+
+@pytest.mark.parametrize(("text", "number"), [("so 1,234.", 1234.0), ("-3 or 4.5", 4.5), ("none", None)])
+def test_last_number(text, number):
+    assert gsm8k.last_number(text) == number
