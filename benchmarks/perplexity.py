@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from wedlm.attention.sdpa import CausalAttend
-from wedlm.model import load_model, load_tokenizer
+from wedlm.model import load_model, load_tokenizer, pack_for_inference
 
 
 @torch.inference_mode()
@@ -23,11 +23,14 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
     parser.add_argument("--window", type=int, default=2048, help="tokens")
+    parser.add_argument("--quantization", help="int8")
     parser.add_argument("--max-tokens", type=int, default=0, help="only the first N tokens of the text")
     arguments = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = load_model(arguments.model, torch.float32, device)
+    if arguments.quantization is not None:
+        pack_for_inference(model, arguments.quantization)
     with gzip.open(arguments.data, "rt", encoding="utf-8") as file:
         ids = load_tokenizer(arguments.model).encode(file.read(), add_special_tokens=False)
     tokens = torch.tensor(ids[: arguments.max_tokens or None], device=device)
@@ -38,6 +41,7 @@ def main() -> None:
             loss += float(F.cross_entropy(logits[:-1], part[1:], reduction="sum"))
             count += len(part) - 1
     figures = {"model": Path(arguments.model).name, "tokens": count, "perplexity": math.exp(loss / count)}
+    figures["quantization"] = arguments.quantization
     print(json.dumps({**figures, "window": arguments.window, "data": Path(arguments.data).name}))
 
 

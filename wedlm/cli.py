@@ -64,6 +64,7 @@ Adapter = Annotated[
     str | None, option("Directory of a LoRA, merged into the model; one of masked rows stays beside it.", MODEL)
 ]
 Dtype = Annotated[str, option("auto, float32, bfloat16 or float16.", MODEL)]
+Quantization = Annotated[str | None, option("int8: the layers' weights in eight bits, for GPUs.", MODEL)]
 Device = Annotated[str, option("auto, cpu, cuda, cuda:1, ...", MODEL)]
 MaxModelLen = Annotated[int | None, option("Longest prompt and answer together, in tokens.", MODEL)]
 Threads = Annotated[int | None, option("CPU threads; default: torch's choice.", MODEL)]
@@ -123,6 +124,7 @@ def generate(
     model: Model = "demo",
     adapter: Adapter = None,
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     max_num_seqs: Annotated[int, option("Most prompts in one forward.", MODEL)] = 64,
@@ -166,6 +168,7 @@ def chat(
     model: Model = "demo",
     adapter: Adapter = None,
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     threads: Threads = None,

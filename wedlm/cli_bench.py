@@ -66,6 +66,9 @@ def bench(
     shape: Annotated[str | None, option("Random weights instead: qwen3-8b, smollm2-135m or tiny.", MODEL)] = None,
     adapter: Annotated[str | None, option("Directory of a LoRA in peft's format, merged in.", MODEL)] = None,
     dtype: Annotated[str, option("auto, float32, bfloat16 or float16.", MODEL)] = "auto",
+    quantization: Annotated[
+        str | None, option("int8: the layers' weights in eight bits, for GPUs; not vLLM's.", MODEL)
+    ] = None,
     device: Annotated[str, option("auto, cpu, cuda, cuda:1, ...", MODEL)] = "auto",
     max_num_batched_tokens: Annotated[
         int | None, option("Rows of a step, chunks of prompts included. [2048, or the largest batch's]", MODEL)
@@ -109,7 +112,7 @@ def read_settings(options: dict[str, Any]) -> "Settings":
     """Options of the command line, checked. Raises ValueError."""
     from wedlm.bench.settings import Amounts, Settings, change_amounts, read_modes, read_numbers, read_parts
     from wedlm.cli_generate import parse_threshold
-    from wedlm.engine.options import read_device, read_ratio
+    from wedlm.engine.options import read_device, read_quantization, read_ratio
 
     shape, model = options["shape"], options["model"]
     if shape is not None and (model is not None or options["adapter"] is not None):
@@ -125,7 +128,9 @@ def read_settings(options: dict[str, Any]) -> "Settings":
     for name in ("rate", "budget_s", "kv_cache_gb"):
         if options[name] is not None and not options[name] > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {options[name]:g}; expected a number above 0")
-    engine = {name: options[name] for name in ("max_num_batched_tokens", "capture_chunks", "chunk_step_ratio")}
+    given = ("quantization", "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio")
+    engine = {name: options[name] for name in given}
+    read_quantization(options["quantization"])
     if options["chunk_step_ratio"] is not None:
         read_ratio("--chunk-step-ratio", options["chunk_step_ratio"])  # before vLLM has run for nothing
     if options["kv_cache_gb"] is not None:

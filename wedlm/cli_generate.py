@@ -33,6 +33,7 @@ FIELDS = {
 _LLM_OPTIONS = (
     "adapter",
     "dtype",
+    "quantization",
     "device",
     "max_model_len",
     "max_num_seqs",

@@ -75,6 +75,13 @@ def test_options_of_prompt_chunks(tmp_path, tiny_checkpoint, weights, given):
     assert (engine["capture_chunks"], engine["chunk_step_ratio"]) == expected
 
 
+@pytest.mark.parametrize("weights", ["random", "checkpoint"])
+def test_weights_in_eight_bits(tmp_path, tiny_checkpoint, weights):
+    subject = ("--shape", "tiny", "--prompt", "10") if weights == "random" else ("--model", str(tiny_checkpoint))
+    run("prefill", *subject, "--quantization", "int8", "--no-plots", "--output", str(tmp_path))
+    assert read_record(tmp_path)["settings"]["engine"] == {"quantization": "int8"}
+
+
 def test_a_figure_that_is_no_number_costs_no_record(tmp_path):
     record = object.__new__(Record)
     record.values = {"parts": {"steps": [{"step_ms": math.nan}]}}
@@ -115,6 +122,7 @@ def fails(*words: str) -> str:
         (("--rate", "0"), "--rate is 0; expected a number above 0"),
         (("--chunk-step-ratio", "1"), "--chunk-step-ratio is 1.0; expected a number > 1, or inf"),
         (("--shape", "tiny", "--chunk-step-ratio", "nan"), "--chunk-step-ratio is nan; expected a number > 1, or inf"),
+        (("--quantization", "int4"), "quantization is 'int4'; expected int8, or nothing"),
         (("--against", "sglang"), "--against is 'sglang'; expected vllm"),
         (("--evaluation", "x"), "--evaluation is given without --output"),
         (("--show", "nowhere"), "nowhere/bench.json cannot be read"),

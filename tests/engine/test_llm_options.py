@@ -39,6 +39,8 @@ SHORT = SamplingParams(max_tokens=12)
         ("gpu_memory_utilization", 0, "a number > 0 and <= 1"),
         ("gpu_memory_utilization", float("nan"), "a number > 0 and <= 1"),
         ("gpu_memory_utilization", "0.9", "a number > 0 and <= 1"),
+        ("quantization", "int4", "int8, or nothing"),
+        ("quantization", True, "int8, or nothing"),
         ("chunk_step_ratio", 1, "a number > 1, or inf"),
         ("chunk_step_ratio", -2.0, "a number > 1, or inf"),
         ("chunk_step_ratio", float("nan"), "a number > 1, or inf"),
@@ -81,6 +83,18 @@ def test_defaults(directory, tmp_path):
     assert ar.engine.config.mask_token_id == ar.tokenizer.vocab_size  # the first embedding that no text needs
     assert alone(ar, "a", SHORT).text == alone(ar, "a", SamplingParams(max_tokens=12, decoding="autoregressive")).text
     assert LLM(directory, device="cpu", dtype="bfloat16").generate("a", SHORT)[0].stats.num_tokens == 12
+
+
+def test_eight_bits_are_another_model_whose_verified_text_is_its_ars(directory, llm):
+    rounded = LLM(directory, device="cpu", quantization="int8")
+    layer = rounded.model.model.layers[0].self_attn
+    assert layer.qkv_proj.weight.dtype == layer.o_proj.weight.dtype == torch.int8
+    prompts = ["a", "Hello", "12345"]
+    texts = {
+        name: [output.token_ids for output in rounded.generate(prompts, SamplingParams(max_tokens=20, decoding=name))]
+        for name in ("autoregressive", "verified", "auto")
+    }
+    assert texts["verified"] == texts["auto"] == texts["autoregressive"]
 
 
 def test_options_of_prompt_chunks(directory, llm):

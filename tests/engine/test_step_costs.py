@@ -120,7 +120,7 @@ def test_captured_steps_are_timed_once_each(monkeypatch):
 
         def _captured(self, shape, index, chunks):
             captured.append(shape.num_rows)
-            return SimpleNamespace(replay=lambda: None), None, None
+            return SimpleNamespace(replay=lambda: None), None
 
     pretended = SimpleNamespace(full=lambda *_, **__: None, long=None, cuda=SimpleNamespace(Event=Event))
     monkeypatch.setattr(graph_runner, "torch", pretended)

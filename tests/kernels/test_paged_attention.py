@@ -90,14 +90,21 @@ def check_attention(device, dtype, groups, lengths):
 
 
 @pytest.mark.parametrize(
-    ("family", "masked_lora"), [("wedlm-qwen2.5", False), ("wedlm-qwen3", False), ("wedlm-qwen3", True)]
+    ("family", "masked_lora", "bits"),
+    [
+        ("wedlm-qwen2.5", False, None),
+        ("wedlm-qwen3", False, None),
+        ("wedlm-qwen3", True, None),
+        ("wedlm-qwen3", True, "int8"),
+        ("wedlm-qwen2.5", False, "int8"),
+    ],
 )
-def test_fused_model_is_the_model(device, family, masked_lora):
+def test_fused_model_is_the_model(device, family, masked_lora, bits):
     torch.manual_seed(2)
     model = our_model(family)
     if masked_lora:
         add_beside(model, random_factors(model), torch.linspace(-1, 1, model.config.hidden_size))
-    packed = pack_for_inference(model.to(device))
+    packed = pack_for_inference(model.to(device), bits)
     config = packed.config
     if config.head_dim < 16 and device.type == "cuda":
         pytest.skip("tensor cores take at least 16 numbers")

@@ -9,6 +9,7 @@ import sys
 import threading
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -84,6 +85,17 @@ def test_options_of_prompt_chunks(directory, monkeypatch, words, expected):
     result = CliRunner().invoke(app, ["--model", str(directory), "--device", "cpu", *words])
     assert result.exit_code == 0, result.stderr
     assert [(config.capture_chunks, config.chunk_step_ratio) for config in served] == [expected]
+
+
+def test_eight_bits(directory, monkeypatch):
+    served = []
+    monkeypatch.setattr(cli_serve, "run", lambda llm, *_: served.append(llm))
+    words = ["--model", str(directory), "--device", "cpu", "--quantization"]
+    assert CliRunner().invoke(app, [*words, "int8"]).exit_code == 0
+    assert served[0].model.model.layers[0].mlp.down_proj.weight.dtype == torch.int8
+    result = CliRunner().invoke(app, [*words, "fp4"])
+    assert (result.exit_code, len(served)) == (2, 1)
+    assert "quantization is 'fp4'; expected int8, or nothing" in result.stderr
 
 
 def test_a_wrong_option_of_the_engine(directory):

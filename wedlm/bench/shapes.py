@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from wedlm.model import ModelConfig, Transformer, pack_for_inference
+from wedlm.model.packed import Quantization
 from wedlm.model.rope import inverse_frequencies
 
 MASK_TOKEN_ID, END_TOKEN_ID, FIRST_TEXT_ID = 3, 2, 10
@@ -36,7 +37,9 @@ def shape_config(shape: str) -> ModelConfig:
     return ModelConfig.from_hf({**_COMMON, **SHAPES[shape]})
 
 
-def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+def random_model(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
+) -> Transformer:
     """Random weights, made on the device and packed; always the same ones."""
     with torch.device("meta"):
         model = Transformer(config)
@@ -47,4 +50,4 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
         for parameter in model.parameters():
             parameter.normal_(std=0.02, generator=generator) if parameter.ndim > 1 else parameter.fill_(1.0)
     model.model.rotary.inv_freq = inverse_frequencies(config)[0].to(device)
-    return pack_for_inference(model)
+    return pack_for_inference(model, quantization)

@@ -57,7 +57,7 @@ def load_subject(settings: Settings) -> Subject:
         max_model_len=options.read_length(given.get("max_model_len"), config),
         **{name: given[name] for name in _CONFIGURED if name in given},
     )
-    model = random_model(config, device, dtype)
+    model = random_model(config, device, dtype, given.get("quantization"))
     cache_bytes = given.get("kv_cache_bytes") or _cache_bytes(settings, engine_config, config, dtype, device)
     engine = build_engine(model, engine_config, None, kv_cache_bytes=cache_bytes)
     return Subject(settings.shape, engine, config, Prompts(None, config.vocab_size, engine_config.max_model_len))

@@ -32,16 +32,17 @@ class LLM:
     """Generate text from a checkpoint, on any device that torch knows. Methods may be called from several threads.
 
     model: a Hugging Face directory, a .gguf file, a hub id, or "demo". dtype: a torch dtype's name, or "auto": the
-    checkpoint's, but float32 on CPUs without bfloat16 instructions. device: "auto" takes CUDA where there is one.
-    max_model_len: positions of a sequence; default: the checkpoint's length. decoding: mode of requests that name none;
-    default: "auto", AR decoding's text with as many rows a forward as pay at the time. kv_cache_bytes: size of the
-    cache; default on CUDA: what gpu_memory_utilization leaves, elsewhere: four full sequences, at most a quarter of the
-    memory. adapter: directory of a LoRA in peft's format, merged into the weights as they load, or of one that `wedlm
-    train` made for masked rows, which stays beside them; for another adapter make another LLM. cuda_graphs: steps on
-    our kernels, as CUDA graphs; default: wherever that works; False: plain torch operations. capture_chunks: where
-    steps are CUDA graphs, those with prompt chunks, too. chunk_step_ratio: prompt chunks are cut so that a step with
-    some should take at most about so many times what its windows alone take; inf: no limit; default: 1.8 where such
-    steps are CUDA graphs, elsewhere inf.
+    checkpoint's, but float32 on CPUs without bfloat16 instructions. quantization: "int8": the layers' weights in eight
+    bits, for GPUs (a CPU computes the same, slowly); text is that of the rounded weights, in every mode. device: "auto"
+    takes CUDA where there is one. max_model_len: positions of a sequence; default: the checkpoint's length. decoding:
+    mode of requests that name none; default: "auto", AR decoding's text with as many rows a forward as pay at the time.
+    kv_cache_bytes: size of the cache; default on CUDA: what gpu_memory_utilization leaves, elsewhere: four full
+    sequences, at most a quarter of the memory. adapter: directory of a LoRA in peft's format, merged into the weights
+    as they load, or of one that `wedlm train` made for masked rows, which stays beside them; for another adapter make
+    another LLM. cuda_graphs: steps on our kernels, as CUDA graphs; default: wherever that works; False: plain torch
+    operations. capture_chunks: where steps are CUDA graphs, those with prompt chunks, too. chunk_step_ratio: prompt
+    chunks are cut so that a step with some should take at most about so many times what its windows alone take; inf: no
+    limit; default: 1.8 where such steps are CUDA graphs, elsewhere inf.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class LLM:
         model: str | Path = "demo",
         *,
         dtype: str = "auto",
+        quantization: str | None = None,
         device: str = "auto",
         max_model_len: int | None = None,
         decoding: Decoding | None = None,
@@ -76,12 +78,13 @@ class LLM:
         ratio = None if chunk_step_ratio is None else options.read_ratio("chunk_step_ratio", chunk_step_ratio)
         captures = options.read_flag("capture_chunks", capture_chunks)
         weights_dtype = options.read_dtype(dtype, self.device)
+        bits = options.read_quantization(quantization)
         self.tokenizer: Tokenizer = load_tokenizer(model)
         transformer, self.model_config = load_model(model, weights_dtype, self.device)
         if adapter is not None:
             apply_adapter(transformer, adapter)
             self.model_config = adapted_config(self.model_config, adapter)
-        self.model = pack_for_inference(transformer)
+        self.model = pack_for_inference(transformer, bits)
         length = options.read_length(max_model_len, self.model_config)
         mask_token_id = options.read_mask_token_id(mask_token_id, self.model_config, self.tokenizer)
         config = EngineConfig(

@@ -7,6 +7,7 @@ import torch
 
 from wedlm.algorithm.params import ALL_DECODINGS, Decoding
 from wedlm.model import ModelConfig, Tokenizer
+from wedlm.model.packed import Quantization
 
 
 def positive_integers(**options: object) -> None:
@@ -35,6 +36,13 @@ def read_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; expected True or False")
     return value
+
+
+def read_quantization(name: str | None) -> Quantization | None:
+    """None: weights in the type that was asked for."""
+    if name not in (None, "int8"):
+        raise ValueError(f"quantization is {name!r}; expected int8, or nothing")
+    return name  # type: ignore[return-value]
 
 
 def read_decoding(name: str | None) -> Decoding:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products of few rows, bound by reading the weight: x [T, K] · weight [N, K]ᵀ with T <= 64.
 
-The order of a row's sums does not depend on T.
+Weights in eight bits (``model/int8.py``) are half as many bytes. The order of a row's sums does not depend on T.
 """
 
 from dataclasses import dataclass
@@ -40,11 +40,12 @@ def tiling_for(size: int, depth: int) -> Tiling:
 
 @triton.jit
 def _rows_times_weight(
-    x_ptr, weight_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT,
+    x_ptr, weight_ptr, scale_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, OVERLAP: tl.constexpr,
+    GATED: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k]; gated: silu(first half) · second half."""
+    """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k], scaled: · scale[n]; gated: silu(first half) ·
+    second half."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
@@ -54,6 +55,8 @@ def _rows_times_weight(
     weight_row = (n % 2) * (N // 2) + n // 2 if GATED else n
     inside_n = (n < N)[:, None]
     weight = weight_ptr + weight_row.to(tl.int64)[:, None] * K + k[None]
+    if SCALED:
+        scale = tl.load(scale_ptr + weight_row, mask=n < N, other=0.0)
     begin(OVERLAP)
     x = x_ptr + m[None].to(tl.int64) * K + k[:, None]
     inside_m = (m < num_rows)[None]
@@ -62,7 +65,9 @@ def _rows_times_weight(
         inside_k = start + k < k_stop
         w_tile = tl.load(weight + start, mask=inside_n & inside_k[None], other=0.0)
         x_tile = tl.load(x + start, mask=inside_k[:, None] & inside_m, other=0.0)
-        acc = tl.dot(w_tile, x_tile, acc, input_precision="ieee")
+        acc = tl.dot(w_tile.to(x_tile.dtype) if SCALED else w_tile, x_tile, acc, input_precision="ieee")
+    if SCALED:
+        acc *= scale[:, None]
     dtype = out_ptr.dtype.element_ty
     if GATED:
         pairs = tl.permute(tl.reshape(acc, (BLOCK_N // 2, 2, BLOCK_M)), (0, 2, 1))
@@ -77,10 +82,13 @@ def _rows_times_weight(
         tl.store(place, acc.to(dtype), mask=inside_n & inside_m)
 
 
-def few_rows_product(x: Tensor, weight: Tensor, tiling: Tiling, gated: bool = False) -> Tensor:
+def few_rows_product(
+    x: Tensor, weight: Tensor, tiling: Tiling, gated: bool = False, scale: Tensor | None = None
+) -> Tensor:
     """x [T, K] by weight [N, K]: [T, N] in x's type; with splits float32 partial sums [P, T, N], not yet added.
 
-    gated: silu of the first N / 2 outputs times the others, [T, N / 2]; it takes no splits.
+    gated: silu of the first N / 2 outputs times the others, [T, N / 2]; it takes no splits. scale: float32 [N], how
+    often each row of an int8 weight counts.
     """
     num_rows, depth = x.shape
     size = len(weight)
@@ -93,9 +101,9 @@ def few_rows_product(x: Tensor, weight: Tensor, tiling: Tiling, gated: bool = Fa
         out = x.new_empty(num_rows, size // 2 if gated else size)
     per_split = triton.cdiv(triton.cdiv(depth, tiling.splits), tiling.depth) * tiling.depth
     _rows_times_weight[(triton.cdiv(size, tiling.outputs), tiling.splits)](
-        x, weight, out, num_rows, size, depth, per_split,
+        x, weight, weight if scale is None else scale, out, num_rows, size, depth, per_split,
         BLOCK_M=max(16, triton.next_power_of_2(num_rows)), BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
         STAGES=tiling.stages,
-        GATED=gated, OVERLAP=overlap, num_warps=tiling.warps, **launch_options(overlap),
+        GATED=gated, SCALED=scale is not None, OVERLAP=overlap, num_warps=tiling.warps, **launch_options(overlap),
     )  # fmt: skip
     return out

@@ -10,11 +10,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from wedlm.kernels.embed import embed
 from wedlm.kernels.matmul import MAX_ROWS, Tiling, few_rows_product, tiling_for
 from wedlm.kernels.norm import add_rms_norm, silu_mul
+from wedlm.model.int8 import scale_of
 from wedlm.model.layers import DecoderLayer
 from wedlm.model.masked_lora import MaskedLora, has_factors, plain, put_at_masked
 from wedlm.model.packed import is_packed
@@ -110,9 +110,9 @@ class FusedTransformer:
         base = plain(linear)
         tiling = self._tiling(x, base)
         if tiling is None or (tiling.splits > 1 and not splits):
-            out = F.linear(x, _weight(base), base.bias)  # type: ignore[arg-type]
+            out = base(x)
         else:
-            out = few_rows_product(x, _weight(base), tiling)
+            out = few_rows_product(x, _weight(base), tiling, scale=scale_of(base))
         _add_change(out if out.ndim == 2 else out[0], x, linear, masked)
         return out
 
@@ -120,11 +120,11 @@ class FusedTransformer:
         base = plain(linear)
         tiling = self._tiling(x, base)
         if tiling is not None and (masked is None or base is linear):
-            return few_rows_product(x, _weight(base), replace(tiling, splits=1), gated=True)
+            return few_rows_product(x, _weight(base), replace(tiling, splits=1), gated=True, scale=scale_of(base))
         if tiling is None:
-            out = F.linear(x, _weight(base), base.bias)  # type: ignore[arg-type]
+            out = base(x)
         else:
-            out = few_rows_product(x, _weight(base), replace(tiling, splits=1))
+            out = few_rows_product(x, _weight(base), replace(tiling, splits=1), scale=scale_of(base))
         _add_change(out, x, linear, masked)
         return silu_mul(out)
 

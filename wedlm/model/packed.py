@@ -2,35 +2,40 @@
 """Inference form of the model: fewer, larger matrix products, and weights in the layout their kernel likes."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wedlm.model.int8 import Int8Linear
 from wedlm.model.layers import MLP, Attention, DecoderLayer, RMSNorm
 from wedlm.model.masked_lora import BlockDiagonal, MaskedLora, NoChange, plain
 from wedlm.model.transformer import Transformer
 
+Quantization = Literal["int8"]
+
 
 @torch.no_grad()
-def pack_for_inference(model: Transformer) -> Transformer:
+def pack_for_inference(model: Transformer, quantization: Quantization | None = None) -> Transformer:
     """Fuse projections that share their input, in place, and freeze all parameters; returns the same model.
 
     Layer by layer, so that at most one layer's projections exist twice at any time; a tied output projection gets a
     packed copy of its own. A float16 model on the CPU becomes one of float16 weights and float32 arithmetic (its
-    embeddings, norms, activations and cache). The ``state_dict`` no longer has the names of a checkpoint: save before
+    embeddings, norms, activations and cache). ``quantization``: the layers' weights in eight bits, embeddings and
+    output projection as they are. The ``state_dict`` no longer has the names of a checkpoint: save before
     packing. Raises ValueError if the model is packed already.
     """
     if is_packed(model):
         raise ValueError("the model is packed already; expected one whose q, k and v projections are separate")
     model.requires_grad_(False)
     for layer in _layers(model):
-        _pack_attention(layer.self_attn)
-        _pack_mlp(layer.mlp)
+        _pack_attention(layer.self_attn, quantization)
+        _pack_mlp(layer.mlp, quantization)
         layer.input_layernorm = _inference_norm(layer.input_layernorm)
         layer.post_attention_layernorm = _inference_norm(layer.post_attention_layernorm)
     model.model.norm = _inference_norm(model.model.norm)
-    model.lm_head = _fuse(model.lm_head)
+    model.lm_head = _fuse(model.lm_head, quantization=None)
     weight = model.model.embed_tokens.weight
     if isinstance(model.lm_head, Float16Linear):
         model.model.embed_tokens.weight = nn.Parameter(weight.float(), requires_grad=False)
@@ -46,28 +51,29 @@ def _layers(model: Transformer) -> list[DecoderLayer]:
     return [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
 
 
-def _pack_attention(attention: Attention) -> None:
+def _pack_attention(attention: Attention, quantization: Quantization | None) -> None:
     parts = (attention.q_proj, attention.k_proj, attention.v_proj)
     q_size, k_size, v_size = (len(plain(part).get_parameter("weight")) for part in parts)
     attention.qkv_sizes = (q_size, k_size, v_size)
-    attention.qkv_proj = _fuse(*parts)
+    attention.qkv_proj = _fuse(*parts, quantization=quantization)
     del attention.q_proj, attention.k_proj, attention.v_proj
-    attention.o_proj = _fuse(attention.o_proj)
+    attention.o_proj = _fuse(attention.o_proj, quantization=quantization)
 
 
-def _pack_mlp(mlp: MLP) -> None:
-    mlp.gate_up_proj = _fuse(mlp.gate_proj, mlp.up_proj)
+def _pack_mlp(mlp: MLP, quantization: Quantization | None) -> None:
+    mlp.gate_up_proj = _fuse(mlp.gate_proj, mlp.up_proj, quantization=quantization)
     del mlp.gate_proj, mlp.up_proj
-    mlp.down_proj = _fuse(mlp.down_proj)
+    mlp.down_proj = _fuse(mlp.down_proj, quantization=quantization)
 
 
-def _fuse(*linears: nn.Module) -> nn.Module:
+def _fuse(*linears: nn.Module, quantization: Quantization | None) -> nn.Module:
     """One linear layer whose outputs are the concatenated outputs of ``linears``."""
     bases = [plain(linear) for linear in linears]
     weights: list[Tensor] = [linear.get_parameter("weight") for linear in bases]
     biases: list[Tensor] = [linear.get_parameter("bias") for linear in bases if linear.bias is not None]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    fused = _inference_linear(weight.detach(), torch.cat(biases).detach() if biases else None)
+    bias = torch.cat(biases).detach() if biases else None
+    fused = Int8Linear(weight.detach(), bias) if quantization else _inference_linear(weight.detach(), bias)
     if not any(isinstance(linear, MaskedLora) for linear in linears):
         return fused
     return _fuse_factors(fused, linears)
@@ -115,7 +121,8 @@ class Float16Linear(nn.Module):
     """Float16 weight, float32 input, sum and output, on x86 CPUs (FBGEMM).
 
     As few bytes to read as bfloat16, the rounding of float32, and at one to four rows the fastest product measured;
-    from eight rows on ``MkldnnLinear`` is faster (docs/log.md). A row's result does not depend on how many there are.
+    from eight rows on ``MkldnnLinear`` is faster (docs/log.md). With AVX-512 a row's result does not depend on how many
+    there are; without, its last bits may.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
