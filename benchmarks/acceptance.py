@@ -16,19 +16,17 @@ import torch
 
 from wedlm import LLM, SamplingParams
 from wedlm.algorithm.params import drafts_of
-from wedlm.engine.auto import AutoRows, StepCosts
+from wedlm.bench.steps import FixedRows
+from wedlm.engine.auto import StepCosts
 
 
-class Counting(AutoRows):
-    """Auto decoding that keeps one number of rows and counts what became of drafts."""
+class Counting(FixedRows):
+    """Counts what became of drafts."""
 
     def __init__(self, rows: int) -> None:
         super().__init__(StepCosts([(1, 1.0)], padded=False), row_budget=rows)
         self.trials, self.accepted = [0] * drafts_of(rows), [0] * drafts_of(rows)
         self.steps = self.tokens = 0
-
-    def choose(self, num_windows: int, most: int) -> int:
-        return min(self.row_budget, most)
 
     def observe(self, num_drafts: int, num_accepted: int, longest: int, num_windows: int) -> None:
         self.steps += 1

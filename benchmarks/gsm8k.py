@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from wedlm import LLM, SamplingParams
+from wedlm.evaluate.divergence import first_difference
 
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 
@@ -27,8 +28,8 @@ def last_number(text: str) -> float | None:
 
 def agreeing(one: list[int], other: list[int]) -> int:
     """Tokens up to the first that differs, that one included; all of them if none does."""
-    count = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return count if one == other else count + 1
+    at = first_difference(one, other)
+    return len(one) if at is None else at + 1
 
 
 def run_mode(

@@ -102,7 +102,7 @@ def accept(bench: Bench) -> list[Row]:
     return rows
 
 
-class _Fixed(AutoRows):
+class FixedRows(AutoRows):
     """Auto decoding that has made up its mind."""
 
     def choose(self, num_windows: int, most: int) -> int:
@@ -116,7 +116,7 @@ def _try_all_budgets(bench: Bench, prompts: list[list[int]], params: SamplingPar
     assert engine.auto is not None
     for row_budget in ROW_BUDGETS:
         if row_budget <= requests[0].decode.row_budget:
-            engine.auto = _Fixed(engine.auto.costs, row_budget)
+            engine.auto = FixedRows(engine.auto.costs, row_budget)
             bench.loop.steps(requests, 3)
     bench.loop.end(requests)
 

@@ -24,6 +24,13 @@ class Divergence:
     gap: float
 
 
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """The index from which on two sequences differ, which may be the shorter one's length; None: they are equal."""
+    shorter = min(len(a), len(b))
+    token = next((i for i in range(shorter) if a[i] != b[i]), shorter)
+    return None if token == len(a) == len(b) else token
+
+
 def divergences(
     llm: "LLM", ar: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], chat: bool
 ) -> list[Divergence]:
@@ -35,12 +42,10 @@ def divergences(
     for x, y in zip(ar, other, strict=True):
         if x["doc_id"] != y["doc_id"]:
             raise ValueError(f"question {x['doc_id']} meets question {y['doc_id']}; expected the same questions")
-        a, b = x["token_ids"], y["token_ids"]
-        if a == b:
+        token = first_difference(x["token_ids"], y["token_ids"])
+        if token is None:
             continue
-        shorter = min(len(a), len(b))
-        token = next((i for i in range(shorter) if a[i] != b[i]), shorter)
-        ids = llm.tokenizer.encode(x["prompt"], add_special_tokens=not chat) + a[:token]
+        ids = llm.tokenizer.encode(x["prompt"], add_special_tokens=not chat) + x["token_ids"][:token]
         ask = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2, decoding="autoregressive")
         alternatives = llm.generate([ids], ask)[0].top_logprobs
         assert alternatives, "two alternatives were asked for"
