@@ -28,12 +28,12 @@ class Counting(FixedRows):
         self.trials, self.accepted = [0] * drafts_of(rows), [0] * drafts_of(rows)
         self.steps = self.tokens = 0
 
-    def observe(self, num_drafts: int, num_accepted: int, longest: int, num_windows: int) -> None:
-        self.steps += 1
-        self.tokens += 1 + num_accepted
+    def observe(self, num_drafts: int, num_accepted: int, longest: int, num_windows: int, count: int = 1) -> None:
+        self.steps += count
+        self.tokens += count * (1 + num_accepted)
         for depth in range(min(num_drafts, num_accepted + 1)):
-            self.trials[depth] += 1
-            self.accepted[depth] += depth < num_accepted
+            self.trials[depth] += count
+            self.accepted[depth] += count * (depth < num_accepted)
 
 
 def main() -> None:

@@ -43,6 +43,19 @@ def simulate(table, padded, rates, num_windows, auto, num_steps=3000, seed=0, dr
     return tokens / seconds
 
 
+def test_windows_of_the_same_outcome_count_as_one_after_the_other():
+    together, apart = AutoRows(StepCosts(GPU, True)), AutoRows(StepCosts(GPU, True))
+    for outcome, count in (((3, 1, 3), 5), ((0, 0, 2), 40), ((2, 2, 3), 1), ((1, 0, 1), 128)):
+        together.observe(*outcome, 128, count)
+        for _ in range(count):
+            apart.observe(*outcome, 128)
+    for ours, theirs in ((together._accepts, apart._accepts), (together._offers, apart._offers)):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.successes == pytest.approx(other.successes)
+            assert one.trials == pytest.approx(other.trials)
+    assert together._accepts[0].trials > 0
+
+
 @pytest.mark.parametrize(("table", "padded"), [(GPU, True), (CPU, False)], ids=["gpu", "cpu"])
 @pytest.mark.parametrize("num_windows", [1, 8, 32, 128])
 @pytest.mark.parametrize("rates", [NEVER, DEMO, OFTEN], ids=["never", "demo", "often"])

@@ -13,7 +13,7 @@ import torch
 from wedlm.bench.figures import Figures
 from wedlm.engine.engine import Engine
 
-_STAGES = ("schedule", "rows", "launch", "read", "deliver")
+_STAGES = ("schedule", "rows", "launch", "replay", "fetch", "read", "deliver")
 
 
 class _Clock:
@@ -77,7 +77,8 @@ def _stages(engine: Engine) -> list[tuple[Any, str, str]]:
     wait = (torch.cuda.Event, "synchronize") if device.type == "cuda" else (engine.runner, "model")
     graphs = sys.modules.get("wedlm.engine.graph_runner")  # not imported where no step is captured
     return [
-        *([] if graphs is None else [(graphs.GraphFlight, "read", "read")]),
+        *([] if graphs is None else [(graphs.GraphFlight, "__init__", "fetch"), (graphs.GraphFlight, "read", "read")]),
+        *([(torch.cuda.CUDAGraph, "replay", "replay")] if device.type == "cuda" else []),
         (engine.scheduler, "schedule", "schedule"),
         (engine.scheduler, "schedule_ahead", "schedule"),
         (engine, "_with_rows", "rows"),

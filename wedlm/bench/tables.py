@@ -30,6 +30,8 @@ _SHOWN = {
     "schedule_ms": "schedule",
     "rows_ms": "rows",
     "launch_ms": "launch",
+    "replay_ms": "replay",
+    "fetch_ms": "fetch",
     "read_ms": "read",
     "deliver_ms": "deliver",
     "other_ms": "other",

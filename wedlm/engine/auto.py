@@ -32,8 +32,8 @@ class Rate:
     successes: float = 0.0
     trials: float = 0.0
 
-    def add(self, success: bool, keep: float) -> None:
-        self.successes, self.trials = self.successes * keep + success, self.trials * keep + 1
+    def add(self, success: bool, keep: float, weight: float = 1.0) -> None:
+        self.successes, self.trials = self.successes * keep + success * weight, self.trials * keep + weight
 
     def fade(self, most: float) -> None:
         """Let all that was seen count as at most so many trials."""
@@ -187,13 +187,16 @@ class AutoRows:
         self._since, self._calm, self.row_budget = -_PROBE_STEPS, 0, probe
         return probe
 
-    def observe(self, num_drafts: int, num_accepted: int, longest: int, num_windows: int) -> None:
-        """What became of one window's drafts in a step; ``longest``: there could have been so many."""
-        keep = 1 - 1 / (_MEMORY * max(1, num_windows))
+    def observe(self, num_drafts: int, num_accepted: int, longest: int, num_windows: int, count: int = 1) -> None:
+        """What became of the drafts of one window in a step, or of ``count`` windows, of each the same; ``longest``:
+        there could have been so many."""
+        keep_one = 1 - 1 / (_MEMORY * max(1, num_windows))
+        keep = keep_one**count
+        weight = (1 - keep) / (1 - keep_one)  # of so many trials, the earlier ones decayed
         for depth, rate in enumerate(self._accepts[: min(num_drafts, num_accepted + 1)]):
-            rate.add(depth < num_accepted, keep)
+            rate.add(depth < num_accepted, keep, weight)
         for depth, rate in enumerate(self._offers[: min(longest, num_drafts + 1)]):
-            rate.add(depth < num_drafts, keep)
+            rate.add(depth < num_drafts, keep, weight)
 
     def observe_time(self, num_windows: int, num_rows: int, seconds: float) -> None:
         """How long a step of windows alone took, from result to result."""

@@ -4,6 +4,7 @@
 import math
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -211,6 +212,7 @@ class Engine:
                 self.pacing.observe(rows, chunk_rows, now - last)
             if self.auto is not None and not chunk_rows:
                 self.auto.observe_time(len(decoded), rows, now - last)
+        outcomes: Counter[tuple[int, int, int]] = Counter()  # of a large batch's windows, most are the same
         for work, result in zip(plan.work, results, strict=True):
             request = work.request
             if result is None or not request.decode.adapts:
@@ -219,11 +221,14 @@ class Engine:
                 assert self.auto_window is not None
                 self.auto_window.observe(-(-work.count // 2), len(result.tokens), len(decoded))
             else:
-                assert self.auto is not None
-                accepted = len(result.tokens) - 1
-                self.auto.observe(result.num_drafts, accepted, request.longest_draft, len(decoded))
+                drafts, accepted = result.num_drafts, len(result.tokens) - 1
+                outcomes[drafts, accepted, request.longest_draft] += 1
                 budget = min(plan.row_budget, request.decode.row_budget)
-                request.longest_draft = longest_draft(result.num_rows, result.num_drafts, accepted, budget)
+                request.longest_draft = longest_draft(result.num_rows, drafts, accepted, budget)
+        if outcomes:
+            assert self.auto is not None
+            for outcome, count in outcomes.items():
+                self.auto.observe(*outcome, len(decoded), count)
 
     def _take(self, plan: StepPlan, results: Sequence[WindowResult | None]) -> list[Request]:
         """Deliver a step's results to the requests that still run."""
