@@ -32,24 +32,35 @@ _FEWEST_BESIDE = 64  # rows of windows there
 _SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
 
 
-class GraphFlight:
-    """``Flight`` whose results are on their way to the host's memory."""
+class Landing:
+    """Memory of the host, and an event, for the results of one flight at a time: both are slow to make."""
 
-    def __init__(self, num_windows: int, num_chunks: int, results: Tensor) -> None:
-        self.num_windows, self.num_chunks = num_windows, num_chunks
+    def __init__(self, results: Tensor) -> None:
         on_gpu = results.is_cuda
-        memory = torch.empty(results.shape, dtype=results.dtype, pin_memory=on_gpu and num_windows > 0)
-        self._results = memory.copy_(results, non_blocking=True)
-        self._done = torch.cuda.Event() if on_gpu else None
-        if self._done is not None:
-            self._done.record()
+        self.memory = torch.empty(results.shape, dtype=results.dtype, pin_memory=on_gpu and len(results) > 0)
+        self.numbers = self.memory.numpy()
+        self.done = torch.cuda.Event() if on_gpu else None
+
+
+class GraphFlight:
+    """``Flight`` whose results are on their way to the host's memory. ``landings``: those free for this shape; one that
+    was read is free again."""
+
+    def __init__(self, num_windows: int, num_chunks: int, results: Tensor, landings: list[Landing]) -> None:
+        self.num_windows, self.num_chunks = num_windows, num_chunks
+        self._landings = landings
+        self._landing = landings.pop() if landings else Landing(results)
+        self._landing.memory.copy_(results, non_blocking=True)
+        if self._landing.done is not None:
+            self._landing.done.record()
 
     def read(self) -> list[WindowResult | None]:
-        if self._done is not None:
-            self._done.synchronize()
+        if self._landing.done is not None:
+            self._landing.done.synchronize()
         if not self.num_windows:
+            self._landings.append(self._landing)
             return [None] * self.num_chunks
-        numbers = self._results.numpy()[: self.num_windows]
+        numbers = self._landing.numbers[: self.num_windows]
         figures = numbers[:, :4].T.tolist()
         widest = max(1, *figures[0])
         # In one list each: lists by the hundred keep the garbage collector busy.
@@ -59,6 +70,7 @@ class GraphFlight:
             WindowResult(tokens[at : at + count], logprobs[at : at + count], (), rows, cached, drafts)
             for at, count, rows, cached, drafts in zip(range(0, len(tokens), widest), *figures, strict=True)
         ]
+        self._landings.append(self._landing)
         return [*results, *[None] * self.num_chunks]
 
 
@@ -95,6 +107,7 @@ class GraphRunner(Runner):
         self._index: dict[int, tuple[list[int], Tensor]] = {}  # by number of sequences: what it holds, static tensor
         self._chunks: dict[tuple[int, int], Tensor] = {}  # by rows and chunks: static tensor of ``ChunkRows``
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._landings: dict[tuple[int, ...], list[Landing]] = {}  # by shape of the results
         self._latest: torch.cuda.CUDAGraph | None = None  # keeps alive the memory that all captured steps share
 
     def again(self, cache: KVCache) -> "GraphRunner":
@@ -152,10 +165,13 @@ class GraphRunner(Runner):
         index = self._set_index(shape.num_sequences, [self._slots[work.request.request_id] for work in windows])
         rows = self._set_chunks(shape, chunks)
         if self.device.type != "cuda":
-            return GraphFlight(len(windows), len(chunks), self.step(shape, index, rows))
+            return self._flight(windows, chunks, self.step(shape, index, rows))
         graph, results = self._graphs[shape]
         graph.replay()
-        return GraphFlight(len(windows), len(chunks), results)
+        return self._flight(windows, chunks, results)
+
+    def _flight(self, windows: list[Work], chunks: list[Work], results: Tensor) -> GraphFlight:
+        return GraphFlight(len(windows), len(chunks), results, self._landings.setdefault(tuple(results.shape), []))
 
     def _flags_of(self, windows: list[Work]) -> BatchFlags:
         params = [work.request.decode for work in windows]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products of few rows, bound by reading the weight: x [T, K] · weight [N, K]ᵀ with T <= 64.
+"""Matrix products of few rows, bound by reading the weight: x [T, K] · weight [N, K]ᵀ.
 
 Weights in eight bits (``model/int8.py``) are half as many bytes. The order of a row's sums does not depend on T.
 """
@@ -18,13 +18,15 @@ MAX_ROWS = 64
 
 @dataclass(frozen=True)
 class Tiling:
-    """``outputs`` weight rows and ``depth`` of K a tile, K in ``splits`` parts, ``stages`` tiles in flight."""
+    """``outputs`` weight rows and ``depth`` of K a tile, K in ``splits`` parts, ``stages`` tiles in flight; at most
+    ``rows`` of x a tile."""
 
     outputs: int = 64
     depth: int = 128
     splits: int = 1
     stages: int = 4
     warps: int = 4
+    rows: int = 64
 
 
 def tiling_for(size: int, depth: int) -> Tiling:
@@ -41,14 +43,16 @@ def tiling_for(size: int, depth: int) -> Tiling:
 @triton.jit
 def _rows_times_weight(
     x_ptr, weight_ptr, scale_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCKS_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     GATED: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k], scaled: · scale[n]; gated: silu(first half) ·
     second half."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Blocks of rows that read the same weights run side by side.
+    tile_n, tile_m = tl.program_id(0) // BLOCKS_M, tl.program_id(0) % BLOCKS_M
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    m, k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     k_start = split * K_PER_SPLIT
     k_stop = tl.minimum(k_start + K_PER_SPLIT, K)
     # Gated: weight rows of gate and up in turn, so that one tile holds both of an output.
@@ -74,7 +78,7 @@ def _rows_times_weight(
         gate, up = tl.split(pairs)
         gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
         gated = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up
-        half = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        half = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         place = out_ptr + m[None].to(tl.int64) * (N // 2) + half[:, None]
         tl.store(place, gated.to(dtype), mask=(half < N // 2)[:, None] & inside_m)
     else:
@@ -92,17 +96,18 @@ def few_rows_product(
     """
     num_rows, depth = x.shape
     size = len(weight)
-    assert num_rows <= MAX_ROWS, num_rows
     assert not (gated and tiling.splits > 1)
     overlap = overlaps(x.device)
     if tiling.splits > 1:
         out = torch.empty(tiling.splits, num_rows, size, dtype=torch.float32, device=x.device)
     else:
         out = x.new_empty(num_rows, size // 2 if gated else size)
+    block_m = min(max(16, triton.next_power_of_2(num_rows)), tiling.rows)
+    blocks_m = triton.cdiv(num_rows, block_m)
     per_split = triton.cdiv(triton.cdiv(depth, tiling.splits), tiling.depth) * tiling.depth
-    _rows_times_weight[(triton.cdiv(size, tiling.outputs), tiling.splits)](
+    _rows_times_weight[(triton.cdiv(size, tiling.outputs) * blocks_m, tiling.splits)](
         x, weight, weight if scale is None else scale, out, num_rows, size, depth, per_split,
-        BLOCK_M=max(16, triton.next_power_of_2(num_rows)), BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
+        BLOCKS_M=blocks_m, BLOCK_M=block_m, BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
         STAGES=tiling.stages,
         GATED=gated, SCALED=scale is not None, OVERLAP=overlap, num_warps=tiling.warps, **launch_options(overlap),
     )  # fmt: skip
