@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _patch_triton_once_a_kernel() -> None:
-    """Triton's interpreter patches its language at every call of a device function, which takes longer than the call."""
+    """Triton's interpreter patches its language at each call of a device function, which takes longer than the call."""
     from triton import language
     from triton.runtime import interpreter
 
