@@ -55,17 +55,15 @@ def _patch_triton_once_a_kernel() -> None:
     from triton import language
     from triton.runtime import interpreter
 
-    patch_lang, all_of_it = (
-        interpreter._patch_lang,
-        SimpleNamespace(__globals__={"tl": language, "core": language.core}),
-    )
+    patch_lang = interpreter._patch_lang
+    anywhere = SimpleNamespace(__globals__={"tl": language, "core": language.core})  # the names that kernels call it by
     running = False
 
     def patch_once(_: object) -> interpreter._LangPatchScope:
         nonlocal running
-        if running:
+        if running:  # within a kernel, whose own scope is restored at its end
             return interpreter._LangPatchScope()
-        running, scope = True, patch_lang(all_of_it)
+        running, scope = True, patch_lang(anywhere)
         restore = scope.restore
 
         def end() -> None:
