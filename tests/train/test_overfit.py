@@ -19,13 +19,13 @@ def run(tmp_path_factory):
         directory / "out",
         max_seq_length=128,
         suffix_noise=0.5,
-        max_steps=240,
+        max_steps=320,
         per_device_train_batch_size=6,
         gradient_accumulation_steps=1,
         warmup_ratio=0.05,
         weight_decay=0.0,
         learning_rate=4e-3,
-        logging_steps=60,
+        logging_steps=80,
     )
     return final, metrics(directory / "out")
 
