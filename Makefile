@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo       install and answer real prompts with the embedded model"
-	@echo "make test       the tests, 6 to 13 minutes on 2 cores"
+	@echo "make test       the tests, 5 to 10 minutes on 2 cores"
 	@echo "make test-long  what takes longer; writes tests/report_long.md"
 	@echo "make check      format, lint, types (make style) and tests: what CI runs"
 	@echo "make format     rewrite the sources in the project's format"

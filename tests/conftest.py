@@ -5,7 +5,9 @@ import os
 import platform
 import sys
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,8 +44,37 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # one test process per core
     if config.option.markexpr != "long":  # the checks cost five times the work of a stub model's step
         install_import_hook([f"wedlm.{name}" for name in _CHECKED], "beartype.beartype")
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+        _patch_triton_once_a_kernel()
     if config.option.report_long is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_LongReport(config.option.report_long))
+
+
+def _patch_triton_once_a_kernel() -> None:
+    """Triton's interpreter patches its language at each call of a device function, which takes longer than the call."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch_lang = interpreter._patch_lang
+    anywhere = SimpleNamespace(__globals__={"tl": language, "core": language.core})  # the names that kernels call it by
+    running = False
+
+    def patch_once(_: object) -> interpreter._LangPatchScope:
+        nonlocal running
+        if running:  # within a kernel, whose own scope is restored at its end
+            return interpreter._LangPatchScope()
+        running, scope = True, patch_lang(anywhere)
+        restore = scope.restore
+
+        def end() -> None:
+            nonlocal running
+            running = False
+            restore()
+
+        scope.restore = end
+        return scope
+
+    interpreter._patch_lang = patch_once
 
 
 class _LongReport:

@@ -98,12 +98,14 @@ def test_whole_runs(subject):
 
 # Padding rows are whatever lay in memory, and the interpreter reports what a GPU ignores.
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
-def test_a_small_vocabulary_and_captured_steps():
+def test_a_small_vocabulary_and_captured_steps(monkeypatch):
     """Refused drafts become tokens that exist; device steps accept at the rates, too."""
     pytest.importorskip("triton")
-    from tests.kernels.test_graph_runner import engine
+    from tests.kernels.test_graph_runner import engine, few_rows_beside_chunks
 
-    one = engine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), graphs=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    few_rows_beside_chunks(device, monkeypatch)
+    one = engine(device, graphs=True)
     params = settings().params("verified", 4, wedlm_draft_entropy=1e9, wedlm_window_size=6)
 
     def forwards() -> int:

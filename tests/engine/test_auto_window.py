@@ -128,11 +128,12 @@ def test_widths_that_change_cut_and_widen_windows(llm, widths):
 
 # Padding rows are whatever lay in memory, and the interpreter reports what a GPU ignores.
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
-def test_captured_steps_narrow_windows_alike():
+def test_captured_steps_narrow_windows_alike(monkeypatch):
     pytest.importorskip("triton")
-    from tests.kernels.test_graph_runner import engine, outcomes
+    from tests.kernels.test_graph_runner import engine, few_rows_beside_chunks, outcomes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    few_rows_beside_chunks(device, monkeypatch)
     params = SamplingParams(
         decoding="auto_streaming", max_tokens=6, wedlm_window_size=6, wedlm_entropy_threshold=3.0, ignore_eos=True
     )

@@ -2,6 +2,8 @@
 """The engine with a real transformer (tiny, random, float32) against reference.py, token for token."""
 
 import random
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -45,6 +47,17 @@ def model() -> Transformer:
     return pack_for_inference(transformer)
 
 
+@pytest.fixture(scope="module")
+def decode(model) -> Callable:
+    """reference.py, which is asked for each request several times."""
+
+    def rows_model(tokens: list[int], positions: list[int], num_masked: int) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(torch.tensor(tokens), torch.tensor(positions), CausalAttend())
+
+    return cache(lambda prompt, *rest: reference.decode(rows_model, list(prompt), *rest))
+
+
 def make_engine(model: Transformer, page_size: int, num_pages: int, max_num_seqs: int = 6) -> Engine:
     cache = KVCache(2, num_pages, page_size, 2, 16, torch.float32, CPU)
     config = EngineConfig(VOCAB, MASK, (END,), LENGTH, max_num_seqs=max_num_seqs, max_num_batched_tokens=48)
@@ -74,13 +87,8 @@ def requests_of(seed: int) -> list[tuple[list[int], SamplingParams]]:
 
 @pytest.mark.parametrize("page_size", [1, 16, 256])
 @pytest.mark.parametrize("tight", [False, True], ids=["roomy", "preempting"])
-def test_engine_equals_reference(model, page_size, tight):
+def test_engine_equals_reference(model, decode, page_size, tight):
     """Two rounds of the same requests: the second finds the first's pages in the prefix cache."""
-
-    def rows_model(tokens: list[int], positions: list[int], num_masked: int) -> torch.Tensor:
-        with torch.inference_mode():
-            return model(torch.tensor(tokens), torch.tensor(positions), CausalAttend())
-
     num_pages = -(-LENGTH * (2 if tight else 8) // page_size)
     engine = make_engine(model, page_size, num_pages)
     finished, reused = [], []
@@ -92,7 +100,7 @@ def test_engine_equals_reference(model, page_size, tight):
             engine.pool.check_integrity()
         reused.append(sum(request.num_reused for request in finished))
     for request in finished:
-        expected = reference.decode(rows_model, request.prompt_token_ids, request.max_tokens, request.decode)
+        expected = decode(tuple(request.prompt_token_ids), request.max_tokens, request.decode)
         assert request.output_token_ids == expected.tokens
         assert request.num_rows == sum(expected.rows)
     assert len(finished) == 24

@@ -2,7 +2,9 @@
 """The engine with an adapter of masked rows: equal to reference.py, and AR text is that of the base."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -45,6 +47,18 @@ def adapted() -> Transformer:
     return random_model(adapter=True)
 
 
+@pytest.fixture(scope="module")
+def decode(adapted) -> Callable:
+    """reference.py, which is asked for each request several times."""
+
+    def rows_model(tokens: list[int], positions: list[int], num_masked: int) -> Tensor:
+        masked = torch.arange(len(tokens)) >= len(tokens) - num_masked
+        with torch.inference_mode():
+            return adapted(torch.tensor(tokens), torch.tensor(positions), CausalAttend(), masked=masked)
+
+    return cache(lambda prompt, *rest: reference.decode(rows_model, list(prompt), *rest))
+
+
 def finish(engine: Engine, requests: list[tuple[list[int], SamplingParams]], apart: int = 0) -> list[Request]:
     """All requests; with ``apart`` they arrive so many steps after each other."""
     added = []
@@ -59,18 +73,12 @@ def finish(engine: Engine, requests: list[tuple[list[int], SamplingParams]], apa
 
 
 @pytest.mark.parametrize("tight", [False, True], ids=["roomy", "preempting"])
-def test_engine_equals_reference(adapted, tight):
+def test_engine_equals_reference(adapted, decode, tight):
     """Every mode but auto; prompts hold the mask token as an ordinary one, too; the second round reuses pages."""
-
-    def rows_model(tokens: list[int], positions: list[int], num_masked: int) -> Tensor:
-        masked = torch.arange(len(tokens)) >= len(tokens) - num_masked
-        with torch.inference_mode():
-            return adapted(torch.tensor(tokens), torch.tensor(positions), CausalAttend(), masked=masked)
-
     engine = make_engine(adapted, 16, -(-LENGTH * (2 if tight else 8) // 16))
     requests = finish(engine, requests_of(seed=16)) + finish(engine, requests_of(seed=16))
     for request in requests:
-        expected = reference.decode(rows_model, request.prompt_token_ids, request.max_tokens, request.decode)
+        expected = decode(tuple(request.prompt_token_ids), request.max_tokens, request.decode)
         assert request.output_token_ids == expected.tokens
         assert request.num_rows == sum(expected.rows)
     assert any(CONFIG.vocab_size - 1 in request.prompt_token_ids for request in requests)

@@ -26,7 +26,7 @@ PAGES, PAGE_SIZE, LENGTH, MASK = 40, 4, 60, 90
 
 
 def engine(device, graphs: bool, max_num_seqs: int = 4, masked_lora: bool = False) -> Engine:
-    model = our_model("wedlm-qwen3")
+    model = our_model("wedlm-qwen3", num_hidden_layers=2)
     if masked_lora:
         add_beside(model, random_factors(model), torch.linspace(-1, 1, model.config.hidden_size))
     model = pack_for_inference(model.to(device))
@@ -60,12 +60,16 @@ def outcomes(one: Engine, requests: list[tuple[list[int], SamplingParams]]) -> t
     ]
 
 
-@pytest.fixture(autouse=True)
-def few_rows_beside_chunks(device, monkeypatch):
+def few_rows_beside_chunks(device, monkeypatch) -> None:
     """Interpreted kernels take their time for padding."""
     if device.type == "cpu":
         for name, value in (("_FEWEST_CHUNK_ROWS", 1), ("_FEWEST_BESIDE", 1), ("_CHUNK_SIZES", [1, 2, 4, 16, 64])):
             monkeypatch.setattr(graph_runner, name, value)
+
+
+@pytest.fixture(autouse=True)
+def few_rows(device, monkeypatch):
+    few_rows_beside_chunks(device, monkeypatch)
 
 
 # Padding rows are whatever lay in memory, and the interpreter reports what a GPU ignores.
@@ -136,7 +140,7 @@ def test_whether_chunks_are_captured_is_the_configurations(device, monkeypatch, 
 
 
 def test_a_wide_window_and_a_later_common_one(device):
-    params = [SamplingParams(decoding="streaming", wedlm_window_size=w, max_tokens=4) for w in (40, 2)]
+    params = [SamplingParams(decoding="streaming", wedlm_window_size=w, max_tokens=n) for w, n in ((33, 2), (2, 4))]
     requests = [([3, 4, 5], one) for one in params]
     assert outcomes(engine(device, True), requests)[0] == outcomes(engine(device, False), requests)[0]
 

@@ -48,17 +48,17 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def hf_config(name: str) -> dict[str, Any]:
+def hf_config(name: str, **changes: Any) -> dict[str, Any]:
     """The ``config.json`` of our side of a case."""
     twin, overrides, wedlm = copy.deepcopy(CASES[name])
-    values = {**_SHAPE, "model_type": twin, **overrides}
+    values = {**_SHAPE, "model_type": twin, **overrides, **changes}
     return {**values, **wedlm, "model_type": "wedlm"} if wedlm else values
 
 
-def hf_model(name: str) -> PreTrainedModel:
+def hf_model(name: str, **changes: Any) -> PreTrainedModel:
     """The twin in transformers, float32, with random weights, norms and biases."""
     twin, overrides, _ = copy.deepcopy(CASES[name])  # transformers writes into the dictionaries it is given
-    config = AutoConfig.for_model(twin, **{**_SHAPE, **overrides})
+    config = AutoConfig.for_model(twin, **{**_SHAPE, **overrides, **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
     with torch.no_grad():
@@ -67,10 +67,10 @@ def hf_model(name: str) -> PreTrainedModel:
     return model
 
 
-def our_model(name: str) -> Transformer:
-    """Our side of a case with the twin's weights."""
-    model = Transformer(ModelConfig.from_hf(hf_config(name))).eval()
-    model.load_state_dict(hf_model(name).state_dict())
+def our_model(name: str, **changes: Any) -> Transformer:
+    """Our side of a case with the twin's weights; ``changes`` of both configs."""
+    model = Transformer(ModelConfig.from_hf(hf_config(name, **changes))).eval()
+    model.load_state_dict(hf_model(name, **changes).state_dict())
     return model
 
 
