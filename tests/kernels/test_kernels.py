@@ -98,7 +98,9 @@ def test_norm_rope_write(device, dtype, normed, parts):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [1, 5, 16, 33])
 @pytest.mark.parametrize(
-    "tiling", [Tiling(32, 64), Tiling(32, 64, splits=2), Tiling(16, 32, splits=3)], ids=["one", "halves", "uneven"]
+    "tiling",
+    [Tiling(32, 64), Tiling(32, 64, splits=2), Tiling(16, 32, splits=3), Tiling(32, 64, splits=2, rows=16)],
+    ids=["one", "halves", "uneven", "blocks"],
 )
 def test_few_rows_product(device, dtype, num_rows, tiling):
     torch.manual_seed(0)
@@ -117,7 +119,9 @@ def test_few_rows_product(device, dtype, num_rows, tiling):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [1, 16, 33])
-@pytest.mark.parametrize("tiling", [Tiling(32, 64), Tiling(32, 64, splits=2)], ids=["one", "halves"])
+@pytest.mark.parametrize(
+    "tiling", [Tiling(32, 64), Tiling(32, 64, splits=2), Tiling(32, 64, rows=16)], ids=["one", "halves", "blocks"]
+)
 def test_few_rows_product_of_a_weight_in_eight_bits(device, dtype, num_rows, tiling):
     torch.manual_seed(0)
     x = summable(torch.randn(num_rows, 320, device=device, dtype=dtype), 1 / 8)
@@ -132,10 +136,10 @@ def test_few_rows_product_of_a_weight_in_eight_bits(device, dtype, num_rows, til
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_rows_gated_product_of_a_weight_in_eight_bits(device, dtype):
     torch.manual_seed(0)
-    x = torch.randn(7, 128, device=device, dtype=dtype)
+    x = torch.randn(20, 128, device=device, dtype=dtype)
     layer = Int8Linear(torch.randn(2 * 72, 128, device=device, dtype=dtype) / 11, None)
     gate, up = layer(x).chunk(2, dim=-1)
-    out = few_rows_product(x, layer.weight, Tiling(32, 64), gated=True, scale=layer.scale)
+    out = few_rows_product(x, layer.weight, Tiling(32, 64, rows=16), gated=True, scale=layer.scale)
     close(out, F.silu(gate) * up, dtype, 2)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wedlm.kernels.embed import embed
-from wedlm.kernels.matmul import MAX_ROWS, Tiling, few_rows_product, tiling_for
+from wedlm.kernels.matmul import MAX_ROWS, MAX_SCALED_ROWS, Tiling, few_rows_product, tiling_for
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.model.int8 import scale_of
 from wedlm.model.layers import DecoderLayer
@@ -101,7 +101,8 @@ class FusedTransformer:
         return x, masked[:, None].to(x.dtype)
 
     def _tiling(self, x: Tensor, linear: nn.Module) -> Tiling | None:
-        if len(x) > MAX_ROWS or linear.bias is not None:
+        most = MAX_ROWS if scale_of(linear) is None else MAX_SCALED_ROWS
+        if len(x) > most or linear.bias is not None:
             return None
         return self.tiling(*_weight(linear).shape)
 

@@ -26,8 +26,10 @@ class Int8Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype) / _POWER  # exact, and float16 sums stay in range
-        y = F.linear(x, weight).float() * (self.scale * _POWER)
+        weight, power = self.weight.to(x.dtype), 1
+        if x.dtype == torch.float16:  # sums stay in range, and nothing is rounded
+            weight, power = weight / _POWER, _POWER
+        y = F.linear(x, weight).float() * (self.scale * power)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
