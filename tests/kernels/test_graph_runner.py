@@ -25,17 +25,20 @@ from wedlm.model.packed import pack_for_inference
 PAGES, PAGE_SIZE, LENGTH, MASK = 40, 4, 60, 90
 
 
-def engine(device, graphs: bool, max_num_seqs: int = 4, masked_lora: bool = False) -> Engine:
+def engine(
+    device, graphs: bool, max_num_seqs: int = 4, masked_lora: bool = False, length: int = LENGTH, most_rows: int = 64
+) -> Engine:
     model = our_model("wedlm-qwen3", num_hidden_layers=2)
     if masked_lora:
         add_beside(model, random_factors(model), torch.linspace(-1, 1, model.config.hidden_size))
     model = pack_for_inference(model.to(device))
     shape = model.config
-    config = EngineConfig(shape.vocab_size, MASK, (5,), LENGTH, max_num_seqs=max_num_seqs, max_num_batched_tokens=64)
+    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": most_rows}
+    config = EngineConfig(shape.vocab_size, MASK, (5,), length, **limits)
     heads = (shape.num_kv_heads, shape.head_dim, torch.float32, device)
     cache = KVCache(shape.num_layers, PAGES + graphs, PAGE_SIZE, *heads)
     if graphs:
-        runner: Runner = GraphRunner(FusedTransformer(model), cache, MASK, max_num_seqs, LENGTH, True)
+        runner: Runner = GraphRunner(FusedTransformer(model), cache, MASK, max_num_seqs, length, True)
     else:
         runner = Runner(model, cache, MASK, max_num_seqs)
     return Engine(config, runner, PagePool(PAGES, PAGE_SIZE), None)
@@ -63,7 +66,7 @@ def outcomes(one: Engine, requests: list[tuple[list[int], SamplingParams]]) -> t
 def few_rows_beside_chunks(device, monkeypatch) -> None:
     """Interpreted kernels take their time for padding."""
     if device.type == "cpu":
-        for name, value in (("_FEWEST_CHUNK_ROWS", 1), ("_FEWEST_BESIDE", 1), ("_CHUNK_SIZES", [1, 2, 4, 16, 64])):
+        for name, value in (("_FEWEST_CHUNK_ROWS", 1), ("_FEWEST_BESIDE", 1), ("_CHUNK_SIZES", [1, 2, 4, 16, 64, 128])):
             monkeypatch.setattr(graph_runner, name, value)
 
 
@@ -140,9 +143,12 @@ def test_whether_chunks_are_captured_is_the_configurations(device, monkeypatch, 
 
 
 def test_a_wide_window_and_a_later_common_one(device):
-    params = [SamplingParams(decoding="streaming", wedlm_window_size=w, max_tokens=n) for w, n in ((33, 2), (2, 4))]
+    params = [SamplingParams(decoding="streaming", wedlm_window_size=w, max_tokens=n) for w, n in ((33, 1), (2, 3))]
     requests = [([3, 4, 5], one) for one in params]
-    assert outcomes(engine(device, True), requests)[0] == outcomes(engine(device, False), requests)[0]
+    captured, plain = (engine(device, graphs, length=80, most_rows=80) for graphs in (True, False))
+    assert captured.runner.state.tokens.shape[1] == 64
+    assert outcomes(captured, requests)[0] == outcomes(plain, requests)[0]
+    assert captured.runner.slots.state.tokens.shape[1] == 128  # the first did not fit
 
 
 @pytest.mark.parametrize("decodings", [("verified", "auto"), ("streaming", "verified")])

@@ -32,6 +32,7 @@ class Tile:
 
 # Of windows, of chunks, and of chunks long enough that large tiles occupy all processors. Measured: docs/log.md.
 SHORT, MIDDLE, LONG = Tile(64, 64, 4, 2), Tile(64, 64, 4, 3, halves=True), Tile(256, 64, 8, 3, halves=True)
+FLOAT32 = Tile(32, 64, 4, 2)  # without tensor cores products are unrolled: 64 rows are 580 kB of code, 2 s to compile
 MAX_SPLITS = 64
 # A hidden key's score lies so far below the lowest maximum that its weight is 0 without further ado.
 _HIDDEN, _LOWEST = tl.constexpr(-1e30), tl.constexpr(-1e20)
@@ -258,7 +259,7 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, ou
     processors, shared_bytes = _processor(q.device.index) if q.is_cuda else (4, 2**18)
     row_bytes = head_dim * q.dtype.itemsize
     tile = tile_for(most, kv_heads * num_rows * share, row_bytes, processors, shared_bytes)
-    tile = tile if q.dtype.itemsize == 2 else SHORT
+    tile = tile if q.dtype.itemsize == 2 else FLOAT32
     block = min(tile.rows, max(16, triton.next_power_of_2(most)))
     tiles = triton.cdiv(most, block)
     busy = min(sequences * tiles, num_rows * share // block + sequences)  # tiles that can have rows
