@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.model import load_model, load_tokenizer, pack_for_inference
+from wedlm.model.adapter import apply_adapter
 
 
 @torch.inference_mode()
@@ -22,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
+    parser.add_argument("--adapter", help="directory of a LoRA")
     parser.add_argument("--window", type=int, default=2048, help="tokens")
     parser.add_argument("--quantization", help="int8")
     parser.add_argument("--max-tokens", type=int, default=0, help="only the first N tokens of the text")
@@ -29,6 +31,8 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = load_model(arguments.model, torch.float32, device)
+    if arguments.adapter is not None:
+        apply_adapter(model, arguments.adapter)
     if arguments.quantization is not None:
         pack_for_inference(model, arguments.quantization)
     with gzip.open(arguments.data, "rt", encoding="utf-8") as file:
@@ -41,7 +45,7 @@ def main() -> None:
             loss += float(F.cross_entropy(logits[:-1], part[1:], reduction="sum"))
             count += len(part) - 1
     figures = {"model": Path(arguments.model).name, "tokens": count, "perplexity": math.exp(loss / count)}
-    figures["quantization"] = arguments.quantization
+    figures |= {"adapter": arguments.adapter, "quantization": arguments.quantization}
     print(json.dumps({**figures, "window": arguments.window, "data": Path(arguments.data).name}))
 
 

@@ -35,9 +35,9 @@ pack() { python "$here/pack.py" work/wedlm_2/final work/change.safetensors work/
 control() {
     wedlm train "$here/wedlm.yaml" --objective autoregressive --output_dir work/control_1
     wedlm train "$here/wedlm_2.yaml" --objective autoregressive --anchor_text false --lora_init work/control_1/final \
-        --merge_lora true --output_dir work/control
-    gsm8k work/control/final --decoding autoregressive --out work/control.json
-    perplexity work/control/final
+        --save_dtype bfloat16 --output_dir work/control
+    gsm8k demo-base --adapter work/control/final --decoding autoregressive --out work/control.json
+    perplexity demo-base --adapter work/control/final
 }
 
 evaluate() {
@@ -48,7 +48,7 @@ evaluate() {
 
 gsm8k() { python "$benchmarks/gsm8k.py" "$@" --data "$eval/gsm8k_test.jsonl.gz"; }
 
-perplexity() { python "$benchmarks/perplexity.py" "$1" --data "$eval/wikitext2_test.txt.gz"; }
+perplexity() { python "$benchmarks/perplexity.py" "$@" --data "$eval/wikitext2_test.txt.gz"; }
 
 mkdir -p work
 ln -sfn "$data" work/data
