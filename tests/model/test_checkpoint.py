@@ -45,6 +45,13 @@ def test_save_and_load_round_trip(name: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
 
 
+@pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o770, 0o660), (0o700, 0o600)])
+def test_who_may_read_the_folder_may_read_the_weights(folder: int, file: int, tmp_path: Path) -> None:
+    tmp_path.chmod(folder)
+    save_model(our_model("llama"), ModelConfig.from_hf(hf_config("llama")), tmp_path)
+    assert (tmp_path / WEIGHTS).stat().st_mode & 0o777 == file
+
+
 @pytest.mark.parametrize("name", ["qwen2-tied", "qwen3-wide-heads", "llama3-rope", "yarn-rope"])
 def test_transformers_loads_what_we_save(name: str, tmp_path: Path) -> None:
     save_model(our_model(name), ModelConfig.from_hf(hf_config(name)), tmp_path)
@@ -117,7 +124,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytes
         raise OSError("disk full")
 
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    monkeypatch.setattr("wedlm.model.checkpoint.save_file", fail)
+    monkeypatch.setattr("wedlm.model.checkpoint.save_shared", fail)
     with pytest.raises(OSError, match="disk full"):
         save_model(our_model("llama"), ModelConfig.from_hf(hf_config("llama")), saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from wedlm.model.errors import CheckpointError
+from wedlm.model.shared_file import save_shared
 
 _FORMAT = "wedlm-change-2"
 _LEVELS = 16
@@ -76,7 +76,7 @@ def save_change(
     for name, (ids, values) in rows.items():
         tensors[f"{name}:ids"], tensors[f"{name}:rows"] = ids, values.float()
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path, metadata={"format": _FORMAT, "note": note})
+    save_shared(tensors, path, {"format": _FORMAT, "note": note})
 
 
 def changed(tensors: Iterable[tuple[str, Tensor]], path: Path) -> Iterator[tuple[str, Tensor]]:

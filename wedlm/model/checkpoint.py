@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wedlm.model.change import changed
@@ -27,6 +26,7 @@ from wedlm.model.gguf_model import read_gguf_config, read_gguf_tensors
 from wedlm.model.locate import DEMO_BASE_NAME, DEMO_NAME, locate
 from wedlm.model.masked_lora import has_factors
 from wedlm.model.packed import is_packed
+from wedlm.model.shared_file import save_shared
 from wedlm.model.transformer import Transformer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -107,7 +107,7 @@ def save_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, directory: 
     values = dataclasses.replace(config, dtype=stored).to_hf()
     temporary = directory / f".{WEIGHTS_FILE}.{os.getpid()}"
     try:
-        save_file(kept, temporary, metadata={"format": "pt"})
+        save_shared(kept, temporary, {"format": "pt"})
         _publish(temporary, directory / WEIGHTS_FILE)
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         _publish(temporary, directory / "config.json")

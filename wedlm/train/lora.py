@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wedlm.model.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from wedlm.model.masked_lora import MASK_EMBEDDING, MASKED_TYPE, add_factors
+from wedlm.model.shared_file import save_shared
 from wedlm.model.transformer import Transformer
 from wedlm.train.config import TrainConfig
 
@@ -165,7 +165,7 @@ def _save_masked(tensors: Mapping[str, Tensor], config: TrainConfig, directory: 
         for name, tensor in tensors.items()
         if ".masked_lora_" in name or name == MASK_EMBEDDING
     }
-    save_file(kept, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_shared(kept, directory / WEIGHTS_FILE, {"format": "pt"})
     values = {
         "peft_type": MASKED_TYPE,
         "task_type": "CAUSAL_LM",
@@ -193,5 +193,5 @@ def _save_for_peft(
     if mask_embedding is not None:
         kept["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = mask_embedding[None].clone()
         peft_config.trainable_token_indices = {"embed_tokens": [setup.mask_token_id]}
-    save_file(kept, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_shared(kept, directory / WEIGHTS_FILE, {"format": "pt"})
     peft_config.save_pretrained(str(directory))
