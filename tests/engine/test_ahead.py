@@ -6,7 +6,7 @@ import torch
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.stub import StubModel
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.engine.upload import put_row
+from wedlm.engine.upload import put_rows
 
 MODEL = StubModel()
 
@@ -46,11 +46,12 @@ def test_prompts_are_planned_ahead(monkeypatch):
     assert any(len({decodes for _, decodes, *_ in step}) == 2 for step in shares), "no step had both"
 
 
-def test_put_row():
-    row = [torch.tensor(2**63 - 25), torch.tensor(-torch.inf, dtype=torch.double), torch.tensor([0.1, 2.0]),
-           torch.tensor([True, False, True]), torch.tensor(1 / 3, dtype=torch.double)]  # fmt: skip
-    tables = [torch.zeros(3, *value.shape, dtype=value.dtype) for value in row]
-    put_row(1, list(zip(tables, row, strict=True)))
-    for table, value in zip(tables, row, strict=True):
-        assert torch.equal(table[1], value)
+def test_put_rows():
+    values = [torch.tensor([2**63 - 25, -1]), torch.tensor([-torch.inf, 0.1], dtype=torch.double),
+              torch.tensor([[0.1, 2.0], [3.0, -torch.inf]]), torch.tensor([[True, False, True], [False, False, True]]),
+              torch.tensor([1 / 3, 1e300], dtype=torch.double)]  # fmt: skip
+    tables = [torch.zeros(5, *value.shape[1:], dtype=value.dtype) for value in values]
+    put_rows([3, 1], list(zip(tables, values, strict=True)))
+    for table, value in zip(tables, values, strict=True):
+        assert torch.equal(table[[3, 1]], value)
         assert not table[::2].any()

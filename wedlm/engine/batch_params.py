@@ -57,11 +57,11 @@ class BatchParams:
         window = replace(_map(self.window, lambda t: t[index]), any_verifies=flags.verifies, any_streams=flags.streams)
         return replace(_map(self, lambda t: t[index]), window=window, flags=flags)
 
-    def pairs(self, one: "BatchParams") -> list[tuple[Tensor, Tensor]]:
-        """Each tensor of this one, and its only row in ``one``."""
-        both = ((self, one), (self.window, one.window))
+    def pairs(self, others: "BatchParams") -> list[tuple[Tensor, Tensor]]:
+        """Each tensor of this one, and the same of ``others``."""
+        both = ((self, others), (self.window, others.window))
         named = [(getattr(mine, f.name), getattr(its, f.name)) for mine, its in both for f in fields(mine)]
-        return [(target, value[0]) for target, value in named if isinstance(target, Tensor)]
+        return [pair for pair in named if isinstance(pair[0], Tensor)]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from wedlm.engine.batch_params import BatchFlags, BatchParams
 from wedlm.engine.device_step import ChunkRows, DeviceStep, Slots, StepShape
 from wedlm.engine.runner import Runner
 from wedlm.engine.types import Request, StepPlan, WindowResult, Work
-from wedlm.engine.upload import put_row, upload
+from wedlm.engine.upload import put_rows, upload
 from wedlm.kernels.results import first_logprob
 from wedlm.model.fused import FusedTransformer
 
@@ -149,9 +149,7 @@ class GraphRunner(Runner):
 
     def launch(self, plan: StepPlan) -> GraphFlight:
         """Start the step and return at once."""
-        for work in plan.work:
-            if work.request.request_id not in self._slots:
-                self._load(work.request)
+        self._load_new(plan.work)
         if plan.row_budget != self._row_budget:
             self._row_budget = plan.row_budget
             self.slots.limit(plan.row_budget)
@@ -193,23 +191,24 @@ class GraphRunner(Runner):
         if not shape.num_chunks:
             return None
         size, page_size = shape.num_rows, self.cache.page_size
-        padding = torch.tensor([self.mask_token_id, 0, self.step.trash_slot])
-        rows = padding[:, None].repeat(1, size)  # tokens, positions, slots
-        sequences = torch.tensor([size, 0, 0, self.slots.nobody])[:, None].repeat(1, shape.num_chunks)
+        numbers = np.empty(3 * size + 4 * shape.num_chunks, np.int64)
+        rows, sequences = numbers[: 3 * size].reshape(3, -1), numbers[3 * size :].reshape(4, -1)
+        rows[:] = [[self.mask_token_id], [0], [self.step.trash_slot]]  # tokens, positions, slots of padding
+        sequences[:] = [[size], [0], [0], [self.slots.nobody]]
         first = size - sum(work.count for work in chunks)
         for i, work in enumerate(chunks):
-            position = torch.arange(work.start, work.start + work.count)
+            stop, first_page = work.start + work.count, work.start // page_size
+            position = np.arange(work.start, stop)
+            pages = np.array(work.pages[first_page : -(-stop // page_size)])
             own = rows[:, first : first + work.count]
-            own[0] = torch.tensor(work.request.tokens[work.start : work.start + work.count])
-            own[1] = position
-            own[2] = torch.tensor(work.pages)[position // page_size] * page_size + position % page_size
-            sequences[:, i] = torch.tensor([first, work.count, work.start, self._slots[work.request.request_id]])
+            own[0], own[1] = work.request.tokens[work.start : stop], position
+            own[2] = pages[position // page_size - first_page] * page_size + position % page_size
+            sequences[:, i] = first, work.count, work.start, self._slots[work.request.request_id]
             first += work.count
-        numbers = torch.cat((rows.view(-1), sequences.view(-1)))
         key = size, shape.num_chunks
         if key not in self._chunks:
-            self._chunks[key] = torch.empty_like(numbers, device=self.device)
-        self._chunks[key].copy_(upload(numbers, self.device), non_blocking=True)
+            self._chunks[key] = torch.empty(len(numbers), dtype=torch.long, device=self.device)
+        self._chunks[key].copy_(upload(torch.from_numpy(numbers), self.device), non_blocking=True)
         return ChunkRows.views(self._chunks[key], *key)
 
     def _send_pages(self, work: list[Work]) -> None:
@@ -246,14 +245,15 @@ class GraphRunner(Runner):
         self._latest = graph
         return graph, results
 
-    def _load(self, request: Request) -> None:
-        super()._load(request)
+    def _load(self, requests: list[Request]) -> None:
+        super()._load(requests)
         if self.state is not self.slots.state:  # a wider window came: captured steps hold the old tensors
             self.slots.state = self.state
             self.forget_graphs()
-        if len(request.decode.end_token_ids) <= _MAX_ENDS:
-            one = BatchParams.stack([request.decode], torch.device("cpu"), _MAX_ENDS)
-            put_row(self._slots[request.request_id], self.slots.params.pairs(one))
+        few = [request for request in requests if len(request.decode.end_token_ids) <= _MAX_ENDS]
+        if few:
+            params = BatchParams.stack([request.decode for request in few], torch.device("cpu"), _MAX_ENDS)
+            put_rows([self._slots[request.request_id] for request in few], self.slots.params.pairs(params))
             self.slots.limit(self._row_budget)
 
     def unload(self, request: Request) -> None:

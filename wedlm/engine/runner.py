@@ -23,7 +23,7 @@ from wedlm.engine.batch_params import BatchParams
 from wedlm.engine.constrained_step import ConstrainedStep
 from wedlm.engine.sampling_params import MAX_LOGPROBS
 from wedlm.engine.types import Alternatives, Request, StepPlan, WindowResult, WindowSnapshot, Work
-from wedlm.engine.upload import put_row
+from wedlm.engine.upload import put_rows
 
 _MEASURING_S = 0.7  # for the table of costs
 
@@ -63,27 +63,35 @@ class Runner:
         """A new one for the same model over ``cache``."""
         return Runner(self.model, cache, self.mask_token_id, len(self.state.width), self.plan_attention)
 
-    def _load(self, request: Request) -> None:
-        """Put a request's window on the device."""
-        window, slot = request.window, self._free_slots.pop()
-        self._slots[request.request_id] = slot
-        self._alternatives[request.request_id] = dict(window.alternatives)
+    def _load(self, requests: list[Request]) -> None:
+        """Put the windows of requests that have no slot yet on the device."""
+        slots = [self._free_slots.pop() for _ in requests]
+        for request, slot in zip(requests, slots, strict=True):
+            self._slots[request.request_id] = slot
+            self._alternatives[request.request_id] = dict(request.window.alternatives)
         # No window reaches past the model's length, whatever size was asked for; the state stays that wide for all.
-        max_rows = min(request.decode.max_rows, request.decode.max_positions)
+        max_rows = max(min(request.decode.max_rows, request.decode.max_positions) for request in requests)
         if max_rows > self.state.tokens.shape[1]:
             columns = 1 << (max_rows - 1).bit_length()  # a power of two, as kernels like it
             wider = WindowState.empty(len(self.state.width), columns, self.device)
             for old, new in ((getattr(self.state, n), getattr(wider, n)) for n in ("tokens", "filled", "logprobs")):
                 new[:, : old.shape[1]] = old
             self.state = replace(wider, cached=self.state.cached, width=self.state.width)
-        rest = [0] * (self.state.tokens.shape[1] - len(window.tokens))
-        put_row(slot, [
-            (self.state.cached, torch.tensor(window.cached)),
-            (self.state.width, torch.tensor(len(window.tokens))),
-            (self.state.tokens, torch.tensor([*(t or 0 for t in window.tokens), *rest])),
-            (self.state.filled, torch.tensor([*(t is not None for t in window.tokens), *rest])),
-            (self.state.logprobs, torch.tensor([*window.logprobs, *rest])),
+        windows = [request.window for request in requests]
+        rest = [[0] * (self.state.tokens.shape[1] - len(window.tokens)) for window in windows]
+        both = list(zip(windows, rest, strict=True))
+        put_rows(slots, [
+            (self.state.cached, torch.tensor([window.cached for window in windows])),
+            (self.state.width, torch.tensor([len(window.tokens) for window in windows])),
+            (self.state.tokens, torch.tensor([[*(t or 0 for t in w.tokens), *none] for w, none in both])),
+            (self.state.filled, torch.tensor([[*(t is not None for t in w.tokens), *none] for w, none in both])),
+            (self.state.logprobs, torch.tensor([[*w.logprobs, *none] for w, none in both])),
         ])  # fmt: skip
+
+    def _load_new(self, work: list[Work]) -> None:
+        new = [one.request for one in work if one.request.request_id not in self._slots]
+        if new:
+            self._load(new)
 
     def unload(self, request: Request) -> None:
         """Free the request's slot, if it has one."""
@@ -141,9 +149,7 @@ class Runner:
         """One forward; a result per work of the plan, None for chunks."""
         windows = [work for work in plan.work if work.decodes]
         chunks = plan.work[len(windows) :]
-        for work in windows:
-            if work.request.request_id not in self._slots:
-                self._load(work.request)
+        self._load_new(windows)
         if not windows:
             self._forward([], chunks, None)
             return [None] * len(chunks)

@@ -12,11 +12,15 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def put_row(row: int, values: list[tuple[Tensor, Tensor]]) -> None:
-    """Write each second tensor, on the host, to ``row`` of the first, all in one copy."""
-    sources = [value for _, value in values]
+def put_rows(rows: list[int], values: list[tuple[Tensor, Tensor]]) -> None:
+    """Write each second tensor [n, ...], on the host, to the n ``rows`` of the first, all in one copy."""
+    sources = [(torch.empty(0), torch.tensor(rows)), *values]  # the rows' numbers travel first
     # Integers and booleans as they are, floats as the bits of a double.
-    bits = [(v.double().view(torch.long) if v.is_floating_point() else v.long()).view(-1) for v in sources]
-    sent = upload(torch.cat(bits), values[0][0].device).split([len(part) for part in bits])
-    for (target, value), own in zip(values, sent, strict=True):
-        target[row] = (own.view(torch.double) if value.is_floating_point() else own).view(value.shape)
+    bits = [
+        (v.double().view(torch.long) if v.is_floating_point() else v.long()).view(len(rows), -1) for _, v in sources
+    ]
+    sent = upload(torch.cat(bits, dim=1), values[0][0].device)
+    index, *parts = sent.split([part.shape[1] for part in bits], dim=1)
+    for (target, value), own in zip(values, parts, strict=True):
+        own = own.contiguous().view(torch.double) if value.is_floating_point() else own
+        target[index[:, 0]] = own.reshape(value.shape).to(target.dtype)
