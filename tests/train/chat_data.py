@@ -52,6 +52,17 @@ def chat_tokenizer(template: str | None = CHATML, eos: str = "<|im_end|>") -> To
     return Tokenizer(backend, {"default": template} if template else None, {"eos_token": eos})
 
 
+def metaspace_tokenizer() -> Tokenizer:
+    """Marks the beginning of a text, as SentencePiece does: the parts of a text have other tokens than the whole."""
+    alphabet = "▁abcdefghijklmnopqrstuvwxyz[]"
+    backend = Backend(BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    backend.add_special_tokens([AddedToken("</s>", special=True)])
+    template = OPEN_ENDED.replace("m.content", "m.content + ('</s>' if m.role == 'assistant' else '')")
+    return Tokenizer(backend, {"default": template})
+
+
 def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     """A conversation of alternating user and assistant."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]

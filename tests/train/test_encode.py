@@ -5,13 +5,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, pre_tokenizers
-from tokenizers import Tokenizer as Backend
-from tokenizers.models import BPE
 
-from tests.train.chat_data import CHATML, OPEN_ENDED, THINKING, chat, chat_tokenizer
+from tests.train.chat_data import CHATML, OPEN_ENDED, THINKING, chat, chat_tokenizer, metaspace_tokenizer
 from wedlm.model import Tokenizer, load_tokenizer
-from wedlm.train.encode import TemplateRewritesError, encode, encode_documents
+from wedlm.train.encode import TemplateRewritesError, encode, encode_batch, encode_documents
 from wedlm.train.sources import Sample, SampleError
 
 TOKENIZER = chat_tokenizer()
@@ -19,6 +16,36 @@ END = TOKENIZER.token_id("<|im_end|>")
 DEMO = pytest.param("demo", marks=pytest.mark.demo_model)
 TEXTS = st.text(st.sampled_from("ab 1é🙂\n.<|你"), min_size=1, max_size=12).filter(str.strip)
 CONVERSATIONS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4)
+
+# Refuses some conversations, rewrites others and has no prompt that is a prefix for a third kind.
+FICKLE = "{% if '1' in messages[0].content %}{{ raise_exception('no 1 please') }}{% endif %}" + THINKING.replace(
+    "assistant\n' }}{% endif", "' + ('tutor' if 'é' in messages[0].content else 'assistant\n') }}{% endif"
+)
+TOKENIZERS = {
+    "chatml": TOKENIZER,
+    "thinking": chat_tokenizer(THINKING),
+    "fickle": chat_tokenizer(FICKLE),
+    "open-ended": chat_tokenizer(OPEN_ENDED),
+    "no template": chat_tokenizer(None),
+    "metaspace": metaspace_tokenizer(),
+}
+# Line feeds at its beginning merge with the header of a reply.
+PIECES = st.sampled_from(["a", "b ", "1", "é🙂", "\n", "\n\n", "你", "<s>", "<|im_end|>", "<|unused|>", "</s>", "<|"])
+PIECED = st.lists(PIECES, min_size=1, max_size=8).map("".join).filter(str.strip)
+
+
+@st.composite
+def any_samples(draw) -> list[Sample]:
+    """Texts and conversations, some ending with a question; many of them cannot be encoded."""
+    samples = []
+    for line in range(1, 1 + draw(st.integers(0, 8))):
+        if draw(st.booleans()):
+            samples.append(Sample("f.jsonl", line, text=draw(PIECED)))
+        else:
+            contents = draw(st.lists(PIECED, min_size=2, max_size=7))
+            messages = chat(*contents, system=draw(st.sampled_from([None, "", "Be kind."])))
+            samples.append(Sample("f.jsonl", line, messages=tuple(messages)))
+    return samples
 
 
 def of_chat(*contents: str, system: str | None = None) -> Sample:
@@ -104,13 +131,7 @@ def test_a_reply_that_would_merge_with_its_header():
 
 def test_a_tokenizer_that_marks_the_beginning_of_a_text():
     """SentencePiece's leading space belongs to the beginning of the whole, not to that of a reply."""
-    alphabet = "▁abcdefghijklmnopqrstuvwxyz[]"
-    backend = Backend(BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    backend.decoder = decoders.Metaspace(prepend_scheme="first")
-    backend.add_special_tokens([AddedToken("</s>", special=True)])
-    template = OPEN_ENDED.replace("m.content", "m.content + ('</s>' if m.role == 'assistant' else '')")
-    tokenizer = Tokenizer(backend, {"default": template})
+    tokenizer = metaspace_tokenizer()
     sample = of_chat("abc", "def", "ghi", "jkl")
     encoded = encode(sample, tokenizer, num_end_tokens=1, eos_token_id=tokenizer.token_id("</s>"))
     whole = tokenizer.apply_chat_template(sample.messages, add_generation_prompt=False)
@@ -185,3 +206,47 @@ def test_what_cannot_be_encoded():
         encode(of_chat("q", "a"), TOKENIZER, num_end_tokens=0, eos_token_id=END)
     with pytest.raises(ValueError, match="eos_token_id is 999999; expected an id from 0 to"):
         encode(of_chat("q", "a"), TOKENIZER, eos_token_id=999999)
+
+
+def plain(result) -> list:
+    """Something to compare: documents as lists, an error as its kinds and its words."""
+    if isinstance(result, ValueError):
+        return [type(result), getattr(result, "kind", None), str(result)]
+    return [(one.tokens.dtype, one.tokens.tolist(), one.trainable.dtype, one.trainable.tolist()) for one in result]
+
+
+def alone(sample: Sample, tokenizer: Tokenizer, **options):
+    try:
+        return encode_documents(sample, tokenizer, **options)
+    except ValueError as error:
+        return error
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(any_samples(), st.integers(0, 3))
+def test_a_batch_gives_what_each_gives_alone(name, samples, num_end_tokens):
+    tokenizer = TOKENIZERS[name]
+    end = tokenizer.token_id("</s>" if name == "metaspace" else "<|im_end|>")
+    options = {"num_end_tokens": num_end_tokens, "eos_token_id": end}
+    expected = [plain(alone(sample, tokenizer, **options)) for sample in samples]
+    assert [plain(result) for result in encode_batch(samples, tokenizer, **options)] == expected
+
+
+def test_a_batch_of_all_kinds():
+    """That the random ones are of all these kinds is luck."""
+    samples = [
+        Sample("f.jsonl", 1, text="a <|unused|> b"),
+        *(
+            of_chat(*contents)
+            for contents in [("q", "a"), ("q", "a", "r", "b"), ("1", "a"), ("é", "a"), ("q", "\n\nb")]
+        ),
+        of_chat("q", "a<|im_end|>b"),
+        Sample("f.jsonl", 8, text="c" * 1000),
+    ]
+    results = encode_batch(samples, TOKENIZERS["fickle"], eos_token_id=END)
+    kinds = [result.kind if isinstance(result, SampleError) else len(result) for result in results]
+    faults = ["refused by the template", "rewritten by the template"]
+    assert kinds == [1, 1, 2, *faults, 1, "end token in a reply", 1]
+    expected = [plain(alone(sample, TOKENIZERS["fickle"], eos_token_id=END)) for sample in samples]
+    assert [plain(result) for result in results] == expected
+    assert encode_batch([], TOKENIZER, eos_token_id=END) == []

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from tests.train.chat_data import chat, write_lines
-from wedlm.train.sources import SampleError, read_samples
+from wedlm.train.sources import Sample, SampleError, in_batches, read_samples
 
 GOOD = chat("q", "a")
 
@@ -125,3 +125,32 @@ def test_what_is_no_data_file(tmp_path):
     ]:
         with pytest.raises(ValueError, match=rf"{name} {words}; expected a file that ends in \.jsonl"):
             read(tmp_path / name, skip_bad=True)
+
+
+def test_batches_end_where_they_are_large_enough():
+    messages = tuple(chat("ab", "c"))
+    samples = [
+        Sample("f", 1, text="abc"),
+        Sample("f", 2, messages=messages),
+        *(Sample("f", line, text="a") for line in (3, 4, 5)),
+    ]
+    assert [sample.characters for sample in samples] == [3, 3, 1, 1, 1]
+
+    def lines(characters, given=samples):
+        return [[sample.line for sample in batch] for batch in in_batches(given, characters)]
+
+    assert lines(1) == [[1], [2], [3], [4], [5]]
+    assert lines(4) == [[1, 2], [3, 4, 5]]
+    assert lines(9) == lines(10) == [[1, 2, 3, 4, 5]]
+    assert lines(9, []) == []
+
+
+def test_a_fault_comes_after_the_samples_before_it():
+    def faulty():
+        yield from [Sample("f", 1, text="a"), Sample("f", 2, text="b")]
+        raise ValueError("cut short")
+
+    batches = in_batches(faulty(), 100)
+    assert [sample.line for sample in next(batches)] == [1, 2]
+    with pytest.raises(ValueError, match="cut short"):
+        next(batches)

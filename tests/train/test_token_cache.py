@@ -57,6 +57,46 @@ def test_a_small_buffer_gives_the_same_files(tmp_path, paths, monkeypatch):
         assert path.read_bytes() == (parts.directory / path.name).read_bytes()
 
 
+@pytest.mark.parametrize("characters", [1, 60, 10**6])
+def test_batches_give_the_same_files_as_one_sample_after_the_other(tmp_path, paths, monkeypatch, characters):
+    odd = [chat("q", "a<|im_end|>"), "{", {"text": "x <|unused|>"}, chat("q", "\n\na", "r", "b"), {"text": " "}]
+    paths.append(write_lines(tmp_path / "odd.jsonl", *odd, *CHATS[:5], odd[0]))
+    tokenizer = chat_tokenizer(THINKING)
+    seen = [], []
+    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", characters)
+    batched = build(paths, tmp_path / "a", tokenizer, skip_bad=True, progress=lambda *line: seen[0].append(line)).cache
+    with pytest.raises(ValueError, match=r"odd\.jsonl line 2: not valid JSON"):
+        build(paths, tmp_path / "a", tokenizer)
+    bad = write_lines(tmp_path / "bad.jsonl", *CHATS[:3], odd[0], chat("q", "<|im_end|>"))
+    with pytest.raises(ValueError, match=r"bad\.jsonl:4: a reply contains an end token"):
+        build([bad], tmp_path / "a", tokenizer)
+
+    def one_by_one(samples, *arguments, **options):
+        for sample in samples:
+            try:
+                yield encode_documents(sample, *arguments, **options)
+            except ValueError as error:
+                yield error
+
+    monkeypatch.setattr(token_cache, "encode_batch", one_by_one)
+    alone = build(paths, tmp_path / "b", tokenizer, skip_bad=True, progress=lambda *line: seen[1].append(line)).cache
+    assert batched.sources[2].refused == {"end token in a reply": 2, "not JSON": 1, "empty": 1}
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 20 + 5 + 7
+    for path in sorted(batched.directory.iterdir()):
+        assert path.read_bytes() == (alone.directory / path.name).read_bytes()
+
+
+def test_of_two_faults_the_first_is_told(tmp_path):
+    """Reading runs ahead of encoding by a batch."""
+    path = write_lines(tmp_path / "cut.jsonl.gz", {"text": "a"}, chat("q", "a"), *([{"text": "b"}] * 9))
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"cut\.jsonl\.gz:2 is a conversation and .* no chat template"):
+        build([path], tmp_path / "cache", chat_tokenizer(None), skip_bad=True)
+    with pytest.raises(ValueError, match=r"cut\.jsonl\.gz is damaged or cut short after line 11"):
+        build([path], tmp_path / "cache", skip_bad=True)
+
+
 def test_is_made_once(tmp_path, paths):
     seen = []
     first = build(paths, tmp_path / "cache", progress=lambda *figures: seen.append(figures))
@@ -154,7 +194,7 @@ def test_a_failed_or_killed_builder_leaves_nothing(tmp_path, paths, monkeypatch)
 def test_bad_lines_stop_it_before_it_tokenises(tmp_path, paths, monkeypatch):
     bad = write_lines(tmp_path / "bad.jsonl", *CHATS[:2], "{", chat("q", "a<|im_end|>"), {"text": ""})
     with monkeypatch.context() as patch:
-        patch.setattr(token_cache, "encode_documents", lambda *_, **__: pytest.fail("tokenised first"))
+        patch.setattr(token_cache, "encode_batch", lambda *_, **__: pytest.fail("tokenised first"))
         with pytest.raises(ValueError, match=r"bad\.jsonl line 3: not valid JSON"):
             build([*paths, bad], tmp_path / "cache")
     counts = build([*paths, bad], tmp_path / "cache", skip_bad=True).cache.sources[2]

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples to token ids, each with the flag that says whether it is to be learned."""
+"""Samples to token ids, each with the flag that says whether it is to be learned.
 
-from collections.abc import Sequence
+How a sample is encoded is written once, as generators that yield the texts whose tokens they need (``_Texts``) and are
+sent those texts' encodings. Alone, they are answered text by text; of a batch, all that wait are answered together.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import chain, islice
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from tokenizers import Encoding
 
 from wedlm.model.tokenizer import Tokenizer
 from wedlm.train.sources import Sample, SampleError
@@ -32,6 +38,17 @@ class _Span(NamedTuple):
     end: int
 
 
+class _Texts(NamedTuple):
+    """What an encoding needs to go on: an Encoding of each of these, in this order."""
+
+    texts: Sequence[str]
+    add_special_tokens: bool
+
+
+_T = TypeVar("_T")
+_Steps = Generator[_Texts, Any, _T]  # is sent a list[Encoding] for each _Texts, and None to start
+
+
 def encode_documents(
     sample: Sample, tokenizer: Tokenizer, *, num_end_tokens: int = DEFAULT_END_TOKENS, eos_token_id: int
 ) -> list[EncodedSample]:
@@ -40,15 +57,7 @@ def encode_documents(
     Such a template shows the model another history in every turn, so that no single sequence holds them all; each of
     those documents learns its last reply alone. Raises SampleError as ``encode`` does.
     """
-    try:
-        return [encode(sample, tokenizer, num_end_tokens=num_end_tokens, eos_token_id=eos_token_id)]
-    except TemplateRewritesError:
-        messages = sample.messages or ()
-        replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        return [
-            _encode_chat(sample.origin, messages[: reply + 1], [reply], tokenizer, num_end_tokens, eos_token_id)
-            for reply in replies
-        ]
+    return _alone(_documents(sample, tokenizer, num_end_tokens, eos_token_id), tokenizer)
 
 
 def encode(
@@ -62,22 +71,92 @@ def encode(
     ``eos_token_id`` is repeated until ``num_end_tokens`` (at least 1) end tokens stand there, so that rows past the end
     are trained, too. Raises SampleError naming file and line.
     """
+    return _alone(_one_document(sample, tokenizer, num_end_tokens, eos_token_id), tokenizer)
+
+
+def encode_batch(
+    samples: Sequence[Sample], tokenizer: Tokenizer, *, num_end_tokens: int = DEFAULT_END_TOKENS, eos_token_id: int
+) -> list[list[EncodedSample] | ValueError]:
+    """``encode_documents`` of each sample, or what that raises, on the cores that ``tokenizers`` may use.
+
+    What a sample asks for is tokenised with what the others ask for at that time. All of it is in memory at once: some
+    hundred bytes a token.
+    """
+    going = {
+        number: _documents(sample, tokenizer, num_end_tokens, eos_token_id) for number, sample in enumerate(samples)
+    }
+    results: dict[int, list[EncodedSample] | ValueError] = {}
+    given: dict[int, list[Encoding]] = {}
+    while going:
+        wanted: dict[int, _Texts] = {}
+        for number, steps in going.items():
+            try:
+                wanted[number] = steps.send(given.pop(number, None))
+            except StopIteration as end:
+                results[number] = end.value
+            except ValueError as error:
+                results[number] = error.with_traceback(None)  # whose frames would keep the batch in memory
+        going = {number: going[number] for number in wanted}
+        given = _encodings(tokenizer, wanted)
+    return [results[number] for number in range(len(samples))]
+
+
+def _encodings(tokenizer: Tokenizer, wanted: Mapping[int, _Texts]) -> dict[int, list[Encoding]]:
+    given: dict[int, list[Encoding]] = {}
+    for special in (False, True):
+        chosen = {number: one.texts for number, one in wanted.items() if one.add_special_tokens == special}
+        texts = list(chain.from_iterable(chosen.values()))
+        # "Fast" leaves out where in the text each token stands, which nobody asks for here.
+        encodings = iter(tokenizer.backend.encode_batch_fast(texts, add_special_tokens=special))
+        given |= {number: list(islice(encodings, len(some))) for number, some in chosen.items()}
+    return given
+
+
+def _alone(steps: _Steps[_T], tokenizer: Tokenizer) -> _T:
+    given: list[Encoding] | None = None
+    while True:
+        try:
+            texts, special = steps.send(given)
+        except StopIteration as end:
+            return end.value
+        given = [tokenizer.backend.encode(text, add_special_tokens=special) for text in texts]
+
+
+def _documents(
+    sample: Sample, tokenizer: Tokenizer, num_end_tokens: int, eos_token_id: int
+) -> _Steps[list[EncodedSample]]:
+    try:
+        return [(yield from _one_document(sample, tokenizer, num_end_tokens, eos_token_id))]
+    except TemplateRewritesError:
+        messages = sample.messages or ()
+        replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    documents = []
+    for reply in replies:
+        messages_so_far = messages[: reply + 1]
+        steps = _encode_chat(sample.origin, messages_so_far, [reply], tokenizer, num_end_tokens, eos_token_id)
+        documents.append((yield from steps))
+    return documents
+
+
+def _one_document(
+    sample: Sample, tokenizer: Tokenizer, num_end_tokens: int, eos_token_id: int
+) -> _Steps[EncodedSample]:
     if num_end_tokens < 1:
         raise ValueError(f"num_end_tokens is {num_end_tokens}; expected at least 1")
     if not 0 <= eos_token_id < tokenizer.vocab_size:
         raise ValueError(f"eos_token_id is {eos_token_id}; expected an id from 0 to {tokenizer.vocab_size - 1}")
     if sample.messages is None:
         assert sample.text is not None, "a sample has messages or text"
-        return _encode_text(sample.text, tokenizer, eos_token_id)
+        return (yield from _encode_text(sample.text, eos_token_id))
     last = max(number for number, message in enumerate(sample.messages) if message["role"] == "assistant")
     messages = sample.messages[: last + 1]
     replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    return _encode_chat(sample.origin, messages, replies, tokenizer, num_end_tokens, eos_token_id)
+    return (yield from _encode_chat(sample.origin, messages, replies, tokenizer, num_end_tokens, eos_token_id))
 
 
-def _encode_text(text: str, tokenizer: Tokenizer, eos_token_id: int) -> EncodedSample:
-    encoding = tokenizer.backend.encode(text, add_special_tokens=True)
-    tokens = list(encoding.ids)
+def _encode_text(text: str, eos_token_id: int) -> _Steps[EncodedSample]:
+    (encoding,) = yield _Texts([text], add_special_tokens=True)
+    tokens = encoding.ids
     trainable = [not added for added in encoding.special_tokens_mask]
     if tokens and tokens[-1] == eos_token_id and not trainable[-1]:  # a post-processor that adds the end itself
         tokens, trainable = tokens[:-1], trainable[:-1]
@@ -91,11 +170,11 @@ def _encode_chat(
     tokenizer: Tokenizer,
     num_end_tokens: int,
     eos_token_id: int,
-) -> EncodedSample:
+) -> _Steps[EncodedSample]:
     """``messages`` end with a reply; ``replies`` are the indices of those to learn, the last message's included."""
     text, spans = _render(origin, messages, replies, tokenizer)
     borders = [border for span in spans for border in span]
-    lengths = _token_borders(tokenizer, text, borders)
+    lengths = yield from _token_borders(text, borders)
     tokens = lengths.tokens
     trainable = [False] * len(tokens)
     ends = tokenizer.special_ids | {eos_token_id}
@@ -151,14 +230,11 @@ class _Tokenised(NamedTuple):
     borders: list[int]  # number of tokens before each border
 
 
-def _token_borders(tokenizer: Tokenizer, text: str, borders: Sequence[int]) -> _Tokenised:
+def _token_borders(text: str, borders: Sequence[int]) -> _Steps[_Tokenised]:
     """Tokens of ``text`` up to its last border, such that no token crosses one of the ``borders`` (in characters)."""
-
-    def ids(start: int, end: int) -> list[int]:
-        return tokenizer.encode(text[start:end], add_special_tokens=False)
-
-    whole = ids(0, borders[-1])
-    pieces = [ids(start, end) for start, end in zip([0, *borders], borders, strict=False)]
+    parts = [text[start:end] for start, end in zip([0, *borders], borders, strict=False)]
+    encodings = yield _Texts([text[: borders[-1]], *parts], add_special_tokens=False)
+    whole, *pieces = [encoding.ids for encoding in encodings]
     joined = [token for piece in pieces for token in piece]
     if joined == whole:
         return _Tokenised(joined, [int(length) for length in np.cumsum([len(piece) for piece in pieces])])
@@ -168,7 +244,9 @@ def _token_borders(tokenizer: Tokenizer, text: str, borders: Sequence[int]) -> _
     tokens: list[int] = []
     lengths = []
     for piece, border in zip(pieces, borders, strict=True):
-        longer = ids(0, border)
+        # One at a time: of a long conversation, all of them together would be many times as long as it is.
+        (encoding,) = yield _Texts([text[:border]], add_special_tokens=False)
+        longer = encoding.ids
         tokens = longer if longer[: len(tokens)] == tokens else tokens + piece
         lengths.append(len(tokens))
     return _Tokenised(tokens, lengths)

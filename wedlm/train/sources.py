@@ -6,7 +6,7 @@ import json
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -32,6 +32,10 @@ class Sample:
     line: int  # from 1
     messages: tuple[dict[str, str], ...] | None = None
     text: str | None = None
+
+    @property
+    def characters(self) -> int:
+        return len(self.text or "") + sum(len(message["content"]) for message in self.messages or ())
 
     @property
     def origin(self) -> str:
@@ -63,6 +67,29 @@ def read_samples(path: str | Path, *, skip_bad: bool, refused: Counter[str] | No
         yield sample
     if not found:
         raise ValueError(f"{path} has no usable sample; expected at least one line that is {_SHAPES}")
+
+
+def in_batches(samples: Iterable[Sample], characters: int) -> Iterator[list[Sample]]:
+    """Lists of samples in their order, each ending with the one that brings it to ``characters``; the last is shorter.
+
+    A ValueError of ``samples`` comes after a list of those read before it: their own faults are to be told first.
+    """
+    batch: list[Sample] = []
+    size = 0
+    fault: ValueError | None = None
+    try:
+        for sample in samples:
+            batch.append(sample)
+            size += sample.characters
+            if size >= characters:
+                yield batch
+                batch, size = [], 0
+    except ValueError as error:
+        fault = error
+    if batch:
+        yield batch
+    if fault is not None:
+        raise fault
 
 
 def check_source_path(path: Path) -> None:
