@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.reorder import leading_run
@@ -85,6 +86,12 @@ class WindowState:
             filled=torch.zeros(shape, dtype=torch.bool, device=device),
             logprobs=torch.zeros(shape, dtype=torch.float32, device=device),
         )
+
+    def widened(self, capacity: int) -> "WindowState":
+        """The same windows with room for more columns."""
+        more = (0, capacity - self.tokens.shape[1])
+        wider = {name: F.pad(getattr(self, name), more) for name in ("tokens", "filled", "logprobs")}
+        return replace(self, **wider)
 
     def take(self, index: Int[Tensor, " N"]) -> "WindowState":
         """The windows at ``index``, in that order."""

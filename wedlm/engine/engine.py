@@ -46,10 +46,9 @@ class Engine:
 
     def __init__(self, config: EngineConfig, runner: Runner, pool: PagePool, tokenizer: Decoder | None) -> None:
         self.config, self.runner, self.pool, self.tokenizer = config, runner, pool, tokenizer
-        limits = config.max_num_seqs, config.max_num_batched_tokens
         self._chunk_step_ratio = math.inf if config.chunk_step_ratio is None else config.chunk_step_ratio
         paced = self._chunk_rows if self._chunk_step_ratio < math.inf else None
-        self.scheduler = Scheduler(pool, *limits, runner.suspend, paced)
+        self.scheduler = Scheduler(pool, config.max_num_seqs, config.max_num_batched_tokens, runner.suspend, paced)
         self.requests: dict[str, Request] = {}
         self._arrivals = 0
         self._flight: tuple[StepPlan, Flight] | None = None  # a launched step that nobody has read
@@ -73,9 +72,8 @@ class Engine:
             raise ValueError("stop is set but the engine has no tokenizer; expected stop_token_ids instead")
         max_tokens = min(params.max_tokens, self.config.max_model_len - len(prompt))
         decode = self._decode_params(prompt, params)
-        config = self.config
         constraint = constraint_of(
-            params, decode.end_token_ids, config.mask_token_id, config.vocab_size, self.tokenizer
+            params, decode.end_token_ids, self.config.mask_token_id, self.config.vocab_size, self.tokenizer
         )
         request = Request(
             request_id=request_id,
@@ -212,7 +210,7 @@ class Engine:
                 self.pacing.observe(rows, chunk_rows, now - last)
             if self.auto is not None and not chunk_rows:
                 self.auto.observe_time(len(decoded), rows, now - last)
-        outcomes: Counter[tuple[int, int, int]] = Counter()  # of a large batch's windows, most are the same
+        outcomes: Counter[tuple[int, int, int]] = Counter()  # most windows of a large batch have the same
         for work, result in zip(plan.work, results, strict=True):
             request = work.request
             if result is None or not request.decode.adapts:
@@ -225,10 +223,9 @@ class Engine:
                 outcomes[drafts, accepted, request.longest_draft] += 1
                 budget = min(plan.row_budget, request.decode.row_budget)
                 request.longest_draft = longest_draft(result.num_rows, drafts, accepted, budget)
-        if outcomes:
+        for outcome, count in outcomes.items():
             assert self.auto is not None
-            for outcome, count in outcomes.items():
-                self.auto.observe(*outcome, len(decoded), count)
+            self.auto.observe(*outcome, len(decoded), count)
 
     def _take(self, plan: StepPlan, results: Sequence[WindowResult | None]) -> list[Request]:
         """Deliver a step's results to the requests that still run."""
@@ -259,9 +256,7 @@ class Engine:
         constraint, step = request.constraint, request.num_forwards - 1
         for i, token in enumerate(result.tokens):
             if constraint is not None and not constraint.accept(token):
-                request.finish_reason = (
-                    "length"  # the grammar met its limits of work: the text is cut, but valid so far
-                )
+                request.finish_reason = "length"  # the grammar met its limits of work: cut, but valid so far
                 return
             request.tokens.append(token)
             request.logprobs.append(result.logprobs[i])

@@ -149,7 +149,7 @@ class GraphRunner(Runner):
 
     def launch(self, plan: StepPlan) -> GraphFlight:
         """Start the step and return at once."""
-        self._load_new(plan.work)
+        self._load(plan.work)
         if plan.row_budget != self._row_budget:
             self._row_budget = plan.row_budget
             self.slots.limit(plan.row_budget)
@@ -245,16 +245,17 @@ class GraphRunner(Runner):
         self._latest = graph
         return graph, results
 
-    def _load(self, requests: list[Request]) -> None:
-        super()._load(requests)
+    def _load(self, work: list[Work]) -> list[Request]:
+        new = super()._load(work)
         if self.state is not self.slots.state:  # a wider window came: captured steps hold the old tensors
             self.slots.state = self.state
             self.forget_graphs()
-        few = [request for request in requests if len(request.decode.end_token_ids) <= _MAX_ENDS]
+        few = [request for request in new if len(request.decode.end_token_ids) <= _MAX_ENDS]
         if few:
             params = BatchParams.stack([request.decode for request in few], torch.device("cpu"), _MAX_ENDS)
             put_rows([self._slots[request.request_id] for request in few], self.slots.params.pairs(params))
             self.slots.limit(self._row_budget)
+        return new
 
     def unload(self, request: Request) -> None:
         self._sent.pop(request.request_id, None)

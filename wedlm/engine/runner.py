@@ -63,21 +63,20 @@ class Runner:
         """A new one for the same model over ``cache``."""
         return Runner(self.model, cache, self.mask_token_id, len(self.state.width), self.plan_attention)
 
-    def _load(self, requests: list[Request]) -> None:
-        """Put the windows of requests that have no slot yet on the device."""
-        slots = [self._free_slots.pop() for _ in requests]
-        for request, slot in zip(requests, slots, strict=True):
+    def _load(self, work: list[Work]) -> list[Request]:
+        """Put the windows of requests that have no slot yet on the device; those requests."""
+        new = [one.request for one in work if one.request.request_id not in self._slots]
+        if not new:
+            return new
+        slots = [self._free_slots.pop() for _ in new]
+        for request, slot in zip(new, slots, strict=True):
             self._slots[request.request_id] = slot
             self._alternatives[request.request_id] = dict(request.window.alternatives)
         # No window reaches past the model's length, whatever size was asked for; the state stays that wide for all.
-        max_rows = max(min(request.decode.max_rows, request.decode.max_positions) for request in requests)
+        max_rows = max(min(request.decode.max_rows, request.decode.max_positions) for request in new)
         if max_rows > self.state.tokens.shape[1]:
-            columns = 1 << (max_rows - 1).bit_length()  # a power of two, as kernels like it
-            wider = WindowState.empty(len(self.state.width), columns, self.device)
-            for old, new in ((getattr(self.state, n), getattr(wider, n)) for n in ("tokens", "filled", "logprobs")):
-                new[:, : old.shape[1]] = old
-            self.state = replace(wider, cached=self.state.cached, width=self.state.width)
-        windows = [request.window for request in requests]
+            self.state = self.state.widened(1 << (max_rows - 1).bit_length())  # a power of two, as kernels like it
+        windows = [request.window for request in new]
         rest = [[0] * (self.state.tokens.shape[1] - len(window.tokens)) for window in windows]
         both = list(zip(windows, rest, strict=True))
         put_rows(slots, [
@@ -87,11 +86,7 @@ class Runner:
             (self.state.filled, torch.tensor([[*(t is not None for t in w.tokens), *none] for w, none in both])),
             (self.state.logprobs, torch.tensor([[*w.logprobs, *none] for w, none in both])),
         ])  # fmt: skip
-
-    def _load_new(self, work: list[Work]) -> None:
-        new = [one.request for one in work if one.request.request_id not in self._slots]
-        if new:
-            self._load(new)
+        return new
 
     def unload(self, request: Request) -> None:
         """Free the request's slot, if it has one."""
@@ -149,7 +144,7 @@ class Runner:
         """One forward; a result per work of the plan, None for chunks."""
         windows = [work for work in plan.work if work.decodes]
         chunks = plan.work[len(windows) :]
-        self._load_new(windows)
+        self._load(windows)
         if not windows:
             self._forward([], chunks, None)
             return [None] * len(chunks)
