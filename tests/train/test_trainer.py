@@ -132,7 +132,7 @@ def test_a_full_disk_at_the_end_leaves_a_checkpoint_that_is_finished_later(parts
         def fails(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(model_checkpoint, "save_file", fails)
+        monkeypatch.setattr(model_checkpoint, "save_shared", fails)
         with pytest.raises(ValueError, match=r"final cannot be written .*; the last checkpoint is complete"):
             train(base, data, output)
         assert latest_checkpoint(output).name == "checkpoint-000006"
