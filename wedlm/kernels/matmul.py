@@ -31,14 +31,20 @@ class Tiling:
     rows: int = 64
 
 
-def tiling_for(size: int, depth: int) -> Tiling:
-    """Measured on an H200 (docs/log.md, 2026-11-23): as many parts as it takes to keep 128 processors reading."""
+def tiling_for(size: int, depth: int, eight_bits: bool = False) -> Tiling:
+    """Measured on an H200 (docs/log.md, 2026-11-23): as many parts as it takes to keep 128 processors reading.
+
+    Eight bits: by two warps the tensor core takes two instructions for one, but needs no tile in another order; that of
+    four warps reads it two bytes at a time. Not measured yet (docs/log.md, 2026-11-27).
+    """
     tiles = triton.cdiv(size, 64)
     if tiles >= 128:
-        return Tiling(64, 128, 1, stages=4 if tiles >= 1024 else 3)
+        return Tiling(64, 128, 1, stages=4 if tiles >= 1024 else 3, warps=2 if eight_bits else 4)
     splits = 2
-    while tiles * splits < 128 and splits < 8 and depth >= 256 * splits:
+    while tiles * splits < (256 if eight_bits else 128) and splits < 8 and depth >= 256 * splits:
         splits *= 2
+    if eight_bits:
+        return Tiling(64, 128, splits, stages=4, warps=2)
     return Tiling(64, 128 if tiles <= 64 else 64, splits, stages=6)
 
 

@@ -30,18 +30,18 @@ class FusedAttend(Protocol):
 
 
 class FusedTransformer:
-    """Runs a packed ``Transformer``. ``tiling(N, K)`` chooses for products of few rows, None: the library's product.
+    """Runs a packed ``Transformer``. ``tiling(N, K, eight_bits)`` chooses for few rows; None: the library's product.
 
     By default 16-bit weights go through our kernel: as fast or faster at few rows, and its sums do not depend on how
     many rows there are.
     """
 
-    def __init__(self, model: Transformer, tiling: Callable[[int, int], Tiling | None] | None = None) -> None:
+    def __init__(self, model: Transformer, tiling: Callable[[int, int, bool], Tiling | None] | None = None) -> None:
         assert is_packed(model), "expected a model after pack_for_inference"
         self.model = model
         self.has_factors = has_factors(model)  # for masked rows
         half = model.model.embed_tokens.weight.dtype.itemsize == 2
-        self.tiling = tiling or (tiling_for if half else lambda size, depth: None)
+        self.tiling = tiling or (tiling_for if half else lambda *_: None)
         self.layers = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
         config = model.config
         self.eps = config.rms_norm_eps
@@ -101,10 +101,10 @@ class FusedTransformer:
         return x, masked[:, None].to(x.dtype)
 
     def _tiling(self, x: Tensor, linear: nn.Module) -> Tiling | None:
-        most = MAX_ROWS if scale_of(linear) is None else MAX_SCALED_ROWS
-        if len(x) > most or linear.bias is not None:
+        eight_bits = scale_of(linear) is not None
+        if len(x) > (MAX_SCALED_ROWS if eight_bits else MAX_ROWS) or linear.bias is not None:
             return None
-        return self.tiling(*_weight(linear).shape)
+        return self.tiling(*_weight(linear).shape, eight_bits)
 
     def _product(self, x: Tensor, linear: nn.Module, masked: Tensor | None, splits: bool = True) -> Tensor:
         """[T, N], or partial sums [P, T, N] where allowed. ``masked``: the column of ``_masked``."""
