@@ -19,7 +19,9 @@ COSTS = StepCosts(GPU, padded=True)
 BESIDE_WINDOWS, BESIDE_CHUNKS = 0.3e-3, 0.4e-3  # seconds of a step besides its forward
 
 
-def serve(monkeypatch, ratio: float, decoding: str, gap: float, num_requests: int = 24) -> tuple[list[float], float]:
+def serve(
+    monkeypatch, ratio: float, decoding: str, gap: float, num_requests: int = 24, streamed: bool = True
+) -> tuple[list[float], float]:
     """(seconds between the deliveries of a request while it decodes, seconds in all)."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
@@ -47,6 +49,7 @@ def serve(monkeypatch, ratio: float, decoding: str, gap: float, num_requests: in
             prompt = [rng.randrange(12) for _ in range(rng.randint(100, 1000))]
             params = SamplingParams(decoding=decoding, max_tokens=60, wedlm_window_size=4, seed=0)
             done.append(engine.add(str(len(done)), prompt, params))
+            done[-1].streamed = streamed
         for request in engine.step():
             if request.request_id in last:
                 gaps.append(clock.now - last[request.request_id])
@@ -68,6 +71,14 @@ def test_tokens_keep_coming_while_prompts_arrive(monkeypatch, decoding):
     assert p99(gaps) <= 2 * statistics.median(gaps)
     assert p99(others) > 3 * statistics.median(others)  # what the pacing is for
     assert seconds < 1.05 * unpaced
+
+
+def test_a_batch_that_nobody_reads_before_its_end_is_not_paced(monkeypatch):
+    paced, unpaced, unread = (
+        serve(monkeypatch, ratio, "autoregressive", gap=0.0, num_requests=16, streamed=streamed)[1]
+        for ratio, streamed in ((1.8, True), (float("inf"), True), (1.8, False))
+    )
+    assert unread == unpaced < 0.97 * paced
 
 
 def test_chunk_rows():

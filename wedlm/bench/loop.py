@@ -67,12 +67,14 @@ class Loop:
         row."""
         self.engine.pool.forget()
         waiting, running = list(arrivals), {}  # type: ignore[var-annotated]
+        streamed = any(one.at_s for one in arrivals)  # all at once: only their end counts
         done: list[tuple[Request, Delivered]] = []
         start = now = time.perf_counter()
         while waiting or running:
             while waiting and waiting[0].at_s <= now - start:
                 one = waiting.pop(0)
                 request = self._add(one.prompt, replace(params, max_tokens=one.max_tokens))
+                request.streamed = streamed
                 running[request.request_id] = (request, Delivered(start + one.at_s))
             if not running:
                 time.sleep(max(0.0, start + waiting[0].at_s - now))

@@ -41,8 +41,8 @@ class LLM:
     as they load, or of one that `wedlm train` made for masked rows, which stays beside them; for another adapter make
     another LLM. cuda_graphs: steps on our kernels, as CUDA graphs; default: wherever that works; False: plain torch
     operations. capture_chunks: where steps are CUDA graphs, those with prompt chunks, too. chunk_step_ratio: prompt
-    chunks are cut so that a step with some should take at most about so many times what its windows alone take; inf: no
-    limit; default: 1.8 where such steps are CUDA graphs, elsewhere inf.
+    chunks are cut so that a step with some should take at most about so many times what its windows alone take, where
+    a stream is among them; inf: no limit; default: 1.8 where such steps are CUDA graphs, elsewhere inf.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class LLM:
         try:
             for index, (prompt, one) in enumerate(zip(prompt_list, param_list, strict=True)):
                 try:
-                    requests[index] = self._add(prompt, one)
+                    requests[index] = self._add(prompt, one, streamed=False)
                 except ValueError as error:
                     outputs[index] = GenerationOutput("", [], None, "error", error=str(error))
             if outputs and not requests:
@@ -200,7 +200,7 @@ class LLM:
         finally:
             self._abort([request])
 
-    def _add(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _add(self, prompt: Prompt, params: SamplingParams, streamed: bool = True) -> Request:
         if not isinstance(prompt, str | list):
             raise ValueError(f"the prompt is {prompt!r}; expected a string or a list of token ids")
         warning = self.window_warning(params)
@@ -208,7 +208,9 @@ class LLM:
             warnings.warn(warning, stacklevel=3)
         ids = self._encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
         with self._engine_alone():
-            return self.engine.add(f"request-{next(self._ids)}", ids, params)
+            request = self.engine.add(f"request-{next(self._ids)}", ids, params)
+            request.streamed = streamed
+            return request
 
     def window_warning(self, params: SamplingParams) -> str | None:
         """A sentence if these parameters' window meets distances that the checkpoint was not trained for."""

@@ -112,7 +112,9 @@ class Scheduler:
         if self._chunk_rows is None:
             return self.max_num_batched_tokens
         windows = [r for r in self.running if _start(r, unread.get(r.request_id)) >= r.window.cached]
-        if not windows or (len(windows) == len(self.running) and not self.waiting):
+        if not any(request.streamed for request in windows):
+            return self.max_num_batched_tokens
+        if len(windows) == len(self.running) and not self.waiting:
             return self.max_num_batched_tokens
         return self._chunk_rows(sum(_max_rows(request) for request in windows))
 

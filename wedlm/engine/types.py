@@ -67,6 +67,7 @@ class Request:
     first_token_time: float | None = None
     finish_reason: FinishReason | None = None
     watched: bool = False  # somebody looks at the window after each step
+    streamed: bool = True  # somebody reads the tokens as they come
     row_bound: int | None = None  # most rows of the next step, where the engine has lowered them
     longest_draft: int = 0  # drafts that the next step could have, by what the last one left it
 
