@@ -47,6 +47,18 @@ def test_request_ids_and_logs(running, caplog):
     assert "secret prompt" not in "".join(lines)
 
 
+def test_the_engine_knows_which_answers_are_read_as_they_come(running, monkeypatch):
+    engine = running.service.llm.engine
+    seen: list[bool] = []
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: seen.extend(r.streamed for r in engine.requests.values()) or step())
+    for stream in (True, False):
+        seen.clear()
+        assert running.post(TEXT, {"prompt": "abc", "max_tokens": 4, "stream": stream}).status_code == 200
+        running.settled()
+        assert set(seen) == {stream}
+
+
 def test_a_bug_of_ours_tells_nothing(running, monkeypatch, caplog):
     monkeypatch.setattr(running.service, "_room", lambda prompt: 1 / 0)
     body = {"messages": [{"role": "user", "content": "x"}]}

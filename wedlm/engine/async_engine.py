@@ -75,8 +75,11 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="wedlm-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, sequences: Sequence[tuple[list[int], SamplingParams]], watch: bool = False) -> Ticket:
+    def submit(
+        self, sequences: Sequence[tuple[list[int], SamplingParams]], watch: bool = False, streamed: bool = True
+    ) -> Ticket:
         """Queue sequences (prompt ids and parameters), all or none. ``watch``: pieces carry windows, one per step.
+        ``streamed``: somebody reads the tokens as they come.
 
         EngineStopped if the engine has stopped; what is wrong with a sequence comes from ``Ticket.accepted``.
         """
@@ -85,7 +88,7 @@ class AsyncEngine:
         names = [f"request-{next(self._ids)}" for _ in sequences]
         ticket = Ticket(names, lambda: self._command(partial(self._abort, ticket)), self._closed)
         self.num_open += ticket.num_open
-        self._command(partial(self._add, ticket, list(sequences), watch))
+        self._command(partial(self._add, ticket, list(sequences), watch, streamed))
         return ticket
 
     async def stop(self, timeout_s: float = 10.0) -> None:
@@ -145,11 +148,13 @@ class AsyncEngine:
             command()
             wait = False
 
-    def _add(self, ticket: Ticket, sequences: list[tuple[list[int], SamplingParams]], watch: bool) -> None:
+    def _add(
+        self, ticket: Ticket, sequences: list[tuple[list[int], SamplingParams]], watch: bool, streamed: bool
+    ) -> None:
         try:
             for index, (request_id, sequence) in enumerate(zip(ticket.request_ids, sequences, strict=True)):
                 request = self.engine.add(request_id, *sequence)
-                request.watched = watch
+                request.watched, request.streamed = watch, streamed
                 self._live[request_id] = _Live(request, ticket, index)
         except ValueError as error:
             self._forget(ticket)

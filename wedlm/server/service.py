@@ -108,7 +108,7 @@ class Service:
         """Run a job. ApiError where the engine refuses or fails it before the answer has begun."""
         self._admit(job.model, len(job.sequences))  # once more: the prompts took time
         try:
-            ticket = self.engine.submit(job.sequences, job.watches)
+            ticket = self.engine.submit(job.sequences, job.watches, job.streams)
         except EngineStopped as error:
             raise _failure(error) from error
         request.scope["wedlm.log"] |= {"id": job.id, "prompt_tokens": job.num_prompt_tokens}
