@@ -269,3 +269,18 @@ def test_max_tokens_never_changes_what_comes_before(llm):
         outputs = llm.generate(["abc"] * 4, params)
         for output, one in zip(outputs, params, strict=True):
             assert output.token_ids == outputs[-1].token_ids[: one.max_tokens]
+
+
+def test_the_engine_knows_who_reads_along(llm, monkeypatch):
+    seen: list[tuple[str, bool]] = []
+    step = llm.engine.step
+
+    def noted():
+        seen.extend((request.request_id, request.streamed) for request in llm.engine.requests.values())
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", noted)
+    stream = llm.generate_stream("Hello", SHORT)
+    llm.generate(["abc", "def"], SHORT)
+    assert list(dict(seen).values()) == [True, False, False]
+    stream.close()

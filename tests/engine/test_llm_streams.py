@@ -73,20 +73,6 @@ def test_an_impossible_stream_fails_at_once(llm):
     check_empty(llm)
 
 
-def test_the_engine_knows_who_reads_along(llm, monkeypatch):
-    seen: list[tuple[str, bool]] = []
-    step = llm.engine.step
-    monkeypatch.setattr(
-        llm.engine,
-        "step",
-        lambda: seen.extend((r.request_id, r.streamed) for r in llm.engine.requests.values()) or step(),
-    )
-    stream = llm.generate_stream("Hello", SHORT)
-    llm.generate(["abc", "def"], SHORT)
-    assert dict(seen) == {"request-0": True, "request-1": False, "request-2": False}
-    stream.close()
-
-
 @pytest.mark.parametrize("num_read", [0, 1, 3])
 def test_closing_a_stream_frees_everything(llm, num_read):
     expected = alone(llm, "abc", SHORT).text
