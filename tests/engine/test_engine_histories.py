@@ -94,7 +94,7 @@ def run_histories(seeds: range) -> dict[str, int]:
 
 
 def test_histories():
-    run_histories(range(30))
+    run_histories(range(60))
 
 
 @pytest.mark.long
