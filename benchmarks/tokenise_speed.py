@@ -20,6 +20,7 @@ import numpy as np
 from wedlm.model import load_tokenizer
 from wedlm.train.encode import EncodedSample, encode_batch, encode_documents
 from wedlm.train.sources import in_batches, read_samples
+from wedlm.train.token_cache import BATCH_CHARACTERS
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True, help="files that `wedlm train` reads")
     parser.add_argument("--samples", type=int, nargs="+", help="of each file, its first ones; default: all")
     parser.add_argument("--eos-token-id", type=int, default=2)
-    parser.add_argument("--batch-characters", type=int, default=1 << 21)
+    parser.add_argument("--batch-characters", type=int, default=BATCH_CHARACTERS)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
 

@@ -63,7 +63,7 @@ def test_batches_give_the_same_files_as_one_sample_after_the_other(tmp_path, pat
     paths.append(write_lines(tmp_path / "odd.jsonl", *odd, *CHATS[:5], odd[0]))
     tokenizer = chat_tokenizer(THINKING)
     seen = [], []
-    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", characters)
+    monkeypatch.setattr(token_cache, "BATCH_CHARACTERS", characters)
     batched = build(paths, tmp_path / "a", tokenizer, skip_bad=True, progress=lambda *line: seen[0].append(line)).cache
     with pytest.raises(ValueError, match=r"odd\.jsonl line 2: not valid JSON"):
         build(paths, tmp_path / "a", tokenizer)

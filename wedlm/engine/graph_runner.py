@@ -57,8 +57,8 @@ class GraphFlight:
     def read(self) -> list[WindowResult | None]:
         if self._landing.done is not None:
             self._landing.done.synchronize()
+        self._landings.append(self._landing)  # nobody lands there before this has returned
         if not self.num_windows:
-            self._landings.append(self._landing)
             return [None] * self.num_chunks
         numbers = self._landing.numbers[: self.num_windows]
         figures = numbers[:, :4].T.tolist()
@@ -70,7 +70,6 @@ class GraphFlight:
             WindowResult(tokens[at : at + count], logprobs[at : at + count], (), rows, cached, drafts)
             for at, count, rows, cached, drafts in zip(range(0, len(tokens), widest), *figures, strict=True)
         ]
-        self._landings.append(self._landing)
         return [*results, *[None] * self.num_chunks]
 
 

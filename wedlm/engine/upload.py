@@ -14,11 +14,9 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 def put_rows(rows: list[int], values: list[tuple[Tensor, Tensor]]) -> None:
     """Write each second tensor [n, ...], on the host, to the n ``rows`` of the first, all in one copy."""
-    sources = [(torch.empty(0), torch.tensor(rows)), *values]  # the rows' numbers travel first
+    columns = [torch.tensor(rows), *(value for _, value in values)]
     # Integers and booleans as they are, floats as the bits of a double.
-    bits = [
-        (v.double().view(torch.long) if v.is_floating_point() else v.long()).view(len(rows), -1) for _, v in sources
-    ]
+    bits = [(v.double().view(torch.long) if v.is_floating_point() else v.long()).view(len(rows), -1) for v in columns]
     sent = upload(torch.cat(bits, dim=1), values[0][0].device)
     index, *parts = sent.split([part.shape[1] for part in bits], dim=1)
     for (target, value), own in zip(values, parts, strict=True):

@@ -38,13 +38,14 @@ def tiling_for(size: int, depth: int, eight_bits: bool = False) -> Tiling:
     four warps reads it two bytes at a time. Not measured yet (docs/log.md, 2026-11-27).
     """
     tiles = triton.cdiv(size, 64)
+    warps, programs = (2, 256) if eight_bits else (4, 128)
     if tiles >= 128:
-        return Tiling(64, 128, 1, stages=4 if tiles >= 1024 else 3, warps=2 if eight_bits else 4)
+        return Tiling(64, 128, 1, stages=4 if tiles >= 1024 else 3, warps=warps)
     splits = 2
-    while tiles * splits < (256 if eight_bits else 128) and splits < 8 and depth >= 256 * splits:
+    while tiles * splits < programs and splits < 8 and depth >= 256 * splits:
         splits *= 2
     if eight_bits:
-        return Tiling(64, 128, splits, stages=4, warps=2)
+        return Tiling(64, 128, splits, stages=4, warps=warps)
     return Tiling(64, 128 if tiles <= 64 else 64, splits, stages=6)
 
 

@@ -21,7 +21,7 @@ from wedlm.train.sources import SampleError, check_source_path, in_batches, read
 
 FORMAT = 1
 _BUFFER_TOKENS = 1 << 20  # tokens that a builder holds before it writes them
-_BATCH_CHARACTERS = 1 << 21  # of samples that are tokenised together: enough for many cores, some 200 MB in memory
+BATCH_CHARACTERS = 1 << 21  # of samples that are tokenised together: enough for many cores, some 200 MB in memory
 _TOKENS, _TRAINABLE, _DOCUMENTS, _USES, _META = "tokens.bin", "trainable.bin", "documents.bin", "uses.bin", "meta.json"
 _END, _SOURCE, _LINE, _NUM_TRAINABLE = range(4)  # columns of documents.bin
 
@@ -176,7 +176,7 @@ class _Recipe:
     def samples(self, path: str, refused: Counter[str]) -> Iterator[tuple[int, list[EncodedSample]]]:
         """Each usable sample of a file: its line and its documents."""
         options = {"num_end_tokens": self.num_end_tokens, "eos_token_id": self.eos_token_id}
-        for batch in in_batches(read_samples(path, skip_bad=self.skip_bad, refused=refused), _BATCH_CHARACTERS):
+        for batch in in_batches(read_samples(path, skip_bad=self.skip_bad, refused=refused), BATCH_CHARACTERS):
             for sample, documents in zip(batch, encode_batch(batch, self.tokenizer, **options), strict=True):
                 if not isinstance(documents, ValueError):
                     yield sample.line, documents
