@@ -90,8 +90,10 @@ def test_chunks_change_nothing(rows, chunk, sure, anchors):
     target = torch.randint(0, VOCAB, (rows,), generator=generator)
     target[::2] = (hidden @ projection.T).argmax(dim=-1)[::2]  # half of the rows are right
     coefficient, certainty = torch.rand(2, rows, generator=generator)
-    other = torch.randn(rows, WIDTH, generator=generator)
-    extra = certainty if sure else None, Anchor(other, torch.arange(rows) % 3 == 0) if anchors else None
+    # The other model is wider.
+    other, its_projection = (torch.randn(n, WIDTH + 3, generator=generator) for n in (rows, VOCAB))
+    anchor = Anchor(other, its_projection, torch.arange(rows) % 3 == 0)
+    extra = certainty if sure else None, anchor if anchors else None
     results = [
         plain_losses(hidden, projection, target, coefficient, *extra),
         chunked_losses(hidden, projection, target, coefficient, *extra, chunk=chunk),
@@ -112,7 +114,8 @@ def test_compiling_the_softmax_changes_nothing():
     projection = torch.randn(VOCAB, WIDTH, generator=generator).to(device).requires_grad_()
     target, coefficient = torch.randint(0, VOCAB, (40,), generator=generator).to(device), torch.rand(40).to(device)
     target[::2] = (hidden @ projection.T).argmax(dim=-1)[::2]
-    anchor = Anchor(torch.randn(40, WIDTH, device=device), torch.arange(40, device=device) % 3 == 0)
+    other, its_projection = (torch.randn(n, WIDTH + 3, device=device) for n in (40, VOCAB))
+    anchor = Anchor(other, its_projection, torch.arange(40, device=device) % 3 == 0)
     extra = coefficient, anchor
     found = chunked_losses(hidden, projection, target, coefficient, *extra, chunk=16, compiled=True)
     expected = plain_losses(hidden, projection, target, coefficient, *extra)
@@ -159,7 +162,7 @@ def test_certainty_is_asked_of_right_rows_alone():
 def test_an_anchored_row_rests_at_the_other_models_distribution():
     hidden = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(6)).requires_grad_()
     projection, one = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(7)), torch.ones(3)
-    same = Anchor(hidden.detach().clone(), torch.tensor([True, True, False]))
+    same = Anchor(hidden.detach().clone(), projection, torch.tensor([True, True, False]))
     losses = plain_losses(hidden, projection, torch.arange(3), one, anchor=same)
     losses.loss.backward()
     assert hidden.grad[:2].abs().max() < 1e-5 < hidden.grad[2].abs().max()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain text anchored to the base model's distributions, and a LoRA that goes on from another one."""
+"""Plain text anchored to another model's distributions, and a LoRA that goes on from another one."""
 
 import json
 
@@ -42,22 +42,62 @@ def test_text_rows_are_those_of_texts(base, data, tmp_path):
         assert not set(documents[batch.is_text].tolist()) & set(documents[batch.is_ar & ~batch.is_text].tolist())
 
 
+def largest_gradient_of_text(config):
+    """Of a first step's layers, when only text pulls."""
+    trainer = Trainer(config)
+    rows = trainer.data.rows_in_epoch(0)
+    indices = range(rows)
+    batch = collate_rows([trainer.data.row(i) for i in indices], indices, config, trainer.setup.mask_token_id)
+    batch = batch.to(trainer.device, LossTotals(1.0, 1.0), 1.0)
+    only_text = batch.coefficient * batch.is_text
+    object.__setattr__(batch, "coefficient", only_text)
+    trainer.model(batch).loss.backward()
+    found = [p.grad.abs().max() for p in trainer.model.transformer.model.layers.parameters() if p.grad is not None]
+    return float(torch.stack(found).max())
+
+
 def test_anchored_text_has_no_gradient_where_training_begins(base, data, tmp_path):
     """A new LoRA changes nothing, so the base's distribution is the model's own: only chats and masks pull."""
-    gradients = {}
-    for anchored in (False, True):
-        config = config_of(base, data, tmp_path / f"run{anchored}", **LORA, anchor_text=anchored)
-        trainer = Trainer(config)
-        rows = trainer.data.rows_in_epoch(0)
-        indices = range(rows)
-        batch = collate_rows([trainer.data.row(i) for i in indices], indices, config, trainer.setup.mask_token_id)
-        batch = batch.to(trainer.device, LossTotals(1.0, 1.0), 1.0)
-        only_text = batch.coefficient * batch.is_text
-        object.__setattr__(batch, "coefficient", only_text)
-        trainer.model(batch).loss.backward()
-        found = [p.grad.abs().max() for name, p in trainer.model.named_parameters() if "lora_B" in name]
-        gradients[anchored] = float(torch.stack(found).max())
-    assert gradients[True] < 1e-4 * gradients[False]
+    plain, anchored = (
+        largest_gradient_of_text(config_of(base, data, tmp_path / f"run{on}", **LORA, anchor_text=on))
+        for on in (False, True)
+    )
+    assert anchored < 1e-4 * plain
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 4}])
+def test_text_can_be_anchored_to_a_model_that_is_named(base, data, tmp_path, settings):
+    """To the base itself: no gradient, of all weights either. To another one: its text pulls."""
+    other = save_base(tmp_path / "other", mask_token_id=None, hidden_size=48)
+    gradients = [
+        largest_gradient_of_text(
+            config_of(base, data, tmp_path / name, anchor_text=True, anchor_model=str(path), **settings)
+        )
+        for name, path in (("own", base), ("others", other))
+    ]
+    assert gradients[0] < 1e-3 * gradients[1]
+
+
+def test_the_anchor_is_neither_trained_nor_saved(base, data, tmp_path):
+    config = config_of(base, data, tmp_path / "run", **LORA, anchor_text=True, anchor_model=str(base))
+    trainer = Trainer(config)
+    before = {name: tensor.clone() for name, tensor in trainer.setup.anchor_model.state_dict().items()}
+    trainer.run()
+    assert all(torch.equal(before[name], t) for name, t in trainer.setup.anchor_model.state_dict().items())
+    without = Trainer(config_of(base, data, tmp_path / "without", **LORA))
+    assert trainer.model.state_dict().keys() == without.model.state_dict().keys()
+
+
+def test_an_anchor_of_another_vocabulary_is_refused(base, data, tmp_path):
+    other = save_base(tmp_path / "other", mask_token_id=None, vocab_size=300)
+    config = config_of(base, data, tmp_path / "run", anchor_text=True, anchor_model=str(other))
+    with pytest.raises(ValueError, match=r"anchor_model is .*, of 300 tokens and length \d+; expected \d+ tokens"):
+        Trainer(config)
+
+
+def test_an_anchor_without_use_is_refused(base, data, tmp_path):
+    with pytest.raises(ValueError, match=r"anchor_model is set; expected anchor_text true and an AR loss"):
+        config_of(base, data, tmp_path / "run", anchor_model=str(base))
 
 
 def test_an_anchored_run_trains_and_saves(base, data, tmp_path):

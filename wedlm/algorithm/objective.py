@@ -40,10 +40,11 @@ def row_coefficients(
 
 
 class Anchor(NamedTuple):
-    """Rows whose target is not a token but the distribution of another model, whose hidden states [N, C] are
-    ``hidden`` under the same projection: their CE is Σ -p_other · log p, their KL divergence up to a constant."""
+    """Rows whose target is not a token but the distribution of another model, whose hidden states are ``hidden`` and
+    whose output projection is ``projection``: their CE is Σ -p_other · log p, their KL divergence up to a constant."""
 
-    hidden: Float[Tensor, "N C"]
+    hidden: Float[Tensor, "N D"]
+    projection: Float[Tensor, "V D"]
     anchored: Bool[Tensor, " N"]
 
 
@@ -76,7 +77,7 @@ def plain_losses(
     log_probs = torch.log_softmax(logits, dim=-1)
     wanted = cross_entropy
     if anchor is not None:
-        other = torch.softmax((anchor.hidden @ projection.detach().T).float(), dim=-1)
+        other = torch.softmax((anchor.hidden @ anchor.projection.detach().T).float(), dim=-1)
         wanted = torch.where(anchor.anchored, -(other * log_probs).sum(dim=-1), cross_entropy)
     loss = wanted @ coefficient
     if certainty is not None:
@@ -126,12 +127,13 @@ class _ChunkedLosses(torch.autograd.Function):
         cross_entropy = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        other_weight = weight if anchor is None else anchor.projection.to(anchor.hidden.dtype)
         softmax = _compiled_softmax_losses() if compiled else _softmax_losses
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = hidden[part] @ weight.T
             sure = None if certainty is None else certainty[part]
-            other = None if anchor is None else anchor.hidden[part] @ weight.T
+            other = None if anchor is None else anchor.hidden[part] @ other_weight.T
             anchored = None if anchor is None else anchor.anchored[part]
             part_loss, cross_entropy[part], correct[part], logits_grad = softmax(
                 logits, target[part], coefficient[part], sure, other, anchored

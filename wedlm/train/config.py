@@ -100,7 +100,9 @@ class TrainConfig(_Strict):
     lora_init: str | None = None
     """Directory of an adapter of the same rank and targets, from whose factors training starts."""
     anchor_text: bool = False
-    """Plain text's AR targets are the base model's distributions instead of its tokens; needs a LoRA of all rows."""
+    """Plain text's AR targets are the distributions of anchor_model instead of its tokens."""
+    anchor_model: str | None = None
+    """A model of the same vocabulary; none is the base without its LoRA of all rows."""
     lora_targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     """Layers that get factors."""
     merge_lora: bool = True
@@ -198,9 +200,12 @@ class TrainConfig(_Strict):
     @model_validator(mode="after")
     def _needs_a_lora(self) -> Self:
         """Settings of a LoRA that acts on all rows."""
-        for name, on in (("anchor_text", self.anchor_text), ("lora_init", self.lora_init is not None)):
+        own_anchor = self.anchor_text and self.anchor_model is None
+        for name, on in (("anchor_text", own_anchor), ("lora_init", self.lora_init is not None)):
             if on and (not self.lora_rank or self.lora_rows == "masked"):
                 raise ValueError(f"{name} is set; expected a lora_rank above 0 and lora_rows all")
+        if self.anchor_model is not None and not (self.anchor_text and self.effective_ar_weight):
+            raise ValueError("anchor_model is set; expected anchor_text true and an AR loss")
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +33,8 @@ class TrainingModel(nn.Module):
     """The model with its objective inside, so that data-parallel wrappers see one forward from batch to loss.
 
     ``mask_embedding`` is the mask token's embedding as a parameter of its own, for runs that train no other embedding;
-    None where the embedding itself is trained. ``anchor_text``: AR targets of plain text are the distributions of the
-    model without its LoRA.
+    None where the embedding itself is trained. ``anchor_text``: AR targets of plain text are the distributions of
+    ``anchor_model``; of the model without its LoRA if that is None.
     """
 
     def __init__(
@@ -43,9 +44,12 @@ class TrainingModel(nn.Module):
         mask_token_id: int,
         own_mask_embedding: bool,
         anchor_text: bool = False,
+        anchor_model: Transformer | None = None,
     ) -> None:
         super().__init__()
         self.transformer, self.anchor_text = transformer, anchor_text
+        # In a tuple it is no module of this one: neither trained nor sharded nor saved.
+        self._anchor_model = (anchor_model,)
         self.backend, self.mask_token_id = backend, mask_token_id
         embedding = transformer.model.embed_tokens
         self.mask_embedding: nn.Parameter | None = None
@@ -64,11 +68,8 @@ class TrainingModel(nn.Module):
 
     def forward(self, batch: TrainBatch) -> StepLosses:
         attend = plan_training_attention(self.backend, batch.labels, batch.row_ranges)
-        anchor = None
-        if self.anchor_text and self.training:
-            with torch.no_grad(), without_lora(self.transformer):
-                anchor = Anchor(self._loss_states(batch, attend), batch.is_text)
-        hidden_KC = self._loss_states(batch, attend)
+        anchor = self._anchor(batch, attend) if self.anchor_text and self.training else None
+        hidden_KC = _loss_states(self.transformer, batch, attend)
         # Products are made in the type of the hidden states anyway; autocast would round the sum of losses, too.
         with torch.autocast(hidden_KC.device.type, enabled=False):
             losses = chunked_losses(
@@ -86,12 +87,21 @@ class TrainingModel(nn.Module):
         statistics.index_add_(0, batch.depth_group, figures).index_add_(0, batch.ratio_group, figures)
         return StepLosses(losses.loss, statistics[:-1])
 
-    def _loss_states(self, batch: TrainBatch, attend: Attend) -> Tensor:
-        """Hidden states [K, C], after the final norm, of the rows with a loss."""
-        rows = (batch.tokens.flatten(), batch.positions.flatten())
-        hidden_TC = self.transformer.model(*rows, attend, batch.masked.flatten())
-        hidden_KC: Tensor = self.transformer.model.norm(hidden_TC.index_select(0, batch.loss_rows))
-        return hidden_KC
+    @torch.no_grad()
+    def _anchor(self, batch: TrainBatch, attend: Attend) -> Anchor:
+        (other,) = self._anchor_model
+        with nullcontext() if other is not None else without_lora(self.transformer):
+            model = self.transformer if other is None else other
+            hidden_KC = _loss_states(model, batch, attend)
+            return Anchor(hidden_KC, model.lm_head.get_parameter("weight").detach(), batch.is_text)
+
+
+def _loss_states(transformer: Transformer, batch: TrainBatch, attend: Attend) -> Tensor:
+    """Hidden states [K, C], after the final norm, of the rows with a loss."""
+    rows = (batch.tokens.flatten(), batch.positions.flatten())
+    hidden_TC = transformer.model(*rows, attend, batch.masked.flatten())
+    hidden_KC: Tensor = transformer.model.norm(hidden_TC.index_select(0, batch.loss_rows))
+    return hidden_KC
 
 
 def prepare_layers(transformer: Transformer, compile_layers: bool, checkpoint_activations: bool) -> None:

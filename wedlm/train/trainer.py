@@ -67,10 +67,18 @@ class Trainer:
         self.data = self.setup.train_data
         self.compiled = self.device.type == "cuda" if config.compile is None else config.compile
         prepare_layers(self.setup.transformer, self.compiled, config.activation_checkpointing)
+        anchor_model = self.setup.anchor_model
+        if anchor_model is not None:
+            prepare_layers(anchor_model.to(self.device), self.compiled, checkpoint_activations=False)
         # Factors for masked rows bring a mask embedding with them.
         own_mask = self.setup.embeddings_frozen and config.objective == "wedlm" and config.lora_rows == "all"
         model = TrainingModel(
-            self.setup.transformer, self.backend, self.setup.mask_token_id, own_mask, config.anchor_text
+            self.setup.transformer,
+            self.backend,
+            self.setup.mask_token_id,
+            own_mask,
+            config.anchor_text,
+            anchor_model,
         )
         optimizer = make_optimizer(model, config, self.device)
         if zero.uses_zero(self.accelerator):
