@@ -25,11 +25,15 @@ PROMPTS = {
     "puzzles": "python_puzzles.jsonl.gz",
     "assistant": "openassistant_sample.jsonl.gz",
 }
-# Texts whose paragraphs the base model continues at temperature 1: its own distribution keeps it where it is.
+# Texts (one paragraph in so many) whose first so many tokens the base model continues at temperature 1: its own
+# distribution keeps it where it is. From two tokens on it writes of anything.
 TEXTS = {
-    "openstax_text": ("openstax_text.jsonl.xz", 9),
-    "python_text": ("python_docs_text.jsonl.xz", 4),
-    "dolly_text": ("dolly_subset.jsonl.gz", 1),
+    "openstax_text": ("openstax_text.jsonl.xz", 9, 24),
+    "python_text": ("python_docs_text.jsonl.xz", 4, 24),
+    "dolly_text": ("dolly_subset.jsonl.gz", 1, 24),
+    "openstax_free": ("openstax_text.jsonl.xz", 5, 2),
+    "python_free": ("python_docs_text.jsonl.xz", 16, 2),
+    "dolly_free": ("dolly_subset.jsonl.gz", 1, 2),
 }
 
 
@@ -50,9 +54,9 @@ def main(teacher: str, data: Path, prompts: Path, out: Path) -> None:
         print(f"{name}: {written} answers, {left_out} left out, {time.perf_counter() - began:.0f} s", flush=True)
     model, tokenizer = load("demo-base")
     settings = AnswerSettings(max_tokens=200, temperature=1.0, batch_size=2048, keep_cut=True)
-    for name, (file, every) in TEXTS.items():
+    for name, (file, every, begun) in TEXTS.items():
         began = time.perf_counter()
-        written = write_continuations(model, tokenizer, data / file, out / f"{name}.jsonl", settings, every)
+        written = write_continuations(model, tokenizer, data / file, out / f"{name}.jsonl", settings, every, begun)
         print(f"{name}: {written} continuations, {time.perf_counter() - began:.0f} s", flush=True)
 
 

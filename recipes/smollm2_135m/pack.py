@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 5: the trained LoRA as a change of the demo model. ``python pack.py ADAPTER OUT MODEL_DIR [STRENGTH]``
+"""Stages 5 and 7: a trained LoRA as a change of its base. ``python pack.py BASE ADAPTER OUT MODEL_DIR [STRENGTH]``
 
-OUT is a safetensors file. MODEL_DIR gets the model as users will meet it, restored from the file, so that every figure
-is that of what is shipped. STRENGTH (1) multiplies the LoRA's product, not the mask's embedding: below 1 the model lies
-between the base and the tuned one.
+BASE is the model that the LoRA was trained over. OUT is a safetensors file. MODEL_DIR gets the model as users will meet
+it, restored from the file, so that every figure is that of what is shipped. STRENGTH (1) multiplies the LoRA's product,
+not the mask's embedding: below 1 the model lies between the base and the tuned one.
 """
 
 import json
@@ -18,8 +18,8 @@ from wedlm.model.change import changed, save_change
 from wedlm.model.checkpoint import save_tensors
 
 
-def main(trained: str, out: Path, directory: Path, strength: float) -> None:
-    base, config = load_model("demo-base", torch.float32)
+def main(model: str, trained: str, out: Path, directory: Path, strength: float) -> None:
+    base, config = load_model(model, torch.float32)
     adapter = read_adapter(trained)
     factors = {name: (one.b.float() * (one.scale * strength), one.a.float()) for name, one in adapter.low_rank.items()}
     rows = {name: (torch.tensor(one.ids), one.values) for name, one in adapter.rows.items()}
@@ -32,9 +32,9 @@ def main(trained: str, out: Path, directory: Path, strength: float) -> None:
         lost += float((restored[name] - before[name] - change).square().sum())
         total += float(change.square().sum())
     save_tensors(restored, adapted_config(config, trained), directory)
-    load_tokenizer("demo-base").save(directory)
+    load_tokenizer(model).save(directory)
     print(json.dumps({"bytes": out.stat().st_size, "energy_lost": lost / total}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]) if len(sys.argv) > 4 else 1.0)
+    main(*sys.argv[1:3], Path(sys.argv[3]), Path(sys.argv[4]), float(sys.argv[5]) if len(sys.argv) > 5 else 1.0)

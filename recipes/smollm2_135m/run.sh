@@ -1,7 +1,7 @@
 #!/bin/sh
-# The embedded checkpoint from its data, on one GPU: about 40 minutes on an H100.
+# The embedded checkpoint from its data, on one GPU: about 45 minutes on an H100.
 # Usage: run.sh DATA_DIR EVAL_DIR [STAGE...]; all stages by default, in this order:
-#   prompts teacher answers wedlm pack control evaluate
+#   prompts teacher answers wedlm pack text control evaluate
 # DATA_DIR holds the training files that the three YAML files name, EVAL_DIR gsm8k_test.jsonl.gz and wikitext2_test.txt.gz.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
@@ -30,7 +30,12 @@ wedlm_stages() {
     wedlm train "$here/wedlm_2.yaml"
 }
 
-pack() { python "$here/pack.py" work/wedlm_2/final work/change.safetensors work/embedded; }
+pack() { python "$here/pack.py" demo-base work/wedlm_2/final work/change.safetensors work/embedded_1 0.93; }
+
+text() {
+    wedlm train "$here/wedlm_3.yaml"
+    python "$here/pack.py" work/embedded_1 work/wedlm_3/final work/change_2.safetensors work/embedded
+}
 
 control() {
     wedlm train "$here/wedlm.yaml" --objective autoregressive --output_dir work/control_1
@@ -52,10 +57,10 @@ perplexity() { python "$benchmarks/perplexity.py" "$@" --data "$eval/wikitext2_t
 
 mkdir -p work
 ln -sfn "$data" work/data
-for stage in ${*:-prompts teacher answers wedlm pack control evaluate}; do
+for stage in ${*:-prompts teacher answers wedlm pack text control evaluate}; do
     case $stage in
         wedlm) wedlm_stages ;;
-        prompts | teacher | answers | pack | control | evaluate) $stage ;;
-        *) echo "the stage is $stage; expected prompts, teacher, answers, wedlm, pack, control or evaluate" >&2; exit 2 ;;
+        prompts | teacher | answers | pack | text | control | evaluate) $stage ;;
+        *) echo "the stage is $stage; expected prompts, teacher, answers, wedlm, pack, text, control or evaluate" >&2; exit 2 ;;
     esac
 done

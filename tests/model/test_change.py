@@ -88,15 +88,15 @@ def test_other_files_are_refused(base, tmp_path):
 
 
 @pytest.mark.demo_model
-def test_the_demo_model_is_the_base_and_its_change():
+def test_the_demo_model_is_the_base_and_its_changes():
     from wedlm.model import load_model
-    from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_CHANGE, DEMO_MASK_TOKEN_ID
+    from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_CHANGES, DEMO_MASK_TOKEN_ID
 
     adapted, config = load_model("demo", torch.float32)
     base, base_config = load_model("demo-base", torch.float32)
     assert (config.block_size, base_config.block_size) == (DEMO_BLOCK_SIZE, None)
     assert config.mask_token_id == base_config.mask_token_id == DEMO_MASK_TOKEN_ID
-    assert DEMO_CHANGE.stat().st_size < 20_000_000
+    assert sum(change.stat().st_size for change in DEMO_CHANGES) < 20_000_000
     same = {name for name, p in base.named_parameters() if torch.equal(p, adapted.get_parameter(name))}
     assert same == {name for name, p in base.named_parameters() if p.ndim == 1}  # norms
     rows = (base.model.embed_tokens.weight != adapted.model.embed_tokens.weight).any(dim=1).nonzero().flatten()

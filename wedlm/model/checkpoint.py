@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wedlm.model.change import changed
 from wedlm.model.config import SUPPORTED_DTYPES, ModelConfig
 from wedlm.model.config_values import read_token_ids
-from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_CHANGE, DEMO_MASK_TOKEN_ID
+from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_CHANGES, DEMO_MASK_TOKEN_ID
 from wedlm.model.errors import CheckpointError
 from wedlm.model.gguf_file import GGUFFile
 from wedlm.model.gguf_model import read_gguf_config, read_gguf_tensors
@@ -56,7 +56,8 @@ def load_model(
         model = Transformer(config)
     tensors = _read_directory(path) if file is None else read_gguf_tensors(file, config)
     if path_or_id == DEMO_NAME:
-        tensors = changed(tensors, DEMO_CHANGE)
+        for change in DEMO_CHANGES:
+            tensors = changed(tensors, change)
     _fill(model, tensors, dtype, torch.device(device), path)
     return model.eval(), config
 
