@@ -26,8 +26,8 @@ DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # <empty_output>, a marker of pretraining on notebooks. The embeddings of ids 7 to 16 are equal up to quantisation, so
 # they were never trained, and the chat template uses none of them: text that contains it cannot arise by accident.
 DEMO_MASK_TOKEN_ID = 16
-# What adaptation to WeDLM (recipes/smollm2_135m, stages 5 and 7) changed, part of this package: the demo model is the sum
-# of the base and both.
+# What adaptation to WeDLM (recipes/smollm2_135m, stages 5 and 7) changed, part of this package: the demo model is the
+# sum of the base and both.
 DEMO_CHANGES = tuple(Path(__file__).parent / f"demo_change{which}.safetensors" for which in ("", "_2"))
 DEMO_BLOCK_SIZE = 16
 _BY_HAND = (

@@ -200,10 +200,12 @@ class TrainConfig(_Strict):
     @model_validator(mode="after")
     def _needs_a_lora(self) -> Self:
         """Settings of a LoRA that acts on all rows."""
-        own_anchor = self.anchor_text and self.anchor_model is None
-        for name, on in (("anchor_text", own_anchor), ("lora_init", self.lora_init is not None)):
+        for name, on in (
+            ("anchor_text is set without anchor_model", self.anchor_text and self.anchor_model is None),
+            ("lora_init is set", self.lora_init is not None),
+        ):
             if on and (not self.lora_rank or self.lora_rows == "masked"):
-                raise ValueError(f"{name} is set; expected a lora_rank above 0 and lora_rows all")
+                raise ValueError(f"{name}; expected a lora_rank above 0 and lora_rows all")
         if self.anchor_model is not None and not (self.anchor_text and self.effective_ar_weight):
             raise ValueError("anchor_model is set; expected anchor_text true and an AR loss")
         return self
