@@ -101,3 +101,8 @@ def test_the_demo_model_is_the_base_and_its_changes():
     assert same == {name for name, p in base.named_parameters() if p.ndim == 1}  # norms
     rows = (base.model.embed_tokens.weight != adapted.model.embed_tokens.weight).any(dim=1).nonzero().flatten()
     assert rows.tolist() == [DEMO_MASK_TOKEN_ID]
+    tensors = ((name, parameter.detach()) for name, parameter in base.named_parameters())
+    for change in DEMO_CHANGES:
+        tensors = changed(tensors, change)
+    for name, tensor in tensors:
+        assert torch.equal(tensor, adapted.get_parameter(name)), name

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain text anchored to another model's distributions, and a LoRA that goes on from another one."""
 
-import json
-
 import pytest
 import torch
 
-from tests.train.tiny_run import config_of, metrics, save_base, train, write_chats
+from tests.train.tiny_run import add_texts, config_of, metrics, save_base, train, write_chats
 from wedlm.algorithm.objective import LossTotals
 from wedlm.train.batch import collate_rows
 from wedlm.train.trainer import Trainer
@@ -22,10 +20,7 @@ def base(tmp_path_factory):
 @pytest.fixture
 def data(tmp_path):
     """Chats and plain text."""
-    path = write_chats(tmp_path / "data.jsonl", 12)
-    texts = "".join(json.dumps({"text": "one two three cat sat on mat " * n}) + "\n" for n in (1, 2, 3))
-    path.write_text(path.read_text() + texts)
-    return path
+    return add_texts(write_chats(tmp_path / "data.jsonl", 12))
 
 
 def test_text_rows_are_those_of_texts(base, data, tmp_path):

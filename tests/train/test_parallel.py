@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from tests.train.processes import DEEPSPEED, FSDP2, RUN_DEEPSPEED, RUN_FSDP, run_processes
-from tests.train.tiny_run import config_of, metrics, save_base, train, weights, write_chats
+from tests.train.tiny_run import add_texts, config_of, metrics, save_base, train, weights, write_chats
 from wedlm.train import packages, parallel, zero
 from wedlm.train.checkpoint import latest_checkpoint
 from wedlm.train.parallel import make_accelerator
@@ -84,6 +84,14 @@ def test_fsdp2_and_its_checkpoint_in_one_process(parts):
     settings = {"validation_documents": 5, "eval_steps": 2, "save_steps": 2, "max_steps": 4}
     train(base, data, two, per_device_train_batch_size=4, gradient_accumulation_steps=1, **settings)
     check_equal(two, one)
+
+
+def test_fsdp2_beside_an_anchor(tmp_path):
+    """The anchor is of another width, and whole in each process."""
+    base, other = save_base(tmp_path / "base"), save_base(tmp_path / "other", hidden_size=48)
+    data = add_texts(write_chats(tmp_path / "data.jsonl", 30))
+    settings = {"anchor_text": True, "anchor_model": str(other)}
+    check_equal(*run_both((base, data, tmp_path), "anchor", {"program": RUN_FSDP, **FSDP2}, **settings))
 
 
 @pytest.mark.long

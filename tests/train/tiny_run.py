@@ -37,6 +37,13 @@ def write_chats(path: Path, count: int) -> Path:
     return path
 
 
+def add_texts(path: Path) -> Path:
+    """Plain text at the end of a file."""
+    with path.open("a") as file:
+        file.writelines(json.dumps({"text": "one two three cat sat on mat " * n}) + "\n" for n in (1, 2, 3))
+    return path
+
+
 def save_base(directory: Path, hidden_size: int = 32, num_layers: int = 2, **overrides: Any) -> Path:
     """An AR checkpoint of random weights whose mask token would be <|unused|>."""
     tokenizer = chat_tokenizer()

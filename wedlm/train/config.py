@@ -184,6 +184,8 @@ class TrainConfig(_Strict):
     def _fits_together(self) -> Self:
         if self.objective == "autoregressive" and not self.enable_ar_loss:
             raise ValueError("enable_ar_loss is false with objective autoregressive; expected a loss to train on")
+        if self.anchor_model is not None and not (self.anchor_text and self.effective_ar_weight):
+            raise ValueError("anchor_model is set; expected anchor_text true and an AR loss")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate is {self.min_learning_rate}; expected at most learning_rate ({self.learning_rate})"
@@ -206,8 +208,6 @@ class TrainConfig(_Strict):
         ):
             if on and (not self.lora_rank or self.lora_rows == "masked"):
                 raise ValueError(f"{name}; expected a lora_rank above 0 and lora_rows all")
-        if self.anchor_model is not None and not (self.anchor_text and self.effective_ar_weight):
-            raise ValueError("anchor_model is set; expected anchor_text true and an AR loss")
         return self
 
     @model_validator(mode="after")

@@ -93,7 +93,7 @@ class TrainingModel(nn.Module):
         with nullcontext() if other is not None else without_lora(self.transformer):
             model = self.transformer if other is None else other
             hidden_KC = _loss_states(model, batch, attend)
-            return Anchor(hidden_KC, model.lm_head.get_parameter("weight").detach(), batch.is_text)
+            return Anchor(hidden_KC, model.lm_head.get_parameter("weight"), batch.is_text)
 
 
 def _loss_states(transformer: Transformer, batch: TrainBatch, attend: Attend) -> Tensor:
