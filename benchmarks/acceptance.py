@@ -17,7 +17,7 @@ import torch
 from wedlm import LLM, SamplingParams
 from wedlm.algorithm.params import drafts_of
 from wedlm.bench.steps import FixedRows
-from wedlm.engine.auto import StepCosts
+from wedlm.engine.adaptive.draft_budget import StepCosts
 
 
 class Counting(FixedRows):

@@ -14,7 +14,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from wedlm.model.packed import Float16Linear, MkldnnLinear
+from wedlm.model.inference.layers import Float16Linear, MkldnnLinear
 
 LAYERS, SHAPES, HEAD = 30, ((960, 576), (576, 576), (3072, 576), (576, 1536)), (49152, 576)
 ROWS = (1, 4, 8, 16, 32)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wedlm.model.inference.layers import OneKernelRMSNorm
 from wedlm.model.layers import RMSNorm
-from wedlm.model.packed import OneKernelRMSNorm
 from wedlm.model.rope import rotate
 
 HEADS, KV_HEADS, DIM, HIDDEN, CONTEXT = 9, 3, 64, 576, 256

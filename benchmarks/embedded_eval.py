@@ -27,11 +27,11 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; before tqd
 import torch
 
 from wedlm import LLM
+from wedlm.evaluate.answer_log import Journal
 from wedlm.evaluate.divergence import divergences
 from wedlm.evaluate.harness import EngineBackend
-from wedlm.evaluate.identity import identify
-from wedlm.evaluate.journal import Journal
-from wedlm.evaluate.point import Evaluation, load_tasks
+from wedlm.evaluate.provenance import identify
+from wedlm.evaluate.run import Evaluation, load_tasks
 from wedlm.evaluate.settings import Params, Settings
 
 MODES = {

@@ -25,11 +25,11 @@ from lm_eval.api.model import LM
 
 from wedlm import LLM
 from wedlm.evaluate.harness import EngineLM
-from wedlm.evaluate.identity import cpu_name
-from wedlm.evaluate.point import load_tasks
+from wedlm.evaluate.provenance import cpu_name
+from wedlm.evaluate.run import load_tasks
 from wedlm.evaluate.settings import Settings
 from wedlm.model import load_model, load_tokenizer
-from wedlm.model.checkpoint import save_model
+from wedlm.model.formats.checkpoint import save_model
 
 
 def main() -> None:

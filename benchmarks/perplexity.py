@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.model import load_model, load_tokenizer, pack_for_inference
-from wedlm.model.adapter import apply_adapter
+from wedlm.model.lora.peft import apply_adapter
 
 
 @torch.inference_mode()

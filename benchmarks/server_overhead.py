@@ -31,9 +31,9 @@ import httpx2
 
 from wedlm.algorithm.params import DecodeParams
 from wedlm.engine.engine import EngineConfig
+from wedlm.engine.request import Request, WindowSnapshot
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.text import TextStream
-from wedlm.engine.types import Request, WindowSnapshot
 from wedlm.server.app import create_app
 from wedlm.server.config import ServerConfig
 from wedlm.server.run import Server

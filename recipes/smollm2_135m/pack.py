@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from wedlm.model import load_model, load_tokenizer
-from wedlm.model.adapter import adapted_config, read_adapter
-from wedlm.model.change import changed, save_change
-from wedlm.model.checkpoint import save_tensors
+from wedlm.model.formats.checkpoint import save_tensors
+from wedlm.model.lora.peft import adapted_config, read_adapter
+from wedlm.model.lora.weight_delta import changed, save_change
 
 
 def main(model: str, trained: str, out: Path, directory: Path, strength: float) -> None:

@@ -114,7 +114,7 @@ def test_top_p_of_one_keeps_everything():
 
 def test_top_p_is_not_rounded():
     """The runner's own stacking of parameters, beside the reference's double."""
-    from wedlm.engine.batch_params import BatchParams
+    from wedlm.engine.execution.sampling_tensors import BatchParams
 
     params = DecodeParams("streaming", temperature=1.0, top_p=0.3, mask_token_id=10)
     row, no_ends = [*[0.0] * 10, -math.inf], torch.zeros(100, 0, dtype=torch.long)

@@ -5,7 +5,7 @@ import pytest
 
 from tests.engine.tiny_llm import save_tiny
 from wedlm.bench.settings import Amounts, Settings
-from wedlm.bench.subject import Subject, load_subject
+from wedlm.bench.target import Subject, load_subject
 
 AMOUNTS = Amounts(
     batches=(1, 2),

@@ -2,8 +2,8 @@
 """Figures from rows and from results of ``wedlm eval``."""
 
 from tests.evaluate.result_files import write_sweep
-from wedlm.bench.figures import make_row
 from wedlm.bench.plots import draw_bench, draw_evaluation, write_plots
+from wedlm.bench.stats import make_row
 
 
 def test_speed_against_quality(tmp_path):

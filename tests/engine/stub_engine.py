@@ -10,8 +10,8 @@ from wedlm.algorithm import reference
 from wedlm.attention.base import KVCache
 from wedlm.engine.engine import Engine, EngineConfig
 from wedlm.engine.pages import PagePool
+from wedlm.engine.request import Request, StepPlan
 from wedlm.engine.runner import Runner
-from wedlm.engine.types import Request, StepPlan
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from tests.engine.test_auto import CPU, GPU
+from tests.engine.test_draft_budget import CPU, GPU
 from tests.engine.tiny_llm import check_empty, save_tiny
 from wedlm import LLM, SamplingParams
-from wedlm.engine.auto import AutoRows, StepCosts
+from wedlm.engine.adaptive.draft_budget import AutoRows, StepCosts
 from wedlm.engine.auto_window import WIDTHS, AutoWindow
 
 

@@ -11,10 +11,10 @@ from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.engine.table_matcher import TableMatcher, decode_constrained
 from tests.stub import StubModel
 from wedlm.algorithm.params import DECODINGS
-from wedlm.engine.constraints import Constraint
+from wedlm.engine.constraints.rules import Constraint
 from wedlm.engine.engine import Engine
+from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.engine.types import Request
 
 MODEL = StubModel()
 VOCAB, MASK = MODEL.vocab_size, MODEL.mask_token_id

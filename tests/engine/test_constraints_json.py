@@ -16,7 +16,7 @@ from tests.engine.random_schemas import Schema, random_schema
 from tests.engine.tiny_llm import PROMPTS, check_empty, save_tiny
 from wedlm import LLM, SamplingParams
 from wedlm.algorithm.params import DECODINGS, Decoding
-from wedlm.engine.grammar import grammars_of
+from wedlm.engine.constraints.grammar import grammars_of
 
 # Four ways in each of twelve parts: multiplied out, 16 million objects.
 HUGE = [{"anyOf": [{"type": "object", "properties": {f"{i}-{j}": {}}} for j in range(4)]} for i in range(12)]

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 from tests.kernels.test_graph_runner import engine
+from wedlm.engine.request import StepPlan
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.engine.types import StepPlan
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -11,8 +11,8 @@ import pytest
 from tests.engine.tiny_llm import END, PROMPTS, alone, check_empty
 from wedlm.algorithm.params import DECODINGS
 from wedlm.engine.llm import LLM
+from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.engine.types import Request
 
 SHORT = SamplingParams(max_tokens=12)
 

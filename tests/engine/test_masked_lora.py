@@ -14,10 +14,10 @@ from tests.engine.test_engine_reference import CONFIG, LENGTH, VOCAB, make_engin
 from wedlm.algorithm import reference
 from wedlm.attention.sdpa import CausalAttend, PagedSdpa
 from wedlm.engine.engine import Engine
+from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.engine.types import Request
 from wedlm.model import Transformer, pack_for_inference
-from wedlm.model.masked_lora import add_beside
+from wedlm.model.lora.masked_rows import add_beside
 
 
 def random_model(adapter: bool) -> Transformer:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from tests.engine.random_schemas import random_schema
 from tests.engine.tiny_llm import save_tiny
 from wedlm import LLM, SamplingParams
-from wedlm.engine.one_of import check_one_of, exclude
+from wedlm.engine.constraints.one_of import check_one_of, exclude
 
 
 class Closed(BaseModel, extra="forbid"):

@@ -96,7 +96,7 @@ def test_measuring_takes_limited_time_however_many_ask(monkeypatch):
 def test_captured_steps_are_timed_once_each(monkeypatch):
     pytest.importorskip("triton")
     from wedlm.engine import graph_runner
-    from wedlm.engine.auto import StepCosts
+    from wedlm.engine.adaptive.draft_budget import StepCosts
 
     class Event:
         def __init__(self, enable_timing):

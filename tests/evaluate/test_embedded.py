@@ -16,8 +16,8 @@ from tests.evaluate.eval_data import REAL, needs_data
 from wedlm.engine.llm import LLM
 from wedlm.evaluate.divergence import divergences
 from wedlm.evaluate.harness import EngineBackend
-from wedlm.evaluate.identity import identify
-from wedlm.evaluate.point import Evaluation, load_tasks
+from wedlm.evaluate.provenance import identify
+from wedlm.evaluate.run import Evaluation, load_tasks
 from wedlm.evaluate.settings import Params, Settings
 
 NUM_QUESTIONS = int(os.environ.get("WEDLM_EVAL_SAMPLES", "100"))

@@ -148,7 +148,7 @@ def test_scores_on_the_kernels_of_gpus_equal_those_of_plain_torch(llm):
     pytest.importorskip("triton")
     from wedlm.attention.base import KVCache
     from wedlm.engine.graph_runner import GraphRunner
-    from wedlm.model.fused import FusedTransformer
+    from wedlm.model.inference.triton_transformer import FusedTransformer
 
     if llm.device.type == "cuda":
         pytest.skip("the interpreter is for machines without a GPU")

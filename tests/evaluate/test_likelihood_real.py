@@ -12,10 +12,10 @@ pytest.importorskip("lm_eval")
 from tests.evaluate.eval_data import REAL, needs_data
 from wedlm.engine.llm import LLM
 from wedlm.evaluate.harness import EngineLM
-from wedlm.evaluate.point import load_tasks
+from wedlm.evaluate.run import load_tasks
 from wedlm.evaluate.settings import Settings
 from wedlm.model import load_model, load_tokenizer
-from wedlm.model.checkpoint import save_model
+from wedlm.model.formats.checkpoint import save_model
 
 NUM_QUESTIONS = int(os.environ.get("WEDLM_EVAL_QUESTIONS", "200"))
 

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 from tests.evaluate.eval_data import REAL, needs_data
-from wedlm.evaluate import code
+from wedlm.evaluate import code_tasks as code
 from wedlm.evaluate.data import load
 from wedlm.evaluate.scoring import final_number, gsm8k_results, last_box, math_equal
 

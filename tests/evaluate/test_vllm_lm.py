@@ -14,15 +14,15 @@ pytest.importorskip("lm_eval")
 from tests.cli.command import wedlm
 from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.eval_data import write_small_sets
-from tests.evaluate.test_point import samples, without_time
+from tests.evaluate.test_run import samples, without_time
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.engine.llm import LLM
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.evaluate.harness import EngineBackend
-from wedlm.evaluate.identity import identify
-from wedlm.evaluate.point import Evaluation, load_tasks
+from wedlm.evaluate.provenance import identify
 from wedlm.evaluate.report import ar_twin, choose_baseline
 from wedlm.evaluate.result_folder import read_points
+from wedlm.evaluate.run import Evaluation, load_tasks
 from wedlm.evaluate.settings import Params, Settings
 from wedlm.evaluate.vllm_lm import VllmBackend
 

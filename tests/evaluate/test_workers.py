@@ -11,11 +11,11 @@ from lm_eval.api.instance import Instance
 
 from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.eval_data import write_small_sets
-from tests.evaluate.test_point import samples, without_time
+from tests.evaluate.test_run import samples, without_time
 from wedlm.engine.llm import LLM
 from wedlm.evaluate.harness import EngineBackend
-from wedlm.evaluate.identity import identify
-from wedlm.evaluate.point import Evaluation, load_tasks
+from wedlm.evaluate.provenance import identify
+from wedlm.evaluate.run import Evaluation, load_tasks
 from wedlm.evaluate.settings import Params, Settings
 from wedlm.evaluate.workers import RayBackend, cut
 

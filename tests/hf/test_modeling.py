@@ -16,7 +16,7 @@ from tests.engine.tiny_llm import MASK, save_tiny
 from tests.model.tiny import CASES, hf_config, hf_model, logits_of, our_model
 from wedlm.hf import WeDLMConfig, WeDLMForCausalLM
 from wedlm.model import ModelConfig, load_model, load_tokenizer, save_model
-from wedlm.model.adapter import apply_adapter
+from wedlm.model.lora.peft import apply_adapter
 from wedlm.model.rope import inverse_frequencies
 
 TOKENS = torch.tensor([[1, 5, 42, 7, 96, 7, 3]])

@@ -12,15 +12,15 @@ from tests.model.test_masked_lora import random_factors
 from tests.model.tiny import our_model
 from wedlm.algorithm.params import DECODINGS
 from wedlm.attention.base import KVCache
-from wedlm.engine import build, graph_runner
+from wedlm.engine import factory, graph_runner
 from wedlm.engine.engine import Engine, EngineConfig
 from wedlm.engine.graph_runner import GraphRunner
 from wedlm.engine.pages import PagePool
 from wedlm.engine.runner import Runner
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.model.fused import FusedTransformer
-from wedlm.model.masked_lora import add_beside
-from wedlm.model.packed import pack_for_inference
+from wedlm.model.inference.layers import pack_for_inference
+from wedlm.model.inference.triton_transformer import FusedTransformer
+from wedlm.model.lora.masked_rows import add_beside
 
 PAGES, PAGE_SIZE, LENGTH, MASK = 40, 4, 60, 90
 
@@ -130,9 +130,9 @@ def check_same_as_runner(device, decoding, temperature, num_requests, seed, mask
 
 @pytest.mark.parametrize("captures", [True, False])
 def test_whether_chunks_are_captured_is_the_configurations(device, monkeypatch, captures):
-    monkeypatch.setattr(build, "runs_as_graphs", lambda *_: True)
+    monkeypatch.setattr(factory, "runs_as_graphs", lambda *_: True)
     config = EngineConfig(96, MASK, (5,), LENGTH, capture_chunks=captures)
-    one = build.build_engine(
+    one = factory.build_engine(
         pack_for_inference(our_model("wedlm-qwen3").to(device)), config, None, kv_cache_bytes=2**20
     )
     assert one.config.chunk_step_ratio == (1.8 if captures else math.inf)

@@ -13,7 +13,7 @@ from wedlm.kernels.logits import greedy_rows
 from wedlm.kernels.matmul import Tiling, few_rows_product
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.kernels.rope import norm_rope_write
-from wedlm.model.int8 import Int8Linear
+from wedlm.model.inference.quantization import Int8Linear
 from wedlm.model.rope import RotaryEmbedding, rotate
 
 # Triton's interpreter has no dot of bfloat16.

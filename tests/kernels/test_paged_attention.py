@@ -17,9 +17,9 @@ from wedlm.attention.sdpa import PagedSdpa
 from wedlm.kernels import attention
 from wedlm.kernels.attention import LONG, MIDDLE, SHORT, paged_attention, tile_for
 from wedlm.kernels.matmul import Tiling
-from wedlm.model.fused import FusedTransformer
-from wedlm.model.masked_lora import add_beside
-from wedlm.model.packed import pack_for_inference
+from wedlm.model.inference.layers import pack_for_inference
+from wedlm.model.inference.triton_transformer import FusedTransformer
+from wedlm.model.lora.masked_rows import add_beside
 
 
 def random_batch(rng: random.Random, lengths, page_size: int, device, groups: bool):

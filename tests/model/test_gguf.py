@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.model.tiny import YARN_ROPE, hf_config, logits_of, our_model
 from wedlm.model import CheckpointError, ModelConfig, RopeScaling, Transformer, load_model
-from wedlm.model.gguf_file import GGUFFile
-from wedlm.model.gguf_model import _LAYER_NAMES, _TOP_NAMES, unpermute_rows
+from wedlm.model.formats.gguf_file import GGUFFile
+from wedlm.model.formats.gguf_model import _LAYER_NAMES, _TOP_NAMES, unpermute_rows
 
 TOKENS = [1, 5, 42, 7, 96]
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from tests.model.tiny import causal_attend, our_model
 from wedlm.model import CheckpointError, Transformer, pack_for_inference, save_model
-from wedlm.model.adapter import apply_adapter, read_adapter
-from wedlm.model.masked_lora import MaskedLora, add_beside, add_factors, linear_of
+from wedlm.model.lora.masked_rows import MaskedLora, add_beside, add_factors, linear_of
+from wedlm.model.lora.peft import apply_adapter, read_adapter
 
 NAME, WEIGHTS, CONFIG = "llama-biases", "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

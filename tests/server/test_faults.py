@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.engine.test_async_engine import FaultyRunner
+from tests.engine.test_async_llm import FaultyRunner
 from tests.server.running import events, serving, wait_until
 from tests.server.test_limits import LONG
 from tests.server.test_refusals import TEXT, check_error
 from wedlm import LLM, SamplingParams
-from wedlm.engine import async_engine
-from wedlm.engine.async_engine import fresh_engine
+from wedlm.engine import async_llm as async_engine
+from wedlm.engine.async_llm import fresh_engine
 
 
 @pytest.fixture

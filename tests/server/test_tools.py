@@ -12,7 +12,7 @@ from tests.server.running import MODEL, Running, serving
 from wedlm import LLM
 from wedlm.model import Tokenizer
 from wedlm.server.messages import Message
-from wedlm.server.tool_forms import Tool
+from wedlm.server.tool_schemas import Tool
 from wedlm.server.tools import (
     Delta,
     ForcedReader,

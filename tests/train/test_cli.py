@@ -11,7 +11,7 @@ import yaml
 
 from tests.train.tiny_run import config_of, metrics, save_base, write_chats
 from wedlm.model import DemoModelError
-from wedlm.train import packages
+from wedlm.train import optional_deps
 from wedlm.train.cli import FAILED, INTERRUPTED, main
 from wedlm.train.config import TrainConfig
 from wedlm.train.trainer import Trainer
@@ -129,14 +129,18 @@ def test_one_process_speaks(monkeypatch, capsys):
     ],
 )
 def test_a_missing_package(monkeypatch, capsys, package, settings):
-    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == package else importlib.util.find_spec(name))
+    monkeypatch.setattr(
+        optional_deps, "find_spec", lambda name: None if name == package else importlib.util.find_spec(name)
+    )
     told = fails(capsys, *LEAST, *settings)
     assert f"needs the package {package}, which is not installed" in told
     assert told.endswith('pip install "wedlm[train]"')
 
 
 def test_wandb_is_a_package_of_its_own(monkeypatch, capsys):
-    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "wandb" else importlib.util.find_spec(name))
+    monkeypatch.setattr(
+        optional_deps, "find_spec", lambda name: None if name == "wandb" else importlib.util.find_spec(name)
+    )
     assert fails(capsys, *LEAST, "--use_wandb", "true").endswith("pip install wandb")
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tests.train.tiny_run import config_of, metrics, save_base, train, weights, write_chats
 from wedlm import LLM, SamplingParams
 from wedlm.model import load_model
-from wedlm.model.adapter import apply_adapter
-from wedlm.model.checkpoint import read_config
+from wedlm.model.formats.checkpoint import read_config
+from wedlm.model.lora.peft import apply_adapter
 from wedlm.train.trainer import Trainer
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -13,7 +13,7 @@ from tests.train.test_step import MASK, gradients, plain_loop, run, settings, tr
 from tests.train.tiny_run import config_of, metrics, questions, save_base, train, weights, write_chats
 from wedlm import LLM, SamplingParams
 from wedlm.model import Transformer
-from wedlm.model.checkpoint import read_config
+from wedlm.model.formats.checkpoint import read_config
 from wedlm.train.lora import add_masked_lora
 from wedlm.train.step import TrainingModel
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.train.processes import DEEPSPEED, FSDP2, RUN_DEEPSPEED, RUN_FSDP, run_processes
 from tests.train.tiny_run import add_texts, config_of, metrics, save_base, train, weights, write_chats
-from wedlm.train import packages, parallel, zero
+from wedlm.train import deepspeed, optional_deps, parallel
 from wedlm.train.checkpoint import latest_checkpoint
 from wedlm.train.parallel import make_accelerator
 
@@ -136,7 +136,7 @@ def test_what_zero_is_not_run_with(zero_config, sentence):
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero_config})
     accelerator: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
     with pytest.raises(ValueError, match=sentence):
-        zero.configure(accelerator, bf16=True, sequences=1, max_grad_norm=1.0)
+        deepspeed.configure(accelerator, bf16=True, sequences=1, max_grad_norm=1.0)
 
 
 def test_what_accelerate_would_leave_out_in_silence(monkeypatch):
@@ -145,10 +145,10 @@ def test_what_accelerate_would_leave_out_in_silence(monkeypatch):
         make_accelerator(bf16=False)
     monkeypatch.undo()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    monkeypatch.setattr(optional_deps, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="needs the package deepspeed, which is not installed: pip install deepspeed"):
         make_accelerator(bf16=False)
-    monkeypatch.setattr(packages, "find_spec", lambda _: True)
+    monkeypatch.setattr(optional_deps, "find_spec", lambda _: True)
     alone = SimpleNamespace(distributed_type=DistributedType.NO, is_fsdp2=False)
     monkeypatch.setattr(parallel, "Accelerator", lambda **_: alone)
     with pytest.raises(ValueError, match="asks for DeepSpeed, which it runs on GPUs alone; expected GPUs"):

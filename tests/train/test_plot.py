@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from wedlm.train import packages
+from wedlm.train import optional_deps
 from wedlm.train.plot import _panels, _read_runs, draw_curves
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -98,6 +98,6 @@ def test_what_cannot_be_drawn(tmp_path):
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    monkeypatch.setattr(optional_deps, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'drawing curves needs the package matplotlib.*pip install "wedlm\[train\]"'):
         draw_curves([tmp_path])

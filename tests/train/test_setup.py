@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from tests.train.chat_data import chat_tokenizer
 from tests.train.tiny_run import config_of, questions, save_base, weights, write_chats
-from wedlm.model.checkpoint import read_config
+from wedlm.model.formats.checkpoint import read_config
 from wedlm.train.setup import Setup
 
 TOKENIZER = chat_tokenizer()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.train.processes import RUN, config_file, run_processes
 from tests.train.tiny_run import config_of, metrics, save_base, train, weights, write_chats
-from wedlm.model import checkpoint as model_checkpoint
+from wedlm.model.formats import checkpoint as model_checkpoint
 from wedlm.train import checkpoint as checkpoint_module
 from wedlm.train.checkpoint import latest_checkpoint
 from wedlm.train.trainer import Trainer
@@ -217,7 +217,7 @@ def test_compiled_layers_change_nothing(parts, unbroken):
 
 
 def test_ar_training_alone_leaves_no_trace_of_wedlm(parts):
-    from wedlm.model.checkpoint import read_config
+    from wedlm.model.formats.checkpoint import read_config
 
     base, data, directory = parts
     final = train(base, data, directory / "ar", objective="autoregressive", max_steps=2)
@@ -233,6 +233,6 @@ def test_frozen_embeddings_change_in_the_mask_row_alone(parts):
     name = "model.embed_tokens.weight"
     before, after = weights(base)[name], weights(final)[name]
     changed = (before != after).any(dim=1).nonzero().flatten().tolist()
-    from wedlm.model.checkpoint import read_config
+    from wedlm.model.formats.checkpoint import read_config
 
     assert changed == [read_config(final).mask_token_id]

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts that run requests to their ends: one stream, batches, arrivals, a long prompt, the paper's scenarios."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from wedlm.bench.measure import Bench, Case, beside_ar, take_turns
+from wedlm.bench.prompts import SCENARIOS, Arrival
+from wedlm.bench.stats import Figures, Row, rounded
+
+LOAD = 0.7  # of what the baseline can serve
+
+
+def latency(bench: Bench) -> list[Row]:
+    """One request after the other: medians over as many prompts as there are runs."""
+    amounts = bench.settings.amounts
+
+    def case(mode: str) -> Case:
+        def measure(run: int) -> Figures:
+            prompt = bench.subject.prompts.of(max(0, run), amounts.prompt)
+            return bench.loop.serve([Arrival(0.0, prompt, amounts.answer)], bench.settings.params(mode, amounts.answer))
+
+        return Case({"mode": mode}, measure)
+
+    rows = beside_ar(take_turns(bench, "latency", [case(mode) for mode in bench.settings.modes]))
+    return [_told(bench, "latency", bench.beside_vllm("latency", row)) for row in rows]
+
+
+def throughput(bench: Bench) -> list[Row]:
+    """So many requests at once, to the end of the last: those that answer longest run alone in the end."""
+    amounts = bench.settings.amounts
+    found = []
+    for batch in amounts.batches:
+        arrivals = bench.subject.prompts.batch(batch, amounts.prompt, amounts.answer)
+        cases = [_case(bench, mode, arrivals, batch=batch) for mode in bench.settings.modes]
+        rows = beside_ar(take_turns(bench, "throughput", cases))
+        found += [_told(bench, "throughput", bench.beside_vllm("throughput", row, batch=batch)) for row in rows]
+    return found
+
+
+def find_rate(bench: Bench) -> float:
+    """Requests a second: the rate asked for, or 0.7 of what the baseline serves when all requests are there at once;
+    that is vLLM's AR if it was measured, ours otherwise."""
+    settings = bench.settings
+    if settings.rate is not None:
+        return settings.rate
+    rival = bench.rival("serving", load="all at once")
+    if rival is not None:
+        return rounded(LOAD * rival["requests"] / rival["seconds"])
+    return rounded(LOAD * capacity(bench, settings.amounts.requests))
+
+
+def capacity(bench: Bench, count: int) -> float:
+    """Requests a second that our AR serves when all are there at once."""
+    most = bench.settings.amounts.answer
+    everything = bench.subject.prompts.arrivals(count, most, float("inf"))
+    for _ in range(2):  # the first captures and compiles
+        figures = bench.loop.serve(everything, bench.settings.params("autoregressive", most))
+    return count / figures["seconds"]
+
+
+def serving(bench: Bench) -> list[Row]:
+    """The same arrivals in every mode."""
+    amounts, rate = bench.settings.amounts, find_rate(bench)
+    arrivals = bench.subject.prompts.arrivals(amounts.requests, amounts.answer, rate)
+    label = {"requests": amounts.requests, "requests_per_s": rate}
+    rows = beside_ar(
+        take_turns(bench, "serving", [_case(bench, mode, arrivals, **label) for mode in bench.settings.modes])
+    )
+    found = []
+    for row in rows:
+        tail = rounded(row["between_p99_ms"] / row["between_ms"]) if row["between_ms"] else 0.0
+        beside = bench.beside_vllm("serving", {**row, "p99_over_median": tail}, load="arrivals")
+        found.append(_told(bench, "serving", beside))
+    return found
+
+
+def prefill(bench: Bench) -> list[Row]:
+    """One long prompt whose answer is one token, nothing of it cached; in chunks as configured, and as a whole."""
+    scheduler = bench.subject.engine.scheduler
+    usual = scheduler.max_num_batched_tokens
+    length = min(bench.settings.amounts.long_prompt, bench.subject.prompts.max_model_len - 2)
+    arrivals = [Arrival(0.0, bench.subject.prompts.of(0, length), 1)]
+
+    def case(chunk: int) -> Case:
+        def measure(_: int) -> Figures:
+            scheduler.max_num_batched_tokens = chunk
+            try:
+                figures = bench.loop.serve(arrivals, bench.settings.params("autoregressive", 1))
+            finally:
+                scheduler.max_num_batched_tokens = usual
+            return {"tok_per_s": length / figures["seconds"], "first_token_ms": figures["first_token_ms"]}
+
+        return Case({"prompt": length, "chunk": chunk}, measure)
+
+    rows = take_turns(bench, "prefill", [case(chunk) for chunk in dict.fromkeys((usual, length))])
+    return [_told(bench, "prefill", bench.beside_vllm("prefill", row, prompt=length)) for row in rows]
+
+
+def scenarios(bench: Bench) -> list[Row]:
+    """What follows a pattern, and what does not."""
+    amounts, found = bench.settings.amounts, []
+    for name, text in SCENARIOS.items():
+        arrivals = [Arrival(0.0, bench.subject.prompts.ask(text), amounts.answer)]
+        cases = [_case(bench, mode, arrivals, scenario=name) for mode in bench.settings.modes]
+        rows = beside_ar(take_turns(bench, "scenarios", cases, warm=name == "counting"))
+        found += [_told(bench, "scenarios", row) for row in rows]
+    return found
+
+
+def _case(bench: Bench, mode: str, arrivals: Sequence[Arrival], **label: Any) -> Case:
+    params = bench.settings.params(mode, bench.settings.amounts.answer)
+    return Case({**label, "mode": mode}, lambda _: bench.loop.serve(arrivals, params))
+
+
+def _told(bench: Bench, part: str, row: Row) -> Row:
+    bench.tell(part, row)
+    return row

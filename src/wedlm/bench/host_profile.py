@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the host's time goes in a step: each stage under a clock of its own, waiting for the device apart."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from wedlm.bench.stats import Figures
+from wedlm.engine.engine import Engine
+
+_STAGES = ("schedule", "rows", "launch", "replay", "fetch", "read", "deliver")
+
+
+class _Clock:
+    """Seconds by stage, those of stages inside a stage not counted twice."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner = [0.0]
+
+    def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._inner.append(0.0)
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took = time.perf_counter() - start
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + took - self._inner.pop()
+                self._inner[-1] += took
+
+        return call
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of an object or a class, meanwhile another one."""
+    held = name in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if held:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+def host_work(engine: Engine, num_steps: int) -> Figures:
+    """Milliseconds a step (medians): ``host_ms`` is all but waiting for the device, which is an event's
+    ``synchronize`` on a GPU and the model's forward on a CPU; then the stages of it, then the step as a whole."""
+    per_step: list[dict[str, float]] = []
+    for _ in range(num_steps):
+        clock = _Clock()
+        with ExitStack() as stack:
+            for owner, name, stage in _stages(engine):
+                stack.enter_context(_replaced(owner, name, clock.timed(stage, getattr(owner, name))))
+            start = time.perf_counter()
+            engine.step()
+            took = time.perf_counter() - start
+        seconds = {stage: clock.seconds.get(stage, 0.0) for stage in ("wait", *_STAGES)}
+        others = {"host": took - seconds["wait"], "other": took - sum(seconds.values()), "step": took}
+        per_step.append({**seconds, **others})
+    order = ("host", *_STAGES, "other", "wait", "step")
+    return {f"{stage}_ms": 1e3 * statistics.median(one[stage] for one in per_step) for stage in order}
+
+
+def _stages(engine: Engine) -> list[tuple[Any, str, str]]:
+    """(owner, method, stage) of what a step consists of."""
+    device = engine.runner.device
+    wait = (torch.cuda.Event, "synchronize") if device.type == "cuda" else (engine.runner, "model")
+    graphs = sys.modules.get("wedlm.engine.graph_runner")  # not imported where no step is captured
+    return [
+        *([] if graphs is None else [(graphs.GraphFlight, "__init__", "fetch"), (graphs.GraphFlight, "read", "read")]),
+        *([(torch.cuda.CUDAGraph, "replay", "replay")] if device.type == "cuda" else []),
+        (engine.scheduler, "schedule", "schedule"),
+        (engine.scheduler, "schedule_ahead", "schedule"),
+        (engine, "_with_rows", "rows"),
+        (engine.runner, "launch", "launch"),
+        (engine.runner, "run", "launch"),
+        (engine, "_take", "deliver"),
+        (*wait, "wait"),
+    ]

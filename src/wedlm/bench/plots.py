@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's rows as SVG files: step time against rows, rows processed against tokens kept, tok/s against batch; and from
+results of ``wedlm eval`` speed against quality."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from wedlm.bench.stats import Row
+from wedlm.evaluate.plots import Plot, draw_plots, finish_plot, group_by, new_figure, place_legend
+from wedlm.evaluate.report import build_sections
+from wedlm.evaluate.result_folder import read_points
+
+_Parts = dict[str, list[Row]]
+
+
+def draw_bench(values: dict[str, Any]) -> list[Plot]:
+    """The figures that a record has the rows for. ValueError if matplotlib is missing."""
+    parts: _Parts = values["parts"]
+    drawn = [_step_time(parts, values.get("step_costs_ms", {})), _rows_kept(parts), _speed(parts)]
+    return [plot for plot in drawn if plot is not None]
+
+
+def draw_evaluation(folder: Path) -> list[Plot]:
+    """Speed against quality, over τ where it was swept, of a folder of ``wedlm eval``."""
+    sections = build_sections(read_points([folder]), None, 0, lambda _: None)
+    return [
+        replace(plot, title=f"{section.title} {plot.title}") for section in sections for plot in draw_plots(section)
+    ]
+
+
+def write_plots(plots: Sequence[Plot], directory: Path) -> list[Path]:
+    """One file each, named after its title."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for plot in plots:
+        words = "".join(c if c.isalnum() else " " for c in plot.title.lower()).split()
+        paths.append(directory / f"{'_'.join(words)}.svg")
+        paths[-1].write_text(plot.svg, encoding="utf-8")
+    return paths
+
+
+def _step_time(parts: _Parts, costs: dict[int, float]) -> Plot | None:
+    rows = parts.get("steps", [])
+    if not rows and not costs:
+        return None
+    figure, (axes,) = new_figure(1)
+    if costs:
+        axes.plot([int(n) for n in costs], list(costs.values()), "-", color="grey", label="forward alone, no context")
+    for index, (mode, group) in enumerate(group_by(rows, lambda row: row["mode"]).items()):
+        places = [row["batch"] * row["rows_per_step"] for row in group]
+        values = [row["step_ms"] for row in group]
+        axes.errorbar(places, values, yerr=_bars(group, "step_ms"), fmt="o", color=f"C{index}", label=mode, capsize=2)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("rows of a step, all sequences")
+    axes.set_ylabel("ms a step")
+    place_legend(figure, axes)
+    return finish_plot(figure, "Step time against rows", "median of each case; bars: least and most of the runs")
+
+
+def _rows_kept(parts: _Parts) -> Plot | None:
+    """What a row buys: the diagonal is every row kept."""
+    points: list[tuple[str, float, float]] = []
+    for part in ("steps", "accept"):
+        points += [(part, row["rows_per_step"], row["tokens_per_step"]) for row in parts.get(part, [])]
+    for part in ("scenarios", "latency", "throughput", "serving"):
+        for row in parts.get(part, []):
+            points.append(
+                (f"{part} {row['mode']}", row["tokens_per_forward"] / row["p_cache"], row["tokens_per_forward"])
+            )
+    if not points:
+        return None
+    figure, (axes,) = new_figure(1)
+    for index, (name, group) in enumerate(group_by(points, lambda point: point[0]).items()):
+        marker = "osD^v<>"[index // 10 % 7]
+        axes.plot([p[1] for p in group], [p[2] for p in group], marker, color=f"C{index % 10}", label=name)
+    most = max(point[2] for point in points)
+    axes.plot([1, most], [1, most], "-", color="grey", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("rows processed, a sequence and step")
+    axes.set_ylabel("tokens kept")
+    place_legend(figure, axes)
+    return finish_plot(figure, "Rows processed against tokens kept", "the line: every row becomes a token")
+
+
+def _speed(parts: _Parts) -> Plot | None:
+    rows = parts.get("throughput", [])
+    if len({row["batch"] for row in rows}) < 2:
+        return None
+    figure, (axes,) = new_figure(1)
+    for index, (mode, group) in enumerate(group_by(rows, lambda row: row["mode"]).items()):
+        places, values = [row["batch"] for row in group], [row["tok_per_s"] for row in group]
+        axes.errorbar(
+            places, values, yerr=_bars(group, "tok_per_s"), fmt="o-", color=f"C{index}", label=mode, capsize=2
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xlabel("batch")
+    axes.set_ylabel("tokens / second")
+    place_legend(figure, axes)
+    return finish_plot(figure, "Throughput against batch", "complete answers; bars: least and most of the runs")
+
+
+def _bars(rows: Sequence[Row], name: str) -> list[list[float]]:
+    return [
+        [row[name] - row["spread"][name][0] for row in rows],
+        [row["spread"][name][1] - row[name] for row in rows],
+    ]

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file of a run: hardware, versions, configuration, rows by part; written anew after each part."""
+
+import json
+import math
+import os
+import platform
+import re
+import resource
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wedlm.attention.base import KVCache
+from wedlm.bench.settings import Settings
+from wedlm.bench.stats import Row, describe, rounded
+from wedlm.bench.target import Subject
+
+_PACKAGES = ("wedlm", "torch", "triton", "transformers", "vllm", "numpy")
+# What a row is about; everything else in it was measured.
+LABELS = ("scenario", "kind", "accepted", "batch", "mode", "rows", "context", "prompt", "chunk", "requests", "load")
+_KEY_FIGURES = ("median_ratio", "host_ms", "step_ms", "tok_per_s")
+_FILE = "bench.json"
+
+
+class Record:
+    """Everything a reader needs to judge the figures or to repeat them."""
+
+    def __init__(self, settings: Settings, command: list[str]) -> None:
+        self.values: dict[str, Any] = {
+            "benchmark": "wedlm bench",
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command,
+            "versions": versions(),
+            "settings": asdict(settings),
+            "parts": {},
+        }
+
+    def describe(self, subject: Subject) -> None:
+        """Note the machine and the engine."""
+        engine, config = subject.engine, subject.config
+        heads = (config.num_kv_heads, config.head_dim, engine.runner.cache.keys.dtype)
+        self.values |= {
+            "hardware": hardware(subject.device),
+            "subject": {
+                "name": subject.name,
+                "dtype": subject.dtype,
+                "runner": type(engine.runner).__name__,
+                "model": config.to_hf(),
+                "engine": asdict(engine.config),
+                "cache_tokens": engine.pool.num_pages * engine.pool.page_size,
+                "cache_bytes_per_token": KVCache.bytes_per_token(config.num_layers, *heads),
+            },
+        }
+
+    def finish(self, subject: Subject, seconds: float, cut: list[str]) -> None:
+        """Note what is known in the end: memory, auto's table of costs, what there was no time for."""
+        self.values["memory"] = memory(subject.device)
+        auto = subject.engine.auto
+        if auto is not None:
+            self.values["step_costs_ms"] = {rows: rounded(1e3 * cost) for rows, cost in auto.costs.table()}
+        self.values |= {"seconds": round(seconds, 1), "cut": cut}
+
+    def write(self, directory: Path | None) -> None:
+        """``bench.json``, whole or not at all."""
+        if directory is None:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = directory / f".{_FILE}"
+        values = _json_values(self.values)
+        temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        temporary.replace(directory / _FILE)
+
+    def summary(self, directory: Path | None) -> str:
+        """One line of JSON: the figure of each row that matters most, by part and label."""
+        parts = {
+            part: {describe(label_of(row)): key_figure(row) for row in rows}
+            for part, rows in self.values["parts"].items()
+        }
+        file = None if directory is None else str(directory / _FILE)
+        kept = {name: self.values[name] for name in ("seconds", "cut") if name in self.values}
+        return json.dumps({"file": file, "parts": parts, **kept}, ensure_ascii=False)
+
+
+def _json_values(value: Any) -> Any:
+    """JSON has no infinity, which some options may be, and no NaN."""
+    if isinstance(value, dict):
+        return {name: _json_values(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_values(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a run has written. ValueError if the folder has no ``bench.json`` of ours."""
+    file = folder / _FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); expected what wedlm bench --output wrote") from error
+    if not isinstance(values, dict) or not isinstance(values.get("parts"), dict):
+        raise ValueError(f"{file} has no parts; expected what wedlm bench --output wrote")
+    return values
+
+
+def label_of(row: Row) -> dict[str, Any]:
+    """What the row is about."""
+    return {name: row[name] for name in LABELS if name in row}
+
+
+def key_figure(row: Row) -> tuple[str, float]:
+    """The figure that a row is there for."""
+    name = next(name for name in _KEY_FIGURES if name in row and not (name == "step_ms" and "accepted" in row))
+    return name, row[name]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that matter, where they are installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The device, and the CPU beside it."""
+    found: dict[str, Any] = {"cpu": cpu_name(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"gpu": properties.name, "gpu_gib": round(properties.total_memory / 2**30, 1)}
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def cpu_name() -> str:
+    """As Linux names it, else the architecture."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.machine()
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peaks so far, in GB; on a GPU the cache is in it, whose size is the configuration's."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"host_peak_gb": rounded(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)}
+    if device.type == "cuda":
+        found["device_peak_gb"] = rounded(torch.cuda.max_memory_allocated(device) / 1e9)
+        free, total = torch.cuda.mem_get_info(device)
+        found["device_in_use_gb"] = rounded((total - free) / 1e9)  # graphs and libraries included
+    return found

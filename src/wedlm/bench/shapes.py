@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of common shapes with random weights: what a step costs does not depend on their values."""
+
+from typing import Any
+
+import torch
+
+from wedlm.model import ModelConfig, Transformer, pack_for_inference
+from wedlm.model.inference.layers import Quantization
+from wedlm.model.rope import inverse_frequencies
+
+MASK_TOKEN_ID, END_TOKEN_ID, FIRST_TEXT_ID = 3, 2, 10
+_COMMON = {"hidden_act": "silu", "eos_token_id": END_TOKEN_ID, "bos_token_id": 0, "mask_token_id": MASK_TOKEN_ID}
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-8b": {
+        "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "max_position_embeddings": 40960, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    },
+    "smollm2-135m": {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
+        "max_position_embeddings": 8192, "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
+    },
+    "tiny": {
+        "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1200,
+        "max_position_embeddings": 4096, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    },
+}  # fmt: skip
+
+
+def shape_config(shape: str) -> ModelConfig:
+    """ValueError naming the shapes there are."""
+    if shape not in SHAPES:
+        raise ValueError(f"--shape is {shape!r}; expected one of {', '.join(SHAPES)}")
+    return ModelConfig.from_hf({**_COMMON, **SHAPES[shape]})
+
+
+def random_model(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
+) -> Transformer:
+    """Random weights, made on the device and packed; always the same ones."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02, generator=generator) if parameter.ndim > 1 else parameter.fill_(1.0)
+    model.model.rotary.inv_freq = inverse_frequencies(config)[0].to(device)
+    return pack_for_inference(model, quantization)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts that keep a batch fixed: step time by rows, by context, by who works; auto with drafts accepted at rates."""
+
+from typing import Any
+
+from wedlm.bench.forced_acceptance import injected
+from wedlm.bench.host_profile import host_work
+from wedlm.bench.measure import Bench, Case, take_turns
+from wedlm.bench.stats import Figures, Row, make_row
+from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, AutoRows, expected_step
+from wedlm.engine.sampling_params import SamplingParams
+
+# However unsure: every row that the budget has; every mask filled in each step, which runs 2W rows.
+_ALL_ROWS: dict[str, Any] = {"wedlm_draft_entropy": 1e9}
+_ALL_MASKS: dict[str, Any] = {"wedlm_entropy_threshold": 1e9}
+_TOKENS_A_STEP = (2.0, 3.0)  # at 16 rows; what auto is measured at besides the curves given
+_AUTO_WARM_STEPS = 60  # until it knows how drafts fare
+_UNLIMITED = 3000
+
+
+def _params(bench: Bench, mode: str, **options: Any) -> SamplingParams:
+    """For requests that no measurement ends."""
+    most = min(_UNLIMITED, bench.subject.engine.config.max_model_len)
+    return bench.settings.params(mode, most, ignore_eos=True, **options)
+
+
+def _prompts(bench: Bench, count: int, length: int | None = None) -> list[list[int]]:
+    length = length or bench.settings.amounts.prompt
+    return [bench.subject.prompts.of(number, length) for number in range(count)]
+
+
+def _fixed(bench: Bench, batch: int, mode: str, length: int | None = None, **options: Any) -> Case:
+    """A batch for so many steps; the label has the rows that each sequence may run."""
+    params = _params(bench, mode, **options)
+    window = params.wedlm_window_size or bench.subject.engine.config.default_window_size
+    rows = 1 if mode == "autoregressive" else window if mode in ("verified", "auto") else 2 * window
+    label: dict[str, Any] = {"mode": mode, "batch": batch, "rows": rows}
+    if length is not None:
+        label["context"] = length
+    amounts = bench.settings.amounts
+    prompts = _prompts(bench, batch, length)
+    return Case(label, lambda _: bench.loop.batch(prompts, params, amounts.warm_steps, amounts.steps))
+
+
+def steps(bench: Bench) -> list[Row]:
+    """Every batch with one row; 16 rows up to batch 32, verified and streaming; fewer rows for larger batches."""
+    batches = bench.settings.amounts.batches
+    modes = bench.settings.modes
+    cases = [_fixed(bench, batch, "autoregressive") for batch in batches]
+    small = [batch for batch in batches if batch <= 32]
+    if "verified" in modes:
+        cases += [_fixed(bench, batch, "verified", wedlm_window_size=16, **_ALL_ROWS) for batch in small]
+    if "streaming" in modes:
+        cases += [_fixed(bench, batch, "streaming", wedlm_window_size=8, **_ALL_MASKS) for batch in small]
+    if "verified" in modes:
+        wide = ((8, max(small, default=0)), (4, batches[-1]))
+        cases += [_fixed(bench, b, "verified", wedlm_window_size=w, **_ALL_ROWS) for w, b in wide if b > 1]
+    return [_told(bench, "steps", row) for row in take_turns(bench, "steps", cases)]
+
+
+def _told(bench: Bench, part: str, row: Row) -> Row:
+    """Beside vLLM's AR steps at the same batch, where those were measured."""
+    row = bench.beside_vllm("steps", row, batch=row["batch"])
+    bench.tell(part, row)
+    return row
+
+
+def contexts(bench: Bench) -> list[Row]:
+    """One stream over longer and longer contexts."""
+    longest = bench.subject.engine.config.max_model_len - bench.settings.amounts.steps * 8
+    lengths = [length for length in bench.settings.amounts.contexts if length <= longest]
+    cases = [
+        _fixed(bench, 1, mode, length, **options)
+        for length in lengths
+        for mode, options in (("autoregressive", {}), ("verified", _ALL_ROWS))
+    ]
+    rows = take_turns(bench, "contexts", cases)
+    for row in rows:
+        bench.tell("contexts", row)
+    return rows
+
+
+def accept(bench: Bench) -> list[Row]:
+    """Auto from a fresh start at each batch, every draft certain enough, accepted at the rates of each curve."""
+    curves = {", ".join(f"{rate:g}" for rate in curve): curve for curve in bench.settings.curves}
+    for tokens in _TOKENS_A_STEP:
+        curves[f"{tokens:g} tokens at 16 rows"] = (_rate_for(tokens),)
+    curves[f"all ({_tokens(1.0):.2g} tokens at 16 rows)"] = (1.0,)
+    amounts = bench.settings.amounts
+    params = _params(bench, "auto", **_ALL_ROWS)
+    rows = []
+    with injected(bench.subject.engine) as chances:
+        for batch in amounts.batches:
+            _try_all_budgets(bench, _prompts(bench, batch), params)
+        for name, rates in curves.items():
+            for batch in amounts.batches:
+                label = {"accepted": name, "rates": list(rates), "mode": "auto", "batch": batch}
+                if not bench.late(f"accept: {name}, batch {batch}"):
+                    chances.set(rates)
+                    row = _accepted(bench, label, _prompts(bench, batch), params)
+                    rows.append(_told(bench, "accept", row))
+    return rows
+
+
+class FixedRows(AutoRows):
+    """Auto decoding that has made up its mind."""
+
+    def choose(self, num_windows: int, most: int) -> int:
+        return min(self.row_budget, most)
+
+
+def _try_all_budgets(bench: Bench, prompts: list[list[int]], params: SamplingParams) -> None:
+    """Every step that auto may choose for this batch, once: captures and compilations are no part of what follows."""
+    engine = bench.subject.engine
+    requests = bench.loop.start(prompts, params)
+    assert engine.auto is not None
+    for row_budget in ROW_BUDGETS:
+        if row_budget <= requests[0].decode.row_budget:
+            engine.auto = FixedRows(engine.auto.costs, row_budget)
+            bench.loop.steps(requests, 3)
+    bench.loop.end(requests)
+
+
+def _accepted(bench: Bench, label: dict[str, Any], prompts: list[list[int]], params: SamplingParams) -> Row:
+    engine, amounts = bench.subject.engine, bench.settings.amounts
+    assert engine.auto is not None
+    engine.auto = AutoRows(engine.auto.costs)
+    requests = bench.loop.start(prompts, params)
+    try:
+        bench.loop.steps(requests, _AUTO_WARM_STEPS)
+        runs = [bench.loop.steps(requests, amounts.steps) for _ in range(amounts.runs)]
+    finally:
+        bench.loop.end(requests)
+    return make_row(label, runs, row_budget=engine.auto.row_budget)
+
+
+def _tokens(rate: float) -> float:
+    return expected_step(16, (rate,) * 8, (1.0,) * 8)[0]
+
+
+def _rate_for(tokens: float) -> float:
+    """The rate, alike for all depths, that gives so many tokens a step at 16 rows."""
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _tokens(middle) < tokens else (low, middle)
+    return round(high, 3)
+
+
+def host(bench: Bench) -> list[Row]:
+    """What Python does in a step while the device is not waited for, at the smallest and the largest batch."""
+    amounts = bench.settings.amounts
+
+    def case(batch: int, mode: str) -> Case:
+        params = _params(bench, mode, **({} if mode == "autoregressive" else _ALL_ROWS))
+
+        def measure(_: int) -> Figures:
+            requests = bench.loop.start(_prompts(bench, batch), params)
+            try:
+                bench.loop.steps(requests, amounts.warm_steps)
+                return host_work(bench.subject.engine, amounts.steps)
+            finally:
+                bench.loop.end(requests)
+
+        return Case({"mode": mode, "batch": batch}, measure)
+
+    batches = dict.fromkeys((amounts.batches[0], amounts.batches[-1]))
+    cases = [case(batch, mode) for batch in batches for mode in ("autoregressive", "verified", "auto")]
+    rows = take_turns(bench, "host", cases)
+    for row in rows:
+        bench.tell("host", row)
+    return rows

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: one engine around a checkpoint or around random weights, and prompts that suit it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from wedlm.attention.base import KVCache
+from wedlm.bench.prompts import Prompts
+from wedlm.bench.settings import Settings
+from wedlm.bench.shapes import MASK_TOKEN_ID, random_model, shape_config
+from wedlm.engine import options
+from wedlm.engine.engine import Engine, EngineConfig
+from wedlm.engine.factory import build_engine
+from wedlm.engine.llm import LLM
+from wedlm.model import ModelConfig
+
+# Options of an engine that its configuration has under the same names.
+_CONFIGURED = ("max_num_seqs", "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio")
+_CACHE_SPARE_TOKENS = 2000  # for each sequence of the largest batch: what a measurement lets it write
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One engine, and what to ask it."""
+
+    name: str
+    engine: Engine
+    config: ModelConfig
+    prompts: Prompts
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.runner.device
+
+    @property
+    def dtype(self) -> str:
+        return str(self.engine.runner.cache.keys.dtype).removeprefix("torch.")
+
+
+def load_subject(settings: Settings) -> Subject:
+    """The engine that all parts share. ValueError for options that cannot be."""
+    device = options.read_device(settings.device)
+    rows = max(2048, settings.most_rows)
+    given = {"max_num_seqs": max(settings.amounts.batches), "max_num_batched_tokens": rows, **settings.engine}
+    if settings.shape is None:
+        assert settings.model is not None
+        llm = LLM(settings.model, adapter=settings.adapter, dtype=settings.dtype, device=settings.device, **given)
+        prompts = Prompts(llm.tokenizer, llm.model_config.vocab_size, llm.engine.config.max_model_len)
+        return Subject(settings.model, llm.engine, llm.model_config, prompts)
+    config = shape_config(settings.shape)
+    dtype = options.read_dtype(settings.dtype, device) or torch.bfloat16
+    engine_config = EngineConfig(
+        vocab_size=config.vocab_size,
+        mask_token_id=MASK_TOKEN_ID,
+        end_token_ids=config.eos_token_ids,
+        max_model_len=options.read_length(given.get("max_model_len"), config),
+        **{name: given[name] for name in _CONFIGURED if name in given},
+    )
+    model = random_model(config, device, dtype, given.get("quantization"))
+    cache_bytes = given.get("kv_cache_bytes") or _cache_bytes(settings, engine_config, config, dtype, device)
+    engine = build_engine(model, engine_config, None, kv_cache_bytes=cache_bytes)
+    return Subject(settings.shape, engine, config, Prompts(None, config.vocab_size, engine_config.max_model_len))
+
+
+def _cache_bytes(
+    settings: Settings, engine: EngineConfig, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> int:
+    """What the largest batch and the longest context need, at most what the engine would take by itself."""
+    assert settings.amounts.prompt is not None
+    tokens = engine.max_num_seqs * (settings.amounts.prompt + _CACHE_SPARE_TOKENS) + 2 * engine.max_model_len
+    wanted = tokens * KVCache.bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
+    return min(wanted, options.default_cache_bytes(device, wanted, 0.85))

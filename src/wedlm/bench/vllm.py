@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's AR decoding on the same weights, in a process of its own that has ended before our engine is made."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wedlm.bench.prompts import Prompts
+from wedlm.bench.settings import Settings
+from wedlm.bench.shapes import shape_config
+from wedlm.bench.stats import Row
+from wedlm.engine import options
+from wedlm.model import ModelConfig, load_model, load_tokenizer, save_model
+
+_MEASURABLE = ("latency", "throughput", "serving", "steps", "prefill")
+_TIMEOUT_S = 900.0
+_SHOWN_CHARACTERS = 400
+
+
+def check_against(name: str | None) -> None:
+    """ValueError for a rival that there is none of."""
+    if name not in (None, "vllm"):
+        raise ValueError(f"--against is {name!r}; expected vllm")
+    if name == "vllm" and find_spec("vllm") is None:
+        raise ValueError("--against is vllm, which is not installed here; expected an environment that has it")
+
+
+def measure_vllm(settings: Settings, timeout_s: float | None) -> dict[str, Any]:
+    """Rows by part, as far as vLLM has something to say on ours; ``versions``; ``error`` if it ended badly or took too
+    long, beside the parts that it had finished."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        task, found, log = (directory / file for file in ("task.json", "found.json", "log.txt"))
+        task.write_text(json.dumps(_task(settings, directory)))
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "wedlm.bench.vllm_worker", str(task), str(found)],
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"},
+            )  # fmt: skip
+            try:
+                code = process.wait(timeout_s or _TIMEOUT_S)
+                error = None if code == 0 else f"vLLM's process ended with code {code}: {_last_words(log)}"
+            except subprocess.TimeoutExpired:
+                error = f"vLLM took longer than {timeout_s or _TIMEOUT_S:.0f} s"
+            finally:
+                _end_all(process)
+        rows: dict[str, Any] = json.loads(found.read_text()) if found.exists() else {}
+    return rows if error is None else {**rows, "error": error}
+
+
+def _end_all(process: "subprocess.Popen[bytes]") -> None:
+    """The process and its own: vLLM's engine is a process, too, and holds the GPU's memory."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def _last_words(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line]
+    return (errors or lines or ["(no output)"])[-1][-_SHOWN_CHARACTERS:]
+
+
+def _task(settings: Settings, directory: Path) -> dict[str, Any]:
+    """All that the worker needs; the weights are in ``directory`` or where they were."""
+    amounts = settings.amounts
+    dtype = options.read_dtype(settings.dtype, options.read_device(settings.device))
+    if settings.shape is not None:
+        config, model, dtype = shape_config(settings.shape), directory, dtype or torch.bfloat16
+        (directory / "config.json").write_text(json.dumps(config.to_hf()))
+        prompts = Prompts(None, config.vocab_size, config.max_length)
+    else:
+        assert settings.model is not None
+        weights, config = load_model(settings.model, dtype)
+        dtype, model = weights.model.embed_tokens.weight.dtype, directory
+        save_model(weights, as_autoregressive(config), directory)
+        prompts = Prompts(load_tokenizer(settings.model), config.vocab_size, config.max_length)
+    everything = prompts.arrivals(amounts.requests, amounts.answer, float("inf"))
+    spaced = prompts.arrivals(amounts.requests, amounts.answer, 1.0)  # one a second; the worker sets the rate
+    largest = prompts.batch(max(amounts.batches), amounts.prompt, amounts.answer)
+    return {
+        "model": str(model),
+        "load_format": "auto" if settings.shape is None else "dummy",
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": min(config.max_length, max(amounts.long_prompt + 16, 4096)),
+        "max_num_seqs": max(amounts.batches),
+        "ignore_eos": settings.shape is not None,
+        "end_token_ids": list(config.eos_token_ids),
+        "parts": [part for part in _MEASURABLE if part in settings.parts or part == "steps"],
+        "batches": amounts.batches,
+        "runs": amounts.runs,
+        "steps": 2 * amounts.steps,
+        "answer": amounts.answer,
+        "prompts": [one.prompt for one in largest],
+        "arrivals": [asdict(replace(one, at_s=spaced[i].at_s)) for i, one in enumerate(everything)],
+        "rate": settings.rate,
+        "long_prompt": prompts.of(0, min(amounts.long_prompt, config.max_length - 2)),
+    }
+
+
+def as_autoregressive(config: ModelConfig) -> ModelConfig:
+    """The same weights under a name that AR engines know."""
+    if config.model_type != "wedlm":
+        return config
+    known = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    return replace(config, model_type=known)
+
+
+def rows_of(found: dict[str, Any]) -> dict[str, Sequence[Row]]:
+    """What ``measure_vllm`` found, without what is not rows."""
+    return {part: rows for part, rows in found.items() if part in _MEASURABLE}

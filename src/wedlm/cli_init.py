@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``wedlm init``: a WeDLM directory from an AR checkpoint."""
+
+from pathlib import Path
+
+from wedlm.cli_terminal import note, out, status
+
+
+def run_init(source: str, output: Path, mask_token_id: int | None, block_size: int, force: bool) -> None:
+    """Make the directory and say what it holds. Raises ValueError."""
+    with status("Loading torch ..."):
+        from wedlm.model.formats.resolve import locate
+        from wedlm.model.init_checkpoint import initialise
+    locate(source)  # outside the status line: a download shows its own progress
+    with status(f"Making {output} from {source} ..."):
+        made = initialise(source, output, mask_token_id=mask_token_id, block_size=block_size, force=force)
+    config, token = made.config, made.mask_token
+    out.print(str(made.directory), markup=False, soft_wrap=True)
+    note(
+        f"{config.model_type}, {config.num_layers} layers, {config.dtype}; block size {config.block_size}; "
+        f"mask token {config.mask_token_id}, " + ("an id that text does not use" if token is None else repr(token))
+    )
+    note("Its masked rows are not trained yet: next comes `wedlm train`.")

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of a prompt may share a step with windows that are being decoded, so that their tokens keep coming."""
+
+from dataclasses import dataclass
+
+from wedlm.engine.adaptive.draft_budget import StepCosts
+
+_SMALLEST_CHUNK = 32  # a prompt gets on however dear its rows are
+_NEW = 0.1  # weight of the latest observation
+
+
+@dataclass
+class Pacing:
+    """Rows of chunks beside windows: such a step should take at most ``ratio`` times what the windows alone take.
+
+    ``costs`` knows forwards; what steps take besides (attention, the host) is observed.
+    """
+
+    costs: StepCosts
+    ratio: float
+    _beside_windows: float = 0.0  # seconds, of steps of windows alone
+    _beside_chunks: float = 0.0  # of steps with chunks
+
+    def chunk_rows(self, window_rows: int) -> int:
+        """The most rows of chunks beside so many rows of windows."""
+        alone = self.costs(window_rows) + self._beside_windows
+        beside = max(self._beside_chunks, self._beside_windows)
+        return max(_SMALLEST_CHUNK, self.costs.rows_within(self.ratio * alone - beside) - window_rows)
+
+    def observe(self, window_rows: int, chunk_rows: int, seconds: float) -> None:
+        """How long a step with windows took."""
+        beside = max(0.0, seconds - self.costs(window_rows + chunk_rows))
+        if chunk_rows:
+            self._beside_chunks = _towards(self._beside_chunks, beside)
+        else:
+            self._beside_windows = _towards(self._beside_windows, beside)
+
+
+def _towards(before: float, now: float) -> float:
+    """A moving mean that a pause of the machine hardly moves."""
+    return before + _NEW * (min(now, 2 * before + 2e-3) - before)

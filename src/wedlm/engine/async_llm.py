@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine in a thread of its own, for callers in an asyncio loop. That thread alone touches the engine."""
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from wedlm.attention.base import KVCache
+from wedlm.engine.engine import Engine
+from wedlm.engine.outputs import GenerationOutput, StreamPiece
+from wedlm.engine.pages import PagePool
+from wedlm.engine.request import Request
+from wedlm.engine.request_stream import EngineFault, EngineStopped, Ticket
+from wedlm.engine.sampling_params import SamplingParams
+
+log = logging.getLogger(__name__)
+
+State = Literal["running", "restarting", "dead", "stopped"]
+MAX_RESTARTS = 5  # attempts after one fault
+_PROOF_STEPS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How full the engine was after the last step."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    pages_in_use: int = 0
+    num_pages: int = 0
+
+
+@dataclass(slots=True)
+class _Live:
+    """The engine thread's notes of one sequence: how much of it the loop has been told."""
+
+    request: Request
+    ticket: Ticket
+    index: int
+    characters: int = 0
+    tokens: int = 0
+    forwards: int = 0
+
+
+class AsyncEngine:
+    """Runs ``engine``, which must be empty (ValueError), in a thread; make it inside the loop that will use it.
+
+    ``renew(broken_engine)`` makes the engine that follows after a fault. ``state`` is "restarting" from the fault until
+    the new engine has generated a token, and "dead" once ``MAX_RESTARTS`` of them could not. Sequences that the broken
+    engine held fail with EngineFault; those it had not taken yet go to the new one.
+    """
+
+    def __init__(self, engine: Engine, renew: Callable[[Engine], Engine], first_retry_s: float = 1.0) -> None:
+        if engine.has_work:
+            raise ValueError(f"the engine has {len(engine.requests)} requests; expected one with none")
+        self.engine, self._renew, self._first_retry_s = engine, renew, first_retry_s
+        self.state: State = "running"
+        self.num_open = 0  # sequences submitted and not finished, in the loop's view
+        self.num_faults = self.num_restarts = 0
+        self.load = EngineLoad()
+        self._loop = asyncio.get_running_loop()
+        self._ids = itertools.count()
+        self._live: dict[str, _Live] = {}
+        self._reports: list[Callable[[], None]] = []
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._ended = False
+        # A daemon: a step that hangs must not keep the process alive.
+        self._thread = threading.Thread(target=self._run, name="wedlm-engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, sequences: Sequence[tuple[list[int], SamplingParams]], watch: bool = False, streamed: bool = True
+    ) -> Ticket:
+        """Queue sequences (prompt ids and parameters), all or none. ``watch``: pieces carry windows, one per step.
+        ``streamed``: somebody reads the tokens as they come.
+
+        EngineStopped if the engine has stopped; what is wrong with a sequence comes from ``Ticket.accepted``.
+        """
+        if self._ended:
+            raise EngineStopped("the engine has stopped")
+        names = [f"request-{next(self._ids)}" for _ in sequences]
+        ticket = Ticket(names, lambda: self._command(partial(self._abort, ticket)), self._closed)
+        self.num_open += ticket.num_open
+        self._command(partial(self._add, ticket, list(sequences), watch, streamed))
+        return ticket
+
+    async def stop(self, timeout_s: float = 10.0) -> None:
+        """End the thread after the step in progress; whatever is open fails with EngineStopped."""
+        self._stopping.set()
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join, timeout_s)
+        await asyncio.sleep(0)  # let what the thread reported last take effect
+
+    def _closed(self, count: int) -> None:
+        self.num_open -= count
+
+    def _command(self, command: Callable[[], None]) -> None:
+        if not self._ended:
+            self._commands.put(command)
+
+    # From here on: the engine thread.
+
+    def _run(self) -> None:
+        """Until told to stop, or beyond repair. BaseException: a SystemExit from a library would end the thread in
+        silence, and leave requests waiting behind a state of "running"."""
+        try:
+            while self.state == "running":
+                try:
+                    self._serve()
+                    self.state = "stopped"
+                except BaseException as error:
+                    self._recover(error)
+            for request_id in self._live:  # none after a fault: the engine is whole
+                self.engine.abort(request_id)
+        except BaseException:
+            log.exception("the engine's thread failed outside a step")
+            self.state = "dead"
+        self._fail_live(EngineStopped("the engine has stopped"))
+        self._report(self._thread_ended)
+        self._send_reports()
+
+    def _serve(self) -> None:
+        """Commands and steps in turn until told to stop."""
+        while self._obey(wait=not self.engine.has_work):
+            self._note_load()
+            self._send_reports()
+            if self.engine.has_work:
+                self._step()
+                self._note_load()
+                self._send_reports()
+
+    def _obey(self, wait: bool) -> bool:
+        """Carry out all commands, waiting for the first if ``wait``. False: stop."""
+        while True:
+            try:
+                command = self._commands.get(block=wait)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            wait = False
+
+    def _add(
+        self, ticket: Ticket, sequences: list[tuple[list[int], SamplingParams]], watch: bool, streamed: bool
+    ) -> None:
+        try:
+            for index, (request_id, sequence) in enumerate(zip(ticket.request_ids, sequences, strict=True)):
+                request = self.engine.add(request_id, *sequence)
+                request.watched, request.streamed = watch, streamed
+                self._live[request_id] = _Live(request, ticket, index)
+        except ValueError as error:
+            self._forget(ticket)
+            self._report(partial(ticket.fail, error))
+        except BaseException:
+            self._report(partial(ticket.fail, EngineFault("the engine failed")))
+            raise
+        else:
+            self._report(ticket.accept)
+
+    def _abort(self, ticket: Ticket) -> None:
+        self._forget(ticket)
+        self._report(ticket.end)
+
+    def _forget(self, ticket: Ticket) -> None:
+        for request_id in ticket.request_ids:
+            if self._live.pop(request_id, None) is not None:
+                self.engine.abort(request_id)
+
+    def _step(self) -> None:
+        changed = {request.request_id for request in self.engine.step()}
+        changed |= {
+            name for name, one in self._live.items() if one.request.watched and one.request.num_forwards > one.forwards
+        }
+        for name in changed:
+            one = self._live[name]
+            self._report(partial(one.ticket.receive, one.index, self._piece(one)))
+            if one.request.finish_reason is not None:
+                del self._live[name]
+
+    def _piece(self, one: _Live) -> StreamPiece:
+        request = one.request
+        text = request.text
+        assert text is not None, "an engine behind AsyncEngine has a tokenizer"
+        finished = request.finish_reason is not None
+        first, told = len(request.prompt_token_ids), one.tokens
+        one.tokens, one.forwards = request.num_output_tokens, request.num_forwards
+        end = len(text.text) if finished else text.stable
+        start, one.characters = one.characters, max(one.characters, end)
+        borders = [0, *text.ends[max(0, told - 1) : one.tokens]] if told == 0 else text.ends[told - 1 : one.tokens]
+        if finished:  # characters that never became whole belong to the last token; an end token adds none
+            borders = [*borders[: one.tokens - told], len(text.text)]
+        return StreamPiece(
+            text=text.text[start:end],
+            token_ids=request.tokens[first + told :],
+            step=request.num_forwards - 1,
+            output=GenerationOutput.of(request) if finished else None,
+            token_texts=[text.text[a:b] for a, b in itertools.pairwise(borders)],
+            logprobs=request.logprobs[told:] if request.params.logprobs is not None else [],
+            top_logprobs=request.alternatives[told:] if request.params.logprobs else [],
+            window=self.engine.runner.snapshot(request) if one.request.watched and not finished else None,
+        )
+
+    def _recover(self, error: BaseException) -> None:
+        """Fail what the broken engine held, and replace it by one that is known to work."""
+        self.state = "restarting"
+        self.num_faults += 1
+        log.error("the engine failed in a step", exc_info=error)
+        self._fail_live(EngineFault("the engine failed during a step; what it was generating is lost"))
+        for attempt in range(MAX_RESTARTS):
+            if attempt and self._stopping.wait(self._first_retry_s * 2 ** (attempt - 1)):
+                break
+            try:
+                self.engine = self._renew(self.engine)
+                self._prove()
+            except BaseException:
+                log.exception("the engine could not be restarted (attempt %d of %d)", attempt + 1, MAX_RESTARTS)
+            else:
+                self.num_restarts += 1
+                self.state = "running"
+                log.warning("the engine was restarted")
+                return
+        self.state = "stopped" if self._stopping.is_set() else "dead"
+
+    def _prove(self) -> None:
+        """Generate one token."""
+        request = self.engine.add("proof", [0], SamplingParams(max_tokens=1))
+        for _ in range(_PROOF_STEPS):
+            self.engine.step()
+            if request.finish_reason is not None:
+                return
+        raise RuntimeError(f"the new engine made no token in {_PROOF_STEPS} steps")
+
+    def _fail_live(self, error: Exception) -> None:
+        for one in self._live.values():
+            self._report(partial(one.ticket.fail, error))
+        self._live.clear()
+        self._note_load()
+        self._send_reports()
+
+    def _note_load(self) -> None:
+        scheduler, pool = self.engine.scheduler, self.engine.pool
+        in_use = pool.num_pages - pool.num_available
+        self.load = EngineLoad(len(scheduler.waiting), len(scheduler.running), in_use, pool.num_pages)
+
+    def _report(self, report: Callable[[], None]) -> None:
+        self._reports.append(report)
+
+    def _send_reports(self) -> None:
+        """One wake-up of the loop for all that a step has to tell."""
+        if self._reports:
+            reports, self._reports = self._reports, []
+            try:
+                self._loop.call_soon_threadsafe(_call_all, reports)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                self._stopping.set()
+                self._commands.put(None)
+
+    def _thread_ended(self) -> None:
+        """In the loop: fail what was queued and never taken."""
+        self._ended = True
+        while not self._commands.empty():
+            command = self._commands.get()
+            if isinstance(command, partial) and command.func == self._add:
+                command.args[0].fail(EngineStopped("the engine has stopped"))
+
+
+def _call_all(reports: list[Callable[[], None]]) -> None:
+    for report in reports:
+        report()
+
+
+def fresh_engine(broken: Engine) -> Engine:
+    """A new engine over the same weights and the same amount of cache, with nothing in it."""
+    cache, pool, config = broken.runner.cache, broken.pool, broken.config
+    num_layers, _, num_kv_heads, head_dim = cache.keys.shape
+    if cache.keys.device.type == "cpu":
+        shape = (num_layers, pool.num_pages, pool.page_size, num_kv_heads, head_dim)
+        cache = KVCache(*shape, cache.keys.dtype, cache.keys.device)
+    else:  # there is no room for a second one; zeros, because a fault may have left nan
+        cache.keys.zero_()
+        cache.values.zero_()
+    return Engine(config, broken.runner.again(cache), PagePool(pool.num_pages, pool.page_size), broken.tokenizer)

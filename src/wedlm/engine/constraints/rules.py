@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one request forbids and favours among its next tokens: a grammar, biases, penalties."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from wedlm.engine.constraints.grammar import Matcher, grammars_of
+from wedlm.engine.sampling_params import SamplingParams
+from wedlm.model import Tokenizer
+
+
+class Constraint:
+    """The rules of one request and the state that its emitted tokens have led to.
+
+    The state changes for good only by ``accept``, called by the engine for each token that it emits, so a preemption
+    has nothing to save. ``advance`` and ``rewind`` try out what is not emitted yet.
+    """
+
+    def __init__(
+        self, params: SamplingParams, matcher: Matcher | None, end_token_ids: Iterable[int], mask_token_id: int
+    ) -> None:
+        self.matcher = matcher
+        self.counts: Counter[int] = Counter()
+        self.num_accepted = 0
+        self._ends, self._mask_token_id = frozenset(end_token_ids), mask_token_id
+        self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
+        self._bias = dict(params.logit_bias or {})
+
+    def accept(self, token: int) -> bool:
+        """Note an emitted token. False: the grammar refuses it, as it does only once it has failed on its limits."""
+        if self.matcher is not None and not (
+            self.matcher.accepting if token in self._ends else self.matcher.advance(token)
+        ):
+            return False
+        self.counts[token] += 1
+        self.num_accepted += 1
+        return True
+
+    @property
+    def complete(self) -> bool:
+        """Whether the grammar lets nothing follow what was accepted: the answer has ended."""
+        return self.matcher is not None and self.matcher.complete
+
+    def advance(self, token: int) -> bool:
+        """Try a token that is not emitted; False if the grammar refuses it or it ends the text."""
+        if self.matcher is None:
+            return True
+        return token not in self._ends and self.matcher.advance(token)
+
+    def ends_with(self, token: int) -> bool:
+        """Whether the text may end here with this token."""
+        return token in self._ends and (self.matcher is None or self.matcher.accepting)
+
+    def rewind(self, count: int) -> None:
+        """Take back ``count`` tokens that ``advance`` let pass."""
+        if self.matcher is not None:
+            self.matcher.rewind(count)
+
+    def favour(self, logits: Tensor, counts: Mapping[int, int]) -> None:
+        """Biases and penalties for a row of logits [V], in place; ``counts`` is of the output before its token."""
+        changes = Counter(self._bias) if self._bias else Counter()
+        if self._presence or self._frequency:
+            for token, count in counts.items():
+                changes[token] -= self._presence + self._frequency * count  # type: ignore[assignment]
+        if changes:
+            index = torch.tensor(list(changes), device=logits.device)
+            logits[index] += torch.tensor(list(changes.values()), dtype=logits.dtype, device=logits.device)
+
+    def forbid(self, logits: Tensor) -> bool:
+        """Leave in a row of logits [V], in place, only what the grammar admits in its present state.
+
+        False, with nothing changed, if it admits nothing: it has failed, or the text is complete and has no end token.
+        ``accept`` then refuses whatever is chosen, and the engine ends the text.
+        """
+        if self.matcher is None:
+            return True
+        allowed = self.matcher.allowed()
+        accepting = self.matcher.accepting
+        for token in self._ends:
+            allowed[token] = accepting
+        allowed[self._mask_token_id] = False
+        if self.matcher.failed or not allowed.any():
+            return False
+        mask = torch.from_numpy(allowed).to(logits.device)
+        logits[: len(allowed)].masked_fill_(~mask, -torch.inf)
+        logits[len(allowed) :] = -torch.inf
+        return True
+
+
+def constraint_of(
+    params: SamplingParams,
+    end_token_ids: tuple[int, ...],
+    mask_token_id: int,
+    vocab_size: int,
+    tokenizer: object,
+) -> Constraint | None:
+    """The constraint that ``params`` ask for, or None. ValueError if it cannot be had."""
+    if params.logit_bias and (largest := max(params.logit_bias)) >= vocab_size:
+        raise ValueError(f"logit_bias has the token id {largest}; expected ids below {vocab_size}")
+    matcher = None
+    if params.json_schema is not None or params.grammar is not None:
+        if not isinstance(tokenizer, Tokenizer):
+            raise ValueError("json_schema or grammar is set but the engine has no tokenizer; expected neither")
+        matcher = grammars_of(tokenizer, vocab_size).matcher(params)
+    if matcher is None and not (params.logit_bias or params.presence_penalty or params.frequency_penalty):
+        return None
+    return Constraint(params, matcher, end_token_ids, mask_token_id)

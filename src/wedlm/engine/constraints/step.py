@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The constrained windows of one step: their rows of logits before the choice, and their filled columns after it.
+
+All of it reads the device from the host, once or twice a step; steps without constrained windows have none of it.
+"""
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from wedlm.algorithm.reorder import PackedRows
+from wedlm.algorithm.sample import SamplingBatch, choose_tokens, entropy_and_normaliser
+from wedlm.algorithm.verify import RowLayout
+from wedlm.algorithm.window import Emitted, RowResults, WindowState
+from wedlm.engine.constraints.rules import Constraint
+from wedlm.engine.request import Work
+
+
+class ConstrainedStep:
+    """Call ``apply`` before tokens are chosen, ``draft`` after it, and ``correct`` after the windows have moved on.
+
+    When verifying, row i is chosen under the rules as they stand after the drafts before it, so that AR decoding would
+    choose the same; the drafts themselves need not keep to them. Streaming and block: the first masked column is chosen
+    under the rules, later ones without the grammar, because what comes before them is not known; ``correct`` then
+    checks them.
+    """
+
+    def __init__(self, windows: list[Work], state: WindowState, layout: RowLayout) -> None:
+        """``state`` and ``layout`` are those of the forward (``extend``'s)."""
+        self._constraints: dict[int, Constraint] = {
+            s: work.request.constraint for s, work in enumerate(windows) if work.request.constraint is not None
+        }
+        self._windows = windows
+        widths = state.width.tolist()
+        self._tokens = [row[:width] for row, width in zip(state.tokens.tolist(), widths, strict=True)]
+        self._filled = [row[:width] for row, width in zip(state.filled.tolist(), widths, strict=True)]
+        self._shared, self._cached = layout.shared.tolist(), state.cached.tolist()
+        self._rows: dict[tuple[int, int], int] = {}
+        self._logits = self._free_logits = self._normaliser = torch.zeros(0)
+        self._sampling: SamplingBatch | None = None
+
+    @classmethod
+    def of(cls, windows: list[Work], state: WindowState, layout: RowLayout) -> "ConstrainedStep | None":
+        """None if no window is constrained."""
+        if all(work.request.constraint is None for work in windows):
+            return None
+        return cls(windows, state, layout)
+
+    def apply(
+        self, logits: Tensor, rows: PackedRows, column: Tensor, normaliser: Tensor, sampling: SamplingBatch
+    ) -> None:
+        """Change the logits [L, V] of constrained windows in place; ``column`` is each row's, ``normaliser`` of the raw
+        logits."""
+        places = zip(rows.sequence.tolist(), column.tolist(), strict=True)
+        self._rows = {place: row for row, place in enumerate(places)}
+        self._sampling, self._normaliser, self._logits = sampling, normaliser, logits
+        if any(not self._windows[s].request.decode.verifies for s in self._constraints):
+            self._free_logits = logits.clone()
+        for s, constraint in self._constraints.items():
+            assert constraint.num_accepted == self._windows[s].request.num_output_tokens
+            if self._windows[s].request.decode.verifies:
+                self._apply_verified(s, constraint, logits)
+            else:
+                self._apply_streaming(s, constraint, logits)
+
+    def _apply_verified(self, s: int, constraint: Constraint, logits: Tensor) -> None:
+        tokens, num_filled = self._tokens[s], sum(self._filled[s])
+        counts = [constraint.counts]  # by number of drafts before the row's token
+        tried, known = 0, True
+        for c in range(num_filled):
+            if c > 0:
+                counts.append(counts[-1] + Counter([tokens[c]]))
+                known = known and constraint.advance(tokens[c])
+                tried += known
+            row = logits[self._rows[s, c]]
+            constraint.favour(row, counts[c])
+            if known:  # otherwise the row stands after a draft that cannot be accepted
+                constraint.forbid(row)
+        constraint.rewind(tried)
+        for c in range(num_filled, len(tokens)):
+            constraint.favour(logits[self._rows[s, c]], counts[self._shared[s][c] - 1])
+
+    def _apply_streaming(self, s: int, constraint: Constraint, logits: Tensor) -> None:
+        tokens, filled = self._tokens[s], self._filled[s]
+        emitted = len(self._windows[s].request.tokens) - self._cached[s]  # columns whose tokens the rules know already
+        counts, tried, known, first = constraint.counts.copy(), 0, True, True
+        for c in range(emitted, len(tokens)):
+            if filled[c]:
+                counts[tokens[c]] += 1
+                if first and known:
+                    known = constraint.advance(tokens[c])
+                    tried += known
+                continue
+            row = logits[self._rows[s, c]]
+            constraint.favour(row, counts)
+            if first and known:
+                constraint.forbid(row)
+            first = False
+        constraint.rewind(tried)
+
+    def draft(self, results: RowResults) -> None:
+        """Verified windows: choose anew, in place, the next drafts of a window with a grammar.
+
+        What comes before them is known once this step's tokens are chosen. Drafts cannot change the text; those that
+        the grammar refuses would only be lost. Their entropy becomes that of what the grammar leaves.
+        """
+        for s, constraint in self._constraints.items():
+            if constraint.matcher is None or not self._windows[s].request.decode.verifies:
+                continue
+            drafts = self._tokens[s][1 : sum(self._filled[s])]
+            choice = results.choice[s].tolist()
+            accepted = next((i for i, token in enumerate(drafts) if token != choice[i]), len(drafts))
+            group = [c for c in range(len(drafts) + 1, len(self._tokens[s])) if self._shared[s][c] == accepted + 1]
+            tried = 0
+            for token in choice[: accepted + 1]:
+                if not constraint.advance(token):
+                    break
+                tried += 1
+            else:
+                tried += self._draft_group(s, constraint, group[1:], results)  # the first stands in AR's token's place
+            constraint.rewind(tried)
+
+    def _draft_group(self, s: int, constraint: Constraint, columns: list[int], results: RowResults) -> int:
+        """How many of the drafts chosen for ``columns`` the constraint was advanced by."""
+        assert self._sampling is not None
+        for done, c in enumerate(columns):
+            row = self._rows[s, c]
+            logits = self._logits[row : row + 1].clone()
+            if not constraint.forbid(logits[0]):
+                return done
+            token = int(choose_tokens(logits, self._sampling.row(row))[0])
+            results.choice[s, c], results.entropy[s, c] = token, entropy_and_normaliser(logits)[0][0]
+            if not constraint.advance(token):
+                return done
+        return len(columns)
+
+    def correct(self, run: Tensor, state: WindowState, emitted: Emitted) -> None:
+        """Mask what the grammars refuse of the windows after the step, and say anew what is final; in place.
+
+        The leading filled run is checked token by token. The first that is refused is masked together with all filled
+        columns after it; if this step has logits for it, it is filled from the grammar's tokens at once. ``run`` is by
+        how many columns the step moved each window. Every step still fills or emits something: the first masked column
+        is always chosen within the grammar, and what was checked once is never refused later.
+        """
+        for s, constraint in self._constraints.items():
+            decode = self._windows[s].request.decode
+            if constraint.matcher is None or decode.verifies:
+                continue
+            if constraint.matcher.failed:
+                emitted.count[s] = 1  # whatever it is: the engine will ask the grammar, and end the text there
+                continue
+            width = int(state.width[s])
+            tokens, filled = state.tokens[s, :width].tolist(), state.filled[s, :width].tolist()
+            column, failed = self._first_refused(constraint, tokens, filled)
+            if column is None:
+                continue
+            if failed:
+                emitted.count[s] = column + 1
+                continue
+            state.filled[s, column:] = False
+            row, admitted = self._rows.get((s, column + int(run[s]))), True
+            if row is not None:
+                token, logprob, admitted = self._choose_again(row, constraint, tokens[:column])
+                for part in (state, emitted):
+                    part.tokens[s, column], part.logprobs[s, column] = token, logprob
+                state.filled[s, column] = True
+            count = column + (row is not None)
+            # A block is final as a whole; but where no token is admitted it would never be, and the text ends there.
+            waits = decode.decoding == "block" and count < width and admitted
+            emitted.count[s] = 0 if waits else count
+
+    def _choose_again(self, row: int, constraint: Constraint, before: list[int]) -> tuple[int, float, bool]:
+        """The token that row ``row`` chooses under the rules after ``before``, its raw log-probability, and whether the
+        grammar admits any."""
+        logits = self._free_logits[row].clone()
+        constraint.favour(logits, constraint.counts + Counter(before))
+        tried = sum(constraint.advance(token) for token in before)
+        assert tried == len(before)
+        admitted = constraint.forbid(logits)
+        constraint.rewind(tried)
+        assert self._sampling is not None
+        token = int(choose_tokens(logits[None], self._sampling.row(row))[0])
+        return token, float(self._free_logits[row, token] - self._normaliser[row]), admitted
+
+    def _first_refused(self, constraint: Constraint, tokens: list[int], filled: list[bool]) -> tuple[int | None, bool]:
+        """Column of the first token of the leading filled run that may not stand there, if any, and whether the grammar
+        failed there."""
+        tried, refused = 0, None
+        for c, token in enumerate(tokens):
+            if not filled[c] or constraint.ends_with(token):
+                break
+            assert constraint.matcher is not None
+            if constraint.matcher.complete:
+                break  # nothing after this survives
+            if not constraint.advance(token):
+                refused = c
+                break
+            tried += 1
+        failed = constraint.matcher is not None and constraint.matcher.failed
+        constraint.rewind(tried)
+        return refused, failed

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What callers get back."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from wedlm.engine.request import Alternatives, Request, RequestStats, WindowSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOutput:
+    """What became of one prompt; fields by attribute or by name in brackets.
+
+    ``finish_reason``: "stop" (end token or stop string), "length", "abort", or "error", which ``error`` explains.
+    ``token_steps[i]`` is the forward, counted from 0 after the prompt, that made token i final.
+    ``logprobs``, ``top_logprobs`` and ``text_offsets`` (where each token's text begins, in characters, stop strings not
+    yet cut off) are there if ``SamplingParams.logprobs`` asked for them.
+    """
+
+    text: str
+    token_ids: list[int]
+    stats: RequestStats | None
+    finish_reason: str
+    token_steps: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None
+    top_logprobs: list[Alternatives] | None = None
+    text_offsets: list[int] | None = None
+    error: str | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> "GenerationOutput":
+        """What a finished request has to show."""
+        assert request.text is not None
+        assert request.finish_reason is not None
+        asked = request.params.logprobs
+        return cls(
+            text=request.text.text,
+            token_ids=request.output_token_ids,
+            stats=RequestStats.of(request, time.perf_counter()),
+            finish_reason=request.finish_reason,
+            token_steps=list(request.token_steps),
+            logprobs=None if asked is None else list(request.logprobs),
+            top_logprobs=list(request.alternatives) if asked else None,
+            text_offsets=None if asked is None else [0, *request.text.ends][: request.num_output_tokens],
+        )
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.__slots__:
+            raise KeyError(name)
+        return getattr(self, name)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPiece:
+    """News of a stream: text that will not change any more, tokens, the forward that made them final.
+
+    The last piece carries the whole ``output``. From an ``AsyncEngine`` only: ``token_texts``, what each token added to
+    the text, stop strings not yet cut off; ``logprobs`` and
+    ``top_logprobs`` of the tokens, if asked for; ``window`` after the step, for requests that asked to watch it.
+    """
+
+    text: str
+    token_ids: list[int]
+    step: int
+    output: GenerationOutput | None
+    token_texts: list[str] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[Alternatives] = field(default_factory=list)
+    window: WindowSnapshot | None = None

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The harness's model interface over our engine, in the same process."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from wedlm.engine.outputs import GenerationOutput
+from wedlm.engine.sampling_params import SamplingParams
+from wedlm.evaluate.answer_log import Entry
+from wedlm.evaluate.caching_lm import How, JournaledLM
+from wedlm.evaluate.likelihood import LikelihoodScorer
+from wedlm.evaluate.provenance import ModelIdentity, environment
+
+if TYPE_CHECKING:
+    from wedlm.engine.llm import LLM
+
+
+@dataclass(frozen=True)
+class EngineBackend:
+    """An ``LLM`` of this process."""
+
+    llm: "LLM"
+    identity: ModelIdentity
+
+    @property
+    def max_length(self) -> int:
+        return self.llm.engine.config.max_model_len
+
+    @cached_property
+    def environment(self) -> Entry:
+        return environment(self.llm.device)
+
+    def lm(self, how: How) -> "EngineLM":
+        return EngineLM(self.llm, how)
+
+
+class EngineLM(JournaledLM):
+    """An ``LLM`` as the harness's model."""
+
+    def __init__(self, llm: "LLM", how: How | None = None) -> None:
+        config = llm.engine.config
+        super().__init__(
+            llm.tokenizer, llm.model_config.eos_token_ids[0], config.max_model_len, how or How(SamplingParams())
+        )
+        self.llm, self.scorer = llm, LikelihoodScorer(llm)
+
+    def answer(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Entry]]:
+        """All are given to the engine at once."""
+        prepared = [self.prepare(request) for request in requests]
+        for request, output, truncated in self._generate(requests, prepared):
+            assert output.stats is not None
+            entry = {
+                "text": output.text,
+                "token_ids": output.token_ids,
+                "token_steps": output.token_steps,
+                "finish_reason": output.finish_reason,
+                "forwards": output.stats.num_forwards,
+                "rows": output.stats.num_rows,
+                "prompt_tokens": output.stats.num_prompt_tokens,
+                "truncated": truncated,
+            }
+            yield request, entry
+
+    def _generate(
+        self, requests: Sequence[Instance], prepared: Sequence[tuple[list[int], SamplingParams, bool]]
+    ) -> Iterator[tuple[Instance, GenerationOutput, bool]]:
+        """Outputs in the requests' order. All run together: reading one stream steps the engine for everybody."""
+        streams = [self.llm.generate_stream(ids, params) for ids, params, _ in prepared]
+        try:
+            for request, stream, (_, _, truncated) in zip(requests, streams, prepared, strict=True):
+                output = None
+                for piece in stream:
+                    output = piece.output
+                assert output is not None, "the last piece of a stream carries the output"
+                yield request, output, truncated
+        finally:
+            for stream in streams:
+                stream.close()  # type: ignore[attr-defined]
+
+    def score(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Entry]]:
+        pairs = self.pairs(requests)
+        stats, told = self.scorer.stats, replace(self.scorer.stats)
+        for index, score in self.scorer.score(pairs):
+            entry = {
+                "logprob": score.logprob,
+                "greedy": score.greedy,
+                "computed": stats.num_computed_tokens - told.num_computed_tokens,
+                "reused": stats.num_reused_tokens - told.num_reused_tokens,
+            }
+            told = replace(stats)
+            yield requests[index], entry
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        scores = dict(self.scorer.score([(context, continuation) for _, context, continuation in requests]))
+        return [(scores[index].logprob, scores[index].greedy) for index in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Log-probability of whole texts, in windows of the model's length that predict each token once."""
+        totals = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.scorer.max_length,
+                context_len=1,
+            )
+            pairs = [make_disjoint_window(window) for window in windows]
+            totals.append(sum(score.logprob for _, score in self.scorer.score(pairs)))
+        return totals

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which model, on what: the facts that results are filed under."""
+
+import hashlib
+import platform
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from wedlm.model.demo import DEMO_CHANGES
+from wedlm.model.formats.resolve import DEMO_NAME, locate
+
+if TYPE_CHECKING:
+    from wedlm.engine.llm import LLM
+
+_KINDS = (".safetensors", ".gguf", ".json", ".jinja")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """A model as results name it. ``hash``: digest of its files, the adapter's included; ``engine``: what runs it."""
+
+    name: str
+    hash: str
+    dtype: str
+    device: str
+    adapter: str | None
+    engine: str = "wedlm"
+
+
+def identify(llm: "LLM", model: str, adapter: str | None) -> ModelIdentity:
+    """``model`` and ``adapter`` as given to the ``LLM``."""
+    dtype = str(llm.engine.runner.cache.keys.dtype).removeprefix("torch.")
+    return identify_files(model, adapter, dtype, str(llm.device))
+
+
+def identify_files(model: str, adapter: str | None, dtype: str, device: str, engine: str = "wedlm") -> ModelIdentity:
+    """A model by its files. ``dtype`` is that of the activations."""
+    paths = _files(locate(model))
+    if model == DEMO_NAME:
+        paths += DEMO_CHANGES
+    if adapter is not None:
+        paths += _files(Path(adapter))
+    return ModelIdentity(
+        name=_last_part(model),
+        hash=_digest(paths),
+        dtype=dtype,
+        device=device,
+        adapter=None if adapter is None else _last_part(adapter),
+        engine=engine,
+    )
+
+
+def _last_part(path: str) -> str:
+    return Path(path).name or path
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a checkpoint that decide what it says."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.suffix in _KINDS and file.is_file())
+
+
+def _digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\n".encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and machine, as far as they matter for speed."""
+    return {
+        "wedlm": _version("wedlm"),
+        "torch": torch.__version__,
+        "lm_eval": version("lm_eval"),
+        "python": platform.python_version(),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str:
+    """Of a package; ours may also run from its folder."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_name() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One point: a model and one set of parameters on some tasks, to a ``point-<key>.json`` and files of samples.
+
+docs/evaluation.md describes the files.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+
+from wedlm.evaluate.answer_log import Journal
+from wedlm.evaluate.caching_lm import Answered, Backend, How, JournaledLM
+from wedlm.evaluate.code_tasks import check_sandbox
+from wedlm.evaluate.data import digest
+from wedlm.evaluate.provenance import now
+from wedlm.evaluate.settings import TASKS_DIRECTORY, Params, Settings
+
+FORMAT = 1
+Progress = Callable[[str, int, int], None]  # task, answers so far, answers in all
+Record = dict[str, Any]
+
+
+def load_tasks(settings: Settings, scores: bool = True) -> dict[str, Any]:
+    """The harness's task objects by name, with their questions read. ValueError if a data file is missing or odd,
+    or if a task needs to run code and that is impossible here, unless nothing is to be scored (``scores``)."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about choices that the task files make
+    _keep_compiled_templates()
+    metadata = {"data_dir": str(settings.data_dir), "chat": settings.chat_template}
+    manager = TaskManager(include_path=str(TASKS_DIRECTORY), include_defaults=False, metadata=metadata)
+    tasks = manager.load(list(settings.tasks))["tasks"]
+    if scores and any((task.config.metadata or {}).get("runs_code") for task in tasks.values()):
+        check_sandbox()
+    for task in tasks.values():
+        if settings.num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        task.set_fewshot_seed(seed=0)
+    return tasks
+
+
+@cache
+def _keep_compiled_templates() -> None:
+    """The harness compiles a prompt's template anew for every question, which takes longer than a GPU's answer."""
+    utils.env.from_string = lru_cache(maxsize=256)(utils.env.from_string)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model, ready to be run on tasks with different parameters."""
+
+    backend: Backend
+    settings: Settings
+    tasks: Mapping[str, Any]
+
+    def key(self, params: Params) -> str:
+        """16 hexadecimal digits: a digest of all that can change an answer or a score."""
+        model = self.backend.identity
+        facts: Record = {
+            "format": FORMAT,
+            "model": [model.hash, model.dtype, self.backend.max_length],
+            "params": asdict(params),
+            "tasks": {name: [_version(task), self._num_fewshot(task)] for name, task in self.tasks.items()},
+            "data": {name: [digest(task.dataset["test"]), digest(_shots(task))] for name, task in self.tasks.items()},
+            "chat_template": self.settings.chat_template,
+            "limit": self.settings.limit,
+        }
+        if model.engine != "wedlm":
+            facts["engine"] = model.engine
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def find(self, params: Params) -> Record | None:
+        """The point's record if the output folder has it."""
+        path = self._point_path(self.key(params))
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def run(self, params: Params, swept: Mapping[str, Any], progress: Progress = lambda *_: None) -> Record:
+        """Evaluate a point, from where a killed run left it, and write its files."""
+        key, journals = self.key(params), self._journals(params)
+        lm = self.backend.lm(self._how(params, journals, progress))
+        tasks = {name: self._run_task(key, name, lm, journals[name]) for name in self.tasks}
+        device, machine = _origin(journals.values())
+        record = {
+            "format": FORMAT,
+            "key": key,
+            "model": {**asdict(self.backend.identity), "device": device},
+            "params": asdict(params),
+            "swept": dict(swept),
+            "protocol": self.settings.protocol,
+            "chat_template": self.settings.chat_template,
+            "limit": self.settings.limit,
+            "num_fewshot": self.settings.num_fewshot,
+            "tasks": tasks,
+            "environment": machine,
+            "created": now(),
+        }
+        _write(self._point_path(key), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        for journal in journals.values():
+            journal.discard()
+        return record
+
+    def answer(self, params: Params, progress: Progress = lambda *_: None) -> None:
+        """Compute what answers the journals lack, and score nothing: ``run`` does that, on this machine or another."""
+        journals = self._journals(params)
+        lm = self.backend.lm(self._how(params, journals, progress, answers_only=True))
+        for task in self.tasks.values():
+            with suppress(Answered):
+                self._evaluate(task, lm)
+
+    def _journals(self, params: Params) -> dict[str, Journal]:
+        self.settings.output.mkdir(parents=True, exist_ok=True)
+        origin = {"device": self.backend.identity.device, "environment": self.backend.environment}
+        key = self.key(params)
+        return {name: Journal(self.partial_path(key, name), origin) for name in self.tasks}
+
+    def _how(
+        self, params: Params, journals: Mapping[str, Journal], progress: Progress, answers_only: bool = False
+    ) -> How:
+        decoding, chat = params.sampling_params(), self.settings.chat_template
+        return How(decoding, chat, journals.__getitem__, progress, answers_only)
+
+    def _evaluate(self, task: Any, lm: JournaledLM) -> Any:
+        """The harness's results; ``Answered`` if ``lm`` only answers."""
+        return evaluate(
+            lm=lm,
+            task_dict={"tasks": {task.config.task: task}, "groups": {}},
+            limit=self.settings.limit,
+            bootstrap_iters=1000,  # every metric has a closed form; 0 would leave the errors out
+            apply_chat_template=self.settings.chat_template,
+            fewshot_as_multiturn=True,
+        )
+
+    def _run_task(self, key: str, name: str, lm: JournaledLM, journal: Journal) -> Record:
+        """Evaluate one task, write its samples, and describe it as the point's file does."""
+        task = self.tasks[name]
+        results = self._evaluate(task, lm)
+        metrics = _metrics(results["results"][name])
+        main = (task.config.metadata or {}).get("main_metric") or next(iter(metrics))
+        generates = task.OUTPUT_TYPE == "generate_until"
+        samples = [
+            _sample(task, sample, journal, main) for sample in sorted(results["samples"][name], key=_document_index)
+        ]
+        path = self.settings.output / f"samples-{key}-{name}.jsonl"
+        _write(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+        return {
+            "version": _version(task),
+            "kind": "generate" if generates else "likelihood",
+            "num_fewshot": self._num_fewshot(task),
+            "shots_from": task.dataset["test"].source if self._num_fewshot(task) else None,
+            "num_samples": len(samples),
+            "metric": main,
+            **metrics[main],
+            "metrics": metrics,
+            "speed": _generation_speed(samples) if generates else _likelihood_speed(samples, journal),
+            "samples_file": path.name,
+        }
+
+    def _num_fewshot(self, task: Any) -> int:
+        return int(task.config.num_fewshot or 0)
+
+    def _point_path(self, key: str) -> Path:
+        return self.settings.output / f"point-{key}.json"
+
+    def partial_path(self, key: str, task: str) -> Path:
+        """Where the answers of an unfinished point are."""
+        return self.settings.output / f"samples-{key}-{task}.jsonl.partial"
+
+
+def sweep_params(base: Params, points: Sequence[Mapping[str, Any]]) -> list[tuple[Params, Mapping[str, Any]]]:
+    """Parameters of each point of a grid, and what the grid varied in it."""
+    return [(replace(base, **point), point) for point in points]
+
+
+def _version(task: Any) -> float:
+    return float(task.config.metadata["version"])
+
+
+def _shots(task: Any) -> list[Record]:
+    return task.dataset["test"].shots
+
+
+def _document_index(sample: Record) -> int:
+    return sample["doc_id"]
+
+
+def _origin(journals: Iterable[Journal]) -> tuple[str, Record]:
+    """Device and environment of the latest answers; all names, where several devices had a part."""
+    origins = [origin for journal in journals for origin in journal.origins]
+    latest = origins[-1]
+    names = dict.fromkeys(origin["environment"]["device_name"] for origin in origins)
+    return latest["device"], {**latest["environment"], "device_name": ", ".join(names)}
+
+
+def _metrics(results: Mapping[str, Any]) -> dict[str, Record]:
+    """The harness writes ``acc,none`` and ``acc_stderr,none``; numbers only."""
+    found: dict[str, Record] = {}
+    for name, value in results.items():
+        metric, comma, filter_name = name.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            stderr = results.get(f"{metric}_stderr,{filter_name}")
+            known = isinstance(stderr, int | float) and math.isfinite(stderr)
+            found[metric] = {"value": float(value), "stderr": float(stderr) if known else None}  # type: ignore[arg-type]
+    return found
+
+
+def _sample(task: Any, sample: Record, journal: Journal, main: str) -> Record:
+    """A line of the samples file."""
+    entries = journal.of_document(sample["doc_id"])
+    arguments, values = sample["arguments"], {name: float(sample[name]) for name in sample["metrics"]}
+    record = {
+        "doc_id": sample["doc_id"],
+        "prompt": arguments[0][0],
+        "target": str(sample["target"]),
+        "metrics": values,
+        "correct": values[main] == 1,
+    }
+    if task.OUTPUT_TYPE == "generate_until":
+        return {**record, **entries[0]}
+    choices = [continuation for _, continuation in arguments]
+    if len({context for context, _ in arguments}) > 1:  # the choices are in the contexts
+        record["prompt"], choices = "", [context + continuation for context, continuation in arguments]
+    logprobs = [entry["logprob"] for entry in entries]
+    gold = sample["doc"]["gold"]
+    return {
+        **record,
+        "target": choices[gold],
+        "choices": choices,
+        "logprobs": logprobs,
+        "greedy": [entry["greedy"] for entry in entries],
+        "chosen": max(range(len(logprobs)), key=logprobs.__getitem__),
+        "seconds": sum(entry["seconds"] for entry in entries),
+    }
+
+
+def _generation_speed(samples: Sequence[Record]) -> Record:
+    tokens = sum(len(sample["token_ids"]) for sample in samples)
+    forwards, rows = sum(sample["forwards"] for sample in samples), sum(sample["rows"] for sample in samples)
+    seconds = sum(sample["seconds"] for sample in samples)
+    return {
+        "num_tokens": tokens,
+        "num_forwards": forwards,
+        "num_rows": rows,
+        "tokens_per_forward": tokens / forwards if forwards else 0.0,
+        "p_cache": tokens / rows if rows else 0.0,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
+        "num_cut": sum(sample["finish_reason"] == "length" for sample in samples),
+    }
+
+
+def _likelihood_speed(samples: Sequence[Record], journal: Journal) -> Record:
+    seconds = sum(sample["seconds"] for sample in samples)
+    entries = journal.entries.values()
+    return {
+        "seconds": seconds,
+        "samples_per_second": len(samples) / seconds if seconds else 0.0,
+        "num_computed_tokens": sum(entry["computed"] for entry in entries),
+        "num_reused_tokens": sum(entry["reused"] for entry in entries),
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    """All of the file or nothing of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

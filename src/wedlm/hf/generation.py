@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``generate`` of a model in transformers: this package's engine over the model's own weights."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from wedlm.algorithm.params import Decoding
+from wedlm.attention.base import KVCache
+from wedlm.engine import options
+from wedlm.engine.engine import Engine, EngineConfig
+from wedlm.engine.pages import PagePool
+from wedlm.engine.request import Request
+from wedlm.engine.runner import Runner
+from wedlm.engine.sampling_params import SamplingParams
+from wedlm.hf.attend import real_rows
+from wedlm.model.config import read_token_ids
+
+if TYPE_CHECKING:
+    from wedlm.hf.modeling import WeDLMForCausalLM
+
+_PAGE_SIZE = 16
+_MAX_NUM_SEQS = 64
+
+
+def generate(
+    self: "WeDLMForCausalLM",
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    decoding: Decoding | None = None,
+    wedlm_window_size: int = 16,
+    wedlm_entropy_threshold: float | None = 0.4,
+    wedlm_pos_penalty_factor: float = 0.02,
+    wedlm_draft_entropy: float = 1.5,
+    do_sample: bool | None = None,
+    temperature: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
+    mask_token_id: int | None = None,
+    **unsupported: Any,
+) -> Tensor:
+    """``input_ids`` [N, R] and up to ``max_new_tokens`` new ones: [N, R + most new], padded on the right.
+
+    The text is ``LLM``'s for the same weights and options, which ``SamplingParams`` explains. Prompts of different
+    lengths are padded on the left, with ``attention_mask`` 0 there. ``temperature`` None is 0, or 1 if ``do_sample``.
+    End tokens default to those of the generation config and the config, padding to the config's or the first end
+    token, the mask token to the config's. All else in a ``generation_config.json`` is not used. Raises ValueError,
+    also for options of transformers that have no meaning here.
+    """
+    for name, value in unsupported.items():
+        raise ValueError(
+            f"{name} is {value!r}, which this generate does not support; expected options of wedlm.SamplingParams "
+            "(max_new_tokens and min_new_tokens for max_tokens and min_tokens)"
+        )
+    config = self.config.model_config()
+    ends = _end_token_ids(self, eos_token_id)
+    pad = next((one for one in (pad_token_id, self.config.pad_token_id, *ends) if one is not None), 0)
+    mask = config.mask_token_id if mask_token_id is None else mask_token_id
+    if mask is None:
+        raise ValueError("the config has no mask_token_id; expected mask_token_id=..., an id that text never needs")
+    params = SamplingParams(
+        max_tokens=max_new_tokens,
+        min_tokens=min_new_tokens,
+        temperature=_temperature(do_sample, temperature),
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        wedlm_entropy_threshold=wedlm_entropy_threshold,
+        wedlm_pos_penalty_factor=wedlm_pos_penalty_factor,
+        wedlm_draft_entropy=wedlm_draft_entropy,
+    )
+    options.positive_integers(wedlm_window_size=wedlm_window_size)
+    engine_config = EngineConfig(
+        vocab_size=config.vocab_size,
+        mask_token_id=mask,
+        end_token_ids=ends,
+        max_model_len=config.max_length,
+        default_decoding=options.read_decoding(decoding),
+        default_window_size=wedlm_window_size,
+        max_num_seqs=min(len(input_ids), _MAX_NUM_SEQS),
+    )
+    new = _decode(self, engine_config, _prompts(input_ids, attention_mask), params)
+    longest = max(len(tokens) for tokens in new)
+    rows = [tokens + [pad] * (longest - len(tokens)) for tokens in new]
+    return torch.cat((input_ids, torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)), dim=1)
+
+
+def _decode(
+    model: "WeDLMForCausalLM", engine_config: EngineConfig, prompts: Sequence[list[int]], params: SamplingParams
+) -> list[list[int]]:
+    """New tokens of each prompt, from an engine whose cache holds all of them to their ends."""
+    config, embedding = model.config.model_config(), model.model.embed_tokens.weight
+    window = 2 * engine_config.default_window_size
+    lengths = [min(len(prompt) + params.max_tokens + window, config.max_length) for prompt in prompts]
+    num_pages = sum(-(-length // _PAGE_SIZE) for length in lengths)
+    size = (config.num_layers, num_pages, _PAGE_SIZE, config.num_kv_heads, config.head_dim)
+    cache = KVCache(*size, embedding.dtype, embedding.device)
+    runner = Runner(model.rows, cache, engine_config.mask_token_id, engine_config.max_num_seqs)
+    engine = Engine(engine_config, runner, PagePool(num_pages, _PAGE_SIZE), tokenizer=None)
+    requests: list[Request] = [engine.add(str(i), prompt, params) for i, prompt in enumerate(prompts)]
+    training = model.training
+    model.eval()
+    try:
+        while engine.has_work:
+            engine.step()
+    finally:
+        model.train(training)
+    return [request.output_token_ids for request in requests]
+
+
+def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    real = real_rows(input_ids, attention_mask)
+    if real is None:
+        return input_ids.tolist()
+    if bool((real[:, :-1] & ~real[:, 1:]).any()):
+        raise ValueError("attention_mask has padding behind tokens; expected it on the left (padding_side='left')")
+    return [ids[keep].tolist() for ids, keep in zip(input_ids, real, strict=True)]
+
+
+def _end_token_ids(model: "WeDLMForCausalLM", given: int | list[int] | None) -> tuple[int, ...]:
+    recorded = (model.generation_config.eos_token_id, model.config.eos_token_id)
+    value = next((one for one in (given, *recorded) if one is not None), None)
+    return read_token_ids("eos_token_id", value)
+
+
+def _temperature(do_sample: bool | None, temperature: float | None) -> float:
+    if temperature is None:
+        return 1.0 if do_sample else 0.0
+    if do_sample is not None and do_sample is not (temperature > 0):
+        raise ValueError(
+            f"do_sample is {do_sample!r} and temperature {temperature!r}; expected one that fits the other"
+        )
+    return temperature

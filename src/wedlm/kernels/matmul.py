@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrix products of few rows, bound by reading the weight: x [T, K] · weight [N, K]ᵀ.
+
+Weights in eight bits (``model/inference/quantization.py``) are half as many bytes. The
+order of a row's sums does not depend on T.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wedlm.kernels.launch import begin, launch_options, overlaps
+
+# The library's product is faster at more rows; for weights in eight bits it needs a copy in sixteen at each step, which
+# takes as long as reading them several times.
+MAX_ROWS, MAX_SCALED_ROWS = 64, 256
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """``outputs`` weight rows and ``depth`` of K a tile, K in ``splits`` parts, ``stages`` tiles in flight; at most
+    ``rows`` of x a tile."""
+
+    outputs: int = 64
+    depth: int = 128
+    splits: int = 1
+    stages: int = 4
+    warps: int = 4
+    rows: int = 64
+
+
+def tiling_for(size: int, depth: int, eight_bits: bool = False) -> Tiling:
+    """Measured on an H200 (docs/log.md, 2026-11-23): as many parts as it takes to keep 128 processors reading.
+
+    Eight bits: by two warps the tensor core takes two instructions for one, but needs no tile in another order; that of
+    four warps reads it two bytes at a time. Not measured yet (docs/log.md, 2026-11-27).
+    """
+    tiles = triton.cdiv(size, 64)
+    warps, programs = (2, 256) if eight_bits else (4, 128)
+    if tiles >= 128:
+        return Tiling(64, 128, 1, stages=4 if tiles >= 1024 else 3, warps=warps)
+    splits = 2
+    while tiles * splits < programs and splits < 8 and depth >= 256 * splits:
+        splits *= 2
+    if eight_bits:
+        return Tiling(64, 128, splits, stages=4, warps=warps)
+    return Tiling(64, 128 if tiles <= 64 else 64, splits, stages=6)
+
+
+@triton.jit
+def _rows_times_weight(
+    x_ptr, weight_ptr, scale_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT,
+    BLOCKS_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k], scaled: · scale[n]; gated: silu(first half) ·
+    second half."""
+    # Blocks of rows that read the same weights run side by side.
+    tile_n, tile_m = tl.program_id(0) // BLOCKS_M, tl.program_id(0) % BLOCKS_M
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    m, k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    k_start = split * K_PER_SPLIT
+    k_stop = tl.minimum(k_start + K_PER_SPLIT, K)
+    # Gated: weight rows of gate and up in turn, so that one tile holds both of an output.
+    weight_row = (n % 2) * (N // 2) + n // 2 if GATED else n
+    inside_n = (n < N)[:, None]
+    weight = weight_ptr + weight_row.to(tl.int64)[:, None] * K + k[None]
+    if SCALED:
+        scale = tl.load(scale_ptr + weight_row, mask=n < N, other=0.0)
+    begin(OVERLAP)
+    x = x_ptr + m[None].to(tl.int64) * K + k[:, None]
+    inside_m = (m < num_rows)[None]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
+        inside_k = start + k < k_stop
+        w_tile = tl.load(weight + start, mask=inside_n & inside_k[None], other=0.0)
+        x_tile = tl.load(x + start, mask=inside_k[:, None] & inside_m, other=0.0)
+        acc = tl.dot(w_tile.to(x_tile.dtype) if SCALED else w_tile, x_tile, acc, input_precision="ieee")
+    if SCALED:
+        acc *= scale[:, None]
+    dtype = out_ptr.dtype.element_ty
+    if GATED:
+        pairs = tl.permute(tl.reshape(acc, (BLOCK_N // 2, 2, BLOCK_M)), (0, 2, 1))
+        gate, up = tl.split(pairs)
+        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+        gated = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up
+        half = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        place = out_ptr + m[None].to(tl.int64) * (N // 2) + half[:, None]
+        tl.store(place, gated.to(dtype), mask=(half < N // 2)[:, None] & inside_m)
+    else:
+        place = out_ptr + (split * num_rows + m[None]).to(tl.int64) * N + n[:, None]
+        tl.store(place, acc.to(dtype), mask=inside_n & inside_m)
+
+
+def few_rows_product(
+    x: Tensor, weight: Tensor, tiling: Tiling, gated: bool = False, scale: Tensor | None = None
+) -> Tensor:
+    """x [T, K] by weight [N, K]: [T, N] in x's type; with splits float32 partial sums [P, T, N], not yet added.
+
+    gated: silu of the first N / 2 outputs times the others, [T, N / 2]; it takes no splits. scale: float32 [N], how
+    often each row of an int8 weight counts.
+    """
+    num_rows, depth = x.shape
+    size = len(weight)
+    assert not (gated and tiling.splits > 1)
+    overlap = overlaps(x.device)
+    if tiling.splits > 1:
+        out = torch.empty(tiling.splits, num_rows, size, dtype=torch.float32, device=x.device)
+    else:
+        out = x.new_empty(num_rows, size // 2 if gated else size)
+    block_m = min(max(16, triton.next_power_of_2(num_rows)), tiling.rows)
+    blocks_m = triton.cdiv(num_rows, block_m)
+    per_split = triton.cdiv(triton.cdiv(depth, tiling.splits), tiling.depth) * tiling.depth
+    _rows_times_weight[(triton.cdiv(size, tiling.outputs) * blocks_m, tiling.splits)](
+        x, weight, weight if scale is None else scale, out, num_rows, size, depth, per_split,
+        BLOCKS_M=blocks_m, BLOCK_M=block_m, BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
+        STAGES=tiling.stages,
+        GATED=gated, SCALED=scale is not None, OVERLAP=overlap, num_warps=tiling.warps, **launch_options(overlap),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GGUF file means as a model: its config, and its tensors under Hugging Face's names and layout."""
+
+import re
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from wedlm.model.config import ModelConfig
+from wedlm.model.errors import CheckpointError
+from wedlm.model.formats.gguf_file import GGUFFile
+
+SUPPORTED_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_UNSUPPORTED_ROPE_KEYS = ("alpha", "attn_factor", "yarn_log_multiplier", "yarn_ext_factor", "yarn_attn_factor")
+
+
+def read_gguf_config(file: GGUFFile) -> ModelConfig:
+    """The config that the metadata describe. Raises CheckpointError for what is missing or not supported."""
+    arch = file.required("general.architecture")
+    if arch not in SUPPORTED_ARCHITECTURES:
+        expected = ", ".join(SUPPORTED_ARCHITECTURES)
+        raise CheckpointError(f"{file.path}: general.architecture is {arch!r}; expected one of {expected}")
+    if "rope_freqs.weight" in file.tensors:
+        raise CheckpointError(
+            f"{file.path} stretches RoPE by a table (rope_freqs.weight), which is supported only in a Hugging Face "
+            "directory (rope_type llama3)"
+        )
+    if "token_embd.weight" not in file.tensors:
+        raise CheckpointError(f"{file.path} lacks the tensor token_embd.weight")
+    vocab_size, hidden_size = file.tensors["token_embd.weight"].shape
+    num_heads = file.required(f"{arch}.attention.head_count")
+    head_dim = file.metadata.get(f"{arch}.attention.key_length", hidden_size // num_heads)
+    rotated = file.metadata.get(f"{arch}.rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise CheckpointError(f"{file.path}: {arch}.rope.dimension_count is {rotated}; expected head_dim ({head_dim})")
+    if file.metadata.get(f"{arch}.attention.sliding_window"):
+        raise CheckpointError(f"{file.path} uses a sliding window; expected full attention in every layer")
+    values = {
+        "model_type": arch,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": file.required(f"{arch}.feed_forward_length"),
+        "num_hidden_layers": file.required(f"{arch}.block_count"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": file.metadata.get(f"{arch}.attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": _shortest_float(file.required(f"{arch}.attention.layer_norm_rms_epsilon")),
+        "rope_theta": file.metadata.get(f"{arch}.rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(file, arch),
+        "max_position_embeddings": file.required(f"{arch}.context_length"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": _end_token_ids(file),
+        "dtype": "bfloat16",
+    }
+    try:
+        return ModelConfig.from_hf(values)
+    except ValueError as error:
+        raise CheckpointError(f"{file.path}: {error}") from error
+
+
+def read_gguf_tensors(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 tensor) of every tensor, one at a time; a tensor without a Hugging Face name keeps its own."""
+    for name in file.tensors:
+        tensor = file.tensor(name)
+        match = _LAYER_TENSOR.fullmatch(name)
+        if match is None or match[2] not in _LAYER_NAMES:
+            yield _TOP_NAMES.get(name, name), tensor
+            continue
+        layer, kind, part = match.groups()
+        if config.model_type == "llama" and kind in ("attn_q", "attn_k"):
+            tensor = unpermute_rows(tensor, config.num_heads if kind == "attn_q" else config.num_kv_heads)
+        yield f"model.layers.{layer}.{_LAYER_NAMES[kind]}.{part}", tensor
+
+
+def unpermute_rows(tensor: Tensor, num_heads: int) -> Tensor:
+    """Rows of a q or k projection (or its bias) from GGUF's llama layout to Hugging Face's.
+
+    llama.cpp rotates dimensions (2i, 2i+1), Hugging Face (i, i + D/2): rows (head, D/2, 2) become (head, 2, D/2).
+    """
+    return tensor.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _rope_scaling(file: GGUFFile, arch: str) -> dict[str, object] | None:
+    prefix = f"{arch}.rope.scaling."
+    kind = file.metadata.get(f"{prefix}type", "none")
+    if kind == "none":
+        return None
+    for key in _UNSUPPORTED_ROPE_KEYS:
+        if f"{prefix}{key}" in file.metadata:
+            raise CheckpointError(f"{file.path}: {prefix}{key} is not supported; expected it to be absent")
+    return {
+        "rope_type": kind,
+        "factor": file.required(f"{prefix}factor"),
+        "original_max_position_embeddings": file.metadata.get(f"{prefix}original_context_length"),
+        "beta_fast": file.metadata.get(f"{prefix}yarn_beta_fast"),
+        "beta_slow": file.metadata.get(f"{prefix}yarn_beta_slow"),
+    }
+
+
+def _end_token_ids(file: GGUFFile) -> list[int]:
+    """End of text and end of turn, which some files tell apart."""
+    ids = [file.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    return list(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+
+
+def _shortest_float(value: float) -> float:
+    """A float32 stored as 9.999999747378752e-06 was written as 1e-05: seven digits give back what was meant."""
+    return float(f"{value:.7g}")

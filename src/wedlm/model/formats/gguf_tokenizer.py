@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rebuilding a byte-level BPE tokenizer from the metadata of a GGUF file.
+
+The file names the pre-tokenizer instead of carrying it, so each supported name is spelled out here; the patterns are
+those of the models' own ``tokenizer.json``.
+"""
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from wedlm.model.errors import CheckpointError
+from wedlm.model.formats.gguf_file import GGUFFile
+
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LETTERS, _OTHERS = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PATTERNS = {
+    "qwen2": rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}|{_OTHERS}",
+    "llama-bpe": rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}{{1,3}}|{_OTHERS}",
+}
+SUPPORTED_PRE_TOKENIZERS = ("smollm", "smollm2", *_PATTERNS)
+
+
+def read_gguf_tokenizer(file: GGUFFile) -> tuple[Tokenizer, dict[str, str]]:
+    """(tokenizer, special token names to text). Raises CheckpointError for a kind that is not supported."""
+    model = file.required("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.model is {model!r}; expected 'gpt2' (byte-level BPE)")
+    kind = file.required("tokenizer.ggml.pre")
+    if kind not in SUPPORTED_PRE_TOKENIZERS:
+        expected = ", ".join(SUPPORTED_PRE_TOKENIZERS)
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.pre is {kind!r}; expected one of {expected}")
+    tokens: list[str] = file.required("tokenizer.ggml.tokens")
+    types: list[int] = file.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    # Unused entries pad the vocabulary to the embedding's size; the model's own tokenizer does not have them.
+    vocab = {token: i for i, token in enumerate(tokens) if types[i] != _UNUSED}
+    merges = [tuple(merge.split(" ", 1)) for merge in file.required("tokenizer.ggml.merges")]
+    # Llama 3 takes a word that is a token whole, even if no sequence of merges leads to it.
+    tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=kind == "llama-bpe"))
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _pre_tokenizer(kind)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = _post_processor(file, tokens, kind)
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=types[i] == _CONTROL, normalized=False)
+            for i, token in enumerate(tokens)
+            if types[i] in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    return tokenizer, _special_tokens(file, tokens)
+
+
+def read_gguf_chat_template(file: GGUFFile) -> dict[str, str]:
+    """Name to Jinja source: the default template and the named ones beside it."""
+    prefix = "tokenizer.chat_template"
+    found = {key: value for key, value in file.metadata.items() if key.startswith(prefix) and isinstance(value, str)}
+    return {key.removeprefix(prefix).removeprefix(".") or "default": source for key, source in found.items()}
+
+
+def _pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:
+    if kind in _PATTERNS:
+        split = pre_tokenizers.Split(Regex(_PATTERNS[kind]), behavior="isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([split, byte_level])
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+
+
+def _post_processor(file: GGUFFile, tokens: list[str], kind: str) -> processors.PostProcessor:
+    """BOS in front where the file asks for it, which for Llama 3 is the default."""
+    bos = file.metadata.get("tokenizer.ggml.bos_token_id")
+    if bos is None or not file.metadata.get("tokenizer.ggml.add_bos_token", kind == "llama-bpe"):
+        return processors.ByteLevel(trim_offsets=False)
+    text = tokens[bos]
+    return processors.TemplateProcessing(
+        single=[text, "$A"], pair=[text, "$A", f"{text}:1", "$B:1"], special_tokens=[(text, bos)]
+    )
+
+
+def _special_tokens(file: GGUFFile, tokens: list[str]) -> dict[str, str]:
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: file.metadata.get(f"tokenizer.ggml.{kind}_token_id") for name, kind in names.items()}
+    return {name: tokens[token_id] for name, token_id in ids.items() if token_id is not None}

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inference form of the model: fewer, larger matrix products, and weights in the layout their kernel likes."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wedlm.model.inference.quantization import Int8Linear
+from wedlm.model.layers import MLP, Attention, DecoderLayer, RMSNorm
+from wedlm.model.lora.masked_rows import BlockDiagonal, MaskedLora, NoChange, plain
+from wedlm.model.transformer import Transformer
+
+Quantization = Literal["int8"]
+
+
+@torch.no_grad()
+def pack_for_inference(model: Transformer, quantization: Quantization | None = None) -> Transformer:
+    """Fuse projections that share their input, in place, and freeze all parameters; returns the same model.
+
+    Layer by layer, so that at most one layer's projections exist twice at any time; a tied output projection gets a
+    packed copy of its own. A float16 model on the CPU becomes one of float16 weights and float32 arithmetic (its
+    embeddings, norms, activations and cache). ``quantization``: the layers' weights in eight bits, embeddings and
+    output projection as they are. The ``state_dict`` no longer has the names of a checkpoint: save before
+    packing. Raises ValueError if the model is packed already.
+    """
+    if is_packed(model):
+        raise ValueError("the model is packed already; expected one whose q, k and v projections are separate")
+    model.requires_grad_(False)
+    for layer in _layers(model):
+        _pack_attention(layer.self_attn, quantization)
+        _pack_mlp(layer.mlp, quantization)
+        layer.input_layernorm = _inference_norm(layer.input_layernorm)
+        layer.post_attention_layernorm = _inference_norm(layer.post_attention_layernorm)
+    model.model.norm = _inference_norm(model.model.norm)
+    model.lm_head = _fuse(model.lm_head, quantization=None)
+    weight = model.model.embed_tokens.weight
+    if isinstance(model.lm_head, Float16Linear):
+        model.model.embed_tokens.weight = nn.Parameter(weight.float(), requires_grad=False)
+    return model
+
+
+def is_packed(model: Transformer) -> bool:
+    """Whether ``pack_for_inference`` was applied."""
+    return any(layer.self_attn.qkv_proj is not None for layer in _layers(model))
+
+
+def _layers(model: Transformer) -> list[DecoderLayer]:
+    return [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
+
+
+def _pack_attention(attention: Attention, quantization: Quantization | None) -> None:
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+    q_size, k_size, v_size = (len(plain(part).get_parameter("weight")) for part in parts)
+    attention.qkv_sizes = (q_size, k_size, v_size)
+    attention.qkv_proj = _fuse(*parts, quantization=quantization)
+    del attention.q_proj, attention.k_proj, attention.v_proj
+    attention.o_proj = _fuse(attention.o_proj, quantization=quantization)
+
+
+def _pack_mlp(mlp: MLP, quantization: Quantization | None) -> None:
+    mlp.gate_up_proj = _fuse(mlp.gate_proj, mlp.up_proj, quantization=quantization)
+    del mlp.gate_proj, mlp.up_proj
+    mlp.down_proj = _fuse(mlp.down_proj, quantization=quantization)
+
+
+def _fuse(*linears: nn.Module, quantization: Quantization | None) -> nn.Module:
+    """One linear layer whose outputs are the concatenated outputs of ``linears``."""
+    bases = [plain(linear) for linear in linears]
+    weights: list[Tensor] = [linear.get_parameter("weight") for linear in bases]
+    biases: list[Tensor] = [linear.get_parameter("bias") for linear in bases if linear.bias is not None]
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    bias = torch.cat(biases).detach() if biases else None
+    fused = Int8Linear(weight.detach(), bias) if quantization else _inference_linear(weight.detach(), bias)
+    if not any(isinstance(linear, MaskedLora) for linear in linears):
+        return fused
+    return _fuse_factors(fused, linears)
+
+
+def _fuse_factors(fused: nn.Module, linears: Sequence[nn.Module]) -> MaskedLora:
+    """The fused layer with the factors of ``linears``: all down products in one. A layer without has rank 0."""
+    downs: list[Tensor] = []
+    ups: list[nn.Module] = []
+    for linear in linears:
+        weight = plain(linear).get_parameter("weight").detach()
+        if isinstance(linear, MaskedLora):
+            downs.append(linear.masked_lora_A.get_parameter("weight").detach().to(weight))
+            up = linear.masked_lora_B.get_parameter("weight").detach() * linear.scale
+            ups.append(_inference_linear(up.to(weight), None))
+        else:
+            downs.append(weight[:0])
+            ups.append(NoChange(len(weight)))
+    up_product = ups[0] if len(ups) == 1 else BlockDiagonal(ups, [len(down) for down in downs])
+    return MaskedLora(fused, _inference_linear(torch.cat(downs), None), up_product)
+
+
+def _inference_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The linear layer used for inference: the one place to choose a faster product for a device and dtype."""
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _has_mkldnn_bf16():
+        return MkldnnLinear(weight, bias)
+    if weight.device.type == "cpu" and weight.dtype == torch.float16 and _has_fbgemm():
+        return Float16Linear(weight, bias)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def _has_mkldnn_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _has_fbgemm() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+class Float16Linear(nn.Module):
+    """Float16 weight, float32 input, sum and output, on x86 CPUs (FBGEMM).
+
+    As few bytes to read as bfloat16, the rounding of float32, and at one to four rows the fastest product measured;
+    from eight rows on ``MkldnnLinear`` is faster (docs/log.md). With AVX-512 a row's result does not depend on how many
+    there are; without, its last bits may.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class MkldnnLinear(nn.Module):
+    """A bfloat16 linear layer on x86 CPUs whose weight oneDNN has blocked once, instead of at every call.
+
+    At few rows the product is bound by reading the weight, and blocking reads it two to three times faster
+    (docs/log.md). The layout does not depend on the number of rows.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
+
+
+def _inference_norm(norm: nn.Module) -> nn.Module:
+    if isinstance(norm, RMSNorm) and norm.weight.device.type == "cpu":
+        return OneKernelRMSNorm(norm)
+    return norm
+
+
+class OneKernelRMSNorm(nn.Module):
+    """RMSNorm(x) as the first half of LayerNorm([x, -x]), whose mean is 0 and whose variance is mean(x²).
+
+    torch has no fused RMSNorm on the CPU (it runs six kernels); its LayerNorm is one. Worth it at few rows, where a
+    step is full of small kernels (docs/log.md).
+    """
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.size, self.eps = len(norm.weight), norm.eps
+        weight = norm.weight.float() if norm.weight.dtype == torch.float16 else norm.weight
+        self.weight = nn.Parameter(torch.cat((weight, weight)).detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat((x, -x), dim=-1)
+        return F.layer_norm(both, self.weight.shape, self.weight, None, self.eps)[..., : self.size]

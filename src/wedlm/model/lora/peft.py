@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters (arXiv 2106.09685) in peft's format, merged into the weights. One model, one adapter.
+
+Those of masked rows (``masked_lora.py``) cannot be merged and stay beside the weights. They have a type and names of
+their own, so that programs that know only LoRA refuse them.
+
+Only tensors and a JSON file are read; peft is not needed. Everything is checked before the first weight changes.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from wedlm.model.config import ModelConfig, check_integer, read_flag, read_integer, read_number
+from wedlm.model.errors import CheckpointError
+from wedlm.model.formats.checkpoint import read_config
+from wedlm.model.inference.layers import is_packed
+from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, add_beside, has_factors
+from wedlm.model.transformer import Transformer
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+# Keys of the config that do not change what a merged weight is: where training put the matrices (the tensors' names
+# say it again), how it went, and notes for other programs. Any other key must be absent or empty.
+# fmt: off
+_HARMLESS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices",
+    "use_rslora",
+}
+# fmt: on
+# Other initialisations (pissa, olora, corda, ...) also change the base weights, which the adapter then lacks.
+_PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The change ``scale · b @ a`` of a weight: ``a`` is [r, in], ``b`` [out, r]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """New values [n, C] of rows ``ids`` of a weight."""
+
+    ids: tuple[int, ...]
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Changes by parameter name, applied in this order: whole tensors, single rows, low-rank sums.
+
+    ``masked_rows``: the sums are for masked rows alone, and the only whole tensor is MASK_EMBEDDING.
+    """
+
+    whole: dict[str, Tensor]
+    rows: dict[str, Rows]
+    low_rank: dict[str, LowRank]
+    masked_rows: bool = False
+
+
+def apply_adapter(model: Transformer, directory: str | Path) -> None:
+    """Merge the adapter in ``directory`` into ``model``, in place: sums in float32, stored in the model's dtype. One of
+    masked rows is put beside the weights, in the model's dtype.
+
+    Raises CheckpointError, with the model unchanged, for an adapter that cannot be read, is of an unsupported kind or
+    does not fit; ValueError for a packed model.
+    """
+    if is_packed(model):
+        raise ValueError("the model is packed for inference; expected one to which the adapter is applied before that")
+    if has_factors(model):
+        raise ValueError("the model has an adapter of masked rows, which cannot be merged; expected one without")
+    adapter = read_adapter(directory)
+    _check_fit(adapter, model, Path(directory))
+    if adapter.masked_rows:
+        factors = {name: (change.a, change.scale * change.b.float()) for name, change in adapter.low_rank.items()}
+        add_beside(model, factors, adapter.whole.get(MASK_EMBEDDING))
+        return
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in adapter.whole.items():
+            if name in parameters:  # a tied output projection has no parameter of its own
+                parameters[name].copy_(tensor)
+        for name, rows in adapter.rows.items():
+            index = torch.tensor(rows.ids, device=parameters[name].device)
+            parameters[name].index_copy_(0, index, rows.values.to(parameters[name]))
+        for name, change in adapter.low_rank.items():
+            _add(parameters[name], change)
+
+
+def adapted_config(config: ModelConfig, directory: str | Path) -> ModelConfig:
+    """The base model's config with the mask token and block size that ``wedlm train`` notes beside an adapter.
+
+    An adapter of another origin notes none, and the config stays as it is. Raises CheckpointError.
+    """
+    if not (Path(directory) / "config.json").is_file():
+        return config
+    noted = read_config(Path(directory))
+    if (noted.model_type, noted.hidden_size, noted.num_layers) != (
+        config.model_type,
+        config.hidden_size,
+        config.num_layers,
+    ):
+        raise CheckpointError(
+            f"{directory} adapts a {noted.model_type} model of {noted.num_layers} layers, {noted.hidden_size} wide; "
+            f"this one is {config.model_type}, {config.num_layers} layers, {config.hidden_size} wide"
+        )
+    return dataclasses.replace(config, mask_token_id=noted.mask_token_id, block_size=noted.block_size)
+
+
+def _add(parameter: nn.Parameter, change: LowRank) -> None:
+    a, b = (matrix.to(parameter.device, torch.float32) for matrix in (change.a, change.b))
+    parameter.copy_(parameter.float().addmm_(b, a, alpha=change.scale))
+
+
+def read_adapter(directory: str | Path) -> Adapter:
+    """The adapter that peft saved in ``directory``, on the CPU; keys may come with peft's prefix or without it.
+
+    Understood are LoRA matrices (also of embeddings, with patterns of rank and alpha, and rank-stabilised), trained
+    token rows, and modules or biases saved whole. Raises CheckpointError for anything else.
+    """
+    directory = Path(directory)
+    try:
+        config = _read_config(directory)
+        return _sort_out(_read_tensors(directory), config)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"there is no {CONFIG_FILE}; expected the directory of an adapter in peft's format")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{CONFIG_FILE} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{CONFIG_FILE} is not a JSON object")
+    if config.get("peft_type") not in ("LORA", MASKED_TYPE):
+        raise ValueError(f"peft_type is {config.get('peft_type')!r}; expected 'LORA' or {MASKED_TYPE!r}")
+    for key in sorted(set(config) - _HARMLESS):
+        # peft writes {} or false for what is off; a configuration of a variant that is on is never empty.
+        if config[key]:
+            raise ValueError(
+                f"{key} is {config[key]!r}, a variant of LoRA that is not supported; expected it to be off"
+            )
+    if config.get("init_lora_weights") not in _PLAIN_INITIALISATIONS:
+        raise ValueError(
+            f"init_lora_weights is {config['init_lora_weights']!r}, which also changes the base weights; expected an "
+            "adapter that peft converted to plain LoRA (save_pretrained's path_initial_model_for_weight_conversion)"
+        )
+    return config
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        pickles = sorted(file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
+        found = f"only a pickle ({pickles[0]}), which can run code when read" if pickles else "no weights"
+        raise ValueError(f"the directory holds {found}; expected {WEIGHTS_FILE}")
+    try:
+        return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{WEIGHTS_FILE} is a corrupt or truncated safetensors file: {error}") from error
+
+
+# The ends of a name that say what its tensor is; what comes before them is the module's name.
+_KINDS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "embedding A",
+    ".lora_embedding_B": "embedding B",
+    ".token_adapter.trainable_tokens_delta": "rows",
+}
+_MASKED_KINDS = {".masked_lora_A.weight": "A", ".masked_lora_B.weight": "B"}
+
+
+def _sort_out(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adapter:
+    """Tensors by what they do. What has no ending of an adapter is a whole tensor."""
+    whole: dict[str, Tensor] = {}
+    rows: dict[str, Rows] = {}
+    pairs: dict[str, dict[str, Tensor]] = {}
+    masked_rows = config["peft_type"] == MASKED_TYPE
+    kinds = _MASKED_KINDS if masked_rows else _KINDS
+    for name, tensor in tensors.items():
+        end = next((end for end in kinds if name.endswith(end)), "")
+        module, kind = name.removesuffix(end), kinds.get(end)
+        if not tensor.is_floating_point():
+            raise ValueError(f"tensor {name} has dtype {tensor.dtype}; expected floating point numbers")
+        if kind is None:
+            whole[name.replace(".base_layer.", ".")] = tensor
+        elif kind == "rows":
+            rows[f"{module}.weight"] = Rows(_token_ids(module, len(tensor), config), tensor)
+        else:
+            pairs.setdefault(module, {})[kind] = tensor
+    if masked_rows and whole.keys() - {MASK_EMBEDDING}:
+        raise ValueError(f"tensor {min(whole.keys() - {MASK_EMBEDDING})} is no part of an adapter of masked rows")
+    low_rank = {f"{module}.weight": _low_rank(module, pair, config) for module, pair in pairs.items()}
+    return Adapter(whole, rows, low_rank, masked_rows)
+
+
+def _low_rank(module: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRank:
+    if set(pair) == {"A", "B"}:
+        a, b = pair["A"], pair["B"]
+    elif set(pair) == {"embedding A", "embedding B"}:
+        a, b = pair["embedding B"].T, pair["embedding A"].T  # a lookup's weight is the transpose of a projection's
+    else:
+        raise ValueError(f"{module} has the LoRA matrices {sorted(pair)}; expected both A and B")
+    rank = _by_pattern(config, "rank_pattern", module, read_integer(config, "r", 8))
+    if a.ndim != 2 or b.ndim != 2 or not len(a) == b.shape[1] == rank:
+        raise ValueError(
+            f"the LoRA matrices of {module} have shapes {list(a.shape)} and {list(b.shape)}; expected rank {rank}"
+        )
+    alpha = _by_pattern(config, "alpha_pattern", module, read_number(config, "lora_alpha", 8))
+    return LowRank(a, b, alpha / (math.sqrt(rank) if read_flag(config, "use_rslora", False) else rank))
+
+
+def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: float) -> float:
+    """The value of the first pattern that the end of the module's name matches, as peft has it."""
+    patterns = config.get(key) or {}
+    for pattern in patterns:
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return read_number(patterns, pattern, default)
+    return default
+
+
+def _token_ids(module: str, count: int, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids of the trained token rows of a module: a list means the input embedding's."""
+    listed = config.get("trainable_token_indices") or {}
+    by_module = listed if isinstance(listed, dict) else {"embed_tokens": listed}
+    ids = next((ids for name, ids in by_module.items() if f".{module}".endswith(f".{name}")), None)
+    if not isinstance(ids, list) or len(ids) != count:
+        raise ValueError(
+            f"trainable_token_indices is {listed!r}; expected a list of {count} token ids for {module}, which has so "
+            "many trained rows"
+        )
+    for token_id in ids:
+        check_integer("trainable_token_indices", token_id, minimum=0)
+    return tuple(ids)
+
+
+def _check_fit(adapter: Adapter, model: Transformer, origin: Path) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if adapter.masked_rows:
+        shapes = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.") and len(shape) == 2}
+        shapes[MASK_EMBEDDING] = (model.config.hidden_size,)
+    elif model.config.tie_word_embeddings:
+        shapes[_OUTPUT] = shapes[_EMBEDDING]
+        _check_tied(adapter, origin)
+    changes: list[tuple[str, tuple[int, ...]]] = [(name, tuple(tensor.shape)) for name, tensor in adapter.whole.items()]
+    changes += [(name, (len(change.b), change.a.shape[1])) for name, change in adapter.low_rank.items()]
+    for name, rows in adapter.rows.items():
+        changes.append((name, (*shapes.get(name, ())[:1], *rows.values.shape[1:])))
+        if name in shapes and max(rows.ids) >= shapes[name][0]:
+            raise CheckpointError(
+                f"{origin}: trainable_token_indices contains {max(rows.ids)}; expected ids below {shapes[name][0]}"
+            )
+    for name, shape in changes:
+        if name not in shapes:
+            raise CheckpointError(f"{origin} changes {name}, which this model does not have")
+        if shape != shapes[name]:
+            raise CheckpointError(
+                f"{origin}: the change of {name} has shape {list(shape)}; expected {list(shapes[name])}, the model's"
+            )
+
+
+def _check_tied(adapter: Adapter, origin: Path) -> None:
+    """A model whose output projection is its embedding cannot take an adapter that makes them differ."""
+    both = [adapter.whole[name] for name in (_EMBEDDING, _OUTPUT) if name in adapter.whole]
+    apart = len(both) == 1 or (len(both) == 2 and not torch.equal(*both))
+    if apart or {_EMBEDDING, _OUTPUT} & set(adapter.low_rank) or _OUTPUT in adapter.rows:
+        raise CheckpointError(
+            f"{origin} changes one of {_EMBEDDING} and {_OUTPUT}, which are one tensor in this model; expected "
+            "trainable_token_indices of embed_tokens, or no change of either"
+        )

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only model: a Llama-style decoder over packed rows, whose attention is an argument.
+
+Shape suffixes: T rows, L rows whose logits are wanted, C hidden size, D head dimension, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from wedlm.model.config import ModelConfig
+from wedlm.model.layers import Attend, DecoderLayer, RMSNorm
+from wedlm.model.lora.masked_rows import put_at_masked
+from wedlm.model.rope import RotaryEmbedding
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm; a class of its own because checkpoints name these ``model.…``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        embedding = torch.empty(config.vocab_size, config.hidden_size)
+        if not embedding.is_meta:  # Drawing on meta imports torch's compiler, over a second, and draws nothing.
+            nn.init.normal_(embedding, std=0.02)
+        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
+        # [C], what masked rows start from in place of their token's embedding; set with factors for masked rows.
+        self.mask_embedding: nn.Parameter | None = None
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.norm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config)
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, masked: Tensor | None = None) -> Tensor:
+        """Hidden states [T, C] after the last layer, before the final norm."""
+        x_TC = self.embed_tokens(tokens_T)
+        if masked is not None and self.mask_embedding is not None:
+            x_TC = put_at_masked(x_TC, masked, self.mask_embedding)
+        cos_TD, sin_TD = self.rotary(positions_T, x_TC.dtype)
+        for layer, module in enumerate(self.layers):
+            x_TC = module(x_TC, cos_TD, sin_TD, attend, layer, masked)
+        return x_TC
+
+
+class Transformer(nn.Module):
+    """Rows in, logits out; its ``state_dict`` has exactly the tensor names of a Hugging Face checkpoint.
+
+    The model knows nothing of sequences, caches or masks: rows are packed one after the other in any order, RoPE uses
+    the position given for each, and ``attend`` decides which rows and cached keys a row sees.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Let the output projection share the embedding's parameter, if the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attend: Attend,
+        logits_rows: Tensor | None = None,
+        masked: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [L, V] in the model's dtype.
+
+        ``tokens_T`` and ``positions_T`` are int64 [T]. ``logits_rows``, int64 [L], picks the rows to project, in the
+        order wanted; None means all rows. ``attend(layer, q_THD, k_TKD, v_TKD) -> out_THD`` gets RoPE already applied.
+        ``masked`` (bool [T], or int64 [M] indices) says which rows are masked: it matters only where an adapter of
+        masked rows is loaded; None means no row.
+        """
+        hidden_TC = self.model(tokens_T, positions_T, attend, masked)
+        return self.logits(hidden_TC if logits_rows is None else hidden_TC[logits_rows])
+
+    def logits(self, hidden_LC: Tensor) -> Tensor:
+        """Final norm and output projection of hidden states as ``model`` returns them: logits [L, V]."""
+        if len(hidden_LC) == 0:
+            # A prompt's chunk wants no logits; its step must not pay for reading the largest matrix.
+            return hidden_LC.new_empty(0, self.config.vocab_size)
+        return self.lm_head(self.model.norm(hidden_LC))

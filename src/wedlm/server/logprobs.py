@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-probabilities in OpenAI's two forms. A token's text is what it decodes to alone; a part of a character is shown
+as U+FFFD and has no bytes. -inf, which JSON has not, becomes OpenAI's -9999."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from wedlm.engine.request import Alternatives
+
+Decode = Callable[[list[int]], str]
+_LOWEST = -9999.0
+
+
+def chat_logprobs(
+    tokens: Sequence[int], logprobs: Sequence[float], top: Sequence[Alternatives], decode: Decode
+) -> dict[str, Any]:
+    """Of a chat: an object per token; ``top`` may be empty."""
+    entries = []
+    for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+        ranked = [_entry(other, value, decode) for other, value in (top[i] if top else ())]
+        entries.append({**_entry(token, logprob, decode), "top_logprobs": ranked})
+    return {"content": entries, "refusal": None}
+
+
+def text_logprobs(
+    tokens: Sequence[int],
+    logprobs: Sequence[float],
+    top: Sequence[Alternatives],
+    offsets: Sequence[int],
+    decode: Decode,
+) -> dict[str, Any]:
+    """Of a completion: lists side by side; ``offsets``, in characters, are where the tokens' texts begin."""
+    ranked: list[dict[str, float]] | None = None
+    if top:
+        ranked = [{decode([other]): max(value, _LOWEST) for other, value in reversed(one)} for one in top]
+    return {
+        "tokens": [decode([token]) for token in tokens],
+        "token_logprobs": [max(logprob, _LOWEST) for logprob in logprobs],
+        "top_logprobs": ranked,
+        "text_offset": list(offsets),
+    }
+
+
+def _entry(token: int, logprob: float, decode: Decode) -> dict[str, Any]:
+    text = decode([token])
+    return {
+        "token": text,
+        "logprob": max(logprob, _LOWEST),
+        "bytes": None if "\ufffd" in text else list(text.encode()),
+    }

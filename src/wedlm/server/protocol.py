@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a client may send. A field that has no effect here may only have the value that asks for nothing."""
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field
+
+from wedlm.algorithm.params import Decoding
+from wedlm.engine.sampling_params import MAX_BIASES, MAX_LOGPROBS, SamplingParams
+from wedlm.server.messages import Message
+from wedlm.server.tool_schemas import MAX_TOOLS, NamedChoice, ResponseFormat, Strict, Tool
+from wedlm.server.tools import call_schema
+
+MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_TOKENS, MAX_MESSAGES = 16, 256, 64, 4096
+_OLD_TOOLS = "the old form of tools is not supported; expected tools and tool_choice"
+_NO_MEDIA = "text alone is supported"
+# Fields that are refused, and what the refusal says.
+UNSUPPORTED = {
+    "repetition_penalty": "this penalty is not supported; expected presence_penalty or frequency_penalty, or 1",
+    "min_p": "this cut is not supported; expected top_p or top_k, or 0",
+    "functions": _OLD_TOOLS,
+    "function_call": _OLD_TOOLS,
+    "best_of": "choosing among several texts is not supported; expected nothing or 1",
+    "echo": "repeating the prompt is not supported; expected nothing or false",
+    "suffix": "text after the answer is not supported; expected nothing",
+    "audio": _NO_MEDIA,
+    "modalities": f'{_NO_MEDIA}; expected nothing or ["text"]',
+    "prediction": "predicted outputs are not supported",
+    "reasoning_effort": "grades of reasoning are not supported",
+    "verbosity": "grades of verbosity are not supported",
+    "web_search_options": "searches are not supported",
+    "store": "answers are not stored; expected nothing or false",
+    "service_tier": 'there is one tier; expected nothing, "auto" or "default"',
+}
+# What fields expect, where pydantic's own words would not tell a user.
+EXPECTED = {
+    "model": "the name of a model that GET /v1/models lists",
+    "messages": f"a list of 1 to {MAX_MESSAGES} messages",
+    "role": "system, developer, user, assistant or tool",
+    "content": 'a string or a list of {"type": "text", "text": ...}',
+    "type": '"text" in a content part, "function" in a tool, or a response_format\'s text, json_object or json_schema',
+    "response_format": '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {...}}',
+    "json_schema": '{"name": ..., "schema": {...}} beside the type json_schema, and nothing beside others',
+    "tools": f'a list of at most {MAX_TOOLS} of {{"type": "function", "function": {{"name": ...}}}}',
+    "tool_choice": '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
+    "tool_call_id": "the id of the call that a message of the role tool answers",
+    "top_logprobs": f"an integer from 0 to {MAX_LOGPROBS}",
+    "logit_bias": f"at most {MAX_BIASES} token ids with numbers from -100 to 100",
+    "name": "1 to 64 of the characters a-z, A-Z, 0-9, _ and -",
+    "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
+    "stop": f"a string or a list of at most {MAX_STOPS}, each of 1 to {MAX_STOP_LENGTH} characters",
+    "stop_token_ids": f"a list of at most {MAX_STOP_TOKENS} token ids",
+}
+
+
+Nothing: TypeAlias = None
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+
+class StreamOptions(Strict):
+    """``include_usage``: one more chunk with the figures of all choices, before the end."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class _Generation(Strict):
+    """What both kinds of request share. None means the default, save for ``wedlm_entropy_threshold``."""
+
+    model: str
+    n: Annotated[int, Field(ge=1)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Ours and other engines' additions.
+    top_k: int | None = None
+    min_tokens: int | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    ignore_eos: bool | None = None
+    decoding: Decoding | None = None
+    wedlm_window_size: int | None = None
+    wedlm_entropy_threshold: float | None = None
+    wedlm_pos_penalty_factor: float | None = None
+    wedlm_draft_entropy: float | None = None
+    wedlm_trace: bool | None = None
+    # Accepted because clients send them and they ask for nothing that could be missed.
+    user: str | None = None
+    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
+
+    @property
+    def streams(self) -> bool:
+        return bool(self.stream)
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def sampling_params(self, default_max_tokens: int) -> SamplingParams:
+        """The engine's parameters; ValueError where it refuses one. OpenAI's default temperature is 1, and so is ours
+        here; the limit of tokens may be given by the old name or the new one."""
+        names = (
+            "presence_penalty",
+            "frequency_penalty",
+            "top_p",
+            "top_k",
+            "min_tokens",
+            "ignore_eos",
+            "seed",
+            "stop",
+            "stop_token_ids",
+            "decoding",
+        )
+        ours = ("wedlm_window_size", "wedlm_pos_penalty_factor", "wedlm_draft_entropy")
+        given = {name: getattr(self, name) for name in (*names, *ours) if getattr(self, name) is not None}
+        if "wedlm_entropy_threshold" in self.model_fields_set:
+            given["wedlm_entropy_threshold"] = self.wedlm_entropy_threshold
+        if self.logit_bias:
+            given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
+        temperature = 1.0 if self.temperature is None else self.temperature
+        limit = self.token_limit
+        max_tokens = default_max_tokens if limit is None else limit
+        given |= {"logprobs": self.num_logprobs, "json_schema": self.schema_of_answer}
+        return SamplingParams(temperature=temperature, max_tokens=max_tokens, **given)
+
+    @property
+    def token_limit(self) -> int | None:
+        raise NotImplementedError
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives are to be reported beside each token's log-probability; None: not even that one."""
+        raise NotImplementedError
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        return None
+
+
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdecimal() and len(key) < 10) or str(int(key)) != key:
+        raise ValueError(f"logit_bias has the key {key[:80]!r}; expected token ids")
+    return int(key)
+
+
+class CompletionRequest(_Generation):
+    """The body of POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = None
+    logprobs: int | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    echo: Literal[False] | None = None
+    suffix: Nothing = None
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry per prompt."""
+        if isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int):
+            return list(self.prompt)
+        return [self.prompt]  # type: ignore[list-item]
+
+
+class ChatRequest(_Generation):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    parallel_tool_calls: bool | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    audio: Nothing = None
+    prediction: Nothing = None
+    reasoning_effort: Nothing = None
+    verbosity: Nothing = None
+    web_search_options: Nothing = None
+
+    @property
+    def token_limit(self) -> int | None:
+        """By the old name or the new one. ValueError if they differ."""
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            other = self.max_completion_tokens
+            raise ValueError(
+                f"max_tokens is {self.max_tokens} beside max_completion_tokens {other}; expected one of them"
+            )
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """ValueError if alternatives are asked for beside no log-probability."""
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs is {self.top_logprobs}; expected logprobs to be true beside it")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """What a forced call, or else ``response_format``, makes of the text. ValueError where they contradict."""
+        offered = self.offered_tools
+        if self.forces_call:
+            return call_schema(offered)
+        schema = None if self.response_format is None else self.response_format.schema_of_answer
+        if schema is not None and offered:
+            raise ValueError(
+                "response_format asks for JSON beside tools that may be called; expected tool_choice to be none, "
+                "required or a tool's name beside it"
+            )
+        return schema
+
+    @property
+    def schema_field(self) -> str:
+        """Where ``schema_of_answer`` comes from."""
+        return "tools" if self.forces_call else "response_format"
+
+    @property
+    def forces_call(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedChoice)
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that may be called. ValueError if names repeat, or if there is none and one must be called."""
+        tools = [] if self.tools is None or self.tool_choice == "none" else self.tools
+        names = [tool.function.name for tool in tools]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"tools has two functions of one name, {max(names, key=names.count)}; expected one of each"
+            )
+        if isinstance(self.tool_choice, NamedChoice):
+            name = self.tool_choice.function.name
+            tools = [tool for tool in tools if tool.function.name == name]
+            if not tools:
+                raise ValueError(f"tool_choice names the function {name}; expected one of tools")
+        if self.tool_choice == "required" and not tools:
+            raise ValueError("tool_choice is required; expected tools beside it")
+        return tools

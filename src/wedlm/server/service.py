@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checked body to an answer: prompts, admission, the engine, and what can go wrong on the way."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from wedlm.engine.async_llm import AsyncEngine, fresh_engine
+from wedlm.engine.constraints.grammar import grammars_of
+from wedlm.engine.engine import Engine
+from wedlm.engine.llm import LLM
+from wedlm.engine.outputs import GenerationOutput
+from wedlm.engine.request_stream import EngineFault, EngineStopped, Ticket
+from wedlm.engine.sampling_params import SamplingParams
+from wedlm.server import answers
+from wedlm.server.answers import Job
+from wedlm.server.config import ServerConfig
+from wedlm.server.errors import ApiError, internal_error, unavailable
+from wedlm.server.metrics import Metrics, Stopwatch
+from wedlm.server.protocol import ChatRequest, CompletionRequest
+from wedlm.server.sse import Disconnected, EventStream, unless_disconnected
+from wedlm.server.tool_schemas import Tool
+from wedlm.server.tools import ForcedReader, TaggedReader, for_template, in_plain_words, takes_tools
+
+log = logging.getLogger("wedlm.server")
+WARNING = "X-Wedlm-Warning"
+_COMPLETION_TOKENS = 16  # OpenAI's default there
+_LARGEST_SEED = 2**63 - 1
+_SEND_S = 10.0  # beyond the request's time, for a slow client to take the last of a stream
+
+
+class Service:
+    """What the routes call. ``engine`` exists from ``start`` on; ``draining`` refuses whatever is new."""
+
+    engine: AsyncEngine
+
+    def __init__(self, llm: LLM, config: ServerConfig) -> None:
+        self.llm, self.config = llm, config
+        self.metrics = Metrics()
+        self.draining = False
+
+    def start(self) -> None:
+        """Hand the LLM's engine over to a thread. In the loop."""
+        self.engine = AsyncEngine(self.llm.engine, self._renew)
+        self.metrics.watch(self.engine)
+
+    def _renew(self, broken: Engine) -> Engine:
+        self.llm.engine = fresh_engine(broken)
+        return self.llm.engine
+
+    @property
+    def status(self) -> str:
+        """ "ok", or why requests are refused."""
+        if self.draining:
+            return "draining"
+        return "ok" if self.engine.state == "running" else self.engine.state
+
+    async def chat_job(self, body: ChatRequest) -> Job:
+        """ApiError 400 if the conversation has no prompt, or an option is refused."""
+        self._admit(body.model, body.n or 1)
+        try:
+            tools = body.offered_tools
+        except ValueError as error:
+            raise _refusal(error, "chat") from error
+        prompt = await self._tokens(partial(self._chat_prompt, body, tools), "messages")
+        job = self._job("chat", body, [prompt], self._room(prompt))
+        params = job.sequences[0][1]
+        if params.json_schema is not None:  # compiled here, so that the engine's thread finds it done
+            await self._tokens(partial(self._compile, params, body.schema_field), body.schema_field)
+        if body.forces_call:
+            return replace(job, new_reader=ForcedReader)
+        names, parallel = [tool.function.name for tool in tools], body.parallel_tool_calls is not False
+        return replace(job, new_reader=partial(TaggedReader, names, parallel)) if tools else job
+
+    def _chat_prompt(self, body: ChatRequest, tools: list[Tool]) -> list[int]:
+        """Tools through the chat template if it takes them, otherwise in plain words."""
+        messages: list[dict[str, Any]] = [message.for_template() for message in body.messages]
+        if not tools and not any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+            return self.llm.chat_prompt(messages)
+        if takes_tools(self.llm.tokenizer):
+            return self.llm.chat_prompt(messages, tools=for_template(tools) or None)
+        return self.llm.chat_prompt(in_plain_words(messages, tools))
+
+    def _compile(self, params: SamplingParams, field: str) -> list[int]:
+        try:
+            grammars_of(self.llm.tokenizer, self.llm.engine.config.vocab_size).matcher(params)
+        except ValueError as error:
+            raise ValueError(str(error).replace("json_schema", field, 1)) from error
+        return []
+
+    async def completion_job(self, body: CompletionRequest) -> Job:
+        """As ``chat_job``."""
+        prompts = body.prompts
+        self._admit(body.model, (body.n or 1) * len(prompts))
+        encoded = [
+            await self._tokens(partial(self.llm._encode, one, True), "prompt") if isinstance(one, str) else one
+            for one in prompts
+        ]
+        return self._job("text", body, encoded, _COMPLETION_TOKENS)
+
+    async def answer(self, job: Job, request: Request) -> Response:
+        """Run a job. ApiError where the engine refuses or fails it before the answer has begun."""
+        self._admit(job.model, len(job.sequences))  # once more: the prompts took time
+        try:
+            ticket = self.engine.submit(job.sequences, job.watches, job.streams)
+        except EngineStopped as error:
+            raise _failure(error) from error
+        request.scope["wedlm.log"] |= {"id": job.id, "prompt_tokens": job.num_prompt_tokens}
+        headers = {} if job.warning is None else {WARNING: job.warning}
+        if job.warning is not None:
+            request.scope["wedlm.log"]["warning"] = job.warning
+        timer = asyncio.get_running_loop().call_later(self.config.request_timeout_s, ticket.expire)
+        handed_over = False
+
+        def close() -> None:
+            timer.cancel()
+            ticket.abort()
+
+        try:
+            await ticket.accepted()
+            if job.streams:
+                handed_over = True
+                limit = self.config.request_timeout_s + _SEND_S
+                return EventStream(self._events(job, ticket, request), close, limit, headers)
+            outputs = await unless_disconnected(request.receive, self._collect(job, ticket, request))
+            return JSONResponse(answers.whole(job, outputs, self.llm.tokenizer), headers=headers)
+        except Disconnected:
+            request.scope["wedlm.log"]["disconnected"] = True
+            return Response(status_code=499)  # nobody will see it but the log
+        except ValueError as error:
+            raise _refusal(error, job.kind) from error
+        except (EngineFault, EngineStopped, TimeoutError) as error:
+            raise _failure(error) from error
+        finally:
+            if not handed_over:
+                close()
+
+    async def _collect(self, job: Job, ticket: Ticket, request: Request) -> list[GenerationOutput]:
+        outputs: dict[int, GenerationOutput] = {}
+        stopwatch = Stopwatch(self.metrics, len(job.sequences))
+        async for news in ticket:
+            for index, piece in news:
+                stopwatch.piece(index, piece)
+                if piece.output is not None:
+                    outputs[index] = piece.output
+        return _in_order(outputs, request)
+
+    async def _events(self, job: Job, ticket: Ticket, request: Request) -> AsyncIterator[bytes]:
+        outputs: dict[int, GenerationOutput] = {}
+        stopwatch = Stopwatch(self.metrics, len(job.sequences))
+        choices = [answers.ChoiceStream(job, index, self.llm.tokenizer) for index in range(len(job.sequences))]
+        try:
+            yield answers.opening(job)
+            async for news in ticket:
+                data = []
+                for index, piece in news:
+                    stopwatch.piece(index, piece)
+                    data.append(choices[index].event(piece))
+                    if piece.output is not None:
+                        outputs[index] = piece.output
+                yield b"".join(data)
+            done = _in_order(outputs, request)
+            if job.wants_usage:
+                yield answers.usage_event(job, done)
+        except Exception as error:
+            failure = _failure(error)
+            if failure.status == 500:
+                log.error("a stream failed", exc_info=error, extra={"fields": request.scope["wedlm.log"]})
+            request.scope["wedlm.log"]["error"] = failure.detail.code
+            yield answers.event(failure.body)
+        yield answers.DONE
+
+    def _admit(self, model: str, count: int) -> None:
+        """ApiError unless the model is ours, the engine runs, and there is room for ``count`` more sequences."""
+        if model != self.config.model_name:
+            name = json_name(model)
+            message = f"model is {name}; expected {self.config.model_name}"
+            raise ApiError(404, message, type="not_found_error", param="model", code="model_not_found")
+        room = self.llm.engine.config.max_num_seqs + self.config.max_queue
+        most = min(self.config.max_choices, room)
+        if count > most:
+            message = f"n times the number of prompts is {count}; expected at most {most}"
+            raise ApiError(400, message, param="n", code="invalid_value")
+        if self.status != "ok":
+            raise unavailable(f"the server is {self.status} and takes no requests", self.status)
+        if self.engine.num_open + count > room:
+            message = f"{self.engine.num_open} of {room} places are taken; expected {count} free ones, try again later"
+            raise ApiError(429, message, type="rate_limit_error", code="queue_full", headers={"Retry-After": "1"})
+
+    async def _tokens(self, encode: "partial[list[int]]", param: str) -> list[int]:
+        """In another thread: a long prompt must not hold up everybody's streams."""
+        try:
+            return await asyncio.to_thread(encode)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=param, code="invalid_value") from error
+
+    def _room(self, prompt: Sequence[int]) -> int:
+        """Tokens that the model and the cache have left for an answer to ``prompt``; at least 1."""
+        config, pool = self.llm.engine.config, self.llm.engine.pool
+        slots = pool.num_pages * pool.page_size - 2 * config.default_window_size
+        return max(1, min(config.max_model_len, slots) - len(prompt))
+
+    def _job(self, kind: str, body: ChatRequest | CompletionRequest, prompts: list[list[int]], room: int) -> Job:
+        if body.stream_options is not None and not body.streams:
+            shown = body.stream_options.model_dump_json(exclude_unset=True)
+            message = f"stream_options is {shown}; expected stream to be true beside it"
+            raise ApiError(400, message, param="stream_options", code="invalid_value")
+        if body.wedlm_trace and not body.streams:
+            message = "wedlm_trace is true; expected stream to be true beside it"
+            raise ApiError(400, message, param="wedlm_trace", code="invalid_value")
+        if not prompts:
+            raise ApiError(400, "prompt is []; expected at least one prompt", param="prompt", code="invalid_value")
+        try:
+            params = body.sampling_params(room)
+        except ValueError as error:
+            if isinstance(body, ChatRequest):  # what the engine calls json_schema
+                error = ValueError(str(error).replace("json_schema", body.schema_field, 1))
+            raise _refusal(error, kind) from error
+        count = body.n or 1
+        # Choices must differ under one seed, too: each has its own, the first the one given.
+        seeds = [None if params.seed is None else min(params.seed + i, _LARGEST_SEED) for i in range(count)]
+        return Job(
+            kind="chat" if kind == "chat" else "text",
+            model=self.config.model_name,
+            sequences=[(prompt, replace(params, seed=seed)) for prompt in prompts for seed in seeds],
+            num_choices=count,
+            streams=body.streams,
+            wants_usage=body.wants_usage,
+            watches=bool(body.wedlm_trace),
+            warning=self.llm.window_warning(params),
+        )
+
+
+def json_name(name: str) -> str:
+    """A name from outside, short and quoted."""
+    return repr(name if len(name) <= 80 else name[:80] + "...")
+
+
+def _in_order(outputs: dict[int, GenerationOutput], request: Request) -> list[GenerationOutput]:
+    ordered = [outputs[index] for index in sorted(outputs)]
+    tokens = sum(len(output.token_ids) for output in ordered)
+    request.scope["wedlm.log"] |= {"tokens": tokens, "finish": [output.finish_reason for output in ordered]}
+    return ordered
+
+
+def _refusal(error: ValueError, kind: str) -> ApiError:
+    """The engine's sentences name the field first, or begin with "the prompt"."""
+    name = str(error).partition(" ")[0]
+    if name == "the":
+        name = "messages" if kind == "chat" else "prompt"
+    return ApiError(400, str(error), param=name, code="invalid_value")
+
+
+def _failure(error: Exception) -> ApiError:
+    if isinstance(error, EngineFault):
+        return ApiError(500, f"{error}; send the request again", type="server_error", code="engine_fault")
+    if isinstance(error, EngineStopped):
+        return unavailable("the server is shutting down", "shutting_down")
+    if isinstance(error, TimeoutError):
+        return ApiError(504, "the answer took longer than the server allows", type="timeout_error", code="timeout")
+    return internal_error()

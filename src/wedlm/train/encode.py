@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples to token ids, each with the flag that says whether it is to be learned.
+
+How a sample is encoded is written once, as generators that yield the texts whose tokens they need (``_Texts``) and are
+sent those texts' encodings. Alone, they are answered text by text; of a batch, all that wait are answered together.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from tokenizers import Encoding
+
+from wedlm.model.formats.tokenizer import Tokenizer
+from wedlm.train.sources import Sample, SampleError
+
+DEFAULT_END_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedSample:
+    """One document: ``tokens`` int32 [n] and ``trainable`` bool [n], whether a token may be masked and is learned."""
+
+    tokens: np.ndarray
+    trainable: np.ndarray
+
+
+class TemplateRewritesError(SampleError):
+    """The chat template renders a reply differently once the conversation goes on (Qwen3's drops its thinking part)."""
+
+
+class _Span(NamedTuple):
+    """Characters of a rendered conversation: what the model is to write after a prompt."""
+
+    start: int
+    end: int
+
+
+class _Texts(NamedTuple):
+    """What an encoding needs to go on: an Encoding of each of these, in this order."""
+
+    texts: Sequence[str]
+    add_special_tokens: bool
+
+
+_T = TypeVar("_T")
+_Steps = Generator[_Texts, Any, _T]  # is sent a list[Encoding] for each _Texts, and None to start
+
+
+def encode_documents(
+    sample: Sample, tokenizer: Tokenizer, *, num_end_tokens: int = DEFAULT_END_TOKENS, eos_token_id: int
+) -> list[EncodedSample]:
+    """The documents of a sample: one, or one for each reply where the template rewrites earlier replies.
+
+    Such a template shows the model another history in every turn, so that no single sequence holds them all; each of
+    those documents learns its last reply alone. Raises SampleError as ``encode`` does.
+    """
+    return _alone(_documents(sample, tokenizer, num_end_tokens, eos_token_id), tokenizer)
+
+
+def encode(
+    sample: Sample, tokenizer: Tokenizer, *, num_end_tokens: int = DEFAULT_END_TOKENS, eos_token_id: int
+) -> EncodedSample:
+    """A sample as one document.
+
+    Text: what the tokenizer puts before a text (BOS, in models that have one; not learned), the text and one end token.
+    Chat: the conversation up to its last reply as the chat template writes it, with the tokens that inference sees: a
+    prompt's, then the reply's. Trainable are the replies, each with the token that ends its turn. After the last one
+    ``eos_token_id`` is repeated until ``num_end_tokens`` (at least 1) end tokens stand there, so that rows past the end
+    are trained, too. Raises SampleError naming file and line.
+    """
+    return _alone(_one_document(sample, tokenizer, num_end_tokens, eos_token_id), tokenizer)
+
+
+def encode_batch(
+    samples: Sequence[Sample], tokenizer: Tokenizer, *, num_end_tokens: int = DEFAULT_END_TOKENS, eos_token_id: int
+) -> list[list[EncodedSample] | ValueError]:
+    """``encode_documents`` of each sample, or what that raises, on the cores that ``tokenizers`` may use.
+
+    What a sample asks for is tokenised with what the others ask for at that time. All of it is in memory at once: some
+    hundred bytes a token.
+    """
+    going = {
+        number: _documents(sample, tokenizer, num_end_tokens, eos_token_id) for number, sample in enumerate(samples)
+    }
+    results: dict[int, list[EncodedSample] | ValueError] = {}
+    given: dict[int, list[Encoding]] = {}
+    while going:
+        wanted: dict[int, _Texts] = {}
+        for number, steps in going.items():
+            try:
+                wanted[number] = steps.send(given.pop(number, None))
+            except StopIteration as end:
+                results[number] = end.value
+            except ValueError as error:
+                results[number] = error.with_traceback(None)  # whose frames would keep the batch in memory
+        going = {number: going[number] for number in wanted}
+        given = _encodings(tokenizer, wanted)
+    return [results[number] for number in range(len(samples))]
+
+
+def _encodings(tokenizer: Tokenizer, wanted: Mapping[int, _Texts]) -> dict[int, list[Encoding]]:
+    given: dict[int, list[Encoding]] = {}
+    for special in (False, True):
+        chosen = {number: one.texts for number, one in wanted.items() if one.add_special_tokens == special}
+        texts = list(chain.from_iterable(chosen.values()))
+        # "Fast" leaves out where in the text each token stands, which nobody asks for here.
+        encodings = iter(tokenizer.backend.encode_batch_fast(texts, add_special_tokens=special))
+        given |= {number: list(islice(encodings, len(some))) for number, some in chosen.items()}
+    return given
+
+
+def _alone(steps: _Steps[_T], tokenizer: Tokenizer) -> _T:
+    given: list[Encoding] | None = None
+    while True:
+        try:
+            texts, special = steps.send(given)
+        except StopIteration as end:
+            return end.value
+        given = [tokenizer.backend.encode(text, add_special_tokens=special) for text in texts]
+
+
+def _documents(
+    sample: Sample, tokenizer: Tokenizer, num_end_tokens: int, eos_token_id: int
+) -> _Steps[list[EncodedSample]]:
+    try:
+        return [(yield from _one_document(sample, tokenizer, num_end_tokens, eos_token_id))]
+    except TemplateRewritesError:
+        messages = sample.messages or ()
+        replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    documents = []
+    for reply in replies:
+        messages_so_far = messages[: reply + 1]
+        steps = _encode_chat(sample.origin, messages_so_far, [reply], tokenizer, num_end_tokens, eos_token_id)
+        documents.append((yield from steps))
+    return documents
+
+
+def _one_document(
+    sample: Sample, tokenizer: Tokenizer, num_end_tokens: int, eos_token_id: int
+) -> _Steps[EncodedSample]:
+    if num_end_tokens < 1:
+        raise ValueError(f"num_end_tokens is {num_end_tokens}; expected at least 1")
+    if not 0 <= eos_token_id < tokenizer.vocab_size:
+        raise ValueError(f"eos_token_id is {eos_token_id}; expected an id from 0 to {tokenizer.vocab_size - 1}")
+    if sample.messages is None:
+        assert sample.text is not None, "a sample has messages or text"
+        return (yield from _encode_text(sample.text, eos_token_id))
+    last = max(number for number, message in enumerate(sample.messages) if message["role"] == "assistant")
+    messages = sample.messages[: last + 1]
+    replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    return (yield from _encode_chat(sample.origin, messages, replies, tokenizer, num_end_tokens, eos_token_id))
+
+
+def _encode_text(text: str, eos_token_id: int) -> _Steps[EncodedSample]:
+    (encoding,) = yield _Texts([text], add_special_tokens=True)
+    tokens = encoding.ids
+    trainable = [not added for added in encoding.special_tokens_mask]
+    if tokens and tokens[-1] == eos_token_id and not trainable[-1]:  # a post-processor that adds the end itself
+        tokens, trainable = tokens[:-1], trainable[:-1]
+    return _document([*tokens, eos_token_id], [*trainable, True])
+
+
+def _encode_chat(
+    origin: str,
+    messages: Sequence[dict[str, str]],
+    replies: Sequence[int],
+    tokenizer: Tokenizer,
+    num_end_tokens: int,
+    eos_token_id: int,
+) -> _Steps[EncodedSample]:
+    """``messages`` end with a reply; ``replies`` are the indices of those to learn, the last message's included."""
+    text, spans = _render(origin, messages, replies, tokenizer)
+    borders = [border for span in spans for border in span]
+    lengths = yield from _token_borders(text, borders)
+    tokens = lengths.tokens
+    trainable = [False] * len(tokens)
+    ends = tokenizer.special_ids | {eos_token_id}
+    stop, closed = 0, False
+    for start, end in zip(lengths.borders[::2], lengths.borders[1::2], strict=True):
+        stop, closed = _end_of_turn(tokenizer, tokens, start, end, ends)
+        written = tokens[start : stop - 1] if closed else tokens[start:stop]
+        if eos_token_id in written or (closed and tokens[stop - 1] in written):
+            raise SampleError("end token in a reply", f"{origin}: a reply contains an end token; expected it without")
+        trainable[start:stop] = [True] * (stop - start)
+    added = num_end_tokens - closed
+    return _document(tokens[:stop] + [eos_token_id] * added, trainable[:stop] + [True] * added)
+
+
+def _document(tokens: Sequence[int], trainable: Sequence[bool]) -> EncodedSample:
+    return EncodedSample(np.array(tokens, dtype=np.int32), np.array(trainable, dtype=np.bool_))
+
+
+def _render(
+    origin: str, messages: Sequence[dict[str, str]], replies: Sequence[int], tokenizer: Tokenizer
+) -> tuple[str, list[_Span]]:
+    """The conversation as text and where in it the replies stand."""
+
+    if not tokenizer.has_chat_template:  # a fault of the run, not of the sample
+        raise ValueError(
+            f"{origin} is a conversation and this model's tokenizer has no chat template; expected plain text, or an "
+            "instruct model"
+        )
+
+    def rendered(count: int, prompt: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(messages[:count], add_generation_prompt=prompt)
+        except ValueError as error:
+            raise SampleError("refused by the template", f"{origin}: {error}") from error
+
+    text = rendered(len(messages), False)
+    spans = []
+    for reply in replies:
+        before = rendered(reply, True)
+        through = text if reply == len(messages) - 1 else rendered(reply + 1, False)
+        if not text.startswith(before) or not text.startswith(through) or len(through) <= len(before):
+            raise TemplateRewritesError(
+                "rewritten by the template",
+                f"{origin}: the chat template renders message {reply + 1} differently where the conversation goes on; "
+                "expected a template whose every rendering is a prefix of the longer ones",
+            )
+        spans.append(_Span(len(before), len(through)))
+    return text, spans
+
+
+class _Tokenised(NamedTuple):
+    tokens: list[int]
+    borders: list[int]  # number of tokens before each border
+
+
+def _token_borders(text: str, borders: Sequence[int]) -> _Steps[_Tokenised]:
+    """Tokens of ``text`` up to its last border, such that no token crosses one of the ``borders`` (in characters)."""
+    parts = [text[start:end] for start, end in zip([0, *borders], borders, strict=False)]
+    encodings = yield _Texts([text[: borders[-1]], *parts], add_special_tokens=False)
+    whole, *pieces = [encoding.ids for encoding in encodings]
+    joined = [token for piece in pieces for token in piece]
+    if joined == whole:
+        return _Tokenised(joined, [int(length) for length in np.cumsum([len(piece) for piece in pieces])])
+    # Either a token of the whole crosses a border, or the tokenizer writes the beginning of a text in a special way
+    # (SentencePiece's leading space). A prompt is tokenised whole in inference, so each border is tried like that. A
+    # reply that would merge with its header is cut there; in the prompts of later turns inference has it merged.
+    tokens: list[int] = []
+    lengths = []
+    for piece, border in zip(pieces, borders, strict=True):
+        # One at a time: of a long conversation, all of them together would be many times as long as it is.
+        (encoding,) = yield _Texts([text[:border]], add_special_tokens=False)
+        longer = encoding.ids
+        tokens = longer if longer[: len(tokens)] == tokens else tokens + piece
+        lengths.append(len(tokens))
+    return _Tokenised(tokens, lengths)
+
+
+def _end_of_turn(
+    tokenizer: Tokenizer, tokens: Sequence[int], start: int, end: int, ends: frozenset[int]
+) -> tuple[int, bool]:
+    """Where the reply tokens[start:end] stops: behind the special token that ends it, if white space at most follows.
+
+    Without such a token (second value False) the reply is all of it.
+    """
+    stop = end
+    while stop > start and tokens[stop - 1] not in ends and not tokenizer.decode([tokens[stop - 1]]).strip():
+        stop -= 1
+    return (stop, True) if stop > start and tokens[stop - 1] in ends else (end, False)

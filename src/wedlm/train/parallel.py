@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one process must know of the others: how many there are, sums over them, the norm of shared gradients."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from wedlm.train.deepspeed import uses_zero
+from wedlm.train.optional_deps import require
+
+_PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def make_accelerator(bf16: bool) -> Accelerator:
+    """accelerate, as its launcher configured it. ValueError for a kind of parallelism that the trainer does not know.
+
+    accelerate goes on without what it cannot do, and then every process would train alone, or keep whole weights; that
+    is an error here, too.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        require("deepspeed", "accelerate's configuration")
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+    kind = accelerator.distributed_type
+    if kind not in _PLAIN and not accelerator.is_fsdp2 and not uses_zero(accelerator):
+        raise ValueError(
+            f"accelerate's configuration asks for {kind.value}; expected plain data parallelism, DeepSpeed, or FSDP "
+            "with fsdp_version 2"
+        )
+    if kind in _PLAIN and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise ValueError("accelerate's configuration asks for DeepSpeed, which it runs on GPUs alone; expected GPUs")
+    if kind in _PLAIN and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError("accelerate's configuration asks for FSDP, which it runs on GPUs alone; expected GPUs")
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, of which accelerate sees {accelerator.num_processes}; expected as many "
+            "GPUs, or ACCELERATE_USE_CPU=true in the environment"
+        )
+    if accelerator.is_fsdp2:
+        _adjust_fsdp(accelerator.state.fsdp_plugin, bf16)
+    return accelerator
+
+
+def _adjust_fsdp(plugin: FullyShardedDataParallelPlugin, bf16: bool) -> None:
+    # Every process reads the checkpoint itself, so sending it from the first saves nothing; and it unties weights.
+    plugin.cpu_ram_efficient_loading = False
+    if bf16:
+        # accelerate's own policy would round the batch's loss coefficients and the losses to bfloat16, too.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
+def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The sum in float64 on the host; all processes call it."""
+    if accelerator.num_processes == 1:
+        return values.cpu().double()
+    return accelerator.reduce(values.to(accelerator.device).double(), "sum").cpu()
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients to at most ``max_norm`` and return the norm they had, over all processes."""
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)  # under DeepSpeed this tells what was done
+    return norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=accelerator.device)
+
+
+def seed_forward(seed: int, step: int, accelerator: Accelerator) -> None:
+    """Dropout, the only randomness of a forward, as a function of the step: a resumed run repeats it."""
+    torch.manual_seed((seed << 32) + step * accelerator.num_processes + accelerator.process_index)
