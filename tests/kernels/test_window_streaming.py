@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.reorder import pack_rows, topological_order
 from wedlm.algorithm.window import RowResults, WindowParams, WindowState, advance, extend
+from wedlm.kernels import window_streaming
 from wedlm.kernels.step_output import first_logprob
 from wedlm.kernels.window_streaming import streaming_advance, streaming_rows
 
