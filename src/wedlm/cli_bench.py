@@ -112,7 +112,8 @@ def read_settings(options: dict[str, Any]) -> "Settings":
     """Options of the command line, checked. Raises ValueError."""
     from wedlm.bench.settings import Amounts, Settings, change_amounts, read_modes, read_numbers, read_parts
     from wedlm.cli_generate import parse_threshold
-    from wedlm.engine.options import read_device, read_quantization, read_ratio
+    from wedlm.engine.options import read_quantization, read_ratio
+    from wedlm.engine.resolve_options import read_device
 
     shape, model = options["shape"], options["model"]
     if shape is not None and (model is not None or options["adapter"] is not None):
@@ -130,7 +131,7 @@ def read_settings(options: dict[str, Any]) -> "Settings":
             raise ValueError(f"--{name.replace('_', '-')} is {options[name]:g}; expected a number above 0")
     given = ("quantization", "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio")
     engine = {name: options[name] for name in given}
-    read_quantization(options["quantization"])
+    read_quantization("quantization", options["quantization"])
     if options["chunk_step_ratio"] is not None:
         read_ratio("--chunk-step-ratio", options["chunk_step_ratio"])  # before vLLM has run for nothing
     if options["kv_cache_gb"] is not None:

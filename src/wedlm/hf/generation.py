@@ -9,8 +9,8 @@ from torch import Tensor
 
 from wedlm.algorithm.params import Decoding
 from wedlm.attention.base import KVCache
-from wedlm.engine import options
 from wedlm.engine.engine import Engine, EngineConfig
+from wedlm.engine.options import read_decoding, read_positive_integer
 from wedlm.engine.pages import PagePool
 from wedlm.engine.request import Request
 from wedlm.engine.runner import Runner
@@ -77,14 +77,13 @@ def generate(
         wedlm_pos_penalty_factor=wedlm_pos_penalty_factor,
         wedlm_draft_entropy=wedlm_draft_entropy,
     )
-    options.positive_integers(wedlm_window_size=wedlm_window_size)
     engine_config = EngineConfig(
         vocab_size=config.vocab_size,
         mask_token_id=mask,
         end_token_ids=ends,
         max_model_len=config.max_length,
-        default_decoding=options.read_decoding(decoding),
-        default_window_size=wedlm_window_size,
+        default_decoding=read_decoding("decoding", decoding),
+        default_window_size=read_positive_integer("wedlm_window_size", wedlm_window_size),
         max_num_seqs=min(len(input_ids), _MAX_NUM_SEQS),
     )
     new = _decode(self, engine_config, _prompts(input_ids, attention_mask), params)
