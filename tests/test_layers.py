@@ -17,7 +17,7 @@ FILES = [
 MAY_IMPORT = {
     "algorithm": set(),
     "kernels": {"algorithm"},
-    "model": {"algorithm", "kernels"},
+    "model": {"algorithm", "kernels", "attention"},
     "attention": {"algorithm", "kernels"},
     "engine": {"algorithm", "kernels", "attention", "model"},
     "train": {"algorithm", "attention", "model"},

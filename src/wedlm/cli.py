@@ -26,7 +26,6 @@ Decoding modes (--decoding):
 [b]auto[/b]            verified, with as many rows as pay under the load; AR's text; the default
 [b]verified[/b]        drafts tokens and checks them in the same forward; AR's text
 [b]streaming[/b]       fills positions as they become certain; for WeDLM checkpoints
-[b]auto_streaming[/b]  streaming, with windows as wide as pay under the load, on which the text then depends
 [b]block[/b]           fills one block of positions completely, then the next
 [b]autoregressive[/b]  one token a forward; the baseline
 
@@ -46,9 +45,7 @@ PROMPT, HOW, DRAW, MODEL = "Prompt and output", "Decoding", "Sampling and length
 
 
 Model = Annotated[str, option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'.", MODEL)]
-Decoding = Annotated[
-    str | None, option("auto, verified, streaming, auto_streaming, block, autoregressive. [auto]", HOW)
-]
+Decoding = Annotated[str | None, option("auto, verified, streaming, block, autoregressive. [auto]", HOW)]
 Window = Annotated[
     int | None, option("Positions of a window or block; most rows a forward of auto and verified. [16]", HOW)
 ]

@@ -45,9 +45,7 @@ def evaluate(
         bool,
         option("Answer, but do not score: the same call without this does.", WHAT, "--answers-only"),
     ] = False,
-    decoding: Annotated[
-        str | None, option("auto, verified, streaming, auto_streaming, block or autoregressive.", HOW)
-    ] = None,
+    decoding: Annotated[str | None, option("auto, verified, streaming, block or autoregressive.", HOW)] = None,
     window_size: Annotated[int | None, option("Positions of a window or block; rows of verified.", HOW)] = None,
     entropy_threshold: Annotated[str | None, option("Fill below this entropy (nats); none: one a forward.", HOW)] = (
         None

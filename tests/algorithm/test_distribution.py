@@ -52,7 +52,7 @@ def sample_sequences(params: DecodeParams, seeds: Tensor) -> Tensor:
         state, run = extend(state, window_params)
         logits = forward(state, known)
         entropy, _ = entropy_and_normaliser(logits)
-        layout = row_layout(state.filled, state.width, window_params.verifies)
+        layout = row_layout(state.filled, state.width, window_params.is_verified)
         target = (state.cached[:, None] + layout.offset + state.filled).flatten()
         no_ends = torch.zeros(len(logits), 0, dtype=torch.long)
         allowed = ban_tokens(logits.clone(), SMALL.mask_token_id, no_ends, torch.zeros(len(logits), dtype=torch.bool))

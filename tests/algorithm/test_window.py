@@ -24,10 +24,10 @@ def decode_batch(model: StubModel, prompts: list[list[int]], max_tokens: list[in
     window_params = WindowParams.stack(params, torch.device("cpu"))
     state = WindowState.empty(len(params), max(p.max_rows for p in params), torch.device("cpu"))
     for s, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
-        state.cached[s] = len(prompt) - p.verifies
+        state.cached[s] = len(prompt) - p.is_verified
         state.width[s] = p.width(0, p.max_positions - int(state.cached[s]))
-        state.filled[s, 0] = p.verifies
-        state.tokens[s, 0] = prompt[-1] if p.verifies else 0
+        state.filled[s, 0] = p.is_verified
+        state.tokens[s, 0] = prompt[-1] if p.is_verified else 0
     history = [list(prompt) for prompt in prompts]
     out = [reference.ReferenceOutput([], [], []) for _ in params]
     done = [False] * len(params)
@@ -64,7 +64,7 @@ def forward_batch(model: StubModel, state: WindowState, history: list[list[int]]
     column = order[packed.sequence, packed.row]
     filled = state.filled[packed.sequence, column]
     tokens = torch.where(filled, state.tokens[packed.sequence, column], model.mask_token_id)
-    layout = row_layout(state.filled, state.width, torch.tensor([p.verifies for p in params]))
+    layout = row_layout(state.filled, state.width, torch.tensor([p.is_verified for p in params]))
     offset, shared, own_start = (
         part[packed.sequence, column] for part in (layout.offset, layout.shared, layout.own_start)
     )

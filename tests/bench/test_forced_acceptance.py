@@ -112,7 +112,7 @@ def test_a_small_vocabulary_and_captured_steps(monkeypatch):
         request = one.add("one", [3, 4, 5], params)
         while one.has_work:
             one.step()
-        return request.num_forwards
+        return request.counters.num_forwards
 
     with injected(one) as chances:
         assert forwards() == 4
@@ -147,7 +147,7 @@ def test_nothing_of_a_prompt_is_found_again(subject):
             loop.serve(arrivals, settings().params("autoregressive", 2))
     finally:
         del subject.engine.add
-    assert [request.num_reused for request in reused] == [0, 0]
+    assert [request.progress.num_reused for request in reused] == [0, 0]
 
 
 def test_loading_a_shape_is_repeatable():

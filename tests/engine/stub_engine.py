@@ -1,37 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine around the integer stub model, and checks of everything that it keeps."""
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from tests.stub import NUM_FEATURES, StubModel
 from wedlm.algorithm import reference
 from wedlm.attention.base import KVCache
-from wedlm.engine.engine import Engine, EngineConfig
+from wedlm.attention.sdpa import PagedSdpa
+from wedlm.engine.engine import Engine
+from wedlm.engine.execution.eager_step import EagerStep
+from wedlm.engine.execution.runner import Runner
+from wedlm.engine.execution.windows import Windows
+from wedlm.engine.factory import Blueprint
+from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.pages import PagePool
-from wedlm.engine.request import Request, StepPlan
-from wedlm.engine.runner import Runner
+from wedlm.engine.plan import StepPlan
+from wedlm.engine.request import Request
 
 CPU = torch.device("cpu")
 
 
-class LaggingRunner(Runner):
+class LaggingStep(EagerStep):
     """Steps are launched, and read one step late, as a GPU's are."""
 
-    def can_launch(self, plan: StepPlan) -> bool:
-        return not any(work.decodes and work.request.needs_host for work in plan.work)
+    runs_ahead = True
 
-    def launch(self, plan: StepPlan) -> "Landed":
-        return Landed(self.run(plan))
-
-
-@dataclass
-class Landed:
-    results: list
-
-    def read(self) -> list:
-        return self.results
+    def takes(self, plan: StepPlan) -> bool:
+        return not any(one.is_window and one.request.needs_host for one in plan.scheduled)
 
 
 def stub_engine(
@@ -45,32 +45,52 @@ def stub_engine(
     max_model_len: int = 200,
     end_token_ids: tuple[int, ...] = (),
     chunk_step_ratio: float = 1.8,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Engine:
     """Float32 on the CPU, one layer, one key head."""
-    cache = KVCache(1, num_pages, page_size, 1, NUM_FEATURES, torch.float32, CPU)
     config = EngineConfig(
         vocab_size=model.vocab_size,
         mask_token_id=model.mask_token_id,
         end_token_ids=end_token_ids,
         max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        chunk_step_ratio=chunk_step_ratio,
+        options=EngineOptions(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            chunk_step_ratio=chunk_step_ratio,
+        ),
     )
-    runner = (LaggingRunner if lagging else Runner)(model, cache, model.mask_token_id, max_num_seqs)
-    return Engine(config, runner, PagePool(num_pages, page_size), tokenizer=None)
+    if not lagging:
+        return build(model, config, page_size, num_pages, (1, 1, NUM_FEATURES), clock=clock)
+    cache = KVCache(1, num_pages, page_size, 1, NUM_FEATURES, torch.float32, CPU)
+    windows = Windows(max_num_seqs, CPU)
+    eager, ahead = (one(model, PagedSdpa, cache, windows, model.mask_token_id) for one in (EagerStep, LaggingStep))
+    return Engine(config, Runner(windows, eager, [ahead]), PagePool(num_pages, page_size), tokenizer=None, clock=clock)
+
+
+def build(
+    model: Any,
+    config: EngineConfig,
+    page_size: int,
+    num_pages: int,
+    heads: tuple[int, int, int],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Engine:
+    """An engine on the CPU in float32, without a tokenizer. ``heads``: layers, key heads and head dimension."""
+    shape = SimpleNamespace(**dict(zip(("num_layers", "num_kv_heads", "head_dim"), heads, strict=True)))
+    blueprint = Blueprint(model, None, shape, torch.float32, CPU, config, num_pages, page_size, tokenizer=None)
+    return blueprint.build(clock=clock)
 
 
 def check_engine(engine: Engine) -> None:
     """Pages, queues and slots agree, and every key that counts as valid is the key of its token."""
     engine.pool.check_integrity()
-    scheduler, runner = engine.scheduler, engine.runner
+    scheduler, windows = engine.scheduler, engine.runner.windows
     running, waiting = scheduler.running, list(scheduler.waiting)
     assert sorted(r.request_id for r in [*running, *waiting]) == sorted(engine.requests)
     assert [r.arrival for r in waiting] == sorted(r.arrival for r in waiting)
     assert set(engine.pool._tables) == {r.request_id for r in running}
-    assert set(runner._slots) <= {r.request_id for r in running}
-    assert sorted([*runner._free_slots, *runner._slots.values()]) == list(range(len(runner.state.width)))
+    assert set(windows.slots) <= {r.request_id for r in running}
+    assert sorted([*windows.free_slots, *windows.slots.values()]) == list(range(windows.num_slots))
     for request in running:
         _check_keys(engine, request)
 
@@ -78,9 +98,10 @@ def check_engine(engine: Engine) -> None:
 def _check_keys(engine: Engine, request: Request) -> None:
     page_size = engine.pool.page_size
     table = engine.pool.table(request.request_id)
-    slots = [table[i // page_size] * page_size + i % page_size for i in range(request.num_cached)]
-    expected = engine.runner.model.values(  # type: ignore[attr-defined]
-        torch.tensor(request.tokens[: request.num_cached], dtype=torch.long), torch.arange(request.num_cached)
+    slots = [table[i // page_size] * page_size + i % page_size for i in range(request.progress.num_cached)]
+    expected = engine.runner.eager.model.values(  # type: ignore[attr-defined]
+        torch.tensor(request.output.tokens[: request.progress.num_cached], dtype=torch.long),
+        torch.arange(request.progress.num_cached),
     )
     assert torch.equal(engine.runner.cache.values[0, slots], expected), request.request_id
 
@@ -93,5 +114,7 @@ def check_outcome(model: StubModel, request: Request) -> None:
     assert request.finish_reason == ("stop" if ended else "length")
     if request.decode.decoding == "auto":  # how many steps it takes depends on the load
         return
-    assert request.token_steps == expected.steps, request
-    assert (request.num_forwards, request.num_rows) == (len(expected.rows), sum(expected.rows)), request
+    assert request.output.token_steps == expected.steps, request
+    assert (request.counters.num_forwards, request.counters.num_rows) == (len(expected.rows), sum(expected.rows)), (
+        request
+    )

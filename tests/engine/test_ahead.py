@@ -5,7 +5,7 @@ import torch
 
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.stub import StubModel
-from wedlm.engine.execution.transfer import put_rows
+from wedlm.engine.execution.transfer import scatter_rows
 from wedlm.engine.sampling_params import SamplingParams
 
 MODEL = StubModel()
@@ -18,11 +18,11 @@ def test_prompts_are_planned_ahead(monkeypatch):
 
     def noted(plan):
         events.append("launch")
-        shares.append([(work.request.request_id, work.decodes, work.start, work.count) for work in plan.work])
-        flight = launch(plan)
-        read = flight.read
-        flight.read = lambda: events.append("read") or read()
-        return flight
+        shares.append([(work.request.request_id, work.is_window, work.start, work.count) for work in plan.scheduled])
+        pending = launch(plan)
+        wait = pending.wait
+        pending.wait = lambda: events.append("read") or wait()
+        return pending
 
     monkeypatch.setattr(engine.runner, "launch", noted)
     # The third waits for a place, so its prompt comes beside the first one's window.
@@ -46,12 +46,12 @@ def test_prompts_are_planned_ahead(monkeypatch):
     assert any(len({decodes for _, decodes, *_ in step}) == 2 for step in shares), "no step had both"
 
 
-def test_put_rows():
+def test_scatter_rows():
     values = [torch.tensor([2**63 - 25, -1]), torch.tensor([-torch.inf, 0.1], dtype=torch.double),
               torch.tensor([[0.1, 2.0], [3.0, -torch.inf]]), torch.tensor([[True, False, True], [False, False, True]]),
               torch.tensor([1 / 3, 1e300], dtype=torch.double)]  # fmt: skip
     tables = [torch.zeros(5, *value.shape[1:], dtype=value.dtype) for value in values]
-    put_rows([3, 1], list(zip(tables, values, strict=True)))
+    scatter_rows([3, 1], list(zip(tables, values, strict=True)))
     for table, value in zip(tables, values, strict=True):
         assert torch.equal(table[[3, 1]], value)
         assert not table[::2].any()

@@ -13,16 +13,16 @@ import pytest
 from tests.engine.tiny_llm import PROMPTS, check_empty
 from wedlm import LLM, SamplingParams
 from wedlm.engine import async_llm as async_engine
-from wedlm.engine.async_llm import AsyncEngine, fresh_engine
+from wedlm.engine.async_llm import AsyncEngine
 from wedlm.engine.engine import Engine
 from wedlm.engine.outputs import StreamPiece
-from wedlm.engine.request_stream import EngineFault, EngineStopped, Ticket
+from wedlm.engine.request_stream import EngineFault, EngineStopped, RequestStream
 
 
 @asynccontextmanager
 async def started(llm: LLM, **options: Any) -> AsyncIterator[AsyncEngine]:
     """An engine in its thread; afterwards the LLM has the engine that it ended with."""
-    engine = AsyncEngine(llm.engine, fresh_engine, **options)
+    engine = AsyncEngine(llm.engine, llm.blueprint.rebuild, **options)
     try:
         yield engine
     finally:
@@ -36,7 +36,7 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(work, 60))
 
 
-async def pieces_of(ticket: Ticket) -> list[list[StreamPiece]]:
+async def pieces_of(ticket: RequestStream) -> list[list[StreamPiece]]:
     """All pieces, by sequence."""
     pieces: list[list[StreamPiece]] = [[] for _ in ticket.request_ids]
     async for news in ticket:
@@ -144,7 +144,7 @@ def test_abort_takes_effect_before_the_next_step(llm, monkeypatch):
     original = llm.engine.runner.run
 
     def run_slowly(plan: Any) -> Any:
-        batches.append({work.request.request_id for work in plan.work})
+        batches.append({work.request.request_id for work in plan.scheduled})
         entered.release()
         assert go_on.acquire(timeout=30)
         return original(plan)
@@ -237,13 +237,13 @@ def test_an_engine_beyond_repair(llm, monkeypatch):
 
     def broken_again(broken: Engine) -> Engine:
         attempts.append(broken)
-        engine = fresh_engine(working)
+        engine = llm.blueprint.rebuild(working)
         engine.runner = FaultyRunner(engine, at=0)
         return engine
 
     async def main() -> None:
         hold = threading.Event()
-        broken = fresh_engine(working)
+        broken = llm.blueprint.rebuild(working)
         broken.runner = FaultyRunner(broken, at=0, hold=hold)
         engine = AsyncEngine(broken, broken_again, first_retry_s=0.01)
         victim = engine.submit([encoded(llm, "abc")])
@@ -283,7 +283,7 @@ def test_stop_fails_what_is_open(llm):
 def test_the_engine_must_be_its_own(llm):
     async def main() -> None:
         with pytest.raises(ValueError, match="1 requests"):
-            AsyncEngine(llm.engine, fresh_engine)
+            AsyncEngine(llm.engine, llm.blueprint.rebuild)
 
     llm.engine.add("other", [1], SamplingParams())
     try:

@@ -46,7 +46,7 @@ def add(engine: Engine, name: str, rules: Rules) -> Request:
     prompt, params, grammar = rules
     request = engine.add(name, prompt, params)
     if grammar is not None:
-        request.constraint = Constraint(params, grammar.fresh(), request.decode.end_token_ids, MASK)
+        request.output.constraint = Constraint(params, grammar.fresh(), request.decode.end_token_ids, MASK)
     return request
 
 
@@ -71,13 +71,13 @@ def check_valid(request: Request, grammar: TableMatcher) -> None:
 
 def check_constrained(request: Request, rules: Rules) -> None:
     prompt, params, grammar = rules
-    if request.decode.verifies:
+    if request.decode.is_verified:
         expected = decode_constrained(MODEL, prompt, request.max_tokens, request.decode, params, grammar)
         assert (request.output_token_ids, request.finish_reason) == expected
     elif grammar is not None:
         check_valid(request, grammar)
     if params.logprobs is not None:
-        assert len(request.alternatives) == len(request.logprobs) == request.num_output_tokens
+        assert len(request.output.top_logprobs) == len(request.output.logprobs) == request.num_output_tokens
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
@@ -89,7 +89,7 @@ def test_text_keeps_to_the_rules(decoding):
         request = alone(rules)
         check_constrained(request, rules)
         stopped += request.finish_reason == "stop"
-        drafted += request.num_forwards < request.num_output_tokens
+        drafted += request.counters.num_forwards < request.num_output_tokens
     assert stopped > 5
     assert drafted == 0 if decoding == "autoregressive" else drafted > 3
 
@@ -132,7 +132,7 @@ def run_history(seed: int) -> dict[str, int]:
     free = 0
     for request in finished:
         rules = given[request.request_id]
-        if request.constraint is None:
+        if request.output.constraint is None:
             check_outcome(MODEL, request)
             free += 1
             continue
@@ -140,10 +140,10 @@ def run_history(seed: int) -> dict[str, int]:
         lonely = alone(rules)
         assert request.output_token_ids == lonely.output_token_ids
         if request.params.logprobs is not None:
-            assert request.logprobs == pytest.approx(lonely.logprobs, abs=1e-5)
+            assert request.output.logprobs == pytest.approx(lonely.logprobs, abs=1e-5)
         if request.decode.decoding != "auto":  # how many steps that takes depends on the load
-            assert (request.token_steps, request.num_rows) == (lonely.token_steps, lonely.num_rows)
-    preempted = sum(request.num_preemptions for request in finished if request.constraint is not None)
+            assert (request.output.token_steps, request.counters.num_rows) == (lonely.token_steps, lonely.num_rows)
+    preempted = sum(request.progress.num_preemptions for request in finished if request.output.constraint is not None)
     return {"free": free, "constrained": len(finished) - free, "preempted": preempted}
 
 
@@ -198,7 +198,7 @@ def test_a_grammar_that_fails_cuts_its_own_text_only():
         engine = stub_engine(MODEL)
         params = SamplingParams(decoding=decoding, max_tokens=20)
         request = engine.add("a", [1], params)
-        request.constraint = Constraint(params, Failing(table.table, set(), VOCAB), (), MASK)
+        request.output.constraint = Constraint(params, Failing(table.table, set(), VOCAB), (), MASK)
         neighbour = engine.add("b", [2], params)
         while engine.has_work:
             engine.step()

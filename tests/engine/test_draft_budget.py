@@ -6,7 +6,8 @@ import random
 import pytest
 
 from wedlm.algorithm.params import drafts_of
-from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, AutoRows, StepCosts, expected_step, longest_draft
+from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, DraftBudget, expected_step, longest_draft
+from wedlm.engine.adaptive.step_costs import StepCosts
 
 # Seconds by rows: an H200 with the 8B shape, and two CPU cores with the demo model (docs/log.md).
 GPU = [(1, 4.2e-3), (16, 4.5e-3), (32, 5.2e-3), (64, 5.9e-3), (128, 7.6e-3), (256, 10e-3), (512, 15e-3), (2048, 50e-3)]
@@ -20,12 +21,12 @@ def simulate(table, padded, rates, num_windows, auto, num_steps=3000, seed=0, dr
     ``drafting``: seconds that steps with masked rows take beside their forward.
     """
     rng, costs = random.Random(seed), StepCosts(table, padded)
-    budget = auto.row_budget if isinstance(auto, AutoRows) else auto
+    budget = auto.row_budget if isinstance(auto, DraftBudget) else auto
     windows = [(0, min(budget, 5), 0)] * num_windows  # drafts, rows and most drafts of each
     seconds, tokens = 0.0, 0
     for _ in range(num_steps):
         bound = num_windows * budget if padded else sum(rows for _, rows, _ in windows)
-        budget = auto.choose(num_windows, 16) if isinstance(auto, AutoRows) else auto
+        budget = auto.choose(num_windows, 16) if isinstance(auto, DraftBudget) else auto
         took = costs(bound) + (drafting if bound > num_windows else 0.0)
         seconds += took
         after = []
@@ -35,16 +36,16 @@ def simulate(table, padded, rates, num_windows, auto, num_steps=3000, seed=0, dr
             offered = longest_draft(rows, drafts, accepted, budget)
             more = (offered + 1) * (drafts_of(budget) + 1) if drafts_of(budget) else 0
             after.append((offered, min(budget, 1 + offered + more), offered))
-            if isinstance(auto, AutoRows):
+            if isinstance(auto, DraftBudget):
                 auto.observe(drafts, accepted, longest, num_windows)
-        if isinstance(auto, AutoRows):
+        if isinstance(auto, DraftBudget):
             auto.observe_time(num_windows, bound, took)
         windows = after
     return tokens / seconds
 
 
 def test_windows_of_the_same_outcome_count_as_one_after_the_other():
-    together, apart = AutoRows(StepCosts(GPU, True)), AutoRows(StepCosts(GPU, True))
+    together, apart = DraftBudget(StepCosts(GPU, True)), DraftBudget(StepCosts(GPU, True))
     for outcome, count in (((3, 1, 3), 5), ((0, 0, 2), 40), ((2, 2, 3), 1), ((1, 0, 1), 128)):
         together.observe(*outcome, 128, count)
         for _ in range(count):
@@ -62,7 +63,7 @@ def test_windows_of_the_same_outcome_count_as_one_after_the_other():
 def test_auto_is_near_the_best_fixed_choice(table, padded, num_windows, rates):
     fixed = {b: simulate(table, padded, rates, num_windows, b, 600) for b in ROW_BUDGETS if b <= 16}
     steps = 3000 if num_windows < 128 else 1500
-    auto = simulate(table, padded, rates, num_windows, AutoRows(StepCosts(table, padded)), steps)
+    auto = simulate(table, padded, rates, num_windows, DraftBudget(StepCosts(table, padded)), steps)
     assert auto >= 0.95 * max(fixed.values())
     assert auto >= 0.97 * fixed[1]
 
@@ -75,13 +76,13 @@ EPYC = [(1, 26.8e-3), (2, 32e-3), (8, 32e-3), (16, 39.6e-3), (32, 62e-3), (64, 1
 @pytest.mark.parametrize("num_windows", [1, 2, 4])
 def test_steps_with_drafts_may_cost_more_than_their_rows(rates, num_windows):
     fixed = {b: simulate(EPYC, False, rates, num_windows, b, 600, drafting=10.8e-3) for b in ROW_BUDGETS if b <= 16}
-    auto = AutoRows(StepCosts(EPYC, False))
+    auto = DraftBudget(StepCosts(EPYC, False))
     assert simulate(EPYC, False, rates, num_windows, auto, drafting=10.8e-3) >= 0.95 * max(fixed.values())
 
 
 def test_auto_follows_the_number_of_windows():
     """Four short answers at once after one alone: what was best for one does not go on for four."""
-    auto = AutoRows(StepCosts(EPYC, False))
+    auto = DraftBudget(StepCosts(EPYC, False))
     speeds = [simulate(EPYC, False, DEMO, n, auto, 24, seed, 10.8e-3) for seed in range(30) for n in (1, 4)]
     best = [
         max(simulate(EPYC, False, DEMO, n, b, 720, drafting=10.8e-3) for b in ROW_BUDGETS if b <= 16) for n in (1, 4)
@@ -92,7 +93,7 @@ def test_auto_follows_the_number_of_windows():
 
 
 def test_auto_follows_a_change():
-    auto = AutoRows(StepCosts(GPU, True))
+    auto = DraftBudget(StepCosts(GPU, True))
     simulate(GPU, True, NEVER, 8, auto, 600)
     assert auto.row_budget == 1
     simulate(GPU, True, OFTEN, 8, auto, 1500)

@@ -61,8 +61,10 @@ def run_history(seed: int) -> dict[str, int]:
         elif action < 0.36 and engine.requests:
             engine.abort(rng.choice(list(engine.requests)))
             aborted += 1
-        elif action < 0.42 and engine.scheduler.running and engine._flight is None:
-            engine.scheduler._preempt(max(engine.scheduler.running, key=lambda r: r.arrival))
+        elif action < 0.42 and engine.scheduler.running and engine._pending is None:
+            victim = max(engine.scheduler.running, key=lambda r: r.arrival)
+            engine.scheduler.preempt(victim)
+            engine._save_windows([victim])
         else:
             finished += step(engine)
         check_engine(engine)
@@ -73,10 +75,10 @@ def run_history(seed: int) -> dict[str, int]:
     assert len(finished) + aborted == added
     for request in finished:
         check_outcome(MODEL, request)
-        preempted += request.num_preemptions
-        reused += request.num_reused
+        preempted += request.progress.num_preemptions
+        reused += request.progress.num_reused
         if request.params.logprobs is not None:
-            assert len(request.alternatives) == len(request.logprobs) == request.num_output_tokens
+            assert len(request.output.top_logprobs) == len(request.output.logprobs) == request.num_output_tokens
     return {"finished": len(finished), "aborted": aborted, "preempted": preempted, "reused": reused}
 
 

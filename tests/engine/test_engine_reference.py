@@ -8,14 +8,12 @@ from functools import cache
 import pytest
 import torch
 
-from tests.engine.stub_engine import CPU
+from tests.engine.stub_engine import build
 from wedlm.algorithm import reference
 from wedlm.algorithm.params import DECODINGS
-from wedlm.attention.base import KVCache
 from wedlm.attention.sdpa import CausalAttend
-from wedlm.engine.engine import Engine, EngineConfig
-from wedlm.engine.pages import PagePool
-from wedlm.engine.runner import Runner
+from wedlm.engine.engine import Engine
+from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import ModelConfig, Transformer, pack_for_inference
 
@@ -59,9 +57,9 @@ def decode(model) -> Callable:
 
 
 def make_engine(model: Transformer, page_size: int, num_pages: int, max_num_seqs: int = 6) -> Engine:
-    cache = KVCache(2, num_pages, page_size, 2, 16, torch.float32, CPU)
-    config = EngineConfig(VOCAB, MASK, (END,), LENGTH, max_num_seqs=max_num_seqs, max_num_batched_tokens=48)
-    return Engine(config, Runner(model, cache, MASK, max_num_seqs), PagePool(num_pages, page_size), tokenizer=None)
+    options = EngineOptions(max_num_seqs=max_num_seqs, max_num_batched_tokens=48)
+    config = EngineConfig(VOCAB, MASK, (END,), LENGTH, options)
+    return build(model, config, page_size, num_pages, (2, 2, 16))
 
 
 def requests_of(seed: int) -> list[tuple[list[int], SamplingParams]]:
@@ -98,16 +96,16 @@ def test_engine_equals_reference(model, decode, page_size, tight):
         while engine.has_work:
             finished += [request for request in engine.step() if request.finish_reason is not None]
             engine.pool.check_integrity()
-        reused.append(sum(request.num_reused for request in finished))
+        reused.append(sum(request.progress.num_reused for request in finished))
     for request in finished:
         expected = decode(tuple(request.prompt_token_ids), request.max_tokens, request.decode)
         assert request.output_token_ids == expected.tokens
-        assert request.num_rows == sum(expected.rows)
+        assert request.counters.num_rows == sum(expected.rows)
     assert len(finished) == 24
     if page_size <= 16 and not tight:
         assert reused[1] > 2 * reused[0]
     if tight and page_size == 1:
-        assert sum(request.num_preemptions for request in finished) > 0
+        assert sum(request.progress.num_preemptions for request in finished) > 0
 
 
 def test_log_probabilities_are_the_models(model):
@@ -116,12 +114,12 @@ def test_log_probabilities_are_the_models(model):
     request = engine.add("a", [1, 2, 3], SamplingParams(decoding="verified", logprobs=3, max_tokens=20))
     while engine.has_work:
         engine.step()
-    tokens = torch.tensor(request.tokens)
+    tokens = torch.tensor(request.output.tokens)
     with torch.inference_mode():
         logprobs = torch.log_softmax(model(tokens, torch.arange(len(tokens)), CausalAttend()), dim=-1)
     expected = logprobs[2:-1].gather(1, tokens[3:, None])[:, 0]
-    assert torch.allclose(torch.tensor(request.logprobs), expected, atol=1e-4)
+    assert torch.allclose(torch.tensor(request.output.logprobs), expected, atol=1e-4)
     top = logprobs[2:-1].topk(3)
-    for i, alternatives in enumerate(request.alternatives):
-        assert [token for token, _ in alternatives] == top.indices[i].tolist()
-        assert torch.allclose(torch.tensor([value for _, value in alternatives]), top.values[i], atol=1e-4)
+    for i, reported in enumerate(request.output.top_logprobs):
+        assert [token for token, _ in reported] == top.indices[i].tolist()
+        assert torch.allclose(torch.tensor([value for _, value in reported]), top.values[i], atol=1e-4)

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 from tests.kernels.test_graph_runner import engine
-from wedlm.engine.request import StepPlan
+from wedlm.engine.plan import StepPlan
 from wedlm.engine.sampling_params import SamplingParams
 
 
@@ -18,20 +18,21 @@ from wedlm.engine.sampling_params import SamplingParams
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_captured_steps_do_not_wait(decoding, temperature):
     one = engine(torch.device("cuda"), True)
+    captured = one.runner.executors[0]
     plans: list[StepPlan] = []
     launch = one.runner.launch
     one.runner.launch = lambda plan: plans.append(plan) or launch(plan)
     params = SamplingParams(decoding=decoding, max_tokens=40, temperature=temperature, seed=1, ignore_eos=True)
     for name in "abc":
         one.add(name, [3, 4, 5], params)
-    while one._flight is None:  # prompts, and the capture of the first step
+    while one._pending is None:  # prompts, and the capture of the first step
         one.step()
-    plan, flight = one._flight
-    flight.read()
+    plan, pending = one._pending
+    pending.wait()
     prompts = plans[0]
-    assert not any(work.decodes for work in prompts.work)
-    assert all(work.decodes for work in plan.work)
-    both = StepPlan([*plan.work[:2], prompts.work[2]])  # whose window stands still meanwhile
+    assert not any(work.is_window for work in prompts.scheduled)
+    assert all(work.is_window for work in plan.scheduled)
+    both = StepPlan([*plan.scheduled[:2], prompts.scheduled[2]])  # whose window stands still meanwhile
     launch(both)
     torch.cuda.synchronize()
     try:
@@ -42,12 +43,12 @@ def test_captured_steps_do_not_wait(decoding, temperature):
             later = launch(plan)  # the same windows again; their pages last
         launch(prompts)
         launch(both)
-        for shape in list(one.runner._graphs)[-3:]:  # and the steps without their graphs
-            nothing = one.runner._set_index(shape.num_sequences, []), one.runner._set_chunks(shape, [])
-            one.runner.step(shape, *nothing)
-        for work in plan.work:
+        for shape in list(captured.graphs._graphs)[-3:]:  # and the steps without their graphs
+            nothing = captured._set_index(shape.num_sequences, []), captured._set_chunks(shape, [])
+            captured.step(shape, *nothing)
+        for work in plan.scheduled:
             one.runner.unload(work.request)
         last = launch(plan)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(later.read()) == len(last.read()) == len(plan.work)
+    assert len(later.wait()) == len(last.wait()) == len(plan.scheduled)

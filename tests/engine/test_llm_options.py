@@ -74,12 +74,12 @@ def test_unknown_option_is_an_error(directory):
 
 def test_defaults(directory, tmp_path):
     llm = LLM(directory, device="cpu")
-    assert llm.engine.config.default_decoding == "auto"
+    assert llm.engine.config.options.decoding == "auto"
     assert llm.engine.config.mask_token_id == MASK
     assert llm.engine.config.max_model_len == LENGTH
     assert LLM(directory, device="cpu", decoding="block").generate("a", SHORT)[0].stats.decoding == "block"
     ar = LLM(save_tiny(tmp_path, model_type="qwen3", mask_token_id=None), device="cpu")
-    assert ar.engine.config.default_decoding == "auto"
+    assert ar.engine.config.options.decoding == "auto"
     assert ar.engine.config.mask_token_id == ar.tokenizer.vocab_size  # the first embedding that no text needs
     assert alone(ar, "a", SHORT).text == alone(ar, "a", SamplingParams(max_tokens=12, decoding="autoregressive")).text
     assert LLM(directory, device="cpu", dtype="bfloat16").generate("a", SHORT)[0].stats.num_tokens == 12
@@ -99,16 +99,19 @@ def test_eight_bits_are_another_model_whose_verified_text_is_its_ars(directory, 
 
 def test_options_of_prompt_chunks(directory, llm):
     config = LLM(directory, device="cpu").engine.config
-    assert (config.chunk_step_ratio, config.capture_chunks) == (float("inf"), True)  # a CPU captures nothing
+    assert (config.options.chunk_step_ratio, config.options.capture_chunks) == (
+        float("inf"),
+        True,
+    )  # a CPU captures nothing
     paced = LLM(directory, device="cpu", chunk_step_ratio=2, capture_chunks=False)
-    assert (paced.engine.config.chunk_step_ratio, paced.engine.config.capture_chunks) == (2, False)
+    assert (paced.engine.config.options.chunk_step_ratio, paced.engine.config.options.capture_chunks) == (2, False)
     params = [SamplingParams(max_tokens=12, decoding="autoregressive")] * 2
     expected = [output.token_ids for output in llm.generate(["a", "Hello" * 15], params)]
     early = paced.generate_stream("a", params[0])
     pieces = [next(early)]  # so that the other prompt comes beside a window
     (late,) = paced.generate(["Hello" * 15], params[1:])
     assert [[token for piece in [*pieces, *early] for token in piece.token_ids], late.token_ids] == expected
-    assert paced.engine.pacing.ratio == 2
+    assert paced.engine.controller.prefill_budget.ratio == 2
     check_empty(paced)
 
 

@@ -6,13 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.engine.stub_engine import build
 from tests.engine.test_engine_reference import CONFIG as SHORT_CONFIG
 from tests.engine.test_engine_reference import END, MASK, VOCAB
-from wedlm.attention.base import KVCache
 from wedlm.attention.sdpa import CausalAttend
-from wedlm.engine.engine import Engine, EngineConfig
-from wedlm.engine.pages import PagePool
-from wedlm.engine.runner import Runner
+from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import RopeScaling, Transformer, pack_for_inference
 
@@ -39,20 +37,19 @@ def test_yarn_beyond_the_trained_length(length):
     pack_for_inference(model)
     assert CONFIG.max_length == LENGTH
     num_pages = LENGTH // 16 + 2
-    cache = KVCache(2, num_pages, 16, 2, 8, torch.float32, torch.device("cpu"))
-    config = EngineConfig(VOCAB, MASK, (END,), LENGTH, max_num_seqs=1, max_num_batched_tokens=2048)
-    engine = Engine(config, Runner(model, cache, MASK, 1), PagePool(num_pages, 16), tokenizer=None)
+    config = EngineConfig(VOCAB, MASK, (END,), LENGTH, EngineOptions(max_num_seqs=1, max_num_batched_tokens=2048))
+    engine = build(model, config, 16, num_pages, (2, 2, 8))
     prompt = torch.randint(0, VOCAB, (length,)).tolist()
     params = SamplingParams(decoding="verified", max_tokens=7, ignore_eos=True, logprobs=0)
     request = engine.add("long", prompt, params)
     while engine.has_work:
         engine.step()
     assert request.num_output_tokens == 7
-    tokens, last = torch.tensor(request.tokens), torch.arange(length - 1, length + 6)
+    tokens, last = torch.tensor(request.output.tokens), torch.arange(length - 1, length + 6)
     logits = model(tokens, torch.arange(len(tokens)), CausalAttend(), last).index_fill_(
         1, torch.tensor(MASK), -torch.inf
     )
     assert logits.argmax(-1).tolist() == request.output_token_ids
     expected = torch.log_softmax(model(tokens, torch.arange(len(tokens)), CausalAttend(), last), -1)
     chosen = expected.gather(1, tokens[length:, None])[:, 0]
-    assert torch.allclose(torch.tensor(request.logprobs), chosen, atol=1e-3)
+    assert torch.allclose(torch.tensor(request.output.logprobs), chosen, atol=1e-3)

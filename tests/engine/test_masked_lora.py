@@ -80,9 +80,9 @@ def test_engine_equals_reference(adapted, decode, tight):
     for request in requests:
         expected = decode(tuple(request.prompt_token_ids), request.max_tokens, request.decode)
         assert request.output_token_ids == expected.tokens
-        assert request.num_rows == sum(expected.rows)
+        assert request.counters.num_rows == sum(expected.rows)
     assert any(CONFIG.vocab_size - 1 in request.prompt_token_ids for request in requests)
-    assert sum(request.num_reused for request in requests) > 0
+    assert sum(request.progress.num_reused for request in requests) > 0
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -134,6 +134,6 @@ def test_observed_rows_are_the_bases_bit_for_bit(base, adapted):
         seen["masked"] += int(changed.sum())
         return logits
 
-    engine.runner.model = both
+    engine.runner.eager.model = both
     finish(engine, requests_of(seed=3), apart=1)
     assert min(seen.values()) > 100

@@ -14,7 +14,7 @@ from wedlm.engine.pages import PagePool
 
 def run(pool: PagePool, name: str, tokens: list[int], ahead: int = 0) -> int:
     """Open, reserve ``ahead`` slots too many, and commit all tokens; returns slots reused."""
-    reused = pool.open(name, tokens, len(tokens))
+    reused = pool.allocate(name, tokens, len(tokens))
     assert pool.reserve(name, len(tokens) + ahead)
     pool.commit(name, tokens, len(tokens))
     pool.check_integrity()
@@ -29,46 +29,48 @@ def test_pages_reserved_ahead_for_a_window_are_never_found():
     """Defect 1 of the reference engine: its cache hands out pages that hold a window's scratch."""
     pool = PagePool(16, 4)
     tokens = list(range(20))
-    pool.open("a", tokens, 10)
+    pool.allocate("a", tokens, 10)
     assert pool.reserve("a", 10 + 8)
     pool.commit("a", tokens, 10)  # two full pages; the third holds two committed keys, the rest is scratch
     scratch = pool.table("a")[2:]
-    assert pool.open("b", tokens, 20) == 8
+    assert pool.allocate("b", tokens, 20) == 8
     assert pool.reserve("b", 20)
     assert not set(pool.table("b")) & set(scratch)
     pool.check_integrity()
-    pool.close("a")
-    assert pool.open("c", tokens, 20) == 8  # no more after the first request has gone
+    pool.free("a")
+    assert pool.allocate("c", tokens, 20) == 8  # no more after the first request has gone
     pool.check_integrity()
-    pool.close("b")
-    pool.close("c")
+    pool.free("b")
+    pool.free("c")
     assert pool.num_available == 16
-    assert pool.open("d", tokens, 20) == 8
+    assert pool.allocate("d", tokens, 20) == 8
 
 
 def test_a_page_filled_by_the_window_is_found_once_committed():
     pool = PagePool(16, 4)
     tokens = list(range(20))
-    pool.open("a", tokens[:7], 7)
+    pool.allocate("a", tokens[:7], 7)
     pool.reserve("a", 20)
     for committed, found in [(7, 4), (8, 8), (9, 8), (11, 8), (17, 16)]:
         pool.commit("a", tokens[:committed], committed)
-        assert pool.open("b", tokens, 20) == found
+        assert pool.allocate("b", tokens, 20) == found
         pool.check_integrity()
-        pool.close("b")
+        pool.free("b")
 
 
 def test_limit_and_differing_tokens_bound_the_reuse():
     pool = PagePool(16, 4)
     run(pool, "a", list(range(12)))
-    assert pool.open("limit", list(range(12)), 11) == 8  # the anchor of verified decoding must not come from the cache
-    assert pool.open("tail", [*range(8), 99, 9, 10, 11], 12) == 8
-    assert pool.open("head", [99, *range(1, 12)], 12) == 0  # equal pages after a different beginning are other keys
-    assert pool.open("moved", list(range(4, 12)), 8) == 0
+    assert (
+        pool.allocate("limit", list(range(12)), 11) == 8
+    )  # the anchor of verified decoding must not come from the cache
+    assert pool.allocate("tail", [*range(8), 99, 9, 10, 11], 12) == 8
+    assert pool.allocate("head", [99, *range(1, 12)], 12) == 0  # equal pages after a different beginning are other keys
+    assert pool.allocate("moved", list(range(4, 12)), 8) == 0
     pool.check_integrity()
 
 
-def test_salt_keeps_weights_apart():
+def test_cache_salt_keeps_weights_apart():
     a, b, c = PagePool(4, 2, b"a"), PagePool(4, 2, b"b"), PagePool(4, 2, b"a")
     for pool in (a, b, c):
         run(pool, "x", [1, 2])
@@ -79,25 +81,25 @@ def test_least_recently_used_goes_first():
     pool = PagePool(3, 1)
     for token in (1, 2, 3):
         run(pool, "x", [token])
-        pool.close("x")
+        pool.free("x")
     assert run(pool, "touch", [1]) == 1
-    pool.close("touch")
+    pool.free("touch")
     assert run(pool, "new", [4]) == 0  # evicts 2, the oldest
-    pool.close("new")
+    pool.free("new")
     assert run(pool, "x", [3]) == 1
     assert run(pool, "y", [1]) == 1
-    pool.close("x")
-    pool.close("y")
+    pool.free("x")
+    pool.free("y")
     assert run(pool, "z", [2]) == 0
 
 
 def test_free_pages_go_before_cached_ones():
     pool = PagePool(4, 2)
     run(pool, "a", [1, 2, 3, 4])
-    pool.close("a")
+    pool.free("a")
     assert pool.num_available == 4
     run(pool, "b", [7, 8, 9])
-    pool.close("b")
+    pool.free("b")
     assert run(pool, "a", [1, 2, 3, 4]) == 4
 
 
@@ -105,11 +107,11 @@ def test_a_prefix_outlives_what_follows_it():
     pool = PagePool(4, 2)
     tokens = list(range(8))
     run(pool, "a", tokens)
-    pool.close("a")
+    pool.free("a")
     for evicted in (1, 2, 3):
         run(pool, f"n{evicted}", [100 + evicted, 0])
-        assert pool.open("probe", tokens, 8) == 8 - 2 * evicted
-        pool.close("probe")
+        assert pool.allocate("probe", tokens, 8) == 8 - 2 * evicted
+        pool.free("probe")
 
 
 def test_shared_pages_count_once_and_stay_for_the_last_holder():
@@ -119,38 +121,38 @@ def test_shared_pages_count_once_and_stay_for_the_last_holder():
         run(pool, name, tokens)
     assert pool.table("a") == pool.table("b") == pool.table("c")
     assert pool.num_available == 4
-    pool.close("a")
-    pool.close("c")
+    pool.free("a")
+    pool.free("c")
     assert pool.num_available == 4
     assert not pool.reserve("b", 13)
     assert pool.reserve("b", 12)
     assert len(set(pool.table("b"))) == 6
     pool.check_integrity()
-    pool.close("b")
+    pool.free("b")
     assert pool.num_available == 6
 
 
 def test_two_requests_that_compute_the_same_page_keep_their_own():
     pool = PagePool(4, 2)
     for name in "ab":
-        assert pool.open(name, [1, 2], 2) == 0
+        assert pool.allocate(name, [1, 2], 2) == 0
         pool.reserve(name, 2)
     for name in "ab":
         pool.commit(name, [1, 2], 2)
     pool.check_integrity()
     assert pool.table("a") != pool.table("b")
-    pool.close("a")
-    assert pool.open("c", [1, 2], 2) == 2  # filed once, under the first
+    pool.free("a")
+    assert pool.allocate("c", [1, 2], 2) == 2  # filed once, under the first
     pool.check_integrity()
-    pool.close("b")
-    pool.close("c")
+    pool.free("b")
+    pool.free("c")
     assert pool.num_available == 4
 
 
 def test_a_reserve_that_fails_changes_nothing():
     pool = PagePool(4, 2)
     run(pool, "old", [1, 2])
-    pool.close("old")
+    pool.free("old")
     run(pool, "a", [3, 4, 5])
     before = state(pool)
     assert not pool.reserve("a", 9)
@@ -168,7 +170,7 @@ def pool_with_everything() -> PagePool:
     """Free, idle, shared, filed and scratch pages all occur: "a" and "b" share two, "old" left one idle."""
     pool = PagePool(12, 2)
     run(pool, "old", [9, 9])
-    pool.close("old")
+    pool.free("old")
     run(pool, "a", [1, 2, 3, 4, 5], ahead=3)
     run(pool, "b", [1, 2, 3, 4, 6])
     assert pool._free
@@ -197,7 +199,7 @@ CORRUPTIONS: dict[str, Callable[[PagePool], object]] = {
         p._page_of.__setitem__(b"x", p.table("a")[-1]),
         p._digest_of.__setitem__(p.table("a")[-1], b"x"),
     ),
-    "filed count too small": lambda p: p._num_filed.__setitem__("a", 1),
+    "count of cached pages too small": lambda p: p._num_cached_pages.__setitem__("a", 1),
     "free page filed": lambda p: (
         p._page_of.__setitem__(b"x", p._free[0]),
         p._digest_of.__setitem__(p._free[0], b"x"),
@@ -242,7 +244,7 @@ class PoolMachine(RuleBasedStateMachine):
         name = f"r{self.count}"
         self.count += 1
         limit = max(0, len(tokens) - short)
-        reused = self.pool.open(name, tokens, limit)
+        reused = self.pool.allocate(name, tokens, limit)
         size = self.pool.page_size
         assert reused <= limit
         assert reused == size * len(self.pool.table(name))
@@ -283,7 +285,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def close(self, data):
         name = data.draw(st.sampled_from(sorted(self.tokens)))
-        self.pool.close(name)
+        self.pool.free(name)
         del self.tokens[name], self.committed[name]
 
     @invariant()
@@ -296,3 +298,23 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
 TestPoolMachine = PoolMachine.TestCase
+
+
+def test_what_is_forgotten_is_not_found_and_what_is_held_stays():
+    pool = PagePool(16, 4)
+    tokens, others = list(range(20)), list(range(50, 60))
+    for name, held in (("a", tokens), ("b", others)):
+        run(pool, name, held)
+    pool.free("a")
+    pool.reset_prefix_cache()
+    pool.check_integrity()
+    assert pool.allocate("c", tokens, 20) == 0
+    assert pool.allocate("d", others, 10) == 8  # b holds these pages
+    for name in ("b", "c", "d"):
+        pool.free(name)
+    pool.reset_prefix_cache()
+    pool.check_integrity()
+    assert pool.num_available == 16
+    assert pool.allocate("e", others, 10) == 0
+    assert pool.reserve("e", 12)
+    assert pool.table("e") == [0, 1, 2]

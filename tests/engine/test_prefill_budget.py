@@ -10,9 +10,8 @@ import pytest
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.engine.test_draft_budget import GPU
 from tests.stub import StubModel
-from wedlm.engine import engine as engine_module
-from wedlm.engine.adaptive.draft_budget import StepCosts
-from wedlm.engine.adaptive.prefill_budget import Pacing
+from wedlm.engine.adaptive.prefill_budget import PrefillBudget
+from wedlm.engine.adaptive.step_costs import StepCosts
 from wedlm.engine.sampling_params import SamplingParams
 
 COSTS = StepCosts(GPU, padded=True)
@@ -20,27 +19,27 @@ BESIDE_WINDOWS, BESIDE_CHUNKS = 0.3e-3, 0.4e-3  # seconds of a step besides its 
 
 
 def serve(
-    monkeypatch, ratio: float, decoding: str, gap: float, num_requests: int = 24, streamed: bool = True
+    ratio: float, decoding: str, gap: float, num_requests: int = 24, streamed: bool = True
 ) -> tuple[list[float], float]:
     """(seconds between the deliveries of a request while it decodes, seconds in all)."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     model, rng = StubModel(), random.Random(1)
     engine = stub_engine(
         model, page_size=16, num_pages=2000, max_num_seqs=16, max_num_batched_tokens=2048, max_model_len=1200,
-        chunk_step_ratio=ratio,
+        chunk_step_ratio=ratio, clock=lambda: clock.now,
     )  # fmt: skip
     run = engine.runner.run
 
     def timed(plan):
         results = run(plan)
         windows = sum(result.num_rows for result in results if result is not None)
-        chunks = sum(work.count for work in plan.work if not work.decodes)
+        chunks = sum(work.count for work in plan.scheduled if not work.is_window)
         clock.now += COSTS(windows + chunks) + (BESIDE_CHUNKS if chunks else BESIDE_WINDOWS)
         return results
 
-    monkeypatch.setattr(engine.runner, "run", timed)
-    monkeypatch.setattr(engine.runner, "step_costs", lambda most_rows: COSTS)
+    engine.runner.run = timed
+    engine.controller.measure_costs = lambda most_rows: None
+    engine.controller.costs = COSTS
     arrivals = [gap * i for i in range(num_requests)]
     done, gaps, last = [], [], {}
     while arrivals or engine.has_work:
@@ -48,8 +47,7 @@ def serve(
             clock.now = max(clock.now, arrivals.pop(0))
             prompt = [rng.randrange(12) for _ in range(rng.randint(100, 1000))]
             params = SamplingParams(decoding=decoding, max_tokens=60, wedlm_window_size=4, seed=0)
-            done.append(engine.add(str(len(done)), prompt, params))
-            done[-1].streamed = streamed
+            done.append(engine.add(str(len(done)), prompt, params, streamed=streamed))
         for request in engine.step():
             if request.request_id in last:
                 gaps.append(clock.now - last[request.request_id])
@@ -65,24 +63,24 @@ def p99(gaps: list[float]) -> float:
 
 
 @pytest.mark.parametrize("decoding", ["autoregressive", "verified"])
-def test_tokens_keep_coming_while_prompts_arrive(monkeypatch, decoding):
-    gaps, seconds = serve(monkeypatch, 1.8, decoding, gap=0.03)
-    others, unpaced = serve(monkeypatch, float("inf"), decoding, gap=0.03)
+def test_tokens_keep_coming_while_prompts_arrive(decoding):
+    gaps, seconds = serve(1.8, decoding, gap=0.03)
+    others, unpaced = serve(float("inf"), decoding, gap=0.03)
     assert p99(gaps) <= 2 * statistics.median(gaps)
-    assert p99(others) > 3 * statistics.median(others)  # what the pacing is for
+    assert p99(others) > 3 * statistics.median(others)  # what the limit is for
     assert seconds < 1.05 * unpaced
 
 
-def test_a_batch_that_nobody_reads_before_its_end_is_not_paced(monkeypatch):
+def test_a_batch_that_is_not_streamed_is_not_slowed_for_its_windows():
     paced, unpaced, unread = (
-        serve(monkeypatch, ratio, "autoregressive", gap=0.0, num_requests=16, streamed=streamed)[1]
+        serve(ratio, "autoregressive", gap=0.0, num_requests=16, streamed=streamed)[1]
         for ratio, streamed in ((1.8, True), (float("inf"), True), (1.8, False))
     )
     assert unread == unpaced < 0.97 * paced
 
 
 def test_chunk_rows():
-    pacing = Pacing(StepCosts([(1, 4e-3), (128, 8e-3), (1024, 32e-3)], padded=False), 2.0)
+    pacing = PrefillBudget(StepCosts([(1, 4e-3), (128, 8e-3), (1024, 32e-3)], padded=False), 2.0)
     rows = pacing.chunk_rows(1)
     assert rows == 128 - 1
     for _ in range(200):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of what steps cost: it reaches the rows of every request that came, and all deciders read the same one."""
 
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +8,12 @@ import torch
 
 from tests.engine.stub_engine import stub_engine
 from tests.stub import StubModel
-from wedlm.engine import runner as runner_module
+from wedlm.engine.adaptive.step_costs import StepCosts
 from wedlm.engine.engine import Engine
+from wedlm.engine.execution import eager_step
 from wedlm.engine.sampling_params import SamplingParams
 
-AUTO, STREAMING = "auto", "auto_streaming"
+AUTO, STREAMING = "auto", "streaming"
 
 
 class Counted(StubModel):
@@ -32,7 +32,7 @@ class Counted(StubModel):
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
-    monkeypatch.setattr(runner_module, "_MEASURING_S", float("inf"))
+    monkeypatch.setattr(eager_step, "_MEASURING_S", float("inf"))
 
 
 def counted_engine(**options) -> tuple[Engine, list[int]]:
@@ -58,36 +58,54 @@ def up_to(most: int) -> list[int]:
     ("first", "second", "before", "after"),
     [
         ((AUTO, 4), (AUTO, 16), 16, 64),
-        ((AUTO, 4), (STREAMING, 4), 16, 32),  # as many rows again join a window
-        ((STREAMING, 4), (AUTO, 16), 32, 64),
-        ((AUTO, 1), (STREAMING, 64), 4, 256),  # and not 512: no step has more rows than max_num_batched_tokens
+        ((AUTO, 1), (AUTO, 100), 4, 256),  # and not 400: no step has more rows than max_num_batched_tokens
         ((AUTO, 16), (AUTO, 4), 64, 64),
+        ((AUTO, 4), (STREAMING, 64), 16, 16),  # a request that is not adaptive needs no table
     ],
 )
 def test_the_table_reaches_the_rows_of_every_request(first, second, before, after):
     engine, measured = counted_engine()
     ask(engine, first)
-    (chooser,) = (c for c in (engine.auto, engine.auto_window) if c is not None)
-    assert rows_of(chooser.costs) == up_to(before)
+    costs = engine.controller.draft_budget.costs
+    assert rows_of(costs) == up_to(before)
     ask(engine, second)
-    for chooser in (engine.auto, engine.auto_window):
-        assert chooser is None or rows_of(chooser.costs) == up_to(after)
+    assert rows_of(engine.controller.draft_budget.costs) == up_to(after)
     assert measured == [rows for rows in up_to(after) for _ in range(3)], "a number of rows was measured again"
 
 
-def test_all_who_decide_read_one_table():
+def test_all_budgets_read_one_table():
     engine, measured = counted_engine()
-    ask(engine, (AUTO, 4), (STREAMING, 4), ("streaming", 64))
-    assert rows_of(engine.auto.costs) == up_to(32)  # who does not adapt needs no table
-    engine._chunk_rows(4)  # prompts and windows meet: chunks may fill a step
-    ask(engine, (STREAMING, 30))
-    assert engine.auto.costs is engine.auto_window.costs is engine.pacing.costs
-    assert rows_of(engine.auto.costs) == up_to(256)
+    ask(engine, (AUTO, 4), (STREAMING, 64))
+    controller = engine.controller
+    assert rows_of(controller.costs) == up_to(16)
+    controller.prefill_rows(4)  # prompts and windows meet: chunks may fill a step
+    ask(engine, (AUTO, 30))
+    assert controller.costs is controller.draft_budget.costs is controller.prefill_budget.costs
+    assert rows_of(controller.costs) == up_to(256)
     assert measured == [rows for rows in up_to(256) for _ in range(3)]
 
 
+def test_costs_are_measured_at_once_if_told():
+    engine, measured = counted_engine()
+    engine.measure_costs()
+    assert rows_of(engine.controller.costs) == up_to(256)
+    ask(engine, (AUTO, 30))
+    assert measured == [rows for rows in up_to(256) for _ in range(3)]
+
+
+def test_planning_runs_no_forward():
+    """A scheduler that is asked for a plan computes one, whatever has not been measured."""
+    engine, measured = counted_engine()
+    ask(engine, ("autoregressive", 1), ("autoregressive", 1))
+    engine.step()
+    engine.add("long", [1] * 40, SamplingParams(decoding="autoregressive"))
+    plan = engine.scheduler.schedule(prefill_rows=7)
+    assert [(one.is_window, one.count) for one in plan.scheduled] == [(True, 1), (True, 1), (False, 7)]
+    assert measured == []
+
+
 def test_measuring_takes_limited_time_however_many_ask(monkeypatch):
-    monkeypatch.setattr(runner_module, "_MEASURING_S", 1e-9)
+    monkeypatch.setattr(eager_step, "_MEASURING_S", 1e-9)
     engine, measured = counted_engine()
     ask(engine, *((AUTO, size) for size in (2, 3, 9, 33)))
     assert measured == [1, 1, 1]
@@ -95,8 +113,7 @@ def test_measuring_takes_limited_time_however_many_ask(monkeypatch):
 
 def test_captured_steps_are_timed_once_each(monkeypatch):
     pytest.importorskip("triton")
-    from wedlm.engine import graph_runner
-    from wedlm.engine.adaptive.draft_budget import StepCosts
+    from wedlm.engine.execution import graphs
 
     class Event:
         def __init__(self, enable_timing):
@@ -113,33 +130,33 @@ def test_captured_steps_are_timed_once_each(monkeypatch):
 
     captured: list[int] = []
 
-    class Pretending(graph_runner.GraphRunner):
+    class Pretending(graphs.StepGraphs):
         def __init__(self):
-            self.device, self.slots = SimpleNamespace(type="cuda"), SimpleNamespace(nobody=0)
-            self._costs = StepCosts([], padded=True)
+            self.captures = True
 
-        def _captured(self, shape, index, chunks):
+        def capture(self, shape, index, chunks):
             captured.append(shape.num_rows)
             return SimpleNamespace(replay=lambda: None), None
 
-    pretended = SimpleNamespace(full=lambda *_, **__: None, long=None, cuda=SimpleNamespace(Event=Event))
-    monkeypatch.setattr(graph_runner, "torch", pretended)
-    runner = Pretending()
-    assert rows_of(runner.step_costs(20)) == [1, 2, 4, 8, 16, 24]
-    runner.step_costs(24)
-    assert rows_of(runner.step_costs(60)) == captured == [1, 2, 4, 8, 16, 24, 32, 48, 64]
-    assert runner.step_costs(9000) is runner.step_costs(9000)
-    assert captured == graph_runner._SIZES
+    monkeypatch.setattr(graphs, "torch", SimpleNamespace(cuda=SimpleNamespace(Event=Event)))
+    one, costs = Pretending(), StepCosts([], padded=True)
+    one.measure_costs(costs, 20, None)
+    assert rows_of(costs) == [1, 2, 4, 8, 16, 24]
+    one.measure_costs(costs, 24, None)
+    one.measure_costs(costs, 60, None)
+    assert rows_of(costs) == captured == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    one.measure_costs(costs, 9000, None)
+    assert captured == graphs._SIZES
 
 
 def test_an_error_while_measuring_leaves_no_request(monkeypatch):
     engine, _ = counted_engine()
 
-    def interrupted(most_rows):
+    def interrupted(costs, most_rows):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "step_costs", interrupted)
+        patch.setattr(engine.runner, "measure_costs", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ask(engine, (AUTO, 4))
     assert not engine.has_work
@@ -150,16 +167,27 @@ def test_an_error_while_measuring_leaves_no_request(monkeypatch):
 
 
 def test_measuring_is_no_part_of_a_steps_time(monkeypatch):
-    engine, _ = counted_engine()
+    now = SimpleNamespace(s=0.0)
+    engine, _ = counted_engine(clock=lambda: now.s)
     for number in range(4):  # the one that measures has to wait, so that no prompt runs in the next steps
         params = SamplingParams(decoding="autoregressive", max_tokens=30 + number, ignore_eos=True)
         engine.add(f"ar {number}", [1, 2], params)
-    for _ in range(5):
+
+    def step() -> None:
+        now.s += 0.01
         engine.step()
-    measure = engine.runner.step_costs
-    monkeypatch.setattr(engine.runner, "step_costs", lambda rows: time.sleep(0.5) or measure(rows))
+
+    for _ in range(5):
+        step()
+    measure = engine.runner.measure_costs
+
+    def slow(costs, most_rows):
+        now.s += 0.5
+        measure(costs, most_rows)
+
+    monkeypatch.setattr(engine.runner, "measure_costs", slow)
     ask(engine, (AUTO, 4))
     for _ in range(2):
-        engine.step()
-    (seconds,) = engine.auto._beside[0].values()
-    assert seconds < 0.3
+        step()
+    (seconds,) = engine.controller.draft_budget._beside[0].values()
+    assert seconds <= 0.01

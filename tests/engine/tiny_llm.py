@@ -72,8 +72,8 @@ def check_empty(llm: LLM) -> None:
     assert not engine.has_work
     assert not engine.scheduler.running
     assert not engine.scheduler.waiting
-    assert not engine.runner._slots
-    assert not engine.runner._alternatives
+    assert not engine.runner.windows.slots
+    assert not engine.runner.windows.top_logprobs
     engine.pool.check_integrity()
     assert engine.pool.num_available == engine.pool.num_pages
     assert not llm._busy

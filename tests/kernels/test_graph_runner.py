@@ -8,18 +8,18 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
 from tests.model.test_masked_lora import random_factors
 from tests.model.tiny import our_model
 from wedlm.algorithm.params import DECODINGS
-from wedlm.attention.base import KVCache
-from wedlm.engine import factory, graph_runner
-from wedlm.engine.engine import Engine, EngineConfig
-from wedlm.engine.graph_runner import GraphRunner
-from wedlm.engine.pages import PagePool
-from wedlm.engine.runner import Runner
+from wedlm.engine import factory
+from wedlm.engine.engine import Engine
+from wedlm.engine.execution import graphs as graphs_module
+from wedlm.engine.execution.captured_step import CapturedStep
+from wedlm.engine.factory import Blueprint
+from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model.inference.layers import pack_for_inference
-from wedlm.model.inference.triton_transformer import FusedTransformer
 from wedlm.model.lora.masked_rows import add_beside
 
 PAGES, PAGE_SIZE, LENGTH, MASK = 40, 4, 60, 90
@@ -32,16 +32,10 @@ def engine(
     if masked_lora:
         add_beside(model, random_factors(model), torch.linspace(-1, 1, model.config.hidden_size))
     model = pack_for_inference(model.to(device))
-    shape = model.config
-    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": most_rows}
-    config = EngineConfig(shape.vocab_size, MASK, (5,), length, **limits)
-    heads = (shape.num_kv_heads, shape.head_dim, torch.float32, device)
-    cache = KVCache(shape.num_layers, PAGES + graphs, PAGE_SIZE, *heads)
-    if graphs:
-        runner: Runner = GraphRunner(FusedTransformer(model), cache, MASK, max_num_seqs, length, True)
-    else:
-        runner = Runner(model, cache, MASK, max_num_seqs)
-    return Engine(config, runner, PagePool(PAGES, PAGE_SIZE), None)
+    shape, options = model.config, EngineOptions(max_num_seqs=max_num_seqs, max_num_batched_tokens=most_rows)
+    config = EngineConfig(shape.vocab_size, MASK, (5,), length, options)
+    packed = model if graphs else None
+    return Blueprint(model, packed, shape, torch.float32, device, config, PAGES, PAGE_SIZE, None).build()
 
 
 def outcomes(one: Engine, requests: list[tuple[list[int], SamplingParams]]) -> tuple[list, list]:
@@ -55,11 +49,11 @@ def outcomes(one: Engine, requests: list[tuple[list[int], SamplingParams]]) -> t
     while one.has_work:
         one.step()
         one.pool.check_integrity()
-    assert one._flight is None
+    assert one._pending is None
     assert one.pool.num_available == one.pool.num_pages
-    assert len(one.runner._free_slots) == one.config.max_num_seqs
-    return [(r.output_token_ids, r.token_steps, r.num_rows, r.finish_reason) for r in done], [
-        r.logprobs for r in done if r.params.logprobs is not None
+    assert len(one.runner.windows.free_slots) == one.config.options.max_num_seqs
+    return [(r.output_token_ids, r.output.token_steps, r.counters.num_rows, r.finish_reason) for r in done], [
+        r.output.logprobs for r in done if r.params.logprobs is not None
     ]
 
 
@@ -67,7 +61,7 @@ def few_rows_beside_chunks(device, monkeypatch) -> None:
     """Interpreted kernels take their time for padding."""
     if device.type == "cpu":
         for name, value in (("_FEWEST_CHUNK_ROWS", 1), ("_FEWEST_BESIDE", 1), ("_CHUNK_SIZES", [1, 2, 4, 16, 64, 128])):
-            monkeypatch.setattr(graph_runner, name, value)
+            monkeypatch.setattr(graphs_module, name, value)
 
 
 @pytest.fixture(autouse=True)
@@ -130,38 +124,38 @@ def check_same_as_runner(device, decoding, temperature, num_requests, seed, mask
 
 @pytest.mark.parametrize("captures", [True, False])
 def test_whether_chunks_are_captured_is_the_configurations(device, monkeypatch, captures):
-    monkeypatch.setattr(factory, "runs_as_graphs", lambda *_: True)
-    config = EngineConfig(96, MASK, (5,), LENGTH, capture_chunks=captures)
-    one = factory.build_engine(
-        pack_for_inference(our_model("wedlm-qwen3").to(device)), config, None, kv_cache_bytes=2**20
-    )
-    assert one.config.chunk_step_ratio == (1.8 if captures else math.inf)
+    monkeypatch.setattr(factory, "eager_reason", lambda *_: None)
+    options = EngineOptions(capture_chunks=captures, kv_cache_bytes=2**20)
+    config = EngineConfig(96, MASK, (5,), LENGTH, options)
+    blueprint = factory.plan_engine(pack_for_inference(our_model("wedlm-qwen3").to(device)), config, None)
+    one = blueprint.build()
+    assert one.config.options.chunk_step_ratio == (1.8 if captures else math.inf)
     one.add("prompt", list(range(20)), SamplingParams(decoding="autoregressive"))
     plan = one.scheduler.schedule()
-    assert [work.decodes for work in plan.work] == [False]
-    assert one.runner.can_launch(plan) == one.runner.again(one.runner.cache).can_launch(plan) == captures
+    assert [work.is_window for work in plan.scheduled] == [False]
+    assert one.runner.can_launch(plan) == blueprint.rebuild(one).runner.can_launch(plan) == captures
 
 
 def test_a_wide_window_and_a_later_common_one(device):
     params = [SamplingParams(decoding="streaming", wedlm_window_size=w, max_tokens=n) for w, n in ((33, 1), (2, 3))]
     requests = [([3, 4, 5], one) for one in params]
     captured, plain = (engine(device, graphs, length=80, most_rows=80) for graphs in (True, False))
-    assert captured.runner.state.tokens.shape[1] == 64
+    assert captured.runner.windows.state.tokens.shape[1] == 64
     assert outcomes(captured, requests)[0] == outcomes(plain, requests)[0]
-    assert captured.runner.slots.state.tokens.shape[1] == 128  # the first did not fit
+    assert captured.runner.windows.state.tokens.shape[1] == 128  # the first did not fit
 
 
 @pytest.mark.parametrize("decodings", [("verified", "auto"), ("streaming", "verified")])
 def test_long_prompts_beside_windows(device, monkeypatch, decodings):
     shares = []
-    launch = GraphRunner.launch
+    launch = CapturedStep.launch
 
     def noted(self, plan):
-        windows = sum(work.decodes for work in plan.work)
-        shares.append((windows, [work.start for work in plan.work[windows:]]))
+        windows = sum(work.is_window for work in plan.scheduled)
+        shares.append((windows, [work.start for work in plan.scheduled[windows:]]))
         return launch(self, plan)
 
-    monkeypatch.setattr(GraphRunner, "launch", noted)
+    monkeypatch.setattr(CapturedStep, "launch", noted)
     requests = [
         ([7 + i for i in range(length)], SamplingParams(decoding=name, max_tokens=tokens, wedlm_window_size=3))
         for length, name, tokens in zip((3, 26, 22), (*decodings, decodings[0]), (6, 2, 2), strict=True)

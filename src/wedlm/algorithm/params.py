@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
-Decoding = Literal["auto", "streaming", "verified", "block", "autoregressive", "auto_streaming"]
-ALL_DECODINGS: tuple[str, ...] = get_args(Decoding)
-# Those whose text depends on the request and the model alone, not on the load.
-DECODINGS: tuple[str, ...] = tuple(name for name in ALL_DECODINGS if name != "auto_streaming")
+Decoding = Literal["auto", "streaming", "verified", "block", "autoregressive"]
+DECODINGS: tuple[str, ...] = get_args(Decoding)
 
 
 def drafts_of(row_budget: int) -> int:
@@ -24,8 +22,7 @@ class DecodeParams:
 
     ``window_size`` is W, the positions a window covers, in streaming and block decoding, and R, the most rows of a
     step, in verified decoding. Autoregressive decoding is verified decoding with R=1: an anchor, no drafts, no masked
-    rows. Auto is verified decoding whose R may be lowered from step to step (``row_budget`` is the most); auto
-    streaming is streaming whose W may be, which changes the text.
+    rows. Auto is verified decoding whose R may be lowered from step to step (``row_budget`` is the most).
     ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``max_positions`` is the model's length: no
     position at or past it exists. ``first_free_end`` is the first position at which an end token may stand
     (prompt length + min_tokens). What follows from the fields is kept, since each step asks for it.
@@ -46,14 +43,14 @@ class DecodeParams:
     max_positions: int = 2**31 - 1
 
     @cached_property
-    def verifies(self) -> bool:
+    def is_verified(self) -> bool:
         """Whether tokens are chosen by the shifted head (AR's text) rather than by the masked rows."""
         return self.decoding in ("auto", "verified", "autoregressive")
 
     @cached_property
-    def adapts(self) -> bool:
+    def is_adaptive(self) -> bool:
         """Whether a step may lower the row budget."""
-        return self.decoding in ("auto", "auto_streaming")
+        return self.decoding == "auto"
 
     @cached_property
     def row_budget(self) -> int:
@@ -71,7 +68,7 @@ class DecodeParams:
         A verified step runs no masked row that cannot become a draft, or make one possible.
         """
         budget = min(self.row_budget, room)
-        if not self.verifies:
+        if not self.is_verified:
             return budget
         masked = (num_drafts + 1) * (self.max_drafts + 1) if self.max_drafts else 0
         return min(budget, 1 + num_drafts + masked)
@@ -79,4 +76,4 @@ class DecodeParams:
     @cached_property
     def max_rows(self) -> int:
         """Upper bound of the rows of any step: a full window commits while as many masked positions join it."""
-        return self.row_budget if self.verifies else 2 * self.window_size
+        return self.row_budget if self.is_verified else 2 * self.window_size

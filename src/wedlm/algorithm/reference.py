@@ -34,10 +34,10 @@ def decode(model: RowsModel, prompt: list[int], max_tokens: int, params: DecodeP
     if not prompt or len(prompt) >= params.max_positions:
         raise ValueError(f"prompt has {len(prompt)} tokens; expected 1 to {params.max_positions - 1}")
     max_tokens = min(max_tokens, params.max_positions - len(prompt))
-    step = _verified_step if params.verifies else _streaming_step
-    committed = prompt[:-1] if params.verifies else list(prompt)
-    window: list[int | None] = list(prompt[-1:]) if params.verifies else []  # None = masked
-    if not params.verifies:
+    step = _verified_step if params.is_verified else _streaming_step
+    committed = prompt[:-1] if params.is_verified else list(prompt)
+    window: list[int | None] = list(prompt[-1:]) if params.is_verified else []  # None = masked
+    if not params.is_verified:
         window = [None] * params.row_budget
     out = ReferenceOutput([], [], [])
     while True:

@@ -63,14 +63,14 @@ class _Groups:
         return torch.where(place < in_small[:, None], group, self.small[:, None] + after // (self.size[:, None] + 1))
 
 
-def row_layout(filled: Bool[Tensor, "S C"], width: Int[Tensor, " S"], verifies: Bool[Tensor, " S"]) -> RowLayout:
+def row_layout(filled: Bool[Tensor, "S C"], width: Int[Tensor, " S"], is_verified: Bool[Tensor, " S"]) -> RowLayout:
     """Layout of each window. Verifying: the anchor and k drafts, then for each i in 0..k a group of masked rows that
     stands where i accepted drafts would leave it, seeing the anchor, those i drafts and itself."""
     column = torch.arange(filled.shape[1], device=filled.device)
     groups = _Groups.of(filled.sum(dim=1) - 1, width)
     group = groups.of_column(column)
     start = groups.start(group)
-    grouped = verifies[:, None] & ~filled & (column < width[:, None])
+    grouped = is_verified[:, None] & ~filled & (column < width[:, None])
     return RowLayout(
         offset=torch.where(grouped, column - start + group + 1, column),
         shared=torch.where(grouped, group + 1, 0),

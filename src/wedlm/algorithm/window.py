@@ -28,7 +28,7 @@ _Tensors = TypeVar("_Tensors", "WindowState", "Emitted")
 class WindowParams:
     """``DecodeParams`` of S sequences as tensors. ``any_*`` are known to the host and only skip work."""
 
-    verifies: Bool[Tensor, " S"]
+    is_verified: Bool[Tensor, " S"]
     block: Bool[Tensor, " S"]
     row_budget: Int[Tensor, " S"]
     max_drafts: Int[Tensor, " S"]
@@ -36,8 +36,8 @@ class WindowParams:
     threshold: Float[Tensor, " S"]
     penalty: Float[Tensor, " S"]
     draft_entropy: Float[Tensor, " S"]
-    any_verifies: bool
-    any_streams: bool
+    any_verified: bool
+    any_streaming: bool
 
     @classmethod
     def stack(cls, params: Sequence[DecodeParams], device: torch.device) -> "WindowParams":
@@ -47,7 +47,7 @@ class WindowParams:
             return torch.tensor(values, dtype=dtype, device=device)
 
         return cls(
-            verifies=tensor([p.verifies for p in params], torch.bool),
+            is_verified=tensor([p.is_verified for p in params], torch.bool),
             block=tensor([p.decoding == "block" for p in params], torch.bool),
             row_budget=tensor([p.row_budget for p in params], torch.long),
             max_drafts=tensor([p.max_drafts for p in params], torch.long),
@@ -57,8 +57,8 @@ class WindowParams:
             ),
             penalty=tensor([p.pos_penalty for p in params], torch.double),
             draft_entropy=tensor([p.draft_entropy for p in params], torch.double),
-            any_verifies=any(p.verifies for p in params),
-            any_streams=any(not p.verifies for p in params),
+            any_verified=any(p.is_verified for p in params),
+            any_streaming=any(not p.is_verified for p in params),
         )
 
 
@@ -130,32 +130,32 @@ def extend(state: WindowState, params: WindowParams) -> tuple[WindowState, Int[T
 
     Verified windows are laid out for their drafts already, so they neither extend nor commit before the forward.
     """
-    run = torch.where(params.verifies, 0, _final_run(state.filled, state.width, params.block))
+    run = torch.where(params.is_verified, 0, _final_run(state.filled, state.width, params.block))
     room = params.max_positions - state.cached
     return replace(state, width=torch.minimum(state.width + run, torch.maximum(room, state.width))), run
 
 
 def num_drafts(state: WindowState, params: WindowParams) -> Int[Tensor, " S"]:
     """Drafts that the next forward verifies; 0 where nothing is verified."""
-    return torch.where(params.verifies, state.filled.sum(dim=1) - 1, 0).clamp(min=0)
+    return torch.where(params.is_verified, state.filled.sum(dim=1) - 1, 0).clamp(min=0)
 
 
 def advance(
     state: WindowState, run: Int[Tensor, " S"], results: RowResults, params: WindowParams
 ) -> tuple[WindowState, Emitted]:
     """The transition after the forward of ``extend``'s window: commit, slide, fill or verify, emit."""
-    if not params.any_verifies:
+    if not params.any_verified:
         return _advance_streaming(state, run, results, params)
-    if not params.any_streams:
+    if not params.any_streaming:
         return _advance_verified(state, results, params)
     streaming, verified = _advance_streaming(state, run, results, params), _advance_verified(state, results, params)
-    return _where(params.verifies, verified[0], streaming[0]), _where(params.verifies, verified[1], streaming[1])
+    return _where(params.is_verified, verified[0], streaming[0]), _where(params.is_verified, verified[1], streaming[1])
 
 
 def _advance_streaming(
     state: WindowState, run: Int[Tensor, " S"], results: RowResults, params: WindowParams
 ) -> tuple[WindowState, Emitted]:
-    # The window covers W positions again, as far as the model reaches; fewer or more if W has changed meanwhile.
+    # The window covers W positions again, as far as the model reaches.
     room = params.max_positions - state.cached - run
     width = torch.where(state.width > 0, torch.minimum(params.row_budget, room).clamp(min=0), 0)
     inside = torch.arange(state.tokens.shape[1], device=run.device) < width[:, None]

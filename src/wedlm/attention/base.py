@@ -25,6 +25,18 @@ class Attend(Protocol):
     ) -> Float[Tensor, "T H D"]: ...
 
 
+Norms = tuple[Tensor, Tensor, float]  # weights of the query and the key norm, epsilon
+
+
+class FusedAttend(Protocol):
+    """``Attend`` on fused kernels: norm, RoPE, cache and attention of one forward's rows, given their q, k, v product
+    [T, (H + 2 K) D] (or partial sums of it) and RoPE's cosines and sines [T, D]."""
+
+    def __call__(
+        self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, norms: Norms | None, /
+    ) -> Float[Tensor, "T H D"]: ...
+
+
 @dataclass(frozen=True)
 class RowVisibility:
     """Which new rows of its sequence each packed row sees: rows j < ``shared``, and ``own_start`` <= j <= itself. All

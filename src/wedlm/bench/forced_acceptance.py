@@ -7,15 +7,13 @@ and something else otherwise. All else of the step, its cost included, is as it 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wedlm.algorithm.window import RowResults, WindowParams, WindowState
-from wedlm.engine import runner as plain_runner
-from wedlm.engine.adaptive.draft_budget import AutoRows
+from wedlm.engine.adaptive.draft_budget import DraftBudget
 from wedlm.engine.engine import Engine
 
 FIRST_OTHER = 10
@@ -46,56 +44,43 @@ def injected(engine: Engine) -> Iterator[Chances]:
     """Meanwhile verification accepts at the rates that ``set`` was last given, at first none. Auto decoding begins anew
     before and after: what it learns from one says nothing of the other."""
     chances = Chances(engine.runner.device, engine.config.vocab_size)
-    before = plain_runner.advance
+    steps = [engine.runner.eager, *_device_steps(engine)]
+    eager, *captured = steps
+    eager.force_choice = lambda state, results, params: force_choices(state, results, params, chances)
+    for step in captured:
+        from wedlm.bench.forced_acceptance_kernel import force_rows
 
-    def advance(state: WindowState, run: Tensor, results: RowResults, params: WindowParams) -> Any:
-        return before(state, run, replace(results, choice=force_choices(state, results, params, chances)), params)
-
-    forget = getattr(engine.runner, "forget_graphs", lambda: None)
-    restore = [_swap(plain_runner, "advance", advance)]
-    if hasattr(engine.runner, "forget_graphs"):
-        restore.append(_swap_captured(chances))
-    forget()
-    _begin_anew(engine)
+        step.force_choice = lambda rows, choice: force_rows(rows, choice, chances)
+    _start_over(engine)
     try:
         yield chances
     finally:
-        for put_back in restore:
-            put_back()
-        forget()
-        _begin_anew(engine)
+        for step in steps:
+            step.force_choice = None
+        _start_over(engine)
 
 
-def _begin_anew(engine: Engine) -> None:
-    if engine.auto is not None:
-        engine.auto = AutoRows(engine.auto.costs)
+def _device_steps(engine: Engine) -> list[Any]:
+    """The device steps that captured ones are made of, where there are any."""
+    return [one.step for one in engine.runner.executors if one.runs_ahead]  # type: ignore[attr-defined]
+
+
+def _start_over(engine: Engine) -> None:
+    """Forget captured steps, and what auto decoding has learnt of drafts."""
+    for one in engine.runner.executors:
+        if one.runs_ahead:
+            one.graphs.clear()  # type: ignore[attr-defined]
+    controller = engine.controller
+    if controller.draft_budget is not None:
+        controller.draft_budget = DraftBudget(controller.costs)
 
 
 def force_choices(state: WindowState, results: RowResults, params: WindowParams, chances: Chances) -> Tensor:
     """``results.choice`` with AR's choice after each draft forced; streaming windows as they are. [S, C]"""
     column = torch.arange(state.tokens.shape[1], device=state.tokens.device)
     following = state.tokens.roll(-1, dims=1)
-    drafted = state.filled.roll(-1, dims=1) & state.filled & params.verifies[:, None]
+    drafted = state.filled.roll(-1, dims=1) & state.filled & params.is_verified[:, None]
     drafted[:, -1] = False
     chance = chances.by_depth[column.clamp(max=_DEPTHS - 1)]
     accepted = torch.rand(drafted.shape, device=column.device) < chance
     return torch.where(drafted, torch.where(accepted, following, chances.another(following)), results.choice)
-
-
-def _swap(owner: Any, name: str, value: Any) -> Any:
-    """Sets an attribute; returns what sets it back."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    return lambda: setattr(owner, name, before)
-
-
-def _swap_captured(chances: Chances) -> Any:
-    from wedlm.bench.forced_acceptance_kernel import force_rows
-    from wedlm.engine import device_step
-
-    before = device_step.verified_advance
-
-    def advance(state: WindowState, params: Any, index: Tensor, rows: Any, choice: Tensor, *others: Tensor) -> Any:
-        return before(state, params, index, rows, force_rows(rows, choice, chances), *others)
-
-    return _swap(device_step, "verified_advance", advance)

@@ -2,7 +2,6 @@
 """Where the host's time goes in a step: each stage under a clock of its own, waiting for the device apart."""
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +11,7 @@ import torch
 
 from wedlm.bench.stats import Figures
 from wedlm.engine.engine import Engine
+from wedlm.engine.execution.pending import DeviceStepResults
 
 _STAGES = ("schedule", "rows", "launch", "replay", "fetch", "read", "deliver")
 
@@ -74,16 +74,17 @@ def host_work(engine: Engine, num_steps: int) -> Figures:
 def _stages(engine: Engine) -> list[tuple[Any, str, str]]:
     """(owner, method, stage) of what a step consists of."""
     device = engine.runner.device
-    wait = (torch.cuda.Event, "synchronize") if device.type == "cuda" else (engine.runner, "model")
-    graphs = sys.modules.get("wedlm.engine.graph_runner")  # not imported where no step is captured
+    wait = (torch.cuda.Event, "synchronize") if device.type == "cuda" else (engine.runner.eager, "model")
     return [
-        *([] if graphs is None else [(graphs.GraphFlight, "__init__", "fetch"), (graphs.GraphFlight, "read", "read")]),
+        (DeviceStepResults, "__init__", "fetch"),
+        (DeviceStepResults, "wait", "read"),
         *([(torch.cuda.CUDAGraph, "replay", "replay")] if device.type == "cuda" else []),
         (engine.scheduler, "schedule", "schedule"),
-        (engine.scheduler, "schedule_ahead", "schedule"),
-        (engine, "_with_rows", "rows"),
+        (engine.scheduler, "rows_beside_prompts", "schedule"),
+        (engine.controller, "set_row_budgets", "rows"),
+        (engine.controller, "observe", "rows"),
         (engine.runner, "launch", "launch"),
         (engine.runner, "run", "launch"),
-        (engine, "_take", "deliver"),
+        (engine, "_process", "deliver"),
         (*wait, "wait"),
     ]

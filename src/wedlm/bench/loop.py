@@ -24,7 +24,7 @@ class Loop:
         """Requests past their prompts, each with at least one token. On a GPU prompts may be found in the cache; on a
         CPU, where attention copies keys whose pages are not consecutive, that would change what a step costs."""
         if self.engine.runner.device.type == "cpu":
-            self.engine.pool.forget()
+            self.engine.pool.reset_prefix_cache()
         requests = [self._add(prompt, params) for prompt in prompts]
         while any(request.num_output_tokens == 0 for request in requests):
             self.engine.step()
@@ -32,14 +32,14 @@ class Loop:
 
     def steps(self, requests: Sequence[Request], num_steps: int) -> Figures:
         """So many steps of a batch that nobody leaves; AssertionError if somebody did."""
-        tokens, rows = (sum(getattr(r, n) for r in requests) for n in ("num_output_tokens", "num_rows"))
+        tokens, rows = (sum(map(count, requests)) for count in (_tokens, _rows))
         times = [time.perf_counter()]
         for _ in range(num_steps):
             self.engine.step()
             times.append(time.perf_counter())
         assert all(request.finish_reason is None for request in requests), "the requests are too short"
-        tokens = sum(r.num_output_tokens for r in requests) - tokens
-        rows = sum(r.num_rows for r in requests) - rows
+        tokens = sum(map(_tokens, requests)) - tokens
+        rows = sum(map(_rows, requests)) - rows
         took = [1e3 * (after - before) for before, after in itertools.pairwise(times)]
         return {
             "step_ms": statistics.median(took),
@@ -65,7 +65,7 @@ class Loop:
     def serve(self, arrivals: Sequence[Arrival], params: SamplingParams) -> Figures:
         """All requests to their ends, none of their prompts in the cache: ``answer_figures``, tokens a forward and a
         row."""
-        self.engine.pool.forget()
+        self.engine.pool.reset_prefix_cache()
         waiting, running = list(arrivals), {}  # type: ignore[var-annotated]
         streamed = any(one.at_s for one in arrivals)  # all at once: only their end counts
         done: list[tuple[Request, Delivered]] = []
@@ -73,8 +73,7 @@ class Loop:
         while waiting or running:
             while waiting and waiting[0].at_s <= now - start:
                 one = waiting.pop(0)
-                request = self._add(one.prompt, replace(params, max_tokens=one.max_tokens))
-                request.streamed = streamed
+                request = self._add(one.prompt, replace(params, max_tokens=one.max_tokens), streamed)
                 running[request.request_id] = (request, Delivered(start + one.at_s))
             if not running:
                 time.sleep(max(0.0, start + waiting[0].at_s - now))
@@ -84,11 +83,18 @@ class Loop:
                 running[request.request_id][1].add(now, request.num_output_tokens)
                 if request.finish_reason is not None:
                     done.append(running.pop(request.request_id))
-        tokens, forwards, rows = (
-            sum(getattr(r, name) for r, _ in done) for name in ("num_output_tokens", "num_forwards", "num_rows")
-        )
+        tokens, rows = (sum(count(request) for request, _ in done) for count in (_tokens, _rows))
+        forwards = sum(request.counters.num_forwards for request, _ in done)
         per = {"tokens_per_forward": tokens / forwards, "p_cache": tokens / rows}
         return {**answer_figures([delivered for _, delivered in done], now - start), **per}
 
-    def _add(self, prompt: list[int], params: SamplingParams) -> Request:
-        return self.engine.add(f"bench-{next(self._ids)}", prompt, params)
+    def _add(self, prompt: list[int], params: SamplingParams, streamed: bool = True) -> Request:
+        return self.engine.add(f"bench-{next(self._ids)}", prompt, params, streamed=streamed)
+
+
+def _tokens(request: Request) -> int:
+    return request.num_output_tokens
+
+
+def _rows(request: Request) -> int:
+    return request.counters.num_rows

@@ -61,7 +61,7 @@ class Record:
     def finish(self, subject: Subject, seconds: float, cut: list[str]) -> None:
         """Note what is known in the end: memory, auto's table of costs, what there was no time for."""
         self.values["memory"] = memory(subject.device)
-        auto = subject.engine.auto
+        auto = subject.engine.controller.draft_budget
         if auto is not None:
             self.values["step_costs_ms"] = {rows: rounded(1e3 * cost) for rows, cost in auto.costs.table()}
         self.values |= {"seconds": round(seconds, 1), "cut": cut}

@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from wedlm.algorithm.params import ALL_DECODINGS, Decoding
+from wedlm.algorithm.params import DECODINGS, Decoding
 from wedlm.engine.sampling_params import SamplingParams
 
 PARTS = {
@@ -74,7 +74,7 @@ class Settings:
     def most_rows(self) -> int:
         """Of a step of the largest batch, so that its windows all run in it."""
         window = self.decoding.get("wedlm_window_size") or 16
-        wide = 2 if {"streaming", "block", "auto_streaming"} & {*self.modes} else 1
+        wide = 2 if {"streaming", "block"} & {*self.modes} else 1
         return wide * window * max(self.amounts.batches)
 
     def params(self, mode: str, max_tokens: int, **more: Any) -> SamplingParams:
@@ -100,8 +100,8 @@ def read_modes(text: str | None, shape: str | None) -> tuple[Decoding, ...]:
     usual = MODES if shape is None else AR_TEXT
     names = usual if text is None else tuple(name.strip() for name in text.split(","))
     for name in names:
-        if name not in ALL_DECODINGS:
-            raise ValueError(f"--modes contains {name!r}; expected some of {', '.join(ALL_DECODINGS)}")
+        if name not in DECODINGS:
+            raise ValueError(f"--modes contains {name!r}; expected some of {', '.join(DECODINGS)}")
     return tuple(dict.fromkeys(names))  # type: ignore[arg-type]
 
 

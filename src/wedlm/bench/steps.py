@@ -7,7 +7,7 @@ from wedlm.bench.forced_acceptance import injected
 from wedlm.bench.host_profile import host_work
 from wedlm.bench.measure import Bench, Case, take_turns
 from wedlm.bench.stats import Figures, Row, make_row
-from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, AutoRows, expected_step
+from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, DraftBudget, expected_step
 from wedlm.engine.sampling_params import SamplingParams
 
 # However unsure: every row that the budget has; every mask filled in each step, which runs 2W rows.
@@ -32,7 +32,7 @@ def _prompts(bench: Bench, count: int, length: int | None = None) -> list[list[i
 def _fixed(bench: Bench, batch: int, mode: str, length: int | None = None, **options: Any) -> Case:
     """A batch for so many steps; the label has the rows that each sequence may run."""
     params = _params(bench, mode, **options)
-    window = params.wedlm_window_size or bench.subject.engine.config.default_window_size
+    window = params.wedlm_window_size or bench.subject.engine.config.options.wedlm_window_size
     rows = 1 if mode == "autoregressive" else window if mode in ("verified", "auto") else 2 * window
     label: dict[str, Any] = {"mode": mode, "batch": batch, "rows": rows}
     if length is not None:
@@ -102,7 +102,7 @@ def accept(bench: Bench) -> list[Row]:
     return rows
 
 
-class FixedRows(AutoRows):
+class FixedRows(DraftBudget):
     """Auto decoding that has made up its mind."""
 
     def choose(self, num_windows: int, most: int) -> int:
@@ -113,25 +113,25 @@ def _try_all_budgets(bench: Bench, prompts: list[list[int]], params: SamplingPar
     """Every step that auto may choose for this batch, once: captures and compilations are no part of what follows."""
     engine = bench.subject.engine
     requests = bench.loop.start(prompts, params)
-    assert engine.auto is not None
+    assert engine.controller.draft_budget is not None
     for row_budget in ROW_BUDGETS:
         if row_budget <= requests[0].decode.row_budget:
-            engine.auto = FixedRows(engine.auto.costs, row_budget)
+            engine.controller.draft_budget = FixedRows(engine.controller.costs, row_budget)
             bench.loop.steps(requests, 3)
     bench.loop.end(requests)
 
 
 def _accepted(bench: Bench, label: dict[str, Any], prompts: list[list[int]], params: SamplingParams) -> Row:
     engine, amounts = bench.subject.engine, bench.settings.amounts
-    assert engine.auto is not None
-    engine.auto = AutoRows(engine.auto.costs)
+    assert engine.controller.draft_budget is not None
+    engine.controller.draft_budget = DraftBudget(engine.controller.costs)
     requests = bench.loop.start(prompts, params)
     try:
         bench.loop.steps(requests, _AUTO_WARM_STEPS)
         runs = [bench.loop.steps(requests, amounts.steps) for _ in range(amounts.runs)]
     finally:
         bench.loop.end(requests)
-    return make_row(label, runs, row_budget=engine.auto.row_budget)
+    return make_row(label, runs, row_budget=engine.controller.draft_budget.row_budget)
 
 
 def _tokens(rate: float) -> float:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured: one engine around a checkpoint or around random weights, and prompts that suit it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,13 +10,12 @@ from wedlm.bench.prompts import Prompts
 from wedlm.bench.settings import Settings
 from wedlm.bench.shapes import MASK_TOKEN_ID, random_model, shape_config
 from wedlm.engine import resolve_options
-from wedlm.engine.engine import Engine, EngineConfig
-from wedlm.engine.factory import build_engine
+from wedlm.engine.engine import Engine
+from wedlm.engine.factory import plan_engine
 from wedlm.engine.llm import LLM
+from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.model import ModelConfig
 
-# Options of an engine that its configuration has under the same names.
-_CONFIGURED = ("max_num_seqs", "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio")
 _CACHE_SPARE_TOKENS = 2000  # for each sequence of the largest batch: what a measurement lets it write
 
 
@@ -55,11 +54,13 @@ def load_subject(settings: Settings) -> Subject:
         mask_token_id=MASK_TOKEN_ID,
         end_token_ids=config.eos_token_ids,
         max_model_len=resolve_options.read_length(given.get("max_model_len"), config),
-        **{name: given[name] for name in _CONFIGURED if name in given},
+        options=EngineOptions.of(given),
     )
     model = random_model(config, device, dtype, given.get("quantization"))
-    cache_bytes = given.get("kv_cache_bytes") or _cache_bytes(settings, engine_config, config, dtype, device)
-    engine = build_engine(model, engine_config, None, kv_cache_bytes=cache_bytes)
+    if engine_config.options.kv_cache_bytes is None:
+        cache_bytes = _cache_bytes(settings, engine_config, config, dtype, device)
+        engine_config = replace(engine_config, options=replace(engine_config.options, kv_cache_bytes=cache_bytes))
+    engine = plan_engine(model, engine_config, None).build()
     return Subject(settings.shape, engine, config, Prompts(None, config.vocab_size, engine_config.max_model_len))
 
 
@@ -68,6 +69,6 @@ def _cache_bytes(
 ) -> int:
     """What the largest batch and the longest context need, at most what the engine would take by itself."""
     assert settings.amounts.prompt is not None
-    tokens = engine.max_num_seqs * (settings.amounts.prompt + _CACHE_SPARE_TOKENS) + 2 * engine.max_model_len
+    tokens = engine.options.max_num_seqs * (settings.amounts.prompt + _CACHE_SPARE_TOKENS) + 2 * engine.max_model_len
     wanted = tokens * KVCache.bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
     return min(wanted, resolve_options.default_cache_bytes(device, wanted, 0.85))

@@ -11,19 +11,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from wedlm.attention.base import KVCache
 from wedlm.engine.engine import Engine
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
-from wedlm.engine.pages import PagePool
 from wedlm.engine.request import Request
-from wedlm.engine.request_stream import EngineFault, EngineStopped, Ticket
+from wedlm.engine.request_stream import EngineFault, EngineStopped, RequestStream
 from wedlm.engine.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 
 State = Literal["running", "restarting", "dead", "stopped"]
 MAX_RESTARTS = 5  # attempts after one fault
-_PROOF_STEPS = 16
+_SMOKE_TEST_STEPS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +36,10 @@ class EngineLoad:
 
 @dataclass(slots=True)
 class _Live:
-    """The engine thread's notes of one sequence: how much of it the loop has been told."""
+    """The engine thread's notes of one sequence: how much of it has been sent to the loop."""
 
     request: Request
-    ticket: Ticket
+    stream: RequestStream
     index: int
     characters: int = 0
     tokens: int = 0
@@ -51,15 +49,15 @@ class _Live:
 class AsyncEngine:
     """Runs ``engine``, which must be empty (ValueError), in a thread; make it inside the loop that will use it.
 
-    ``renew(broken_engine)`` makes the engine that follows after a fault. ``state`` is "restarting" from the fault until
-    the new engine has generated a token, and "dead" once ``MAX_RESTARTS`` of them could not. Sequences that the broken
-    engine held fail with EngineFault; those it had not taken yet go to the new one.
+    ``rebuild(broken_engine)`` makes the engine that follows after a fault. ``state`` is "restarting" from the fault
+    until the new engine has generated a token, and "dead" once ``MAX_RESTARTS`` of them could not. Sequences that the
+    broken engine held fail with EngineFault; those it had not taken yet go to the new one.
     """
 
-    def __init__(self, engine: Engine, renew: Callable[[Engine], Engine], first_retry_s: float = 1.0) -> None:
+    def __init__(self, engine: Engine, rebuild: Callable[[Engine], Engine], first_retry_s: float = 1.0) -> None:
         if engine.has_work:
             raise ValueError(f"the engine has {len(engine.requests)} requests; expected one with none")
-        self.engine, self._renew, self._first_retry_s = engine, renew, first_retry_s
+        self.engine, self._rebuild, self._first_retry_s = engine, rebuild, first_retry_s
         self.state: State = "running"
         self.num_open = 0  # sequences submitted and not finished, in the loop's view
         self.num_faults = self.num_restarts = 0
@@ -77,19 +75,19 @@ class AsyncEngine:
 
     def submit(
         self, sequences: Sequence[tuple[list[int], SamplingParams]], watch: bool = False, streamed: bool = True
-    ) -> Ticket:
+    ) -> RequestStream:
         """Queue sequences (prompt ids and parameters), all or none. ``watch``: pieces carry windows, one per step.
-        ``streamed``: somebody reads the tokens as they come.
+        ``streamed``: the caller reads the tokens as they come.
 
-        EngineStopped if the engine has stopped; what is wrong with a sequence comes from ``Ticket.accepted``.
+        EngineStopped if the engine has stopped; what is wrong with a sequence comes from ``RequestStream.accepted``.
         """
         if self._ended:
             raise EngineStopped("the engine has stopped")
         names = [f"request-{next(self._ids)}" for _ in sequences]
-        ticket = Ticket(names, lambda: self._command(partial(self._abort, ticket)), self._closed)
-        self.num_open += ticket.num_open
-        self._command(partial(self._add, ticket, list(sequences), watch, streamed))
-        return ticket
+        stream = RequestStream(names, lambda: self._command(partial(self._abort, stream)), self._closed)
+        self.num_open += stream.num_open
+        self._command(partial(self._add, stream, list(sequences), watch, streamed))
+        return stream
 
     async def stop(self, timeout_s: float = 10.0) -> None:
         """End the thread after the step in progress; whatever is open fails with EngineStopped."""
@@ -149,63 +147,64 @@ class AsyncEngine:
             wait = False
 
     def _add(
-        self, ticket: Ticket, sequences: list[tuple[list[int], SamplingParams]], watch: bool, streamed: bool
+        self, stream: RequestStream, sequences: list[tuple[list[int], SamplingParams]], watch: bool, streamed: bool
     ) -> None:
         try:
-            for index, (request_id, sequence) in enumerate(zip(ticket.request_ids, sequences, strict=True)):
-                request = self.engine.add(request_id, *sequence)
-                request.watched, request.streamed = watch, streamed
-                self._live[request_id] = _Live(request, ticket, index)
+            for index, (request_id, sequence) in enumerate(zip(stream.request_ids, sequences, strict=True)):
+                request = self.engine.add(request_id, *sequence, streamed=streamed, watched=watch)
+                self._live[request_id] = _Live(request, stream, index)
         except ValueError as error:
-            self._forget(ticket)
-            self._report(partial(ticket.fail, error))
+            self._drop(stream)
+            self._report(partial(stream.fail, error))
         except BaseException:
-            self._report(partial(ticket.fail, EngineFault("the engine failed")))
+            self._report(partial(stream.fail, EngineFault("the engine failed")))
             raise
         else:
-            self._report(ticket.accept)
+            self._report(stream.accept)
 
-    def _abort(self, ticket: Ticket) -> None:
-        self._forget(ticket)
-        self._report(ticket.end)
+    def _abort(self, stream: RequestStream) -> None:
+        self._drop(stream)
+        self._report(stream.end)
 
-    def _forget(self, ticket: Ticket) -> None:
-        for request_id in ticket.request_ids:
+    def _drop(self, stream: RequestStream) -> None:
+        for request_id in stream.request_ids:
             if self._live.pop(request_id, None) is not None:
                 self.engine.abort(request_id)
 
     def _step(self) -> None:
         changed = {request.request_id for request in self.engine.step()}
         changed |= {
-            name for name, one in self._live.items() if one.request.watched and one.request.num_forwards > one.forwards
+            name
+            for name, one in self._live.items()
+            if one.request.watched and one.request.counters.num_forwards > one.forwards
         }
         for name in changed:
             one = self._live[name]
-            self._report(partial(one.ticket.receive, one.index, self._piece(one)))
+            self._report(partial(one.stream.receive, one.index, self._piece(one)))
             if one.request.finish_reason is not None:
                 del self._live[name]
 
     def _piece(self, one: _Live) -> StreamPiece:
         request = one.request
-        text = request.text
+        sequence, text = request.output, request.output.text
         assert text is not None, "an engine behind AsyncEngine has a tokenizer"
         finished = request.finish_reason is not None
-        first, told = len(request.prompt_token_ids), one.tokens
-        one.tokens, one.forwards = request.num_output_tokens, request.num_forwards
+        first, sent = len(request.prompt_token_ids), one.tokens
+        one.tokens, one.forwards = request.num_output_tokens, request.counters.num_forwards
         end = len(text.text) if finished else text.stable
         start, one.characters = one.characters, max(one.characters, end)
-        borders = [0, *text.ends[max(0, told - 1) : one.tokens]] if told == 0 else text.ends[told - 1 : one.tokens]
+        borders = [0, *text.ends[max(0, sent - 1) : one.tokens]] if sent == 0 else text.ends[sent - 1 : one.tokens]
         if finished:  # characters that never became whole belong to the last token; an end token adds none
-            borders = [*borders[: one.tokens - told], len(text.text)]
+            borders = [*borders[: one.tokens - sent], len(text.text)]
         return StreamPiece(
             text=text.text[start:end],
-            token_ids=request.tokens[first + told :],
-            step=request.num_forwards - 1,
+            token_ids=sequence.tokens[first + sent :],
+            step=request.counters.num_forwards - 1,
             output=GenerationOutput.of(request) if finished else None,
             token_texts=[text.text[a:b] for a, b in itertools.pairwise(borders)],
-            logprobs=request.logprobs[told:] if request.params.logprobs is not None else [],
-            top_logprobs=request.alternatives[told:] if request.params.logprobs else [],
-            window=self.engine.runner.snapshot(request) if one.request.watched and not finished else None,
+            logprobs=sequence.logprobs[sent:] if request.params.logprobs is not None else [],
+            top_logprobs=sequence.top_logprobs[sent:] if request.params.logprobs else [],
+            window=self.engine.runner.windows.snapshot(request) if one.request.watched and not finished else None,
         )
 
     def _recover(self, error: BaseException) -> None:
@@ -218,8 +217,8 @@ class AsyncEngine:
             if attempt and self._stopping.wait(self._first_retry_s * 2 ** (attempt - 1)):
                 break
             try:
-                self.engine = self._renew(self.engine)
-                self._prove()
+                self.engine = self._rebuild(self.engine)
+                self._smoke_test()
             except BaseException:
                 log.exception("the engine could not be restarted (attempt %d of %d)", attempt + 1, MAX_RESTARTS)
             else:
@@ -229,18 +228,18 @@ class AsyncEngine:
                 return
         self.state = "stopped" if self._stopping.is_set() else "dead"
 
-    def _prove(self) -> None:
+    def _smoke_test(self) -> None:
         """Generate one token."""
-        request = self.engine.add("proof", [0], SamplingParams(max_tokens=1))
-        for _ in range(_PROOF_STEPS):
+        request = self.engine.add("smoke test", [0], SamplingParams(max_tokens=1))
+        for _ in range(_SMOKE_TEST_STEPS):
             self.engine.step()
             if request.finish_reason is not None:
                 return
-        raise RuntimeError(f"the new engine made no token in {_PROOF_STEPS} steps")
+        raise RuntimeError(f"the new engine made no token in {_SMOKE_TEST_STEPS} steps")
 
     def _fail_live(self, error: Exception) -> None:
         for one in self._live.values():
-            self._report(partial(one.ticket.fail, error))
+            self._report(partial(one.stream.fail, error))
         self._live.clear()
         self._note_load()
         self._send_reports()
@@ -254,12 +253,12 @@ class AsyncEngine:
         self._reports.append(report)
 
     def _send_reports(self) -> None:
-        """One wake-up of the loop for all that a step has to tell."""
+        """One wake-up of the loop for all that a step has to report."""
         if self._reports:
             reports, self._reports = self._reports, []
             try:
                 self._loop.call_soon_threadsafe(_call_all, reports)
-            except RuntimeError:  # the loop is closed: nobody listens any more
+            except RuntimeError:  # the loop is closed: no reader is left
                 self._stopping.set()
                 self._commands.put(None)
 
@@ -275,16 +274,3 @@ class AsyncEngine:
 def _call_all(reports: list[Callable[[], None]]) -> None:
     for report in reports:
         report()
-
-
-def fresh_engine(broken: Engine) -> Engine:
-    """A new engine over the same weights and the same amount of cache, with nothing in it."""
-    cache, pool, config = broken.runner.cache, broken.pool, broken.config
-    num_layers, _, num_kv_heads, head_dim = cache.keys.shape
-    if cache.keys.device.type == "cpu":
-        shape = (num_layers, pool.num_pages, pool.page_size, num_kv_heads, head_dim)
-        cache = KVCache(*shape, cache.keys.dtype, cache.keys.device)
-    else:  # there is no room for a second one; zeros, because a fault may have left nan
-        cache.keys.zero_()
-        cache.values.zero_()
-    return Engine(config, broken.runner.again(cache), PagePool(pool.num_pages, pool.page_size), broken.tokenizer)

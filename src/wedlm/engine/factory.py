@@ -1,77 +1,161 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine around a model that is in memory: sizes the cache, chooses the runner."""
+"""The only place that builds an engine: it sizes the cache, chooses how steps run, and says what it chose and why."""
 
+import logging
 import math
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 
-from wedlm.attention.base import KVCache
+from wedlm.attention.base import Attend, KVCache
+from wedlm.attention.sdpa import PagedSdpa
 from wedlm.engine import resolve_options
-from wedlm.engine.engine import Engine, EngineConfig
+from wedlm.engine.engine import Engine
+from wedlm.engine.execution.base import RowsModel
+from wedlm.engine.execution.eager_step import EagerStep
+from wedlm.engine.execution.runner import Runner
+from wedlm.engine.execution.windows import Windows
+from wedlm.engine.options import EngineConfig
 from wedlm.engine.pages import PagePool
-from wedlm.engine.runner import Runner
 from wedlm.engine.text import Decoder
 from wedlm.model import ModelConfig, Transformer
+
+log = logging.getLogger(__name__)
 
 # Keeps tokens coming while prompts are read (docs/log.md). Where such steps are launched piece by piece, many short
 # chunks would cost more than they spare.
 _CAPTURED_CHUNK_STEP_RATIO = 1.8
 
 
-def build_engine(
-    model: Transformer,
-    config: EngineConfig,
-    tokenizer: Decoder | None,
-    *,
-    page_size: int = 16,
-    kv_cache_bytes: int | None = None,
-    gpu_memory_utilization: float = 0.9,
-    cuda_graphs: bool | None = None,
-) -> Engine:
-    """``model`` is packed and stays where it is. ``kv_cache_bytes`` and ``cuda_graphs`` as in ``LLM``, like the
-    configuration's ``chunk_step_ratio`` and ``capture_chunks``."""
-    shape, device = model.config, model.model.embed_tokens.weight.device
-    dtype = model.model.embed_tokens.weight.dtype
-    heads = (shape.num_kv_heads, shape.head_dim, dtype)
-    per_token = KVCache.bytes_per_token(shape.num_layers, *heads)
-    if kv_cache_bytes is None:
-        wanted = 4 * (config.max_model_len + 2 * config.default_window_size) * per_token
-        kv_cache_bytes = resolve_options.default_cache_bytes(device, wanted, gpu_memory_utilization)
-    num_pages = kv_cache_bytes // (per_token * page_size)
+class CacheShape(Protocol):
+    """What the cache needs to know of a model."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All that an engine is built from, with every choice made. ``model`` computes rows with attention through
+    ``Attend``; ``packed``, the same model as steps on our kernels need it, is None where they do not run.
+
+    ``num_pages`` and ``page_size`` are those of the pool. ``dtype`` is the cache's.
+    """
+
+    model: RowsModel[Attend]
+    packed: Transformer | None
+    shape: CacheShape
+    dtype: torch.dtype
+    device: torch.device
+    config: EngineConfig
+    num_pages: int
+    page_size: int
+    tokenizer: Decoder | None
+    eager_reason: str | None = None  # why steps do not run on our kernels
+
+    def build(self, cache: KVCache | None = None, clock: Callable[[], float] = time.perf_counter) -> Engine:
+        """A new engine with nothing in it. ``cache``: memory of a former one to use again."""
+        cache = self._new_cache() if cache is None else cache
+        if self.packed is None:
+            windows = Windows(self.config.options.max_num_seqs, self.device)
+            runner = Runner(windows, EagerStep(self.model, PagedSdpa, cache, windows, self.config.mask_token_id))
+        else:
+            runner = self._runner_on_kernels(self.packed, cache)
+        return Engine(self.config, runner, PagePool(self.num_pages, self.page_size), self.tokenizer, clock)
+
+    def rebuild(self, broken: Engine) -> Engine:
+        """A new engine in place of one that failed, over the same weights and the same amount of cache."""
+        if self.device.type == "cpu":
+            return self.build()
+        cache = broken.runner.cache  # there is no room for a second one; zeros, because a fault may have left nan
+        cache.keys.zero_()
+        cache.values.zero_()
+        return self.build(cache)
+
+    def describe(self) -> str:
+        """One line for users: device, types, how steps run and why, and the cache's size."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        if self.packed is None:
+            steps = f"plain torch operations ({self.eager_reason})" if self.eager_reason else "plain torch operations"
+        else:
+            chunks = "with" if self.config.options.capture_chunks else "without"
+            steps = f"Triton kernels in CUDA graphs, {chunks} prompt chunks"
+        tokens = self.num_pages * self.page_size
+        megabytes = tokens * self._bytes_per_token() / 1e6
+        weights = str(self.dtype).removeprefix("torch.")
+        return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB)"
+
+    def _bytes_per_token(self) -> int:
+        shape = self.shape
+        return KVCache.bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, self.dtype)
+
+    def _new_cache(self) -> KVCache:
+        # Captured steps write the keys of padding to a page of their own, the last.
+        num_pages, shape = self.num_pages + (self.packed is not None), self.shape
+        heads = (shape.num_kv_heads, shape.head_dim, self.dtype)
+        return KVCache(shape.num_layers, num_pages, self.page_size, *heads, self.device)
+
+    def _runner_on_kernels(self, packed: Transformer, cache: KVCache) -> Runner:
+        from wedlm.attention.paged import plan_paged  # these import triton
+        from wedlm.engine.execution.captured_step import CapturedStep
+        from wedlm.model.inference.triton_transformer import FusedTransformer
+
+        fused, mask, options = FusedTransformer(packed), self.config.mask_token_id, self.config.options
+        windows = Windows(options.max_num_seqs, self.device, capacity=64, has_null_slot=True)
+        captured = CapturedStep(fused, cache, windows, mask, self.config.max_model_len, options.capture_chunks)
+        return Runner(windows, EagerStep(fused, plan_paged, cache, windows, mask), [captured])
+
+
+def plan_engine(model: Transformer, config: EngineConfig, tokenizer: Decoder | None) -> Blueprint:
+    """Every choice for an engine around a packed model, by ``config.options``; logs what was chosen.
+
+    ValueError for options that cannot be.
+    """
+    shape, options = model.config, config.options
+    weight = model.model.embed_tokens.weight
+    device, dtype = weight.device, weight.dtype
+    per_token = KVCache.bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
+    num_bytes = options.kv_cache_bytes
+    if num_bytes is None:
+        needed = 4 * (config.max_model_len + 2 * options.wedlm_window_size) * per_token
+        num_bytes = resolve_options.default_cache_bytes(device, needed, options.gpu_memory_utilization)
+    num_pages = num_bytes // (per_token * options.page_size)
     if num_pages < 1:
-        raise ValueError(f"kv_cache_bytes is {kv_cache_bytes}; expected at least {per_token * page_size}, one page")
-    graphs = runs_as_graphs(cuda_graphs, device, shape)
-    # Captured steps write the keys of padding to a page that is nobody's.
-    cache = KVCache(shape.num_layers, num_pages + graphs, page_size, *heads, device)
-    if config.chunk_step_ratio is None:
-        captured = graphs and config.capture_chunks
-        config = replace(config, chunk_step_ratio=_CAPTURED_CHUNK_STEP_RATIO if captured else math.inf)
-    runner = _runner(model, cache, config, graphs)
-    return Engine(config, runner, PagePool(num_pages, page_size), tokenizer)
+        raise ValueError(f"kv_cache_bytes is {num_bytes}; expected at least {per_token * options.page_size}, one page")
+    reason = eager_reason(options.cuda_graphs, device, shape)
+    if options.chunk_step_ratio is None:
+        captures_chunks = reason is None and options.capture_chunks
+        ratio = _CAPTURED_CHUNK_STEP_RATIO if captures_chunks else math.inf
+        config = replace(config, options=replace(options, chunk_step_ratio=ratio))
+    packed = model if reason is None else None
+    blueprint = Blueprint(
+        model, packed, shape, dtype, device, config, num_pages, options.page_size, tokenizer, eager_reason=reason
+    )
+    slow_gpu = reason is not None and device.type == "cuda"
+    log.log(logging.WARNING if slow_gpu else logging.INFO, "engine: %s", blueprint.describe())
+    return blueprint
 
 
-def runs_as_graphs(asked: bool | None, device: torch.device, shape: ModelConfig) -> bool:
-    """Whether steps run on the Triton kernels, as CUDA graphs. ValueError if that was asked for and cannot be."""
+def eager_reason(asked: bool | None, device: torch.device, shape: ModelConfig) -> str | None:
+    """Why steps do not run on the Triton kernels, as CUDA graphs; None if they do. ValueError if that was asked for and
+    cannot be."""
     reason = None
     if device.type != "cuda":
         reason = f"the device is {device}"
     elif find_spec("triton") is None:
         reason = "triton is not installed"
     elif shape.head_dim & (shape.head_dim - 1) or shape.head_dim < 16:
-        reason = f"the head dimension is {shape.head_dim}, no power of two of at least 16"
+        reason = f"the head dimension is {shape.head_dim}, not a power of two of at least 16"
     if asked and reason is not None:
         raise ValueError(f"cuda_graphs is True, but {reason}; expected a CUDA device, triton and common heads")
-    return reason is None if asked is None else asked
-
-
-def _runner(model: Transformer, cache: KVCache, config: EngineConfig, graphs: bool) -> Runner:
-    if not graphs:
-        return Runner(model, cache, config.mask_token_id, config.max_num_seqs)
-    from wedlm.engine.graph_runner import GraphRunner  # imports triton
-    from wedlm.model.inference.triton_transformer import FusedTransformer
-
-    fused = FusedTransformer(model)
-    limits = config.max_num_seqs, config.max_model_len
-    return GraphRunner(fused, cache, config.mask_token_id, *limits, captures_chunks=config.capture_chunks)
+    return "cuda_graphs is False" if asked is False and reason is None else reason

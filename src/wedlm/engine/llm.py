@@ -2,6 +2,7 @@
 """``LLM``: a checkpoint, an engine and a tokenizer behind a few methods."""
 
 import itertools
+import signal
 import sys
 import threading
 import time
@@ -14,10 +15,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from wedlm.engine import resolve_options
-from wedlm.engine.engine import EngineConfig
-from wedlm.engine.factory import build_engine
-from wedlm.engine.interrupts import interrupts_deferred
-from wedlm.engine.options import EngineOptions
+from wedlm.engine.factory import plan_engine
+from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
@@ -50,27 +49,19 @@ class LLM:
             mask_token_id=resolve_options.read_mask_token_id(chosen.mask_token_id, self.model_config, self.tokenizer),
             end_token_ids=self.model_config.eos_token_ids,
             max_model_len=resolve_options.read_length(chosen.max_model_len, self.model_config),
-            default_decoding=chosen.decoding,
-            default_window_size=chosen.wedlm_window_size,
-            max_num_seqs=chosen.max_num_seqs,
-            max_num_batched_tokens=chosen.max_num_batched_tokens,
-            chunk_step_ratio=chosen.chunk_step_ratio,
-            capture_chunks=chosen.capture_chunks,
+            options=chosen,
         )
-        self.engine = build_engine(
-            self.model,
-            config,
-            self.tokenizer,
-            page_size=chosen.page_size,
-            kv_cache_bytes=chosen.kv_cache_bytes,
-            gpu_memory_utilization=chosen.gpu_memory_utilization,
-            cuda_graphs=chosen.cuda_graphs,
-        )
+        self.blueprint = plan_engine(self.model, config, self.tokenizer)
+        self.engine = self.blueprint.build()
         # Reentrant, since a stream may be closed by garbage collection in a thread that is inside the engine.
         self._lock = threading.RLock()
         self._busy = False
         self._abandoned: list[Request] = []
         self._ids = itertools.count()
+
+    def describe(self) -> str:
+        """One line: the device, how steps run and why, and the cache's size."""
+        return self.blueprint.describe()
 
     def generate(
         self,
@@ -129,7 +120,7 @@ class LLM:
         """Yield text as it becomes final. Closing the iterator aborts the request."""
         request = self._add(prompt, _param_list(params, 1)[0])
         stream = self._stream(request)
-        next(stream)  # into its try: closing an iterator that nobody read must abort, too
+        next(stream)  # into its try: closing an iterator that was never read must abort, too
         return stream
 
     def abort(self) -> None:
@@ -139,8 +130,9 @@ class LLM:
 
     def _stream(self, request: Request) -> Iterator[StreamPiece]:
         """An empty piece first, then those of the request."""
-        assert request.text is not None
-        shown = told = 0
+        text = request.output.text
+        assert text is not None
+        shown = sent = 0
         output = None
         try:
             yield StreamPiece("", [], -1, None)
@@ -148,11 +140,10 @@ class LLM:
                 with self._engine_alone():  # another thread's step must not change the request while it is read
                     self._step(request)
                     output = None if request.finish_reason is None else GenerationOutput.of(request)
-                    end = request.text.stable if output is None else len(request.text.text)
-                    piece = StreamPiece(
-                        request.text.text[shown:end], request.output_token_ids[told:], request.num_forwards - 1, output
-                    )
-                shown, told = max(shown, end), told + len(piece.token_ids)
+                    end = text.stable if output is None else len(text.text)
+                    step = request.counters.num_forwards - 1
+                    piece = StreamPiece(text.text[shown:end], request.output_token_ids[sent:], step, output)
+                shown, sent = max(shown, end), sent + len(piece.token_ids)
                 if piece.token_ids or output is not None:
                     yield piece
         finally:
@@ -166,16 +157,14 @@ class LLM:
             warnings.warn(warning, stacklevel=3)
         ids = self._encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
         with self._engine_alone():
-            request = self.engine.add(f"request-{next(self._ids)}", ids, params)
-            request.streamed = streamed
-            return request
+            return self.engine.add(f"request-{next(self._ids)}", ids, params, streamed=streamed)
 
     def window_warning(self, params: SamplingParams) -> str | None:
         """A sentence if these parameters' window meets distances that the checkpoint was not trained for."""
         block = self.model_config.block_size
-        window = params.wedlm_window_size or self.engine.config.default_window_size
-        decoding = params.decoding or self.engine.config.default_decoding
-        if block is None or window <= block or decoding not in ("streaming", "block", "auto_streaming"):
+        window = params.wedlm_window_size or self.engine.config.options.wedlm_window_size
+        decoding = params.decoding or self.engine.config.options.decoding
+        if block is None or window <= block or decoding not in ("streaming", "block"):
             return None
         return (
             f"the window of {window} is wider than the noise block of {block} that this checkpoint was trained with: "
@@ -184,14 +173,14 @@ class LLM:
 
     def _encode(self, prompt: str, add_special_tokens: bool) -> list[int]:
         try:
-            prompt.encode()  # the tokenizer's own message for a lone surrogate tells nobody anything
+            prompt.encode()  # the tokenizer's own message for a lone surrogate explains nothing
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt is no Unicode text ({error.reason}); expected valid characters") from error
         return self.tokenizer.encode(prompt, add_special_tokens)
 
     @contextmanager
     def _engine_alone(self) -> Iterator[None]:
-        """No other thread uses the engine meanwhile, and it is in no half-done state before or after."""
+        """Hold the engine alone; it is in no half-done state before or after."""
         with self._lock:
             self._busy = True
             try:
@@ -202,9 +191,9 @@ class LLM:
                 self._busy = False
 
     def _step(self, request: Request) -> None:
-        """Advance the engine, for everybody, unless another thread has finished the request meanwhile."""
+        """Advance the engine, for all requests, unless another thread has finished the request meanwhile."""
         if request.finish_reason is None:
-            with interrupts_deferred():
+            with _interrupts_deferred():
                 self.engine.step()
 
     def _abort(self, requests: Sequence[Request]) -> None:
@@ -230,6 +219,26 @@ class LLM:
                 tokens = sum(request.num_output_tokens for request in requests) if show else 0
                 speed = f"{tokens / (time.perf_counter() - start):,.0f} tok/s"
                 bar.update(task, completed=len(requests) - len(pending), speed=speed)
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C takes effect after the step: half of one would lose tokens of all requests in it.
+
+    Only where Python's own handler is in force: an application with another one decides for itself.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    caught: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
-from wedlm.algorithm.params import ALL_DECODINGS, DecodeParams, Decoding
+from wedlm.algorithm.params import DECODINGS, DecodeParams, Decoding
 
 Check = Callable[[str, Any], Any]  # (name, value) -> the value to keep; ValueError naming the option
 
@@ -53,8 +53,8 @@ def read_decoding(name: str, value: object) -> Decoding:
     """A decoding mode; None is the default."""
     if value is None:
         return "auto"
-    if value not in ALL_DECODINGS:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(ALL_DECODINGS)}")
+    if value not in DECODINGS:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(DECODINGS)}")
     return value  # type: ignore[return-value]
 
 
@@ -158,6 +158,17 @@ class EngineOptions:
             if name not in names:
                 raise TypeError(f"LLM got an unexpected keyword argument {name!r}; expected one of {', '.join(names)}")
         return cls(**given)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What all requests of an engine share: facts of its model, lengths in tokens, and the options."""
+
+    vocab_size: int
+    mask_token_id: int
+    end_token_ids: tuple[int, ...]
+    max_model_len: int
+    options: EngineOptions = EngineOptions()
 
 
 def option_fields() -> dict[str, Field]:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What callers get back."""
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from wedlm.engine.request import Alternatives, Request, RequestStats, WindowSnapshot
+from wedlm.engine.request import Request, RequestStats, TopLogprobs, WindowSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,25 +23,25 @@ class GenerationOutput:
     finish_reason: str
     token_steps: list[int] = field(default_factory=list)
     logprobs: list[float] | None = None
-    top_logprobs: list[Alternatives] | None = None
+    top_logprobs: list[TopLogprobs] | None = None
     text_offsets: list[int] | None = None
     error: str | None = None
 
     @classmethod
     def of(cls, request: Request) -> "GenerationOutput":
-        """What a finished request has to show."""
-        assert request.text is not None
-        assert request.finish_reason is not None
-        asked = request.params.logprobs
+        """The output of a finished request."""
+        output, asked = request.output, request.params.logprobs
+        assert output.text is not None
+        assert output.finish_reason is not None
         return cls(
-            text=request.text.text,
+            text=output.text.text,
             token_ids=request.output_token_ids,
-            stats=RequestStats.of(request, time.perf_counter()),
-            finish_reason=request.finish_reason,
-            token_steps=list(request.token_steps),
-            logprobs=None if asked is None else list(request.logprobs),
-            top_logprobs=list(request.alternatives) if asked else None,
-            text_offsets=None if asked is None else [0, *request.text.ends][: request.num_output_tokens],
+            stats=RequestStats.of(request),
+            finish_reason=output.finish_reason,
+            token_steps=list(output.token_steps),
+            logprobs=None if asked is None else list(output.logprobs),
+            top_logprobs=list(output.top_logprobs) if asked else None,
+            text_offsets=None if asked is None else [0, *output.text.ends][: request.num_output_tokens],
         )
 
     def __getitem__(self, name: str) -> Any:
@@ -53,11 +52,11 @@ class GenerationOutput:
 
 @dataclass(frozen=True, slots=True)
 class StreamPiece:
-    """News of a stream: text that will not change any more, tokens, the forward that made them final.
+    """One update of a stream: text that will not change any more, tokens, the forward that made them final.
 
     The last piece carries the whole ``output``. From an ``AsyncEngine`` only: ``token_texts``, what each token added to
-    the text, stop strings not yet cut off; ``logprobs`` and
-    ``top_logprobs`` of the tokens, if asked for; ``window`` after the step, for requests that asked to watch it.
+    the text, stop strings not yet cut off; ``logprobs`` and ``top_logprobs`` of the tokens, if asked for; ``window``
+    after the step, for requests that asked to watch it.
     """
 
     text: str
@@ -66,5 +65,5 @@ class StreamPiece:
     output: GenerationOutput | None
     token_texts: list[str] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[Alternatives] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
     window: WindowSnapshot | None = None

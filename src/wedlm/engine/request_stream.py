@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 from wedlm.engine.outputs import StreamPiece
 
-News = list[tuple[int, StreamPiece]]  # index of a sequence in its submission, and a piece of it
+Updates = list[tuple[int, StreamPiece]]  # index of a sequence in its submission, and a piece of it
 
 
 class EngineFault(RuntimeError):
@@ -18,8 +18,8 @@ class EngineStopped(RuntimeError):
     """The engine takes no requests, and finishes none, any more."""
 
 
-class Ticket:
-    """Sequences submitted together, as the loop sees them. Iterate for news; ``abort`` whenever you lose interest."""
+class RequestStream:
+    """Sequences submitted together, as the loop sees them. Iterate for updates; ``abort`` at any time."""
 
     def __init__(self, request_ids: list[str], abort: Callable[[], None], closed: Callable[[int], None]) -> None:
         """``abort`` asks the engine to end them; ``closed(count)`` is called when that many have ended."""
@@ -28,7 +28,7 @@ class Ticket:
         self._abort, self._closed = abort, closed
         self._accepted = False
         self._failure: Exception | None = None
-        self._news: deque[tuple[int, StreamPiece]] = deque()
+        self._updates: deque[tuple[int, StreamPiece]] = deque()
         self._wake = asyncio.Event()
 
     async def accepted(self) -> None:
@@ -41,16 +41,16 @@ class Ticket:
         if self._failure is not None:
             raise self._failure
 
-    async def __aiter__(self) -> AsyncIterator[News]:
+    async def __aiter__(self) -> AsyncIterator[Updates]:
         """All that arrived since the last time, in order, until every sequence has had its last piece.
 
-        Raises what ``accepted`` raises, after the news that came before the failure.
+        Raises what ``accepted`` raises, after the updates that came before the failure.
         """
         while True:
-            if self._news:
-                news = list(self._news)
-                self._news.clear()
-                yield news
+            if self._updates:
+                updates = list(self._updates)
+                self._updates.clear()
+                yield updates
             elif self._failure is not None:
                 raise self._failure
             elif not self.num_open:
@@ -59,12 +59,12 @@ class Ticket:
                 await self._wait()
 
     def abort(self) -> None:
-        """End what still runs, before the next step; no news of it follows."""
+        """End what still runs, before the next step; no update of it follows."""
         if self.num_open:
             self._abort()
 
     def expire(self) -> None:
-        """Abort, and let whoever reads get a TimeoutError."""
+        """Abort, and let the reader get a TimeoutError."""
         if self.num_open:
             self._abort()
             self.fail(TimeoutError())
@@ -79,10 +79,10 @@ class Ticket:
         self._wake.set()
 
     def receive(self, index: int, piece: StreamPiece) -> None:
-        """News of one sequence; a piece with an output is its last."""
+        """An update of one sequence; a piece with an output is its last."""
         if not self.num_open:
             return  # on its way when it expired
-        self._news.append((index, piece))
+        self._updates.append((index, piece))
         if piece.output is not None:
             self._close(1)
         self._wake.set()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-from wedlm.algorithm.params import ALL_DECODINGS, Decoding
+from wedlm.algorithm.params import DECODINGS, DecodeParams, Decoding
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
@@ -21,7 +21,7 @@ class SamplingParams:
 
     temperature: 0 takes the most probable token; otherwise sampled after top_k, then top_p, then temperature.
     top_k: keep the k most probable tokens; 0 or -1 keeps all. top_p: keep the smallest set with this probability mass.
-    max_tokens: cut of the output; the model's length cuts too. min_tokens: no end before so many tokens.
+    max_tokens: cut of the output; the model's length cuts too. min_tokens: no end before this many tokens.
     stop: strings that end the text and are removed from it. stop_token_ids: end tokens besides the checkpoint's own.
     ignore_eos: go on after the checkpoint's end tokens. seed: same seed, same text; None draws one.
     logprobs: report the log-probability of each token and of this many most probable ones (0 to 20), always of the
@@ -29,17 +29,15 @@ class SamplingParams:
     logit. presence_penalty, frequency_penalty: subtracted from the logit of a token that the output has, and once for
     each time that it has it. json_schema: a JSON schema as a dict or as text; the output is JSON that it admits.
     grammar: a context-free grammar in llguidance's Lark syntax that the output keeps to. Both need the serve extra.
-    decoding: "auto", "streaming", "verified", "block", "autoregressive" or "auto_streaming"; None is the engine's
-    default. With "auto_streaming" the engine narrows windows under load, so that the same request may get another text.
-    wedlm_window_size: W of streaming and block decoding (auto_streaming: the most), most rows a step of verified and
-    auto; None is the engine's.
+    decoding: "auto", "streaming", "verified", "block" or "autoregressive"; None is the engine's default.
+    wedlm_window_size: W of streaming and block decoding, most rows a step of verified and auto; None is the engine's.
     wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
     wedlm_draft_entropy: verified decoding drafts up to the first masked row whose entropy reaches this (nats).
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: float = DecodeParams.temperature
+    top_p: float = DecodeParams.top_p
+    top_k: int = DecodeParams.top_k
     max_tokens: int = 256
     min_tokens: int = 0
     stop: str | tuple[str, ...] | list[str] | None = None
@@ -54,9 +52,9 @@ class SamplingParams:
     grammar: str | None = None
     decoding: Decoding | None = None
     wedlm_window_size: int | None = None
-    wedlm_entropy_threshold: float | None = 0.4
-    wedlm_pos_penalty_factor: float = 0.02
-    wedlm_draft_entropy: float = 2.5
+    wedlm_entropy_threshold: float | None = DecodeParams.entropy_threshold
+    wedlm_pos_penalty_factor: float = DecodeParams.pos_penalty
+    wedlm_draft_entropy: float = DecodeParams.draft_entropy
 
     def __post_init__(self) -> None:
         self._set("temperature", _number("temperature", self.temperature, high=_LARGEST))
@@ -86,8 +84,8 @@ class SamplingParams:
             raise ValueError(f"grammar has {len(self.grammar)} characters; expected at most {MAX_GRAMMAR_CHARACTERS}")
         if self.grammar is not None and self.json_schema is not None:
             raise ValueError("grammar is set beside json_schema; expected one of them")
-        if self.decoding is not None and self.decoding not in ALL_DECODINGS:
-            raise ValueError(f"decoding is {self.decoding!r}; expected one of {', '.join(ALL_DECODINGS)}")
+        if self.decoding is not None and self.decoding not in DECODINGS:
+            raise ValueError(f"decoding is {self.decoding!r}; expected one of {', '.join(DECODINGS)}")
         if self.wedlm_window_size is not None:
             self._set("wedlm_window_size", _integer("wedlm_window_size", self.wedlm_window_size, low=1))
         if self.wedlm_entropy_threshold is not None:

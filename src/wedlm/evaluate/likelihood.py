@@ -99,7 +99,7 @@ class LikelihoodScorer:
 
     def __init__(self, llm: "LLM", max_rows: int | None = None) -> None:
         runner, self.device = llm.engine.runner, llm.device
-        self.model, self.plan_attention = runner.model, runner.plan_attention
+        self.model, self.plan_attention = runner.eager.model, runner.eager.plan_attention
         self.cache, self.pool = runner.cache, llm.engine.pool
         self.max_length = llm.engine.config.max_model_len
         self.max_rows = max_rows or (512 if self.device.type == "cpu" else 8192)
@@ -132,7 +132,7 @@ class LikelihoodScorer:
             yield from self._run(batch)
         finally:
             for item in batch:
-                self.pool.close(item.name)
+                self.pool.free(item.name)
 
     def _items(self, pairs: Sequence[Pair]) -> list[_Item]:
         """Pairs grouped by context, in sorted order."""
@@ -166,11 +166,11 @@ class LikelihoodScorer:
 
     def _open(self, item: _Item) -> bool:
         """Pages for the item; False, and nothing changes, if there are too few."""
-        item.cached = self.pool.open(item.name, item.context, len(item.context) - 1)
+        item.cached = self.pool.allocate(item.name, item.context, len(item.context) - 1)
         widest = max(self._chunk_rows(item, chunk) for chunk in self._chunks(item))
         if self.pool.reserve(item.name, len(item.context) + widest):
             return True
-        self.pool.close(item.name)
+        self.pool.free(item.name)
         return False
 
     def _chunk_rows(self, item: _Item, chunk: list[int]) -> int:
@@ -214,7 +214,7 @@ class LikelihoodScorer:
             alone = [len(item.context) + len(tokens) - 1 for tokens in item.continuations]
             self.stats.num_reused_tokens += sum(alone)  # less what is computed, see _forward
             self.pool.commit(item.name, item.context, len(item.context))
-            self.pool.close(item.name)
+            self.pool.free(item.name)
             for pair, logprob, greedy in zip(item.pairs, item.logprobs, item.greedy, strict=True):
                 scores.append((pair, Score(logprob, greedy)))
         batch.clear()

@@ -7,13 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wedlm.algorithm.params import Decoding
-from wedlm.attention.base import KVCache
-from wedlm.engine.engine import Engine, EngineConfig
-from wedlm.engine.options import read_decoding, read_positive_integer
-from wedlm.engine.pages import PagePool
+from wedlm.algorithm.params import DecodeParams, Decoding
+from wedlm.engine.factory import Blueprint
+from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.request import Request
-from wedlm.engine.runner import Runner
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.hf.attend import real_rows
 from wedlm.model.config import read_token_ids
@@ -21,7 +18,6 @@ from wedlm.model.config import read_token_ids
 if TYPE_CHECKING:
     from wedlm.hf.modeling import WeDLMForCausalLM
 
-_PAGE_SIZE = 16
 _MAX_NUM_SEQS = 64
 
 
@@ -33,14 +29,14 @@ def generate(
     max_new_tokens: int,
     min_new_tokens: int = 0,
     decoding: Decoding | None = None,
-    wedlm_window_size: int = 16,
-    wedlm_entropy_threshold: float | None = 0.4,
-    wedlm_pos_penalty_factor: float = 0.02,
-    wedlm_draft_entropy: float = 1.5,
+    wedlm_window_size: int = DecodeParams.window_size,
+    wedlm_entropy_threshold: float | None = DecodeParams.entropy_threshold,
+    wedlm_pos_penalty_factor: float = DecodeParams.pos_penalty,
+    wedlm_draft_entropy: float = DecodeParams.draft_entropy,
     do_sample: bool | None = None,
     temperature: float | None = None,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    top_k: int = DecodeParams.top_k,
+    top_p: float = DecodeParams.top_p,
     seed: int | None = None,
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
@@ -82,9 +78,11 @@ def generate(
         mask_token_id=mask,
         end_token_ids=ends,
         max_model_len=config.max_length,
-        default_decoding=read_decoding("decoding", decoding),
-        default_window_size=read_positive_integer("wedlm_window_size", wedlm_window_size),
-        max_num_seqs=min(len(input_ids), _MAX_NUM_SEQS),
+        options=EngineOptions(
+            decoding=decoding,  # type: ignore[arg-type]  # None is the default
+            wedlm_window_size=wedlm_window_size,
+            max_num_seqs=min(len(input_ids), _MAX_NUM_SEQS),
+        ),
     )
     new = _decode(self, engine_config, _prompts(input_ids, attention_mask), params)
     longest = max(len(tokens) for tokens in new)
@@ -97,13 +95,21 @@ def _decode(
 ) -> list[list[int]]:
     """New tokens of each prompt, from an engine whose cache holds all of them to their ends."""
     config, embedding = model.config.model_config(), model.model.embed_tokens.weight
-    window = 2 * engine_config.default_window_size
+    window = 2 * engine_config.options.wedlm_window_size
     lengths = [min(len(prompt) + params.max_tokens + window, config.max_length) for prompt in prompts]
-    num_pages = sum(-(-length // _PAGE_SIZE) for length in lengths)
-    size = (config.num_layers, num_pages, _PAGE_SIZE, config.num_kv_heads, config.head_dim)
-    cache = KVCache(*size, embedding.dtype, embedding.device)
-    runner = Runner(model.rows, cache, engine_config.mask_token_id, engine_config.max_num_seqs)
-    engine = Engine(engine_config, runner, PagePool(num_pages, _PAGE_SIZE), tokenizer=None)
+    page_size = engine_config.options.page_size
+    blueprint = Blueprint(
+        model=model.rows,
+        packed=None,
+        shape=config,
+        dtype=embedding.dtype,
+        device=embedding.device,
+        config=engine_config,
+        num_pages=sum(-(-length // page_size) for length in lengths),
+        page_size=page_size,
+        tokenizer=None,
+    )
+    engine = blueprint.build()
     requests: list[Request] = [engine.add(str(i), prompt, params) for i, prompt in enumerate(prompts)]
     training = model.training
     model.eval()

@@ -5,18 +5,14 @@ Shape suffixes: T rows, C hidden size, H heads (query heads, or the fewer key/va
 ``masked`` says which rows are masked; only layers with factors for them look at it (``masked_lora.py``).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wedlm.attention.base import Attend
 from wedlm.model.config import ModelConfig
 from wedlm.model.lora.masked_rows import product
 from wedlm.model.rope import rotate
-
-# attend(layer, q_THD, k_TKD, v_TKD) -> out_THD: cache, mask and softmax (scale D**-0.5) are all the backend's.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):

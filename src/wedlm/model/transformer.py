@@ -7,8 +7,9 @@ Shape suffixes: T rows, L rows whose logits are wanted, C hidden size, D head di
 import torch
 from torch import Tensor, nn
 
+from wedlm.attention.base import Attend
 from wedlm.model.config import ModelConfig
-from wedlm.model.layers import Attend, DecoderLayer, RMSNorm
+from wedlm.model.layers import DecoderLayer, RMSNorm
 from wedlm.model.lora.masked_rows import put_at_masked
 from wedlm.model.rope import RotaryEmbedding
 

@@ -10,7 +10,7 @@ from secrets import token_hex
 from typing import Any, Literal
 
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
-from wedlm.engine.request import Alternatives
+from wedlm.engine.request import TopLogprobs
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer
 from wedlm.server.logprobs import Decode, chat_logprobs, text_logprobs
@@ -132,7 +132,7 @@ def _logprobs(
     job: Job,
     tokens: Sequence[int],
     logprobs: Sequence[float],
-    top: Sequence[Alternatives],
+    top: Sequence[TopLogprobs],
     offsets: Sequence[int],
     tokenizer: Tokenizer,
 ) -> dict[str, Any]:

@@ -5,14 +5,14 @@ as U+FFFD and has no bytes. -inf, which JSON has not, becomes OpenAI's -9999."""
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from wedlm.engine.request import Alternatives
+from wedlm.engine.request import TopLogprobs
 
 Decode = Callable[[list[int]], str]
 _LOWEST = -9999.0
 
 
 def chat_logprobs(
-    tokens: Sequence[int], logprobs: Sequence[float], top: Sequence[Alternatives], decode: Decode
+    tokens: Sequence[int], logprobs: Sequence[float], top: Sequence[TopLogprobs], decode: Decode
 ) -> dict[str, Any]:
     """Of a chat: an object per token; ``top`` may be empty."""
     entries = []
@@ -25,7 +25,7 @@ def chat_logprobs(
 def text_logprobs(
     tokens: Sequence[int],
     logprobs: Sequence[float],
-    top: Sequence[Alternatives],
+    top: Sequence[TopLogprobs],
     offsets: Sequence[int],
     decode: Decode,
 ) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from wedlm.engine.async_llm import AsyncEngine, fresh_engine
+from wedlm.engine.async_llm import AsyncEngine
 from wedlm.engine.constraints.grammar import grammars_of
 from wedlm.engine.engine import Engine
 from wedlm.engine.llm import LLM
 from wedlm.engine.outputs import GenerationOutput
-from wedlm.engine.request_stream import EngineFault, EngineStopped, Ticket
+from wedlm.engine.request_stream import EngineFault, EngineStopped, RequestStream
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.server import answers
 from wedlm.server.answers import Job
@@ -51,7 +51,7 @@ class Service:
         self.metrics.watch(self.engine)
 
     def _renew(self, broken: Engine) -> Engine:
-        self.llm.engine = fresh_engine(broken)
+        self.llm.engine = self.llm.blueprint.rebuild(broken)
         return self.llm.engine
 
     @property
@@ -141,7 +141,7 @@ class Service:
             if not handed_over:
                 close()
 
-    async def _collect(self, job: Job, ticket: Ticket, request: Request) -> list[GenerationOutput]:
+    async def _collect(self, job: Job, ticket: RequestStream, request: Request) -> list[GenerationOutput]:
         outputs: dict[int, GenerationOutput] = {}
         stopwatch = Stopwatch(self.metrics, len(job.sequences))
         async for news in ticket:
@@ -151,7 +151,7 @@ class Service:
                     outputs[index] = piece.output
         return _in_order(outputs, request)
 
-    async def _events(self, job: Job, ticket: Ticket, request: Request) -> AsyncIterator[bytes]:
+    async def _events(self, job: Job, ticket: RequestStream, request: Request) -> AsyncIterator[bytes]:
         outputs: dict[int, GenerationOutput] = {}
         stopwatch = Stopwatch(self.metrics, len(job.sequences))
         choices = [answers.ChoiceStream(job, index, self.llm.tokenizer) for index in range(len(job.sequences))]
@@ -182,7 +182,7 @@ class Service:
             name = json_name(model)
             message = f"model is {name}; expected {self.config.model_name}"
             raise ApiError(404, message, type="not_found_error", param="model", code="model_not_found")
-        room = self.llm.engine.config.max_num_seqs + self.config.max_queue
+        room = self.llm.engine.config.options.max_num_seqs + self.config.max_queue
         most = min(self.config.max_choices, room)
         if count > most:
             message = f"n times the number of prompts is {count}; expected at most {most}"
@@ -203,7 +203,7 @@ class Service:
     def _room(self, prompt: Sequence[int]) -> int:
         """Tokens that the model and the cache have left for an answer to ``prompt``; at least 1."""
         config, pool = self.llm.engine.config, self.llm.engine.pool
-        slots = pool.num_pages * pool.page_size - 2 * config.default_window_size
+        slots = pool.num_pages * pool.page_size - 2 * config.options.wedlm_window_size
         return max(1, min(config.max_model_len, slots) - len(prompt))
 
     def _job(self, kind: str, body: ChatRequest | CompletionRequest, prompts: list[list[int]], room: int) -> Job:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Budgets that follow measured costs: drafts of a window, rows of prompt chunks."""
+"""Budgets that follow measured costs, for drafts and for prompt chunks. ``Controller`` owns them all."""

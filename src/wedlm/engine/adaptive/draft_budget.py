@@ -2,25 +2,24 @@
 """Auto decoding: how many rows a verified window gets in the next step, from what steps cost and how drafts fare.
 
 Every choice gives AR's text, so load never changes an answer; it changes only when the answer comes. Simulated before
-it was built: tests/engine/test_auto.py, docs/log.md.
+it was built: tests/engine/test_draft_budget.py, docs/log.md.
 """
 
-import bisect
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from wedlm.algorithm.params import drafts_of
+from wedlm.engine.adaptive.step_costs import StepCosts
 
 # (k + 1)(k + 2) rows have k drafts in every step, (k + 1)² in most of them.
 ROW_BUDGETS = (1, 4, 6, 9, 12, 16, 20, 25, 30, 36)
 _PROBE = 6
 _MEMORY = 100.0  # steps after which an observation counts e times less
-_HOPE = 0.85  # what is assumed of a draft that nobody has seen, times its predecessor's rate
+_HOPE = 0.85  # assumed rate of a draft never seen yet, relative to its predecessor's
 _PATIENCE = 0.02  # gain below which a budget is kept
 _CALM = 8  # steps between two looks at the choice,
-_OTHER_LOAD = 1.25  # unless there are so many times more windows, or fewer
+_OTHER_LOAD = 1.25  # unless the number of windows has changed by this factor
 _PROBE_STEPS = 3  # steps of a probe: the first has no drafts yet
 _SHORTEST, _LONGEST = 32, 512  # steps between probes; doubled whenever one finds nothing
 
@@ -36,7 +35,7 @@ class Rate:
         self.successes, self.trials = self.successes * keep + success * weight, self.trials * keep + weight
 
     def fade(self, most: float) -> None:
-        """Let all that was seen count as at most so many trials."""
+        """Let all observations count as at most ``most`` trials."""
         if self.trials > most:
             self.successes, self.trials = self.successes * most / self.trials, most
 
@@ -45,59 +44,9 @@ class Rate:
         return (self.successes + 2 * prior) / (self.trials + 2)
 
 
-class StepCosts:
-    """Seconds of a forward by rows in all, each measured once. ``padded``: in between as much as for the next larger
-    number that was measured (CUDA graphs are of such sizes); otherwise linear. Beyond the last, the last two go on in a
-    line, which tells little: a few rows cost a GPU the same, and noise makes the slope. So ``add`` those that may run.
-    """
-
-    def __init__(self, seconds_by_rows: Sequence[tuple[int, float]], padded: bool) -> None:
-        self.padded = padded
-        self._rows: list[int] = []
-        self._seconds: list[float] = []
-        for rows, seconds in seconds_by_rows:
-            self.add(rows, seconds)
-
-    @property
-    def most_rows(self) -> int:
-        """That were measured; 0 if nothing was."""
-        return self._rows[-1] if self._rows else 0
-
-    def add(self, rows: int, seconds: float) -> None:
-        """Extend the table, for all who hold it."""
-        assert rows > self.most_rows
-        self._rows.append(rows)
-        self._seconds.append(max(seconds, self._seconds[-1] if self._seconds else 0.0))  # more never cost less
-
-    def table(self) -> list[tuple[int, float]]:
-        """(rows, seconds) as measured."""
-        return list(zip(self._rows, self._seconds, strict=True))
-
-    def __call__(self, rows: float) -> float:
-        i = bisect.bisect_left(self._rows, rows)
-        if i == 0 or (self.padded and i < len(self._rows)):
-            return self._seconds[i]
-        if len(self._rows) == 1:
-            return self._seconds[0] * rows / self._rows[0]
-        i = min(i, len(self._rows) - 1)
-        (x0, y0), (x1, y1) = ((self._rows[j], self._seconds[j]) for j in (i - 1, i))
-        return y0 + (rows - x0) * (y1 - y0) / (x1 - x0)
-
-    def rows_within(self, seconds: float) -> int:
-        """The most rows that a forward of so many seconds can have; at least 0."""
-        points = list(zip(self._rows, self._seconds, strict=True))
-        if len(points) == 1 or seconds < points[0][1]:
-            return int(points[0][0] * seconds / points[0][1])
-        if self.padded and seconds < points[-1][1]:
-            return points[bisect.bisect_right(self._seconds, seconds) - 1][0]
-        i = min(bisect.bisect_right(self._seconds, seconds), len(points) - 1)
-        (x0, y0), (x1, y1) = points[i - 1], points[i]
-        return int(x0 + (seconds - y0) * (x1 - x0) / max(y1 - y0, 1e-9))
-
-
 @lru_cache(maxsize=4096)
 def longest_draft(num_rows: int, num_drafts: int, num_accepted: int, row_budget: int) -> int:
-    """Most drafts that a step of so many rows can leave to the next one, which gets at most ``row_budget`` rows.
+    """Most drafts that a step of ``num_rows`` rows can leave to the next one, which gets at most ``row_budget`` rows.
 
     As ``verify`` shares rows out: the last groups have those left over; a group's first row guesses AR's own token.
     """
@@ -110,14 +59,14 @@ def expected_step(row_budget: int, accepts: tuple[float, ...], offers: tuple[flo
     """(tokens, rows) of a step in the long run, for drafts accepted at these rates by depth, given their predecessors,
     and offered (certain enough to be drafted) at those."""
     most = drafts_of(row_budget)
-    follows = [[0.0] * (most + 1) for _ in range(most + 1)]  # chances of so many drafts after so many
+    follows = [[0.0] * (most + 1) for _ in range(most + 1)]  # chance of each number of drafts after each
     for drafts, after in enumerate(follows):
         rows = min(row_budget, 1 + drafts + (drafts + 1) * (most + 1) if most else 1)
         for accepted, chance in enumerate(_accepted(drafts, accepts)):
             longest = longest_draft(rows, drafts, accepted, row_budget)
             for offered, probability in enumerate(_accepted(longest, offers)):
                 after[offered] += chance * probability
-    share = [1.0] + [0.0] * most  # of steps that have so many drafts
+    share = [1.0] + [0.0] * most  # of steps, by their number of drafts
     into = list(zip(*follows, strict=True))
     for _ in range(40):
         after = [sum(map(operator.mul, share, column)) for column in into]
@@ -137,7 +86,7 @@ def _accepted(count: int, rates: tuple[float, ...]) -> list[float]:
 
 
 @dataclass
-class AutoRows:
+class DraftBudget:
     """Chooses the row budget of each step."""
 
     costs: StepCosts
@@ -188,11 +137,11 @@ class AutoRows:
         return probe
 
     def observe(self, num_drafts: int, num_accepted: int, longest: int, num_windows: int, count: int = 1) -> None:
-        """What became of the drafts of one window in a step, or of ``count`` windows, of each the same; ``longest``:
-        there could have been so many."""
+        """What became of the drafts of one window in a step, or of ``count`` windows with the same outcome. ``longest``
+        is how many drafts there could have been."""
         keep_one = 1 - 1 / (_MEMORY * max(1, num_windows))
         keep = keep_one**count
-        weight = (1 - keep) / (1 - keep_one)  # of so many trials, the earlier ones decayed
+        weight = (1 - keep) / (1 - keep_one)  # of ``count`` trials, the earlier ones decayed
         for depth, rate in enumerate(self._accepts[: min(num_drafts, num_accepted + 1)]):
             rate.add(depth < num_accepted, keep, weight)
         for depth, rate in enumerate(self._offers[: min(longest, num_drafts + 1)]):
@@ -202,12 +151,12 @@ class AutoRows:
         """How long a step of windows alone took, from result to result."""
         beside = self._beside[num_rows > num_windows]
         now, before = max(0.0, seconds - self.costs(num_rows)), beside.get(num_windows)
-        # A pause of the machine is no cost of the step.
+        # A pause of the machine is not a cost of the step.
         beside[num_windows] = now if before is None else before + 0.1 * (min(now, 2 * before + 1e-3) - before)
 
     def _seconds_beside(self, num_windows: int, drafting: bool) -> float:
-        """As seen with the number of windows nearest to this one. What was never seen is taken for cheap: so it is
-        tried, and then known."""
+        """As observed with the number of windows nearest to this one. Unseen batch sizes count as free, so that they
+        get tried once."""
         seen = self._beside[drafting] or (self._beside[0] if drafting else {})
         return seen[min(seen, key=lambda number: abs(number - num_windows))] if seen else 0.0
 

@@ -3,14 +3,14 @@
 
 from dataclasses import dataclass
 
-from wedlm.engine.adaptive.draft_budget import StepCosts
+from wedlm.engine.adaptive.step_costs import StepCosts
 
-_SMALLEST_CHUNK = 32  # a prompt gets on however dear its rows are
+_SMALLEST_CHUNK = 32  # a prompt makes progress however expensive its rows are
 _NEW = 0.1  # weight of the latest observation
 
 
 @dataclass
-class Pacing:
+class PrefillBudget:
     """Rows of chunks beside windows: such a step should take at most ``ratio`` times what the windows alone take.
 
     ``costs`` knows forwards; what steps take besides (attention, the host) is observed.
@@ -22,7 +22,7 @@ class Pacing:
     _beside_chunks: float = 0.0  # of steps with chunks
 
     def chunk_rows(self, window_rows: int) -> int:
-        """The most rows of chunks beside so many rows of windows."""
+        """The most rows of chunks beside ``window_rows`` rows of windows."""
         alone = self.costs(window_rows) + self._beside_windows
         beside = max(self._beside_chunks, self._beside_windows)
         return max(_SMALLEST_CHUNK, self.costs.rows_within(self.ratio * alone - beside) - window_rows)

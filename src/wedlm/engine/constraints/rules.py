@@ -59,7 +59,7 @@ class Constraint:
         if self.matcher is not None:
             self.matcher.rewind(count)
 
-    def favour(self, logits: Tensor, counts: Mapping[int, int]) -> None:
+    def apply_penalties(self, logits: Tensor, counts: Mapping[int, int]) -> None:
         """Biases and penalties for a row of logits [V], in place; ``counts`` is of the output before its token."""
         changes = Counter(self._bias) if self._bias else Counter()
         if self._presence or self._frequency:
@@ -69,7 +69,7 @@ class Constraint:
             index = torch.tensor(list(changes), device=logits.device)
             logits[index] += torch.tensor(list(changes.values()), dtype=logits.dtype, device=logits.device)
 
-    def forbid(self, logits: Tensor) -> bool:
+    def apply_mask(self, logits: Tensor) -> bool:
         """Leave in a row of logits [V], in place, only what the grammar admits in its present state.
 
         False, with nothing changed, if it admits nothing: it has failed, or the text is complete and has no end token.
@@ -90,7 +90,7 @@ class Constraint:
         return True
 
 
-def constraint_of(
+def build_constraint(
     params: SamplingParams,
     end_token_ids: tuple[int, ...],
     mask_token_id: int,

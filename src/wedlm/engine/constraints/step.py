@@ -9,12 +9,11 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from wedlm.algorithm.reorder import PackedRows
 from wedlm.algorithm.sample import SamplingBatch, choose_tokens, entropy_and_normaliser
 from wedlm.algorithm.verify import RowLayout
 from wedlm.algorithm.window import Emitted, RowResults, WindowState
 from wedlm.engine.constraints.rules import Constraint
-from wedlm.engine.request import Work
+from wedlm.engine.plan import ScheduledRequest
 
 
 class ConstrainedStep:
@@ -26,10 +25,12 @@ class ConstrainedStep:
     checks them.
     """
 
-    def __init__(self, windows: list[Work], state: WindowState, layout: RowLayout) -> None:
+    def __init__(self, windows: list[ScheduledRequest], state: WindowState, layout: RowLayout) -> None:
         """``state`` and ``layout`` are those of the forward (``extend``'s)."""
         self._constraints: dict[int, Constraint] = {
-            s: work.request.constraint for s, work in enumerate(windows) if work.request.constraint is not None
+            s: one.request.output.constraint
+            for s, one in enumerate(windows)
+            if one.request.output.constraint is not None
         }
         self._windows = windows
         widths = state.width.tolist()
@@ -41,25 +42,25 @@ class ConstrainedStep:
         self._sampling: SamplingBatch | None = None
 
     @classmethod
-    def of(cls, windows: list[Work], state: WindowState, layout: RowLayout) -> "ConstrainedStep | None":
+    def of(cls, windows: list[ScheduledRequest], state: WindowState, layout: RowLayout) -> "ConstrainedStep | None":
         """None if no window is constrained."""
-        if all(work.request.constraint is None for work in windows):
+        if all(one.request.output.constraint is None for one in windows):
             return None
         return cls(windows, state, layout)
 
     def apply(
-        self, logits: Tensor, rows: PackedRows, column: Tensor, normaliser: Tensor, sampling: SamplingBatch
+        self, sequence: Tensor, column: Tensor, logits: Tensor, normaliser: Tensor, sampling: SamplingBatch
     ) -> None:
-        """Change the logits [L, V] of constrained windows in place; ``column`` is each row's, ``normaliser`` of the raw
-        logits."""
-        places = zip(rows.sequence.tolist(), column.tolist(), strict=True)
+        """Change the logits [L, V] of constrained windows in place; ``sequence`` and ``column`` are each row's,
+        ``normaliser`` of the raw logits."""
+        places = zip(sequence.tolist(), column.tolist(), strict=True)
         self._rows = {place: row for row, place in enumerate(places)}
         self._sampling, self._normaliser, self._logits = sampling, normaliser, logits
-        if any(not self._windows[s].request.decode.verifies for s in self._constraints):
+        if any(not self._windows[s].request.decode.is_verified for s in self._constraints):
             self._free_logits = logits.clone()
         for s, constraint in self._constraints.items():
             assert constraint.num_accepted == self._windows[s].request.num_output_tokens
-            if self._windows[s].request.decode.verifies:
+            if self._windows[s].request.decode.is_verified:
                 self._apply_verified(s, constraint, logits)
             else:
                 self._apply_streaming(s, constraint, logits)
@@ -74,16 +75,18 @@ class ConstrainedStep:
                 known = known and constraint.advance(tokens[c])
                 tried += known
             row = logits[self._rows[s, c]]
-            constraint.favour(row, counts[c])
+            constraint.apply_penalties(row, counts[c])
             if known:  # otherwise the row stands after a draft that cannot be accepted
-                constraint.forbid(row)
+                constraint.apply_mask(row)
         constraint.rewind(tried)
         for c in range(num_filled, len(tokens)):
-            constraint.favour(logits[self._rows[s, c]], counts[self._shared[s][c] - 1])
+            constraint.apply_penalties(logits[self._rows[s, c]], counts[self._shared[s][c] - 1])
 
     def _apply_streaming(self, s: int, constraint: Constraint, logits: Tensor) -> None:
         tokens, filled = self._tokens[s], self._filled[s]
-        emitted = len(self._windows[s].request.tokens) - self._cached[s]  # columns whose tokens the rules know already
+        emitted = (
+            len(self._windows[s].request.output.tokens) - self._cached[s]
+        )  # columns whose tokens the rules know already
         counts, tried, known, first = constraint.counts.copy(), 0, True, True
         for c in range(emitted, len(tokens)):
             if filled[c]:
@@ -93,9 +96,9 @@ class ConstrainedStep:
                     tried += known
                 continue
             row = logits[self._rows[s, c]]
-            constraint.favour(row, counts)
+            constraint.apply_penalties(row, counts)
             if first and known:
-                constraint.forbid(row)
+                constraint.apply_mask(row)
             first = False
         constraint.rewind(tried)
 
@@ -106,7 +109,7 @@ class ConstrainedStep:
         the grammar refuses would only be lost. Their entropy becomes that of what the grammar leaves.
         """
         for s, constraint in self._constraints.items():
-            if constraint.matcher is None or not self._windows[s].request.decode.verifies:
+            if constraint.matcher is None or not self._windows[s].request.decode.is_verified:
                 continue
             drafts = self._tokens[s][1 : sum(self._filled[s])]
             choice = results.choice[s].tolist()
@@ -127,7 +130,7 @@ class ConstrainedStep:
         for done, c in enumerate(columns):
             row = self._rows[s, c]
             logits = self._logits[row : row + 1].clone()
-            if not constraint.forbid(logits[0]):
+            if not constraint.apply_mask(logits[0]):
                 return done
             token = int(choose_tokens(logits, self._sampling.row(row))[0])
             results.choice[s, c], results.entropy[s, c] = token, entropy_and_normaliser(logits)[0][0]
@@ -145,7 +148,7 @@ class ConstrainedStep:
         """
         for s, constraint in self._constraints.items():
             decode = self._windows[s].request.decode
-            if constraint.matcher is None or decode.verifies:
+            if constraint.matcher is None or decode.is_verified:
                 continue
             if constraint.matcher.failed:
                 emitted.count[s] = 1  # whatever it is: the engine will ask the grammar, and end the text there
@@ -174,10 +177,10 @@ class ConstrainedStep:
         """The token that row ``row`` chooses under the rules after ``before``, its raw log-probability, and whether the
         grammar admits any."""
         logits = self._free_logits[row].clone()
-        constraint.favour(logits, constraint.counts + Counter(before))
+        constraint.apply_penalties(logits, constraint.counts + Counter(before))
         tried = sum(constraint.advance(token) for token in before)
         assert tried == len(before)
-        admitted = constraint.forbid(logits)
+        admitted = constraint.apply_mask(logits)
         constraint.rewind(tried)
         assert self._sampling is not None
         token = int(choose_tokens(logits[None], self._sampling.row(row))[0])

@@ -1,2 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to run a planned step."""
+"""Ways to run the plan of a step, by composition.
+
+``Runner`` holds the ``Windows`` of running requests, the cache and a few ``StepExecutor``s (``base.py``), in order of
+preference. Each step goes to the first that takes its plan:
+
+* ``EagerStep``: plain torch operations, any plan, any device. The reference that all others are compared with.
+* ``CapturedStep``: our Triton kernels (``DeviceStep``) as CUDA graphs (``StepGraphs``), launched ahead of the host.
+
+To add a way, write a class with the methods of ``StepExecutor`` and name it in ``wedlm.engine.factory``; nothing else
+changes. A native forward for CPUs is such a class: ``takes`` the plans whose parameters it knows, ``launch`` makes one
+call and returns a ``FinishedStep``. Ranks of tensor parallelism are another: a class around an executor that sends the
+plan to the other ranks before it launches its own share. ``takes`` reads the plan alone, so every rank decides alike.
+"""

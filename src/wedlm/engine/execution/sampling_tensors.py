@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wedlm.algorithm.params import DecodeParams, drafts_of
+from wedlm.algorithm.sample import SamplingBatch
 from wedlm.algorithm.window import WindowParams
 
 _Stacked = TypeVar("_Stacked")
@@ -24,7 +25,7 @@ class BatchParams:
     seed: Tensor
     end_tokens: Tensor  # padded with -1
     first_free_end: Tensor
-    adapts: Tensor  # a step may lower its rows
+    is_adaptive: Tensor  # a step may lower its rows
     flags: "BatchFlags"
 
     @classmethod
@@ -40,21 +41,37 @@ class BatchParams:
             seed=torch.tensor([p.seed for p in params], dtype=torch.long, device=device),
             end_tokens=torch.tensor(ends, dtype=torch.long, device=device).reshape(len(params), num_ends),
             first_free_end=torch.tensor([p.first_free_end for p in params], dtype=torch.long, device=device),
-            adapts=torch.tensor([p.adapts for p in params], device=device),
+            is_adaptive=torch.tensor([p.is_adaptive for p in params], device=device),
             flags=BatchFlags.of(params),
         )
 
     def limited(self, row_budget: int) -> WindowParams:
-        """The window parameters with at most so many rows where they adapt."""
-        if not self.flags.adapts:
+        """The window parameters with at most ``row_budget`` rows where they are adaptive."""
+        if not self.flags.adaptive:
             return self.window
-        rows = torch.where(self.adapts, self.window.row_budget.clamp(max=row_budget), self.window.row_budget)
+        rows = torch.where(self.is_adaptive, self.window.row_budget.clamp(max=row_budget), self.window.row_budget)
         most = self.window.max_drafts.clamp(max=drafts_of(row_budget))
-        return replace(self.window, row_budget=rows, max_drafts=torch.where(self.adapts, most, self.window.max_drafts))
+        return replace(
+            self.window, row_budget=rows, max_drafts=torch.where(self.is_adaptive, most, self.window.max_drafts)
+        )
+
+    def sampling(self, index: Tensor, position: Tensor, flags: "BatchFlags") -> SamplingBatch:
+        """How to choose the tokens for ``position`` [L] of the windows ``index`` [L]."""
+        return SamplingBatch(
+            temperature=self.temperature[index],
+            top_k=self.top_k[index],
+            top_p=self.top_p[index],
+            seed=self.seed[index],
+            position=position,
+            any_sampled=flags.sampled,
+            any_truncated=flags.truncated,
+        )
 
     def take(self, index: Tensor, flags: "BatchFlags") -> "BatchParams":
         """The rows at ``index``, whose flags are ``flags``."""
-        window = replace(_map(self.window, lambda t: t[index]), any_verifies=flags.verifies, any_streams=flags.streams)
+        window = replace(
+            _map(self.window, lambda t: t[index]), any_verified=flags.verified, any_streaming=flags.streaming
+        )
         return replace(_map(self, lambda t: t[index]), window=window, flags=flags)
 
     def pairs(self, others: "BatchParams") -> list[tuple[Tensor, Tensor]]:
@@ -68,27 +85,27 @@ class BatchParams:
 class BatchFlags:
     """What decides the work of a step, besides its sizes."""
 
-    verifies: bool
-    streams: bool
+    verified: bool
+    streaming: bool
     sampled: bool
     truncated: bool
     end_banned: bool
     groups: bool
     entropy: bool
-    adapts: bool
+    adaptive: bool
 
     @classmethod
     def of(cls, params: list[DecodeParams]) -> "BatchFlags":
         sampled = [p for p in params if p.temperature > 0]
         return cls(
-            verifies=any(p.verifies for p in params),
-            streams=any(not p.verifies for p in params),
+            verified=any(p.is_verified for p in params),
+            streaming=any(not p.is_verified for p in params),
             sampled=bool(sampled),
             truncated=any(p.top_k > 0 or p.top_p < 1 for p in sampled),
             end_banned=any(p.first_free_end > 0 for p in params),
-            groups=any(p.verifies and p.max_drafts > 0 for p in params),
-            entropy=any(p.row_budget > 1 or not p.verifies for p in params),
-            adapts=any(p.adapts for p in params),
+            groups=any(p.is_verified and p.max_drafts > 0 for p in params),
+            entropy=any(p.row_budget > 1 or not p.is_verified for p in params),
+            adaptive=any(p.is_adaptive for p in params),
         )
 
 

@@ -6,11 +6,11 @@ Shape suffixes as in ``transformer.py``; F = (H + 2 K) D, the width of the packe
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from wedlm.attention.base import FusedAttend, Norms
 from wedlm.kernels.embed import embed
 from wedlm.kernels.matmul import MAX_ROWS, MAX_SCALED_ROWS, Tiling, few_rows_product, tiling_for
 from wedlm.kernels.norm import add_rms_norm, silu_mul
@@ -19,14 +19,6 @@ from wedlm.model.inference.quantization import scale_of
 from wedlm.model.layers import DecoderLayer
 from wedlm.model.lora.masked_rows import MaskedLora, has_factors, plain, put_at_masked
 from wedlm.model.transformer import Transformer
-
-Norms = tuple[Tensor, Tensor, float]  # weights of the query and the key norm, epsilon
-
-
-class FusedAttend(Protocol):
-    """Norm, RoPE, cache and attention of one forward's rows, given their q, k, v product (or partial sums of it)."""
-
-    def __call__(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, norms: Norms | None, /) -> Tensor: ...
 
 
 class FusedTransformer:

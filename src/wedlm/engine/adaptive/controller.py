@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows measured costs: the rows of adaptive windows and of prompt chunks beside windows."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+from wedlm.engine.adaptive.draft_budget import DraftBudget, longest_draft
+from wedlm.engine.adaptive.prefill_budget import PrefillBudget
+from wedlm.engine.adaptive.step_costs import StepCosts
+from wedlm.engine.options import EngineOptions
+from wedlm.engine.plan import StepPlan, StepResults
+from wedlm.engine.request import Request
+
+_MOST_PREFILL_ROWS = 1024  # larger forwards cost in proportion, so the table is extrapolated
+
+
+class CostSource(Protocol):
+    """Whatever runs steps, as far as it can say what they cost."""
+
+    @property
+    def has_padded_costs(self) -> bool:
+        """Whether a step costs as much as one of the next larger captured size."""
+        ...
+
+    def measure_costs(self, costs: StepCosts, most_rows: int) -> None:
+        """Add to the table what it lacks up to ``most_rows``. Runs forwards: up to a second."""
+        ...
+
+
+class Controller:
+    """The only owner of step costs, of the budgets that follow them, and of the clock that they are observed with.
+
+    Costs are measured when a request or a step first needs them, outside the scheduler and outside any step's time.
+    """
+
+    def __init__(self, options: EngineOptions, source: CostSource, clock: Callable[[], float]) -> None:
+        ratio = options.chunk_step_ratio
+        self.chunk_step_ratio = math.inf if ratio is None else ratio
+        self._max_num_seqs, self._max_num_batched_tokens = options.max_num_seqs, options.max_num_batched_tokens
+        self._source, self._clock = source, clock
+        self.costs = StepCosts([], source.has_padded_costs)
+        self._most_rows_measured = 0
+        self.prefill_budget: PrefillBudget | None = None  # since prompts and windows first met
+        self.draft_budget: DraftBudget | None = None  # since the first adaptive request
+        self._last_read: float | None = None  # when the last step was read, if it had windows
+
+    def measure_costs(self, most_rows: int) -> None:
+        """Let the table reach ``most_rows`` rows, as far as a step can have them. No step's time contains this."""
+        most_rows = min(most_rows, self._max_num_batched_tokens)
+        if most_rows > self._most_rows_measured:
+            self._last_read = None
+            self._source.measure_costs(self.costs, most_rows)
+            self._most_rows_measured = most_rows  # only now: whoever asks again after an error has it measured
+
+    def prepare(self, request: Request) -> None:
+        """For an adaptive request: make sure that its steps' costs are known, and start from the current row budget."""
+        decode = request.decode
+        if not decode.is_adaptive:
+            return
+        self.measure_costs(decode.max_rows * self._max_num_seqs)
+        if self.draft_budget is None:
+            self.draft_budget = DraftBudget(self.costs)
+        request.limits.max_rows = min(decode.row_budget, self.draft_budget.row_budget)
+
+    @property
+    def limits_prefill(self) -> bool:
+        """Whether prompt chunks beside windows are limited at all."""
+        return self.chunk_step_ratio < math.inf
+
+    def prefill_rows(self, window_rows: int | None) -> int | None:
+        """Most rows of prompt chunks beside ``window_rows`` rows of streamed windows; None: no limit, as where there
+        are no such windows."""
+        if window_rows is None:
+            return None
+        if self.prefill_budget is None:
+            self.measure_costs(_MOST_PREFILL_ROWS)
+            self.prefill_budget = PrefillBudget(self.costs, self.chunk_step_ratio)
+        return self.prefill_budget.chunk_rows(window_rows)
+
+    def set_row_budgets(self, plan: StepPlan) -> StepPlan:
+        """The plan with the rows that it leaves to adaptive windows, whose limits follow."""
+        adaptive = [one.request for one in plan.scheduled if one.is_window and one.request.decode.is_adaptive]
+        if not adaptive:
+            return plan
+        assert self.draft_budget is not None
+        most = max(request.decode.row_budget for request in adaptive)
+        row_budget = self.draft_budget.choose(sum(one.is_window for one in plan.scheduled), most)
+        for request in adaptive:
+            request.limits.max_rows = min(request.decode.row_budget, row_budget)
+        return replace(plan, row_budget=row_budget)
+
+    def observe(self, plan: StepPlan, results: StepResults) -> None:
+        """Learn from a step that has just been read: what it cost, and what became of drafts."""
+        windows = [result for result in results if result is not None]
+        now, last = self._clock(), self._last_read
+        self._last_read = now if windows else None
+        if self.prefill_budget is None and self.draft_budget is None:
+            return
+        if last is not None and windows:
+            rows = sum(result.num_rows for result in windows)
+            chunk_rows = sum(one.count for one in plan.scheduled if not one.is_window)
+            if self.prefill_budget is not None:
+                self.prefill_budget.observe(rows, chunk_rows, now - last)
+            if self.draft_budget is not None and not chunk_rows:
+                self.draft_budget.observe_time(len(windows), rows, now - last)
+        if self.draft_budget is not None:
+            self._observe_drafts(self.draft_budget, plan, results, len(windows))
+
+    def _observe_drafts(self, budget: DraftBudget, plan: StepPlan, results: StepResults, num_windows: int) -> None:
+        outcomes: Counter[tuple[int, int, int]] = Counter()  # most windows of a large batch have the same
+        for one, result in zip(plan.scheduled, results, strict=True):
+            decode, limits = one.request.decode, one.request.limits
+            if result is None or not decode.is_adaptive:
+                continue
+            drafts, accepted = result.num_drafts, len(result.tokens) - 1
+            outcomes[drafts, accepted, limits.longest_draft] += 1
+            most = min(plan.row_budget, decode.row_budget)
+            limits.longest_draft = longest_draft(result.num_rows, drafts, accepted, most)
+        for outcome, count in outcomes.items():
+            budget.observe(*outcome, num_windows, count)
+
+    def pause(self) -> None:
+        """Nothing runs for a while: the next step's time does not begin at the last one's end."""
+        self._last_read = None

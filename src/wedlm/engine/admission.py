@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a caller asks to a ``Request``: all checks that need no queue, and defaults filled in."""
+
+import secrets
+from collections.abc import Sequence
+
+from wedlm.algorithm.params import DecodeParams
+from wedlm.engine.constraints.rules import build_constraint
+from wedlm.engine.options import EngineConfig
+from wedlm.engine.request import (
+    Request,
+    RequestCounters,
+    RequestLimits,
+    RequestOutput,
+    RequestProgress,
+    WindowSnapshot,
+)
+from wedlm.engine.sampling_params import SamplingParams
+from wedlm.engine.text import Decoder, TextStream
+
+
+def make_request(
+    config: EngineConfig,
+    tokenizer: Decoder | None,
+    request_id: str,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    arrival: int,
+    arrival_time: float,
+    streamed: bool,
+    watched: bool,
+) -> Request:
+    """A request that has not been queued. ValueError if this engine could never run it."""
+    prompt = list(prompt_token_ids)
+    _check_prompt(config, prompt)
+    if params.stop and tokenizer is None:
+        raise ValueError("stop is set but the engine has no tokenizer; expected stop_token_ids instead")
+    decode = decode_params(config, len(prompt), params)
+    constraint = build_constraint(params, decode.end_token_ids, config.mask_token_id, config.vocab_size, tokenizer)
+    text = None if tokenizer is None else TextStream(tokenizer, params.stop or ())
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        params=params,
+        decode=decode,
+        max_tokens=min(params.max_tokens, config.max_model_len - len(prompt)),
+        arrival=arrival,
+        streamed=streamed,
+        watched=watched,
+        output=RequestOutput(tokens=list(prompt), text=text, constraint=constraint),
+        counters=RequestCounters(arrival_time),
+        progress=RequestProgress(WindowSnapshot.initial(prompt, decode)),
+        limits=RequestLimits(decode.max_rows),
+    )
+
+
+def decode_params(config: EngineConfig, num_prompt_tokens: int, params: SamplingParams) -> DecodeParams:
+    """What the text depends on. ValueError for an end token that the model does not have."""
+    ends = tuple(params.stop_token_ids or ()) + (() if params.ignore_eos else config.end_token_ids)
+    if any(token >= config.vocab_size for token in ends):
+        given = list(params.stop_token_ids or ())
+        raise ValueError(f"stop_token_ids is {given}; expected ids below {config.vocab_size}")
+    return DecodeParams(
+        decoding=params.decoding or config.options.decoding,
+        window_size=params.wedlm_window_size or config.options.wedlm_window_size,
+        entropy_threshold=params.wedlm_entropy_threshold,
+        pos_penalty=params.wedlm_pos_penalty_factor,
+        draft_entropy=params.wedlm_draft_entropy,
+        temperature=params.temperature,
+        top_k=max(0, params.top_k),
+        top_p=params.top_p,
+        seed=secrets.randbits(63) if params.seed is None else params.seed,
+        mask_token_id=config.mask_token_id,
+        end_token_ids=tuple(dict.fromkeys(ends)),
+        first_free_end=num_prompt_tokens + params.min_tokens if params.min_tokens else 0,
+        max_positions=config.max_model_len,
+    )
+
+
+def _check_prompt(config: EngineConfig, prompt: list[int]) -> None:
+    if not prompt:
+        raise ValueError("the prompt has 0 tokens; expected at least 1")
+    if len(prompt) >= config.max_model_len:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens; expected at most {config.max_model_len - 1} "
+            "(max_model_len less one for the answer)"
+        )
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < config.vocab_size:
+            raise ValueError(f"the prompt contains {token!r}; expected ids from 0 to {config.vocab_size - 1}")

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps as CUDA graphs: what a step needs goes to the device unawaited, one replay runs it, and the host reads the
+results while the next step runs."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wedlm.algorithm.params import DecodeParams
+from wedlm.attention.base import KVCache
+from wedlm.engine.adaptive.step_costs import StepCosts
+from wedlm.engine.execution.device_step import ChunkRows, DeviceStep, DeviceTables, StepShape
+from wedlm.engine.execution.graphs import StepGraphs, step_shape
+from wedlm.engine.execution.pending import DeviceStepResults, HostBuffer
+from wedlm.engine.execution.sampling_tensors import BatchFlags, BatchParams
+from wedlm.engine.execution.transfer import scatter_rows, to_device_async
+from wedlm.engine.execution.windows import Windows
+from wedlm.engine.plan import ScheduledRequest, StepPlan
+from wedlm.engine.request import Request
+from wedlm.model.inference.triton_transformer import FusedTransformer
+
+_MAX_ENDS = 8  # end tokens of a request; more need the host
+_MOST_CHUNK_ROWS = 2048
+
+
+class CapturedStep:
+    """``StepExecutor`` for steps that do not need the host. The cache's last page must not be any pool's, and
+    ``windows`` must have a null slot.
+
+    ``capture_chunks``: takes steps with prompt chunks, too.
+    """
+
+    runs_ahead = True
+    has_padded_costs = True
+
+    def __init__(
+        self,
+        model: FusedTransformer,
+        cache: KVCache,
+        windows: Windows,
+        mask_token_id: int,
+        max_model_len: int,
+        capture_chunks: bool,
+    ) -> None:
+        self.cache, self.windows, self.mask_token_id = cache, windows, mask_token_id
+        self.device, self.capture_chunks = windows.device, capture_chunks
+        self.tables = DeviceTables(windows, -(-max_model_len // cache.page_size), _MAX_ENDS)
+        self.step = DeviceStep(model, cache, windows, self.tables, mask_token_id)
+        self.graphs = StepGraphs(self.step)
+        self._state = windows.state  # whose tensors the captured steps hold
+        self._row_budget = 1
+        self._flags: tuple[list[DecodeParams], BatchFlags] = [], BatchFlags.of([])  # of the latest windows
+        self._num_pages_sent: dict[str, int] = {}  # by request: pages that the device's table has
+        self._index: dict[int, tuple[list[int], Tensor]] = {}  # by number of sequences: what it holds, static tensor
+        self._chunks: dict[tuple[int, int], Tensor] = {}  # by rows and chunks: static tensor of ``ChunkRows``
+        self._free_buffers: dict[tuple[int, ...], list[HostBuffer]] = {}  # by shape of the results
+
+    def measure_costs(self, costs: StepCosts, most_rows: int) -> None:
+        null = torch.full((1,), self.windows.null_slot, dtype=torch.long, device=self.device)
+        self.graphs.measure_costs(costs, most_rows, null)
+
+    def unload(self, request: Request) -> None:
+        self._num_pages_sent.pop(request.request_id, None)
+
+    def takes(self, plan: StepPlan) -> bool:
+        """Whether the host has no part in the step."""
+        most = _MOST_CHUNK_ROWS if self.capture_chunks else 0
+        for one in plan.scheduled:
+            if not one.is_window:  # windows come first
+                return sum(one.count for one in plan.scheduled) <= most
+            if one.request.needs_host or len(one.request.decode.end_token_ids) > _MAX_ENDS:
+                return False
+        return bool(plan.scheduled)
+
+    def launch(self, plan: StepPlan) -> DeviceStepResults:
+        """Start the step and return at once."""
+        self._load(plan)
+        windows = [one for one in plan.scheduled if one.is_window]
+        chunks = plan.scheduled[len(windows) :]
+        shape = step_shape(windows, chunks, self._flags_of(windows))
+        if self.graphs.lacks(shape):
+            self.graphs.add(shape, self._set_index(shape.num_sequences, []), self._set_chunks(shape, []))
+        slots = self.windows.slots
+        index = self._set_index(shape.num_sequences, [slots[one.request.request_id] for one in windows])
+        results = self.graphs.run(shape, index, self._set_chunks(shape, chunks))
+        free_buffers = self._free_buffers.setdefault(tuple(results.shape), [])
+        return DeviceStepResults(len(windows), len(chunks), results, free_buffers)
+
+    def _load(self, plan: StepPlan) -> None:
+        """Bring the device's tables up to date for the step."""
+        new = [one.request for one in plan.scheduled if one.request.request_id not in self._num_pages_sent]
+        if new:
+            self.windows.load(new)
+            self._send_params([request for request in new if len(request.decode.end_token_ids) <= _MAX_ENDS])
+        if self.windows.state is not self._state:  # a wider window came
+            self._state = self.windows.state
+            self.graphs.clear()
+        if new or plan.row_budget != self._row_budget:
+            self._row_budget = plan.row_budget
+            self.tables.limit(plan.row_budget)
+        self._send_pages(plan.scheduled)
+
+    def _flags_of(self, windows: list[ScheduledRequest]) -> BatchFlags:
+        params = [one.request.decode for one in windows]
+        if params != self._flags[0]:
+            self._flags = params, BatchFlags.of(params)
+        return self._flags[1]
+
+    def _set_index(self, size: int, slots: list[int]) -> Tensor:
+        slots = [*slots, *[self.windows.null_slot] * (size - len(slots))]
+        held, index = self._index.get(size, ([], None))
+        if index is None:
+            index = torch.empty(size, dtype=torch.long, device=self.device)
+        if held != slots:
+            index.copy_(self._to_device(slots), non_blocking=True)
+            self._index[size] = (slots, index)
+        return index
+
+    def _set_chunks(self, shape: StepShape, chunks: list[ScheduledRequest]) -> ChunkRows | None:
+        if not shape.num_chunks:
+            return None
+        size, page_size = shape.num_rows, self.cache.page_size
+        numbers = np.empty(3 * size + 4 * shape.num_chunks, np.int64)
+        rows, sequences = numbers[: 3 * size].reshape(3, -1), numbers[3 * size :].reshape(4, -1)
+        rows[:] = [[self.mask_token_id], [0], [self.step.trash_slot]]  # tokens, positions, slots of padding
+        sequences[:] = [[size], [0], [0], [self.windows.null_slot]]
+        first = size - sum(one.count for one in chunks)
+        for i, one in enumerate(chunks):
+            stop, first_page = one.start + one.count, one.start // page_size
+            position = np.arange(one.start, stop)
+            pages = np.array(one.pages[first_page : -(-stop // page_size)])
+            own = rows[:, first : first + one.count]
+            own[0], own[1] = one.request.output.tokens[one.start : stop], position
+            own[2] = pages[position // page_size - first_page] * page_size + position % page_size
+            sequences[:, i] = first, one.count, one.start, self.windows.slots[one.request.request_id]
+            first += one.count
+        key = size, shape.num_chunks
+        if key not in self._chunks:
+            self._chunks[key] = torch.empty(len(numbers), dtype=torch.long, device=self.device)
+        self._chunks[key].copy_(to_device_async(torch.from_numpy(numbers), self.device), non_blocking=True)
+        return ChunkRows.views(self._chunks[key], *key)
+
+    def _send_params(self, requests: list[Request]) -> None:
+        if requests:
+            params = BatchParams.stack([request.decode for request in requests], torch.device("cpu"), _MAX_ENDS)
+            slots = [self.windows.slots[request.request_id] for request in requests]
+            scatter_rows(slots, self.tables.params.pairs(params))
+
+    def _send_pages(self, scheduled: list[ScheduledRequest]) -> None:
+        rows: list[int] = []
+        columns: list[int] = []
+        pages: list[int] = []
+        for one in scheduled:
+            request_id, table = one.request.request_id, one.pages
+            sent = self._num_pages_sent.get(request_id, 0)
+            if sent < len(table):
+                rows += [self.windows.slots[request_id]] * (len(table) - sent)
+                columns += range(sent, len(table))
+                pages += table[sent:]
+                self._num_pages_sent[request_id] = len(table)
+        if rows:
+            row, column, page = self._to_device([rows, columns, pages])
+            self.tables.page_table[row, column] = page
+
+    def _to_device(self, values: list) -> Tensor:
+        return to_device_async(torch.tensor(values, dtype=torch.long), self.device)

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step of decoding windows and prompt chunks as device code alone: no size depends on data, nothing waits, a CUDA
+graph can hold it.
+
+The twin is ``EagerStep``. Whatever a step needs lies in tensors by request slot: windows, parameters, pages.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from wedlm.algorithm.params import DecodeParams
+from wedlm.algorithm.window import advance, extend, num_drafts
+from wedlm.attention.base import KVCache
+from wedlm.attention.paged import PagedAttend
+from wedlm.engine.execution.rows import RowChoices, choose_row_tokens, window_rows
+from wedlm.engine.execution.sampling_tensors import BatchFlags, BatchParams
+from wedlm.engine.execution.windows import Windows
+from wedlm.kernels.attention import PagedRows
+from wedlm.kernels.logits import greedy_rows
+from wedlm.kernels.step_output import empty_results
+from wedlm.kernels.window_streaming import streaming_advance, streaming_rows
+from wedlm.kernels.window_verified import VerifiedRows, verified_advance, verified_rows
+from wedlm.model.inference.triton_transformer import FusedTransformer
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """All that a captured step depends on: S windows, with upper bounds of their rows in all (``num_window_rows``) and
+    each (``max_rows``) and of their logits; T rows in all, those of chunks included. No window: chunks alone."""
+
+    num_sequences: int
+    num_rows: int
+    num_logits: int
+    max_rows: int
+    flags: BatchFlags
+    num_window_rows: int
+    num_chunks: int = 0
+
+    @classmethod
+    def of_windows(
+        cls, num_sequences: int, num_rows: int, num_logits: int, max_rows: int, flags: BatchFlags
+    ) -> "StepShape":
+        """Of a step without chunks."""
+        return cls(num_sequences, num_rows, num_logits, max_rows, flags, num_rows)
+
+
+@dataclass(frozen=True)
+class ChunkRows:
+    """Chunks of N prompts, the last of T rows; the rows before theirs are as padding. On the device, overwritten before
+    each step. Chunks without rows start at T and belong to the null slot."""
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    row_start: Tensor
+    num_rows: Tensor
+    cached: Tensor
+    table_row: Tensor
+
+    @classmethod
+    def views(cls, numbers: Tensor, num_rows: int, num_chunks: int) -> "ChunkRows":
+        """Of int64 [3 T + 4 N], the fields one after the other."""
+        return cls(*numbers.split([*[num_rows] * 3, *[num_chunks] * 4]))
+
+
+class DeviceTables:
+    """What persists between steps on the device, by request slot: parameters, pages, limits of rows.
+
+    The windows' null slot has an empty window, and its pages are not any request's. ``row_budget`` and ``max_drafts``
+    are those of ``params`` as ``limit`` last lowered them.
+    """
+
+    def __init__(self, windows: Windows, num_pages: int, num_ends: int) -> None:
+        num_slots = len(windows.state.width)
+        params = BatchParams.stack([DecodeParams("autoregressive")] * num_slots, windows.device, num_ends)
+        self.params = replace(params, flags=replace(params.flags, adaptive=True))
+        self.page_table = torch.zeros(num_slots, num_pages, dtype=torch.long, device=windows.device)
+        self.row_budget, self.max_drafts = params.window.row_budget.clone(), params.window.max_drafts.clone()
+
+    def limit(self, row_budget: int) -> None:
+        """Let adaptive windows have at most ``row_budget`` rows from the next launch on."""
+        limited = self.params.limited(row_budget)
+        self.row_budget.copy_(limited.row_budget)
+        self.max_drafts.copy_(limited.max_drafts)
+
+
+class DeviceStep:
+    """``step(shape, index)`` moves the windows at slots ``index`` [S] (padded with the null slot) one step on.
+
+    ``force_choice``: for benchmarks, replaces the tokens [T] chosen for the rows of verified windows.
+    """
+
+    def __init__(
+        self, model: FusedTransformer, cache: KVCache, windows: Windows, tables: DeviceTables, mask_token_id: int
+    ) -> None:
+        self.model, self.cache, self.mask_token_id = model, cache, mask_token_id
+        self.windows, self.tables = windows, tables
+        self.force_choice: Callable[[VerifiedRows, Tensor], Tensor] | None = None
+        self.trash_slot = cache.keys.shape[1] - cache.page_size  # of the page that no pool hands out
+        self._window = replace(tables.params.window, row_budget=tables.row_budget, max_drafts=tables.max_drafts)
+        self.max_keys = tables.page_table.shape[1] * cache.page_size
+
+    @torch.inference_mode()
+    def __call__(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None = None) -> Tensor:
+        """Results as ``wedlm.kernels.step_output`` has them. ``chunks``: N of ``shape.num_chunks`` prompts, beside the
+        windows."""
+        assert (chunks is not None) == (shape.num_chunks > 0)
+        if not shape.num_sequences:
+            assert chunks is not None
+            return self._chunks(shape, chunks)
+        if not shape.flags.streaming:
+            return self._verified(shape, index, chunks)
+        # The kernels know no flags of masked rows.
+        if shape.flags.verified or self.model.has_factors:
+            return self._any(shape, index, chunks)
+        return self._streaming(shape, index, chunks)
+
+    def _chunks(self, shape: StepShape, chunks: ChunkRows) -> Tensor:
+        attend = PagedAttend(self.cache, [self._plan_chunks(shape, chunks)], chunks.slots)
+        self.model(chunks.tokens, chunks.positions, attend, chunks.slots[:0])
+        results, _ = empty_results(0, self.windows.state.tokens.shape[1], chunks.slots.device)
+        return results
+
+    def _plan_chunks(self, shape: StepShape, chunks: ChunkRows) -> PagedRows:
+        return PagedRows(
+            chunks.row_start, chunks.num_rows, chunks.cached, chunks.table_row, self.tables.page_table,
+            self.cache.page_size, shape.num_rows, self.max_keys,
+        )  # fmt: skip
+
+    def _forward(
+        self, shape: StepShape, tokens: Tensor, positions: Tensor, slots: Tensor, plan: PagedRows,
+        logits_indices: Tensor | None, chunks: ChunkRows | None, masked: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits of the rows ``logits_indices`` (None: the first L), after the chunks' rows took the last places.
+        ``masked``: flags of masked rows, where the model has factors for them; rows of chunks have none."""
+        groups = [plan]
+        if chunks is not None:
+            row = torch.arange(shape.num_rows, device=tokens.device)
+            own = row >= chunks.row_start[0]
+            tokens, positions, slots = (
+                torch.where(own, theirs, ours)
+                for theirs, ours in ((chunks.tokens, tokens), (chunks.positions, positions), (chunks.slots, slots))
+            )
+            groups = [replace(plan, within=shape.num_window_rows), self._plan_chunks(shape, chunks)]
+            logits_indices = row[: shape.num_logits] if logits_indices is None else logits_indices
+        return self.model(tokens, positions, PagedAttend(self.cache, groups, slots), logits_indices, masked)
+
+    def _verified(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> Tensor:
+        state, tables, page_size = self.windows.state, self.tables, self.cache.page_size
+        rows = verified_rows(
+            state, index, tables.page_table, page_size, shape.num_rows, self.mask_token_id, self.trash_slot
+        )
+        plan = PagedRows(
+            rows.row_start, rows.num_rows, rows.cached, index, tables.page_table, page_size,
+            shape.max_rows, self.max_keys,
+            rows.shared if shape.flags.groups else None, rows.own_start if shape.flags.groups else None,
+        )  # fmt: skip
+        masked = rows.shared > 0 if self.model.has_factors and shape.flags.groups else None
+        logits = self._forward(shape, rows.tokens, rows.positions, rows.slots, plan, None, chunks, masked)
+        last = shape.num_logits
+        chosen = self._choose(logits, index, rows.sequence[:last], rows.target[:last], shape.flags)
+        choice = chosen.choice if self.force_choice is None else self.force_choice(rows, chosen.choice)
+        return verified_advance(state, self._window, index, rows, choice, chosen.entropy, chosen.logprobs)
+
+    def _streaming(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> Tensor:
+        state, tables, page_size = self.windows.state, self.tables, self.cache.page_size
+        rows = streaming_rows(
+            state, tables.params.window, index, tables.page_table, page_size,
+            shape.num_rows, shape.num_logits, self.mask_token_id, self.trash_slot,
+        )  # fmt: skip
+        plan = PagedRows(
+            rows.row_start, rows.num_rows, rows.cached, index, tables.page_table, page_size,
+            shape.max_rows, self.max_keys,
+        )  # fmt: skip
+        logits = self._forward(shape, rows.tokens, rows.positions, rows.slots, plan, rows.wanted, chunks)
+        chosen = self._choose(logits, index, rows.sequence, rows.target, shape.flags)
+        return streaming_advance(
+            state, tables.params.window, index, rows, chosen.choice, chosen.entropy, chosen.logprobs
+        )
+
+    def _any(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> Tensor:
+        """Streaming and verified windows side by side, in plain tensor operations: the twin of the other two."""
+        tables, page_size = self.tables, self.cache.page_size
+        params = tables.params.take(index, shape.flags)
+        state, run = extend(self.windows.state.take(index), params.window)
+        num_rows = state.width
+        drafts = num_drafts(state, params.window)
+        rows = window_rows(state, params.window, shape.num_rows, self.mask_token_id, padded=True)
+        sequence, real = rows.packed.sequence, rows.packed.real
+        key = (state.cached[sequence] + rows.packed.row).where(real, 0)
+        page = tables.page_table[index[sequence], key // page_size]
+        key_slots = (page * page_size + key % page_size).where(real, self.trash_slot)
+        plan = PagedRows(
+            num_rows.cumsum(0) - num_rows, num_rows, state.cached, index, tables.page_table, page_size,
+            shape.max_rows, self.max_keys,
+            rows.visibility.shared if shape.flags.groups else None,
+            rows.visibility.own_start if shape.flags.groups else None,
+        )  # fmt: skip
+        pick = torch.argsort(~rows.needs_logits, stable=True)[: shape.num_logits]
+        masked = ~rows.filled & real if self.model.has_factors else None
+        logits = self._forward(shape, rows.tokens, rows.positions, key_slots, plan, pick, chunks, masked)
+        own, column = sequence[pick], rows.column[pick]
+        chosen = self._choose(logits, index, own, (rows.positions + rows.filled)[pick], shape.flags)
+        results = chosen.by_column(own, column, state.tokens.shape, rows.needs_logits[pick])
+        limited = replace(params.window, row_budget=tables.row_budget[index], max_drafts=tables.max_drafts[index])
+        state, emitted = advance(state, run, results, limited)
+        self.windows.state.put(index, state)
+        counts = torch.stack((emitted.count, num_rows, state.cached, drafts), dim=1)
+        return torch.cat((counts, emitted.tokens, emitted.logprobs.contiguous().view(torch.long)), dim=1)
+
+    def _choose(self, logits: Tensor, index: Tensor, sequence: Tensor, target: Tensor, flags: BatchFlags) -> RowChoices:
+        """One token for each row of logits [L, V], which belongs to slot index[sequence]."""
+        params = self.tables.params
+        if not flags.sampled:
+            ends = (target, index[sequence], params.first_free_end, params.end_tokens) if flags.end_banned else None
+            return RowChoices(*greedy_rows(logits, self.mask_token_id, ends))
+        slot = index[sequence]
+        return choose_row_tokens(logits.float(), params, slot, target, flags, self.mask_token_id, report=True)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step in plain torch operations, one after the other, with exact sizes: the reference for every other way."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Generic, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wedlm.algorithm.params import DecodeParams
+from wedlm.algorithm.window import Emitted, RowResults, WindowParams, WindowState, advance, extend, num_drafts
+from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
+from wedlm.attention.sdpa import CausalAttend
+from wedlm.engine.adaptive.step_costs import StepCosts
+from wedlm.engine.constraints.step import ConstrainedStep
+from wedlm.engine.execution.base import PlanAttention, RowsModel
+from wedlm.engine.execution.pending import FinishedStep
+from wedlm.engine.execution.rows import choose_row_tokens, window_rows
+from wedlm.engine.execution.sampling_tensors import BatchParams
+from wedlm.engine.execution.windows import Windows
+from wedlm.engine.plan import ScheduledRequest, StepPlan, StepResults, WindowResult
+from wedlm.engine.request import Request, TopLogprobs
+from wedlm.engine.sampling_params import MAX_LOGPROBS
+
+_MEASURING_S = 0.7  # for the table of costs
+
+A = TypeVar("A")
+
+
+class EagerStep(Generic[A]):
+    """``StepExecutor`` for every plan, on any device; waits for the device several times a step.
+
+    ``force_choice``: for benchmarks, replaces the tokens chosen by window column, given the windows, what was chosen
+    and the windows' parameters.
+    """
+
+    runs_ahead = False
+    has_padded_costs = False
+
+    def __init__(
+        self,
+        model: RowsModel[A],
+        plan_attention: PlanAttention[A],
+        cache: KVCache,
+        windows: Windows,
+        mask_token_id: int,
+    ) -> None:
+        self.model, self.plan_attention, self.cache = model, plan_attention, cache
+        self.windows, self.mask_token_id = windows, mask_token_id
+        self.device = windows.device
+        self.force_choice: Callable[[WindowState, RowResults, WindowParams], Tensor] | None = None
+        self._params: tuple[list[DecodeParams], BatchParams] | None = None  # of the latest windows
+        self._measured_s = 0.0
+
+    def takes(self, plan: StepPlan) -> bool:
+        return True
+
+    def unload(self, request: Request) -> None:
+        pass
+
+    def measure_costs(self, costs: StepCosts, most_rows: int) -> None:
+        """With forwards of 1, 2, 4, ... rows, until all calls together have taken ``_MEASURING_S``."""
+        attend = cast(A, CausalAttend())  # only asked of models that attend so: captured steps time themselves
+        with torch.inference_mode():
+            while (num_rows := 2 * costs.most_rows or 1) <= most_rows and self._measured_s < _MEASURING_S:
+                started, best = time.perf_counter(), math.inf
+                tokens = torch.arange(num_rows, device=self.device) % 2
+                for _ in range(3):
+                    start = time.perf_counter()
+                    positions = torch.arange(num_rows, device=self.device)
+                    self.model(tokens, positions, attend, tokens, positions[1:] if num_rows > 1 else None)
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    best = min(best, time.perf_counter() - start)
+                costs.add(num_rows, best)
+                self._measured_s += time.perf_counter() - started
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> FinishedStep:
+        """One forward: windows' rows, then chunks' rows."""
+        windows = [one for one in plan.scheduled if one.is_window]
+        chunks = plan.scheduled[len(windows) :]
+        results: StepResults = [*self._run_windows(windows, chunks, plan.row_budget)] if windows else []
+        if not windows:
+            none = torch.zeros(0, dtype=torch.long, device=self.device)
+            self._forward(ExtendBatch([], [], []), chunks, none, none, none, None)
+        return FinishedStep([*results, *[None] * len(chunks)])
+
+    def _run_windows(
+        self, windows: list[ScheduledRequest], chunks: list[ScheduledRequest], row_budget: int
+    ) -> list[WindowResult]:
+        self.windows.load([one.request for one in windows])
+        slots = [self.windows.slots[one.request.request_id] for one in windows]
+        index = torch.tensor(slots, device=self.device)
+        params = self._stack_params(windows)
+        state, run = extend(self.windows.state.take(index), params.window)
+        drafts = num_drafts(state, params.window)
+        num_rows, starts, drafts = torch.stack((state.width, state.cached, drafts)).tolist()
+        flags = params.flags
+        if not flags.streaming and max(num_rows) <= 1:  # anchors alone: what auto decoding costs where AR is best
+            flags = replace(flags, groups=False, entropy=False)
+        rows = window_rows(state, params.window, sum(num_rows), self.mask_token_id, padded=False)
+        logits_indices = rows.needs_logits.nonzero()[:, 0]
+        masked = (~rows.filled).nonzero()[:, 0]  # windows come first, so these are rows of the step, too
+        batch = ExtendBatch(starts, num_rows, [one.pages for one in windows], rows.visibility if flags.groups else None)
+        logits = self._forward(
+            batch, chunks, rows.tokens, rows.positions, logits_indices, masked if len(masked) else None
+        )
+        sequence, column = rows.packed.sequence[logits_indices], rows.column[logits_indices]
+        target = (rows.positions + rows.filled)[logits_indices]
+        constrained = ConstrainedStep.of(windows, state, rows.layout)
+        report = any(one.request.params.logprobs is not None for one in windows)
+        chosen = choose_row_tokens(
+            logits.float(), params, sequence, target, flags, self.mask_token_id, report=report, report_all=report,
+            constrain=None if constrained is None else partial(constrained.apply, sequence, column),
+        )  # fmt: skip
+        if chosen.raw_logprobs is not None:
+            self._keep_top_logprobs(chosen.raw_logprobs, sequence, target, windows)
+        results = chosen.by_column(sequence, column, state.tokens.shape)
+        if self.force_choice is not None:
+            results = replace(results, choice=self.force_choice(state, results, params.window))
+        if constrained is not None:
+            constrained.draft(results)
+        state, emitted = advance(state, run, results, params.limited(row_budget))
+        if constrained is not None:
+            constrained.correct(run, state, emitted)
+        self.windows.state.put(index, state)
+        return self._read(windows, state, emitted, num_rows, drafts)
+
+    def _stack_params(self, windows: list[ScheduledRequest]) -> BatchParams:
+        params = [one.request.decode for one in windows]
+        if self._params is None or self._params[0] != params:
+            self._params = (params, BatchParams.stack(params, self.device))
+        return self._params[1]
+
+    def _forward(
+        self,
+        windows: ExtendBatch,
+        chunks: list[ScheduledRequest],
+        window_tokens: Tensor,
+        window_positions: Tensor,
+        logits_indices: Tensor,
+        masked: Tensor | None,
+    ) -> Tensor:
+        """Windows' rows, then chunks' rows, through the model; logits [L, V] of window rows only."""
+        tokens, positions = [window_tokens], [window_positions]
+        for one in chunks:
+            stop = one.start + one.count
+            tokens.append(torch.tensor(one.request.output.tokens[one.start : stop], device=self.device))
+            positions.append(torch.arange(one.start, stop, device=self.device))
+        visibility = windows.visibility
+        if visibility is not None and chunks:  # a chunk's rows are in plain order
+            more = (0, sum(one.count for one in chunks))
+            visibility = RowVisibility(F.pad(visibility.shared, more), F.pad(visibility.own_start, more))
+        batch = ExtendBatch(
+            starts=[*windows.starts, *(one.start for one in chunks)],
+            counts=[*windows.counts, *(one.count for one in chunks)],
+            pages=[*windows.pages, *(one.pages for one in chunks)],
+            visibility=visibility,
+        )
+        attend = self.plan_attention(self.cache, batch)
+        return self.model(torch.cat(tokens), torch.cat(positions), attend, logits_indices, masked)
+
+    def _keep_top_logprobs(
+        self, logprobs: Tensor, sequence: Tensor, target: Tensor, windows: list[ScheduledRequest]
+    ) -> None:
+        """Remember the top log-probabilities for every position that this step may fill; emission reads the last ones.
+
+        A masked position that stays masked is overwritten by the next step. When verifying, the masked row of a
+        position comes after the filled row that decides it, so the first one written for a position stands.
+        """
+        top = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[1]), dim=1)
+        items = zip(sequence.tolist(), target.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+        written: set[tuple[int, int]] = set()
+        for s, position, tokens, values in items:
+            count = windows[s].request.params.logprobs
+            if count is not None and (s, position) not in written:
+                written.add((s, position))
+                kept = self.windows.top_logprobs[windows[s].request.request_id]
+                kept[position] = list(zip(tokens[:count], values[:count], strict=True))
+
+    def _read(
+        self,
+        windows: list[ScheduledRequest],
+        state: WindowState,
+        emitted: Emitted,
+        num_rows: list[int],
+        drafts: list[int],
+    ) -> list[WindowResult]:
+        """Copy what became final to the host."""
+        results: list[WindowResult] = []
+        cached, counts = state.cached.tolist(), emitted.count.tolist()
+        widest = max(counts)
+        tokens, logprobs = emitted.tokens[:, :widest].tolist(), emitted.logprobs[:, :widest].tolist()
+        for s, one in enumerate(windows):
+            top: list[TopLogprobs] = []
+            if one.request.params.logprobs is not None:
+                kept, first = self.windows.top_logprobs[one.request.request_id], len(one.request.output.tokens)
+                top = [kept.pop(first + i) for i in range(counts[s])]
+            results.append(
+                WindowResult(tokens[s][: counts[s]], logprobs[s][: counts[s]], top, num_rows[s], cached[s], drafts[s])
+            )
+        return results

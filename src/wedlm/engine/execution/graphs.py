@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA graphs of device steps: which sizes there are, capture, replay."""
+
+from bisect import bisect_left
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from wedlm.algorithm.params import DecodeParams
+from wedlm.engine.adaptive.step_costs import StepCosts
+from wedlm.engine.execution.device_step import ChunkRows, DeviceStep, StepShape
+from wedlm.engine.execution.sampling_tensors import BatchFlags
+from wedlm.engine.plan import ScheduledRequest
+
+# Chunks come in few sizes, so that few steps are captured; a step of more rows keeps the GPU busy while it is launched.
+_CHUNK_SIZES = [4, 16, 64, 256, 1024, 4096]
+_FEWEST_CHUNK_ROWS = 128
+_FEWEST_BESIDE = 64  # rows of windows there
+_SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
+
+
+class StepGraphs:
+    """The steps captured so far, by shape. Without a GPU there is nothing to capture, and the same device code runs
+    directly, for the tests."""
+
+    def __init__(self, step: DeviceStep) -> None:
+        self._step = step
+        self.captures = step.windows.device.type == "cuda"
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._latest: torch.cuda.CUDAGraph | None = None  # keeps alive the memory that all captured steps share
+
+    def clear(self) -> None:
+        """Capture each step again when it is next needed."""
+        self._graphs.clear()
+
+    def lacks(self, shape: StepShape) -> bool:
+        """Whether the step has to be captured before it can run."""
+        return self.captures and shape not in self._graphs
+
+    def add(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> None:
+        """Capture the step. Its inputs name the null slot and empty chunks meanwhile, which no step changes."""
+        self._graphs[shape] = self.capture(shape, index, chunks)
+
+    def run(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> Tensor:
+        """Start the step and return its results, which lie on the device. The inputs are those of the capture."""
+        if not self.captures:
+            return self._step(shape, index, chunks)
+        graph, results = self._graphs[shape]
+        graph.replay()
+        return results
+
+    def capture(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The step as a graph, and where its results will be."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._step(shape, index, chunks)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=None if self._latest is None else self._latest.pool()):
+            results = self._step(shape, index, chunks)
+        self._latest = graph
+        return graph, results
+
+    def measure_costs(self, costs: StepCosts, most_rows: int, index: Tensor) -> None:
+        """Time steps of padding alone, which read all weights and no keys; each size once. ``index`` [1] is the null
+        slot."""
+        if not self.captures:  # the time of interpreted kernels means nothing: the table is made up
+            if not costs.most_rows:
+                costs.add(1, 1.0)
+                costs.add(2, 1.1)
+            return
+        flags = BatchFlags.of([DecodeParams("verified")])
+        for num_rows in [size for size in _SIZES if costs.most_rows < size <= _size(most_rows)]:
+            graph, _ = self.capture(StepShape.of_windows(1, num_rows, num_rows, 16, flags), index, None)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            graph.replay()
+            start.record()
+            for _ in range(4):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            costs.add(num_rows, start.elapsed_time(end) / 4e3)
+
+
+def step_shape(windows: list[ScheduledRequest], chunks: list[ScheduledRequest], flags: BatchFlags) -> StepShape:
+    """The captured step that holds these windows, whose flags are ``flags``, and chunks."""
+    counts = [one.count for one in windows]
+    num_rows, most = sum(counts), max(counts, default=0)
+    # A captured step does the same with and without these; windows of a row each have no groups, so auto is as AR.
+    flags = replace(flags, adaptive=False, entropy=False, groups=flags.groups and most > 1)
+    streaming = num_rows
+    if flags.streaming:
+        streaming = sum(w.count if w.request.decode.is_verified else w.request.decode.window_size for w in windows)
+    if not chunks:
+        rows = _size(num_rows)
+        return StepShape.of_windows(_size(len(windows)), rows, min(rows, _size(streaming)), _size(most), flags)
+    rows = _size(max(_FEWEST_CHUNK_ROWS, num_rows + sum(one.count for one in chunks)))
+    num_chunks = _chunk_size(len(chunks))
+    if not windows:
+        return StepShape(0, rows, 0, 0, flags, 0, num_chunks)
+    window_rows = min(rows, _chunk_size(max(_FEWEST_BESIDE, num_rows)))
+    num_logits = min(window_rows, _chunk_size(max(_FEWEST_BESIDE, streaming)))
+    most = _chunk_size(max(16, most))
+    return StepShape(_chunk_size(len(windows)), rows, num_logits, most, flags, window_rows, num_chunks)
+
+
+def _size(number: int) -> int:
+    """The smallest captured size that holds ``number``."""
+    at = bisect_left(_SIZES, number)
+    return _SIZES[at] if at < len(_SIZES) else -(-number // 1024) * 1024
+
+
+def _chunk_size(number: int) -> int:
+    """``_size`` where chunks share the step."""
+    return next(size for size in _CHUNK_SIZES if size >= number)

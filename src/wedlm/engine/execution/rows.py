@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a step's windows, and the choice of one token per row: shared by the eager step and the device step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wedlm.algorithm.reorder import PackedRows, pack_rows, topological_order
+from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_normaliser
+from wedlm.algorithm.verify import RowLayout, row_layout
+from wedlm.algorithm.window import RowResults, WindowParams, WindowState
+from wedlm.attention.base import RowVisibility
+from wedlm.engine.execution.sampling_tensors import BatchFlags, BatchParams
+
+Constrain = Callable[[Tensor, Tensor, SamplingBatch], None]  # (logits [L, V], in place; their logsumexp; sampling)
+
+
+@dataclass(frozen=True)
+class WindowRows:
+    """T rows of S windows, packed window by window, then padding, if any. Fields but ``layout`` are by row [T].
+
+    ``column``: the window column that a row holds. ``needs_logits``: streaming reads nothing from a filled row,
+    verification reads all.
+    """
+
+    packed: PackedRows
+    layout: RowLayout
+    column: Tensor
+    filled: Tensor
+    tokens: Tensor
+    positions: Tensor
+    visibility: RowVisibility
+    needs_logits: Tensor
+
+
+def window_rows(
+    state: WindowState, params: WindowParams, num_rows: int, mask_token_id: int, padded: bool
+) -> WindowRows:
+    """The rows of windows as ``extend`` left them. ``num_rows`` is their sum, or if ``padded`` an upper bound of it;
+    padding is not filled, needs no logits and has token ``mask_token_id``, position 0 and visibility (0, 0)."""
+    order = topological_order(state.filled, state.width)
+    packed = pack_rows(state.width, num_rows)
+    sequence = packed.sequence
+    column = order[sequence, packed.row]
+    filled = state.filled[sequence, column]
+    if padded:
+        filled = filled & packed.real
+    needs_logits = ~filled | params.is_verified[sequence]
+    tokens = torch.where(filled, state.tokens[sequence, column], mask_token_id)
+    layout = row_layout(state.filled, state.width, params.is_verified)
+    offset, shared, own_start = (part[sequence, column] for part in (layout.offset, layout.shared, layout.own_start))
+    positions = state.cached[sequence] + offset
+    if padded:
+        needs_logits = needs_logits & packed.real
+        positions, shared, own_start = (part.where(packed.real, 0) for part in (positions, shared, own_start))
+    visibility = RowVisibility(shared, own_start)
+    return WindowRows(packed, layout, column, filled, tokens, positions, visibility, needs_logits)
+
+
+@dataclass(frozen=True)
+class RowChoices:
+    """By row with logits [L]: the token chosen, and of the raw logits the entropy (nats) and the choice's
+    log-probability. ``raw_logprobs`` [L, V]: those of all tokens, if they were asked for."""
+
+    choice: Tensor
+    entropy: Tensor
+    logprobs: Tensor
+    raw_logprobs: Tensor | None = None
+
+    def by_column(self, sequence: Tensor, column: Tensor, shape: torch.Size, real: Tensor | None = None) -> RowResults:
+        """Scattered to windows of ``shape`` [S, C]. ``real``: rows that count; None: all do."""
+        num_windows, capacity = shape
+        padding = 0
+        if real is not None:  # the others write to a window that does not exist
+            sequence, padding = sequence.where(real, num_windows), 1
+        choice, entropy, logprobs = (
+            value.new_zeros(num_windows + padding, capacity).index_put_((sequence, column), value)[:num_windows]
+            for value in (self.choice, self.entropy, self.logprobs)
+        )
+        return RowResults(choice, entropy, logprobs)
+
+
+def choose_row_tokens(
+    logits: Tensor,
+    params: BatchParams,
+    index: Tensor,
+    target: Tensor,
+    flags: BatchFlags,
+    mask_token_id: int,
+    *,
+    report: bool,
+    report_all: bool = False,
+    constrain: Constrain | None = None,
+) -> RowChoices:
+    """One token per row of logits [L, V] (float32), which may be changed in place.
+
+    ``index`` [L]: each row's place in ``params``; ``target`` [L]: the position that its token is for. ``report``:
+    log-probabilities are wanted, which mean nothing otherwise; entropies mean something with that or with
+    ``flags.entropy``. ``report_all``: those of all tokens, too.
+    """
+    entropy = logsumexp = logits.new_zeros(len(logits))
+    if flags.entropy or report:
+        entropy, logsumexp = entropy_and_normaliser(logits)
+    raw = logits
+    if report:
+        logits = logits.clone()
+    end_tokens = params.end_tokens[index][:, : None if flags.end_banned else 0]  # nothing to scatter otherwise
+    logits = ban_tokens(logits, mask_token_id, end_tokens, target < params.first_free_end[index])
+    sampling = params.sampling(index, target, flags)
+    if constrain is not None:
+        constrain(logits, logsumexp, sampling)
+    choice = choose_tokens(logits, sampling)
+    logprobs = raw.gather(1, choice[:, None])[:, 0] - logsumexp
+    return RowChoices(choice, entropy, logprobs, raw - logsumexp[:, None] if report_all else None)

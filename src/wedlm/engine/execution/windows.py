@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoding windows of running requests on the device: one request slot each."""
+
+from collections.abc import Sequence
+
+import torch
+
+from wedlm.algorithm.window import WindowState
+from wedlm.engine.execution.transfer import scatter_rows
+from wedlm.engine.request import Request, TopLogprobs, WindowSnapshot
+
+
+class Windows:
+    """``state`` has one window per request slot. All ways to run a step share one ``Windows``.
+
+    ``capacity``: columns at first; wider windows widen all. With a null slot there is one slot more, the last, whose
+    window stays empty: padding points at it.
+    """
+
+    def __init__(self, num_slots: int, device: torch.device, capacity: int = 32, has_null_slot: bool = False) -> None:
+        self.device, self.num_slots = device, num_slots
+        self.state = WindowState.empty(num_slots + has_null_slot, capacity, device)
+        self.slots: dict[str, int] = {}
+        self.free_slots = list(range(num_slots - 1, -1, -1))
+        self.top_logprobs: dict[str, dict[int, TopLogprobs]] = {}  # by request, then by position
+
+    @property
+    def null_slot(self) -> int:
+        assert len(self.state.width) > self.num_slots, "these windows have no null slot"
+        return self.num_slots
+
+    def load(self, requests: Sequence[Request]) -> None:
+        """Put the windows of those requests that have no slot yet on the device."""
+        new = [request for request in requests if request.request_id not in self.slots]
+        if not new:
+            return
+        slots = [self.free_slots.pop() for _ in new]
+        for request, slot in zip(new, slots, strict=True):
+            self.slots[request.request_id] = slot
+            self.top_logprobs[request.request_id] = dict(request.progress.window.top_logprobs)
+        # No window reaches past the model's length, whatever size was asked for; the state stays that wide for all.
+        max_rows = max(min(request.decode.max_rows, request.decode.max_positions) for request in new)
+        if max_rows > self.state.tokens.shape[1]:
+            self.state = self.state.widened(1 << (max_rows - 1).bit_length())  # a power of two, as kernels like it
+        windows, state = [request.progress.window for request in new], self.state
+        rest = [[0] * (state.tokens.shape[1] - len(window.tokens)) for window in windows]
+        both = list(zip(windows, rest, strict=True))
+        values = [
+            (state.cached, torch.tensor([window.cached for window in windows])),
+            (state.width, torch.tensor([len(window.tokens) for window in windows])),
+            (state.tokens, torch.tensor([[*(token or 0 for token in w.tokens), *zeros] for w, zeros in both])),
+            (state.filled, torch.tensor([[*(token is not None for token in w.tokens), *zeros] for w, zeros in both])),
+            (state.logprobs, torch.tensor([[*w.logprobs, *zeros] for w, zeros in both])),
+        ]
+        scatter_rows(slots, values)
+
+    def unload(self, request: Request) -> None:
+        """Free the request's slot, if it has one."""
+        slot = self.slots.pop(request.request_id, None)
+        if slot is not None:
+            self.free_slots.append(slot)
+            del self.top_logprobs[request.request_id]
+
+    def snapshot(self, request: Request) -> WindowSnapshot:
+        """The request's window as it stands; the one it came with, if it never ran. Waits for the device."""
+        slot = self.slots.get(request.request_id)
+        if slot is None:
+            return request.progress.window
+        width = int(self.state.width[slot])
+        tokens, filled = self.state.tokens[slot, :width].tolist(), self.state.filled[slot, :width].tolist()
+        return WindowSnapshot(
+            cached=int(self.state.cached[slot]),
+            tokens=tuple(t if f else None for t, f in zip(tokens, filled, strict=True)),
+            logprobs=tuple(self.state.logprobs[slot, :width].tolist()),
+            top_logprobs=dict(self.top_logprobs[request.request_id]),
+        )

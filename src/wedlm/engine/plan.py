@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step is to do and what it did, as plain data: between the scheduler, the controller and any way to run it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from wedlm.engine.request import Request, TopLogprobs
+
+
+@dataclass(slots=True)  # made for each window of each step, and four times slower to make if frozen
+class ScheduledRequest:
+    """One request's share of a step: its decoding window, or a chunk of tokens to cache (``count`` of them from
+    ``start`` on); for a window both are upper bounds. ``pages`` covers slots 0 .. start + count - 1.
+    """
+
+    request: Request
+    is_window: bool
+    count: int
+    pages: list[int]
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one forward does, windows first. ``preempted`` requests have lost their pages; their windows must be saved
+    before anything runs. ``row_budget``: the most rows that this step leaves to a window of auto decoding."""
+
+    scheduled: list[ScheduledRequest]
+    preempted: list[Request] = field(default_factory=list)
+    row_budget: int = 1
+
+
+@dataclass(slots=True)  # as ``ScheduledRequest``
+class WindowResult:
+    """What a step did to one window: tokens that became final, rows it ran, tokens that now have valid keys, drafts
+    that it verified."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    top_logprobs: Sequence[TopLogprobs]
+    num_rows: int
+    num_cached: int
+    num_drafts: int
+
+
+StepResults = list[WindowResult | None]  # one for each scheduled request of the plan; None for chunks
