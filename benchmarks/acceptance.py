@@ -17,7 +17,7 @@ import torch
 from wedlm import LLM, SamplingParams
 from wedlm.algorithm.params import drafts_of
 from wedlm.bench.steps import FixedRows
-from wedlm.engine.adaptive.draft_budget import StepCosts
+from wedlm.engine.adaptive.step_costs import StepCosts
 
 
 class Counting(FixedRows):
@@ -50,7 +50,7 @@ def main() -> None:
     with gzip.open(arguments.data, "rt", encoding="utf-8") as file:
         questions = [json.loads(line)["question"] for line in file][: arguments.limit]
     llm = LLM(arguments.model, dtype=arguments.dtype, device=arguments.device, wedlm_window_size=arguments.rows)
-    llm.engine.auto = counting = Counting(arguments.rows)
+    llm.engine.controller.draft_budget = counting = Counting(arguments.rows)
     params = SamplingParams(temperature=0.0, max_tokens=arguments.max_tokens, decoding="auto", wedlm_draft_entropy=1e9)
     llm.chat([[{"role": "user", "content": question}] for question in questions], params)
     report = {

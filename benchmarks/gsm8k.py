@@ -47,7 +47,7 @@ def run_mode(
     asked = [[{"role": "user", "content": question}] for question in questions]
     if arguments.warm:
         llm.chat(asked[: arguments.warm], params)
-        llm.engine.pool.forget()
+        llm.engine.pool.reset_prefix_cache()
     began = time.perf_counter()
     outputs = llm.chat(asked, params)
     seconds = time.perf_counter() - began

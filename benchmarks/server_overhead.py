@@ -29,11 +29,10 @@ from typing import Any
 
 import httpx2
 
-from wedlm.algorithm.params import DecodeParams
-from wedlm.engine.engine import EngineConfig
-from wedlm.engine.request import Request, WindowSnapshot
+from wedlm.engine.admission import make_request
+from wedlm.engine.options import EngineConfig
+from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.engine.text import TextStream
 from wedlm.server.app import create_app
 from wedlm.server.config import ServerConfig
 from wedlm.server.run import Server
@@ -41,7 +40,6 @@ from wedlm.server.run import Server
 REQUESTS = {1: 32, 32: 128, 256: 512}  # streams at a time: requests of a measurement
 TOKENS, REPETITIONS = 64, 5
 WORDS = [" a", " quick", " fox", " jumps", " over", " it"]
-DECODE = DecodeParams(decoding="autoregressive")
 
 
 class WordTokenizer:
@@ -70,9 +68,9 @@ class NoEngine:
     def has_work(self) -> bool:
         return bool(self.requests)
 
-    def add(self, request_id: str, prompt: list[int], params: SamplingParams) -> Request:
-        text, window = TextStream(self.tokenizer, params.stop or ()), WindowSnapshot(0, (), ())
-        request = Request(request_id, prompt, params, DECODE, params.max_tokens, window, 0, list(prompt), text)
+    def add(self, request_id: str, prompt: list[int], params: SamplingParams, **how: bool) -> Request:
+        times = {"arrival": len(self.requests), "arrival_time": time.perf_counter()}
+        request = make_request(self.config, self.tokenizer, request_id, prompt, params, **times, **how)
         self.requests[request_id] = request
         return request
 
@@ -83,13 +81,15 @@ class NoEngine:
         changed = list(self.requests.values())
         time.sleep(1e-3 + 1e-4 * len(changed))
         for request in changed:
-            request.tokens.append(len(request.tokens) % len(WORDS))
-            request.text.push(request.tokens[-1])
-            request.token_steps.append(request.num_forwards)
-            request.num_forwards += 1
-            request.num_rows += 1
+            output, counters = request.output, request.counters
+            output.tokens.append(len(output.tokens) % len(WORDS))
+            output.text.push(output.tokens[-1])
+            output.token_steps.append(counters.num_forwards)
+            counters.num_forwards += 1
+            counters.num_rows += 1
             if request.num_output_tokens == request.max_tokens:
-                request.finish_reason = "length"
+                counters.finish_time = time.perf_counter()
+                output.finish_reason = "length"
                 del self.requests[request.request_id]
         return changed
 

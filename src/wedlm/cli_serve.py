@@ -143,6 +143,7 @@ def run(llm: "LLM", config: "ServerConfig", log_level: str) -> None:
     set_up_logging(log_level)
     server = Server(create_app(llm, config))
     where = f"http://{config.host}:{config.port}" if config.port else f"http://{config.host} (a free port, see below)"
+    note(llm.describe())
     note(f"serving {config.model_name} at {where}; Ctrl-C ends it")
     server.run()
     if server.failed:

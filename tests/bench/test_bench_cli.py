@@ -70,7 +70,7 @@ def test_options_of_prompt_chunks(tmp_path, tiny_checkpoint, weights, given):
     run("prefill", *subject, *words, "--no-plots", "--output", str(tmp_path))
     text = (tmp_path / "bench.json").read_text()
     assert "Infinity" not in text
-    engine = json.loads(text)["subject"]["engine"]
+    engine = json.loads(text)["subject"]["engine"]["options"]
     expected = (True, 1.5 if given == "1.5" else "inf")
     assert (engine["capture_chunks"], engine["chunk_step_ratio"]) == expected
 

@@ -11,7 +11,6 @@ from wedlm.bench.forced_acceptance import Chances, force_choices, injected
 from wedlm.bench.loop import Loop
 from wedlm.bench.prompts import Arrival
 from wedlm.bench.target import load_subject
-from wedlm.engine import runner
 
 CPU = torch.device("cpu")
 
@@ -83,7 +82,6 @@ def test_kernel_is_its_twin(rates):
 def test_whole_runs(subject):
     loop = Loop(subject)
     params = settings().params("verified", 200, wedlm_draft_entropy=1e9)
-    plain = runner.advance
     with injected(subject.engine) as chances:
         found = {}
         for rates in ((0.0,), (0.6,), (1.0,)):
@@ -92,7 +90,7 @@ def test_whole_runs(subject):
     assert found[0.0] == 1.0
     assert 1.5 < found[0.6] < 3.0  # 2.1 expected
     assert found[1.0] == pytest.approx(3.5, abs=0.1)
-    assert runner.advance is plain
+    assert subject.engine.runner.eager.force_choice is None
     assert loop.batch([subject.prompts.of(0, 8)], params, 2, 5)["tokens_per_step"] < 2
 
 
@@ -137,8 +135,8 @@ def test_nothing_of_a_prompt_is_found_again(subject):
     reused = []
     add = subject.engine.add
 
-    def watched(*args):
-        reused.append(add(*args))
+    def watched(*args, **options):
+        reused.append(add(*args, **options))
         return reused[-1]
 
     subject.engine.add = watched
@@ -152,5 +150,5 @@ def test_nothing_of_a_prompt_is_found_again(subject):
 
 def test_loading_a_shape_is_repeatable():
     first, second = (load_subject(settings()) for _ in range(2))
-    a, b = (one.engine.runner.model.model.embed_tokens.weight for one in (first, second))
+    a, b = (one.engine.runner.eager.model.model.embed_tokens.weight for one in (first, second))
     assert torch.equal(a, b)

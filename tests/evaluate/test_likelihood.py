@@ -3,6 +3,7 @@
 
 import random
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 from tests.engine.tiny_llm import save_tiny
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.engine.llm import LLM
-from wedlm.engine.pages import PagePool
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
@@ -146,24 +146,10 @@ def test_a_pair_larger_than_the_cache_is_refused(directory):
 
 def test_scores_on_the_kernels_of_gpus_equal_those_of_plain_torch(llm):
     pytest.importorskip("triton")
-    from wedlm.attention.base import KVCache
-    from wedlm.engine.graph_runner import GraphRunner
-    from wedlm.model.inference.triton_transformer import FusedTransformer
 
     if llm.device.type == "cuda":
         pytest.skip("the interpreter is for machines without a GPU")
-    shape, pool = llm.model_config, llm.engine.pool
-    cache = KVCache(
-        shape.num_layers,
-        pool.num_pages + 1,
-        pool.page_size,
-        shape.num_kv_heads,
-        shape.head_dim,
-        torch.float32,
-        llm.device,
-    )
-    runner = GraphRunner(FusedTransformer(llm.model), cache, 100, 2, LENGTH)
-    engine = SimpleNamespace(runner=runner, pool=PagePool(pool.num_pages, pool.page_size), config=llm.engine.config)
+    engine = replace(llm.blueprint, packed=llm.model).build()
     rng = random.Random(2)
     shots = [rng.randint(1, 90) for _ in range(40)]
     pairs = [([*shots, n], [n + i] * (1 + 3 * i)) for n in range(3) for i in range(4)]

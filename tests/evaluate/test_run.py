@@ -269,7 +269,7 @@ def test_answers_of_one_machine_are_scored_on_another(evaluation, llm, directory
     assert len(sandbox) == num_programs
     assert run.find(PARAMS) is None
     assert all(path.suffix == ".partial" for path in run.settings.output.iterdir())
-    monkeypatch.setattr(llm.engine.runner, "model", None)  # no forward is left to run
+    monkeypatch.setattr(llm.engine.runner.eager, "model", None)  # no forward is left to run
     record = run.run(PARAMS, {})
     assert record["environment"]["device_name"] == "another machine"
     assert {name: [without_time(line) for line in samples(run, record, name)] for name in record["tasks"]} == expected

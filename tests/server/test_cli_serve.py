@@ -81,7 +81,7 @@ def test_wrong_options(words, message):
 )
 def test_options_of_prompt_chunks(directory, monkeypatch, words, expected):
     served = []
-    monkeypatch.setattr(cli_serve, "run", lambda llm, *_: served.append(llm.engine.config))
+    monkeypatch.setattr(cli_serve, "run", lambda llm, *_: served.append(llm.engine.config.options))
     result = CliRunner().invoke(app, ["--model", str(directory), "--device", "cpu", *words])
     assert result.exit_code == 0, result.stderr
     assert [(config.capture_chunks, config.chunk_step_ratio) for config in served] == [expected]

@@ -13,7 +13,7 @@ from tests.server.test_limits import LONG
 from tests.server.test_refusals import TEXT, check_error
 from wedlm import LLM, SamplingParams
 from wedlm.engine import async_llm as async_engine
-from wedlm.engine.async_llm import fresh_engine
+from wedlm.engine.factory import Blueprint
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_requests_get_errors_and_the_engine_restarts(llm, reference, monkeypatch
             assert repaired.wait(30)
             return original(broken)
 
-        monkeypatch.setattr(running.service.engine, "_renew", renew_late)
+        monkeypatch.setattr(running.service.engine, "_rebuild", renew_late)
         with ThreadPoolExecutor(8) as pool:
             streams = [pool.submit(running.post, TEXT, {**LONG, "stream": True}) for _ in range(4)]
             whole = [pool.submit(running.post, TEXT, LONG) for _ in range(4)]
@@ -61,13 +61,15 @@ def test_requests_get_errors_and_the_engine_restarts(llm, reference, monkeypatch
 def test_faults_again_and_again(llm, reference, monkeypatch):
     """Every request either has its text or an error; the server outlives every fault."""
 
-    def faulty(broken):
-        engine = fresh_engine(broken)
+    rebuild = Blueprint.rebuild
+
+    def faulty(blueprint, broken):
+        engine = rebuild(blueprint, broken)
         engine.runner = FaultyRunner(engine, at=25)
         return engine
 
-    monkeypatch.setattr("wedlm.server.service.fresh_engine", faulty)
-    llm.engine = faulty(llm.engine)
+    monkeypatch.setattr(Blueprint, "rebuild", faulty)
+    llm.engine = faulty(llm.blueprint, llm.engine)
     expected = {p: reference.generate(p, SamplingParams(max_tokens=12))[0].text for p in ("a", "bc", "def", "ghij")}
     with serving(llm) as running:
 
@@ -96,7 +98,7 @@ def test_beyond_repair_the_server_ends(llm, monkeypatch):
     monkeypatch.setattr(async_engine, "MAX_RESTARTS", 1)
     llm.engine.runner = FaultyRunner(llm.engine, at=3)
     with serving(llm) as running:
-        monkeypatch.setattr(running.service.engine, "_renew", lambda broken: 1 / 0)
+        monkeypatch.setattr(running.service.engine, "_rebuild", lambda broken: 1 / 0)
         check_error(running.post(TEXT, LONG), 500)
         running.thread.join(10)
         assert not running.thread.is_alive()

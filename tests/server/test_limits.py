@@ -81,7 +81,7 @@ def test_an_absurd_window_costs_the_others_nothing(running, reference, decoding)
     options = {"decoding": decoding, "wedlm_window_size": 2**31 - 1, "max_tokens": 8}
     assert running.text("abc", **options) == reference.generate("abc", SamplingParams(**options))[0].text
     engine = running.service.llm.engine
-    assert engine.runner.state.tokens.shape[1] <= engine.config.max_model_len
+    assert engine.runner.windows.state.tokens.shape[1] <= engine.config.max_model_len
 
 
 def test_a_client_that_stops_reading():

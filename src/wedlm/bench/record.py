@@ -50,7 +50,7 @@ class Record:
             "subject": {
                 "name": subject.name,
                 "dtype": subject.dtype,
-                "runner": type(engine.runner).__name__,
+                "runner": type(engine.runner.executors[0]).__name__,
                 "model": config.to_hf(),
                 "engine": asdict(engine.config),
                 "cache_tokens": engine.pool.num_pages * engine.pool.page_size,

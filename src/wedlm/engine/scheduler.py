@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which requests run in the next step, and with which pages. A function of the queues and of the budgets given to it:
-it knows no tensors, waits for nothing and calls nobody back."""
+it knows no tensors, waits for nothing and calls nothing back."""
 
 from collections import deque
 from collections.abc import Mapping
