@@ -25,6 +25,7 @@ class Chances:
 
     def __init__(self, device: torch.device, vocab_size: int) -> None:
         assert vocab_size > 32, "refused drafts are replaced by tokens from 10 on"
+        self.first_other = FIRST_OTHER
         self.num_others = min(1000, vocab_size - FIRST_OTHER)
         self.by_depth = torch.zeros(_DEPTHS, device=device)
         self.count = torch.zeros(1, dtype=torch.int32, device=device)  # of steps: what makes each draw another

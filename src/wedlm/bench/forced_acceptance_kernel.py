@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``inject.force_choices`` for packed rows of a captured step, in one kernel, so that it adds little to the step."""
+"""``forced_acceptance.force_choices`` for packed rows of a captured step, in one kernel, so that it adds little to the step."""
+
+from typing import Protocol
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from wedlm.bench.forced_acceptance import FIRST_OTHER, Chances
 from wedlm.kernels.window_verified import VerifiedRows
 
 
@@ -35,12 +36,21 @@ def _force(  # type: ignore[no-untyped-def]
     tl.store(count_ptr, count + 1)
 
 
-def force_rows(rows: VerifiedRows, choice: Tensor, chances: Chances) -> Tensor:
+class Rates(Protocol):
+    """``forced_acceptance.Chances``, as far as the kernel reads it."""
+
+    by_depth: Tensor
+    count: Tensor
+    num_others: int
+    first_other: int
+
+
+def force_rows(rows: VerifiedRows, choice: Tensor, chances: Rates) -> Tensor:
     """Choices [T] of packed rows with AR's choice after each draft forced."""
     out = choice.new_empty(choice.shape)
     _force[(1,)](
         choice, rows.tokens, rows.target, rows.positions, rows.sequence, rows.row_start, chances.by_depth,
-        chances.count, out, chances.num_others, T=len(choice), DEPTHS=len(chances.by_depth), FIRST_OTHER=FIRST_OTHER,
+        chances.count, out, chances.num_others, T=len(choice), DEPTHS=len(chances.by_depth), FIRST_OTHER=chances.first_other,
         BLOCK=triton.next_power_of_2(len(choice)), num_warps=8,
     )  # fmt: skip
     return out
