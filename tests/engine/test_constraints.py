@@ -122,7 +122,9 @@ def run_history(seed: int) -> dict[str, int]:
         elif action < 0.35 and engine.requests:
             engine.abort(rng.choice(list(engine.requests)))
         elif action < 0.45 and engine.scheduler.running:
-            engine.scheduler._preempt(max(engine.scheduler.running, key=lambda r: r.arrival))
+            victim = max(engine.scheduler.running, key=lambda r: r.arrival)
+            engine.scheduler.preempt(victim)
+            engine._save_windows([victim])
         else:
             step()
         check_engine(engine)
@@ -140,9 +142,12 @@ def run_history(seed: int) -> dict[str, int]:
         lonely = alone(rules)
         assert request.output_token_ids == lonely.output_token_ids
         if request.params.logprobs is not None:
-            assert request.output.logprobs == pytest.approx(lonely.logprobs, abs=1e-5)
+            assert request.output.logprobs == pytest.approx(lonely.output.logprobs, abs=1e-5)
         if request.decode.decoding != "auto":  # how many steps that takes depends on the load
-            assert (request.output.token_steps, request.counters.num_rows) == (lonely.token_steps, lonely.num_rows)
+            assert (request.output.token_steps, request.counters.num_rows) == (
+                lonely.output.token_steps,
+                lonely.counters.num_rows,
+            )
     preempted = sum(request.progress.num_preemptions for request in finished if request.output.constraint is not None)
     return {"free": free, "constrained": len(finished) - free, "preempted": preempted}
 

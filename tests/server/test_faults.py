@@ -33,7 +33,7 @@ def test_requests_get_errors_and_the_engine_restarts(llm, reference, monkeypatch
     llm.engine.runner = FaultyRunner(llm.engine, at=20, error=error)
     expected = reference.generate("abc", SamplingParams(max_tokens=20))[0].text
     with serving(llm) as running:
-        original = running.service.engine._renew
+        original = running.service.engine._rebuild
 
         def renew_late(broken):
             assert repaired.wait(30)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``forced_acceptance.force_choices`` for packed rows of a captured step, in one kernel, so that it adds little to the step."""
+"""``forced_acceptance.force_choices`` for packed rows of a captured step, in one kernel: it adds little to the step."""
 
 from typing import Protocol
 
@@ -50,7 +50,7 @@ def force_rows(rows: VerifiedRows, choice: Tensor, chances: Rates) -> Tensor:
     out = choice.new_empty(choice.shape)
     _force[(1,)](
         choice, rows.tokens, rows.target, rows.positions, rows.sequence, rows.row_start, chances.by_depth,
-        chances.count, out, chances.num_others, T=len(choice), DEPTHS=len(chances.by_depth), FIRST_OTHER=chances.first_other,
-        BLOCK=triton.next_power_of_2(len(choice)), num_warps=8,
+        chances.count, out, chances.num_others, T=len(choice), DEPTHS=len(chances.by_depth),
+        FIRST_OTHER=chances.first_other, BLOCK=triton.next_power_of_2(len(choice)), num_warps=8,
     )  # fmt: skip
     return out
