@@ -109,7 +109,7 @@ class DeviceStep:
         if not shape.flags.streams:
             return self._verified(shape, index, chunks)
         # The kernels know neither windows whose size adapts nor flags of masked rows.
-        if shape.flags.verifies or shape.flags.adapts or self.model.has_factors:
+        if shape.flags.verifies or shape.flags.adapts or self.model.has_masked_lora:
             return self._any(shape, index, chunks)
         return self._streaming(shape, index, chunks)
 
@@ -153,7 +153,7 @@ class DeviceStep:
             shape.max_rows, self.max_keys,
             rows.shared if shape.flags.groups else None, rows.own_start if shape.flags.groups else None,
         )  # fmt: skip
-        masked = rows.shared > 0 if self.model.has_factors and shape.flags.groups else None
+        masked = rows.shared > 0 if self.model.has_masked_lora and shape.flags.groups else None
         logits = self._forward(shape, rows.tokens, rows.positions, rows.slots, plan, None, chunks, masked)
         last = shape.num_wanted
         chosen = self._choose(logits, index, rows.sequence[:last], rows.target[:last], shape.flags)
@@ -201,7 +201,7 @@ class DeviceStep:
         # Streaming reads nothing from a filled row; verification reads all.
         wanted = packed.real & (~filled | params.window.verifies[sequence])
         pick = torch.argsort(~wanted, stable=True)[: shape.num_wanted]
-        masked = ~filled & packed.real if self.model.has_factors else None
+        masked = ~filled & packed.real if self.model.has_masked_lora else None
         logits = self._forward(shape, tokens, positions, key_slots, plan, pick, chunks, masked)
         chosen = self._choose(logits, index, sequence[pick], (positions + filled)[pick], shape.flags)
         # Rows that nobody wanted write to a sequence that does not exist.
