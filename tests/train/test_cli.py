@@ -75,7 +75,7 @@ def test_help_has_every_key(capsys, arguments):
 
 def test_input_that_cannot_be_used(parts, tmp_path, capsys):
     config, _ = parts
-    assert fails(capsys, str(config), "--block_sizes", "8") == "block_sizes is no setting; expected block_size"
+    assert fails(capsys, str(config), "--block_sizes", "8") == "block_sizes is not a setting; expected block_size"
     assert fails(capsys, str(config), "block_size=8").startswith("the argument 'block_size=8' stands alone")
     assert "none.yaml cannot be read" in fails(capsys, "none.yaml")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nnonsense\n')
@@ -149,4 +149,4 @@ def test_the_module_can_be_launched(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("wedlm.train", run_name="__main__")
     assert ended.value.code == FAILED
-    assert "nonsense is no setting" in capsys.readouterr().err
+    assert "nonsense is not a setting" in capsys.readouterr().err

@@ -106,7 +106,7 @@ def _encodings(tokenizer: Tokenizer, wanted: Mapping[int, _Texts]) -> dict[int, 
     for special in (False, True):
         chosen = {number: one.texts for number, one in wanted.items() if one.add_special_tokens == special}
         texts = list(chain.from_iterable(chosen.values()))
-        # "Fast" leaves out where in the text each token stands, which nobody asks for here.
+        # "Fast" leaves out where in the text each token stands, which is not needed here.
         encodings = iter(tokenizer.backend.encode_batch_fast(texts, add_special_tokens=special))
         given |= {number: list(islice(encodings, len(some))) for number, some in chosen.items()}
     return given
