@@ -11,7 +11,7 @@ from wedlm.cli_terminal import note, option, plain_errors, write
 
 if TYPE_CHECKING:
     from wedlm.bench.settings import Settings
-    from wedlm.bench.stats import Row
+    from wedlm.bench.stats import TableRow
 
 WHAT, MUCH, HOW, MODEL = "What to measure", "How much", "Decoding", "Model and machine"
 
@@ -110,13 +110,13 @@ def bench(
 
 def read_settings(options: dict[str, Any]) -> "Settings":
     """Options of the command line, checked. Raises ValueError."""
-    from wedlm.bench.settings import Amounts, Settings, change_amounts, read_modes, read_numbers, read_parts
+    from wedlm.bench.settings import Settings, Workload, change_workload, read_modes, read_numbers, read_parts
     from wedlm.cli_generate import parse_threshold
     from wedlm.engine.options import read_device, read_quantization, read_ratio
 
     shape, model = options["shape"], options["model"]
     if shape is not None and (model is not None or options["adapter"] is not None):
-        raise ValueError(f"--shape is {shape}, and --model or --adapter is given; expected one subject")
+        raise ValueError(f"--shape is {shape}, and --model or --adapter is given; expected one target")
     _set_threads(options["threads"])
     lists = {
         name: None if options[name] is None else read_numbers(f"--{name}", options[name], 1, 2**31)
@@ -124,7 +124,7 @@ def read_settings(options: dict[str, Any]) -> "Settings":
     }
     single = {name: options[name] for name in ("runs", "pairs", "steps", "answer", "prompt", "requests", "long_prompt")}
     on_gpu = read_device(options["device"]).type == "cuda"
-    amounts = change_amounts(Amounts.of(on_gpu, shape is not None), lists | single)
+    workload = change_workload(Workload.of(on_gpu, shape is not None), lists | single)
     for name in ("rate", "budget_s", "kv_cache_gb"):
         if options[name] is not None and not options[name] > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {options[name]:g}; expected a number above 0")
@@ -138,7 +138,7 @@ def read_settings(options: dict[str, Any]) -> "Settings":
     return Settings(
         parts=read_parts(options["parts"] or [], shape),
         modes=read_modes(options["modes"], shape),
-        amounts=amounts,
+        workload=workload,
         model=None if shape is not None else model or "demo",
         decoding={
             "wedlm_window_size": options["window_size"],
@@ -175,19 +175,19 @@ def run(settings: "Settings", output: Path | None, evaluation: Path | None, draw
     elif evaluation is not None:
         raise ValueError("--evaluation is given without --output or with --no-plots; expected a folder to draw into")
 
-    def say(part: str, row: "Row | None") -> None:
+    def log(part: str, row: "TableRow | None") -> None:
         if row is None:
             note(f"{part} ...")
         else:
             name, value = key_figure(row)
             note(f"  {part}: {describe(label_of(row))}: {name} {value:g}")
 
-    record = run_bench(settings, sys.argv[1:], output, say)
+    record = run_bench(settings, sys.argv[1:], output, log)
     show_tables(record.values["parts"])
-    rival = record.values.get("vllm", {})
-    if "error" in rival:
-        note(f"warning: {rival['error']}", "yellow")
-    if record.values["cut"]:
+    baseline = record.values.get("vllm", {})
+    if "error" in baseline:
+        note(f"warning: {baseline['error']}", "yellow")
+    if record.values["skipped"]:
         note(f"the budget of {settings.budget_s:g} s cut {len(record.values['cut'])} measurements", "yellow")
     if draws and output is not None:
         _draw(record.values, evaluation, output)

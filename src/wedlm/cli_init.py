@@ -10,10 +10,10 @@ def run_init(source: str, output: Path, mask_token_id: int | None, block_size: i
     """Make the directory and say what it holds. Raises ValueError."""
     with status("Loading torch ..."):
         from wedlm.model.formats.resolve import locate
-        from wedlm.model.init_checkpoint import initialise
+        from wedlm.model.init_checkpoint import init_checkpoint
     locate(source)  # outside the status line: a download shows its own progress
     with status(f"Making {output} from {source} ..."):
-        made = initialise(source, output, mask_token_id=mask_token_id, block_size=block_size, force=force)
+        made = init_checkpoint(source, output, mask_token_id=mask_token_id, block_size=block_size, force=force)
     config, token = made.config, made.mask_token
     out.print(str(made.directory), markup=False, soft_wrap=True)
     note(

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wedlm.bench.stats import Row
+from wedlm.bench.stats import TableRow
 from wedlm.evaluate.plots import Plot, draw_plots, finish_plot, group_by, new_figure, place_legend
 from wedlm.evaluate.report import build_sections
 from wedlm.evaluate.result_folder import read_points
 
-_Parts = dict[str, list[Row]]
+_Parts = dict[str, list[TableRow]]
 
 
 def draw_bench(values: dict[str, Any]) -> list[Plot]:
@@ -102,7 +102,7 @@ def _speed(parts: _Parts) -> Plot | None:
     return finish_plot(figure, "Throughput against batch", "complete answers; bars: least and most of the runs")
 
 
-def _bars(rows: Sequence[Row], name: str) -> list[list[float]]:
+def _bars(rows: Sequence[TableRow], name: str) -> list[list[float]]:
     return [
         [row[name] - row["spread"][name][0] for row in rows],
         [row["spread"][name][1] - row[name] for row in rows],
