@@ -188,7 +188,7 @@ def run(settings: "Settings", output: Path | None, evaluation: Path | None, draw
     if "error" in baseline:
         note(f"warning: {baseline['error']}", "yellow")
     if record.values["skipped"]:
-        note(f"the budget of {settings.budget_s:g} s cut {len(record.values['cut'])} measurements", "yellow")
+        note(f"the budget of {settings.budget_s:g} s cut {len(record.values['skipped'])} measurements", "yellow")
     if draws and output is not None:
         _draw(record.values, evaluation, output)
     write(record.summary(output) + "\n")

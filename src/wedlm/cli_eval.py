@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm eval``: options to points, points to a table."""
+"""``wedlm eval``: options to runs, runs to a table."""
 
 import json
 import os
@@ -30,15 +30,13 @@ def evaluate(
     ),
     download: Annotated[Path | None, option("Fetch the public data files into this folder, and end.", WHAT)] = None,
     protocol: Annotated[str, option("default, or paper: the paper's decoding parameters.", WHAT)] = "default",
-    sweep: Annotated[
-        list[str] | None, option("key=value,value: a point for each value; repeated: a grid.", WHAT)
-    ] = None,
+    sweep: Annotated[list[str] | None, option("key=value,value: a run for each value; repeated: a grid.", WHAT)] = None,
     limit: Annotated[int | None, option("Only the first N questions of each task.", WHAT)] = None,
     num_fewshot: Annotated[int | None, option("Examples in a prompt; default: each task's own.", WHAT)] = None,
     chat_template: Annotated[
         bool, option("Ask in the model's chat template, for instruct models.", WHAT, "--chat-template")
     ] = False,
-    as_json: Annotated[bool, option("Print each point as one line of JSON instead of a table.", WHAT, "--json")] = (
+    as_json: Annotated[bool, option("Print each run as one line of JSON instead of a table.", WHAT, "--json")] = (
         False
     ),
     answers_only: Annotated[
@@ -111,7 +109,7 @@ def run_download(directory: Path) -> None:
 
 
 def run_eval(options: dict[str, Any]) -> None:
-    """Run the points that the output folder lacks; print all of them. ValueError for a wrong option."""
+    """Evaluate the runs that the output folder lacks; print all of them. ValueError for a wrong option."""
     from wedlm.evaluate.settings import PARAM_NAMES, Settings, make_params, parse_sweep, parse_value
 
     settings = Settings(
@@ -130,25 +128,25 @@ def run_eval(options: dict[str, Any]) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; before its first import
         from wedlm.evaluate.run import Evaluation, load_tasks, sweep_params
 
-        points = sweep_params(base, grid)
-        if options["engine"] == "vllm" and (other := {p.decoding for p, _ in points} - {"autoregressive"}):
+        runs = sweep_params(base, grid)
+        if options["engine"] == "vllm" and (other := {p.decoding for p, _ in runs} - {"autoregressive"}):
             raise ValueError(f"--decoding is {', '.join(sorted(other))}; expected autoregressive beside --engine vllm")
         tasks = load_tasks(settings, scores=not options["answers_only"])
-    backend = _backend(options, max(params.max_rows for params, _ in points))
+    backend = _backend(options, max(params.max_rows for params, _ in runs))
     evaluation = Evaluation(backend, settings, tasks)
     records = []
-    for number, (params, swept) in enumerate(points, start=1):
+    for number, (params, sweep) in enumerate(runs, start=1):
         record = evaluation.find(params)
         if record is None and options["answers_only"]:
-            with _bar(f"Point {number} of {len(points)}") as progress:
+            with _bar(f"Run {number} of {len(runs)}") as progress:
                 evaluation.answer(params, progress)
-            note(f"the answers of point {number} of {len(points)} are in {settings.output}: {evaluation.key(params)}")
+            note(f"the answers of run {number} of {len(runs)} are in {settings.output}: {evaluation.key(params)}")
             continue
         if record is None:
-            with _bar(f"Point {number} of {len(points)}") as progress:
-                record = evaluation.run(params, swept, progress)
+            with _bar(f"Run {number} of {len(runs)}") as progress:
+                record = evaluation.run(params, sweep, progress)
         else:
-            note(f"point {number} of {len(points)} is in {settings.output} already: {record['key']}")
+            note(f"run {number} of {len(runs)} is in {settings.output} already: {record['key']}")
         records.append(record)
         if options["as_json"]:
             write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -178,10 +176,10 @@ def _backend(options: dict[str, Any], max_rows: int) -> "Backend":
         return _replicas(given, options["workers"], options["threads"])
     from wedlm.cli_generate import load_llm
     from wedlm.evaluate.harness import EngineBackend
-    from wedlm.evaluate.provenance import identify
+    from wedlm.evaluate.provenance import model_provenance
 
     llm = load_llm(given | {"threads": options["threads"]})
-    return EngineBackend(llm, identify(llm, options["model"], options["adapter"]))
+    return EngineBackend(llm, model_provenance(llm, options["model"], options["adapter"]))
 
 
 def _replicas(given: dict[str, Any], workers: int, threads: int | None) -> "Backend":
@@ -220,7 +218,7 @@ def _bar(title: str) -> Iterator[Any]:
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
-    """A row per point and task; what the points differ in comes first."""
+    """A row per run and task; what the runs differ in comes first."""
     varied = list(dict.fromkeys(name for record in records for name in record["swept"]))
     view = Table(box=None, pad_edge=False)
     for name in [*varied, "task", "shots", "questions", "metric"]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from wedlm.evaluate.compare import Comparison
     from wedlm.evaluate.plots import Plot
     from wedlm.evaluate.report import Decoder, Section
-    from wedlm.evaluate.result_folder import Point
+    from wedlm.evaluate.result_folder import Run
 
 # Names under which a model's own tokenizer is at hand without asking the user.
 _EMBEDDED = ("demo", "demo-base")
@@ -25,13 +25,13 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="Output folders of wedlm eval.", metavar="FOLDER...")],
     output: Annotated[Path | None, typer.Option(help="Where to write; default: the first folder.")] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Also compare with this point: a key, or the name of a model with one AR point.")
+        str | None, typer.Option(help="Also compare with this run: a key, or the name of a model with one AR run.")
     ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(help="Checkpoint whose tokenizer colours the answers by forward; the demo's own is known."),
     ] = None,
-    examples: Annotated[int, typer.Option(help="Answers and failures to show per point and task.")] = 10,
+    examples: Annotated[int, typer.Option(help="Answers and failures to show per run and task.")] = 10,
     title: Annotated[str, typer.Option(help="Heading of the report.")] = "Evaluation",
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw figures (needs matplotlib).")] = True,
     seconds: Annotated[
@@ -57,15 +57,15 @@ def report(
         from wedlm.evaluate.plots import draw_plots
         from wedlm.evaluate.report import build_sections, choose_baseline
         from wedlm.evaluate.report_page import html_page, markdown_page
-        from wedlm.evaluate.result_folder import read_points
+        from wedlm.evaluate.result_folder import read_runs
 
         if examples < 0:
             raise ValueError(f"--examples is {examples}; expected 0 or more")
         if figures is not None and not plots:
             raise ValueError(f"--figures is {figures}; expected no such option beside --no-plots")
-        points = read_points(folders)
-        chosen = None if baseline is None else choose_baseline(points, baseline)
-        sections = build_sections(points, chosen, examples, _Decoders(tokenizer))
+        runs = read_runs(folders)
+        chosen = None if baseline is None else choose_baseline(runs, baseline)
+        sections = build_sections(runs, chosen, examples, _Decoders(tokenizer))
         drawn = [draw_plots(section, seconds) if plots else [] for section in sections]
         target = output or folders[0]
         target.mkdir(parents=True, exist_ok=True)
@@ -91,13 +91,13 @@ def _write_figures(folder: Path, sections: "Sequence[Section]", drawn: "Sequence
 
 
 class _Decoders:
-    """The tokenizer of a point's model, loaded once; None where none is known."""
+    """The tokenizer of a run's model, loaded once; None where none is known."""
 
     def __init__(self, given: str | None) -> None:
         self._given, self._loaded = given, {}  # type: ignore[var-annotated]
 
-    def __call__(self, point: "Point") -> "Decoder | None":
-        name = self._given or (point.model["name"] if point.model["name"] in _EMBEDDED else None)
+    def __call__(self, run: "Run") -> "Decoder | None":
+        name = self._given or (run.model["name"] if run.model["name"] in _EMBEDDED else None)
         if name is None:
             return None
         if name not in self._loaded:
@@ -121,26 +121,26 @@ def compare(
     wedlm compare ./results-verified ./results-ar --texts 20
     """
     with plain_errors(debug):
-        from wedlm.evaluate.compare import compare_points
+        from wedlm.evaluate.compare import compare_runs
 
         if texts < 0:
             raise ValueError(f"--texts is {texts}; expected 0 or more")
-        first, second = _one_point(a), _one_point(b)
+        first, second = _one_run(a), _one_run(b)
         write(f"A  {first.model_label}, {first.label}\nB  {second.model_label}, {second.label}\n")
-        for name, comparison in compare_points(first, second).items():
+        for name, comparison in compare_runs(first, second).items():
             _tell(name, comparison, texts)
 
 
-def _one_point(path: Path) -> "Point":
-    from wedlm.evaluate.result_folder import read_point, read_points
+def _one_run(path: Path) -> "Run":
+    from wedlm.evaluate.result_folder import read_run, read_runs
 
     if not path.is_dir():
-        return read_point(path)
-    points = read_points([path])
-    if len(points) > 1:
-        names = "; ".join(f"{point.path.name} ({point.label})" for point in points)
-        raise ValueError(f"{path} has {len(points)} points; expected one of its files: {names}")
-    return points[0]
+        return read_run(path)
+    runs = read_runs([path])
+    if len(runs) > 1:
+        names = "; ".join(f"{run.path.name} ({run.label})" for run in runs)
+        raise ValueError(f"{path} has {len(runs)} runs; expected one of its files: {names}")
+    return runs[0]
 
 
 def _tell(name: str, comparison: "Comparison", texts: int) -> None:

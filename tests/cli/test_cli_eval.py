@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm eval``: a sweep with a table, JSON, finished points, and errors in a sentence."""
+"""``wedlm eval``: a sweep with a table, JSON, finished runs, and errors in a sentence."""
 
 import json
 import subprocess
@@ -90,7 +90,7 @@ def test_answers_first_and_scores_later(words):
     first = wedlm(*call, "--answers-only")
 
     assert first.exit_code == 0, first.stderr
-    assert "the answers of point 1 of 1 are in" in " ".join(first.stderr.split())
+    assert "the answers of run 1 of 1 are in" in " ".join(first.stderr.split())
     assert first.stdout == ""
     second = wedlm(*call, "--json")
     assert second.exit_code == 0, second.stderr

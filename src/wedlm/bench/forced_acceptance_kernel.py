@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``forced_acceptance.force_choices`` for packed rows of a captured step, in one kernel, so that it adds little to the step."""
+"""``forced_acceptance.force_choices`` for packed rows of a captured step: one kernel, so it adds little to the step."""
 
 import triton
 import triton.language as tl

@@ -45,7 +45,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Case:
-    """``label`` says what it is; ``measure(run)`` gives its figures, run being 0, 1, … and -1 for the discarded warm-up."""
+    """``label`` describes it; ``measure(run)`` gives its figures, run being 0, 1, … and -1 for a discarded warm-up."""
 
     label: dict[str, Any]
     measure: Callable[[int], Figures]

@@ -10,7 +10,7 @@ from typing import Any
 from wedlm.bench.stats import TableRow
 from wedlm.evaluate.plots import Plot, draw_plots, finish_plot, group_by, new_figure, place_legend
 from wedlm.evaluate.report import build_sections
-from wedlm.evaluate.result_folder import read_points
+from wedlm.evaluate.result_folder import read_runs
 
 _Parts = dict[str, list[TableRow]]
 
@@ -24,7 +24,7 @@ def draw_bench(values: dict[str, Any]) -> list[Plot]:
 
 def draw_evaluation(folder: Path) -> list[Plot]:
     """Speed against quality, over τ where it was swept, of a folder of ``wedlm eval``."""
-    sections = build_sections(read_points([folder]), None, 0, lambda _: None)
+    sections = build_sections(read_runs([folder]), None, 0, lambda _: None)
     return [
         replace(plot, title=f"{section.title} {plot.title}") for section in sections for plot in draw_plots(section)
     ]

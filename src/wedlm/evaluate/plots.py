@@ -33,7 +33,7 @@ class Plot:
 
 
 def draw_plots(section: Section, seconds: bool = True) -> list[Plot]:
-    """The figures that a section has the points for; none for likelihood tasks, which no decoding mode changes.
+    """The figures that a section has the runs for; none for likelihood tasks, which no decoding mode changes.
 
     ``seconds``: with tokens a second beside tokens a forward. ValueError if matplotlib is missing.
     """
@@ -62,10 +62,10 @@ def _pareto(section: Section, speeds: _Speeds) -> Plot | None:
     if len(section.rows) < 2:
         return None
     figure, panels = new_figure(len(speeds))
-    several = len({row.point.model_label for row in section.rows}) > 1
+    several = len({row.run.model_label for row in section.rows}) > 1
 
     def by_mode(row: Row) -> str:
-        return f"{row.point.model_label} {row.point.decoding}" if several else row.point.decoding
+        return f"{row.run.model_label} {row.run.decoding}" if several else row.run.decoding
 
     for axes, (speed, label) in zip(panels, speeds, strict=True):
         for index, (name, rows) in enumerate(group_by(section.rows, by_mode).items()):
@@ -73,7 +73,7 @@ def _pareto(section: Section, speeds: _Speeds) -> Plot | None:
         axes.set_xlabel(label)
         axes.set_ylabel(f"{section.metric} (%)")
     place_legend(figure, panels[0])
-    return finish_plot(figure, "Accuracy against speed", f"{section.title}: one dot per point, upper right is better")
+    return finish_plot(figure, "Accuracy against speed", f"{section.title}: one dot per run, upper right is better")
 
 
 def _sweep(section: Section, speeds: _Speeds, parameter: str, label: str, title: str) -> Plot | None:
@@ -98,7 +98,7 @@ def _streaming_against_block(section: Section, speeds: _Speeds) -> Plot | None:
     """The two modes where all else is equal: accuracy, and how many times faster streaming is, over the threshold."""
     pairs = []
     for rows in group_by(section.rows, lambda row: _others(row, "decoding")).values():
-        modes = {row.point.decoding: row for row in rows}
+        modes = {row.run.decoding: row for row in rows}
         if {"streaming", "block"} <= modes.keys():
             pairs.append((modes["streaming"], modes["block"]))
     if not pairs:
@@ -112,7 +112,7 @@ def _streaming_against_block(section: Section, speeds: _Speeds) -> Plot | None:
         suffix = f" {names}" if names else ""
         for side, style in ((0, "-"), (1, "--")):
             rows = [pair[side] for pair in family]
-            _errors(panels[0], places, rows, rows[0].point.decoding + suffix, colour, line=style)
+            _errors(panels[0], places, rows, rows[0].run.decoding + suffix, colour, line=style)
         for (speed, name), style in zip(speeds, ("-", ":"), strict=False):
             ratios = [a.result.speed[speed] / (b.result.speed[speed] or float("nan")) for a, b in family]
             panels[1].plot(places, ratios, style, marker=".", color=f"C{colour % 10}", label=_plain(name + suffix))
@@ -128,7 +128,7 @@ def _streaming_against_block(section: Section, speeds: _Speeds) -> Plot | None:
 
 def _lines(rows: Sequence[Row], parameter: str) -> dict[str, list[Row]]:
     """Rows that differ in one parameter alone, two values or more, in its order; by a name that tells them apart."""
-    using = [row for row in rows if row.point.decoding in ("streaming", "block")]
+    using = [row for row in rows if row.run.decoding in ("streaming", "block")]
     groups = group_by(using, lambda row: _others(row, parameter))
     kept = {others: group for others, group in groups.items() if len({_place(row, parameter) for row in group}) > 1}
     names = _distinct(list(kept))
@@ -139,7 +139,7 @@ def _lines(rows: Sequence[Row], parameter: str) -> dict[str, list[Row]]:
 
 
 def _place(row: Row, parameter: str) -> float:
-    value = row.point.params.get(parameter)
+    value = row.run.params.get(parameter)
     return _NO_THRESHOLD if value is None else float(value)
 
 
@@ -148,14 +148,14 @@ _Facts = tuple[tuple[str, Any], ...]
 
 def _others(row: Row, *left_out: str) -> _Facts:
     """All that a row depends on but some parameters."""
-    point = row.point
+    run = row.run
     facts = {
-        "model": point.model_label,
-        "decoding": point.decoding,
-        "chat template": point.chat_template,
+        "model": run.model_label,
+        "decoding": run.decoding,
+        "chat template": run.chat_template,
         "few-shot": row.result.num_fewshot,
         "questions": row.result.num_samples,
-        **point.params,
+        **run.params,
     }
     return tuple((name, value) for name, value in facts.items() if name not in left_out)
 

@@ -21,7 +21,7 @@ _KINDS = (".safetensors", ".gguf", ".json", ".jinja")
 
 
 @dataclass(frozen=True)
-class ModelIdentity:
+class ModelProvenance:
     """A model as results name it. ``hash``: digest of its files, the adapter's included; ``engine``: what runs it."""
 
     name: str
@@ -32,20 +32,22 @@ class ModelIdentity:
     engine: str = "wedlm"
 
 
-def identify(llm: "LLM", model: str, adapter: str | None) -> ModelIdentity:
+def model_provenance(llm: "LLM", model: str, adapter: str | None) -> ModelProvenance:
     """``model`` and ``adapter`` as given to the ``LLM``."""
     dtype = str(llm.engine.runner.cache.keys.dtype).removeprefix("torch.")
-    return identify_files(model, adapter, dtype, str(llm.device))
+    return provenance_of_files(model, adapter, dtype, str(llm.device))
 
 
-def identify_files(model: str, adapter: str | None, dtype: str, device: str, engine: str = "wedlm") -> ModelIdentity:
+def provenance_of_files(
+    model: str, adapter: str | None, dtype: str, device: str, engine: str = "wedlm"
+) -> ModelProvenance:
     """A model by its files. ``dtype`` is that of the activations."""
     paths = _files(locate(model))
     if model == DEMO_NAME:
         paths += DEMO_DELTAS
     if adapter is not None:
         paths += _files(Path(adapter))
-    return ModelIdentity(
+    return ModelProvenance(
         name=_last_part(model),
         hash=_digest(paths),
         dtype=dtype,

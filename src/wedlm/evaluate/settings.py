@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation is asked to do: decoding parameters, protocols, and grids of them. Imports neither torch nor the
+"""The settings of an evaluation: decoding parameters, protocols, and grids of them. Imports neither torch nor the
 harness."""
 
 import dataclasses
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Params:
-    """Decoding of a point, under the names that the command line and the result files use."""
+    """Decoding of a run, under the names that the command line and the result files use."""
 
     decoding: str = "verified"
     window_size: int = 16
@@ -73,7 +73,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What all points of a run share, decoding aside."""
+    """What all runs of an evaluation share, decoding aside."""
 
     tasks: tuple[str, ...]
     data_dir: Path
@@ -96,7 +96,9 @@ class Settings:
             if value is not None and value < low:
                 raise ValueError(f"{name} is {value}; expected at least {low}")
         if not self.data_dir.is_dir():
-            raise ValueError(f"--data-dir is {self.data_dir}, which is no directory; expected the folder of data files")
+            raise ValueError(
+                f"--data-dir is {self.data_dir}, which is not a directory; expected that of the data files"
+            )
 
 
 TASKS_DIRECTORY = Path(__file__).parent / "tasks"
@@ -130,9 +132,9 @@ _TYPES = {field.name: getattr(field.type, "__name__", field.type) for field in d
 
 
 def parse_sweep(options: Sequence[str]) -> list[dict[str, Any]]:
-    """Points of a grid, the first option varying slowest: ``["window_size=4,8", "temperature=0,1"]`` makes four.
+    """Runs of a grid, the first option varying slowest: ``["window_size=4,8", "temperature=0,1"]`` makes four.
 
-    No option: one point that changes nothing. ValueError for what is no ``key=value,value`` of a known key.
+    No option: one run that changes nothing. ValueError for anything but ``key=value,value`` of a known key.
     """
     axes: dict[str, list[Any]] = {}
     for option in options:
