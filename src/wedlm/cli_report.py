@@ -11,9 +11,10 @@ from wedlm.cli_terminal import note, plain_errors, write
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from wedlm.engine.text import TokenDecoder
     from wedlm.evaluate.compare import Comparison
     from wedlm.evaluate.plots import Plot
-    from wedlm.evaluate.report import Decoder, Section
+    from wedlm.evaluate.report import Section
     from wedlm.evaluate.result_folder import Run
 
 # Names under which a model's own tokenizer is at hand without asking the user.
@@ -96,7 +97,7 @@ class _Decoders:
     def __init__(self, given: str | None) -> None:
         self._given, self._loaded = given, {}  # type: ignore[var-annotated]
 
-    def __call__(self, run: "Run") -> "Decoder | None":
+    def __call__(self, run: "Run") -> "TokenDecoder | None":
         name = self._given or (run.model["name"] if run.model["name"] in _EMBEDDED else None)
         if name is None:
             return None

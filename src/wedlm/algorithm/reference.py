@@ -66,7 +66,7 @@ def _forward(
 def _streaming_step(
     model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
 ) -> tuple[list[int], list[int], list[int | None], int]:
-    """method: commit the leading filled run (block: only a full window), fill by entropy, emit what became final."""
+    """Commit the leading filled run (block: only a full window), fill by entropy, emit what became final."""
     room = params.max_positions - len(committed)
     window = window[:room]
     run = _leading_run(window, params)

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import re
 import resource
 import sys
 from dataclasses import asdict
@@ -20,6 +19,8 @@ from wedlm.attention.base import KVCache
 from wedlm.bench.settings import Settings
 from wedlm.bench.stats import TableRow, describe, rounded
 from wedlm.bench.target import Target
+from wedlm.evaluate.provenance import cpu_name
+from wedlm.model.formats.save import write_whole
 
 _PACKAGES = ("wedlm", "torch", "triton", "transformers", "vllm", "numpy")
 # What a row is about; everything else in it was measured.
@@ -71,10 +72,9 @@ class Record:
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / f".{_FILE}"
         values = _json_values(self.values)
-        temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        temporary.replace(directory / _FILE)
+        with write_whole(directory / _FILE) as temporary:
+            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     def summary(self, directory: Path | None) -> str:
         """One line of JSON: the figure of each row that matters most, by part and label."""
@@ -138,13 +138,6 @@ def hardware(device: torch.device) -> dict[str, Any]:
         found |= {"gpu": properties.name, "gpu_gib": round(properties.total_memory / 2**30, 1)}
         found["cuda"] = torch.version.cuda
     return found
-
-
-def cpu_name() -> str:
-    """As Linux names it, else the architecture."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.machine()
 
 
 def memory(device: torch.device) -> dict[str, float]:

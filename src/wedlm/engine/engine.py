@@ -18,7 +18,7 @@ from wedlm.engine.request import FinishReason, Request, StepPlan, WindowResult, 
 from wedlm.engine.runner import Flight, Runner
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.scheduler import Scheduler
-from wedlm.engine.text import Decoder, TextStream
+from wedlm.engine.text import TextStream, TokenDecoder
 
 _MOST_PACED_ROWS = 1024  # larger forwards cost in proportion, so that the table goes on in a line
 
@@ -44,7 +44,7 @@ class EngineConfig:
 class Engine:
     """Admits, runs and finishes requests. The only place that decides that a request is finished."""
 
-    def __init__(self, config: EngineConfig, runner: Runner, pool: PagePool, tokenizer: Decoder | None) -> None:
+    def __init__(self, config: EngineConfig, runner: Runner, pool: PagePool, tokenizer: TokenDecoder | None) -> None:
         self.config, self.runner, self.pool, self.tokenizer = config, runner, pool, tokenizer
         self._chunk_step_ratio = math.inf if config.chunk_step_ratio is None else config.chunk_step_ratio
         paced = self._chunk_rows if self._chunk_step_ratio < math.inf else None

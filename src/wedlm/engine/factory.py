@@ -12,7 +12,7 @@ from wedlm.engine import options
 from wedlm.engine.engine import Engine, EngineConfig
 from wedlm.engine.pages import PagePool
 from wedlm.engine.runner import Runner
-from wedlm.engine.text import Decoder
+from wedlm.engine.text import TokenDecoder
 from wedlm.model import ModelConfig, Transformer
 
 # Keeps tokens coming while prompts are read (docs/log.md). Where such steps are launched piece by piece, many short
@@ -23,7 +23,7 @@ _CAPTURED_CHUNK_STEP_RATIO = 1.8
 def build_engine(
     model: Transformer,
     config: EngineConfig,
-    tokenizer: Decoder | None,
+    tokenizer: TokenDecoder | None,
     *,
     page_size: int = 16,
     kv_cache_bytes: int | None = None,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 
-class Decoder(Protocol):
+class TokenDecoder(Protocol):
     """What a tokenizer must offer here."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
@@ -19,7 +19,7 @@ class TextStream:
     ``ends[i]`` is where the text ended after token i, before any stop string was cut off.
     """
 
-    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: TokenDecoder, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids: list[int] = []
         # ids[_context:_read] ended on a character's border; they are decoded again with what follows, because a

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from wedlm.evaluate.report import Row, Section
+from wedlm.evaluate.report import Section, TableRow
 from wedlm.evaluate.result_folder import describe
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _pareto(section: Section, speeds: _Speeds) -> Plot | None:
     figure, panels = new_figure(len(speeds))
     several = len({row.run.model_label for row in section.rows}) > 1
 
-    def by_mode(row: Row) -> str:
+    def by_mode(row: TableRow) -> str:
         return f"{row.run.model_label} {row.run.decoding}" if several else row.run.decoding
 
     for axes, (speed, label) in zip(panels, speeds, strict=True):
@@ -126,7 +126,7 @@ def _streaming_against_block(section: Section, speeds: _Speeds) -> Plot | None:
     )
 
 
-def _lines(rows: Sequence[Row], parameter: str) -> dict[str, list[Row]]:
+def _lines(rows: Sequence[TableRow], parameter: str) -> dict[str, list[TableRow]]:
     """Rows that differ in one parameter alone, two values or more, in its order; by a name that tells them apart."""
     using = [row for row in rows if row.run.decoding in ("streaming", "block")]
     groups = group_by(using, lambda row: _others(row, parameter))
@@ -138,7 +138,7 @@ def _lines(rows: Sequence[Row], parameter: str) -> dict[str, list[Row]]:
     }
 
 
-def _place(row: Row, parameter: str) -> float:
+def _place(row: TableRow, parameter: str) -> float:
     value = row.run.params.get(parameter)
     return _NO_THRESHOLD if value is None else float(value)
 
@@ -146,7 +146,7 @@ def _place(row: Row, parameter: str) -> float:
 _Facts = tuple[tuple[str, Any], ...]
 
 
-def _others(row: Row, *left_out: str) -> _Facts:
+def _others(row: TableRow, *left_out: str) -> _Facts:
     """All that a row depends on but some parameters."""
     run = row.run
     facts = {
@@ -185,7 +185,9 @@ def group_by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[
     return groups
 
 
-def _errors(axes: "Axes", places: Sequence[float], rows: Sequence[Row], name: str, index: int, line: str = "-") -> None:
+def _errors(
+    axes: "Axes", places: Sequence[float], rows: Sequence[TableRow], name: str, index: int, line: str = "-"
+) -> None:
     """Accuracies in percent with their standard errors."""
     values = [100 * row.result.value for row in rows]
     bars = [100 * (row.result.stderr or 0.0) for row in rows]

@@ -4,19 +4,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
 
+from wedlm.engine.text import TokenDecoder
 from wedlm.evaluate.compare import Comparison, compare_samples
 from wedlm.evaluate.result_folder import AUTOREGRESSIVE, Run, Sample, TaskResult, read_samples
 
 # Of several AR runs that a run could be compared with, the one that agrees with it in these is taken, first ones first.
 _CLOSENESS = ("temperature", "max_tokens", "top_p", "top_k", "seed")
-
-
-class Decoder(Protocol):
-    """What a tokenizer must offer here."""
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A run's result on a task. Comparisons are None where there is nothing to compare with, or with itself.
 
     ``failures``: the first of ``num_notable`` wrong answers, of ``num_wrong`` in all, that have a reason to be shown.
@@ -73,7 +67,7 @@ class Section:
     title: str
     metric: str
     kind: str
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
 
 
 def choose_baseline(runs: Sequence[Run], name: str) -> Run:
@@ -96,7 +90,7 @@ def build_sections(
     runs: Sequence[Run],
     baseline: Run | None = None,
     num_examples: int = 10,
-    decoder_of: Callable[[Run], Decoder | None] = lambda _: None,
+    decoder_of: Callable[[Run], TokenDecoder | None] = lambda _: None,
 ) -> list[Section]:
     """Read all samples and pair each run with the AR run of its weights and with the baseline."""
     titles: dict[tuple[str, float, str], list[Run]] = {}
@@ -121,8 +115,8 @@ def _row(
     baseline: Run | None,
     samples: Mapping[str, Sequence[Sample]],
     num_examples: int,
-    decoder: Decoder | None,
-) -> Row:
+    decoder: TokenDecoder | None,
+) -> TableRow:
     own, ar = samples[run.key], ar_twin(run, members, name)
     against = {}
     for role, other in (("ar", ar), ("baseline", baseline)):
@@ -133,7 +127,7 @@ def _row(
     wrong = [sample for sample in own if not sample.correct]
     reasons = [(sample, _reasons(sample, right_in_ar)) for sample in wrong]
     notable = sorted((item for item in reasons if item[1]), key=lambda item: -len(item[1]))
-    return Row(
+    return TableRow(
         run=run,
         result=run.tasks[name],
         against_ar=against["ar"],
@@ -176,11 +170,11 @@ def _reasons(sample: Sample, right_in_ar: set[int]) -> list[str]:
     return reasons
 
 
-def _example(sample: Sample, decoder: Decoder | None) -> Example:
+def _example(sample: Sample, decoder: TokenDecoder | None) -> Example:
     return Example(sample, [] if decoder is None else split_by_step(sample, decoder))
 
 
-def split_by_step(sample: Sample, decoder: Decoder) -> list[Piece]:
+def split_by_step(sample: Sample, decoder: TokenDecoder) -> list[Piece]:
     """A sample's text, cut where another forward made it final; joined, the pieces are the text.
 
     Tokens behind the text's end (end tokens, stop strings) count in their forward's ``num_tokens``. ValueError if the

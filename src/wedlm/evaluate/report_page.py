@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from wedlm.evaluate.compare import Comparison
 from wedlm.evaluate.plots import Plot
-from wedlm.evaluate.report import Row, Section
+from wedlm.evaluate.report import Section, TableRow
 from wedlm.evaluate.result_folder import Run
 
 _SCORE = ("mode", "questions", "score (%)", "Δ AR (points)", "Δ baseline (points)")
@@ -25,7 +25,7 @@ def columns(kind: str, baseline: bool) -> list[str]:
     return [name for name in COLUMNS[kind] if baseline or name != _BASELINE]
 
 
-def cells(row: Row, baseline: bool = True) -> list[str]:
+def cells(row: TableRow, baseline: bool = True) -> list[str]:
     """A row's cells, in the order of ``columns``."""
     result, speed = row.result, row.result.speed
     error = "" if result.stderr is None else f" ± {100 * result.stderr:.1f}"

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from wedlm.evaluate.code_tasks import check_sandbox
 from wedlm.evaluate.data import digest
 from wedlm.evaluate.provenance import now
 from wedlm.evaluate.settings import TASKS_DIRECTORY, Params, Settings
+from wedlm.model.formats.save import write_whole
 
 FORMAT = 1
 Progress = Callable[[str, int, int], None]  # task, answers so far, answers in all
@@ -268,7 +268,5 @@ def _likelihood_speed(samples: Sequence[Record], log: AnswerLog) -> Record:
 
 
 def _write(path: Path, text: str) -> None:
-    """All of the file or nothing of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with write_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ from wedlm.model.lora.masked_rows import put_at_masked
 from wedlm.model.rope import RotaryEmbedding
 
 
-class Decoder(nn.Module):
+class DecoderStack(nn.Module):
     """Embedding, layers and final norm; a class of its own because checkpoints name these ``model.…``."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -49,7 +49,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = DecoderStack(config)
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 from torch import Tensor
 
+from wedlm.model.formats.save import write_whole
 from wedlm.train.batch import AR_GROUP, NUM_DEPTHS, NUM_GROUPS, NUM_RATIOS
 from wedlm.train.config import TrainConfig
 from wedlm.train.parallel import sum_over_processes
@@ -190,9 +191,8 @@ def rewind(directory: Path, step: int) -> None:
     path = directory / METRICS_FILE
     if path.is_file():
         kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
-        new = path.with_suffix(".new")
-        new.write_text("".join(kept), encoding="utf-8")
-        new.replace(path)
+        with write_whole(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

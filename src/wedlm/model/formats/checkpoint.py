@@ -7,7 +7,6 @@ model in the wanted dtype plus the largest tensor.
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from wedlm.model.errors import CheckpointError
 from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_model import read_gguf_config, read_gguf_tensors
 from wedlm.model.formats.resolve import DEMO_BASE_NAME, DEMO_NAME, locate
-from wedlm.model.formats.save import save_shared
+from wedlm.model.formats.save import save_shared, write_whole
 from wedlm.model.inference.layers import is_packed
 from wedlm.model.lora.masked_rows import has_masked_lora
 from wedlm.model.lora.weight_delta import apply_delta
@@ -105,21 +104,10 @@ def save_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, directory: 
         kept.pop("lm_head.weight", None)
     stored = str(kept["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     values = dataclasses.replace(config, dtype=stored).to_hf()
-    temporary = directory / f".{WEIGHTS_FILE}.{os.getpid()}"
-    try:
+    with write_whole(directory / WEIGHTS_FILE) as temporary:
         save_shared(kept, temporary, {"format": "pt"})
-        _publish(temporary, directory / WEIGHTS_FILE)
+    with write_whole(directory / "config.json") as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        _publish(temporary, directory / "config.json")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    """Rename in one step, after the content has reached the disk."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(target)
 
 
 def _fill(

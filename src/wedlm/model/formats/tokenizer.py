@@ -2,7 +2,6 @@
 """Text to token ids and back, and messages to a prompt."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from wedlm.model.formats.chat_template import render_chat_template
 from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_tokenizer import read_gguf_chat_template, read_gguf_tokenizer
 from wedlm.model.formats.resolve import locate
+from wedlm.model.formats.save import write_whole
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -89,9 +89,8 @@ class Tokenizer:
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         }
         for name, text in files.items():
-            temporary = directory / f".{name}.{os.getpid()}"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(directory / name)
+            with write_whole(directory / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens written out in ``text`` become their ids.
