@@ -96,6 +96,7 @@ def _swap_captured(chances: Chances) -> Any:
     before = device_step.verified_advance
 
     def advance(state: WindowState, params: Any, index: Tensor, rows: Any, choice: Tensor, *others: Tensor) -> Any:
-        return before(state, params, index, rows, force_rows(rows, choice, chances), *others)
+        forced = force_rows(rows, choice, chances.by_depth, chances.count, chances.num_others, FIRST_OTHER)
+        return before(state, params, index, rows, forced, *others)
 
     return _swap(device_step, "verified_advance", advance)

@@ -2,7 +2,7 @@
 """``generate`` of a model in transformers: this package's engine over the model's own weights."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,15 +18,25 @@ from wedlm.engine.sampling_params import SamplingParams
 from wedlm.hf.attend import real_rows
 from wedlm.model.config import read_token_ids
 
-if TYPE_CHECKING:
-    from wedlm.hf.modeling import WeDLMForCausalLM
-
 _PAGE_SIZE = 16
 _MAX_NUM_SEQS = 64
 
 
+class Model(Protocol):
+    """What ``generate`` takes of ``WeDLMForCausalLM``."""
+
+    config: Any
+    generation_config: Any
+    model: Any
+    rows: Any
+    training: bool
+
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+
+
 def generate(
-    self: "WeDLMForCausalLM",
+    self: Model,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -93,7 +103,7 @@ def generate(
 
 
 def _decode(
-    model: "WeDLMForCausalLM", engine_config: EngineConfig, prompts: Sequence[list[int]], params: SamplingParams
+    model: Model, engine_config: EngineConfig, prompts: Sequence[list[int]], params: SamplingParams
 ) -> list[list[int]]:
     """New tokens of each prompt, from an engine whose cache holds all of them to their ends."""
     config, embedding = model.config.model_config(), model.model.embed_tokens.weight
@@ -124,7 +134,7 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]
     return [ids[keep].tolist() for ids, keep in zip(input_ids, real, strict=True)]
 
 
-def _end_token_ids(model: "WeDLMForCausalLM", given: int | list[int] | None) -> tuple[int, ...]:
+def _end_token_ids(model: Model, given: int | list[int] | None) -> tuple[int, ...]:
     recorded = (model.generation_config.eos_token_id, model.config.eos_token_id)
     value = next((one for one in (given, *recorded) if one is not None), None)
     return read_token_ids("eos_token_id", value)
