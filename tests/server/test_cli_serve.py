@@ -4,6 +4,7 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,8 +15,8 @@ import typer
 from typer.testing import CliRunner
 
 from tests.server.running import wait_until
-from wedlm import cli_serve
-from wedlm.cli_serve import serve, server_config
+from wedlm.cli.serve import HttpOptions, LimitOptions, serve, server_config
+from wedlm.server.run import AddressError, bound_sockets
 
 app = typer.Typer()
 app.command()(serve)
@@ -24,7 +25,7 @@ app.command()(serve)
 def test_a_process(directory):
     import httpx2
 
-    code = "import typer; from wedlm.cli_serve import serve; typer.run(serve)"
+    code = "import typer; from wedlm.cli.serve import serve; typer.run(serve)"
     words = ["--model", str(directory), "--port", "0", "--device", "cpu", "--threads", "1", "--api-key", "secret-key"]
     process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
     lines: list[str] = []
@@ -51,7 +52,32 @@ def test_a_process(directory):
         process.stderr.close()
     logged = [json.loads(line) for line in lines if line.startswith("{")]
     assert [line["status"] for line in logged if line["message"] == "request"] == [401, 200, 200]
+    assert not any("traceback" in line for line in logged)
     assert "secret-key" not in "".join(lines)
+
+
+def test_a_port_in_use_is_one_sentence(directory):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "wedlm", "serve", "--model", str(directory), "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"error: port {port} of '127.0.0.1' cannot be listened on: address already in use; expected" in done.stderr
+    assert "serving" not in done.stderr
+
+
+def test_every_address_of_a_host_has_a_socket_of_its_own():
+    with bound_sockets("", 0) as sockets:
+        families = {one.family for one in sockets}
+        assert socket.AF_INET in families
+        assert len(families) == len(sockets)
+    assert all(one.fileno() == -1 for one in sockets)
+    with (
+        pytest.raises(AddressError, match="port 1 of 'no such host' cannot be listened on"),
+        bound_sockets("no such host", 1),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -61,8 +87,8 @@ def test_a_process(directory):
         (["--max-queue", "-1"], "max_queue is -1"),
         (["--request-timeout", "0"], "request_timeout_s is 0"),
         (["--log-level", "loud"], "log_level is 'loud'"),
-        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--threads", "0"], "threads is 0"),
+        (["--model", "/nowhere/at/all", "--port", "0"], "/nowhere/at/all"),
+        (["--threads", "0", "--port", "0"], "threads is 0"),
     ],
 )
 def test_wrong_options(words, message):
@@ -81,16 +107,16 @@ def test_wrong_options(words, message):
 )
 def test_options_of_prompt_chunks(directory, monkeypatch, words, expected):
     served = []
-    monkeypatch.setattr(cli_serve, "run", lambda llm, *_: served.append(llm.engine.config))
-    result = CliRunner().invoke(app, ["--model", str(directory), "--device", "cpu", *words])
+    monkeypatch.setattr("wedlm.cli.serve.run", lambda llm, *_: served.append(llm.engine.config))
+    result = CliRunner().invoke(app, ["--model", str(directory), "--port", "0", "--device", "cpu", *words])
     assert result.exit_code == 0, result.stderr
     assert [(config.capture_chunks, config.chunk_step_ratio) for config in served] == [expected]
 
 
 def test_eight_bits(directory, monkeypatch):
     served = []
-    monkeypatch.setattr(cli_serve, "run", lambda llm, *_: served.append(llm))
-    words = ["--model", str(directory), "--device", "cpu", "--quantization"]
+    monkeypatch.setattr("wedlm.cli.serve.run", lambda llm, *_: served.append(llm))
+    words = ["--model", str(directory), "--port", "0", "--device", "cpu", "--quantization"]
     assert CliRunner().invoke(app, [*words, "int8"]).exit_code == 0
     assert served[0].model.model.layers[0].mlp.down_proj.weight.dtype == torch.int8
     result = CliRunner().invoke(app, [*words, "fp4"])
@@ -99,27 +125,16 @@ def test_eight_bits(directory, monkeypatch):
 
 
 def test_a_wrong_option_of_the_engine(directory):
-    result = CliRunner().invoke(app, ["--model", str(directory), "--device", "cpu", "--chunk-step-ratio", "1"])
+    result = CliRunner().invoke(
+        app, ["--model", str(directory), "--port", "0", "--device", "cpu", "--chunk-step-ratio", "1"]
+    )
     assert result.exit_code == 2
     assert "chunk_step_ratio is 1.0; expected a number > 1, or inf" in " ".join(result.stderr.split())
 
 
 def test_keys_of_the_environment_and_the_options():
-    options = {
-        "model": "./some/checkpoint/",
-        "model_name": None,
-        "host": "127.0.0.1",
-        "port": 1,
-        "api_key": ["a"],
-        "cors_origin": None,
-        "max_queue": 1,
-        "max_choices": 1,
-        "max_body_bytes": 1,
-        "request_timeout": 1.0,
-        "body_timeout": 1.0,
-        "shutdown_timeout": 1.0,
-    }
-    config = server_config(options, "b")
+    limits = LimitOptions()
+    config = server_config(HttpOptions(api_key=["a"]), limits, "./some/checkpoint/", "b")
     assert config.api_keys == ("a", "b")
     assert config.model_name == "checkpoint"
-    assert server_config({**options, "api_key": None}, None).api_keys == ()
+    assert server_config(HttpOptions(), limits, "x", None).api_keys == ()

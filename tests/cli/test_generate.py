@@ -10,7 +10,6 @@ import pytest
 
 from tests.cli.command import expected, generate, records, wedlm
 from tests.engine.tiny_llm import save_tiny
-from wedlm import cli_generate
 from wedlm.algorithm.params import DECODINGS
 
 
@@ -155,7 +154,7 @@ def test_a_bug_of_ours_keeps_its_traceback(model, monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("internal")
 
-    monkeypatch.setattr(cli_generate, "run_generate", broken)
+    monkeypatch.setattr("wedlm.cli.generate.run_generate", broken)
     assert isinstance(generate(model, "x").exception, RuntimeError)
 
 

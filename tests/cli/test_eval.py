@@ -106,7 +106,7 @@ def test_answers_first_and_scores_later(words):
     ],
 )
 def test_engines_and_workers_that_cannot_be(words, monkeypatch, options, message):
-    monkeypatch.setattr("wedlm.cli_eval.find_spec", lambda name: None)
+    monkeypatch.setattr("wedlm.cli.eval.find_spec", lambda name: None)
 
     result = wedlm(*words, "--tasks", "gsm8k", *options)
 
