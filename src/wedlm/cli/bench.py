@@ -177,7 +177,7 @@ def run(settings: "Settings", output: Path | None, evaluation: Path | None, draw
     from wedlm.bench.run import run_bench
     from wedlm.bench.stats import describe
     from wedlm.bench.tables import show_tables
-    from wedlm.evaluate.plots import need_matplotlib
+    from wedlm.plotting import need_matplotlib
 
     if draws:
         need_matplotlib()
@@ -207,7 +207,7 @@ def show_run(folder: Path, evaluation: Path | None, draws: bool) -> None:
     """The tables of a finished run, and its figures beside it. ValueError if there is none."""
     from wedlm.bench.record import read_record
     from wedlm.bench.tables import show_tables
-    from wedlm.evaluate.plots import need_matplotlib
+    from wedlm.plotting import need_matplotlib
 
     values = read_record(folder)
     show_tables(values["parts"])
@@ -217,8 +217,9 @@ def show_run(folder: Path, evaluation: Path | None, draws: bool) -> None:
 
 
 def _draw(values: dict[str, Any], evaluation: Path | None, folder: Path) -> None:
-    from wedlm.bench.plots import draw_bench, draw_evaluation, write_plots
+    from wedlm.bench.plots import draw_bench, write_plots
+    from wedlm.evaluate.plots import draw_folder
 
-    drawn = [*draw_bench(values), *([] if evaluation is None else draw_evaluation(evaluation))]
+    drawn = [*draw_bench(values), *([] if evaluation is None else draw_folder(evaluation))]
     for path in write_plots(drawn, folder):
         note(f"wrote {path}")

@@ -13,9 +13,9 @@ from wedlm.cli.terminal import note
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from wedlm.evaluate.plots import Plot
     from wedlm.evaluate.report import Decoder, Section
     from wedlm.evaluate.result_folder import Point
+    from wedlm.plotting import Plot
 
 # Names under which a model's own tokenizer is at hand without asking the user.
 _EMBEDDED = ("demo", "demo-base")
