@@ -162,7 +162,7 @@ def read_settings(
 def _amounts(options: AmountOptions, device: str, random_weights: bool) -> "Amounts":
     """The device's, with those that were given. Raises ValueError."""
     from wedlm.bench.settings import Amounts, change_amounts, read_numbers
-    from wedlm.engine.options import read_device
+    from wedlm.engine.resolve_options import read_device
 
     given = {name: value for name, value in values_of(options).items() if name not in ("rate", "budget_s")}
     for name in ("batches", "contexts"):

@@ -2,20 +2,23 @@
 """Options that several commands share, in groups, and how a command takes a group. No torch here.
 
 A group is a frozen dataclass whose fields are annotated with ``option``; a command names it as the type of one
-parameter. Defaults are those of ``SamplingParams``.
+parameter. Defaults are those of ``SamplingParams``; the engine's options, their help included, ``EngineOptions``'.
 """
 
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 from rich.markup import escape
 
 from wedlm.cli.terminal import plain_errors
+from wedlm.engine.options import EngineOptions as EngineOptions  # the group that is declared elsewhere
 from wedlm.engine.sampling_params import SamplingParams as Home
 
 if TYPE_CHECKING:
@@ -88,30 +91,6 @@ class ModelOptions:
     threads: Threads = None
 
 
-def _engine(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    adapter: str | None = _engine(
-        None, "Directory of a LoRA, merged into the model; one of masked rows stays beside it."
-    )
-    decoding: str | None = _engine(None, "Mode of requests that name none. [auto]")
-    wedlm_window_size: int = _engine(16, "Window of requests that name none.")
-    dtype: str = _engine("auto", "auto, float32, bfloat16 or float16.")
-    quantization: str | None = _engine(None, "int8: the layers' weights in eight bits, for GPUs.")
-    device: str = _engine("auto", "auto, cpu, cuda, cuda:1, ...")
-    max_model_len: int | None = _engine(None, "Longest prompt and answer together, in tokens.")
-    max_num_seqs: int = _engine(64, "Most sequences in one forward.")
-    max_num_batched_tokens: int = _engine(2048, "Rows of a step, chunks of prompts included.")
-    kv_cache_bytes: int | None = _engine(None, "Memory for keys and values.")
-    capture_chunks: bool = _engine(True, "Steps with prompt chunks as CUDA graphs, too.")
-    chunk_step_ratio: float | None = _engine(
-        None, "A step with prompt chunks takes about so many times one without, at most. [captured 1.8; else inf]"
-    )
-
-
 @dataclass(frozen=True)
 class Only:
     """In ``Annotated`` beside a dataclass of options: the command has these fields; all others keep their default."""
@@ -171,10 +150,19 @@ def _parameters_of(group: Any, only: Only | None = None) -> dict[str, inspect.Pa
         if only is None or field.name in only.names:
             hint = hints[field.name]
             if get_origin(hint) is not Annotated:
-                hint = Annotated[hint, option(field.metadata["help"], MODEL)]
+                hint = Annotated[_read_by_us(hint), option(field.metadata["help"], MODEL)]
             name = option_of(field.name)
             parameters[field.name] = inspect.Parameter(name, _KEYWORD, default=field.default, annotation=hint)
     return parameters
+
+
+def _read_by_us(hint: Any) -> Any:
+    """The type with str for each Literal: what is not of those is refused by the group, in its words."""
+    if get_origin(hint) is Literal:
+        return str
+    if get_origin(hint) in (Union, UnionType):
+        return functools.reduce(operator.or_, map(_read_by_us, get_args(hint)))
+    return hint
 
 
 def values_of(*groups: Any) -> dict[str, Any]:
