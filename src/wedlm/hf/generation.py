@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wedlm.algorithm.params import Decoding
+from wedlm.algorithm.params import DecodeParams, Decoding
 from wedlm.attention.base import KVCache
 from wedlm.engine.engine import Engine, EngineConfig
 from wedlm.engine.options import read_decoding, read_positive_integer
@@ -43,14 +43,14 @@ def generate(
     max_new_tokens: int,
     min_new_tokens: int = 0,
     decoding: Decoding | None = None,
-    wedlm_window_size: int = 16,
-    wedlm_entropy_threshold: float | None = 0.4,
-    wedlm_pos_penalty_factor: float = 0.02,
-    wedlm_draft_entropy: float = 1.5,
+    wedlm_window_size: int = DecodeParams.window_size,
+    wedlm_entropy_threshold: float | None = DecodeParams.entropy_threshold,
+    wedlm_pos_penalty_factor: float = DecodeParams.pos_penalty,
+    wedlm_draft_entropy: float = DecodeParams.draft_entropy,
     do_sample: bool | None = None,
     temperature: float | None = None,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    top_k: int = DecodeParams.top_k,
+    top_p: float = DecodeParams.top_p,
     seed: int | None = None,
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
