@@ -20,12 +20,13 @@ MAY_IMPORT = {
     "attention": {"algorithm", "kernels", "native"},
     "engine": _ENGINE_AND_BELOW,
     "plotting": set(),
+    "machine": set(),
     "train": _ENGINE_AND_BELOW,
     "hf": _ENGINE_AND_BELOW,
     "server": _ENGINE_AND_BELOW,
-    "evaluate": _ENGINE_AND_BELOW | {"plotting"},
-    "bench": _ENGINE_AND_BELOW | {"plotting"},
-    "cli": _ENGINE_AND_BELOW | {"plotting", "train", "hf", "server", "evaluate", "bench"},
+    "evaluate": _ENGINE_AND_BELOW | {"plotting", "machine"},
+    "bench": _ENGINE_AND_BELOW | {"plotting", "machine"},
+    "cli": _ENGINE_AND_BELOW | {"plotting", "machine", "train", "hf", "server", "evaluate", "bench"},
     "__init__": {"engine"},
 }
 # Folders of programs beside the package: what they may import of it, and of each other nothing.
