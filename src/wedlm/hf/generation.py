@@ -35,7 +35,7 @@ class Model(Protocol):
     def eval(self) -> Any: ...
 
 
-def generate(
+def generate(  # noqa: PLR0913 - options of one call, as transformers' own generate takes them
     self: Model,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
