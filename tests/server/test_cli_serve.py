@@ -8,12 +8,16 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
 
+from tests.engine.tiny_llm import save_tiny
 from tests.server.running import wait_until
 from wedlm.cli.serve import HttpOptions, LimitOptions, serve, server_config
 from wedlm.server.run import AddressError, bound_sockets
@@ -22,38 +26,64 @@ app = typer.Typer()
 app.command()(serve)
 
 
-def test_a_process(directory):
-    import httpx2
-
-    code = "import typer; from wedlm.cli.serve import serve; typer.run(serve)"
-    words = ["--model", str(directory), "--port", "0", "--device", "cpu", "--threads", "1", "--api-key", "secret-key"]
-    process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
+@contextmanager
+def process_of(directory: Path, *words: str) -> Iterator[tuple[subprocess.Popen, str, list[str]]]:
+    """A process that serves, its address, and the lines of its standard error, all of which are there at the end."""
+    options = ["--model", str(directory), "--port", "0", "--device", "cpu", "--threads", "1"]
+    command = [sys.executable, "-m", "wedlm", "serve", *options, *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")))
     reader.start()
     try:
-        pattern = re.compile(r"running on (http://127\.0\.0\.1:\d+)")
+        pattern = re.compile(r"serving \S+ at (http://127\.0\.0\.1:\d+);")
         wait_until(lambda: process.poll() is not None or bool(pattern.search("".join(lines))), seconds=60)
-        url = pattern.search("".join(lines))[1]
-        headers = {"Authorization": "Bearer secret-key"}
-        assert httpx2.get(f"{url}/v1/models").status_code == 401
-        (model,) = httpx2.get(f"{url}/v1/models", headers=headers).json()["data"]
-        assert model["id"] == directory.name  # and not the path
-        body = {"model": model["id"], "prompt": "abc", "max_tokens": 4, "seed": 0}
-        assert (
-            httpx2.post(f"{url}/v1/completions", json=body, headers=headers).json()["usage"]["completion_tokens"] == 4
-        )
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        yield process, pattern.search("".join(lines))[1], lines
     finally:
         process.kill()
         process.wait()
         reader.join()
         process.stderr.close()
+
+
+def test_a_process(directory):
+    import httpx2
+
+    with process_of(directory, "--api-key", "secret-key") as (process, url, lines):
+        headers = {"Authorization": "Bearer secret-key"}
+        assert httpx2.get(f"{url}/v1/models").status_code == 401
+        (model,) = httpx2.get(f"{url}/v1/models", headers=headers).json()["data"]
+        assert model["id"] == directory.name  # and not the path
+        body = {"model": model["id"], "prompt": "abc", "max_tokens": 4, "seed": 0}
+        answer = httpx2.post(f"{url}/v1/completions", json=body, headers=headers).json()
+        assert answer["usage"]["completion_tokens"] == 4
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
     logged = [json.loads(line) for line in lines if line.startswith("{")]
     assert [line["status"] for line in logged if line["message"] == "request"] == [401, 200, 200]
-    assert not any("traceback" in line for line in logged)
+    assert any(line["message"] == f"running on {url}" for line in logged)
     assert "secret-key" not in "".join(lines)
+
+
+@pytest.mark.parametrize("stop", [[signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM, signal.SIGINT]])
+def test_an_end_in_the_middle_of_an_answer_leaves_no_traceback(tmp_path, stop):
+    import httpx2
+
+    directory = save_tiny(tmp_path / "long", max_position_embeddings=60000)
+    body = {"model": "long", "prompt": "abc", "max_tokens": 50000, "ignore_eos": True, "stream": True}
+    with (
+        process_of(directory, "--shutdown-timeout", "1" if len(stop) == 1 else "600") as (process, url, lines),
+        httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer,
+    ):
+        pieces = answer.iter_lines()
+        next(pieces)
+        for number, one in enumerate(stop, start=1):
+            process.send_signal(one)
+            wait_until(lambda n=number: n > 1 or "shutting down; 1 seq" in "".join(lines), seconds=30)
+        assert "shutting_down" in "".join(pieces)
+        assert process.wait(30) == 0
+    assert "raceback" not in "".join(lines)
+    assert json.loads(lines[-1])["message"].startswith("Finished server process")
 
 
 def test_a_port_in_use_is_one_sentence(directory):

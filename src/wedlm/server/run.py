@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -109,6 +109,12 @@ class Server(uvicorn.Server):
             log.critical("the engine could not be restarted; the server ends, for its supervisor to start it anew")
             self.failed = self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves the application's own end out, which would show as a traceback
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.lifespan.shutdown(), _LAST_WORDS_S)
 
     def _start_draining(self) -> None:
         self._draining = asyncio.ensure_future(self.drain())
