@@ -152,7 +152,8 @@ def _parameters_of(group: Any, only: Only | None = None) -> dict[str, inspect.Pa
             if get_origin(hint) is not Annotated:
                 hint = Annotated[_read_by_us(hint), option(field.metadata["help"], MODEL)]
             name = option_of(field.name)
-            parameters[field.name] = inspect.Parameter(name, _KEYWORD, default=field.default, annotation=hint)
+            default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+            parameters[field.name] = inspect.Parameter(name, _KEYWORD, default=default, annotation=hint)
     return parameters
 
 
