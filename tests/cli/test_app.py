@@ -17,7 +17,6 @@ SLOW = {
     "lm_eval",
     "fastapi",
     "uvicorn",
-    "pydantic",
     "matplotlib",
     "gguf",
     "tokenizers",
