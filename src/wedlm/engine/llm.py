@@ -90,7 +90,7 @@ class LLM:
         config = EngineConfig(
             vocab_size=self.model_config.vocab_size,
             mask_token_id=mask_token_id,
-            end_token_ids=self.model_config.eos_token_ids,
+            eos_token_ids=self.model_config.eos_token_ids,
             max_model_len=length,
             default_decoding=options.read_decoding(decoding),
             default_window_size=wedlm_window_size,

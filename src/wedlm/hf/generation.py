@@ -81,7 +81,7 @@ def generate(
     engine_config = EngineConfig(
         vocab_size=config.vocab_size,
         mask_token_id=mask,
-        end_token_ids=ends,
+        eos_token_ids=ends,
         max_model_len=config.max_length,
         default_decoding=options.read_decoding(decoding),
         default_window_size=wedlm_window_size,
