@@ -53,7 +53,7 @@ def load_subject(settings: Settings) -> Subject:
     engine_config = EngineConfig(
         vocab_size=config.vocab_size,
         mask_token_id=MASK_TOKEN_ID,
-        end_token_ids=config.eos_token_ids,
+        eos_token_ids=config.eos_token_ids,
         max_model_len=resolve_options.read_length(given.get("max_model_len"), config),
         **{name: given[name] for name in _CONFIGURED if name in given},
     )

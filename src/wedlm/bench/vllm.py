@@ -98,7 +98,7 @@ def _task(settings: Settings, directory: Path) -> dict[str, Any]:
         "max_model_len": min(config.max_length, max(amounts.long_prompt + 16, 4096)),
         "max_num_seqs": max(amounts.batches),
         "ignore_eos": settings.shape is not None,
-        "end_token_ids": list(config.eos_token_ids),
+        "eos_token_ids": list(config.eos_token_ids),
         "parts": [part for part in _MEASURABLE if part in settings.parts or part == "steps"],
         "batches": amounts.batches,
         "runs": amounts.runs,

@@ -48,7 +48,7 @@ class LLM:
         config = EngineConfig(
             vocab_size=self.model_config.vocab_size,
             mask_token_id=resolve_options.read_mask_token_id(chosen.mask_token_id, self.model_config, self.tokenizer),
-            end_token_ids=self.model_config.eos_token_ids,
+            eos_token_ids=self.model_config.eos_token_ids,
             max_model_len=resolve_options.read_length(chosen.max_model_len, self.model_config),
             default_decoding=chosen.decoding,
             default_window_size=chosen.wedlm_window_size,

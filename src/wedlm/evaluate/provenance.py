@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wedlm.machine import cpu_name
-from wedlm.model.demo import DEMO_CHANGES
+from wedlm.model.demo import DEMO_DELTAS
 from wedlm.model.formats.resolve import DEMO_NAME, locate
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def identify_files(model: str, adapter: str | None, dtype: str, device: str, eng
     """A model by its files. ``dtype`` is that of the activations."""
     paths = _files(locate(model))
     if model == DEMO_NAME:
-        paths += DEMO_CHANGES
+        paths += DEMO_DELTAS
     if adapter is not None:
         paths += _files(Path(adapter))
     return ModelIdentity(

@@ -90,7 +90,7 @@ def generate(  # noqa: PLR0913 - options of one call, as transformers' own gener
     engine_config = EngineConfig(
         vocab_size=config.vocab_size,
         mask_token_id=mask,
-        end_token_ids=ends,
+        eos_token_ids=ends,
         max_model_len=config.max_length,
         default_decoding=read_decoding("decoding", decoding),
         default_window_size=read_positive_integer("wedlm_window_size", wedlm_window_size),

@@ -61,7 +61,7 @@ class Setup:
             train_data, validation_data = load_data(config, tokenizer, model_config, mask, progress)
         transformer.train()
         if config.lora_rank:
-            torch.manual_seed(config.seed)  # the factors start the same in every process and every run
+            torch.manual_seed(config.seed)  # a LoRA starts the same in every process and every run
             if config.lora_rows == "masked":
                 add_masked_lora(transformer, config, _first_mask_embedding(transformer, base_config, mask, tokenizer))
             else:

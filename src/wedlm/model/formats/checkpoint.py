@@ -17,15 +17,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from wedlm.model.config import SUPPORTED_DTYPES, ModelConfig, read_token_ids
-from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_CHANGES, DEMO_MASK_TOKEN_ID
+from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_DELTAS, DEMO_MASK_TOKEN_ID
 from wedlm.model.errors import CheckpointError
 from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_model import read_gguf_config, read_gguf_tensors
 from wedlm.model.formats.resolve import DEMO_BASE_NAME, DEMO_NAME, locate
 from wedlm.model.formats.save import save_shared
 from wedlm.model.inference.layers import is_packed
-from wedlm.model.lora.masked_rows import has_factors
-from wedlm.model.lora.weight_delta import changed
+from wedlm.model.lora.masked_rows import has_masked_lora
+from wedlm.model.lora.weight_delta import apply_delta
 from wedlm.model.transformer import Transformer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -55,8 +55,8 @@ def load_model(
         model = Transformer(config)
     tensors = _read_directory(path) if file is None else read_gguf_tensors(file, config)
     if path_or_id == DEMO_NAME:
-        for change in DEMO_CHANGES:
-            tensors = changed(tensors, change)
+        for delta in DEMO_DELTAS:
+            tensors = apply_delta(tensors, delta)
     _fill(model, tensors, dtype, torch.device(device), path)
     return model.eval(), config
 
@@ -84,7 +84,7 @@ def save_model(model: Transformer, config: ModelConfig, directory: str | Path) -
     Raises ValueError for a packed model, whose tensors no longer have a checkpoint's names, and for one with an adapter
     of masked rows, which no checkpoint holds.
     """
-    if has_factors(model):
+    if has_masked_lora(model):
         raise ValueError(
             "the model has an adapter of masked rows, which cannot be merged; expected the base model alone"
         )

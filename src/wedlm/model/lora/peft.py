@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA adapters (arXiv 2106.09685) in peft's format, merged into the weights. One model, one adapter.
 
-Those of masked rows (``masked_lora.py``) cannot be merged and stay beside the weights. They have a type and names of
+Those of masked rows (``masked_rows.py``) cannot be merged and stay next to the weights. They have a type and names of
 their own, so that programs that know only LoRA refuse them.
 
 Only tensors and a JSON file are read; peft is not needed. Everything is checked before the first weight changes.
@@ -25,7 +25,7 @@ from wedlm.model.config import ModelConfig, check_integer, read_flag, read_integ
 from wedlm.model.errors import CheckpointError
 from wedlm.model.formats.checkpoint import read_config
 from wedlm.model.inference.layers import is_packed
-from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, add_beside, has_factors
+from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, attach_masked_lora, has_masked_lora
 from wedlm.model.transformer import Transformer
 
 CONFIG_FILE = "adapter_config.json"
@@ -49,7 +49,7 @@ _PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """The change ``scale · b @ a`` of a weight: ``a`` is [r, in], ``b`` [out, r]."""
+    """The delta ``scale · b @ a`` of a weight: ``a`` is [r, in], ``b`` [out, r]."""
 
     a: Tensor
     b: Tensor
@@ -79,20 +79,20 @@ class Adapter:
 
 def apply_adapter(model: Transformer, directory: str | Path) -> None:
     """Merge the adapter in ``directory`` into ``model``, in place: sums in float32, stored in the model's dtype. One of
-    masked rows is put beside the weights, in the model's dtype.
+    masked rows is attached next to the weights, in the model's dtype.
 
     Raises CheckpointError, with the model unchanged, for an adapter that cannot be read, is of an unsupported kind or
     does not fit; ValueError for a packed model.
     """
     if is_packed(model):
         raise ValueError("the model is packed for inference; expected one to which the adapter is applied before that")
-    if has_factors(model):
+    if has_masked_lora(model):
         raise ValueError("the model has an adapter of masked rows, which cannot be merged; expected one without")
     adapter = read_adapter(directory)
     _check_fit(adapter, model, Path(directory))
     if adapter.masked_rows:
-        factors = {name: (change.a, change.scale * change.b.float()) for name, change in adapter.low_rank.items()}
-        add_beside(model, factors, adapter.whole.get(MASK_EMBEDDING))
+        matrices = {name: (delta.a, delta.scale * delta.b.float()) for name, delta in adapter.low_rank.items()}
+        attach_masked_lora(model, matrices, adapter.whole.get(MASK_EMBEDDING))
         return
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -102,8 +102,8 @@ def apply_adapter(model: Transformer, directory: str | Path) -> None:
         for name, rows in adapter.rows.items():
             index = torch.tensor(rows.ids, device=parameters[name].device)
             parameters[name].index_copy_(0, index, rows.values.to(parameters[name]))
-        for name, change in adapter.low_rank.items():
-            _add(parameters[name], change)
+        for name, delta in adapter.low_rank.items():
+            _add(parameters[name], delta)
 
 
 def adapted_config(config: ModelConfig, directory: str | Path) -> ModelConfig:
@@ -126,9 +126,9 @@ def adapted_config(config: ModelConfig, directory: str | Path) -> ModelConfig:
     return dataclasses.replace(config, mask_token_id=noted.mask_token_id, block_size=noted.block_size)
 
 
-def _add(parameter: nn.Parameter, change: LowRank) -> None:
-    a, b = (matrix.to(parameter.device, torch.float32) for matrix in (change.a, change.b))
-    parameter.copy_(parameter.float().addmm_(b, a, alpha=change.scale))
+def _add(parameter: nn.Parameter, delta: LowRank) -> None:
+    a, b = (matrix.to(parameter.device, torch.float32) for matrix in (delta.a, delta.b))
+    parameter.copy_(parameter.float().addmm_(b, a, alpha=delta.scale))
 
 
 def read_adapter(directory: str | Path) -> Adapter:
@@ -215,7 +215,7 @@ def _sort_out(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adapt
         else:
             pairs.setdefault(module, {})[kind] = tensor
     if masked_rows and whole.keys() - {MASK_EMBEDDING}:
-        raise ValueError(f"tensor {min(whole.keys() - {MASK_EMBEDDING})} is no part of an adapter of masked rows")
+        raise ValueError(f"tensor {min(whole.keys() - {MASK_EMBEDDING})} is not part of an adapter of masked rows")
     low_rank = {f"{module}.weight": _low_rank(module, pair, config) for module, pair in pairs.items()}
     return Adapter(whole, rows, low_rank, masked_rows)
 
@@ -252,8 +252,8 @@ def _token_ids(module: str, count: int, config: Mapping[str, Any]) -> tuple[int,
     ids = next((ids for name, ids in by_module.items() if f".{module}".endswith(f".{name}")), None)
     if not isinstance(ids, list) or len(ids) != count:
         raise ValueError(
-            f"trainable_token_indices is {listed!r}; expected a list of {count} token ids for {module}, which has so "
-            "many trained rows"
+            f"trainable_token_indices is {listed!r}; expected a list of {count} token ids for {module}, one for "
+            "each trained row"
         )
     for token_id in ids:
         check_integer("trainable_token_indices", token_id, minimum=0)
@@ -269,7 +269,7 @@ def _check_fit(adapter: Adapter, model: Transformer, origin: Path) -> None:
         shapes[_OUTPUT] = shapes[_EMBEDDING]
         _check_tied(adapter, origin)
     changes: list[tuple[str, tuple[int, ...]]] = [(name, tuple(tensor.shape)) for name, tensor in adapter.whole.items()]
-    changes += [(name, (len(change.b), change.a.shape[1])) for name, change in adapter.low_rank.items()]
+    changes += [(name, (len(delta.b), delta.a.shape[1])) for name, delta in adapter.low_rank.items()]
     for name, rows in adapter.rows.items():
         changes.append((name, (*shapes.get(name, ())[:1], *rows.values.shape[1:])))
         if name in shapes and max(rows.ids) >= shapes[name][0]:
