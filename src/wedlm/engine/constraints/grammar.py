@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wedlm.engine.constraints.build import build, library, load_tokens
-from wedlm.engine.constraints.trial import NUM_WORKERS, Cancellation, Trials
+from wedlm.engine.constraints.trial import NUM_WORKERS, Cancellation, TrialFailed, Trials
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer
 
-# Kept for whoever asks again. What took processor time takes memory, at 100 MB a second at most.
-_MAX_KEPT, _MAX_KEPT_SECONDS = 64, 5.0
+# Kept for whoever asks again. What took processor time takes memory, at 160 MB a second at most.
+_MAX_KEPT, _MAX_KEPT_SECONDS = 64, 3.0
+_NEW_STATES_S = 0.001  # a step that takes longer has found states that will be kept
 _MAX_REFUSALS = 256
 _MAX_WAITING = 32
 # Processor time of one text's matcher, beyond which it fails: ordinary ones take 0.2 ms for a token.
@@ -66,7 +67,7 @@ class GrammarsBusy(Exception):
 
 
 class Compiled:
-    """llguidance's matcher at the beginning of a text, and the processor time that has gone into it."""
+    """llguidance's matcher at the beginning of a text, and the processor time that went into what it holds."""
 
     def __init__(self, beginning: Any, seconds: float) -> None:
         self.beginning, self.seconds = beginning, seconds
@@ -110,7 +111,7 @@ class Grammars:
             wait([self._warmed])
             try:
                 refusal, seconds = self._trials.run(*key, cancellation or Cancellation())
-            except (TimeoutError, ValueError) as error:  # says nothing about the grammar
+            except TrialFailed as error:
                 raise ValueError(f"{name} is not usable: {error}") from error
             if refusal is None:
                 return self._keep(key, Compiled(build(self._tokens, *key), seconds))
@@ -221,5 +222,6 @@ class LibraryMatcher:
         """Count work. A text whose grammar costs far more than others' ends, for its neighbours' sake."""
         seconds = time.thread_time() - started
         self._seconds += seconds
-        self._compiled.seconds += seconds
+        if seconds > _NEW_STATES_S:
+            self._compiled.seconds += seconds
         self._exhausted = self._exhausted or self._seconds > _SECONDS_FREE + _SECONDS_PER_TOKEN * len(self._tokens)

@@ -8,6 +8,7 @@ replaced by the next trial.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, Any
 
-from wedlm.engine.constraints.trial_worker import why_it_ended
+from wedlm.engine.constraints import trial_worker
+from wedlm.engine.constraints.trial_worker import LIMITS, Limits, why_it_ended
 
 NUM_WORKERS = 2  # each holds the tables of the tokenizer
 _MAX_WALL_S = 10.0  # of a trial whose processor time is limited, on a machine with much else to do
@@ -24,6 +26,10 @@ _MAX_START_S = 60.0
 
 class TrialCancelled(Exception):
     """Whoever asked has left."""
+
+
+class TrialFailed(Exception):
+    """It says nothing about the grammar."""
 
 
 class Cancellation:
@@ -50,7 +56,8 @@ class Cancellation:
 class Trials:
     """At most ``NUM_WORKERS`` processes for one tokenizer, started when they are needed. For several threads."""
 
-    def __init__(self, tokenizer_json: str, vocab_size: int) -> None:
+    def __init__(self, tokenizer_json: str, vocab_size: int, limits: Limits = LIMITS) -> None:
+        self._limits = limits
         self._first = _line([tokenizer_json, vocab_size])
         self._places = threading.Semaphore(NUM_WORKERS)
         self._idle: list[_Worker] = []
@@ -64,29 +71,33 @@ class Trials:
     def run(self, schema: str | None, grammar: str | None, cancellation: Cancellation) -> tuple[str | None, float]:
         """What is wrong with a grammar, if anything, and how long it took to compile, in seconds of processor time.
 
-        TimeoutError where the machine has no time for it; TrialCancelled.
+        TrialFailed where that could not be found out; TrialCancelled.
         """
+        question = _line([schema, grammar])
         with self._places:
-            if cancellation.cancelled:
-                raise TrialCancelled
-            worker = self._take()
-            answer: Any = None
-            try:
-                cancellation.guard(worker.kill)
-                answer = worker.ask(_line([schema, grammar]), _MAX_WALL_S)
-            finally:
-                cancellation.guard(None)
-                if answer is None:
-                    worker.close()
-                else:
-                    self._give_back(worker)
-        if answer is not None:
-            return answer[0], answer[1]
+            for _ in range(2):  # once more if somebody else ended the process
+                if cancellation.cancelled:
+                    raise TrialCancelled
+                worker = self._take()
+                answer: Any = None
+                try:
+                    cancellation.guard(worker.kill)
+                    answer = worker.ask(question, _MAX_WALL_S)
+                finally:
+                    cancellation.guard(None)
+                    if answer is None:
+                        worker.close()
+                    else:
+                        self._give_back(worker)
+                if answer is not None:
+                    return answer[0], answer[1]
+                if worker.late:
+                    raise TrialFailed(f"this machine did not compile it within {_MAX_WALL_S:g} s; try again later")
+                if not worker.killed:
+                    return why_it_ended(worker.close(), self._limits), 0.0
         if cancellation.cancelled:
             raise TrialCancelled
-        if worker.late:
-            raise TimeoutError(f"the machine did not compile it within {_MAX_WALL_S:g} s; try again later")
-        return why_it_ended(worker.close()), 0.0
+        raise TrialFailed("the process that compiles it was killed; try again later")
 
     def close(self) -> None:
         """End the processes that run no trial; others end with theirs."""
@@ -98,11 +109,11 @@ class Trials:
         try:
             worker = self._idle.pop()
         except IndexError:
-            return _Worker(self._first)
+            return _Worker(self._first, self._limits)
         if worker.alive:
             return worker
         worker.close()  # somebody ended it meanwhile
-        return _Worker(self._first)
+        return _Worker(self._first, self._limits)
 
     def _give_back(self, worker: "_Worker") -> None:
         self._idle.append(worker)
@@ -113,12 +124,12 @@ class Trials:
 class _Worker:
     """One process, which knows the tokenizer."""
 
-    def __init__(self, first: bytes) -> None:
-        """ValueError if it does not come up."""
+    def __init__(self, first: bytes, limits: Limits) -> None:
+        """TrialFailed if it does not come up."""
         # One heap, so that the limit of memory is not taken for the address space of others.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_ARENA_MAX": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "wedlm.engine.constraints.trial_worker"],
+            [sys.executable, "-m", trial_worker.__name__, str(limits.seconds), str(limits.megabytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -132,7 +143,7 @@ class _Worker:
         try:
             error = self.ask(first, _MAX_START_S, died="the process that compiles grammars did not start")
             if error is not None:
-                raise ValueError(error)
+                raise TrialFailed(error)
         except BaseException:
             self.close()
             raise
@@ -155,6 +166,11 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         return died
+
+    @property
+    def killed(self) -> bool:
+        """Whether the process was ended as only others do it."""
+        return self._process.poll() == -getattr(signal, "SIGKILL", 0)
 
     @property
     def alive(self) -> bool:

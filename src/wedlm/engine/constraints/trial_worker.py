@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that compiles a stranger's grammar before the server does: ``python -m`` this, see ``trial.py``.
+"""The process that compiles a stranger's grammar before the server does, see ``trial.py``: ``python -m`` this, with the
+limits' seconds and megabytes.
 
 Lines of JSON on the standard streams. First comes [tokenizer, vocabulary size], answered by null or a sentence; then
 grammars, [schema, grammar], each answered by [null or a sentence, seconds of processor time]. What breaks the limits
@@ -13,15 +14,24 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from wedlm.engine.constraints.build import build, load_tokens, sentence
 from wedlm.engine.constraints.one_of import check_one_of
 
-# Ten times and more of what schemas of 65,536 characters need that people write.
-MAX_SECONDS = 1.0
-MAX_BYTES = 256 * 2**20
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one trial: ten times and more of what schemas of 65,536 characters need that people write."""
+
+    seconds: float = 1.0
+    megabytes: int = 256
+
+
+LIMITS = Limits()
+
 # Less than any thread has that builds the grammar again: what overflows the stack must do so here.
 _STACK_BYTES = 2**20
 
@@ -31,23 +41,23 @@ def main() -> None:
     if hasattr(signal, "SIGINT"):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     threading.stack_size(_STACK_BYTES)
-    thread = threading.Thread(target=_serve, args=(sys.stdin.buffer, sys.stdout.buffer), daemon=True)
+    meter = _Meter(Limits(float(sys.argv[1]), int(sys.argv[2])))
+    thread = threading.Thread(target=_serve, args=(sys.stdin.buffer, sys.stdout.buffer, meter), daemon=True)
     thread.start()
     thread.join()
 
 
-def _serve(questions: IO[bytes], answers: IO[bytes]) -> None:
+def _serve(questions: IO[bytes], answers: IO[bytes], meter: "_Meter") -> None:
     tokens = None
-    limits = _Limits()
     for line in questions:
         if tokens is None:
             tokens, error = _load(*json.loads(line))
             answer: Any = error
         else:
             started = time.process_time()
-            limits.start()
+            meter.start()
             error = _try(tokens, *json.loads(line))
-            limits.stop()
+            meter.stop()
             answer = [error, time.process_time() - started]
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
@@ -76,10 +86,11 @@ def _try(tokens: Any, schema: str | None, grammar: str | None) -> str | None:
 _OUT_OF_MEMORY = 77
 
 
-class _Limits:
-    """Of one trial, as far as this system has them."""
+class _Meter:
+    """Keeps trials within the limits, as far as this system can."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
         try:
             import resource
         except ImportError:
@@ -90,8 +101,10 @@ class _Limits:
 
     def start(self) -> None:
         if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # SIGPROF ends the process, inside the library, too
-        self._limit_memory(MAX_BYTES)
+            signal.setitimer(
+                signal.ITIMER_PROF, self._limits.seconds
+            )  # SIGPROF ends the process, inside the library, too
+        self._limit_memory(self._limits.megabytes * 2**20)
 
     def stop(self) -> None:
         if hasattr(signal, "setitimer"):
@@ -110,12 +123,12 @@ class _Limits:
         self._resource.setrlimit(self._resource.RLIMIT_AS, (most, hard))
 
 
-def why_it_ended(returncode: int) -> str:
+def why_it_ended(returncode: int, limits: Limits) -> str:
     """What a trial did that ended the process."""
     if returncode == -getattr(signal, "SIGPROF", 0):
-        return f"it takes more than {MAX_SECONDS:g} s to compile; expected a simpler one"
+        return f"it takes more than {limits.seconds:g} s to compile; expected a simpler one"
     if returncode in (_OUT_OF_MEMORY, -signal.SIGABRT):
-        return f"it takes more than {MAX_BYTES // 2**20} MB to compile; expected a simpler one"
+        return f"it takes more than {limits.megabytes} MB to compile; expected a simpler one"
     return "the grammar library broke down on it; expected a simpler one"
 
 
