@@ -93,7 +93,9 @@ class Grammars:
         self._trials = Trials(text, size)
         self._threads = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="grammar")
         weakref.finalize(self, _close, self._trials, self._threads)
-        self._warmed = self._threads.submit(self._trials.warm)  # reads the tokenizer at the same time as this process
+        self._first_warm = self._threads.submit(
+            self._trials.warm
+        )  # reads the tokenizer at the same time as this process
         self._tokens = load_tokens(text, size)
 
     def matcher(self, params: SamplingParams) -> Matcher:
@@ -108,7 +110,7 @@ class Grammars:
         refusal = self._refusals.get(key)
         found = self._find(key) if refusal is None else None
         if refusal is None and found is None:
-            wait([self._warmed])
+            wait([self._first_warm])  # submitted before anything that could wait for it in the same threads
             try:
                 refusal, seconds = self._trials.run(*key, cancellation or Cancellation())
             except TrialFailed as error:
@@ -139,7 +141,7 @@ class Grammars:
             if len(self._refusals) > _MAX_REFUSALS:
                 self._refusals.popitem(last=False)
         with suppress(RuntimeError):  # at exit
-            self._warmed = self._threads.submit(self._trials.warm)  # the worker may have ended over it
+            self._threads.submit(self._trials.warm)  # the worker may have ended over it
 
     def _find(self, key: "_Key") -> Compiled | None:
         with self._lock:
