@@ -93,9 +93,7 @@ class Grammars:
         self._trials = Trials(text, size)
         self._threads = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="grammar")
         weakref.finalize(self, _close, self._trials, self._threads)
-        self._first_warm = self._threads.submit(
-            self._trials.warm
-        )  # reads the tokenizer at the same time as this process
+        self._first_warm = self._threads.submit(self._trials.warm)  # while this process reads the tokenizer, too
         self._tokens = load_tokens(text, size)
 
     def matcher(self, params: SamplingParams) -> Matcher:
@@ -103,7 +101,7 @@ class Grammars:
         return LibraryMatcher(self.compile(params), self.vocab_size)
 
     def compile(self, params: SamplingParams, cancellation: Cancellation | None = None) -> Compiled:
-        """As ``matcher``; TrialCancelled. For seconds at worst, unless somebody holds what this gives."""
+        """As ``matcher``; TrialCancelled. Takes seconds at worst, and no time while somebody holds what it gives."""
         schema = params.json_schema
         assert not isinstance(schema, dict), "SamplingParams keeps schemas as text"
         key, name = (schema, params.grammar), "grammar" if schema is None else "json_schema"

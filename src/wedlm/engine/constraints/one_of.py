@@ -66,7 +66,8 @@ class _Facts:
         for name, schemas in other.properties.items():
             self.properties.setdefault(name, {}).update(schemas)
         self.choices |= other.choices
-        return len(other.values or ()) + len(other.required) + len(other.properties) + len(other.choices)
+        sizes = [len(other.values or ()), len(other.required), len(other.choices)]
+        return sum(sizes) + sum(1 + len(schemas) for schemas in other.properties.values())
 
 
 class _Proof:
@@ -86,6 +87,7 @@ class _Proof:
         """Whether surely no instance is valid under both, following references and properties ``depth`` deep."""
         if depth == 0:
             return False
+        self._spend(1)
         key = id(a), id(b), depth
         known = self._excluded.get(key)
         if known is None:
@@ -94,7 +96,6 @@ class _Proof:
 
     def _compare(self, a: Any, b: Any, depth: int) -> bool:
         one, other = self.facts(a, depth), self.facts(b, depth)
-        self._spend(1)
         common = one.types & other.types
         if not common:
             return True
@@ -171,6 +172,7 @@ class _Proof:
 
         Those which may be no objects are None, too.
         """
+        self._spend(sum(len(one.required) for one in facts))
         required = Counter(name for one in facts if one.types == {"object"} for name in one.required)
         best: list[_Names] = [None] * len(facts)
         for name, _ in required.most_common(_MAX_TAGS):
