@@ -7,7 +7,7 @@ import torch
 from tests.bench.conftest import settings
 from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.window import RowResults, WindowParams, WindowState
-from wedlm.bench.forced_acceptance import Chances, force_choices, injected
+from wedlm.bench.forced_acceptance import FIRST_OTHER, Chances, force_choices, injected
 from wedlm.bench.loop import Loop
 from wedlm.bench.prompts import Arrival
 from wedlm.bench.target import load_target
@@ -74,7 +74,7 @@ def test_kernel_is_its_twin(rates):
     chances = Chances(device, 1200)
     chances.set(rates)
     padded = torch.cat((choice.flatten(), torch.zeros(16, dtype=torch.long))).to(device)
-    actual = force_rows(rows, padded, chances).cpu()
+    actual = force_rows(rows, padded, chances.by_depth, chances.count, chances.num_others, FIRST_OTHER).cpu()
     assert torch.equal(actual[:64].reshape(4, 16), expected)
     assert torch.equal(actual[64:], padded[64:].cpu())
     assert chances.count.item() == 1

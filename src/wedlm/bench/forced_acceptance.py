@@ -98,6 +98,7 @@ def _swap_captured(chances: Chances) -> Any:
     def update_windows(
         state: WindowState, params: Any, index: Tensor, rows: Any, choice: Tensor, *others: Tensor
     ) -> Any:
-        return before(state, params, index, rows, force_rows(rows, choice, chances), *others)
+        forced = force_rows(rows, choice, chances.by_depth, chances.count, chances.num_others, FIRST_OTHER)
+        return before(state, params, index, rows, forced, *others)
 
     return _swap(device_step, "update_verified", update_windows)

@@ -19,7 +19,7 @@ from wedlm.attention.base import KVCache
 from wedlm.bench.settings import Settings
 from wedlm.bench.stats import TableRow, describe, rounded
 from wedlm.bench.target import Target
-from wedlm.evaluate.provenance import cpu_name
+from wedlm.machine import cpu_name
 from wedlm.model.formats.save import write_whole
 
 _PACKAGES = ("wedlm", "torch", "triton", "transformers", "vllm", "numpy")

@@ -19,7 +19,7 @@ from wedlm.bench.prompts import Prompts
 from wedlm.bench.settings import Settings
 from wedlm.bench.shapes import shape_config
 from wedlm.bench.stats import TableRow
-from wedlm.engine import options
+from wedlm.engine import resolve_options
 from wedlm.model import ModelConfig, load_model, load_tokenizer, save_model
 
 _MEASURABLE = ("latency", "throughput", "serving", "steps", "prefill")
@@ -36,7 +36,7 @@ def check_against(name: str | None) -> None:
 
 
 def measure_vllm(settings: Settings, timeout_s: float | None) -> dict[str, Any]:
-    """Rows by part, of those parts that vLLM can measure; ``versions``; ``error`` if it ended badly or took too
+    """Rows by part, as far as vLLM has something to say on ours; ``versions``; ``error`` if it ended badly or took too
     long, beside the parts that it had finished."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -77,7 +77,7 @@ def _last_words(log: Path) -> str:
 def _task(settings: Settings, directory: Path) -> dict[str, Any]:
     """All that the worker needs; the weights are in ``directory`` or where they were."""
     workload = settings.workload
-    dtype = options.read_dtype(settings.dtype, options.read_device(settings.device))
+    dtype = resolve_options.read_dtype(settings.dtype, resolve_options.read_device(settings.device))
     if settings.shape is not None:
         config, model, dtype = shape_config(settings.shape), directory, dtype or torch.bfloat16
         (directory / "config.json").write_text(json.dumps(config.to_hf()))

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from wedlm.attention.base import KVCache
-from wedlm.engine import options
+from wedlm.engine import resolve_options
 from wedlm.engine.engine import Engine, EngineConfig
 from wedlm.engine.pages import PagePool
 from wedlm.engine.runner import Runner
@@ -38,7 +38,7 @@ def build_engine(
     per_token = KVCache.bytes_per_token(shape.num_layers, *heads)
     if kv_cache_bytes is None:
         wanted = 4 * (config.max_model_len + 2 * config.default_window_size) * per_token
-        kv_cache_bytes = options.default_cache_bytes(device, wanted, gpu_memory_utilization)
+        kv_cache_bytes = resolve_options.default_cache_bytes(device, wanted, gpu_memory_utilization)
     num_pages = kv_cache_bytes // (per_token * page_size)
     if num_pages < 1:
         raise ValueError(f"kv_cache_bytes is {kv_cache_bytes}; expected at least {per_token * page_size}, one page")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wedlm.machine import cpu_name
 from wedlm.model.demo import DEMO_DELTAS
 from wedlm.model.formats.resolve import DEMO_NAME, locate
 
@@ -94,13 +95,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def cpu_name() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def now() -> str:

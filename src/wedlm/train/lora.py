@@ -9,19 +9,17 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wedlm.model.config import ModelConfig
 from wedlm.model.formats.save import save_shared
 from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, attach_to_layer
 from wedlm.model.lora.peft import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from wedlm.model.transformer import Transformer
 from wedlm.train.config import TrainConfig
-
-if TYPE_CHECKING:
-    from wedlm.train.setup import Setup
 
 _NAME = "default"
 
@@ -144,18 +142,25 @@ def merged_tensors(tensors: Mapping[str, Tensor], config: TrainConfig) -> dict[s
     return merged
 
 
-def save_adapter(tensors: Mapping[str, Tensor], mask_embedding: Tensor | None, setup: "Setup", directory: Path) -> None:
-    """``adapter_config.json`` and ``adapter_model.safetensors`` in peft's layout, and the result's ``config.json``.
+def save_adapter(
+    tensors: Mapping[str, Tensor],
+    mask_embedding: Tensor | None,
+    config: TrainConfig,
+    model_config: ModelConfig,
+    directory: Path,
+) -> None:
+    """``adapter_config.json`` and ``adapter_model.safetensors`` in peft's layout, and the result's ``model_config``.
 
     The mask's embedding, where one was trained, is stored as peft stores a trained token row. An adapter of masked rows
     has a type and names that peft does not know, so that it is not taken for one of all rows.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if setup.config.lora_rows == "masked":
-        _save_masked(tensors, setup.config, directory)
+    if config.lora_rows == "masked":
+        _save_masked(tensors, config, directory)
     else:
-        _save_for_peft(tensors, mask_embedding, setup, directory)
-    text = json.dumps(setup.model_config.to_hf(), indent=2)
+        trained = None if mask_embedding is None else (model_config.mask_token_id, mask_embedding)
+        _save_for_peft(tensors, trained, config, directory)
+    text = json.dumps(model_config.to_hf(), indent=2)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -181,17 +186,19 @@ def _save_masked(tensors: Mapping[str, Tensor], config: TrainConfig, directory: 
 
 
 def _save_for_peft(
-    tensors: Mapping[str, Tensor], mask_embedding: Tensor | None, setup: "Setup", directory: Path
+    tensors: Mapping[str, Tensor], mask: tuple[int | None, Tensor] | None, config: TrainConfig, directory: Path
 ) -> None:
+    """``mask``: the id of the mask token and its trained embedding."""
     kept = {
         "base_model.model." + name.replace(f".{_NAME}.", "."): tensor.contiguous()
         for name, tensor in tensors.items()
         if ".lora_" in name
     }
-    peft_config = lora_config(setup.config)
-    peft_config.base_model_name_or_path = setup.config.model_path
-    if mask_embedding is not None:
-        kept["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = mask_embedding[None].clone()
-        peft_config.trainable_token_indices = {"embed_tokens": [setup.mask_token_id]}
+    peft_config = lora_config(config)
+    peft_config.base_model_name_or_path = config.model_path
+    if mask is not None:
+        token, embedding = mask
+        kept["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = embedding[None].clone()
+        peft_config.trainable_token_indices = {"embed_tokens": [token]}
     save_shared(kept, directory / WEIGHTS_FILE, {"format": "pt"})
     peft_config.save_pretrained(str(directory))

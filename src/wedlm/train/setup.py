@@ -142,7 +142,7 @@ def save_result(setup: Setup, accelerator: Accelerator, model: nn.Module, direct
 
 def _write_result(tensors: dict[str, Tensor], mask_embedding: Tensor | None, setup: Setup, directory: Path) -> None:
     if setup.config.lora_rank and not setup.config.merge_lora:
-        save_adapter(tensors, mask_embedding, setup, directory)
+        save_adapter(tensors, mask_embedding, setup.config, setup.model_config, directory)
     else:
         merged = merged_tensors(tensors, setup.config) if setup.config.lora_rank else tensors
         _save_model(merged, mask_embedding, setup, directory)
