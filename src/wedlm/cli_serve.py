@@ -25,6 +25,7 @@ _LLM_OPTIONS = (
     "kv_cache_bytes",
     "capture_chunks",
     "chunk_step_ratio",
+    "allow_control_tokens",
 )
 
 
@@ -68,6 +69,10 @@ def serve(
             "A step with prompt chunks takes about so many times one without, at most. [captured 1.8; else inf]", ENGINE
         ),
     ] = None,
+    allow_control_tokens: Annotated[
+        bool,
+        option("Let <|im_end|> in a message end its turn; whoever writes one can speak as the system.", ENGINE),
+    ] = False,
     threads: Annotated[int | None, option("CPU threads; default: torch's choice.", ENGINE)] = None,
     debug: Annotated[bool, option("Show the traceback of an error.", ENGINE, "--debug")] = False,
 ) -> None:

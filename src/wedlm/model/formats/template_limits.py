@@ -36,10 +36,10 @@ _MAX_WIDTH = 1000
 _PERCENT_WIDTH = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(?:\*|\d{4,}|\d*\.(?:\*|\d{4,}))")
 # Methods of Python's own types that make nothing larger than what they are given, or whose result is foreseen below.
 _STR_METHODS = (
-    "capitalize casefold center count endswith expandtabs find format format_map index isalnum isalpha isascii isdecimal "
-    "isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition "
-    "removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip "
-    "striptags swapcase title unescape upper zfill"
+    "capitalize casefold center count endswith expandtabs find format format_map index isalnum isalpha isascii "
+    "isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip "
+    "partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith "
+    "strip striptags swapcase title unescape upper zfill"
 )
 _METHODS: tuple[tuple[type, frozenset[str]], ...] = (
     (str, frozenset(_STR_METHODS.split())),

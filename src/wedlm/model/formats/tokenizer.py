@@ -3,17 +3,20 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from wedlm.model.formats.chat_template import render_chat_template
+from wedlm.model.formats.chat_template import render_chat_template, template_constants
+from wedlm.model.formats.control_tokens import ChatPrompt, ControlTokens
 from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_tokenizer import read_gguf_chat_template, read_gguf_tokenizer
 from wedlm.model.formats.resolve import locate
 
+_Render = Callable[[Mapping[str, Any]], str]
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -44,6 +47,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._control = ControlTokens(backend, self.special_tokens.values())
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @classmethod
@@ -121,10 +125,48 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        """The prompt for ``messages``; ``kwargs`` (such as ``tools`` or ``enable_thinking``) go to the template.
+        """A prompt for ``messages`` as text; ``kwargs`` (such as ``tools`` or ``enable_thinking``) go to the template.
 
-        Encode it with ``add_special_tokens=False``. Raises ValueError if there is no template or it fails.
+        For reading. Encoded as it is, a control token that a message spells is one: ``encode_chat`` keeps them apart.
+        Raises ValueError if there is no template or it fails.
         """
+        return self._renderer(kwargs, add_generation_prompt)[1]({"messages": messages, **kwargs})
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        allow_control_tokens: bool = False,
+        **kwargs: Any,
+    ) -> ChatPrompt:
+        """``apply_chat_template``, and where to cut its text so that what messages and ``kwargs`` spell stays text.
+
+        Nothing is cut with ``allow_control_tokens``: a message can then end its turn and speak as the system. Raises
+        ValueError also where a template rewrites a control token's spelling, so that it cannot be told apart.
+        """
+        source, render = self._renderer(kwargs, add_generation_prompt)
+        contents = {"messages": messages, **kwargs}
+        if allow_control_tokens:
+            return ChatPrompt(render(contents))
+        return self._control.prompt(render, contents, template_constants(source))
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        allow_control_tokens: bool = False,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Token ids of ``chat_prompt``: those of ``encode(apply_chat_template(...), add_special_tokens=False)``, except
+        that a control token in a message or in ``kwargs`` is spelled out in ordinary tokens."""
+        prompt = self.chat_prompt(messages, add_generation_prompt, allow_control_tokens=allow_control_tokens, **kwargs)
+        check_unicode(prompt.text)
+        return [token for piece in prompt.pieces() for token in self.encode(piece, add_special_tokens=False)]
+
+    def _renderer(self, kwargs: Mapping[str, Any], add_generation_prompt: bool) -> tuple[str, _Render]:
+        """The template's source, and what renders it with contents (messages and such of ``kwargs``)."""
         if not self.chat_templates:
             raise ValueError(
                 "this model's tokenizer has no chat template; expected a plain prompt, or an instruct model"
@@ -134,10 +176,22 @@ class Tokenizer:
             raise ValueError(
                 f"the tokenizer's chat templates are {sorted(self.chat_templates)}; expected one named default"
             )
-        variables = {"tools": None, "documents": None, **self.special_tokens, **kwargs}
-        return render_chat_template(
-            self.chat_templates[name], messages, {**variables, "add_generation_prompt": add_generation_prompt}
-        )
+        source, now = self.chat_templates[name], datetime.now()
+        fixed = {"tools": None, "documents": None, **self.special_tokens}
+
+        def render(contents: Mapping[str, Any]) -> str:
+            variables = {**fixed, **contents, "add_generation_prompt": add_generation_prompt}
+            return render_chat_template(source, variables.pop("messages"), variables, now)
+
+        return source, render
+
+
+def check_unicode(text: str) -> None:
+    """Raises ValueError for half a surrogate pair."""
+    try:
+        text.encode()  # the library's own message for a lone surrogate tells nobody anything
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is no Unicode text ({error.reason}); expected valid characters") from error
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
