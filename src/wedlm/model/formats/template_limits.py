@@ -38,8 +38,8 @@ _PERCENT_WIDTH = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(?:\*|\d{4,}|\d*\.(?:\*|\d
 _STR_METHODS = (
     "capitalize casefold center count endswith expandtabs find format format_map index isalnum isalpha isascii "
     "isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip "
-    "partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith "
-    "strip striptags swapcase title unescape upper zfill"
+    "partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines "
+    "startswith strip striptags swapcase title unescape upper zfill"
 )
 _METHODS: tuple[tuple[type, frozenset[str]], ...] = (
     (str, frozenset(_STR_METHODS.split())),

@@ -10,11 +10,14 @@ from typing import Any
 
 import tokenizers
 
+from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.chat_template import render_chat_template, template_constants
 from wedlm.model.formats.control_tokens import ChatPrompt, ControlTokens
 from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_tokenizer import read_gguf_chat_template, read_gguf_tokenizer
+from wedlm.model.formats.json_file import read_json_object
 from wedlm.model.formats.resolve import locate
+from wedlm.model.formats.tokenizer_json import read_tokenizer_json, running
 
 _Render = Callable[[Mapping[str, Any]], str]
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -54,21 +57,21 @@ class Tokenizer:
     def from_directory(cls, directory: str | Path) -> "Tokenizer":
         """From ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` (the last two optional).
 
-        Raises ValueError naming the file that is missing or malformed.
+        Raises CheckpointError naming the file that is missing or malformed.
         """
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(f"{directory} has no tokenizer.json; expected a tokenizer in that format")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # The Rust library raises plain Exception.
-            raise ValueError(f"{path} is not a readable tokenizer: {error}") from error
+            raise CheckpointError(f"{directory} has no tokenizer.json; expected a tokenizer in that format")
+        backend = read_tokenizer_json(path)
         config_path = directory / "tokenizer_config.json"
-        config = _read_json_object(config_path) if config_path.is_file() else {}
+        config = read_json_object(config_path) if config_path.is_file() else {}
         template_path = directory / "chat_template.jinja"
-        template = template_path.read_text(encoding="utf-8") if template_path.is_file() else config.get("chat_template")
-        return cls(backend, _named_templates(template, config_path), _special_tokens(config))
+        with reading(template_path):
+            template = template_path.read_text(encoding="utf-8") if template_path.is_file() else None
+        template = config.get("chat_template") if template is None else template
+        with reading(config_path):
+            return cls(backend, _named_templates(template), _special_tokens(config))
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> "Tokenizer":
@@ -103,15 +106,18 @@ class Tokenizer:
         ``add_special_tokens`` adds what the tokenizer's post-processor says (BOS, in most models that have one): pass
         False for a rendered chat template, which already contains it.
         """
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with running():
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """``encode`` of each text, on all cores."""
-        return [one.ids for one in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
+        with running():
+            return [one.ids for one in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; an incomplete UTF-8 sequence becomes U+FFFD, an id without a token becomes nothing."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with running():
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token given by its text in the vocabulary, such as "<|im_end|>"."""
@@ -197,10 +203,16 @@ def check_unicode(text: str) -> None:
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Names to text; a token is written as its text or as an object with ``content``."""
     found = {name: config[name] for name in _SPECIAL_NAMES if config.get(name)}
-    return {name: token["content"] if isinstance(token, dict) else str(token) for name, token in found.items()}
+    texts: dict[str, str] = {}
+    for name, token in found.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is {token!r}; expected a token's text, or an object with content")
+        texts[name] = text
+    return texts
 
 
-def _named_templates(template: Any, path: Path) -> dict[str, str]:
+def _named_templates(template: Any) -> dict[str, str]:
     """One template is written as a string, several as a list of objects with ``name`` and ``template``."""
     if template is None:
         return {}
@@ -209,14 +221,4 @@ def _named_templates(template: Any, path: Path) -> dict[str, str]:
     try:
         return {str(entry["name"]): str(entry["template"]) for entry in template}
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{path}: chat_template is neither a string nor a list of name and template") from error
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return values
+        raise ValueError("chat_template is neither a string nor a list of name and template") from error

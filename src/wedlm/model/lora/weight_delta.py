@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wedlm.model.errors import CheckpointError
+from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.save import save_shared
 
 _FORMAT = "wedlm-change-2"
@@ -95,7 +95,10 @@ def changed(tensors: Iterable[tuple[str, Tensor]], path: Path) -> Iterator[tuple
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is a corrupt or truncated safetensors file: {error}") from error
     for name, tensor in tensors:
-        yield name, _changed(tensor, stored.pop(name)) if name in stored else tensor
+        if name in stored:
+            with reading(path):
+                tensor = _changed(tensor, stored.pop(name))
+        yield name, tensor
     if stored:
         raise CheckpointError(f"{path} changes {min(stored)}, which this model does not have")
 
