@@ -40,10 +40,11 @@ class LLM:
     kv_cache_bytes: size of the cache; default on CUDA: what gpu_memory_utilization leaves, elsewhere: four full
     sequences, at most a quarter of the memory and eight times the weights. adapter: directory of a LoRA in peft's
     format, merged into the weights as they load, or of one that `wedlm train` made for masked rows, which stays beside
-    them; for another adapter make another LLM. cuda_graphs: steps on our kernels, as CUDA graphs; default: wherever that works; False: plain torch
-    operations. capture_chunks: where steps are CUDA graphs, those with prompt chunks, too. chunk_step_ratio: prompt
-    chunks are cut so that a step with some should take at most about so many times what its windows alone take, where
-    a stream is among them; inf: no limit; default: 1.8 where such steps are CUDA graphs, elsewhere inf.
+    them; for another adapter make another LLM. cuda_graphs: steps on our kernels, as CUDA graphs; default: wherever
+    that works; False: plain torch operations. capture_chunks: where steps are CUDA graphs, those with prompt chunks,
+    too. chunk_step_ratio: prompt chunks are cut so that a step with some should take at most about so many times what
+    its windows alone take, where a stream is among them; inf: no limit; default: 1.8 where such steps are CUDA graphs,
+    elsewhere inf.
     allow_control_tokens: what ``chat`` does with control tokens in messages where its caller does not say.
     """
 

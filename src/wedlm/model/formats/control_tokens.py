@@ -58,11 +58,14 @@ class ControlTokens:
         self._spelling = re.compile(f"(?=({whole}))") if whole else None
 
     def prompt(
-        self, render: Callable[[Mapping[str, Any]], str], contents: Mapping[str, Any], constants: Iterable[str]
+        self,
+        render: Callable[[Mapping[str, Any]], str],
+        contents: Mapping[str, Any],
+        constants: Callable[[], Iterable[str]],
     ) -> ChatPrompt:
         """The prompt that ``render`` makes of ``contents`` (JSON-like values); no control token in it comes from those.
 
-        ``render`` must give the same text for the same contents; ``constants`` are the strings that it may compare
+        ``render`` must give the same text for the same contents; ``constants`` gives the strings that it may compare
         contents with. Raises ValueError if contents spell a control token and ``render`` rewrites them.
         """
         text = render(contents)
@@ -72,7 +75,7 @@ class ControlTokens:
             return ChatPrompt(text)
         stand_ins = _stand_ins(triggers, set(text).union(*strings))
         # What the template looks for ("</think>") must be found, or it writes something else.
-        kept = [one for one in constants if len(one) > 1 and not triggers.isdisjoint(one)]
+        kept = [one for one in constants() if len(one) > 1 and not triggers.isdisjoint(one)]
         kept = [one for one in kept if not any(one in full or full in one for full in self.spellings)]
         for mark in (_marker(stand_ins, kept), _spelling_marker(stand_ins, self._occurrences)):
             changed = {name: _map_strings(value, mark) for name, value in contents.items()}

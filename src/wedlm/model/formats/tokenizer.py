@@ -155,7 +155,7 @@ class Tokenizer:
         contents = {"messages": messages, **kwargs}
         if allow_control_tokens:
             return ChatPrompt(render(contents))
-        return self._control.prompt(render, contents, template_constants(source))
+        return self._control.prompt(render, contents, lambda: template_constants(source))
 
     def encode_chat(
         self,

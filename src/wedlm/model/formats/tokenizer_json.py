@@ -8,6 +8,7 @@ after ten million retries, with a panic that ``running`` turns into a ValueError
 
 import base64
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from wedlm.model.errors import CheckpointError, is_panic, reading
 _MAX_BYTES = 2**28
 # Unicode's own compatibility forms make at most 18 characters of one; no honest step comes near it.
 _MAX_GROWTH, _MAX_TEMPLATE = 64, 64
+_PROBE_COUNTS, _PROBE_SECONDS = (20, 40, 80, 160, 320), 0.1
 _PROBES = ("a", " ", "\n", "1", "<", "é", "你", "aA1 ", "'s ", "\t \n", "<|a|>")
 
 
@@ -40,10 +42,19 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
             raise
         raise CheckpointError(f"{path} makes the tokenizers library fail: {error}") from error
     with reading(path), running():
-        backend.no_truncation()
-        for probe in _PROBES:
-            backend.encode(probe * 100)
+        _probe(backend)
     return backend
+
+
+def _probe(backend: tokenizers.Tokenizer) -> None:
+    """Raises ValueError for a tokenizer whose expressions take much longer for a text twice as long."""
+    backend.no_truncation()
+    for probe in _PROBES:
+        for count in _PROBE_COUNTS:
+            start = time.thread_time()
+            backend.encode(probe * count)
+            if time.thread_time() - start > _PROBE_SECONDS:
+                raise ValueError(f"the tokenizer takes {time.thread_time() - start:.2g} s for {probe * count!r:.40}...")
 
 
 @contextmanager
