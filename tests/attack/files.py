@@ -227,11 +227,11 @@ def by_bytes(root: Path, rng: random.Random) -> str:
     # The beginning of a binary file says what the rest is.
     end = min(len(data), 4096) if path.suffix in (".gguf", ".safetensors") and rng.random() < 0.7 else len(data)
     for _ in range(rng.choice([1, 1, 2, 5, 20])):
-        at = rng.randrange(end)
+        at = rng.randrange(end) if data else 0
         action = rng.randrange(6)
-        if action < 3:
+        if action < 3 and data:
             data[at] = rng.choice([0, 1, 255, 127, 128, rng.randrange(256), ord(rng.choice('{}[]",:0919eE.-\\'))])
-        elif action == 3:
+        elif action <= 3:
             data[at:at] = bytes(rng.randrange(256) for _ in range(rng.choice([1, 8, 100])))
         elif action == 4:
             del data[at : at + rng.choice([1, 8, 1000])]
@@ -636,7 +636,7 @@ def _outcome(name: str, report: str, status: int, elapsed: float) -> Outcome:
 
 
 def main() -> None:
-    """``python -m tests.attack.files COUNT WORKERS``, or "found" for those of ``FOUND``: outcomes as JSON lines."""
+    """``python -m tests.attack.files WHAT WORKERS``: outcomes as JSON lines. WHAT: a count, "found" or a case."""
     import sys
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -649,7 +649,8 @@ def main() -> None:
 
     assert wedlm.LLM is not None
     torch.set_num_threads(1)
-    names = cases(int(sys.argv[1])) if sys.argv[1].isdigit() else [f"found {name}" for name in FOUND]
+    what = sys.argv[1]
+    names = cases(int(what)) if what.isdigit() else [f"found {name}" for name in FOUND] if what == "found" else [what]
     for outcome in run(names, int(sys.argv[2]) if len(sys.argv) > 2 else 1):
         print(json.dumps(outcome.__dict__), flush=True)
 

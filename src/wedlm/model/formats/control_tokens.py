@@ -54,6 +54,10 @@ class ControlTokens:
         self.spellings = frozenset(chain((token.content for token in chosen.values()), others.values())) - {""}
         self._normalized = backend.normalizer is not None and any(token.normalized for token in chosen.values())
         self._triggers = frozenset(chain.from_iterable(map(_triggers, self.spellings)))
+        # A token may be split between two messages; the larger part has at least two characters.
+        self._heads = {full[:size] for full in self.spellings for size in range(2, len(full))}
+        self._tails = {full[-size:] for full in self.spellings for size in range(2, len(full))}
+        self._longest = max(map(len, self.spellings), default=0)
         whole = "|".join(re.escape(text) for text in sorted(self.spellings, key=len, reverse=True))
         self._spelling = re.compile(f"(?=({whole}))") if whole else None
 
@@ -109,12 +113,11 @@ class ControlTokens:
         found = _spans(self._backend, text, self.ids)
         inner = text.strip()
         before, after = text.index(inner), text.index(inner) + len(inner)
-        for full in self.spellings:
-            sizes = range(min(len(full), len(inner)), 1, -1)
-            found += [(before, before + size) for size in sizes if full.endswith(inner[:size])]
-            found += [(after - size, after) for size in sizes if full.startswith(inner[-size:])]
-            if len(inner) > 1 and inner in full:
-                found.append((before, after))
+        sizes = range(2, min(len(inner), self._longest) + 1)
+        found += [(before, before + size) for size in sizes if inner[:size] in self._tails]
+        found += [(after - size, after) for size in sizes if inner[-size:] in self._heads]
+        if 2 <= len(inner) <= self._longest and any(inner in full for full in self.spellings):
+            found.append((before, after))
         return found
 
     def _cuts(self, text: str, marked: str, marks: frozenset[str]) -> tuple[int, ...]:

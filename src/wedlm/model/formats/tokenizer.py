@@ -169,7 +169,7 @@ class Tokenizer:
         that a control token in a message or in ``kwargs`` is spelled out in ordinary tokens."""
         prompt = self.chat_prompt(messages, add_generation_prompt, allow_control_tokens=allow_control_tokens, **kwargs)
         check_unicode(prompt.text)
-        return [token for piece in prompt.pieces() for token in self.encode(piece, add_special_tokens=False)]
+        return [token for ids in self.encode_batch(prompt.pieces(), add_special_tokens=False) for token in ids]
 
     def _renderer(self, kwargs: Mapping[str, Any], add_generation_prompt: bool) -> tuple[str, _Render]:
         """The template's source, and what renders it with contents (messages and such of ``kwargs``)."""
