@@ -143,6 +143,14 @@ def test_options_of_prompt_chunks(directory, monkeypatch, words, expected):
     assert [(config.capture_chunks, config.chunk_step_ratio) for config in served] == [expected]
 
 
+@pytest.mark.parametrize("words", [[], ["--allow-control-tokens"]])
+def test_control_tokens(directory, monkeypatch, words):
+    served = []
+    monkeypatch.setattr(cli_serve, "run", lambda llm, *_: served.append(llm))
+    assert CliRunner().invoke(app, ["--model", str(directory), "--device", "cpu", *words]).exit_code == 0
+    assert [llm.allow_control_tokens for llm in served] == [bool(words)]
+
+
 def test_eight_bits(directory, monkeypatch):
     served = []
     monkeypatch.setattr("wedlm.cli.serve.run", lambda llm, *_: served.append(llm))

@@ -18,6 +18,7 @@ from wedlm.model import ModelConfig, Transformer
 # Keeps tokens coming while prompts are read (docs/log.md). Where such steps are launched piece by piece, many short
 # chunks would cost more than they spare.
 _CAPTURED_CHUNK_STEP_RATIO = 1.8
+_LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS = 2**28, 8
 
 
 def build_engine(
@@ -38,6 +39,9 @@ def build_engine(
     per_token = KVCache.bytes_per_token(shape.num_layers, *heads)
     if kv_cache_bytes is None:
         wanted = 4 * (config.max_model_len + 2 * config.default_window_size) * per_token
+        # A file can claim any length: without a word from the user it gets a cache in proportion to its weights.
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        wanted = min(wanted, max(_LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS * weights))
         kv_cache_bytes = resolve_options.default_cache_bytes(device, wanted, gpu_memory_utilization)
     num_pages = kv_cache_bytes // (per_token * page_size)
     if num_pages < 1:

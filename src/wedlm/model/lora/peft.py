@@ -8,7 +8,6 @@ Only tensors and a JSON file are read; peft is not needed. Everything is checked
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from wedlm.model.config import ModelConfig, check_integer, read_flag, read_integer, read_number
-from wedlm.model.errors import CheckpointError
+from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.checkpoint import read_config
+from wedlm.model.formats.json_file import read_json_object
 from wedlm.model.inference.layers import is_packed
 from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, attach_masked_lora, has_masked_lora
 from wedlm.model.transformer import Transformer
@@ -43,6 +43,10 @@ _HARMLESS = {
     "use_rslora",
 }
 # fmt: on
+_MAX_EXPRESSIONS, _MAX_PATTERN, _MAX_NAME, _MAX_TENSORS = 8, 128, 128, 2**13
+_PLAIN = re.compile(r"[\w.-]+")
+# A character, an escaped one, a class or a dot, each perhaps repeated; anchors; and a group of alternatives of names.
+_ATOMS = re.compile(r"[\^$]|\((?:\?:)?[\w.|\\]*\)|(?:\\[dws.]|\[[\w-]+\]|[\w.-])(?:[*+?]|\{\d{1,2}\})?")
 # Other initialisations (pissa, olora, corda, ...) also change the base weights, which the adapter then lacks.
 _PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
 
@@ -138,25 +142,16 @@ def read_adapter(directory: str | Path) -> Adapter:
     token rows, and modules or biases saved whole. Raises CheckpointError for anything else.
     """
     directory = Path(directory)
-    try:
+    with reading(directory):
         config = _read_config(directory)
         return _sort_out(_read_tensors(directory), config)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{directory}: {error}") from error
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"there is no {CONFIG_FILE}; expected the directory of an adapter in peft's format")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{CONFIG_FILE} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{CONFIG_FILE} is not a JSON object")
+    config = read_json_object(path)
     if config.get("peft_type") not in ("LORA", MASKED_TYPE):
         raise ValueError(f"peft_type is {config.get('peft_type')!r}; expected 'LORA' or {MASKED_TYPE!r}")
     for key in sorted(set(config) - _HARMLESS):
@@ -203,7 +198,11 @@ def _sort_out(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adapt
     pairs: dict[str, dict[str, Tensor]] = {}
     masked_rows = config["peft_type"] == MASKED_TYPE
     kinds = _MASKED_KINDS if masked_rows else _KINDS
+    if len(tensors) > _MAX_TENSORS:
+        raise ValueError(f"{WEIGHTS_FILE} has {len(tensors)} tensors; expected at most {_MAX_TENSORS}")
     for name, tensor in tensors.items():
+        if len(name) > _MAX_NAME:
+            raise ValueError(f"a tensor's name is {name[:80]!r}...; expected at most {_MAX_NAME} characters")
         end = next((end for end in kinds if name.endswith(end)), "")
         module, kind = name.removesuffix(end), kinds.get(end)
         if not tensor.is_floating_point():
@@ -239,10 +238,31 @@ def _low_rank(module: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]
 def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: float) -> float:
     """The value of the first pattern that the end of the module's name matches, as peft has it."""
     patterns = config.get(key) or {}
-    for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return read_number(patterns, pattern, default)
-    return default
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{key} is {str(patterns)[:80]}; expected an object of patterns")
+    expressions = [pattern for pattern in patterns if not _PLAIN.fullmatch(pattern)]
+    if len(expressions) > _MAX_EXPRESSIONS:
+        raise ValueError(f"{key} has {len(expressions)} regular expressions; expected at most {_MAX_EXPRESSIONS}")
+    parts = module.split(".")
+    matches = {".".join(parts[start:]) for start in range(len(parts))} & patterns.keys()
+    matches |= {one for one in expressions if re.match(rf"(.*\.)?({_checked_pattern(key, one)})$", module)}
+    first = next((pattern for pattern in patterns if pattern in matches), None) if matches else None
+    return default if first is None else read_number(patterns, first, default)
+
+
+def _checked_pattern(key: str, pattern: str) -> str:
+    """Raises ValueError for a pattern that could be matched in too many ways to try them all.
+
+    What is left: one repetition of a single character (``.*``, ``\\d+``), and alternatives within one group.
+    """
+    atoms = _ATOMS.findall(pattern)
+    repeats = sum(atom[-1] in "*+?}" and len(atom) > 1 and not atom.startswith("(") for atom in atoms)
+    if len(pattern) > _MAX_PATTERN or "".join(atoms) != pattern or repeats > 1 or pattern.count("(") > 1:
+        raise ValueError(
+            f"{key} has the pattern {pattern[:80]!r}; expected a module's name of at most {_MAX_PATTERN} characters, "
+            "with one repetition (.*) and one group of alternatives at most"
+        )
+    return pattern
 
 
 def _token_ids(module: str, count: int, config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wedlm.model.errors import CheckpointError
+from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.save import save_shared
 
 # The format and the names of a delta's two matrices in it: B, then A.
@@ -98,7 +98,10 @@ def apply_delta(tensors: Iterable[tuple[str, Tensor]], path: Path) -> Iterator[t
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is a corrupt or truncated safetensors file: {error}") from error
     for name, tensor in tensors:
-        yield name, _add(tensor, stored.pop(name)) if name in stored else tensor
+        if name in stored:
+            with reading(path):
+                tensor = _add(tensor, stored.pop(name))
+        yield name, tensor
     if stored:
         raise CheckpointError(f"{path} changes {min(stored)}, which this model does not have")
 
