@@ -253,7 +253,10 @@ def test_addresses_and_models(running):
     error = check_error(running.http.post(TEXT, json={"model": "gpt-4o", "prompt": "x"}), 404)
     assert (error["code"], error["param"]) == ("model_not_found", "model")
     body = b'{"model": "\\ud800", "prompt": "x"}'
-    assert check_error(running.http.post(TEXT, content=body, headers={"Content-Type": "application/json"}))["code"] == "invalid_json"
+    assert (
+        check_error(running.http.post(TEXT, content=body, headers={"Content-Type": "application/json"}))["code"]
+        == "invalid_json"
+    )
 
 
 def test_prompts_longer_than_the_model(running):

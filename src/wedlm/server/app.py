@@ -17,7 +17,7 @@ from wedlm.engine.llm import LLM
 from wedlm.server import errors
 from wedlm.server.bodies import RawBody
 from wedlm.server.config import ServerConfig
-from wedlm.server.limits import ApiKeys, BodyLimit
+from wedlm.server.limits import ApiKeys, BodyLimit, KnownHosts
 from wedlm.server.logs import RequestLog
 from wedlm.server.protocol import ChatRequest, CompletionRequest
 from wedlm.server.service import WARNING, Service, json_name
@@ -28,6 +28,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "A field is wrong, unknown or not supported",
         401: "No valid API key",
+        403: "Called by an unknown name, or from a page of another origin",
         404: "No such model",
         408: "The body came too slowly",
         413: "The body is too large",
@@ -64,6 +65,9 @@ def create_app(llm: LLM, config: ServerConfig, demo: Path = DEMO) -> FastAPI:
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
     app.add_middleware(ApiKeys, keys=config.api_keys)
+    if not config.api_keys:
+        names = [config.host, *config.allowed_hosts]
+        app.add_middleware(KnownHosts, names=names, origins=config.cors_origins)
     if config.cors_origins:
         exposed = ["X-Request-Id", "Retry-After", WARNING]
         allow: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": exposed}

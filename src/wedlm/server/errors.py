@@ -75,6 +75,11 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, type="server_error", code=code, headers={"Retry-After": "5"})
 
 
+def queue_full(message: str) -> ApiError:
+    headers = {"Retry-After": "1"}
+    return ApiError(429, f"{message}, try again later", type="rate_limit_error", code="queue_full", headers=headers)
+
+
 def install(app: FastAPI) -> None:
     """Let the app answer its own and the framework's errors in this form."""
 

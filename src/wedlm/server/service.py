@@ -22,7 +22,7 @@ from wedlm.server import answers
 from wedlm.server.answers import Job
 from wedlm.server.bodies import is_json, not_an_object, parse
 from wedlm.server.config import ServerConfig
-from wedlm.server.errors import ApiError, internal_error, unavailable
+from wedlm.server.errors import ApiError, internal_error, queue_full, unavailable
 from wedlm.server.metrics import Metrics, Stopwatch
 from wedlm.server.protocol import MAX_LOGPROB_ENTRIES, ChatRequest, CompletionRequest
 from wedlm.server.sse import CutOff, Disconnected, EventStream, unless_disconnected
@@ -76,6 +76,11 @@ class Service:
         return self.llm.engine
 
     @property
+    def num_open(self) -> int:
+        """Requests that are being prepared, and sequences that the engine has."""
+        return self.num_preparing + self.engine.num_open
+
+    @property
     def status(self) -> str:
         """ "ok", or why requests are refused."""
         if self.draining:
@@ -100,7 +105,7 @@ class Service:
         except CutOff:
             raise _failure(EngineStopped()) from None
         except Busy as error:
-            raise _full(str(error)) from error
+            raise queue_full(str(error)) from error
         except (EngineFault, EngineStopped, TimeoutError) as error:
             raise _failure(error) from error
 
@@ -246,7 +251,7 @@ class Service:
         if self.status != "ok":
             raise unavailable(f"the server is {self.status} and takes no requests", self.status)
         if self.engine.num_open + count > room:
-            raise _full(f"{self.engine.num_open} of {room} places are taken; expected {count} free ones")
+            raise queue_full(f"{self.engine.num_open} of {room} places are taken; expected {count} free ones")
 
     async def _tokens(self, workers: Workers, encode: "partial[list[int]]", param: str) -> list[int]:
         """In another thread: a long prompt must not hold up everybody's streams."""
@@ -302,11 +307,6 @@ class Service:
 def json_name(name: str) -> str:
     """A name from outside, short and quoted."""
     return repr(name if len(name) <= 80 else name[:80] + "...")
-
-
-def _full(message: str) -> ApiError:
-    headers = {"Retry-After": "1"}
-    return ApiError(429, f"{message}, try again later", type="rate_limit_error", code="queue_full", headers=headers)
 
 
 def _in_order(outputs: dict[int, GenerationOutput], request: Request) -> list[GenerationOutput]:
