@@ -57,8 +57,13 @@ class Service:
     def start(self) -> None:
         """Hand the LLM's engine over to a thread. In the loop."""
         self.engine = AsyncEngine(self.llm.engine, self._renew)
-        self.metrics.watch(self.engine)
+        self.metrics.watch(self.engine, self._num_at_work)
         self._cut_off = asyncio.Event()
+
+    def _num_at_work(self) -> int:
+        """Requests being prepared, or threads still at work on some that ended, whichever are more."""
+        working = sum(workers.num_working for workers in (self._small, self._large, self._answers))
+        return max(self.num_preparing, working)
 
     def cut_off(self) -> None:
         """End what is being prepared with a 503; what the engine has ends with the engine."""

@@ -22,6 +22,7 @@ class Workers:
         self._calls: queue.SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self.num_open = 0  # calls that somebody waits for
+        self._working: set[int] = set()  # threads that are at work, wanted or not
 
     async def run(self, work: Callable[[], T]) -> T:
         """The result of ``work()``, or what it raises; Busy if there are too many calls. Work whose caller is cancelled
@@ -40,6 +41,11 @@ class Workers:
         finally:
             self.num_open -= 1
 
+    @property
+    def num_working(self) -> int:
+        """Threads that are at work, also for somebody who has left."""
+        return len(self._working)
+
     def close(self) -> None:
         """Let the threads end after what they are doing."""
         for _ in self._threads:
@@ -49,6 +55,7 @@ class Workers:
         while (call := self._calls.get()) is not None:
             future, work = call
             if not future.cancelled():
+                self._working.add(threading.get_ident())
                 result, error = None, None
                 try:
                     result = work()
@@ -56,6 +63,7 @@ class Workers:
                     error = raised
                 except BaseException as raised:  # a panic of a library's, say: it must not end the loop
                     error = RuntimeError(f"{type(raised).__name__}: {raised}")
+                self._working.discard(threading.get_ident())
                 try:
                     future.get_loop().call_soon_threadsafe(_settle, future, result, error)
                 except RuntimeError:  # the loop has ended meanwhile
