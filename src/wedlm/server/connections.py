@@ -15,8 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from wedlm.server.errors import unavailable
 
 log = logging.getLogger("wedlm.server")
-_RECEIVED_BYTES = 4096  # at once: what a client packs into as much is parsed before others have their turn
-_FREE_PIECES, _PIECE_BYTES = 4096, 256  # pieces that any body may have, and from there on their mean size
+_RECEIVED_BYTES = 2048  # at once: what a client packs into as much is parsed before others have their turn
+_FREE_PIECES, _PIECE_BYTES = 1024, 256  # pieces that any body may have, and from there on their mean size
 _RESERVED_DESCRIPTORS = 64  # for everything that is no client's connection
 _QUIET_S = 10.0  # between two lines about one kind of trouble
 
