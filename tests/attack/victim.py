@@ -54,6 +54,7 @@ class Victim:
         address = self._address()
         assert address is not None, "".join(lines)
         self.port = int(address)
+        self._pause_s = 0.0
         self._records: list[tuple[str, float, Any]] = []
         self._probe = self._start_probe() if probed else None
 
@@ -114,6 +115,15 @@ class Victim:
         finally:
             connection.close()
 
+    def get(self, path: str) -> int:
+        """Status of the answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
     def metrics(self) -> dict[str, float]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
@@ -145,6 +155,15 @@ class Victim:
             else:
                 assert not line.strip() or "serving" in line or "Ctrl-C" in line, line
 
+    def pause_log(self, seconds: float) -> None:
+        """Leave the log unread for a while."""
+        self._pause_s = seconds
+
+    def take_pause(self) -> float:
+        """Seconds for which the log is to be left unread now."""
+        seconds, self._pause_s = self._pause_s, 0.0
+        return seconds
+
     def close(self) -> None:
         if self._probe is not None:
             self._probe.kill()
@@ -155,10 +174,15 @@ class Victim:
 
 @contextmanager
 def serving_process(
-    model: Path, *words: str, probed: bool = True, descriptors: int | None = None, read_log: bool = True
+    model: Path,
+    *words: str,
+    probed: bool = True,
+    descriptors: int | None = None,
+    read_log: bool = True,
+    entry: str = "wedlm",
 ) -> Iterator[Victim]:
     """``wedlm serve`` on a free port with few seconds of grace, and ``words`` as further options."""
-    command = [sys.executable, "-m", "wedlm", "serve", "--model", str(model), "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", entry, "serve", "--model", str(model), "--port", "0", "--device", "cpu"]
     command += ["--threads", "1", "--shutdown-timeout", str(GRACE_S), *words]
 
     def limit() -> None:
@@ -173,6 +197,8 @@ def serving_process(
     def read() -> None:
         for line in process.stderr:
             lines.append(line)
+            if victim is not None:
+                time.sleep(victim.take_pause())
             if not read_log and "running on" in line:
                 return
 

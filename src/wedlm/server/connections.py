@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import resource
+import socket
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ log = logging.getLogger("wedlm.server")
 _RECEIVED_BYTES = 2048  # at once: what a client packs into as much is parsed before others have their turn
 _FREE_PIECES, _PIECE_BYTES = 1024, 256  # pieces that any body may have, and from there on their mean size
 _RESERVED_DESCRIPTORS = 64  # for everything that is no client's connection
+_STUCK_S = 60.0  # in which a client must take something of what is sent to it
 _QUIET_S = 10.0  # between two lines about one kind of trouble
 
 
@@ -39,7 +41,8 @@ class Pieces(h11.Connection):
 
 class BoundedConnection(H11Protocol):
     """uvicorn's, of which there are ``config.max_connections`` at most. Whoever has no request running must have sent
-    a whole head within ``config.header_timeout_s`` of connecting, or of the head's first byte."""
+    a whole head within ``config.header_timeout_s`` of connecting, or of the head's first byte; whoever takes nothing of
+    an answer for a minute has left."""
 
     max_connections: int
     header_timeout_s: float
@@ -51,6 +54,8 @@ class BoundedConnection(H11Protocol):
         self.conn = Pieces(h11.SERVER)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        raw = transport.get_extra_info("socket")
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_STUCK_S * 1000))
         transport.max_size = _RECEIVED_BYTES  # type: ignore[attr-defined]
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from wedlm.server.protocol import EXPECTED, UNSUPPORTED
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
+_LONGEST = 500  # of a message, which may quote what it refuses
 _SHOWN = 80  # characters of a refused value that the message repeats
 _TYPES = {  # of JSON; pydantic speaks of Python's
     "bool_type": "true or false",
@@ -53,6 +54,7 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        message = _shortened(message, _LONGEST)
         self.status, self.headers = status, dict(headers or {})
         self.detail = ErrorDetail(message=message, type=type, param=param, code=code)
 
@@ -64,6 +66,10 @@ class ApiError(Exception):
         # json.dumps escapes what is not ASCII: a message may quote half of a surrogate pair, which has no UTF-8.
         content = json.dumps(self.body)
         return Response(content, self.status, self.headers, media_type="application/json")
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def internal_error() -> ApiError:

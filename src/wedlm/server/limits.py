@@ -110,6 +110,9 @@ class BodyLimit:
             return
         chunks: list[bytes] = []
         try:
+            told = Headers(scope=scope).get("content-length", "0")  # digits, as far as h11 has let it pass
+            if int(told) > _DRAINED * self.max_bytes:
+                raise self._too_large()
             async with asyncio.timeout(self.timeout_s):
                 body = await self._read(receive, chunks)
         except TimeoutError:
@@ -149,8 +152,11 @@ class BodyLimit:
                 if not more:
                     return b"".join(chunks)
             elif not more or size > _DRAINED * self.max_bytes:
-                message_text = f"the body has more than {self.max_bytes} bytes; expected at most that"
-                raise ApiError(413, message_text, code="body_too_large", headers={"Connection": "close"})
+                raise self._too_large()
             else:
                 self._held -= sum(map(len, chunks))
                 chunks.clear()
+
+    def _too_large(self) -> ApiError:
+        message = f"the body has more than {self.max_bytes} bytes; expected at most that"
+        return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})

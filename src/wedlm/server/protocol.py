@@ -12,6 +12,7 @@ from wedlm.server.tool_schemas import MAX_FIELDS, MAX_TOOLS, NamedChoice, Respon
 from wedlm.server.tools import call_schema
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_TOKENS, MAX_MESSAGES = 16, 256, 64, 4096
+MAX_PROMPTS = 1024
 # Log-probabilities that an answer may have: the tokens' own and their alternatives, 60 bytes each.
 MAX_LOGPROB_ENTRIES = 2**18
 _OLD_TOOLS = "the old form of tools is not supported; expected tools and tool_choice"
@@ -49,7 +50,7 @@ EXPECTED = {
     "top_logprobs": f"an integer from 0 to {MAX_LOGPROBS}",
     "logit_bias": f"at most {MAX_BIASES} token ids with numbers from -100 to 100",
     "name": "1 to 64 of the characters a-z, A-Z, 0-9, _ and -",
-    "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
+    "prompt": f"a string, a list of strings, a list of token ids, or a list of such lists, at most {MAX_PROMPTS}",
     "stop": f"a string or a list of at most {MAX_STOPS}, each of 1 to {MAX_STOP_LENGTH} characters",
     "stop_token_ids": f"a list of at most {MAX_STOP_TOKENS} token ids",
 }
@@ -57,7 +58,7 @@ EXPECTED = {
 
 Nothing: TypeAlias = None
 # fail_fast: pydantic makes an error of each wrong entry, for each member of a union, and only one is ever shown.
-Strings: TypeAlias = Annotated[list[str], Field(fail_fast=True)]
+Strings: TypeAlias = Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
 TokenIds: TypeAlias = Annotated[list[int], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
@@ -157,7 +158,7 @@ def _token_id(key: str) -> int:
 class CompletionRequest(_Generation):
     """The body of POST /v1/completions."""
 
-    prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+    prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
     max_tokens: int | None = None
     logprobs: int | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None

@@ -24,6 +24,7 @@ _KEEP_ALIVE_S = 30
 _BACKLOG = 128  # also how often asyncio tries to accept at once, whether or not there is a descriptor left
 _SWITCH_S = 0.001  # how long the loop may wait for another thread of Python's
 _LOCAL = ("127.0.0.1", "::1", "localhost")
+_GARBAGE = (50_000, 20, 20)  # a body of a megabyte may hold 350,000 lists, over which Python would look 20 times
 _LATE_S = 5.0  # beyond the grace, for the end itself
 
 
@@ -71,6 +72,7 @@ class Server(uvicorn.Server):
             sys.setswitchinterval(_SWITCH_S)
             gc.collect()
             gc.freeze()  # the model and the libraries stay: looking through them takes 100 ms
+            gc.set_threshold(*_GARBAGE)
         config = self.service.config
         if not config.api_keys and config.host not in _LOCAL:
             log.warning(

@@ -25,7 +25,7 @@ from wedlm.server.config import ServerConfig
 from wedlm.server.errors import ApiError, internal_error, queue_full, unavailable
 from wedlm.server.metrics import Metrics, Stopwatch
 from wedlm.server.protocol import MAX_LOGPROB_ENTRIES, ChatRequest, CompletionRequest
-from wedlm.server.sse import CutOff, Disconnected, EventStream, unless_disconnected
+from wedlm.server.sse import CutOff, Disconnected, EventStream, Whole, unless_disconnected
 from wedlm.server.tool_schemas import Tool
 from wedlm.server.tools import ForcedReader, TaggedReader, for_template, in_plain_words, takes_tools
 from wedlm.server.workers import Busy, Workers
@@ -37,6 +37,7 @@ _LARGEST_SEED = 2**63 - 1
 _SEND_S = 10.0  # beyond the request's time, for a slow client to take the last of a stream
 _SMALL_BYTES = 2**15  # a body of up to this size does not wait for larger ones
 _MAX_WAITING = 256  # bodies to be read
+_REST_S = 0.02
 _LOOP_ENTRIES = 512  # log-probabilities that are written in the event loop; more of them elsewhere
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ class Service:
         self.metrics = Metrics()
         self.draining = False
         self.num_preparing = 0  # requests whose body has been read and which the engine has not taken yet
-        self._small, self._large = Workers("small", 2, _MAX_WAITING), Workers("large", 1, _MAX_WAITING // 4)
+        self._small, self._large = Workers("small", 2, _MAX_WAITING), Workers("large", 1, _MAX_WAITING // 4, _REST_S)
         self._answers = Workers("answers", 2, _MAX_WAITING)
 
     def start(self) -> None:
@@ -195,8 +196,8 @@ class Service:
                 return EventStream(self._events(job, ticket, request), close, limit, headers)
             outputs = await self._collect(job, ticket, request)
             build = partial(answers.whole, job, outputs, self.llm.tokenizer)
-            parts = await self._off_loop(build, sum(len(one.token_ids) for one in outputs) * job.entries_per_token)
-            return Response(parts, headers=headers, media_type="application/json")
+            num_tokens = sum(len(output.token_ids) for output in outputs)
+            return Whole(await self._off_loop(build, num_tokens * job.entries_per_token), headers=headers)
         except ValueError as error:
             raise _refusal(error, job.kind) from error
         finally:
