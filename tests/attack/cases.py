@@ -378,7 +378,7 @@ def _answers(model: str) -> Iterator[Case]:
     }
     for name, (path, options) in cases.items():
         body = json.dumps({"model": model, **({"prompt": "abc"} if path == TEXT else {}), **options}).encode()
-        yield Case("answers", name, partial(_patient, path, body), quick=name.startswith("32 choices"))
+        yield Case("answers", name, partial(_patient, path, body), quick=name.startswith("32 choices of 1,000"))
 
 
 def _patient(path: str, body: bytes, victim: Victim) -> None:
