@@ -7,7 +7,7 @@ import torch
 from tests.bench.conftest import settings
 from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.window import RowResults, WindowParams, WindowState
-from wedlm.bench.forced_acceptance import Chances, force_choices, injected
+from wedlm.bench.forced_acceptance import FIRST_OTHER, Chances, force_choices, injected
 from wedlm.bench.loop import Loop
 from wedlm.bench.prompts import Arrival
 from wedlm.bench.target import load_subject
@@ -74,7 +74,7 @@ def test_kernel_is_its_twin(rates):
     chances = Chances(device, 1200)
     chances.set(rates)
     padded = torch.cat((choice.flatten(), torch.zeros(16, dtype=torch.long))).to(device)
-    actual = force_rows(rows, padded, chances).cpu()
+    actual = force_rows(rows, padded, chances.by_depth, chances.count, chances.num_others, FIRST_OTHER).cpu()
     assert torch.equal(actual[:64].reshape(4, 16), expected)
     assert torch.equal(actual[64:], padded[64:].cpu())
     assert chances.count.item() == 1
@@ -83,7 +83,7 @@ def test_kernel_is_its_twin(rates):
 def test_whole_runs(subject):
     loop = Loop(subject)
     params = settings().params("verified", 200, wedlm_draft_entropy=1e9)
-    plain = runner.advance
+    plain = runner.update_windows
     with injected(subject.engine) as chances:
         found = {}
         for rates in ((0.0,), (0.6,), (1.0,)):
@@ -92,7 +92,7 @@ def test_whole_runs(subject):
     assert found[0.0] == 1.0
     assert 1.5 < found[0.6] < 3.0  # 2.1 expected
     assert found[1.0] == pytest.approx(3.5, abs=0.1)
-    assert runner.advance is plain
+    assert runner.update_windows is plain
     assert loop.batch([subject.prompts.of(0, 8)], params, 2, 5)["tokens_per_step"] < 2
 
 

@@ -46,7 +46,7 @@ def samples_of(correct: list[bool], per_step: int = 1) -> list[dict[str, Any]]:
     ]
 
 
-def write_point(
+def write_point(  # noqa: PLR0913 - what a point's file holds; each test names the few that matter to it
     folder: Path,
     key: str,
     samples: list[dict[str, Any]],

@@ -173,7 +173,7 @@ def test_the_plots_that_there_are_points_for(tmp_path):
 
 def test_plots_without_matplotlib_are_refused_in_a_sentence(tmp_path, monkeypatch):
     write_sweep(tmp_path)
-    monkeypatch.setattr("wedlm.evaluate.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("wedlm.plotting.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"plots need the package matplotlib, .* or --no-plots"):
         draw_plots(sections_of(tmp_path)[0])
 

@@ -18,7 +18,7 @@ from tests.engine.tiny_llm import ASSISTANT, CHARACTERS, CHAT_TEMPLATE, END, USE
 from tests.model import test_gguf, test_tokenizer
 from tests.model.tiny import hf_config, logits_of, our_model
 from wedlm import LLM, SamplingParams
-from wedlm.cli_init import run_init
+from wedlm.cli.init import run_init
 from wedlm.model import CheckpointError, ModelConfig, Tokenizer, load_model, load_tokenizer
 from wedlm.model.init_checkpoint import check_mask_token_id, choose_mask_token_id, initialise, set_mask_embedding
 

@@ -127,7 +127,7 @@ def test_an_adapter_of_fewer_layers_is_refused(base, data, tmp_path):
     first = train(base, data, tmp_path / "first", **fewer, merge_lora=False)
     config = config_of(base, data, tmp_path / "second", **more, lora_init=str(first))
     sentence = (
-        r"lora_init is .*, which has no factors of .*down_proj; expected an adapter of lora_targets q_proj, down_proj"
+        r"lora_init is .*, which has no LoRA of .*down_proj; expected an adapter of lora_targets q_proj, down_proj"
     )
     with pytest.raises(ValueError, match=sentence):
         Trainer(config)

@@ -216,5 +216,5 @@ def test_a_process_that_is_not_the_first_tells_nothing(parts, tmp_path):
     with Records(config_of(base, data, tmp_path, tensorboard=True), tmp_path, 3, active=False) as records:
         records.say("a word")
         records.step(1, {"loss": 1.0})
-        records.advance(1)
+        records.update_progress(1)
     assert not list(tmp_path.iterdir())

@@ -109,7 +109,7 @@ def chunked_losses(
 
 class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913 - autograd sees tensors only where each is an argument
         ctx: Any,
         hidden: Tensor,
         projection: Tensor,

@@ -46,13 +46,13 @@ def injected(engine: Engine) -> Iterator[Chances]:
     """Meanwhile verification accepts at the rates that ``set`` was last given, at first none. Auto decoding begins anew
     before and after: what it learns from one says nothing of the other."""
     chances = Chances(engine.runner.device, engine.config.vocab_size)
-    before = plain_runner.advance
+    before = plain_runner.update_windows
 
-    def advance(state: WindowState, run: Tensor, results: RowResults, params: WindowParams) -> Any:
+    def update_windows(state: WindowState, run: Tensor, results: RowResults, params: WindowParams) -> Any:
         return before(state, run, replace(results, choice=force_choices(state, results, params, chances)), params)
 
     forget = getattr(engine.runner, "forget_graphs", lambda: None)
-    restore = [_swap(plain_runner, "advance", advance)]
+    restore = [_swap(plain_runner, "update_windows", update_windows)]
     if hasattr(engine.runner, "forget_graphs"):
         restore.append(_swap_captured(chances))
     forget()
@@ -93,9 +93,12 @@ def _swap_captured(chances: Chances) -> Any:
     from wedlm.bench.forced_acceptance_kernel import force_rows
     from wedlm.engine import device_step
 
-    before = device_step.verified_advance
+    before = device_step.update_verified
 
-    def advance(state: WindowState, params: Any, index: Tensor, rows: Any, choice: Tensor, *others: Tensor) -> Any:
-        return before(state, params, index, rows, force_rows(rows, choice, chances), *others)
+    def update_windows(
+        state: WindowState, params: Any, index: Tensor, rows: Any, choice: Tensor, *others: Tensor
+    ) -> Any:
+        forced = force_rows(rows, choice, chances.by_depth, chances.count, chances.num_others, FIRST_OTHER)
+        return before(state, params, index, rows, forced, *others)
 
-    return _swap(device_step, "verified_advance", advance)
+    return _swap(device_step, "update_verified", update_windows)

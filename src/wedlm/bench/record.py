@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import re
 import resource
 import sys
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from wedlm.attention.base import KVCache
 from wedlm.bench.settings import Settings
 from wedlm.bench.stats import Row, describe, rounded
 from wedlm.bench.target import Subject
+from wedlm.machine import cpu_name
 
 _PACKAGES = ("wedlm", "torch", "triton", "transformers", "vllm", "numpy")
 # What a row is about; everything else in it was measured.
@@ -138,13 +138,6 @@ def hardware(device: torch.device) -> dict[str, Any]:
         found |= {"gpu": properties.name, "gpu_gib": round(properties.total_memory / 2**30, 1)}
         found["cuda"] = torch.version.cuda
     return found
-
-
-def cpu_name() -> str:
-    """As Linux names it, else the architecture."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.machine()
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -9,7 +9,7 @@ from wedlm.attention.base import KVCache
 from wedlm.bench.prompts import Prompts
 from wedlm.bench.settings import Settings
 from wedlm.bench.shapes import MASK_TOKEN_ID, random_model, shape_config
-from wedlm.engine import options
+from wedlm.engine import resolve_options
 from wedlm.engine.engine import Engine, EngineConfig
 from wedlm.engine.factory import build_engine
 from wedlm.engine.llm import LLM
@@ -40,7 +40,7 @@ class Subject:
 
 def load_subject(settings: Settings) -> Subject:
     """The engine that all parts share. ValueError for options that cannot be."""
-    device = options.read_device(settings.device)
+    device = resolve_options.read_device(settings.device)
     rows = max(2048, settings.most_rows)
     given = {"max_num_seqs": max(settings.amounts.batches), "max_num_batched_tokens": rows, **settings.engine}
     if settings.shape is None:
@@ -49,12 +49,12 @@ def load_subject(settings: Settings) -> Subject:
         prompts = Prompts(llm.tokenizer, llm.model_config.vocab_size, llm.engine.config.max_model_len)
         return Subject(settings.model, llm.engine, llm.model_config, prompts)
     config = shape_config(settings.shape)
-    dtype = options.read_dtype(settings.dtype, device) or torch.bfloat16
+    dtype = resolve_options.read_dtype(settings.dtype, device) or torch.bfloat16
     engine_config = EngineConfig(
         vocab_size=config.vocab_size,
         mask_token_id=MASK_TOKEN_ID,
-        end_token_ids=config.eos_token_ids,
-        max_model_len=options.read_length(given.get("max_model_len"), config),
+        eos_token_ids=config.eos_token_ids,
+        max_model_len=resolve_options.read_length(given.get("max_model_len"), config),
         **{name: given[name] for name in _CONFIGURED if name in given},
     )
     model = random_model(config, device, dtype, given.get("quantization"))
@@ -70,4 +70,4 @@ def _cache_bytes(
     assert settings.amounts.prompt is not None
     tokens = engine.max_num_seqs * (settings.amounts.prompt + _CACHE_SPARE_TOKENS) + 2 * engine.max_model_len
     wanted = tokens * KVCache.bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
-    return min(wanted, options.default_cache_bytes(device, wanted, 0.85))
+    return min(wanted, resolve_options.default_cache_bytes(device, wanted, 0.85))

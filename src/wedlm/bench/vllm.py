@@ -19,7 +19,7 @@ from wedlm.bench.prompts import Prompts
 from wedlm.bench.settings import Settings
 from wedlm.bench.shapes import shape_config
 from wedlm.bench.stats import Row
-from wedlm.engine import options
+from wedlm.engine import resolve_options
 from wedlm.model import ModelConfig, load_model, load_tokenizer, save_model
 
 _MEASURABLE = ("latency", "throughput", "serving", "steps", "prefill")
@@ -77,7 +77,7 @@ def _last_words(log: Path) -> str:
 def _task(settings: Settings, directory: Path) -> dict[str, Any]:
     """All that the worker needs; the weights are in ``directory`` or where they were."""
     amounts = settings.amounts
-    dtype = options.read_dtype(settings.dtype, options.read_device(settings.device))
+    dtype = resolve_options.read_dtype(settings.dtype, resolve_options.read_device(settings.device))
     if settings.shape is not None:
         config, model, dtype = shape_config(settings.shape), directory, dtype or torch.bfloat16
         (directory / "config.json").write_text(json.dumps(config.to_hf()))
@@ -98,7 +98,7 @@ def _task(settings: Settings, directory: Path) -> dict[str, Any]:
         "max_model_len": min(config.max_length, max(amounts.long_prompt + 16, 4096)),
         "max_num_seqs": max(amounts.batches),
         "ignore_eos": settings.shape is not None,
-        "end_token_ids": list(config.eos_token_ids),
+        "eos_token_ids": list(config.eos_token_ids),
         "parts": [part for part in _MEASURABLE if part in settings.parts or part == "steps"],
         "batches": amounts.batches,
         "runs": amounts.runs,

@@ -33,7 +33,7 @@ class Worker:
     def params(self, max_tokens: int, ignore_eos: bool) -> Any:
         from vllm import SamplingParams
 
-        ends = [] if ignore_eos else self.task["end_token_ids"]  # without its tokenizer it knows none
+        ends = [] if ignore_eos else self.task["eos_token_ids"]  # without its tokenizer it knows none
         return SamplingParams(
             temperature=0, max_tokens=max_tokens, ignore_eos=ignore_eos, detokenize=False, stop_token_ids=ends
         )

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from wedlm.algorithm.reorder import pack_rows, topological_order
-from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_normaliser
+from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_logsumexp
 from wedlm.algorithm.verify import row_layout
-from wedlm.algorithm.window import RowResults, WindowState, advance, extend, num_drafts
+from wedlm.algorithm.window import RowResults, WindowState, extend, num_drafts, update_windows
 from wedlm.attention.base import KVCache
 from wedlm.attention.paged import PagedAttend
 from wedlm.engine.execution.sampling_tensors import BatchFlags, BatchParams
 from wedlm.kernels.attention import PagedRows
 from wedlm.kernels.logits import greedy_rows
 from wedlm.kernels.step_output import empty_results
-from wedlm.kernels.window_streaming import streaming_advance, streaming_rows
-from wedlm.kernels.window_verified import verified_advance, verified_rows
+from wedlm.kernels.window_streaming import streaming_rows, update_streaming
+from wedlm.kernels.window_verified import update_verified, verified_rows
 from wedlm.model.inference.triton_transformer import FusedTransformer
 
 
@@ -109,7 +109,7 @@ class DeviceStep:
         if not shape.flags.streams:
             return self._verified(shape, index, chunks)
         # The kernels know neither windows whose size adapts nor flags of masked rows.
-        if shape.flags.verifies or shape.flags.adapts or self.model.has_factors:
+        if shape.flags.verifies or shape.flags.adapts or self.model.has_masked_lora:
             return self._any(shape, index, chunks)
         return self._streaming(shape, index, chunks)
 
@@ -153,11 +153,11 @@ class DeviceStep:
             shape.max_rows, self.max_keys,
             rows.shared if shape.flags.groups else None, rows.own_start if shape.flags.groups else None,
         )  # fmt: skip
-        masked = rows.shared > 0 if self.model.has_factors and shape.flags.groups else None
+        masked = rows.shared > 0 if self.model.has_masked_lora and shape.flags.groups else None
         logits = self._forward(shape, rows.tokens, rows.positions, rows.slots, plan, None, chunks, masked)
         last = shape.num_wanted
         chosen = self._choose(logits, index, rows.sequence[:last], rows.target[:last], shape.flags)
-        return verified_advance(slots.state, self._window, index, rows, *chosen)
+        return update_verified(slots.state, self._window, index, rows, *chosen)
 
     def _streaming(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> Tensor:
         slots, page_size = self.slots, self.cache.page_size
@@ -169,9 +169,9 @@ class DeviceStep:
             rows.row_start, rows.num_rows, rows.cached, index, slots.page_table, page_size,
             shape.max_rows, self.max_keys,
         )  # fmt: skip
-        logits = self._forward(shape, rows.tokens, rows.positions, rows.slots, plan, rows.wanted, chunks)
+        logits = self._forward(shape, rows.tokens, rows.positions, rows.slots, plan, rows.logits_indices, chunks)
         chosen = self._choose(logits, index, rows.sequence, rows.target, shape.flags)
-        return streaming_advance(slots.state, slots.params.window, index, rows, *chosen)
+        return update_streaming(slots.state, slots.params.window, index, rows, *chosen)
 
     def _any(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> Tensor:
         """Streaming and verified windows side by side, in plain tensor operations: the twin of the other two."""
@@ -201,7 +201,7 @@ class DeviceStep:
         # Streaming reads nothing from a filled row; verification reads all.
         wanted = packed.real & (~filled | params.window.verifies[sequence])
         pick = torch.argsort(~wanted, stable=True)[: shape.num_wanted]
-        masked = ~filled & packed.real if self.model.has_factors else None
+        masked = ~filled & packed.real if self.model.has_masked_lora else None
         logits = self._forward(shape, tokens, positions, key_slots, plan, pick, chunks, masked)
         chosen = self._choose(logits, index, sequence[pick], (positions + filled)[pick], shape.flags)
         # Rows that nobody wanted write to a sequence that does not exist.
@@ -210,7 +210,7 @@ class DeviceStep:
             value.new_zeros(len(index) + 1, state.tokens.shape[1]).index_put_(at, value)[:-1] for value in chosen
         )
         limited = replace(params.window, row_budget=slots.row_budget[index], max_drafts=slots.max_drafts[index])
-        state, emitted = advance(state, run, RowResults(choice, entropy, logprobs), limited)
+        state, emitted = update_windows(state, run, RowResults(choice, entropy, logprobs), limited)
         slots.state.put(index, state)
         figures = torch.stack((emitted.count, num_rows, state.cached, drafts), dim=1)
         return torch.cat((figures, emitted.tokens, emitted.logprobs.contiguous().view(torch.long)), dim=1)
@@ -220,15 +220,15 @@ class DeviceStep:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(choice, entropy, log-probability) of each row of logits [L, V], which belongs to slot index[sequence]."""
         params = self.slots.params
-        if not flags.sampled and not flags.end_banned:
+        if not flags.sampled and not flags.eos_banned:
             return greedy_rows(logits, self.mask_token_id)
         slot = index[sequence]
         if not flags.sampled:
-            return greedy_rows(logits, self.mask_token_id, (target, slot, params.first_free_end, params.end_tokens))
+            return greedy_rows(logits, self.mask_token_id, (target, slot, params.min_eos_position, params.stop_tokens))
         raw = logits.float()
-        entropy, normaliser = entropy_and_normaliser(raw)
-        end_tokens = params.end_tokens[slot][:, : None if flags.end_banned else 0]
-        allowed = ban_tokens(raw.clone(), self.mask_token_id, end_tokens, target < params.first_free_end[slot])
+        entropy, logsumexp = entropy_and_logsumexp(raw)
+        stop_tokens = params.stop_tokens[slot][:, : None if flags.eos_banned else 0]
+        allowed = ban_tokens(raw.clone(), self.mask_token_id, stop_tokens, target < params.min_eos_position[slot])
         sampling = SamplingBatch(
             temperature=params.temperature[slot],
             top_k=params.top_k[slot],
@@ -239,4 +239,4 @@ class DeviceStep:
             any_truncated=flags.truncated,
         )
         choice = choose_tokens(allowed, sampling)
-        return choice, entropy, raw.gather(1, choice[:, None])[:, 0] - normaliser
+        return choice, entropy, raw.gather(1, choice[:, None])[:, 0] - logsumexp

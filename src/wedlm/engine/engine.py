@@ -29,7 +29,7 @@ class EngineConfig:
 
     vocab_size: int
     mask_token_id: int
-    end_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
     max_model_len: int
     default_decoding: Decoding = "auto"
     default_window_size: int = 16
@@ -73,7 +73,7 @@ class Engine:
         max_tokens = min(params.max_tokens, self.config.max_model_len - len(prompt))
         decode = self._decode_params(prompt, params)
         constraint = constraint_of(
-            params, decode.end_token_ids, self.config.mask_token_id, self.config.vocab_size, self.tokenizer
+            params, decode.stop_token_ids, self.config.mask_token_id, self.config.vocab_size, self.tokenizer
         )
         request = Request(
             request_id=request_id,
@@ -137,7 +137,7 @@ class Engine:
                 raise ValueError(f"the prompt contains {token!r}; expected ids from 0 to {self.config.vocab_size - 1}")
 
     def _decode_params(self, prompt: list[int], params: SamplingParams) -> DecodeParams:
-        ends = tuple(params.stop_token_ids or ()) + (() if params.ignore_eos else self.config.end_token_ids)
+        ends = tuple(params.stop_token_ids or ()) + (() if params.ignore_eos else self.config.eos_token_ids)
         if any(token >= self.config.vocab_size for token in ends):
             given = list(params.stop_token_ids or ())
             raise ValueError(f"stop_token_ids is {given}; expected ids below {self.config.vocab_size}")
@@ -152,8 +152,8 @@ class Engine:
             top_p=params.top_p,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             mask_token_id=self.config.mask_token_id,
-            end_token_ids=tuple(dict.fromkeys(ends)),
-            first_free_end=len(prompt) + params.min_tokens if params.min_tokens else 0,
+            stop_token_ids=tuple(dict.fromkeys(ends)),
+            min_eos_position=len(prompt) + params.min_tokens if params.min_tokens else 0,
             max_positions=self.config.max_model_len,
         )
 
@@ -269,7 +269,7 @@ class Engine:
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
         text = request.text
-        if token in request.decode.end_token_ids:
+        if token in request.decode.stop_token_ids:
             if text is not None:
                 text.finish()  # the end token is reported as an id; it is no part of the text
             return "stop"

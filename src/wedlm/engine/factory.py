@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from wedlm.attention.base import KVCache
-from wedlm.engine import options
+from wedlm.engine import resolve_options
 from wedlm.engine.engine import Engine, EngineConfig
 from wedlm.engine.pages import PagePool
 from wedlm.engine.runner import Runner
@@ -18,6 +18,7 @@ from wedlm.model import ModelConfig, Transformer
 # Keeps tokens coming while prompts are read (docs/log.md). Where such steps are launched piece by piece, many short
 # chunks would cost more than they spare.
 _CAPTURED_CHUNK_STEP_RATIO = 1.8
+_LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS = 2**28, 8
 
 
 def build_engine(
@@ -38,7 +39,10 @@ def build_engine(
     per_token = KVCache.bytes_per_token(shape.num_layers, *heads)
     if kv_cache_bytes is None:
         wanted = 4 * (config.max_model_len + 2 * config.default_window_size) * per_token
-        kv_cache_bytes = options.default_cache_bytes(device, wanted, gpu_memory_utilization)
+        # A file can claim any length: without a word from the user it gets a cache in proportion to its weights.
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        wanted = min(wanted, max(_LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS * weights))
+        kv_cache_bytes = resolve_options.default_cache_bytes(device, wanted, gpu_memory_utilization)
     num_pages = kv_cache_bytes // (per_token * page_size)
     if num_pages < 1:
         raise ValueError(f"kv_cache_bytes is {kv_cache_bytes}; expected at least {per_token * page_size}, one page")

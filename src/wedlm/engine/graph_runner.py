@@ -24,7 +24,7 @@ from wedlm.engine.runner import Runner
 from wedlm.kernels.step_output import first_logprob
 from wedlm.model.inference.triton_transformer import FusedTransformer
 
-_MAX_ENDS = 8  # end tokens of a request; more need the host
+_MAX_STOP_TOKENS = 8  # end tokens of a request; more need the host
 # Chunks come in few sizes, so that few steps are captured; a step of more rows keeps the GPU busy while it is launched.
 _CHUNK_SIZES = [4, 16, 64, 256, 1024, 4096]
 _FEWEST_CHUNK_ROWS, _MOST_CHUNK_ROWS = 128, 2048
@@ -93,7 +93,7 @@ class GraphRunner(Runner):
         self._fused, self._max_model_len, self._captures_chunks = model, max_model_len, captures_chunks
         self.state = WindowState.empty(max_num_seqs + 1, 64, self.device)
         nobody = [DecodeParams("autoregressive")] * (max_num_seqs + 1)
-        params = BatchParams.stack(nobody, self.device, _MAX_ENDS)
+        params = BatchParams.stack(nobody, self.device, _MAX_STOP_TOKENS)
         num_pages = -(-max_model_len // cache.page_size)
         table = torch.zeros(max_num_seqs + 1, num_pages, dtype=torch.long, device=self.device)
         params = replace(params, flags=replace(params.flags, adapts=True))
@@ -142,7 +142,7 @@ class GraphRunner(Runner):
         for work in plan.work:
             if not work.decodes:  # windows come first
                 return sum(work.count for work in plan.work) <= most
-            if work.request.needs_host or len(work.request.decode.end_token_ids) > _MAX_ENDS:
+            if work.request.needs_host or len(work.request.decode.stop_token_ids) > _MAX_STOP_TOKENS:
                 return False
         return bool(plan.work)
 
@@ -249,9 +249,9 @@ class GraphRunner(Runner):
         if self.state is not self.slots.state:  # a wider window came: captured steps hold the old tensors
             self.slots.state = self.state
             self.forget_graphs()
-        few = [request for request in new if len(request.decode.end_token_ids) <= _MAX_ENDS]
+        few = [request for request in new if len(request.decode.stop_token_ids) <= _MAX_STOP_TOKENS]
         if few:
-            params = BatchParams.stack([request.decode for request in few], torch.device("cpu"), _MAX_ENDS)
+            params = BatchParams.stack([request.decode for request in few], torch.device("cpu"), _MAX_STOP_TOKENS)
             put_rows([self._slots[request.request_id] for request in few], self.slots.params.pairs(params))
             self.slots.limit(self._row_budget)
         return new

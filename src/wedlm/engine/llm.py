@@ -13,15 +13,16 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from wedlm.algorithm.params import Decoding
-from wedlm.engine import options
+from wedlm.engine import resolve_options
 from wedlm.engine.engine import EngineConfig
 from wedlm.engine.factory import build_engine
 from wedlm.engine.interrupts import interrupts_deferred
+from wedlm.engine.options import EngineOptions
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer, load_model, load_tokenizer, pack_for_inference
+from wedlm.model.formats.tokenizer import check_unicode
 from wedlm.model.lora.peft import adapted_config, apply_adapter
 
 Message = Mapping[str, Any]
@@ -31,82 +32,41 @@ Prompt = str | list[int]
 class LLM:
     """Generate text from a checkpoint, on any device that torch knows. Methods may be called from several threads.
 
-    model: a Hugging Face directory, a .gguf file, a hub id, or "demo". dtype: a torch dtype's name, or "auto": the
-    checkpoint's, but float32 on CPUs without bfloat16 instructions. quantization: "int8": the layers' weights in eight
-    bits, for GPUs (a CPU computes the same, slowly); text is that of the rounded weights, in every mode. device: "auto"
-    takes CUDA where there is one. max_model_len: positions of a sequence; default: the checkpoint's length. decoding:
-    mode of requests that name none; default: "auto", AR decoding's text with as many rows a forward as pay at the time.
-    kv_cache_bytes: size of the cache; default on CUDA: what gpu_memory_utilization leaves, elsewhere: four full
-    sequences, at most a quarter of the memory. adapter: directory of a LoRA in peft's format, merged into the weights
-    as they load, or of one that `wedlm train` made for masked rows, which stays beside them; for another adapter make
-    another LLM. cuda_graphs: steps on our kernels, as CUDA graphs; default: wherever that works; False: plain torch
-    operations. capture_chunks: where steps are CUDA graphs, those with prompt chunks, too. chunk_step_ratio: prompt
-    chunks are cut so that a step with some should take at most about so many times what its windows alone take, where
-    a stream is among them; inf: no limit; default: 1.8 where such steps are CUDA graphs, elsewhere inf.
+    model: a Hugging Face directory, a .gguf file, a hub id, or "demo". options: the fields of ``EngineOptions``, which
+    explains each; an unknown one is a TypeError, a bad value a ValueError.
     """
 
-    def __init__(
-        self,
-        model: str | Path = "demo",
-        *,
-        dtype: str = "auto",
-        quantization: str | None = None,
-        device: str = "auto",
-        max_model_len: int | None = None,
-        decoding: Decoding | None = None,
-        adapter: str | Path | None = None,
-        wedlm_window_size: int = 16,
-        mask_token_id: int | None = None,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 2048,
-        page_size: int = 16,
-        kv_cache_bytes: int | None = None,
-        gpu_memory_utilization: float = 0.9,
-        cuda_graphs: bool | None = None,
-        capture_chunks: bool = True,
-        chunk_step_ratio: float | None = None,
-    ) -> None:
-        self.device = options.read_device(device)
-        options.positive_integers(
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            page_size=page_size,
-            wedlm_window_size=wedlm_window_size,
-            kv_cache_bytes=1 if kv_cache_bytes is None else kv_cache_bytes,
-        )
-        utilization = options.read_fraction("gpu_memory_utilization", gpu_memory_utilization)
-        ratio = None if chunk_step_ratio is None else options.read_ratio("chunk_step_ratio", chunk_step_ratio)
-        captures = options.read_flag("capture_chunks", capture_chunks)
-        weights_dtype = options.read_dtype(dtype, self.device)
-        bits = options.read_quantization(quantization)
+    def __init__(self, model: str | Path = "demo", **options: Any) -> None:
+        chosen = EngineOptions.of(options)
+        self.device = resolve_options.read_device(chosen.device)
+        dtype = resolve_options.read_dtype(chosen.dtype, self.device)
+        self.allow_control_tokens = chosen.allow_control_tokens
         self.tokenizer: Tokenizer = load_tokenizer(model)
-        transformer, self.model_config = load_model(model, weights_dtype, self.device)
-        if adapter is not None:
-            apply_adapter(transformer, adapter)
-            self.model_config = adapted_config(self.model_config, adapter)
-        self.model = pack_for_inference(transformer, bits)
-        length = options.read_length(max_model_len, self.model_config)
-        mask_token_id = options.read_mask_token_id(mask_token_id, self.model_config, self.tokenizer)
+        transformer, self.model_config = load_model(model, dtype, self.device)
+        if chosen.adapter is not None:
+            apply_adapter(transformer, chosen.adapter)
+            self.model_config = adapted_config(self.model_config, chosen.adapter)
+        self.model = pack_for_inference(transformer, chosen.quantization)
         config = EngineConfig(
             vocab_size=self.model_config.vocab_size,
-            mask_token_id=mask_token_id,
-            end_token_ids=self.model_config.eos_token_ids,
-            max_model_len=length,
-            default_decoding=options.read_decoding(decoding),
-            default_window_size=wedlm_window_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            chunk_step_ratio=ratio,
-            capture_chunks=captures,
+            mask_token_id=resolve_options.read_mask_token_id(chosen.mask_token_id, self.model_config, self.tokenizer),
+            eos_token_ids=self.model_config.eos_token_ids,
+            max_model_len=resolve_options.read_length(chosen.max_model_len, self.model_config),
+            default_decoding=chosen.decoding,
+            default_window_size=chosen.wedlm_window_size,
+            max_num_seqs=chosen.max_num_seqs,
+            max_num_batched_tokens=chosen.max_num_batched_tokens,
+            chunk_step_ratio=chosen.chunk_step_ratio,
+            capture_chunks=chosen.capture_chunks,
         )
         self.engine = build_engine(
             self.model,
             config,
             self.tokenizer,
-            page_size=page_size,
-            kv_cache_bytes=kv_cache_bytes,
-            gpu_memory_utilization=utilization,
-            cuda_graphs=cuda_graphs,
+            page_size=chosen.page_size,
+            kv_cache_bytes=chosen.kv_cache_bytes,
+            gpu_memory_utilization=chosen.gpu_memory_utilization,
+            cuda_graphs=chosen.cuda_graphs,
         )
         # Reentrant, since a stream may be closed by garbage collection in a thread that is inside the engine.
         self._lock = threading.RLock()
@@ -152,20 +112,29 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | None = None,
+        allow_control_tokens: bool | None = None,
         **template_kwargs: Any,
     ) -> list[GenerationOutput]:
-        """Answer one conversation, or several, through the tokenizer's chat template (ValueError if it has none)."""
+        """Answer one conversation, or several, through the tokenizer's chat template (ValueError if it has none).
+
+        A control token that a message spells out, such as <|im_end|>, is encoded as ordinary text. With
+        ``allow_control_tokens`` (None: as the constructor was told) it is one, and who writes a message can end its
+        turn and speak as the system (docs/security.md).
+        """
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Any = messages if several else [messages]
-        prompts = [self.chat_prompt(conversation, **template_kwargs) for conversation in conversations]
+        chosen: Any = {**template_kwargs, "allow_control_tokens": allow_control_tokens}
+        prompts = [self.chat_prompt(conversation, **chosen) for conversation in conversations]
         return self.generate(prompts, params, progress=progress)
 
-    def chat_prompt(self, messages: Sequence[Message], **template_kwargs: Any) -> list[int]:
-        """Token ids of a conversation up to where the answer begins."""
+    def chat_prompt(
+        self, messages: Sequence[Message], *, allow_control_tokens: bool | None = None, **template_kwargs: Any
+    ) -> list[int]:
+        """Token ids of a conversation up to where the answer begins, as ``chat`` encodes it."""
         if not messages:
             raise ValueError("messages is empty; expected at least one message")
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_kwargs)
-        return self._encode(text, add_special_tokens=False)
+        allowed = self.allow_control_tokens if allow_control_tokens is None else allow_control_tokens
+        return self.tokenizer.encode_chat(messages, allow_control_tokens=allowed, **template_kwargs)
 
     def generate_stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
         """Yield text as it becomes final. Closing the iterator aborts the request."""
@@ -225,10 +194,7 @@ class LLM:
         )
 
     def _encode(self, prompt: str, add_special_tokens: bool) -> list[int]:
-        try:
-            prompt.encode()  # the tokenizer's own message for a lone surrogate tells nobody anything
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt is no Unicode text ({error.reason}); expected valid characters") from error
+        check_unicode(prompt)
         return self.tokenizer.encode(prompt, add_special_tokens)
 
     @contextmanager

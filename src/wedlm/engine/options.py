@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of an engine: from what a user writes, or leaves open, to values. All raise ValueError naming the option."""
+"""The options of an engine, each declared once: its name, type, default, help text and check.
 
-import os
+``LLM(model, **options)`` takes them, the factory consumes them, and the command line makes its own options from the
+fields. This module must not import torch, because ``wedlm --help`` reads it.
+"""
 
-import torch
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Literal
 
-from wedlm.algorithm.params import ALL_DECODINGS, Decoding
-from wedlm.model import ModelConfig, Tokenizer
-from wedlm.model.inference.layers import Quantization
+from wedlm.algorithm.params import ALL_DECODINGS, DecodeParams, Decoding
+
+Check = Callable[[str, Any], Any]  # (name, value) -> the value to keep; ValueError naming the option
 
 
-def positive_integers(**options: object) -> None:
-    """Check that each option is an integer of at least 1."""
-    for name, value in options.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is {value!r}; expected an integer >= 1")
+def read_positive_integer(name: str, value: object) -> int:
+    """An integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}; expected an integer >= 1")
+    return value
 
 
 def read_fraction(name: str, value: object) -> float:
@@ -25,7 +29,7 @@ def read_fraction(name: str, value: object) -> float:
 
 
 def read_ratio(name: str, value: object) -> float:
-    """A number above 1; infinity is one."""
+    """A number above 1; infinity is allowed."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 1:
         raise ValueError(f"{name} is {value!r}; expected a number > 1, or inf")
     return float(value)
@@ -38,76 +42,129 @@ def read_flag(name: str, value: object) -> bool:
     return value
 
 
-def read_quantization(name: str | None) -> Quantization | None:
-    """None: weights in the type that was asked for."""
-    if name not in (None, "int8"):
-        raise ValueError(f"quantization is {name!r}; expected int8, or nothing")
-    return name  # type: ignore[return-value]
+def read_quantization(name: str, value: object) -> Literal["int8"] | None:
+    """None keeps the weights in the type that was asked for."""
+    if value not in (None, "int8"):
+        raise ValueError(f"{name} is {value!r}; expected int8, or nothing")
+    return "int8" if value == "int8" else None
 
 
-def read_decoding(name: str | None) -> Decoding:
-    """The mode asked for; by default "auto": AR's text, with as many masked rows as pay at the time."""
-    if name is None:
+def read_decoding(name: str, value: object) -> Decoding:
+    """A decoding mode; None is the default."""
+    if value is None:
         return "auto"
-    if name not in ALL_DECODINGS:
-        raise ValueError(f"decoding is {name!r}; expected one of {', '.join(ALL_DECODINGS)}")
-    return name  # type: ignore[return-value]
+    if value not in ALL_DECODINGS:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(ALL_DECODINGS)}")
+    return value  # type: ignore[return-value]
 
 
-def read_device(name: str) -> torch.device:
-    """ "auto" takes CUDA where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"device is {name!r}, which torch cannot use here: {reason}; expected auto or cpu") from error
-    return device
+def read_dtype_name(name: str, value: object) -> str:
+    """ "auto" or the name of a floating point type."""
+    if value not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"{name} is {value!r}; expected auto, float32, bfloat16 or float16")
+    return str(value)
 
 
-def read_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """None means the checkpoint's own."""
-    if name == "auto":
-        # Emulated bfloat16 is slower than float32 and no more exact.
-        has_bf16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return None if has_bf16 else torch.float32
-    dtype = getattr(torch, str(name), None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype is {name!r}; expected auto, float32, bfloat16 or float16")
-    return dtype
+def _or_none(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
 
 
-def read_length(asked: int | None, config: ModelConfig) -> int:
-    """Positions of a sequence."""
-    longest = config.max_length
-    if asked is None:
-        return longest
-    if isinstance(asked, bool) or not isinstance(asked, int) or not 2 <= asked <= longest:
-        raise ValueError(f"max_model_len is {asked!r}; expected 2 to {longest}, the length of this model")
-    return asked
+def _text(name: str, value: object) -> str:
+    return str(value)  # a path, or a torch.device
 
 
-def read_mask_token_id(asked: int | None, config: ModelConfig, tokenizer: Tokenizer) -> int:
-    """The one asked for, the config's, or the first id that has an embedding and that the tokenizer does not use."""
-    if asked is not None:
-        if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked < config.vocab_size:
-            raise ValueError(f"mask_token_id is {asked!r}; expected an id from 0 to {config.vocab_size - 1}")
-        return asked
-    if config.mask_token_id is not None:
-        return config.mask_token_id
-    if tokenizer.vocab_size >= config.vocab_size:
-        raise ValueError(
-            f"this checkpoint names no mask token and its tokenizer uses all {config.vocab_size} ids; "
-            "expected mask_token_id=..., an id that its text never needs"
-        )
-    return tokenizer.vocab_size
+def _anything(name: str, value: object) -> Any:
+    return value  # checked once the model is known
 
 
-def default_cache_bytes(device: torch.device, wanted: int, utilization: float) -> int:
-    """On CUDA what ``utilization`` of the memory leaves; elsewhere ``wanted``, at most a quarter of the memory."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return int(max(0, free - (1 - utilization) * total))
-    return min(wanted, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+def _option(default: Any, help: str, check: Check) -> Any:
+    return field(default=default, metadata={"help": help, "check": check})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What a user may choose about an engine. Every value is checked when it is made (ValueError naming the option).
+
+    A field's metadata holds ``help`` (one sentence or two) and ``check`` (``(name, value) -> value``). A check that
+    needs the model, such as that of ``max_model_len``, is made when the engine is built.
+    """
+
+    dtype: str = _option(
+        "auto",
+        "Type of the weights: auto (the checkpoint's, but float32 on CPUs without bfloat16 instructions), float32, "
+        "bfloat16 or float16.",
+        read_dtype_name,
+    )
+    quantization: Literal["int8"] | None = _option(
+        None, "int8: the layers' weights in eight bits, for GPUs (a CPU computes the same, slowly).", read_quantization
+    )
+    device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...", _text)
+    adapter: str | None = _option(
+        None,
+        "Directory of a LoRA: one in peft's format is merged into the weights, one for masked rows stays beside them.",
+        _or_none(_text),
+    )
+    max_model_len: int | None = _option(
+        None, "Longest prompt and answer together, in tokens. Default: the checkpoint's length.", _anything
+    )
+    mask_token_id: int | None = _option(
+        None, "Token id that stands for masked positions. Default: the checkpoint's, or an id without text.", _anything
+    )
+    decoding: Decoding = _option("auto", "Decoding mode of requests that name none.", read_decoding)  # noqa: RUF009
+    wedlm_window_size: int = _option(
+        DecodeParams.window_size,
+        "Window of requests that name none: positions in streaming and block decoding, most rows a step in verified "
+        "and auto.",
+        read_positive_integer,
+    )
+    max_num_seqs: int = _option(64, "Most sequences in one forward.", read_positive_integer)
+    max_num_batched_tokens: int = _option(
+        2048, "Most rows in one forward, of windows and prompts together.", read_positive_integer
+    )
+    page_size: int = _option(16, "Slots in one page of the key/value cache.", read_positive_integer)
+    kv_cache_bytes: int | None = _option(
+        None,
+        "Memory for keys and values. Default on CUDA: what gpu_memory_utilization leaves; elsewhere: four full "
+        "sequences, at most a quarter of the memory and eight times the weights.",
+        _or_none(read_positive_integer),
+    )
+    gpu_memory_utilization: float = _option(
+        0.9, "Share of the GPU's memory that weights and cache may take together.", read_fraction
+    )
+    cuda_graphs: bool | None = _option(
+        None,
+        "Run steps on our kernels, as CUDA graphs. Default: wherever that works. False: plain torch operations.",
+        _or_none(read_flag),
+    )
+    capture_chunks: bool = _option(
+        True, "Where steps are CUDA graphs, capture those with prompt chunks, too.", read_flag
+    )
+    chunk_step_ratio: float | None = _option(
+        None,
+        "While a request is streamed, limit prompt chunks so that a step with some takes at most about this many times "
+        "a step without. inf: no limit. Default: 1.8 where such steps are CUDA graphs, elsewhere inf.",
+        _or_none(read_ratio),
+    )
+    allow_control_tokens: bool = _option(
+        False,
+        "Let <|im_end|> in a message end its turn. Whoever writes one can then speak as the system.",
+        read_flag,
+    )
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            object.__setattr__(self, one.name, one.metadata["check"](one.name, getattr(self, one.name)))
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> "EngineOptions":
+        """The options of these names. TypeError for a name that is not an option."""
+        names = option_fields()
+        for name in given:
+            if name not in names:
+                raise TypeError(f"LLM got an unexpected keyword argument {name!r}; expected one of {', '.join(names)}")
+        return cls(**given)
+
+
+def option_fields() -> dict[str, Field]:
+    """All options by name, in the order in which they are declared."""
+    return {one.name: one for one in fields(EngineOptions)}

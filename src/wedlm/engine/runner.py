@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.reorder import PackedRows, pack_rows, topological_order
-from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_normaliser
+from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_logsumexp
 from wedlm.algorithm.verify import row_layout
-from wedlm.algorithm.window import Emitted, RowResults, WindowState, advance, extend, num_drafts
+from wedlm.algorithm.window import Emitted, RowResults, WindowState, extend, num_drafts, update_windows
 from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
 from wedlm.attention.sdpa import CausalAttend, PagedSdpa
 from wedlm.engine.adaptive.draft_budget import StepCosts
@@ -177,7 +177,7 @@ class Runner:
         results = self._choose(logits, rows, column[wanted], target, params, state, windows, constrained)
         if constrained is not None:
             constrained.draft(results)
-        state, emitted = advance(state, run, results, params.limited(plan.row_budget))
+        state, emitted = update_windows(state, run, results, params.limited(plan.row_budget))
         if constrained is not None:
             constrained.correct(run, state, emitted)
         self.state.put(index, state)
@@ -231,15 +231,15 @@ class Runner:
         """One token per row of logits [L, V], scattered to window columns."""
         asked = [work.request.params.logprobs for work in windows]
         any_logprobs = any(n is not None for n in asked)
-        entropy = normaliser = logits.new_zeros(len(logits))
+        entropy = logsumexp = logits.new_zeros(len(logits))
         if params.flags.entropy or any_logprobs:
-            entropy, normaliser = entropy_and_normaliser(logits)
+            entropy, logsumexp = entropy_and_logsumexp(logits)
         raw = logits.clone() if any_logprobs else logits
-        end_tokens = params.end_tokens[rows.sequence]
-        if not params.flags.end_banned:
-            end_tokens = end_tokens[:, :0]  # nothing to scatter
-        end_banned = target < params.first_free_end[rows.sequence]
-        logits = ban_tokens(logits, self.mask_token_id, end_tokens, end_banned)
+        stop_tokens = params.stop_tokens[rows.sequence]
+        if not params.flags.eos_banned:
+            stop_tokens = stop_tokens[:, :0]  # nothing to scatter
+        eos_banned = target < params.min_eos_position[rows.sequence]
+        logits = ban_tokens(logits, self.mask_token_id, stop_tokens, eos_banned)
         sampling = SamplingBatch(
             temperature=params.temperature[rows.sequence],
             top_k=params.top_k[rows.sequence],
@@ -250,11 +250,11 @@ class Runner:
             any_truncated=params.flags.truncated,
         )
         if constrained is not None:
-            constrained.apply(logits, rows, column, normaliser, sampling)
+            constrained.apply(logits, rows, column, logsumexp, sampling)
         choice = choose_tokens(logits, sampling)
-        logprobs = raw.gather(1, choice[:, None])[:, 0] - normaliser
+        logprobs = raw.gather(1, choice[:, None])[:, 0] - logsumexp
         if any_logprobs:
-            self._keep_alternatives(raw - normaliser[:, None], rows.sequence, target, windows)
+            self._keep_alternatives(raw - logsumexp[:, None], rows.sequence, target, windows)
         at = (rows.sequence, column)
         shape = state.tokens.shape
         return RowResults(

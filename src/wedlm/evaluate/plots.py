@@ -1,35 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of a report, as SVG: accuracy against speed, sweeps, streaming against block."""
 
-import io
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wedlm.evaluate.report import Row, Section
-from wedlm.evaluate.result_folder import describe
+from wedlm.evaluate.report import Row, Section, build_sections
+from wedlm.evaluate.result_folder import describe, read_points
+from wedlm.plotting import Plot, finish_plot, group_by, need_matplotlib, new_figure, place_legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-_PANEL_INCHES = (4.6, 3.4)
-_LEGEND_LINE_INCHES = 0.18
 # Where a sweep of the threshold puts "none": with 0 the rule fills one position a forward, too.
 _NO_THRESHOLD = 0.0
 _Speeds = Sequence[tuple[str, str]]  # name in a result, label
 _SPEEDS: _Speeds = (("tokens_per_forward", "tokens / forward"), ("tokens_per_second", "tokens / second"))
-
-
-@dataclass(frozen=True)
-class Plot:
-    """``svg`` is a whole SVG document; ``text`` says what it shows to those who do not see it."""
-
-    title: str
-    text: str
-    svg: str
 
 
 def draw_plots(section: Section, seconds: bool = True) -> list[Plot]:
@@ -50,12 +37,12 @@ def draw_plots(section: Section, seconds: bool = True) -> list[Plot]:
     return [plot for plot in drawn if plot is not None]
 
 
-def need_matplotlib() -> None:
-    """ValueError if it is missing."""
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            'plots need the package matplotlib, which is not installed: pip install "wedlm[train]", or --no-plots'
-        )
+def draw_folder(folder: Path) -> list[Plot]:
+    """``draw_plots`` of every section of a folder of results, each plot named after its section."""
+    sections = build_sections(read_points([folder]), None, 0, lambda _: None)
+    return [
+        replace(plot, title=f"{section.title} {plot.title}") for section in sections for plot in draw_plots(section)
+    ]
 
 
 def _pareto(section: Section, speeds: _Speeds) -> Plot | None:
@@ -177,14 +164,6 @@ def _distinct(groups: Sequence[_Facts]) -> list[str]:
     ]
 
 
-def group_by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    """Items of the same key together, keys in the order of their first item."""
-    groups: dict[Any, list[Any]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
-
-
 def _errors(axes: "Axes", places: Sequence[float], rows: Sequence[Row], name: str, index: int, line: str = "-") -> None:
     """Accuracies in percent with their standard errors."""
     values = [100 * row.result.value for row in rows]
@@ -196,35 +175,3 @@ def _errors(axes: "Axes", places: Sequence[float], rows: Sequence[Row], name: st
 def _plain(text: str) -> str:
     """Dollars would begin a formula, and a leading underscore hides a label."""
     return " " * text.startswith("_") + text.replace("$", r"\$")
-
-
-def new_figure(columns: int) -> tuple["Figure", list["Axes"]]:
-    """So many panels side by side."""
-    from matplotlib.figure import Figure  # without pyplot there is no window, and nothing stays behind
-
-    width, height = _PANEL_INCHES
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    panels = [figure.add_subplot(1, columns, number) for number in range(1, columns + 1)]
-    for axes in panels:
-        axes.grid(alpha=0.3)
-        axes.locator_params(axis="x", nbins=7)  # more numbers would touch each other
-    return figure, panels
-
-
-def place_legend(figure: "Figure", *panels: "Axes") -> None:
-    """Below the panels, because names are long; the figure grows by it."""
-    entries = [entry for axes in panels for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
-    columns = 1 if max(len(label) for _, label in entries) > 60 else 2
-    height = _PANEL_INCHES[1] + _LEGEND_LINE_INCHES * (1 + math.ceil(len(entries) / columns))
-    figure.set_size_inches(figure.get_figwidth(), height)
-    figure.legend(*zip(*entries, strict=True), loc="outside lower left", fontsize="small", ncols=columns)
-
-
-def finish_plot(figure: "Figure", title: str, text: str) -> Plot:
-    """The figure as SVG."""
-    from matplotlib import rc_context
-
-    file = io.StringIO()
-    with rc_context({"svg.hashsalt": title}):  # the same figure is the same file
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return Plot(title, text, file.getvalue())

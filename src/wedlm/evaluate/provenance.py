@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from wedlm.model.demo import DEMO_CHANGES
+from wedlm.machine import cpu_name
+from wedlm.model.demo import DEMO_DELTAS
 from wedlm.model.formats.resolve import DEMO_NAME, locate
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def identify_files(model: str, adapter: str | None, dtype: str, device: str, eng
     """A model by its files. ``dtype`` is that of the activations."""
     paths = _files(locate(model))
     if model == DEMO_NAME:
-        paths += DEMO_CHANGES
+        paths += DEMO_DELTAS
     if adapter is not None:
         paths += _files(Path(adapter))
     return ModelIdentity(
@@ -92,13 +93,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def cpu_name() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def now() -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from wedlm.evaluate.compare import Comparison
-from wedlm.evaluate.plots import Plot
 from wedlm.evaluate.report import Row, Section
 from wedlm.evaluate.result_folder import Point
+from wedlm.plotting import Plot
 
 _SCORE = ("mode", "questions", "score (%)", "Δ AR (points)", "Δ baseline (points)")
 COLUMNS = {

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wedlm.algorithm.params import DecodeParams
+
 if TYPE_CHECKING:
     from wedlm.engine.sampling_params import SamplingParams
 
@@ -18,13 +20,13 @@ class Params:
     """Decoding of a point, under the names that the command line and the result files use."""
 
     decoding: str = "verified"
-    window_size: int = 16
-    entropy_threshold: float | None = 0.4
-    pos_penalty: float = 0.02
-    draft_entropy: float = 2.5
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
+    window_size: int = DecodeParams.window_size
+    entropy_threshold: float | None = DecodeParams.entropy_threshold
+    pos_penalty: float = DecodeParams.pos_penalty
+    draft_entropy: float = DecodeParams.draft_entropy
+    temperature: float = DecodeParams.temperature
+    top_p: float = DecodeParams.top_p
+    top_k: int = DecodeParams.top_k
     seed: int = 0
     max_tokens: int = 512
 

@@ -2,15 +2,15 @@
 """``generate`` of a model in transformers: this package's engine over the model's own weights."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from wedlm.algorithm.params import Decoding
+from wedlm.algorithm.params import DecodeParams, Decoding
 from wedlm.attention.base import KVCache
-from wedlm.engine import options
 from wedlm.engine.engine import Engine, EngineConfig
+from wedlm.engine.options import read_decoding, read_positive_integer
 from wedlm.engine.pages import PagePool
 from wedlm.engine.request import Request
 from wedlm.engine.runner import Runner
@@ -18,29 +18,39 @@ from wedlm.engine.sampling_params import SamplingParams
 from wedlm.hf.attend import real_rows
 from wedlm.model.config import read_token_ids
 
-if TYPE_CHECKING:
-    from wedlm.hf.modeling import WeDLMForCausalLM
-
 _PAGE_SIZE = 16
 _MAX_NUM_SEQS = 64
 
 
-def generate(
-    self: "WeDLMForCausalLM",
+class Model(Protocol):
+    """What ``generate`` takes of ``WeDLMForCausalLM``."""
+
+    config: Any
+    generation_config: Any
+    model: Any
+    rows: Any
+    training: bool
+
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+
+
+def generate(  # noqa: PLR0913 - options of one call, as transformers' own generate takes them
+    self: Model,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
     max_new_tokens: int,
     min_new_tokens: int = 0,
     decoding: Decoding | None = None,
-    wedlm_window_size: int = 16,
-    wedlm_entropy_threshold: float | None = 0.4,
-    wedlm_pos_penalty_factor: float = 0.02,
-    wedlm_draft_entropy: float = 1.5,
+    wedlm_window_size: int = DecodeParams.window_size,
+    wedlm_entropy_threshold: float | None = DecodeParams.entropy_threshold,
+    wedlm_pos_penalty_factor: float = DecodeParams.pos_penalty,
+    wedlm_draft_entropy: float = DecodeParams.draft_entropy,
     do_sample: bool | None = None,
     temperature: float | None = None,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    top_k: int = DecodeParams.top_k,
+    top_p: float = DecodeParams.top_p,
     seed: int | None = None,
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
@@ -77,14 +87,13 @@ def generate(
         wedlm_pos_penalty_factor=wedlm_pos_penalty_factor,
         wedlm_draft_entropy=wedlm_draft_entropy,
     )
-    options.positive_integers(wedlm_window_size=wedlm_window_size)
     engine_config = EngineConfig(
         vocab_size=config.vocab_size,
         mask_token_id=mask,
-        end_token_ids=ends,
+        eos_token_ids=ends,
         max_model_len=config.max_length,
-        default_decoding=options.read_decoding(decoding),
-        default_window_size=wedlm_window_size,
+        default_decoding=read_decoding("decoding", decoding),
+        default_window_size=read_positive_integer("wedlm_window_size", wedlm_window_size),
         max_num_seqs=min(len(input_ids), _MAX_NUM_SEQS),
     )
     new = _decode(self, engine_config, _prompts(input_ids, attention_mask), params)
@@ -94,7 +103,7 @@ def generate(
 
 
 def _decode(
-    model: "WeDLMForCausalLM", engine_config: EngineConfig, prompts: Sequence[list[int]], params: SamplingParams
+    model: Model, engine_config: EngineConfig, prompts: Sequence[list[int]], params: SamplingParams
 ) -> list[list[int]]:
     """New tokens of each prompt, from an engine whose cache holds all of them to their ends."""
     config, embedding = model.config.model_config(), model.model.embed_tokens.weight
@@ -125,7 +134,7 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]
     return [ids[keep].tolist() for ids, keep in zip(input_ids, real, strict=True)]
 
 
-def _end_token_ids(model: "WeDLMForCausalLM", given: int | list[int] | None) -> tuple[int, ...]:
+def _end_token_ids(model: Model, given: int | list[int] | None) -> tuple[int, ...]:
     recorded = (model.generation_config.eos_token_id, model.config.eos_token_id)
     value = next((one for one in (given, *recorded) if one is not None), None)
     return read_token_ids("eos_token_id", value)

@@ -22,7 +22,7 @@ class Decoder(nn.Module):
         if not embedding.is_meta:  # Drawing on meta imports torch's compiler, over a second, and draws nothing.
             nn.init.normal_(embedding, std=0.02)
         self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
-        # [C], what masked rows start from in place of their token's embedding; set with factors for masked rows.
+        # [C], what masked rows start from in place of their token's embedding; set with a LoRA for masked rows.
         self.mask_embedding: nn.Parameter | None = None
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -9,6 +9,7 @@ from functools import partial
 from secrets import token_hex
 from typing import Any, Literal
 
+from wedlm.engine.constraints.grammar import Compiled
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.request import Alternatives
 from wedlm.engine.sampling_params import SamplingParams
@@ -31,6 +32,7 @@ class Job:
     wants_usage: bool
     watches: bool
     warning: str | None = None
+    grammar: Compiled | None = None  # held until the answer has ended
     new_reader: Callable[[], Reader] = PlainReader
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process: uvicorn, and a way out that lets running requests finish."""
+"""The process: its sockets, uvicorn, and a way out that lets running requests finish."""
 
 import asyncio
 import gc
@@ -10,7 +10,10 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -28,11 +31,45 @@ _GARBAGE = (50_000, 20, 20)  # a body of a megabyte may hold 350,000 lists, over
 _LATE_S = 5.0  # beyond the grace, for the end itself
 
 
+class AddressError(OSError):
+    """The server cannot have its address."""
+
+
+@contextmanager
+def bound_sockets(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """A socket for each address of ``host`` ("" is every one of this machine), bound and not listening yet.
+
+    They are closed at the end. AddressError if there is no such address here, or another process has the port.
+    """
+    with ExitStack() as stack:
+        try:
+            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            bound = [_bind(stack, *one) for one in dict.fromkeys(found)]
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise AddressError(
+                f"port {port} of {host!r} cannot be listened on: {reason}; expected a free one"
+            ) from error
+        yield bound
+
+
+def _bind(stack: ExitStack, family: int, kind: int, protocol: int, _: str, address: Any) -> socket.socket:
+    one = stack.enter_context(socket.socket(family, kind, protocol))
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:  # which would otherwise take the port of IPv4, too
+        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    one.bind(address)
+    return one
+
+
 class Server(uvicorn.Server):
     """Drains on the first SIGTERM or SIGINT: new requests get 503, running ones may finish until
-    ``shutdown_timeout_s`` is over. A second signal ends them at once. ``failed``: the engine is beyond repair."""
+    ``shutdown_timeout_s`` is over. A second signal ends them at once. ``failed``: the engine is beyond repair.
 
-    def __init__(self, app: FastAPI, **options: object) -> None:
+    ``on_start`` is called with the server's address once it listens.
+    """
+
+    def __init__(self, app: FastAPI, on_start: Callable[[str], None] | None = None, **options: object) -> None:
         self.service: Service = app.state.service
         config = self.service.config
         connection = type(
@@ -61,6 +98,7 @@ class Server(uvicorn.Server):
             )
         )
         self.failed = False
+        self._on_start = on_start
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._owns_process = False
@@ -81,6 +119,22 @@ class Server(uvicorn.Server):
             )
         await super().serve(sockets)
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop, on ``sockets`` or on the configured address. AddressError if it cannot be had."""
+        if sockets is not None:
+            super().run(sockets)
+            return
+        with bound_sockets(self.config.host, self.config.port) as bound:
+            super().run(bound)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        log.info("running on %s", url)
+        if self._on_start is not None:
+            self._on_start(url)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None or self.service.draining:
             self.should_exit = True
@@ -97,6 +151,12 @@ class Server(uvicorn.Server):
             log.critical("the engine could not be restarted; the server ends, for its supervisor to start it anew")
             self.failed = self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves the application's own end out, which would show as a traceback
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.lifespan.shutdown(), _LAST_WORDS_S)
 
     def _start_draining(self) -> None:
         self._draining = asyncio.ensure_future(self.drain())

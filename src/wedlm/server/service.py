@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from wedlm.engine.async_llm import AsyncEngine, fresh_engine
-from wedlm.engine.constraints.grammar import grammars_of
+from wedlm.engine.constraints.grammar import Compiled, Grammars, GrammarsBusy, grammars_of
 from wedlm.engine.engine import Engine
 from wedlm.engine.llm import LLM
 from wedlm.engine.outputs import GenerationOutput
@@ -54,6 +54,14 @@ class Service:
         self.num_preparing = 0  # requests whose body has been read and which the engine has not taken yet
         self._small, self._large = Workers("small", 2, _MAX_WAITING), Workers("large", 1, _MAX_WAITING // 4, _REST_S)
         self._answers = Workers("answers", 2, _MAX_WAITING)
+        self._grammars = self._load_grammars()  # now, because it holds up every thread for a fraction of a second
+
+    def _load_grammars(self) -> Grammars | str:
+        """Or why there are none."""
+        try:
+            return grammars_of(self.llm.tokenizer, self.llm.engine.config.vocab_size)
+        except ValueError as error:
+            return str(error)
 
     def start(self) -> None:
         """Hand the LLM's engine over to a thread. In the loop."""
@@ -140,8 +148,8 @@ class Service:
         prompt = await self._tokens(workers, partial(self._chat_prompt, body, tools), "messages")
         job = await workers.run(partial(self._job, "chat", body, [prompt], self._room(prompt)))
         params = job.sequences[0][1]
-        if params.json_schema is not None:  # compiled here, so that the engine's thread finds it done
-            await self._tokens(workers, partial(self._compile, params, body.schema_field), body.schema_field)
+        if params.json_schema is not None:  # compiled and held here, so that the engine's thread finds it done
+            job = replace(job, grammar=await self._compile(params, body.schema_field))
         if body.forces_call:
             return replace(job, new_reader=ForcedReader)
         names, parallel = [tool.function.name for tool in tools], body.parallel_tool_calls is not False
@@ -156,12 +164,17 @@ class Service:
             return self.llm.chat_prompt(messages, tools=for_template(tools) or None)
         return self.llm.chat_prompt(in_plain_words(messages, tools))
 
-    def _compile(self, params: SamplingParams, field: str) -> list[int]:
+    async def _compile(self, params: SamplingParams, field: str) -> Compiled:
+        """In a process of its own, which ends when the caller is cancelled."""
         try:
-            grammars_of(self.llm.tokenizer, self.llm.engine.config.vocab_size).matcher(params)
+            if isinstance(self._grammars, str):
+                raise ValueError(self._grammars)
+            return await self._grammars.compile_ahead(params)
+        except GrammarsBusy as error:
+            raise queue_full(str(error).removesuffix(", try again later")) from error
         except ValueError as error:
-            raise ValueError(str(error).replace("json_schema", field, 1)) from error
-        return []
+            message = str(error).replace("json_schema", field, 1)
+            raise ApiError(400, message, param=field, code="invalid_value") from error
 
     async def _completion_job(self, body: CompletionRequest, workers: Workers) -> Job:
         """As ``_chat_job``."""

@@ -90,21 +90,21 @@ class TrainConfig(_Strict):
     train_embeddings: bool = True
     """false keeps embeddings and output projection as they are, but for the embedding of the mask token."""
     lora_rank: int = Field(default=0, ge=0)
-    """Above 0 trains low-rank factors and the mask token's embedding alone."""
+    """Above 0 trains a LoRA of this rank and the mask token's embedding alone."""
     lora_alpha: float | None = Field(default=None, gt=0)
-    """Factors count alpha/rank times; none is twice the rank."""
+    """The LoRA's delta is scaled by alpha / rank; none is twice the rank."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout before the factors."""
+    """Dropout before the LoRA's matrices."""
     lora_rows: Literal["all", "masked"] = "all"
-    """masked: factors act on masked rows alone, the base's AR output stays exact, and the adapter cannot be merged."""
+    """masked: the LoRA acts on masked rows alone, AR output stays exactly the base's, and nothing can be merged."""
     lora_init: str | None = None
-    """Directory of an adapter of the same rank and targets, from whose factors training starts."""
+    """Directory of an adapter of the same rank and targets, from whose matrices training starts."""
     anchor_text: bool = False
     """Plain text's AR targets are the distributions of anchor_model instead of its tokens."""
     anchor_model: str | None = None
     """A model of the same vocabulary; none is the base without its LoRA of all rows."""
     lora_targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    """Layers that get factors."""
+    """Layers that get a LoRA."""
     merge_lora: bool = True
     """The result is a whole model; false leaves an adapter."""
 
@@ -133,7 +133,7 @@ class TrainConfig(_Strict):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Longer gradients are scaled to this norm."""
     seed: int = Field(default=42, ge=0, lt=2**31)
-    """Decides data order, noise, dropout and the factors' initial values."""
+    """Decides data order, noise, dropout and the initial values of a LoRA."""
 
     bf16: bool = True
     """Compute in bfloat16; trained weights and moments stay float32. false computes in float32."""
@@ -224,7 +224,7 @@ class TrainConfig(_Strict):
             )
         if self.merge_lora:
             raise ValueError(
-                "merge_lora is true with lora_rows masked, whose factors no weight can take; expected merge_lora false"
+                "merge_lora is true with lora_rows masked, and such a LoRA cannot be merged; expected merge_lora false"
             )
         return self
 

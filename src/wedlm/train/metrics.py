@@ -162,7 +162,7 @@ class Records:
             self.wandb_run.log(scalars, step=step)
         self.say(f"{kind} {step}: {_line(figures)}")
 
-    def advance(self, step: int) -> None:
+    def update_progress(self, step: int) -> None:
         if self.active:
             self.progress.update(self.task, completed=step)
 

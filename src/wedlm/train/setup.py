@@ -61,7 +61,7 @@ class Setup:
             train_data, validation_data = load_data(config, tokenizer, model_config, mask, progress)
         transformer.train()
         if config.lora_rank:
-            torch.manual_seed(config.seed)  # the factors start the same in every process and every run
+            torch.manual_seed(config.seed)  # a LoRA starts the same in every process and every run
             if config.lora_rows == "masked":
                 add_masked_lora(transformer, config, _first_mask_embedding(transformer, base_config, mask, tokenizer))
             else:
@@ -142,7 +142,7 @@ def save_result(setup: Setup, accelerator: Accelerator, model: nn.Module, direct
 
 def _write_result(tensors: dict[str, Tensor], mask_embedding: Tensor | None, setup: Setup, directory: Path) -> None:
     if setup.config.lora_rank and not setup.config.merge_lora:
-        save_adapter(tensors, mask_embedding, setup, directory)
+        save_adapter(tensors, mask_embedding, setup.config, setup.model_config, directory)
     else:
         merged = merged_tensors(tensors, setup.config) if setup.config.lora_rank else tensors
         _save_model(merged, mask_embedding, setup, directory)

@@ -188,7 +188,7 @@ class Trainer:
                         self._measure(count)
                     if saves:
                         self._save(count)
-                self.records.advance(count)
+                self.records.update_progress(count)
 
     def _optimiser_batches(self, start: int) -> Iterator[list[TrainBatch]]:
         """This process's micro-batches of each step from ``start`` on. Runs in another thread."""

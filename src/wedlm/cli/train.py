@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm train``, and the same as ``accelerate launch -m wedlm.train``: arguments in, exit code out."""
+"""``wedlm train``, and the same as ``accelerate launch -m wedlm.train``: arguments in, exit code out.
+
+Its options are the fields of ``TrainConfig``, which need pydantic and are read as YAML: so this command reads its own.
+"""
 
 import os
 import sys
 from pathlib import Path
+
+import typer
 
 from wedlm.train.optional_deps import ALWAYS, require
 
@@ -20,6 +25,11 @@ Values are read as YAML: --train_data '[a.jsonl, {path: b.jsonl, repeat: 2}]'. d
 
 Keys (default):
 """
+
+
+def train(ctx: typer.Context) -> None:
+    """Adapt an AR checkpoint to WeDLM, or fine-tune: CONFIG.yaml --key value ..."""
+    raise typer.Exit(main(ctx.args))
 
 
 def main(arguments: list[str]) -> int:

@@ -3,40 +3,11 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 
 from tests.cli.command import expected, generate, records, wedlm
 from tests.engine.tiny_llm import save_tiny
-from wedlm import cli_generate
-from wedlm.algorithm.params import DECODINGS
-
-
-@pytest.mark.parametrize(("command", "default"), [("bench", "[demo]"), ("bench", "[all;"), ("chat", "[auto]")])
-def test_help_shows_defaults_in_brackets(command, default):
-    text = wedlm(command, "--help").stdout
-    assert default in text
-    assert "\\" not in text
-
-
-def test_help_is_quick_and_teaches():
-    code = "import sys, wedlm.cli; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    text = wedlm("--help").stdout
-    assert all(mode in text for mode in DECODINGS)
-    for command in ("generate", "chat", "demo"):
-        assert f"wedlm {command}" in wedlm(command, "--help").stdout
-
-
-def test_version():
-    assert wedlm("--version").stdout.startswith("wedlm 0.")
-
-
-def test_the_package_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "wedlm", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == wedlm("--version").stdout
 
 
 def test_an_answer_goes_to_stdout_and_its_figures_to_stderr(model):
@@ -155,7 +126,7 @@ def test_a_bug_of_ours_keeps_its_traceback(model, monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("internal")
 
-    monkeypatch.setattr(cli_generate, "run_generate", broken)
+    monkeypatch.setattr("wedlm.cli.generate.run_generate", broken)
     assert isinstance(generate(model, "x").exception, RuntimeError)
 
 
@@ -164,10 +135,6 @@ def test_warnings_are_one_line(tmp_path):
     result = generate(model, "--lines", "--json", "--max-tokens", "2", "--decoding", "streaming", stdin="a\nb\n")
     assert result.exit_code == 0
     assert [line[:40] for line in result.stderr.splitlines()] == ["warning: the window of 16 is wider than "]
-
-
-def test_an_unknown_option_is_typers_error():
-    assert "No such option" in wedlm("generate", "x", "--frobnicate").stderr
 
 
 @pytest.mark.demo_model

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """``wedlm demo``: the embedded model answers in three modes, and the figures say honestly what each mode did."""
 
+from typing import TYPE_CHECKING, Annotated
+
 from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from wedlm import LLM, GenerationOutput, SamplingParams
-from wedlm.cli_terminal import by_step, has_colours, out, status
+from wedlm.cli.loading import load_llm
+from wedlm.cli.options import USUAL, EngineOptions, ModelOptions, Only, command
+from wedlm.cli.terminal import by_step, has_colours, out, status
+
+if TYPE_CHECKING:
+    from wedlm import LLM, GenerationOutput
 
 PROMPTS = (
     "What is the capital of France, and what is it known for? Answer in two sentences.",
@@ -50,7 +56,21 @@ _INDENT = (0, 0, 1, 2)
 Piece = tuple[str, int]  # text, and the forward that made it final
 
 
-def run_demo(llm: LLM, name: str) -> None:
+@command
+def demo(model: ModelOptions, engine: Annotated[EngineOptions, Only(*USUAL)]) -> None:
+    """Answer three prompts in three decoding modes, and show what each forward did.
+
+    \b
+    Examples:
+    wedlm demo
+    wedlm demo --dtype float32
+
+    The first run fetches the embedded model (93 MB). On two CPU cores the rest takes less than a minute.
+    """
+    run_demo(load_llm(model, engine), model.model)
+
+
+def run_demo(llm: "LLM", name: str) -> None:
     """Three prompts in three modes, one table each, and the best answer coloured by forward."""
     _introduce(llm, name)
     answers: list[tuple[GenerationOutput, list[Piece]]] = []
@@ -79,7 +99,7 @@ def run_demo(llm: LLM, name: str) -> None:
     out.print(Group(Text("Next:"), _pairs(NEXT, "bold")))
 
 
-def _introduce(llm: LLM, name: str) -> None:
+def _introduce(llm: "LLM", name: str) -> None:
     model = "SmolLM2-135M-Instruct" if name in ("demo", "demo-base") else name
     kind = "adapted to WeDLM" if llm.model_config.is_wedlm else "AR checkpoint, not adapted"
     out.print(Text.assemble((model, "bold"), f" ({kind}), {_dtype(llm)} on {llm.device}\n"))
@@ -90,7 +110,9 @@ def _introduce(llm: LLM, name: str) -> None:
     )
 
 
-def _answer(llm: LLM, prompt: str, mode: str) -> tuple[GenerationOutput, list[Piece]]:
+def _answer(llm: "LLM", prompt: str, mode: str) -> tuple["GenerationOutput", list[Piece]]:
+    from wedlm import SamplingParams
+
     ids = llm.chat_prompt([{"role": "user", "content": prompt}])
     # The prompt is cached and the kernels are warm before time is taken, alike for all modes.
     llm.generate(ids, SamplingParams(decoding=mode, max_tokens=1))  # type: ignore[arg-type]
@@ -103,7 +125,7 @@ def _answer(llm: LLM, prompt: str, mode: str) -> tuple[GenerationOutput, list[Pi
     return output, pieces
 
 
-def _table(outputs: dict[str, GenerationOutput]) -> Table:
+def _table(outputs: dict[str, "GenerationOutput"]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name in ("mode", "tokens", "forwards", "tokens/forward", "p_cache", "tok/s", "AR's text?"):
         table.add_column(name, justify="left" if name == "mode" else "right")
@@ -123,7 +145,7 @@ def _table(outputs: dict[str, GenerationOutput]) -> Table:
     return table
 
 
-def _gap(ar: GenerationOutput, verified: GenerationOutput) -> list[float]:
+def _gap(ar: "GenerationOutput", verified: "GenerationOutput") -> list[float]:
     """How far apart, in nats, AR's two best tokens were where the texts part; empty if they do not."""
     assert ar.top_logprobs is not None
     for own, other, ((_, best), (_, second)) in zip(ar.token_ids, verified.token_ids, ar.top_logprobs, strict=False):
@@ -139,19 +161,19 @@ def _pairs(rows: tuple[tuple[str, str], ...], style: str) -> Padding:
     return Padding(table, _INDENT, expand=False)
 
 
-def _shown(output: GenerationOutput) -> Text:
+def _shown(output: "GenerationOutput") -> Text:
     return Text((output.text.strip() or "(no text)") + (" ..." if output.finish_reason == "length" else ""))
 
 
-def _ratio(output: GenerationOutput) -> float:
+def _ratio(output: "GenerationOutput") -> float:
     assert output.stats is not None
     return output.stats.tokens_per_forward
 
 
-def _p_cache(output: GenerationOutput) -> float:
+def _p_cache(output: "GenerationOutput") -> float:
     assert output.stats is not None
     return output.stats.p_cache
 
 
-def _dtype(llm: LLM) -> str:
+def _dtype(llm: "LLM") -> str:
     return str(llm.model.model.embed_tokens.weight.dtype).removeprefix("torch.")

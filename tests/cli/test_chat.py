@@ -6,7 +6,8 @@ from typer.testing import Result
 
 from tests.cli.command import FAST, expected, wedlm
 from tests.engine.tiny_llm import save_tiny
-from wedlm import LLM, SamplingParams, cli_demo, cli_terminal
+from wedlm import LLM, GenerationOutput, SamplingParams
+from wedlm.cli import demo, terminal
 
 
 def chat(model: str, *lines: str, options: tuple[str, ...] = ()) -> Result:
@@ -74,26 +75,26 @@ def test_chat_needs_a_template(ar_model):
 
 
 def test_terminals_get_no_control_characters(monkeypatch, capsys):
-    monkeypatch.setattr(type(cli_terminal.out), "is_terminal", True)
-    cli_terminal.write("a\x1b[2J\tb\n")
+    monkeypatch.setattr(type(terminal.out), "is_terminal", True)
+    terminal.write("a\x1b[2J\tb\n")
     assert capsys.readouterr().out == "a[2J\tb\n"
-    monkeypatch.setattr(type(cli_terminal.out), "is_terminal", False)
-    cli_terminal.write("a\x1b\r\tb\n", style="red")
+    monkeypatch.setattr(type(terminal.out), "is_terminal", False)
+    terminal.write("a\x1b\r\tb\n", style="red")
     assert capsys.readouterr().out == "a\x1b\r\tb\n", "a file gets exactly the text"
 
 
 @pytest.mark.parametrize("colours", [True, False])
 def test_forwards_can_be_told_apart(monkeypatch, colours):
-    monkeypatch.setattr(cli_terminal, "has_colours", lambda: colours)
-    text = cli_terminal.by_step([("a b", 0), ("c", 1), ("d", 1), ("e", 7)])
+    monkeypatch.setattr(terminal, "has_colours", lambda: colours)
+    text = terminal.by_step([("a b", 0), ("c", 1), ("d", 1), ("e", 7)])
     assert text.plain == ("a bcde" if colours else "a b|cd|e")
-    styles = [text.get_style_at_offset(cli_terminal.out, text.plain.index(letter)) for letter in "acde"]
+    styles = [text.get_style_at_offset(terminal.out, text.plain.index(letter)) for letter in "acde"]
     assert len({str(style) for style in styles}) == 2, "c, d and e: forward 7 has the colour of forward 1"
 
 
 @pytest.mark.parametrize("adapted", [True, False])
 def test_demo_says_which_checkpoint_it_is(adapted, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_demo, "PROMPTS", ("Hello", "abc"))
+    monkeypatch.setattr(demo, "PROMPTS", ("Hello", "abc"))
     model = str(save_tiny(tmp_path, **({"block_size": 16} if adapted else {"model_type": "qwen3"})))
     result = wedlm("demo", "--model", model, *FAST)
     assert result.exit_code == 0, result.stderr
@@ -107,9 +108,9 @@ def test_demo_says_which_checkpoint_it_is(adapted, tmp_path, monkeypatch):
 
 
 def test_demo_measures_the_tie_that_it_blames():
-    def output(tokens: list[int], gap: float) -> cli_demo.GenerationOutput:
+    def output(tokens: list[int], gap: float) -> GenerationOutput:
         top = [[(0, -0.5), (1, -0.5 - gap)] for _ in tokens]
-        return cli_demo.GenerationOutput("", tokens, None, "length", top_logprobs=top)
+        return GenerationOutput("", tokens, None, "length", top_logprobs=top)
 
-    assert cli_demo._gap(output([1, 2, 3], 0.25), output([1, 9, 3], 0)) == [0.25]
-    assert cli_demo._gap(output([1, 2], 0.25), output([1, 2], 0)) == []
+    assert demo._gap(output([1, 2, 3], 0.25), output([1, 9, 3], 0)) == [0.25]
+    assert demo._gap(output([1, 2], 0.25), output([1, 2], 0)) == []

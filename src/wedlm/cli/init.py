@@ -2,8 +2,30 @@
 """``wedlm init``: a WeDLM directory from an AR checkpoint."""
 
 from pathlib import Path
+from typing import Annotated
 
-from wedlm.cli_terminal import note, out, status
+import typer
+
+from wedlm.cli.options import command
+from wedlm.cli.terminal import note, out, status
+
+
+@command
+def init(
+    source: Annotated[str, typer.Argument(help="AR checkpoint: directory, .gguf file, hub id, or 'demo-base'.")],
+    output: Annotated[Path, typer.Argument(help="Directory to write.")],
+    mask_token_id: Annotated[int | None, typer.Option(help="Mask token; default: one that text never needs.")] = None,
+    block_size: Annotated[int, typer.Option(help="Noise block of training, in tokens.")] = 32,
+    force: Annotated[bool, typer.Option("--force", help="Write into a directory that is not empty.")] = False,
+) -> None:
+    """Make a WeDLM directory, ready for training, from an AR checkpoint.
+
+    \b
+    Examples:
+    wedlm init demo-base ./my-wedlm
+    wedlm init ./my-ar-model ./my-wedlm --block-size 32
+    """
+    run_init(source, output, mask_token_id, block_size, force)
 
 
 def run_init(source: str, output: Path, mask_token_id: int | None, block_size: int, force: bool) -> None:

@@ -4,10 +4,32 @@
 import dataclasses
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from wedlm import LLM, GenerationOutput, SamplingParams
-from wedlm.cli_generate import FIELDS, parse_threshold, stats_line, stream_answer
-from wedlm.cli_terminal import Interrupt, check_text, has_colours, note, write
+from wedlm.cli.answer import stats_line, stream_answer
+from wedlm.cli.loading import load_llm
+from wedlm.cli.options import (
+    FIELDS,
+    PROMPT,
+    USUAL,
+    Decoding,
+    EngineOptions,
+    MaxTokens,
+    ModelOptions,
+    Only,
+    SamplingOptions,
+    WindowOptions,
+    command,
+    option,
+    parse_threshold,
+    sampling_params,
+    values_of,
+)
+from wedlm.cli.terminal import Interrupt, check_text, has_colours, note, write
+
+if TYPE_CHECKING:
+    from wedlm import LLM, GenerationOutput, SamplingParams
 
 HELP = """\
 /set NAME VALUE    change an option, e.g. /set decoding verified, /set seed none
@@ -16,14 +38,43 @@ HELP = """\
 /clear             forget the conversation
 /exit              leave (so do Ctrl-D and Ctrl-C)
 Ctrl-C during an answer stops it; what was said of it stays in the conversation."""
-# Of no use in a conversation.
-_OPTIONS = {name: field for name, field in FIELDS.items() if name != "logprobs"}
+# Of no use in a conversation, or nothing that a line can say.
+_NOT_HERE = {"logprobs", "logit_bias", "stop_token_ids", "json_schema", "grammar"}
+_OPTIONS = {name: field for name, field in FIELDS.items() if name not in _NOT_HERE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer(SamplingOptions):
+    max_tokens: MaxTokens = 512
+
+
+@command
+def chat(
+    *,
+    system: Annotated[str | None, option("System message of the conversation.", PROMPT)] = None,
+    decoding: Decoding = None,
+    window: WindowOptions,
+    answer: _Answer,
+    model: ModelOptions,
+    engine: Annotated[EngineOptions, Only(*USUAL)],
+) -> None:
+    """Talk to a model; tokens that one forward made final share a colour.
+
+    \b
+    Examples:
+    wedlm chat
+    wedlm chat --decoding autoregressive --system "Answer in one sentence."
+
+    Ctrl-C stops an answer; /help lists the commands, such as /set decoding verified.
+    """
+    params = sampling_params({"decoding": decoding} | values_of(window, answer))
+    ChatSession(load_llm(model, engine), params, system).run()
 
 
 class ChatSession:
     """History, options and the loop. Answers go to standard output, all about them to standard error."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
+    def __init__(self, llm: "LLM", params: "SamplingParams", system: str | None) -> None:
         if not llm.tokenizer.has_chat_template:
             raise ValueError("this model has no chat template; expected an instruct model, or use `wedlm generate`")
         check_text("system", system or "")

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that need torch, the model or the machine: from what a user wrote, or left open, to values.
+
+All raise ValueError naming the option."""
+
+import os
+
+import torch
+
+from wedlm.engine.options import read_dtype_name
+from wedlm.model import ModelConfig, Tokenizer
+
+
+def read_device(name: str) -> torch.device:
+    """ "auto" takes CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"device is {name!r}, which torch cannot use here: {reason}; expected auto or cpu") from error
+    return device
+
+
+def read_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """None means the checkpoint's own."""
+    if read_dtype_name("dtype", name) == "auto":
+        # Emulated bfloat16 is slower than float32 and no more exact.
+        has_bf16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return None if has_bf16 else torch.float32
+    return getattr(torch, name)
+
+
+def read_length(asked: int | None, config: ModelConfig) -> int:
+    """Positions of a sequence."""
+    longest = config.max_length
+    if asked is None:
+        return longest
+    if isinstance(asked, bool) or not isinstance(asked, int) or not 2 <= asked <= longest:
+        raise ValueError(f"max_model_len is {asked!r}; expected 2 to {longest}, the length of this model")
+    return asked
+
+
+def read_mask_token_id(asked: int | None, config: ModelConfig, tokenizer: Tokenizer) -> int:
+    """The one asked for, the config's, or the first id that has an embedding and that the tokenizer does not use."""
+    if asked is not None:
+        if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked < config.vocab_size:
+            raise ValueError(f"mask_token_id is {asked!r}; expected an id from 0 to {config.vocab_size - 1}")
+        return asked
+    if config.mask_token_id is not None:
+        return config.mask_token_id
+    if tokenizer.vocab_size >= config.vocab_size:
+        raise ValueError(
+            f"this checkpoint names no mask token and its tokenizer uses all {config.vocab_size} ids; "
+            "expected mask_token_id=..., an id that its text never needs"
+        )
+    return tokenizer.vocab_size
+
+
+def default_cache_bytes(device: torch.device, wanted: int, utilization: float) -> int:
+    """On CUDA what ``utilization`` of the memory leaves; elsewhere ``wanted``, at most a quarter of the memory."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(max(0, free - (1 - utilization) * total))
+    return min(wanted, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
