@@ -37,6 +37,10 @@ class HttpOptions:
         option("Require this key, or another one given so; better in the variable WEDLM_API_KEY.", HTTP),
     ] = None
     cors_origin: Annotated[list[str] | None, option("Let pages of this origin call; may be repeated.", HTTP)] = None
+    allowed_host: Annotated[
+        list[str] | None,
+        option("A name by which clients may call a server without a key, beside localhost; may be repeated.", HTTP),
+    ] = None
     log_level: Annotated[str, option("debug, info, warning or error.", HTTP)] = "info"
 
 
@@ -49,6 +53,12 @@ class LimitOptions:
     ]
     max_choices: Annotated[int, option("Most sequences of one request.", LIMITS)] = _SERVER["max_choices"]
     max_body_bytes: Annotated[int, option("Largest body of a request.", LIMITS)] = _SERVER["max_body_bytes"]
+    max_connections: Annotated[int, option("Most connections; more are refused with 503.", LIMITS)] = _SERVER[
+        "max_connections"
+    ]
+    header_timeout: Annotated[float, option("Seconds for a request's head to arrive.", LIMITS)] = _SERVER[
+        "header_timeout_s"
+    ]
     request_timeout: Annotated[float, option("Seconds for a whole answer.", LIMITS)] = _SERVER["request_timeout_s"]
     body_timeout: Annotated[float, option("Seconds for a body to arrive.", LIMITS)] = _SERVER["body_timeout_s"]
     shutdown_timeout: Annotated[float, option("Seconds for running answers after Ctrl-C or SIGTERM.", LIMITS)] = (
@@ -91,6 +101,9 @@ def server_config(http: HttpOptions, limits: LimitOptions, model: str, key_varia
         port=http.port,
         api_keys=tuple(keys),
         cors_origins=tuple(http.cors_origin or ()),
+        allowed_hosts=tuple(http.allowed_host or ()),
+        max_connections=limits.max_connections,
+        header_timeout_s=limits.header_timeout,
         max_queue=limits.max_queue,
         max_choices=limits.max_choices,
         max_body_bytes=limits.max_body_bytes,
