@@ -12,7 +12,7 @@ import typer
 
 from wedlm import LLM
 from wedlm.algorithm.params import DecodeParams
-from wedlm.bench.settings import Amounts
+from wedlm.bench.settings import Workload
 from wedlm.bench.settings import Settings as BenchSettings
 from wedlm.cli import app
 from wedlm.cli.options import option_of
@@ -140,7 +140,7 @@ def test_eval_has_every_parameter_and_leaves_it_to_the_protocol():
 
 
 def test_settings_of_a_bench():
-    amounts = Amounts.of(on_gpu=False, random_weights=False)
+    amounts = Workload.of(on_gpu=False, random_weights=False)
     settings = BenchSettings((), (), amounts)
     check(sampling(settings.params("auto", HOME["max_tokens"])), {})
     assert settings.dtype == ENGINE["dtype"]

@@ -146,8 +146,8 @@ def test_options_of_prompt_chunks(directory, monkeypatch, words, expected):
 @pytest.mark.parametrize("words", [[], ["--allow-control-tokens"]])
 def test_control_tokens(directory, monkeypatch, words):
     served = []
-    monkeypatch.setattr(cli_serve, "run", lambda llm, *_: served.append(llm))
-    assert CliRunner().invoke(app, ["--model", str(directory), "--device", "cpu", *words]).exit_code == 0
+    monkeypatch.setattr("wedlm.cli.serve.run", lambda llm, *_: served.append(llm))
+    assert CliRunner().invoke(app, ["--model", str(directory), "--port", "0", "--device", "cpu", *words]).exit_code == 0
     assert [llm.allow_control_tokens for llm in served] == [bool(words)]
 
 
