@@ -12,8 +12,8 @@ import typer
 
 from wedlm import LLM
 from wedlm.algorithm.params import DecodeParams
-from wedlm.bench.settings import Workload
 from wedlm.bench.settings import Settings as BenchSettings
+from wedlm.bench.settings import Workload
 from wedlm.cli import app
 from wedlm.cli.options import option_of
 from wedlm.engine.engine import EngineConfig
