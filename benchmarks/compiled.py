@@ -40,7 +40,8 @@ def compiled_engine() -> LLM:
         norms = (source.input_layernorm.weight.detach(), source.post_attention_layernorm.weight.detach())
         outs = (attention.o_proj.weight.detach(), mlp.down_proj.weight.detach())
 
-        def forward(x, cos, sin, attend, index, qkv=qkv, gate_up=gate_up, norms=norms, outs=outs) -> Tensor:
+        def forward(x, cos, sin, attend, index, weights=(qkv, gate_up, norms, outs)) -> Tensor:
+            qkv, gate_up, norms, outs = weights
             q, k, v = before(x, norms[0], qkv, cos, sin, config.num_heads, config.num_kv_heads)
             return after(x, attend(index, q, k, v).flatten(-2), outs[0], norms[1], gate_up, outs[1])
 

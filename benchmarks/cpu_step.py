@@ -21,7 +21,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wedlm import LLM, SamplingParams
-from wedlm.bench.record import cpu_name
+from wedlm.machine import cpu_name
 from wedlm.model import load_model
 
 PROMPT_TOKENS, STEPS = 256, 24

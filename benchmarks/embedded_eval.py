@@ -27,10 +27,10 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; before tqd
 import torch
 
 from wedlm import LLM
-from wedlm.evaluate.answer_log import Journal
+from wedlm.evaluate.answer_log import AnswerLog
 from wedlm.evaluate.divergence import divergences
 from wedlm.evaluate.harness import EngineBackend
-from wedlm.evaluate.provenance import identify
+from wedlm.evaluate.provenance import model_provenance
 from wedlm.evaluate.run import Evaluation, load_tasks
 from wedlm.evaluate.settings import Params, Settings
 
@@ -48,14 +48,14 @@ SWEEP_QUESTIONS, SWEEP_TOKENS = 256, 256
 
 @dataclass(frozen=True)
 class Stage:
-    """A point of one task. ``seconds``: it is left for later after so long. ``folder``: under the output folder."""
+    """A run of one task. ``seconds``: it is left for later after so long. ``folder``: under the output folder."""
 
     name: str
     folder: str
     task: str
     params: Params
     seconds: int
-    swept: tuple[str, ...] = ()
+    sweep: tuple[str, ...] = ()
     limit: int | None = None
     num_fewshot: int | None = None
     chat: bool = True
@@ -134,7 +134,7 @@ class Bench:
         if key not in self._tasks:
             self._tasks[key] = load_tasks(settings, scores)
         llm = self.llm(stage.dtype)
-        backend = EngineBackend(llm, identify(llm, self.arguments.model, None))
+        backend = EngineBackend(llm, model_provenance(llm, self.arguments.model, None))
         return Evaluation(backend, settings, self._tasks[key])
 
 
@@ -177,7 +177,7 @@ def answer_one(bench: Bench, stage: Stage, deadline: float) -> dict[str, Any]:
 
     evaluation.answer(stage.params, watch)
     key = evaluation.key(stage.params)
-    entries = Journal(evaluation.partial_path(key, stage.task)).entries
+    entries = AnswerLog(evaluation.partial_path(key, stage.task)).entries
     report: dict[str, Any] = {"key": key, "answers": len(entries), "seconds": round(time.monotonic() - began, 1)}
     if all("token_ids" in entry for entry in entries.values()):
         tokens = sum(len(entry["token_ids"]) for entry in entries.values())
@@ -187,27 +187,27 @@ def answer_one(bench: Bench, stage: Stage, deadline: float) -> dict[str, Any]:
 
 
 def score(bench: Bench) -> None:
-    """Write the points of all finished stages, and the summary."""
-    known, points = finished(bench.arguments.output), []
+    """Write the runs of all finished stages, and the summary."""
+    known, runs = finished(bench.arguments.output), []
     for stage in [one for one in chosen(bench.arguments) if one.name in known]:
         evaluation = bench.evaluation(stage, scores=True)
-        swept = {name: getattr(stage.params, name) for name in stage.swept}
+        sweep = {name: getattr(stage.params, name) for name in stage.sweep}
         if evaluation.key(stage.params) != known[stage.name]["key"]:
             raise ValueError(f"{stage.name} was answered by another model, --dtype or data; expected the same here")
-        record = evaluation.find(stage.params) or evaluation.run(stage.params, swept)
+        record = evaluation.find(stage.params) or evaluation.run(stage.params, sweep)
         (result,) = record["tasks"].values()
         path = evaluation.settings.output / result["samples_file"]
         samples = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        points.append((stage, record, samples))
+        runs.append((stage, record, samples))
         print(json.dumps(row_of(stage, record)), flush=True)
-    pairs = [same_texts(bench, *pair) for pair in pairs_of(points)]
-    machine = points[0][1] if points else {}
+    pairs = [same_texts(bench, *pair) for pair in pairs_of(runs)]
+    machine = runs[0][1] if runs else {}
     report = {
         "model": machine.get("model"),
         "environment": machine.get("environment"),
         "command": "python -m benchmarks.embedded_eval answer ...; python -m benchmarks.embedded_eval score ...",
         "verified_against_ar": pairs,
-        "points": [row_of(stage, record) for stage, record, _ in points],
+        "points": [row_of(stage, record) for stage, record, _ in runs],
     }
     bench.arguments.summary.parent.mkdir(parents=True, exist_ok=True)
     bench.arguments.summary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -222,11 +222,9 @@ def row_of(stage: Stage, record: dict[str, Any]) -> dict[str, Any]:
     return {"stage": stage.name, "task": stage.task, **{k: result[k] for k in kept}, "speed": result["speed"], **facts}
 
 
-def pairs_of(points: list) -> list[tuple]:
+def pairs_of(runs: list) -> list[tuple]:
     """AR beside verified decoding of the same task and data type."""
-    by_name = {
-        (stage.task, stage.folder, stage.dtype, stage.params.decoding): one for one in points for stage in one[:1]
-    }
+    by_name = {(stage.task, stage.folder, stage.dtype, stage.params.decoding): one for one in runs for stage in one[:1]}
     return [
         (one, by_name[task, folder, dtype, "verified"])
         for (task, folder, dtype, decoding), one in by_name.items()

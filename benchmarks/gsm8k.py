@@ -3,27 +3,21 @@
 
     python benchmarks/gsm8k.py MODEL --data gsm8k_test.jsonl.gz --decoding autoregressive verified --out result.json
 
-Prints and saves one JSON object; the answer of a text is its last number. ``--out`` also keeps every text.
+Prints and saves one JSON object; answers are scored as `wedlm eval` scores them. ``--out`` also keeps every text.
 """
 
 import argparse
 import gzip
 import json
-import re
 import time
+from decimal import Decimal
 from pathlib import Path
 
 import torch
 
 from wedlm import LLM, SamplingParams
 from wedlm.evaluate.divergence import first_difference
-
-NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
-
-
-def last_number(text: str) -> float | None:
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "").rstrip(".")) if found else None
+from wedlm.evaluate.scoring import final_number
 
 
 def agreeing(one: list[int], other: list[int]) -> int:
@@ -33,7 +27,7 @@ def agreeing(one: list[int], other: list[int]) -> int:
 
 
 def run_mode(
-    llm: LLM, questions: list[str], answers: list[float], mode: str, window: int, arguments: argparse.Namespace
+    llm: LLM, questions: list[str], answers: list[Decimal | None], mode: str, window: int, arguments: argparse.Namespace
 ) -> dict:
     options: dict = {}
     if mode == "streaming":
@@ -53,7 +47,7 @@ def run_mode(
     seconds = time.perf_counter() - began
     stats = [output.stats for output in outputs]
     tokens = sum(one.tokens_per_forward * one.num_forwards for one in stats)
-    right = sum(last_number(output["text"]) == answer for output, answer in zip(outputs, answers, strict=True))
+    right = sum(final_number(output["text"]) == answer for output, answer in zip(outputs, answers, strict=True))
     return {
         "mode": mode,
         "settings": options,
@@ -94,7 +88,7 @@ def main() -> None:
     with gzip.open(arguments.data, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file][: arguments.limit or None]
     questions = [row["question"] for row in rows]
-    answers = [float(row["answer"].rpartition("####")[2].replace(",", "")) for row in rows]
+    answers = [final_number(row["answer"]) for row in rows]
     most_rows = max(arguments.rows, *arguments.streaming_window)
     llm = LLM(
         model=arguments.model,

@@ -25,9 +25,9 @@ from lm_eval.api.model import LM
 
 from wedlm import LLM
 from wedlm.evaluate.harness import EngineLM
-from wedlm.evaluate.provenance import cpu_name
 from wedlm.evaluate.run import load_tasks
 from wedlm.evaluate.settings import Settings
+from wedlm.machine import cpu_name
 from wedlm.model import load_model, load_tokenizer
 from wedlm.model.formats.checkpoint import save_model
 

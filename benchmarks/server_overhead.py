@@ -58,7 +58,7 @@ class NoEngine:
     """What ``AsyncEngine`` needs of an engine; a step gives every sequence one token."""
 
     def __init__(self) -> None:
-        self.config = EngineConfig(vocab_size=100, mask_token_id=99, end_token_ids=(), max_model_len=4096)
+        self.config = EngineConfig(vocab_size=100, mask_token_id=99, eos_token_ids=(), max_model_len=4096)
         self.requests: dict[str, Request] = {}
         self.scheduler = SimpleNamespace(waiting=deque(), running=[])
         self.pool = SimpleNamespace(num_pages=1000, num_available=1000, page_size=16)

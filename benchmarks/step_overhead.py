@@ -79,7 +79,7 @@ def shape_engine(shape: str, device: str, max_num_seqs: int):  # type: ignore[no
             from wedlm.engine.factory import build_engine
         except ImportError:
             from wedlm.engine.build import build_engine
-        from wedlm.engine.engine import EngineConfig
+        from wedlm.engine.options import EngineConfig
 
         return build_engine(model, EngineConfig(*facts, **limits), None, kv_cache_bytes=cache_bytes)
     return plan_engine(model, EngineConfig(*facts, EngineOptions(**limits, kv_cache_bytes=cache_bytes)), None).build()

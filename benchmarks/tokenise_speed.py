@@ -12,8 +12,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 
@@ -54,24 +55,31 @@ def main() -> None:
         assert np.array_equal(one.tokens, other.tokens)
         assert np.array_equal(one.trainable, other.trainable)
         num_tokens += len(one.tokens)
-    seconds: dict[str, list[tuple[float, float]]] = {"alone": [], "batched": []}
-    for _ in range(arguments.runs):
-        for name, encode in (("alone", alone), ("batched", batched)):
-            began = time.perf_counter(), time.process_time()
-            for _ in encode():
-                pass
-            seconds[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
     report = {
         **vars(arguments),
         "cores": len(os.sched_getaffinity(0)),
         "num_samples": len(samples),
         "tokens": num_tokens,
+        **measure({"alone": alone, "batched": batched}, arguments.runs),
     }
+    print(json.dumps(report))
+
+
+def measure(encoders: dict[str, Callable[[], Iterator[EncodedSample]]], num_runs: int) -> dict[str, Any]:
+    """Wall and CPU seconds of each, taking turns: the median and the range."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in encoders}
+    for _ in range(num_runs):
+        for name, encode in encoders.items():
+            began = time.perf_counter(), time.process_time()
+            for _ in encode():
+                pass
+            seconds[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
+    figures: dict[str, Any] = {}
     for name, runs in seconds.items():
         for kind, values in zip(("wall", "cpu"), zip(*runs, strict=True), strict=True):
-            report[f"{name}_{kind}_s"] = round(statistics.median(values), 3)
-            report[f"{name}_{kind}_s_range"] = [round(min(values), 3), round(max(values), 3)]
-    print(json.dumps(report))
+            figures[f"{name}_{kind}_s"] = round(statistics.median(values), 3)
+            figures[f"{name}_{kind}_s_range"] = [round(min(values), 3), round(max(values), 3)]
+    return figures
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from wedlm.model.config import ModelConfig
 from wedlm.model.transformer import Transformer
 from wedlm.train.batch import TrainBatch, collate, noised_rows
 from wedlm.train.config import TrainConfig
-from wedlm.train.data import PackedRow
+from wedlm.train.data import PackedSequence
 from wedlm.train.lora import add_lora
 from wedlm.train.optimizer import make_optimizer
 from wedlm.train.step import TrainingModel, prepare_layers
@@ -47,7 +47,7 @@ COMMON = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 81
 MASK = 16
 
 
-def packed_row(length: int, document_length: int, vocab_size: int, rng: np.random.Generator) -> PackedRow:
+def packed_sequence(length: int, document_length: int, vocab_size: int, rng: np.random.Generator) -> PackedSequence:
     """Documents of exponentially distributed lengths around ``document_length``, all tokens trainable."""
     documents, positions = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
     at = number = 0
@@ -56,7 +56,7 @@ def packed_row(length: int, document_length: int, vocab_size: int, rng: np.rando
         documents[at : at + size], positions[at : at + size] = number, np.arange(size)
         at, number = at + size, number + 1
     tokens = rng.integers(MASK + 1, vocab_size, length)
-    return PackedRow(tokens, positions, documents, np.ones(length, dtype=bool))
+    return PackedSequence(tokens, positions, documents, np.ones(length, dtype=bool))
 
 
 def operations(config: ModelConfig, batch: TrainBatch, lora: bool) -> float:
@@ -94,7 +94,8 @@ def main() -> None:
     config = ModelConfig(**SHAPES[arguments.shape], **COMMON)
     rng = np.random.default_rng(0)
     rows = [
-        packed_row(arguments.length, arguments.document_length, config.vocab_size, rng) for _ in range(arguments.batch)
+        packed_sequence(arguments.length, arguments.document_length, config.vocab_size, rng)
+        for _ in range(arguments.batch)
     ]
     batch = collate([noised_rows(row, index, train, MASK) for index, row in enumerate(rows)])
     lora = arguments.lora_rank > 0

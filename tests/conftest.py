@@ -3,6 +3,7 @@
 
 import os
 import platform
+import signal
 import sys
 from datetime import date
 from importlib.util import find_spec
@@ -42,6 +43,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # one test process per core
+    # A shell's background job (`nohup make test &`) starts with Ctrl-C ignored, and its children inherit that: tests
+    # that send one would wait for ever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.markexpr != "long":  # the checks cost five times the work of a stub model's step
         install_import_hook([f"wedlm.{name}" for name in _CHECKED], "beartype.beartype")
     if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:

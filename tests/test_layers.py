@@ -2,29 +2,44 @@
 """The layers: algorithm ← model, attention ← engine ← everything that users meet. And what every file has."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "wedlm").rglob("*.py"))
-FILES = [
-    *SOURCES,
-    *(path for name in ("tests", "benchmarks", "examples") for path in sorted((ROOT / name).rglob("*.py"))),
-]
-# What a part may import of wedlm, besides itself.
+# What a part may import of wedlm, besides itself. Above the engine no part imports another; what two of them need lies
+# below both, and the command line puts them together.
+_ENGINE_AND_BELOW = {"algorithm", "kernels", "native", "attention", "model", "engine"}
 MAY_IMPORT = {
     "algorithm": set(),
     "kernels": {"algorithm"},
-    "model": {"algorithm", "kernels", "attention"},
-    "attention": {"algorithm", "kernels"},
-    "engine": {"algorithm", "kernels", "attention", "model"},
-    "train": {"algorithm", "attention", "model"},
-    "hf": {"algorithm", "attention", "model", "engine"},
-    "bench": {"algorithm", "kernels", "attention", "model", "engine", "evaluate"},
+    "native": {"algorithm"},
+    "model": {"algorithm", "kernels", "native", "attention"},
+    "attention": {"algorithm", "kernels", "native"},
+    "engine": _ENGINE_AND_BELOW,
+    "plotting": set(),
+    "machine": set(),
+    "train": _ENGINE_AND_BELOW,
+    "hf": _ENGINE_AND_BELOW,
+    "server": _ENGINE_AND_BELOW,
+    "evaluate": _ENGINE_AND_BELOW | {"plotting", "machine"},
+    "bench": _ENGINE_AND_BELOW | {"plotting", "machine"},
+    "cli": _ENGINE_AND_BELOW | {"plotting", "machine", "train", "hf", "server", "evaluate", "bench"},
+    "__init__": {"engine"},
 }
-ENGINE_AND_BELOW = {"algorithm", "kernels", "model", "attention", "engine"}
+# Folders of programs beside the package: what they may import of it, and of each other nothing.
+PROGRAMS = {
+    "recipes": _ENGINE_AND_BELOW | {"train"},
+    "benchmarks": set(MAY_IMPORT) - {"cli", "__init__"},
+    "examples": set(MAY_IMPORT) - {"cli", "__init__"},
+    "docs": set(MAY_IMPORT) - {"cli", "__init__"},
+}
+FILES = [
+    *SOURCES,
+    *(path for name in ("tests", *PROGRAMS) for path in sorted((ROOT / name).rglob("*.py"))),
+]
 # The paper on its own: what algorithm/ needs besides the standard library.
 ALGORITHM_NEEDS = {"torch", "jaxtyping"}
 
@@ -39,17 +54,40 @@ def imported(path: Path) -> Iterator[str]:
             if node.level:
                 package = path.relative_to(ROOT / "src").parts[: -node.level]
                 base = ".".join([*package, *([base] if base else [])])
-            # `from wedlm import engine` imports wedlm.engine.
-            yield from (f"{base}.{alias.name}" for alias in node.names) if base == "wedlm" else (base,)
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)  # perhaps a module: from wedlm import engine
 
 
 def parts(path: Path) -> set[str]:
-    """The parts of wedlm that a file imports."""
-    return {name.split(".")[1] for name in imported(path) if name.startswith("wedlm.")}
+    """The parts of wedlm that a file imports; a name of the package itself, such as LLM, is the engine's."""
+    found = {name.split(".")[1] for name in imported(path) if name.startswith("wedlm.")}
+    return {part if part in MAY_IMPORT else "engine" for part in found}
 
 
 def part_of(path: Path) -> str:
-    return path.relative_to(ROOT / "src" / "wedlm").parts[0].removesuffix(".py")
+    """An entry point (``python -m``) is the command line's, wherever it lies."""
+    return "cli" if path.stem == "__main__" else path.relative_to(ROOT / "src" / "wedlm").parts[0].removesuffix(".py")
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+
+
+def cycles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
+    """Groups of two or more modules of which each reaches each other one."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        ahead = [start]
+        while ahead:
+            new = arrows.get(ahead.pop(), set()) - seen
+            seen |= new
+            ahead += new
+        return seen
+
+    reach = {module: reached(module) for module in arrows}
+    groups = {tuple(sorted(o for o in reach[m] if m in reach.get(o, ()))) for m in arrows if m in reach[m]}
+    return [list(group) for group in sorted(groups)]
 
 
 def test_imports_are_found(tmp_path, monkeypatch):
@@ -73,18 +111,46 @@ def test_imports_are_found(tmp_path, monkeypatch):
     assert parts(path) == {"algorithm"}
 
 
+def test_cycles_are_found():
+    """A test of cycles that sees none passes always."""
+    assert cycles({"a": {"b"}, "b": {"c", "x"}, "c": {"a"}, "d": {"a"}, "e": {"f"}, "f": {"e"}}) == [
+        ["a", "b", "c"],
+        ["e", "f"],
+    ]
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_layers(path):
     part = part_of(path)
-    if part in MAY_IMPORT:
-        allowed = MAY_IMPORT[part] | {part}
-        assert parts(path) <= allowed, f"wedlm.{part} may import {sorted(allowed)}"
+    allowed = MAY_IMPORT[part] | {part}
+    assert parts(path) <= allowed, f"wedlm.{part} may import {sorted(allowed)}"
 
 
-def test_every_lower_part_has_a_rule():
+PROGRAM_FILES = [(name, path) for name in PROGRAMS for path in sorted((ROOT / name).rglob("*.py"))]
+
+
+@pytest.mark.parametrize(("folder", "path"), PROGRAM_FILES, ids=lambda x: str(getattr(x, "name", x)))
+def test_layers_of_programs(folder, path):
+    assert parts(path) <= PROGRAMS[folder], f"{folder} may import {sorted(PROGRAMS[folder])}"
+    assert not {name.split(".")[0] for name in imported(path)} & {"tests", *PROGRAMS}
+
+
+def test_the_package_imports_nothing_beside_it():
+    for path in SOURCES:
+        assert not {name.split(".")[0] for name in imported(path)} & {"tests", *PROGRAMS}, path
+
+
+def test_every_part_has_a_rule():
     present = {part_of(path) for path in SOURCES}
-    assert present >= ENGINE_AND_BELOW
-    assert set(MAY_IMPORT) >= ENGINE_AND_BELOW
+    assert present <= set(MAY_IMPORT)
+    assert set(MAY_IMPORT) - present <= {"native"}, "a rule for a part that is not there"
+
+
+def test_no_modules_import_each_other():
+    """Imports for type checkers alone and within functions count: a circle is one, whenever it is closed."""
+    modules = {module_of(path) for path in SOURCES}
+    arrows = {module_of(path): {name for name in imported(path) if name in modules} for path in SOURCES}
+    assert cycles(arrows) == []
 
 
 def test_the_algorithm_needs_torch_alone():

@@ -39,7 +39,7 @@ text() {
 
 control() {
     wedlm train "$here/wedlm.yaml" --objective autoregressive --output_dir work/control_1
-    wedlm train "$here/wedlm_2.yaml" --objective autoregressive --anchor_text false --lora_init work/control_1/final \
+    wedlm train "$here/wedlm_2.yaml" --objective autoregressive --distill_text false --lora_init work/control_1/final \
         --save_dtype bfloat16 --output_dir work/control
     gsm8k demo-base --adapter work/control/final --decoding autoregressive --out work/control.json
     perplexity demo-base --adapter work/control/final

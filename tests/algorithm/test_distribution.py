@@ -15,9 +15,9 @@ from torch import Tensor
 from tests.stub import StubModel
 from wedlm.algorithm import reference
 from wedlm.algorithm.params import DecodeParams
-from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_normaliser
+from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_logsumexp
 from wedlm.algorithm.verify import row_layout
-from wedlm.algorithm.window import RowResults, WindowParams, WindowState, advance, extend
+from wedlm.algorithm.window import RowResults, WindowParams, WindowState, extend, update_windows
 
 CPU = torch.device("cpu")
 PROMPT, LENGTH = [1, 4, 2], 3
@@ -51,7 +51,7 @@ def sample_sequences(params: DecodeParams, seeds: Tensor) -> Tensor:
     while int(end.min()) < len(PROMPT) + LENGTH:
         state, run = extend(state, window_params)
         logits = forward(state, known)
-        entropy, _ = entropy_and_normaliser(logits)
+        entropy, _ = entropy_and_logsumexp(logits)
         layout = row_layout(state.filled, state.width, window_params.is_verified)
         target = (state.cached[:, None] + layout.offset + state.filled).flatten()
         no_ends = torch.zeros(len(logits), 0, dtype=torch.long)
@@ -68,7 +68,7 @@ def sample_sequences(params: DecodeParams, seeds: Tensor) -> Tensor:
         )
         choice = choose_tokens(allowed, batch).view(state.tokens.shape)
         results = RowResults(choice, entropy.view(choice.shape), torch.zeros(choice.shape))
-        state, emitted = advance(state, run, results, window_params)
+        state, emitted = update_windows(state, run, results, window_params)
         take = torch.minimum(emitted.count, known.shape[1] - end)
         inside = column < take[:, None]
         at = torch.where(inside, end[:, None] + column, known.shape[1] - 1)  # the last column is a bin

@@ -9,7 +9,7 @@ import torch
 
 from tests.algorithm.packings import random_packing
 from wedlm.algorithm.dual_stream import DualStream
-from wedlm.algorithm.objective import Anchor, LossTotals, chunked_losses, plain_losses, row_coefficients
+from wedlm.algorithm.objective import LossTotals, Teacher, chunked_losses, plain_losses, row_coefficients
 
 VOCAB, WIDTH = 61, 8
 
@@ -81,19 +81,19 @@ def test_the_split_into_micro_batches_changes_nothing():
 
 
 @pytest.mark.parametrize(("rows", "chunk"), [(50, 16), (48, 16), (5, 16), (0, 16)])
-@pytest.mark.parametrize("sure", [False, True])
-@pytest.mark.parametrize("anchors", [False, True])
-def test_chunks_change_nothing(rows, chunk, sure, anchors):
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("distills", [False, True])
+def test_chunks_change_nothing(rows, chunk, with_entropy, distills):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(rows, WIDTH, generator=generator, requires_grad=True)
     projection = torch.randn(VOCAB, WIDTH, generator=generator, requires_grad=True)
     target = torch.randint(0, VOCAB, (rows,), generator=generator)
     target[::2] = (hidden @ projection.T).argmax(dim=-1)[::2]  # half of the rows are right
-    coefficient, certainty = torch.rand(2, rows, generator=generator)
+    coefficient, entropy_coefficient = torch.rand(2, rows, generator=generator)
     # The other model is wider.
     other, its_projection = (torch.randn(n, WIDTH + 3, generator=generator) for n in (rows, VOCAB))
-    anchor = Anchor(other, its_projection, torch.arange(rows) % 3 == 0)
-    extra = certainty if sure else None, anchor if anchors else None
+    teacher = Teacher(other, its_projection, torch.arange(rows) % 3 == 0)
+    extra = entropy_coefficient if with_entropy else None, teacher if distills else None
     results = [
         plain_losses(hidden, projection, target, coefficient, *extra),
         chunked_losses(hidden, projection, target, coefficient, *extra, chunk=chunk),
@@ -115,8 +115,8 @@ def test_compiling_the_softmax_changes_nothing():
     target, coefficient = torch.randint(0, VOCAB, (40,), generator=generator).to(device), torch.rand(40).to(device)
     target[::2] = (hidden @ projection.T).argmax(dim=-1)[::2]
     other, its_projection = (torch.randn(n, WIDTH + 3, device=device) for n in (40, VOCAB))
-    anchor = Anchor(other, its_projection, torch.arange(40, device=device) % 3 == 0)
-    extra = coefficient, anchor
+    teacher = Teacher(other, its_projection, torch.arange(40, device=device) % 3 == 0)
+    extra = coefficient, teacher
     found = chunked_losses(hidden, projection, target, coefficient, *extra, chunk=16, compiled=True)
     expected = plain_losses(hidden, projection, target, coefficient, *extra)
     for a, b in zip(found, expected, strict=True):
@@ -141,15 +141,15 @@ def test_gradients_are_those_of_finite_differences(losses):
     """Logits are rounded to float32 on the way, hence the wide steps."""
     generator = torch.Generator().manual_seed(2)
     hidden, projection = (torch.randn(n, 4, generator=generator, dtype=torch.double) for n in (5, 7))
-    coefficient, certainty = torch.rand(2, 5, generator=generator)
+    coefficient, entropy_coefficient = torch.rand(2, 5, generator=generator)
 
     def loss(h: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        return losses(h, p, torch.arange(5), coefficient, certainty).loss.double()
+        return losses(h, p, torch.arange(5), coefficient, entropy_coefficient).loss.double()
 
     assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), projection.requires_grad_()), eps=1e-2, atol=1e-3)
 
 
-def test_certainty_is_asked_of_right_rows_alone():
+def test_entropy_counts_in_right_rows_alone():
     hidden, projection = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     right, wrong = torch.tensor([0, 1]), torch.tensor([1, 1])  # of row 0; row 1 is a tie, whose arg max is 0
     zero, one = torch.zeros(2), torch.ones(2)
@@ -159,11 +159,11 @@ def test_certainty_is_asked_of_right_rows_alone():
     assert plain_losses(hidden, projection, wrong, zero, one).loss.item() == 0
 
 
-def test_an_anchored_row_rests_at_the_other_models_distribution():
+def test_a_distilled_row_rests_at_the_other_models_distribution():
     hidden = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(6)).requires_grad_()
     projection, one = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(7)), torch.ones(3)
-    same = Anchor(hidden.detach().clone(), projection, torch.tensor([True, True, False]))
-    losses = plain_losses(hidden, projection, torch.arange(3), one, anchor=same)
+    same = Teacher(hidden.detach().clone(), projection, torch.tensor([True, True, False]))
+    losses = plain_losses(hidden, projection, torch.arange(3), one, teacher=same)
     losses.loss.backward()
     assert hidden.grad[:2].abs().max() < 1e-5 < hidden.grad[2].abs().max()
     # What is reported stays the target's cross-entropy.

@@ -17,7 +17,7 @@ from wedlm.algorithm.sample import (
     SamplingBatch,
     ban_tokens,
     choose_tokens,
-    entropy_and_normaliser,
+    entropy_and_logsumexp,
 )
 
 CPU = torch.device("cpu")
@@ -38,8 +38,8 @@ def sampling_batch(params: list[DecodeParams], positions: list[int], dtype=torch
 
 def choose(rows: list[list[float]], params: list[DecodeParams], positions: list[int]) -> list[int]:
     """Through the batched functions, bans included."""
-    ends = [[*p.end_token_ids, *[-1] * (2 - len(p.end_token_ids))] for p in params]
-    banned = [position < p.first_free_end for p, position in zip(params, positions, strict=True)]
+    ends = [[*p.stop_token_ids, *[-1] * (2 - len(p.stop_token_ids))] for p in params]
+    banned = [position < p.min_eos_position for p, position in zip(params, positions, strict=True)]
     mask = params[0].mask_token_id
     logits = ban_tokens(torch.tensor(rows), mask, torch.tensor(ends), torch.tensor(banned))
     return choose_tokens(logits, sampling_batch(params, positions)).tolist()
@@ -63,8 +63,8 @@ PARAMS = st.builds(
     top_p=st.sampled_from([1.0, 1.0, 1e-9, 0.31, 0.5, 0.77, 0.95, 0.9999]),
     seed=st.integers(-(2**63), 2**63 - 1),
     mask_token_id=st.just(VOCAB - 1),
-    end_token_ids=st.sampled_from([(), (0,), (3,), (0, 3)]),
-    first_free_end=st.sampled_from([0, 0, 50]),
+    stop_token_ids=st.sampled_from([(), (0,), (3,), (0, 3)]),
+    min_eos_position=st.sampled_from([0, 0, 50]),
 )
 ASKED = st.lists(st.tuples(ROW, PARAMS, st.integers(0, 100)), min_size=1, max_size=6)
 
@@ -132,7 +132,7 @@ def test_a_huge_temperature_is_uniform_over_what_is_allowed(temperature):
     count = 20_000
     params = [
         DecodeParams(
-            "streaming", temperature=temperature, seed=i, mask_token_id=5, end_token_ids=(0,), first_free_end=9
+            "streaming", temperature=temperature, seed=i, mask_token_id=5, stop_token_ids=(0,), min_eos_position=9
         )
         for i in range(count)
     ]
@@ -182,10 +182,10 @@ def test_frequencies_follow_the_processed_distribution(top_k, top_p, temperature
 def test_entropy_equals_scipy(row, shift):
     assume(max(row) > -math.inf)
     logits = torch.tensor([row]) + shift
-    entropy, normaliser = entropy_and_normaliser(logits)
+    entropy, logsumexp = entropy_and_logsumexp(logits)
     log_probs = torch.log_softmax(logits.double(), dim=-1)[0]
     assert entropy.item() == pytest.approx(stats.entropy(log_probs.exp().numpy()), abs=5e-5)
-    assert normaliser.item() == pytest.approx(torch.logsumexp(logits.double(), dim=-1).item(), abs=1e-4)
+    assert logsumexp.item() == pytest.approx(torch.logsumexp(logits.double(), dim=-1).item(), abs=1e-4)
     assert entropy.item() >= 0
     assert entropy.item() == pytest.approx(reference._entropy(logits[0]), abs=1e-4)
 
@@ -193,9 +193,9 @@ def test_entropy_equals_scipy(row, shift):
 def test_entropy_of_extremes():
     inf = math.inf
     rows = [[1e30, -1e30, 0.0, -inf], [0.0, -inf, -inf, -inf], [-1e30, -inf, -inf, -3e38], [5.0, 5.0, 5.0, 5.0]]
-    entropy, normaliser = entropy_and_normaliser(torch.tensor(rows))
+    entropy, logsumexp = entropy_and_logsumexp(torch.tensor(rows))
     assert entropy.tolist() == pytest.approx([0.0, 0.0, 0.0, math.log(4)], abs=1e-6)
-    assert torch.isfinite(normaliser).all()
+    assert torch.isfinite(logsumexp).all()
 
 
 @settings(max_examples=200, deadline=None)

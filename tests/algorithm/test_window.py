@@ -12,9 +12,9 @@ from tests.stub import StubModel
 from wedlm.algorithm import reference
 from wedlm.algorithm.params import DECODINGS, DecodeParams
 from wedlm.algorithm.reorder import pack_rows, topological_order
-from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_normaliser
+from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_logsumexp
 from wedlm.algorithm.verify import row_layout
-from wedlm.algorithm.window import RowResults, WindowParams, WindowState, advance, extend
+from wedlm.algorithm.window import RowResults, WindowParams, WindowState, extend, update_windows
 
 MODEL = StubModel()
 
@@ -35,7 +35,7 @@ def decode_batch(model: StubModel, prompts: list[list[int]], max_tokens: list[in
         state, run = extend(state, window_params)
         results = forward_batch(model, state, history, params)
         widths = state.width.tolist()
-        state, emitted = advance(state, run, results, window_params)
+        state, emitted = update_windows(state, run, results, window_params)
         check_state(state, params)
         for s, p in enumerate(params):
             if done[s]:
@@ -46,7 +46,7 @@ def decode_batch(model: StubModel, prompts: list[list[int]], max_tokens: list[in
                 out[s].tokens.append(token)
                 out[s].steps.append(step)
                 limit = min(max_tokens[s], p.max_positions - len(prompts[s]))
-                done[s] = token in p.end_token_ids or len(out[s].tokens) == limit
+                done[s] = token in p.stop_token_ids or len(out[s].tokens) == limit
                 if done[s]:
                     state.width[s] = 0
                     state.filled[s] = False
@@ -79,12 +79,12 @@ def forward_batch(model: StubModel, state: WindowState, history: list[list[int]]
                 seen = [r for j, r in enumerate(rows[: i + 1].tolist()) if j < shared[row] or j >= own_start[row]]
                 after = (known[:n] + tokens[seen].tolist(), [*range(n), *positions[seen].tolist()])
                 logits[row] = model.rows_model(*after, num_masked=int((~filled[seen]).sum()))[-1]
-    entropy, normaliser = entropy_and_normaliser(logits)
+    entropy, logsumexp = entropy_and_logsumexp(logits)
     of = [params[s] for s in packed.sequence.tolist()]
     target = positions + filled
-    ends = torch.tensor([[*p.end_token_ids, -1][:1] for p in of])
-    end_banned = target < torch.tensor([p.first_free_end for p in of])
-    choosable = ban_tokens(logits.clone(), model.mask_token_id, ends, end_banned)
+    ends = torch.tensor([[*p.stop_token_ids, -1][:1] for p in of])
+    eos_banned = target < torch.tensor([p.min_eos_position for p in of])
+    choosable = ban_tokens(logits.clone(), model.mask_token_id, ends, eos_banned)
     batch = SamplingBatch(
         temperature=torch.tensor([p.temperature for p in of]),
         top_k=torch.tensor([p.top_k for p in of]),
@@ -103,7 +103,7 @@ def forward_batch(model: StubModel, state: WindowState, history: list[list[int]]
     at = (packed.sequence[packed.real], column[packed.real])
     results.choice[at] = choice[packed.real]
     results.entropy[at] = entropy[packed.real]
-    results.logprobs[at] = (logits.gather(1, choice[:, None])[:, 0] - normaliser)[packed.real]
+    results.logprobs[at] = (logits.gather(1, choice[:, None])[:, 0] - logsumexp)[packed.real]
     return results
 
 
@@ -128,8 +128,8 @@ def params_strategy() -> st.SearchStrategy[DecodeParams]:
         top_p=st.sampled_from([1.0, 1.0, 0.9, 0.3]),
         seed=st.integers(0, 2**63 - 1),
         mask_token_id=st.just(MODEL.mask_token_id),
-        end_token_ids=st.sampled_from([(), (3,)]),
-        first_free_end=st.integers(0, 8),
+        stop_token_ids=st.sampled_from([(), (3,)]),
+        min_eos_position=st.integers(0, 8),
         max_positions=st.sampled_from([12, 20, 1000]),
     )
 

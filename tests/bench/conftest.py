@@ -4,10 +4,10 @@
 import pytest
 
 from tests.engine.tiny_llm import save_tiny
-from wedlm.bench.settings import Amounts, Settings
-from wedlm.bench.target import Subject, load_subject
+from wedlm.bench.settings import Settings, Workload
+from wedlm.bench.target import Target, load_target
 
-AMOUNTS = Amounts(
+WORKLOAD = Workload(
     batches=(1, 2),
     runs=2,
     pairs=2,
@@ -22,13 +22,13 @@ AMOUNTS = Amounts(
 
 
 def settings(**changes) -> Settings:
-    given = {"parts": ("latency",), "modes": ("autoregressive", "auto"), "amounts": AMOUNTS, "shape": "tiny"}
+    given = {"parts": ("latency",), "modes": ("autoregressive", "auto"), "workload": WORKLOAD, "shape": "tiny"}
     return Settings(**{**given, "dtype": "float32", "device": "cpu", **changes})
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
-    return load_subject(settings())
+def target() -> Target:
+    return load_target(settings())
 
 
 @pytest.fixture(scope="session")

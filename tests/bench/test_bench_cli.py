@@ -29,7 +29,7 @@ def test_all_parts_on_random_weights(tmp_path):
     record = json.loads((tmp_path / "bench.json").read_text())
     assert set(record["parts"]) == set(PRIORITY) - {"scenarios"} == set(PARTS) - {"scenarios"}
     assert summary["file"] == str(tmp_path / "bench.json")
-    assert summary["cut"] == []
+    assert summary["skipped"] == []
     for part, rows in record["parts"].items():
         assert rows, part
         for row in rows:
@@ -38,9 +38,9 @@ def test_all_parts_on_random_weights(tmp_path):
         assert len(summary["parts"][part]) == len(rows), "a label stands for several rows"
     assert {"cpu", "threads"} <= record["hardware"].keys()
     assert {"python", "torch"} <= record["versions"].keys()
-    assert record["settings"]["amounts"]["batches"] == [1, 2]
+    assert record["settings"]["workload"]["batches"] == [1, 2]
     # Keys and values of 2 layers of 2 heads of 16 float32 numbers.
-    assert record["subject"]["cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
+    assert record["target"]["cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
     assert record["memory"]["host_peak_gb"] > 0
     names = {path.name for path in tmp_path.glob("*.svg")}
     assert names == {
@@ -65,20 +65,20 @@ def test_all_parts_on_random_weights(tmp_path):
 @pytest.mark.parametrize("given", ["1.5", "inf", None])
 @pytest.mark.parametrize("weights", ["random", "checkpoint"])
 def test_options_of_prompt_chunks(tmp_path, tiny_checkpoint, weights, given):
-    subject = ("--shape", "tiny", "--prompt", "10") if weights == "random" else ("--model", str(tiny_checkpoint))
+    target = ("--shape", "tiny", "--prompt", "10") if weights == "random" else ("--model", str(tiny_checkpoint))
     words = ("--capture-chunks", "--chunk-step-ratio", given) if given else ()
-    run("prefill", *subject, *words, "--no-plots", "--output", str(tmp_path))
+    run("prefill", *target, *words, "--no-plots", "--output", str(tmp_path))
     text = (tmp_path / "bench.json").read_text()
     assert "Infinity" not in text
-    engine = json.loads(text)["subject"]["engine"]["options"]
+    engine = json.loads(text)["target"]["engine"]["options"]
     expected = (True, 1.5 if given == "1.5" else "inf")
     assert (engine["capture_chunks"], engine["chunk_step_ratio"]) == expected
 
 
 @pytest.mark.parametrize("weights", ["random", "checkpoint"])
 def test_weights_in_eight_bits(tmp_path, tiny_checkpoint, weights):
-    subject = ("--shape", "tiny", "--prompt", "10") if weights == "random" else ("--model", str(tiny_checkpoint))
-    run("prefill", *subject, "--quantization", "int8", "--no-plots", "--output", str(tmp_path))
+    target = ("--shape", "tiny", "--prompt", "10") if weights == "random" else ("--model", str(tiny_checkpoint))
+    run("prefill", *target, "--quantization", "int8", "--no-plots", "--output", str(tmp_path))
     assert read_record(tmp_path)["settings"]["engine"] == {"quantization": "int8"}
 
 
@@ -98,7 +98,7 @@ def test_scenarios_of_a_checkpoint(tiny_checkpoint):
 def test_a_budget_cuts_and_says_so():
     summary = run("latency", "steps", "--shape", "tiny", "--prompt", "10", "--budget-s", "0.001")
     assert summary["parts"] == {"latency": {}, "steps": {}}
-    assert any(text.startswith("latency: auto") for text in summary["cut"])
+    assert any(text.startswith("latency: auto") for text in summary["skipped"])
 
 
 def fails(*words: str) -> str:
@@ -113,15 +113,15 @@ def fails(*words: str) -> str:
         (("speed",), "the part is 'speed'; expected all or some of latency,"),
         (("scenarios", "--shape", "tiny"), "expected --model"),
         (("--shape", "huge"), "--shape is 'huge'; expected one of qwen3-8b,"),
-        (("--shape", "tiny", "--model", "demo"), "expected one subject"),
+        (("--shape", "tiny", "--model", "demo"), "expected one target"),
         (("--modes", "ar"), "--modes contains 'ar'; expected some of auto,"),
         (("--batches", "1,x"), "--batches is '1,x'; expected numbers from 1"),
         (("--batches", "1.5"), "--batches has 1.5; expected integers of at least 1"),
         (("--runs", "0"), "--runs has 0; expected integers of at least 1"),
         (("--accept", "1.2"), "--accept is '1.2'; expected numbers from 0 to 1"),
         (("--rate", "0"), "--rate is 0; expected a number above 0"),
-        (("--chunk-step-ratio", "1"), "--chunk-step-ratio is 1.0; expected a number > 1, or inf"),
-        (("--shape", "tiny", "--chunk-step-ratio", "nan"), "--chunk-step-ratio is nan; expected a number > 1, or inf"),
+        (("--chunk-step-ratio", "1"), "chunk_step_ratio is 1.0; expected a number > 1, or inf"),
+        (("--shape", "tiny", "--chunk-step-ratio", "nan"), "chunk_step_ratio is nan; expected a number > 1, or inf"),
         (("--quantization", "int4"), "quantization is 'int4'; expected int8, or nothing"),
         (("--against", "sglang"), "--against is 'sglang'; expected vllm"),
         (("--evaluation", "x"), "--evaluation is given without --output"),

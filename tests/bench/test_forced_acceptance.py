@@ -7,10 +7,10 @@ import torch
 from tests.bench.conftest import settings
 from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.window import RowResults, WindowParams, WindowState
-from wedlm.bench.forced_acceptance import Chances, force_choices, injected
+from wedlm.bench.forced_acceptance import FIRST_OTHER, Chances, force_choices, injected
 from wedlm.bench.loop import Loop
 from wedlm.bench.prompts import Arrival
-from wedlm.bench.target import load_subject
+from wedlm.bench.target import load_target
 
 CPU = torch.device("cpu")
 
@@ -73,25 +73,25 @@ def test_kernel_is_its_twin(rates):
     chances = Chances(device, 1200)
     chances.set(rates)
     padded = torch.cat((choice.flatten(), torch.zeros(16, dtype=torch.long))).to(device)
-    actual = force_rows(rows, padded, chances).cpu()
+    actual = force_rows(rows, padded, chances.by_depth, chances.count, chances.num_others, FIRST_OTHER).cpu()
     assert torch.equal(actual[:64].reshape(4, 16), expected)
     assert torch.equal(actual[64:], padded[64:].cpu())
     assert chances.count.item() == 1
 
 
-def test_whole_runs(subject):
-    loop = Loop(subject)
+def test_whole_runs(target):
+    loop = Loop(target)
     params = settings().params("verified", 200, wedlm_draft_entropy=1e9)
-    with injected(subject.engine) as chances:
+    with injected(target.engine) as chances:
         found = {}
         for rates in ((0.0,), (0.6,), (1.0,)):
             chances.set(rates)
-            found[rates[0]] = loop.batch([subject.prompts.of(0, 8)], params, 2, 40)["tokens_per_step"]
+            found[rates[0]] = loop.batch([target.prompts.of(0, 8)], params, 2, 40)["tokens_per_step"]
     assert found[0.0] == 1.0
     assert 1.5 < found[0.6] < 3.0  # 2.1 expected
     assert found[1.0] == pytest.approx(3.5, abs=0.1)
-    assert subject.engine.runner.eager.force_choice is None
-    assert loop.batch([subject.prompts.of(0, 8)], params, 2, 5)["tokens_per_step"] < 2
+    assert target.engine.runner.eager.force_choice is None
+    assert loop.batch([target.prompts.of(0, 8)], params, 2, 5)["tokens_per_step"] < 2
 
 
 # Padding rows are whatever lay in memory, and the interpreter reports what a GPU ignores.
@@ -118,37 +118,37 @@ def test_a_small_vocabulary_and_captured_steps(monkeypatch):
         assert forwards() == 3  # the first step has no drafts
 
 
-def test_serve_gives_every_request_its_tokens(subject):
-    loop = Loop(subject)
-    arrivals = [Arrival(at, subject.prompts.of(i, 5 + i), 3 + i) for i, at in enumerate((0.0, 0.01, 0.2))]
+def test_serve_gives_every_request_its_tokens(target):
+    loop = Loop(target)
+    arrivals = [Arrival(at, target.prompts.of(i, 5 + i), 3 + i) for i, at in enumerate((0.0, 0.01, 0.2))]
     figures = loop.serve(arrivals, settings().params("autoregressive", 9))
     assert figures["tokens"] == 3 + 4 + 5
     assert figures["tokens_per_forward"] == 1.0
     assert figures["seconds"] >= 0.2
-    assert not subject.engine.has_work
-    assert subject.engine.pool.num_available == subject.engine.pool.num_pages
+    assert not target.engine.has_work
+    assert target.engine.pool.num_available == target.engine.pool.num_pages
 
 
-def test_nothing_of_a_prompt_is_found_again(subject):
-    loop = Loop(subject)
-    arrivals = [Arrival(0.0, subject.prompts.of(0, 100), 2)]
+def test_nothing_of_a_prompt_is_found_again(target):
+    loop = Loop(target)
+    arrivals = [Arrival(0.0, target.prompts.of(0, 100), 2)]
     reused = []
-    add = subject.engine.add
+    add = target.engine.add
 
     def watched(*args, **options):
         reused.append(add(*args, **options))
         return reused[-1]
 
-    subject.engine.add = watched
+    target.engine.add = watched
     try:
         for _ in range(2):
             loop.serve(arrivals, settings().params("autoregressive", 2))
     finally:
-        del subject.engine.add
+        del target.engine.add
     assert [request.progress.num_reused for request in reused] == [0, 0]
 
 
 def test_loading_a_shape_is_repeatable():
-    first, second = (load_subject(settings()) for _ in range(2))
+    first, second = (load_target(settings()) for _ in range(2))
     a, b = (one.engine.runner.eager.model.model.embed_tokens.weight for one in (first, second))
     assert torch.equal(a, b)

@@ -2,13 +2,14 @@
 """Figures from rows and from results of ``wedlm eval``."""
 
 from tests.evaluate.result_files import write_sweep
-from wedlm.bench.plots import draw_bench, draw_evaluation, write_plots
+from wedlm.bench.plots import draw_bench, write_plots
 from wedlm.bench.stats import make_row
+from wedlm.evaluate.plots import draw_folder
 
 
 def test_speed_against_quality(tmp_path):
     write_sweep(tmp_path / "results")
-    plots = draw_evaluation(tmp_path / "results")
+    plots = draw_folder(tmp_path / "results")
     assert any("Threshold sweep" in plot.title for plot in plots)
     paths = write_plots(plots, tmp_path / "drawn")
     assert len({*paths}) == len(plots), "a figure overwrote another"

@@ -61,8 +61,3 @@ def test_gsm8k_compares_texts_with_ars(monkeypatch, tmp_path, checkpoint, questi
 )
 def test_tokens_to_the_first_difference(one, other, count):
     assert gsm8k.agreeing(one, other) == count
-
-
-@pytest.mark.parametrize(("text", "number"), [("so 1,234.", 1234.0), ("-3 or 4.5", 4.5), ("none", None)])
-def test_last_number(text, number):
-    assert gsm8k.last_number(text) == number

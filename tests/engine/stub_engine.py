@@ -43,7 +43,7 @@ def stub_engine(
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 64,
     max_model_len: int = 200,
-    end_token_ids: tuple[int, ...] = (),
+    eos_token_ids: tuple[int, ...] = (),
     chunk_step_ratio: float = 1.8,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Engine:
@@ -51,7 +51,7 @@ def stub_engine(
     config = EngineConfig(
         vocab_size=model.vocab_size,
         mask_token_id=model.mask_token_id,
-        end_token_ids=end_token_ids,
+        eos_token_ids=eos_token_ids,
         max_model_len=max_model_len,
         options=EngineOptions(
             max_num_seqs=max_num_seqs,
@@ -110,7 +110,7 @@ def check_outcome(model: StubModel, request: Request) -> None:
     """The finished request equals the reference, in text, in the forward of each token and in rows."""
     expected = reference.decode(model.rows_model, request.prompt_token_ids, request.max_tokens, request.decode)
     assert request.output_token_ids == expected.tokens, request
-    ended = expected.tokens[-1] in request.decode.end_token_ids
+    ended = expected.tokens[-1] in request.decode.stop_token_ids
     assert request.finish_reason == ("stop" if ended else "length")
     if request.decode.decoding == "auto":  # how many steps it takes depends on the load
         return

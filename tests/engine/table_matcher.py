@@ -81,12 +81,12 @@ def decode_constrained(
             logits[token] += (params.logit_bias or {}).get(token, 0.0) - change
         if grammar is not None:
             for token in range(len(logits)):
-                is_end = token in decode.end_token_ids
+                is_end = token in decode.stop_token_ids
                 if not (state in grammar.accepts if is_end else token in grammar.table[state]):
                     logits[token] = -torch.inf
         token = choose_token(logits, len(tokens), decode)
         tokens.append(token)
-        if token in decode.end_token_ids:
+        if token in decode.stop_token_ids:
             return tokens[len(prompt) :], "stop"
         if grammar is not None:
             state = grammar.table[state][token]

@@ -46,7 +46,7 @@ def add(engine: Engine, name: str, rules: Rules) -> Request:
     prompt, params, grammar = rules
     request = engine.add(name, prompt, params)
     if grammar is not None:
-        request.output.constraint = Constraint(params, grammar.fresh(), request.decode.end_token_ids, MASK)
+        request.output.constraint = Constraint(params, grammar.fresh(), request.decode.stop_token_ids, MASK)
     return request
 
 
@@ -62,7 +62,7 @@ def check_valid(request: Request, grammar: TableMatcher) -> None:
     """The text is one that the grammar admits, and it ended where the grammar and the limits let it end."""
     walk = grammar.fresh()
     output = request.output_token_ids
-    ended = output[-1] in request.decode.end_token_ids
+    ended = output[-1] in request.decode.stop_token_ids
     assert all(walk.advance(token) for token in output[: len(output) - ended]), (output, walk.path)
     assert request.finish_reason == ("stop" if ended or walk.complete else "length")
     assert walk.accepting or not ended

@@ -17,23 +17,23 @@ from wedlm.engine.engine import Engine
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Transformer, pack_for_inference
-from wedlm.model.lora.masked_rows import add_beside
+from wedlm.model.lora.masked_rows import attach_masked_lora
 
 
 def random_model(adapter: bool) -> Transformer:
-    """The base of test_engine_reference's tests, with or without random factors for masked rows."""
+    """The base of test_engine_reference's tests, with or without a random LoRA for masked rows."""
     torch.manual_seed(0)
     model = Transformer(CONFIG).eval()
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.35)
     if adapter:
-        factors = {
+        matrices = {
             name: (0.3 * torch.randn(4, weight.shape[1]), 0.3 * torch.randn(weight.shape[0], 4))
             for name, weight in model.named_parameters()
             if name.endswith("proj.weight")
         }
-        add_beside(model, factors, torch.randn(CONFIG.hidden_size))
+        attach_masked_lora(model, matrices, torch.randn(CONFIG.hidden_size))
     return pack_for_inference(model)
 
 

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, decoders, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
+from tests.engine.searching_text import SearchingText
 from wedlm.engine.text import TextStream
 from wedlm.model import Tokenizer, load_tokenizer
 
@@ -164,6 +165,60 @@ def test_stop_strings_of_a_byte_level_tokenizer(text, start, size):
     ids = BYTE_LEVEL.encode(text, add_special_tokens=False)
     expected = first_stop(text, stop)
     assert stream(BYTE_LEVEL, ids, stop) == (expected, expected != text)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(cut_texts("ab🙂é\ufffd"), STOPS, st.integers(0, 6))
+def test_stop_strings_are_what_searching_finds(cut, stop, min_tokens):
+    """Token by token: text, what may be shown of it, and where it ended; bytes without a character included."""
+    _, pieces = cut
+    fast, slow = TextStream(Pieces(pieces), stop), SearchingText(Pieces(pieces), stop)
+    for count in range(len(pieces)):
+        stopped = [one.push(count, may_stop=count + 1 >= min_tokens) for one in (fast, slow)]
+        assert (fast.text, fast.ends, stopped[0]) == (slow.text, slow.ends, stopped[1])
+        if stopped[0]:
+            return
+        assert fast.stable == slow.stable
+    fast.finish()
+    slow.finish()
+    assert (fast.text, fast.stable) == (slow.text, slow.stable)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from("ab"), max_size=60), st.lists(st.text(st.sampled_from("ab"), min_size=1, max_size=12)))
+def test_long_stop_strings_of_few_letters(text, stop):
+    """Where beginnings overlap most, a character a token, and no stop counts: all that could be held back is met."""
+    pieces = [character.encode() for character in text]
+    fast, slow = TextStream(Pieces(pieces), stop), SearchingText(Pieces(pieces), stop)
+    for token in range(len(pieces)):
+        assert not fast.push(token, may_stop=False)
+        slow.push(token, may_stop=False)
+        assert fast.stable == slow.stable
+    fast, slow = TextStream(Pieces([text.encode()]), stop), SearchingText(Pieces([text.encode()]), stop)
+    assert (fast.push(0), fast.text) == (slow.push(0), slow.text)
+
+
+def test_near_matches_cost_each_character_once():
+    """16 stop strings of 250 characters that nearly come: no more work than one that begins otherwise."""
+    stop = tuple("a" * 240 + letter * 10 for letter in "bcdefghijklmnopq")
+    steps = 0
+    text = TextStream(Pieces([b"aaaa"]), stop)
+    assert text._stop is not None
+    real = text._stop.after
+
+    class Counted:
+        begun, complete = text._stop.begun, text._stop.complete
+
+        def after(self, state: int, character: str) -> int:
+            nonlocal steps
+            steps += 1
+            return real(state, character)
+
+    text._stop = Counted()
+    for _ in range(1000):
+        assert not text.push(0)
+    assert steps == 4000
+    assert text.stable == 4000 - 240
 
 
 @pytest.mark.parametrize(

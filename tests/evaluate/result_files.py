@@ -46,7 +46,7 @@ def samples_of(correct: list[bool], per_step: int = 1) -> list[dict[str, Any]]:
     ]
 
 
-def write_point(
+def write_run(  # noqa: PLR0913 - what a file of results holds; each test names the few that matter to it
     folder: Path,
     key: str,
     samples: list[dict[str, Any]],
@@ -58,7 +58,7 @@ def write_point(
     version: float = 1.0,
     **params: Any,
 ) -> Path:
-    """Write a point of one task and its samples; the path of the point's file."""
+    """Write a run of one task and its samples; the path of the run's file."""
     folder.mkdir(parents=True, exist_ok=True)
     value = sum(record["correct"] for record in samples) / max(1, len(samples))
     generates = "choices" not in samples[0]
@@ -90,7 +90,7 @@ def write_point(
         "speed": speed,
         "samples_file": f"samples-{key}-{task}.jsonl",
     }
-    point = {
+    run = {
         "format": 1,
         "key": key,
         "model": {"name": name, "hash": model_hash, "dtype": "float32", "device": "cpu", "adapter": None},
@@ -119,14 +119,14 @@ def write_point(
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in samples)
     (folder / f"samples-{key}-{task}.jsonl").write_text(lines, encoding="utf-8")
     path = folder / f"point-{key}.json"
-    path.write_text(json.dumps(point, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(run, ensure_ascii=False), encoding="utf-8")
     return path
 
 
 def write_sweep(folder: Path, num: int = 40) -> None:
     """AR, verified, and streaming and block over thresholds and penalties."""
-    write_point(folder, "0" * 16, samples_of([n % 2 == 0 for n in range(num)]))
-    write_point(folder, "1" * 16, samples_of([n % 2 == 0 for n in range(num)], 2), "verified", tokens_per_second=70)
+    write_run(folder, "0" * 16, samples_of([n % 2 == 0 for n in range(num)]))
+    write_run(folder, "1" * 16, samples_of([n % 2 == 0 for n in range(num)], 2), "verified", tokens_per_second=70)
     number = 2
     for decoding, bonus in (("streaming", 1.0), ("block", 0.6)):
         for threshold in (None, 0.2, 0.4, 0.8):
@@ -134,7 +134,7 @@ def write_sweep(folder: Path, num: int = 40) -> None:
                 size = 10 * (threshold or 0) * bonus
                 right = [n % 2 == 0 and n >= size for n in range(num)]
                 samples = samples_of(right, 1 + round(3 * (threshold or 0) * bonus))
-                write_point(
+                write_run(
                     folder,
                     f"{number:016x}",
                     samples,

@@ -9,13 +9,13 @@ import typer.testing
 from scipy.stats import binomtest
 
 from tests.engine.tiny_llm import save_tiny
-from tests.evaluate.result_files import samples_of, write_point
+from tests.evaluate.result_files import samples_of, write_run
 from wedlm.cli import app
 from wedlm.engine.llm import LLM
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.evaluate.compare import compare_points, compare_samples, mcnemar
+from wedlm.evaluate.compare import compare_runs, compare_samples, mcnemar
 from wedlm.evaluate.divergence import divergences
-from wedlm.evaluate.result_folder import read_point, read_points, read_samples
+from wedlm.evaluate.result_folder import read_run, read_runs, read_samples
 
 
 @pytest.mark.parametrize(
@@ -27,13 +27,13 @@ def test_mcnemar_is_the_exact_binomial_test(only_a, only_b):
 
 
 def run(tmp_path: Path, name: str, correct: list[bool], **changes):
-    return read_point(write_point(tmp_path / name, name * 16, samples_of(correct), **changes))
+    return read_run(write_run(tmp_path / name, name * 16, samples_of(correct), **changes))
 
 
 def test_counts(tmp_path):
     a = run(tmp_path, "a", [True, True, False, False, True])
     b = run(tmp_path, "b", [True, False, True, False, False, True])
-    (comparison,) = compare_points(a, b).values()
+    (comparison,) = compare_runs(a, b).values()
     counts = (comparison.both, comparison.only_a, comparison.only_b, comparison.neither)
     assert counts == (1, 2, 1, 1)
     assert comparison.difference == pytest.approx(-1 / 5)
@@ -46,23 +46,23 @@ def test_counts(tmp_path):
 def test_what_does_not_compare_is_told(tmp_path):
     a = run(tmp_path, "a", [True])
     with pytest.raises(ValueError, match="A has gsm8k and B has mbpp; expected at least one task in common"):
-        compare_points(a, run(tmp_path, "b", [True], task="mbpp"))
+        compare_runs(a, run(tmp_path, "b", [True], task="mbpp"))
     with pytest.raises(ValueError, match=r"version 1 \(exact_match\) in A and version 2"):
-        compare_points(a, run(tmp_path, "c", [True], version=2.0))
+        compare_runs(a, run(tmp_path, "c", [True], version=2.0))
     with pytest.raises(ValueError, match="no question in common"):
         compare_samples(read_samples(a.tasks["gsm8k"]), [])
 
 
-def test_points_are_read_with_labels(tmp_path):
-    write_point(tmp_path, "0" * 16, samples_of([True]), "streaming", entropy_threshold=None, temperature=0.1)
-    write_point(tmp_path, "1" * 16, samples_of([True]))
+def test_runs_are_read_with_labels(tmp_path):
+    write_run(tmp_path, "0" * 16, samples_of([True]), "streaming", entropy_threshold=None, temperature=0.1)
+    write_run(tmp_path, "1" * 16, samples_of([True]))
     (tmp_path / "samples-2222-gsm8k.jsonl.partial").write_text("{")
-    labels = [point.label for point in read_points([tmp_path, tmp_path])]
+    labels = [run.label for run in read_runs([tmp_path, tmp_path])]
     assert labels == ["autoregressive", "streaming W=16 τ=none λ=0.02 T=0.1"]
 
 
 POINT_FAULTS = {
-    "no JSON": (lambda p: "{", "is no JSON"),
+    "no JSON": (lambda p: "{", "is not valid JSON"),
     "no object": (lambda p: [], r"is \[\]; expected a JSON object"),
     "format": (lambda p: {**p, "format": 2}, "has format 2; expected 1"),
     "no model": (lambda p: {k: v for k, v in p.items() if k != "model"}, "has no model; expected an object"),
@@ -78,24 +78,24 @@ POINT_FAULTS = {
 }
 
 
-def task_changed(point: dict, **changes) -> dict:
-    return {**point, "tasks": {"gsm8k": {**point["tasks"]["gsm8k"], **changes}}}
+def task_changed(run: dict, **changes) -> dict:
+    return {**run, "tasks": {"gsm8k": {**run["tasks"]["gsm8k"], **changes}}}
 
 
 @pytest.mark.parametrize("fault", POINT_FAULTS)
 def test_a_malformed_point_is_told(tmp_path, fault):
     change, message = POINT_FAULTS[fault]
-    path = write_point(tmp_path, "0" * 16, samples_of([True, False]))
+    path = write_run(tmp_path, "0" * 16, samples_of([True, False]))
     changed = change(json.loads(path.read_text()))
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with pytest.raises(ValueError, match=message):
-        read_samples(read_point(path).tasks["gsm8k"])
+        read_samples(read_run(path).tasks["gsm8k"])
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is no JSON"),
+        ("{", "line 2 is not valid JSON"),
         ("3", "line 2 is 3; expected a JSON object"),
         ('{"doc_id": 1}', "line 2 has no text; expected a string"),
         ({"correct": 1}, "correct is 1; expected true or false"),
@@ -106,13 +106,13 @@ def test_a_malformed_point_is_told(tmp_path, fault):
     ],
 )
 def test_a_malformed_sample_is_told(tmp_path, line, message):
-    path = write_point(tmp_path, "0" * 16, samples_of([True, True]))
+    path = write_run(tmp_path, "0" * 16, samples_of([True, True]))
     samples = next(tmp_path.glob("samples-*"))
     first, second = samples.read_text().splitlines()
     wanted = line if isinstance(line, str) else json.dumps({**json.loads(second), **line})
     samples.write_text(f"{first}\n{wanted}\n")
     with pytest.raises(ValueError, match=message):
-        read_samples(read_point(path).tasks["gsm8k"])
+        read_samples(read_run(path).tasks["gsm8k"])
 
 
 def invoke(*words: object) -> typer.testing.Result:
@@ -120,8 +120,8 @@ def invoke(*words: object) -> typer.testing.Result:
 
 
 def test_the_command_tells_counts_and_texts(tmp_path):
-    write_point(tmp_path / "a", "a" * 16, samples_of([True, True, False]))
-    write_point(tmp_path / "b", "b" * 16, samples_of([True, False, False]), "verified")
+    write_run(tmp_path / "a", "a" * 16, samples_of([True, True, False]))
+    write_run(tmp_path / "b", "b" * 16, samples_of([True, False, False]), "verified")
     result = invoke("compare", tmp_path / "a", tmp_path / "b" / f"point-{'b' * 16}.json")
     assert result.exit_code == 0, result.output
     for text in (
@@ -137,11 +137,11 @@ def test_the_command_tells_counts_and_texts(tmp_path):
 
 
 def test_wrong_use_of_the_command_is_told(tmp_path):
-    write_point(tmp_path, "a" * 16, samples_of([True]))
-    write_point(tmp_path, "b" * 16, samples_of([True]), "verified")
+    write_run(tmp_path, "a" * 16, samples_of([True]))
+    write_run(tmp_path, "b" * 16, samples_of([True]), "verified")
     for words, message in (
-        ((tmp_path, tmp_path), "has 2 points; expected one of its files"),
-        ((tmp_path / "none", tmp_path), "is no file; expected a point-*.json"),
+        ((tmp_path, tmp_path), "has 2 runs; expected one of its files"),
+        ((tmp_path / "none", tmp_path), "is not a file; expected a point-*.json"),
         ((tmp_path, tmp_path, "--texts", -1), "--texts is -1; expected 0 or more"),
     ):
         result = invoke("compare", *words)

@@ -16,7 +16,7 @@ from tests.evaluate.eval_data import REAL, needs_data
 from wedlm.engine.llm import LLM
 from wedlm.evaluate.divergence import divergences
 from wedlm.evaluate.harness import EngineBackend
-from wedlm.evaluate.provenance import identify
+from wedlm.evaluate.provenance import model_provenance
 from wedlm.evaluate.run import Evaluation, load_tasks
 from wedlm.evaluate.settings import Params, Settings
 
@@ -34,7 +34,9 @@ def llm():
 def run(llm, task, num_fewshot, params, tmp_path):
     limits = {"limit": NUM_QUESTIONS, "num_fewshot": num_fewshot, "chat_template": True}
     settings = Settings((task,), Path(REAL), tmp_path, **limits)
-    record = Evaluation(EngineBackend(llm, identify(llm, "demo", None)), settings, load_tasks(settings)).run(params, {})
+    record = Evaluation(EngineBackend(llm, model_provenance(llm, "demo", None)), settings, load_tasks(settings)).run(
+        params, {}
+    )
     result = record["tasks"][task]
     lines = (tmp_path / result["samples_file"]).read_text(encoding="utf-8").splitlines()
     return result, [json.loads(line) for line in lines]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Points from start to files, with a tiny model: what the files say, resuming, and sharing of prompts."""
+"""Runs from start to files, with a tiny model: what the files say, resuming, and sharing of prompts."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from wedlm.engine.llm import LLM
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.evaluate.data import load
 from wedlm.evaluate.harness import EngineBackend
-from wedlm.evaluate.provenance import identify
+from wedlm.evaluate.provenance import model_provenance
 from wedlm.evaluate.run import Evaluation, load_tasks
 from wedlm.evaluate.settings import Params, Settings
 
@@ -60,7 +60,7 @@ def evaluation(llm, directory, tmp_path):
 
 
 def backend(llm, directory):
-    return EngineBackend(llm, identify(llm, str(directory), None))
+    return EngineBackend(llm, model_provenance(llm, str(directory), None))
 
 
 def samples(evaluation, record, task):
@@ -68,7 +68,7 @@ def samples(evaluation, record, task):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_files_of_a_point(evaluation, llm, sandbox):
+def test_the_files_of_a_run(evaluation, llm, sandbox):
     run = evaluation(*ALL)
     told = []
 

@@ -19,10 +19,10 @@ def test_protocols():
 
 
 def test_a_sweep_is_a_grid():
-    points = parse_sweep(["entropy_threshold=0.2,none", "decoding=streaming, verified", "window-size=8"])
-    assert len(points) == 4
-    assert points[0] == {"entropy_threshold": 0.2, "decoding": "streaming", "window_size": 8}
-    assert points[3] == {"entropy_threshold": None, "decoding": "verified", "window_size": 8}
+    runs = parse_sweep(["entropy_threshold=0.2,none", "decoding=streaming, verified", "window-size=8"])
+    assert len(runs) == 4
+    assert runs[0] == {"entropy_threshold": 0.2, "decoding": "streaming", "window_size": 8}
+    assert runs[3] == {"entropy_threshold": None, "decoding": "verified", "window_size": 8}
     assert parse_sweep([]) == [{}]
     assert parse_sweep(["top_k=1,1"]) == [{"top_k": 1}]
 
@@ -64,7 +64,7 @@ def test_wrong_parameters():
 def test_wrong_settings(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         Settings(**{"tasks": ("arc_c",), "data_dir": tmp_path, "output": tmp_path, **changes})
-    with pytest.raises(ValueError, match="no directory; expected the folder of data files"):
+    with pytest.raises(ValueError, match="not a directory; expected that of the data files"):
         Settings(("arc_c",), tmp_path / "none", tmp_path)
 
 

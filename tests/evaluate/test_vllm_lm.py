@@ -19,9 +19,9 @@ from wedlm.attention.sdpa import CausalAttend
 from wedlm.engine.llm import LLM
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.evaluate.harness import EngineBackend
-from wedlm.evaluate.provenance import identify
+from wedlm.evaluate.provenance import model_provenance
 from wedlm.evaluate.report import ar_twin, choose_baseline
-from wedlm.evaluate.result_folder import read_points
+from wedlm.evaluate.result_folder import read_runs
 from wedlm.evaluate.run import Evaluation, load_tasks
 from wedlm.evaluate.settings import Params, Settings
 from wedlm.evaluate.vllm_lm import VllmBackend
@@ -95,7 +95,7 @@ def directory(tmp_path):
 def test_the_same_tasks_give_the_same_results(directory, tmp_path, vllm):
     settings = Settings(TASKS, write_small_sets(tmp_path / "data"), tmp_path / "out", num_fewshot=1)
     llm = LLM(directory, device="cpu", dtype="float32")
-    ours = Evaluation(EngineBackend(llm, identify(llm, str(directory), None)), settings, load_tasks(settings))
+    ours = Evaluation(EngineBackend(llm, model_provenance(llm, str(directory), None)), settings, load_tasks(settings))
     options = {"model": directory, "dtype": "float32", "max_model_len": None, "max_num_seqs": 8}
     theirs = Evaluation(VllmBackend(options), settings, load_tasks(settings))
 
@@ -109,10 +109,10 @@ def test_the_same_tasks_give_the_same_results(directory, tmp_path, vllm):
             without_time(x) for x in samples(ours, own, name)
         ]
     assert math.isclose(other["tasks"]["gsm8k"]["speed"]["tokens_per_forward"], 1)
-    points = read_points([settings.output])
-    by_engine = {point.engine: point for point in points}
-    assert choose_baseline(points, "vllm") is by_engine["vllm"]
-    assert ar_twin(by_engine["wedlm"], points, "gsm8k") is by_engine["wedlm"]  # vLLM's is no twin
+    runs = read_runs([settings.output])
+    by_engine = {run.engine: run for run in runs}
+    assert choose_baseline(runs, "vllm") is by_engine["vllm"]
+    assert ar_twin(by_engine["wedlm"], runs, "gsm8k") is by_engine["wedlm"]  # vLLM's is no twin
 
 
 def test_other_decoding_is_refused(directory, tmp_path, vllm):

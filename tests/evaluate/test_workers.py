@@ -14,7 +14,7 @@ from tests.evaluate.eval_data import write_small_sets
 from tests.evaluate.test_run import samples, without_time
 from wedlm.engine.llm import LLM
 from wedlm.evaluate.harness import EngineBackend
-from wedlm.evaluate.provenance import identify
+from wedlm.evaluate.provenance import model_provenance
 from wedlm.evaluate.run import Evaluation, load_tasks
 from wedlm.evaluate.settings import Params, Settings
 from wedlm.evaluate.workers import RayBackend, cut
@@ -88,7 +88,7 @@ def results(backend, tmp_path, name):
 
 def of_one_worker(directory, tmp_path):
     llm = LLM(**options(directory))
-    return results(EngineBackend(llm, identify(llm, str(directory), None)), tmp_path, "one")
+    return results(EngineBackend(llm, model_provenance(llm, str(directory), None)), tmp_path, "one")
 
 
 def same(one, many):

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.model.test_masked_lora import random_factors
+from tests.model.test_masked_lora import random_lora
 from tests.model.tiny import our_model
 from wedlm.algorithm.params import DECODINGS
 from wedlm.engine import factory
@@ -20,7 +20,7 @@ from wedlm.engine.factory import Blueprint
 from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model.inference.layers import pack_for_inference
-from wedlm.model.lora.masked_rows import add_beside
+from wedlm.model.lora.masked_rows import attach_masked_lora
 
 PAGES, PAGE_SIZE, LENGTH, MASK = 40, 4, 60, 90
 
@@ -30,7 +30,7 @@ def engine(
 ) -> Engine:
     model = our_model("wedlm-qwen3", num_hidden_layers=2)
     if masked_lora:
-        add_beside(model, random_factors(model), torch.linspace(-1, 1, model.config.hidden_size))
+        attach_masked_lora(model, random_lora(model), torch.linspace(-1, 1, model.config.hidden_size))
     model = pack_for_inference(model.to(device))
     shape, options = model.config, EngineOptions(max_num_seqs=max_num_seqs, max_num_batched_tokens=most_rows)
     config = EngineConfig(shape.vocab_size, MASK, (5,), length, options)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 from tests.model.tiny import our_model
-from wedlm.algorithm.sample import ban_tokens, entropy_and_normaliser
+from wedlm.algorithm.sample import ban_tokens, entropy_and_logsumexp
 from wedlm.kernels.embed import embed
 from wedlm.kernels.logits import greedy_rows
 from wedlm.kernels.matmul import Tiling, few_rows_product
@@ -163,16 +163,16 @@ def test_greedy_rows(device, dtype, num_rows, with_ends):
     logits[1, [5, 9, 8999]] = 50  # equal logits: the lowest id
     logits[2, 100:] = -torch.inf
     sequence = torch.arange(num_rows, device=device) % 2
-    end_tokens = torch.tensor([[5, -1], [9, 5]], device=device)
-    first_free_end = torch.tensor([10, 4], device=device)
+    stop_tokens = torch.tensor([[5, -1], [9, 5]], device=device)
+    min_eos_position = torch.tensor([10, 4], device=device)
     target = torch.arange(num_rows, device=device) % 8
-    ends = (target, sequence, first_free_end, end_tokens) if with_ends else None
-    choice, entropy, logprob = greedy_rows(logits, mask, ends)
+    eos_ban = (target, sequence, min_eos_position, stop_tokens) if with_ends else None
+    choice, entropy, logprob = greedy_rows(logits, mask, eos_ban)
     raw = logits.float()
-    expected_entropy, normaliser = entropy_and_normaliser(raw)
-    banned = target < first_free_end[sequence] if with_ends else torch.zeros_like(target, dtype=torch.bool)
-    allowed = ban_tokens(raw.clone(), mask, end_tokens[sequence], banned)
+    expected_entropy, logsumexp = entropy_and_logsumexp(raw)
+    banned = target < min_eos_position[sequence] if with_ends else torch.zeros_like(target, dtype=torch.bool)
+    allowed = ban_tokens(raw.clone(), mask, stop_tokens[sequence], banned)
     assert torch.equal(choice, allowed.max(dim=-1)[1])
     torch.testing.assert_close(entropy, expected_entropy, rtol=1e-4, atol=1e-4)
-    expected = raw.gather(1, choice[:, None])[:, 0] - normaliser
+    expected = raw.gather(1, choice[:, None])[:, 0] - logsumexp
     torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-4)

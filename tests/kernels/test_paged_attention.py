@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 from tests.kernels.test_kernels import DTYPES
-from tests.model.test_masked_lora import random_factors
+from tests.model.test_masked_lora import random_lora
 from tests.model.tiny import our_model
 from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
 from wedlm.attention.paged import plan_paged
@@ -19,7 +19,7 @@ from wedlm.kernels.attention import LONG, MIDDLE, SHORT, paged_attention, tile_f
 from wedlm.kernels.matmul import Tiling
 from wedlm.model.inference.layers import pack_for_inference
 from wedlm.model.inference.triton_transformer import FusedTransformer
-from wedlm.model.lora.masked_rows import add_beside
+from wedlm.model.lora.masked_rows import attach_masked_lora
 
 
 def random_batch(rng: random.Random, lengths, page_size: int, device, groups: bool):
@@ -103,7 +103,7 @@ def test_fused_model_is_the_model(device, family, masked_lora, bits):
     torch.manual_seed(2)
     model = our_model(family)
     if masked_lora:
-        add_beside(model, random_factors(model), torch.linspace(-1, 1, model.config.hidden_size))
+        attach_masked_lora(model, random_lora(model), torch.linspace(-1, 1, model.config.hidden_size))
     packed = pack_for_inference(model.to(device), bits)
     config = packed.config
     if config.head_dim < 16 and device.type == "cuda":
@@ -135,7 +135,7 @@ def test_fused_model_is_the_model(device, family, masked_lora, bits):
 def test_observed_rows_of_the_fused_model_are_the_bases_bit_for_bit(device):
     """Factors for masked rows change no bit of others, products in parts or whole."""
     model = our_model("wedlm-qwen3")
-    add_beside(model, random_factors(model), torch.linspace(-1, 1, model.config.hidden_size))
+    attach_masked_lora(model, random_lora(model), torch.linspace(-1, 1, model.config.hidden_size))
     packed = [pack_for_inference(one.to(device)) for one in (our_model("wedlm-qwen3"), model)]
     config, batch = model.config, ExtendBatch([0], [6], [[0]])  # observed rows first, as every mode has them
     shape = (config.num_layers, 1, 8, config.num_kv_heads, config.head_dim, torch.float32, device)

@@ -10,10 +10,10 @@ import torch
 pytest.importorskip("triton")
 from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.reorder import pack_rows, topological_order
-from wedlm.algorithm.window import RowResults, WindowParams, WindowState, advance, extend
+from wedlm.algorithm.window import RowResults, WindowParams, WindowState, extend, update_windows
 from wedlm.kernels import window_streaming
 from wedlm.kernels.step_output import first_logprob
-from wedlm.kernels.window_streaming import streaming_advance, streaming_rows
+from wedlm.kernels.window_streaming import streaming_rows, update_streaming
 
 MASK, COLUMNS, TRASH, PAGE_SIZE = 50, 32, 999, 4
 
@@ -52,8 +52,8 @@ def check_step(rng: random.Random, state, params, table, index, device) -> None:
     column = topological_order(expected.filled, expected.width)[packed.sequence, packed.row]
     at = (packed.sequence, column)
     wanted = (~expected.filled[at]).nonzero()[:, 0]
-    capacity, num_wanted = real + rng.randint(0, 300), len(wanted) + rng.randint(0, 5)
-    rows = streaming_rows(state, params, index, table, PAGE_SIZE, capacity, num_wanted, MASK, TRASH)
+    capacity, num_logits = real + rng.randint(0, 300), len(wanted) + rng.randint(0, 5)
+    rows = streaming_rows(state, params, index, table, PAGE_SIZE, capacity, num_logits, MASK, TRASH)
     keys = expected.cached[packed.sequence] + packed.row
     pages = table[index][packed.sequence, keys // PAGE_SIZE]
     assert torch.equal(rows.tokens[:real], torch.where(expected.filled[at], expected.tokens[at], MASK))
@@ -62,24 +62,24 @@ def check_step(rng: random.Random, state, params, table, index, device) -> None:
     assert rows.slots[real:].tolist() == [TRASH] * (capacity - real)
     assert rows.tokens[real:].tolist() == [MASK] * (capacity - real)
     assert not rows.positions[real:].any()
-    assert torch.equal(rows.wanted[: len(wanted)], wanted)
+    assert torch.equal(rows.logits_indices[: len(wanted)], wanted)
     assert torch.equal(rows.sequence[: len(wanted)], packed.sequence[wanted])
     assert torch.equal(rows.target[: len(wanted)], rows.positions[wanted])
-    for padded in (rows.wanted, rows.sequence, rows.target):
+    for padded in (rows.logits_indices, rows.sequence, rows.target):
         assert not padded[len(wanted) :].any()
     assert torch.equal(rows.num_rows, expected.width)
     assert torch.equal(rows.cached, expected.cached)
     assert torch.equal(rows.run, run)
 
-    choice = torch.randint(0, 9, (num_wanted,), device=device)
-    entropy = torch.randint(0, 8, (num_wanted,), device=device) / 7  # many are equal
-    entropy[torch.rand(num_wanted, device=device) < 0.1] = torch.nan
-    logprobs = torch.randn(num_wanted, device=device)
+    choice = torch.randint(0, 9, (num_logits,), device=device)
+    entropy = torch.randint(0, 8, (num_logits,), device=device) / 7  # many are equal
+    entropy[torch.rand(num_logits, device=device) < 0.1] = torch.nan
+    logprobs = torch.randn(num_logits, device=device)
     grid = [torch.zeros(expected.tokens.shape, dtype=x.dtype, device=device) for x in (choice, entropy, logprobs)]
     for x, y in zip(grid, (choice, entropy, logprobs), strict=True):
         x[packed.sequence[wanted], column[wanted]] = y[: len(wanted)]
-    after, emitted = advance(expected, run, RowResults(*grid), own)
-    ints = streaming_advance(state, params, index, rows, choice, entropy, logprobs)
+    after, emitted = update_windows(expected, run, RowResults(*grid), own)
+    ints = update_streaming(state, params, index, rows, choice, entropy, logprobs)
     floats = ints[:, first_logprob(ints.shape) :].view(torch.float32)
     now = state.take(index)
     assert torch.equal(now.cached, after.cached)

@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.reorder import pack_rows
 from wedlm.algorithm.verify import row_layout
-from wedlm.algorithm.window import RowResults, WindowParams, WindowState, advance, num_drafts
+from wedlm.algorithm.window import RowResults, WindowParams, WindowState, num_drafts, update_windows
 from wedlm.kernels.step_output import first_logprob
-from wedlm.kernels.window_verified import verified_advance, verified_rows
+from wedlm.kernels.window_verified import update_verified, verified_rows
 
 MASK, COLUMNS, TRASH = 50, 32, 999
 
@@ -72,12 +72,12 @@ def test_histories(device, seed):
         for x, y in zip(grid, (choice, entropy, logprobs), strict=True):
             x[at] = y[:real]
         own = WindowParams.stack([params[min(slot, num_slots - 1)] for slot in chosen], device)
-        after, emitted = advance(expected, torch.zeros_like(index), RowResults(*grid), own)
+        after, emitted = update_windows(expected, torch.zeros_like(index), RowResults(*grid), own)
         slots = WindowParams(**{
             f.name: (lambda v: torch.cat([v, v[:1]]) if isinstance(v, torch.Tensor) else v)(getattr(stacked, f.name))
             for f in fields(stacked)
         })  # fmt: skip
-        ints = verified_advance(state, slots, index, rows, choice, entropy, logprobs)
+        ints = update_verified(state, slots, index, rows, choice, entropy, logprobs)
         floats = ints[:, first_logprob(ints.shape) :].view(torch.float32)
         now = state.take(index)
         assert torch.equal(now.cached, after.cached)

@@ -18,9 +18,9 @@ from tests.engine.tiny_llm import ASSISTANT, CHARACTERS, CHAT_TEMPLATE, END, USE
 from tests.model import test_gguf, test_tokenizer
 from tests.model.tiny import hf_config, logits_of, our_model
 from wedlm import LLM, SamplingParams
-from wedlm.cli_init import run_init
+from wedlm.cli.init import run_init
 from wedlm.model import CheckpointError, ModelConfig, Tokenizer, load_model, load_tokenizer
-from wedlm.model.init_checkpoint import check_mask_token_id, choose_mask_token_id, initialise, set_mask_embedding
+from wedlm.model.init_checkpoint import check_mask_token_id, choose_mask_token_id, init_checkpoint, set_mask_embedding
 
 TEXTS = ["Hello", "<|user|>hi<|end|>", "é caf 12", "a  b\n\nc"]
 MESSAGES = [{"role": "user", "content": "Hi <|end|> there"}]
@@ -46,7 +46,7 @@ class TestInitialise:
     def test_from_a_directory(self, tmp_path: Path) -> None:
         source, output = save_ar(tmp_path / "ar"), tmp_path / "new" / "wedlm"
         (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [END], "top_p": 0.9}))
-        made = initialise(source, output, block_size=8)
+        made = init_checkpoint(source, output, block_size=8)
         assert (made.directory, made.mask_token) == (output, None)
         before, _ = load_model(source)
         model, config = load_model(output)
@@ -64,7 +64,7 @@ class TestInitialise:
 
     def test_the_original_decodes_as_before_and_the_stock_class_loads_it(self, tmp_path: Path) -> None:
         source = save_ar(tmp_path / "ar")
-        initialise(source, tmp_path / "wedlm")
+        init_checkpoint(source, tmp_path / "wedlm")
         params = SamplingParams(max_tokens=20, decoding="autoregressive")
         old, new = (LLM(path, device="cpu", mask_token_id=101) for path in (source, tmp_path / "wedlm"))
         assert new.generate(TEXTS, params)[0].token_ids == old.generate(TEXTS, params)[0].token_ids
@@ -80,7 +80,7 @@ class TestInitialise:
         backend = test_tokenizer.train(kind)
         source = tmp_path / "model.gguf"
         write_model_and_tokenizer(source, backend, kind)
-        made = initialise(source, tmp_path / "out")
+        made = init_checkpoint(source, tmp_path / "out")
         assert made.mask_token == "<unk>"
         original, written = load_tokenizer(source), load_tokenizer(tmp_path / "out")
         theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -98,7 +98,7 @@ class TestInitialise:
 
     @pytest.mark.demo_model
     def test_from_the_demo_model(self, tmp_path: Path) -> None:
-        made = initialise("demo-base", tmp_path)
+        made = init_checkpoint("demo-base", tmp_path)
         assert (made.config.mask_token_id, made.mask_token, made.config.block_size) == (16, "<empty_output>", 32)
         assert made.config.eos_token_ids == (2,)
         theirs, demo = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer("demo-base")
@@ -113,7 +113,7 @@ class TestInitialise:
         torch.testing.assert_close(after[16].float(), before[others].float().mean(0), atol=1e-3, rtol=1e-2)
 
     def test_tied_embeddings_stay_tied(self, tmp_path: Path) -> None:
-        initialise(save_ar(tmp_path / "ar", tie_word_embeddings=True), tmp_path / "wedlm")
+        init_checkpoint(save_ar(tmp_path / "ar", tie_word_embeddings=True), tmp_path / "wedlm")
         model, config = load_model(tmp_path / "wedlm")
         assert config.tie_word_embeddings
         assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -130,11 +130,11 @@ class TestInitialise:
         for name in (*stale, "notes.md", "adapter_model.safetensors"):
             (output / name).write_text("old")
         with pytest.raises(ValueError, match=r"is not empty; expected a new directory, or --force"):
-            initialise(source, output)
+            init_checkpoint(source, output)
         assert sorted(path.name for path in output.iterdir()) == sorted(
             [*stale, "notes.md", "adapter_model.safetensors"]
         )
-        initialise(source, output, force=True)
+        init_checkpoint(source, output, force=True)
         assert not any((output / name).exists() for name in stale)
         assert (output / "notes.md").read_text() == (output / "adapter_model.safetensors").read_text() == "old"
         assert load_tokenizer(output).chat_templates == {"default": CHAT_TEMPLATE}
@@ -156,28 +156,28 @@ class TestInitialise:
     def test_refusals_write_nothing(self, options: dict[str, Any], sentence: str, tmp_path: Path) -> None:
         source = save_ar(tmp_path / "ar")
         with pytest.raises(ValueError, match=sentence):
-            initialise(source, tmp_path / "out", **options)
+            init_checkpoint(source, tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
 
     def test_places_that_cannot_be(self, tmp_path: Path) -> None:
         source = save_ar(tmp_path / "ar")
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match="is a file; expected a directory"):
-            initialise(source, tmp_path / "file", force=True)
+            init_checkpoint(source, tmp_path / "file", force=True)
         with pytest.raises(ValueError, match="is the source itself"):
-            initialise(source, source, force=True)
+            init_checkpoint(source, source, force=True)
         with pytest.raises(CheckpointError, match="does not exist"):
-            initialise(tmp_path / "nothing", tmp_path / "out")
+            init_checkpoint(tmp_path / "nothing", tmp_path / "out")
         (source / "tokenizer.json").unlink()
         with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
-            initialise(source, tmp_path / "out")
+            init_checkpoint(source, tmp_path / "out")
 
     def test_a_wedlm_checkpoint_is_one_already(self, tmp_path: Path) -> None:
         for name, directory in (("wedlm", save_tiny(tmp_path / "wedlm")), ("adapted", tmp_path / "adapted")):
             if name == "adapted":
-                initialise(save_ar(tmp_path / "ar"), directory)
+                init_checkpoint(save_ar(tmp_path / "ar"), directory)
             with pytest.raises(ValueError, match="is a WeDLM checkpoint already; expected an AR checkpoint"):
-                initialise(directory, tmp_path / "out")
+                init_checkpoint(directory, tmp_path / "out")
 
 
 class TestChoice:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tests.model.tiny import causal_attend, our_model
 from wedlm.model import CheckpointError, Transformer, pack_for_inference, save_model
-from wedlm.model.lora.masked_rows import MaskedLora, add_beside, add_factors, linear_of
+from wedlm.model.lora.masked_rows import MaskedLora, attach_masked_lora, attach_to_layer, linear_of
 from wedlm.model.lora.peft import apply_adapter, read_adapter
 
 NAME, WEIGHTS, CONFIG = "llama-biases", "adapter_model.safetensors", "adapter_config.json"
@@ -23,7 +23,7 @@ OBSERVED = 3  # the second observed row holds the mask token as an ordinary one
 MASKED = torch.arange(len(TOKENS)) >= OBSERVED
 
 
-def random_factors(model: Transformer, rank: int = 3, layers: str = "proj.weight") -> dict[str, tuple[Tensor, Tensor]]:
+def random_lora(model: Transformer, rank: int = 3, layers: str = "proj.weight") -> dict[str, tuple[Tensor, Tensor]]:
     torch.manual_seed(5)
     return {
         name: (0.3 * torch.randn(rank, weight.shape[1]), 0.3 * torch.randn(weight.shape[0], rank))
@@ -34,16 +34,16 @@ def random_factors(model: Transformer, rank: int = 3, layers: str = "proj.weight
 
 def adapted(name: str = NAME, layers: str = "proj.weight") -> Transformer:
     model = our_model(name)
-    add_beside(model, random_factors(model, layers=layers), torch.randn(model.config.hidden_size))
+    attach_masked_lora(model, random_lora(model, layers=layers), torch.randn(model.config.hidden_size))
     return model
 
 
 def write_adapter(directory: Path, model: Transformer, alpha: float = 6.0) -> Path:
-    """What the trainer writes: factors of rank 3, which count alpha / 3 times."""
+    """What the trainer writes: matrices of rank 3, scaled by alpha / 3."""
     tensors = {f"{PREFIX}model.mask_embedding": torch.linspace(-1, 1, model.config.hidden_size)}
-    for weight, (down, up) in random_factors(model).items():
+    for weight, (a, b) in random_lora(model).items():
         module = PREFIX + weight.removesuffix(".weight")
-        tensors |= {f"{module}.masked_lora_A.weight": down, f"{module}.masked_lora_B.weight": up}
+        tensors |= {f"{module}.masked_lora_A.weight": a, f"{module}.masked_lora_B.weight": b}
     directory.mkdir(exist_ok=True)
     save_file(tensors, directory / WEIGHTS)
     values = {"peft_type": "MASKED_LORA", "r": 3, "lora_alpha": alpha, "target_modules": ["q_proj"]}
@@ -60,14 +60,14 @@ def logits(model: Transformer, masked: Tensor | None) -> Tensor:
 def test_a_layer_is_its_formula(masked):
     torch.manual_seed(0)
     base = nn.Linear(8, 5)
-    down, up, x = torch.randn(3, 8), torch.randn(5, 3), torch.randn(len(TOKENS), 8)
-    layer = MaskedLora(base, linear_of(down), linear_of(up), scale=0.5)
+    a, b, x = torch.randn(3, 8), torch.randn(5, 3), torch.randn(len(TOKENS), 8)
+    layer = MaskedLora(base, linear_of(a), linear_of(b), scale=0.5)
     with torch.no_grad():
         y = layer(x, masked)
         for row in range(len(x)):
             expected = base(x)[row]
             if masked is not None and MASKED[row]:
-                torch.testing.assert_close(y[row], expected + 0.5 * up @ (down @ x[row]), rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(y[row], expected + 0.5 * b @ (a @ x[row]), rtol=1e-6, atol=1e-6)
             else:
                 assert torch.equal(y[row], expected)
 
@@ -108,9 +108,9 @@ def test_packing_keeps_the_factors(layers, dtype, tolerance):
 
 def test_scale_is_folded_into_a_packed_layer():
     model, other = our_model(NAME), our_model(NAME)
-    (weight, (down, up)), *_ = random_factors(model).items()
-    add_factors(model, weight.removesuffix(".weight"), down, up, scale=2.5)
-    add_factors(other, weight.removesuffix(".weight"), down, 2.5 * up)
+    (weight, (a, b)), *_ = random_lora(model).items()
+    attach_to_layer(model, weight.removesuffix(".weight"), a, b, scale=2.5)
+    attach_to_layer(other, weight.removesuffix(".weight"), a, 2.5 * b)
     torch.testing.assert_close(logits(pack_for_inference(model), MASKED), logits(other, MASKED), rtol=0, atol=1e-5)
 
 
@@ -120,8 +120,8 @@ def test_an_adapter_is_read_and_stays_beside_the_weights(tmp_path):
     write_adapter(tmp_path, model, alpha=6.0)
     assert read_adapter(tmp_path).masked_rows
     expected = our_model(NAME)
-    factors = {name: (down, 2 * up) for name, (down, up) in random_factors(expected).items()}
-    add_beside(expected, factors, torch.linspace(-1, 1, expected.config.hidden_size))
+    matrices = {name: (a, 2 * b) for name, (a, b) in random_lora(expected).items()}
+    attach_masked_lora(expected, matrices, torch.linspace(-1, 1, expected.config.hidden_size))
     apply_adapter(model, tmp_path)
     assert torch.equal(logits(model, MASKED), logits(expected, MASKED))
     after = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
@@ -161,7 +161,7 @@ class TestRefusals:
 
     def test_what_is_no_part_of_it(self, saved):
         name = "model.layers.0.mlp.up_proj.lora_A.weight"
-        self.refused(saved, f"tensor {name} is no part of an adapter of masked rows", **{name: torch.ones(3, 48)})
+        self.refused(saved, f"tensor {name} is not part of an adapter of masked rows", **{name: torch.ones(3, 48)})
 
     def test_factors_of_other_layers(self, saved):
         changes = {"lm_head.masked_lora_A.weight": torch.ones(3, 48), "lm_head.masked_lora_B.weight": torch.ones(97, 3)}
@@ -185,8 +185,8 @@ def test_explicit_rows_of_a_whole_model():
     """The layers get the flags of their rows: one row at a time, each with merged weights if it is masked."""
     model = adapted("llama")
     base, merged = our_model("llama"), our_model("llama")
-    for name, (down, up) in random_factors(base).items():
-        merged.get_parameter(name).data += up @ down
+    for name, (a, b) in random_lora(base).items():
+        merged.get_parameter(name).data += b @ a
     embedding = model.model.mask_embedding
     assert embedding is not None
     found = logits(model, MASKED)

@@ -4,54 +4,110 @@
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
 
+from tests.engine.tiny_llm import save_tiny
 from tests.server.running import wait_until
-from wedlm import cli_serve
-from wedlm.cli_serve import serve, server_config
+from wedlm.cli.serve import HttpOptions, LimitOptions, serve, server_config
+from wedlm.server.run import AddressError, bound_sockets
 
 app = typer.Typer()
 app.command()(serve)
 
 
-def test_a_process(directory):
-    import httpx2
-
-    code = "import typer; from wedlm.cli_serve import serve; typer.run(serve)"
-    words = ["--model", str(directory), "--port", "0", "--device", "cpu", "--threads", "1", "--api-key", "secret-key"]
-    process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
+@contextmanager
+def process_of(directory: Path, *words: str) -> Iterator[tuple[subprocess.Popen, str, list[str]]]:
+    """A process that serves, its address, and the lines of its standard error, all of which are there at the end."""
+    options = ["--model", str(directory), "--port", "0", "--device", "cpu", "--threads", "1"]
+    command = [sys.executable, "-m", "wedlm", "serve", *options, *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")))
     reader.start()
     try:
-        pattern = re.compile(r"running on (http://127\.0\.0\.1:\d+)")
+        pattern = re.compile(r"serving \S+ at (http://127\.0\.0\.1:\d+);")
         wait_until(lambda: process.poll() is not None or bool(pattern.search("".join(lines))), seconds=60)
-        url = pattern.search("".join(lines))[1]
-        headers = {"Authorization": "Bearer secret-key"}
-        assert httpx2.get(f"{url}/v1/models").status_code == 401
-        (model,) = httpx2.get(f"{url}/v1/models", headers=headers).json()["data"]
-        assert model["id"] == directory.name  # and not the path
-        body = {"model": model["id"], "prompt": "abc", "max_tokens": 4, "seed": 0}
-        assert (
-            httpx2.post(f"{url}/v1/completions", json=body, headers=headers).json()["usage"]["completion_tokens"] == 4
-        )
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        yield process, pattern.search("".join(lines))[1], lines
     finally:
         process.kill()
         process.wait()
         reader.join()
         process.stderr.close()
+
+
+def test_a_process(directory):
+    import httpx2
+
+    with process_of(directory, "--api-key", "secret-key") as (process, url, lines):
+        headers = {"Authorization": "Bearer secret-key"}
+        assert httpx2.get(f"{url}/v1/models").status_code == 401
+        (model,) = httpx2.get(f"{url}/v1/models", headers=headers).json()["data"]
+        assert model["id"] == directory.name  # and not the path
+        body = {"model": model["id"], "prompt": "abc", "max_tokens": 4, "seed": 0}
+        answer = httpx2.post(f"{url}/v1/completions", json=body, headers=headers).json()
+        assert answer["usage"]["completion_tokens"] == 4
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
     logged = [json.loads(line) for line in lines if line.startswith("{")]
     assert [line["status"] for line in logged if line["message"] == "request"] == [401, 200, 200]
+    assert any(line["message"] == f"running on {url}" for line in logged)
     assert "secret-key" not in "".join(lines)
+
+
+@pytest.mark.parametrize("stop", [[signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM, signal.SIGINT]])
+def test_an_end_in_the_middle_of_an_answer_leaves_no_traceback(tmp_path, stop):
+    import httpx2
+
+    directory = save_tiny(tmp_path / "long", max_position_embeddings=60000)
+    body = {"model": "long", "prompt": "abc", "max_tokens": 50000, "ignore_eos": True, "stream": True}
+    with (
+        process_of(directory, "--shutdown-timeout", "1" if len(stop) == 1 else "600") as (process, url, lines),
+        httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer,
+    ):
+        pieces = answer.iter_lines()
+        next(pieces)
+        for number, one in enumerate(stop, start=1):
+            process.send_signal(one)
+            wait_until(lambda n=number: n > 1 or "shutting down; 1 seq" in "".join(lines), seconds=30)
+        assert "shutting_down" in "".join(pieces)
+        assert process.wait(30) == 0
+    assert "raceback" not in "".join(lines)
+    assert json.loads(lines[-1])["message"].startswith("Finished server process")
+
+
+def test_a_port_in_use_is_one_sentence(directory):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "wedlm", "serve", "--model", str(directory), "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"error: port {port} of '127.0.0.1' cannot be listened on: address already in use; expected" in done.stderr
+    assert "serving" not in done.stderr
+
+
+def test_every_address_of_a_host_has_a_socket_of_its_own():
+    with bound_sockets("", 0) as sockets:
+        families = {one.family for one in sockets}
+        assert socket.AF_INET in families
+        assert len(families) == len(sockets)
+    assert all(one.fileno() == -1 for one in sockets)
+    with (
+        pytest.raises(AddressError, match="port 1 of 'no such host' cannot be listened on"),
+        bound_sockets("no such host", 1),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -61,8 +117,8 @@ def test_a_process(directory):
         (["--max-queue", "-1"], "max_queue is -1"),
         (["--request-timeout", "0"], "request_timeout_s is 0"),
         (["--log-level", "loud"], "log_level is 'loud'"),
-        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--threads", "0"], "threads is 0"),
+        (["--model", "/nowhere/at/all", "--port", "0"], "/nowhere/at/all"),
+        (["--threads", "0", "--port", "0"], "threads is 0"),
     ],
 )
 def test_wrong_options(words, message):
@@ -81,16 +137,24 @@ def test_wrong_options(words, message):
 )
 def test_options_of_prompt_chunks(directory, monkeypatch, words, expected):
     served = []
-    monkeypatch.setattr(cli_serve, "run", lambda llm, *_: served.append(llm.engine.config.options))
-    result = CliRunner().invoke(app, ["--model", str(directory), "--device", "cpu", *words])
+    monkeypatch.setattr("wedlm.cli.serve.run", lambda llm, *_: served.append(llm.engine.config.options))
+    result = CliRunner().invoke(app, ["--model", str(directory), "--port", "0", "--device", "cpu", *words])
     assert result.exit_code == 0, result.stderr
     assert [(config.capture_chunks, config.chunk_step_ratio) for config in served] == [expected]
 
 
+@pytest.mark.parametrize("words", [[], ["--allow-control-tokens"]])
+def test_control_tokens(directory, monkeypatch, words):
+    served = []
+    monkeypatch.setattr("wedlm.cli.serve.run", lambda llm, *_: served.append(llm))
+    assert CliRunner().invoke(app, ["--model", str(directory), "--port", "0", "--device", "cpu", *words]).exit_code == 0
+    assert [llm.allow_control_tokens for llm in served] == [bool(words)]
+
+
 def test_eight_bits(directory, monkeypatch):
     served = []
-    monkeypatch.setattr(cli_serve, "run", lambda llm, *_: served.append(llm))
-    words = ["--model", str(directory), "--device", "cpu", "--quantization"]
+    monkeypatch.setattr("wedlm.cli.serve.run", lambda llm, *_: served.append(llm))
+    words = ["--model", str(directory), "--port", "0", "--device", "cpu", "--quantization"]
     assert CliRunner().invoke(app, [*words, "int8"]).exit_code == 0
     assert served[0].model.model.layers[0].mlp.down_proj.weight.dtype == torch.int8
     result = CliRunner().invoke(app, [*words, "fp4"])
@@ -99,27 +163,16 @@ def test_eight_bits(directory, monkeypatch):
 
 
 def test_a_wrong_option_of_the_engine(directory):
-    result = CliRunner().invoke(app, ["--model", str(directory), "--device", "cpu", "--chunk-step-ratio", "1"])
+    result = CliRunner().invoke(
+        app, ["--model", str(directory), "--port", "0", "--device", "cpu", "--chunk-step-ratio", "1"]
+    )
     assert result.exit_code == 2
     assert "chunk_step_ratio is 1.0; expected a number > 1, or inf" in " ".join(result.stderr.split())
 
 
 def test_keys_of_the_environment_and_the_options():
-    options = {
-        "model": "./some/checkpoint/",
-        "model_name": None,
-        "host": "127.0.0.1",
-        "port": 1,
-        "api_key": ["a"],
-        "cors_origin": None,
-        "max_queue": 1,
-        "max_choices": 1,
-        "max_body_bytes": 1,
-        "request_timeout": 1.0,
-        "body_timeout": 1.0,
-        "shutdown_timeout": 1.0,
-    }
-    config = server_config(options, "b")
+    limits = LimitOptions()
+    config = server_config(HttpOptions(api_key=["a"]), limits, "./some/checkpoint/", "b")
     assert config.api_keys == ("a", "b")
     assert config.model_name == "checkpoint"
-    assert server_config({**options, "api_key": None}, None).api_keys == ()
+    assert server_config(HttpOptions(), limits, "x", None).api_keys == ()

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from tests.server.running import MODEL, Running
-from wedlm.cli_serve import serve
+from wedlm.cli.serve import serve
 from wedlm.server.protocol import ChatRequest, CompletionRequest, Message
 
 ROOT = Path(__file__).parents[2]

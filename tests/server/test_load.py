@@ -72,9 +72,8 @@ def leave_at_random(running: Running, count: int, rng: random.Random) -> None:
             f'"max_tokens": {rng.randint(1, 100)}, "n": {rng.randint(1, 3)}, "stream": {rng.choice(["true", "false"])}'
         )
         body = f'{{"model": "{MODEL}", "prompt": "{"abc " * rng.randint(1, 20)}{i}", "ignore_eos": true, {options}}}'
-        head = (
-            f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         data = (head + body).encode()
         connection = socket.create_connection(("127.0.0.1", running.port))
         with connection:

@@ -72,7 +72,7 @@ def test_256_streams_of_the_demo_model(reference, alone, decoding, record_proper
     assert max(most) == len(PROMPTS), "they must have been in one batch"
     texts = [text_of(chunks) for chunks in answers]
     ids = [[token for chunk in chunks for token in chunk["wedlm"]["token_ids"]] for chunks in answers]
-    ends = set(llm.engine.config.end_token_ids)
+    ends = set(llm.engine.config.eos_token_ids)
     ties = greedy = 0
     for prompt, text, tokens in zip(PROMPTS, texts, ids, strict=True):
         assert len(tokens) == 32 or tokens[-1] in ends

@@ -199,6 +199,24 @@ def test_tagged_calls(text, names, content, calls):
         assert len(read(TaggedReader(names, parallel=False), [text])[1]["tool_calls"]) == 1
 
 
+def test_a_call_with_half_of_a_surrogate_pair():
+    """It has no UTF-8, but an escape in JSON, which is what the client gets."""
+    text = r'<tool_call>{"name": "add", "arguments": {"\udfff": "x\ud800é"}}</tool_call>'
+    (call,) = read(TaggedReader(["add"], parallel=True), [text])[1]["tool_calls"]
+    arguments = call["function"]["arguments"]
+    arguments.encode()
+    assert "é" in arguments
+    assert json.loads(arguments) == {"\udfff": "x\ud800é"}
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "[-1e999]"])
+def test_a_call_with_a_number_that_is_none_is_content(number):
+    text = f'<tool_call>{{"name": "add", "arguments": {{"a": {number}}}}}</tool_call>'
+    whole = read(TaggedReader(["add"], parallel=True), [text])[1]
+    assert "tool_calls" not in whole
+    assert whole["content"] == text
+
+
 @pytest.mark.parametrize(
     "text", ['{"name": "f", "arguments": {"a": "}"}}', '{ "name" : "f","arguments" :{"a": "}" } }']
 )

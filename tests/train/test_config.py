@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from wedlm.train.config import TrainConfig, load_config, parse_overrides
+from wedlm.train.config import RENAMED, TrainConfig, load_config, parse_overrides
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*(ROOT / "examples").glob("*.yaml"), *(ROOT / "recipes").rglob("*.yaml")])
@@ -18,9 +18,9 @@ MASKED = {"lora_rank": 4, "lora_rows": "masked"}
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"learning_rates": 1}, "learning_rates is no setting; expected learning_rate or min_learning_rate"),
-        ({"zzz": 1}, "zzz is no setting; expected one that wedlm train --help lists"),
-        ({"train_data": [{"path": "a", "repeats": 2}]}, "train_data.0.repeats is no setting; expected repeat"),
+        ({"learning_rates": 1}, "learning_rates is not a setting; expected learning_rate or min_learning_rate"),
+        ({"zzz": 1}, "zzz is not a setting; expected one that wedlm train --help lists"),
+        ({"train_data": [{"path": "a", "repeats": 2}]}, "train_data.0.repeats is not a setting; expected repeat"),
         ({"model_path": None}, "model_path is None; input should be a valid string"),
         ({"block_size": "x"}, "block_size is 'x'; input should be a valid integer"),
         ({"block_size": 0}, "block_size is 0; input should be greater than or equal to 1"),
@@ -78,9 +78,17 @@ def test_every_fault_is_told():
     ],
 )
 def test_settings_of_the_original_that_mean_nothing_here(key, instead):
-    with pytest.raises(ValueError, match=f"{key} is no setting here: .*{instead}") as caught:
+    with pytest.raises(ValueError, match=f"{key} is not a setting here: .*{instead}") as caught:
         load_config(None, {**LEAST, key: "hidden-value"})
     assert "hidden-value" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_keys_of_earlier_versions_name_the_present_one(old, new):
+    with pytest.raises(ValueError, match=f"^{old} has a new name; expected {new}$"):
+        load_config(None, {**LEAST, old: 1})
+    assert new in TrainConfig.model_fields
+    assert old not in TrainConfig.model_fields
 
 
 def test_what_is_said_on_the_command_line_counts(tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed rows: what they hold, that a number finds them again, and that what is held out stays out."""
+"""Packed sequences: what they hold, that a number finds them again, and that what is held out stays out."""
 
 import dataclasses
 import json
@@ -58,23 +58,23 @@ def packed(cache, repeats=(1, 1), seed=5, **options) -> PackedData:
     return PackedData(cache, repeats, LENGTH, seed, pad_token_id=END, **options)
 
 
-def documents_of(row) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
-    """Tokens and flags of each piece of a row, whose layout is checked."""
+def documents_of(sequence) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
+    """Tokens and flags of each piece of a sequence, whose layout is checked."""
     for name, dtype in [("tokens", "int64"), ("positions", "int64"), ("documents", "int64"), ("trainable", "bool")]:
-        array = getattr(row, name)
+        array = getattr(sequence, name)
         assert (array.shape, array.dtype) == ((LENGTH,), np.dtype(dtype))
-    used = int((row.documents >= 0).sum())
-    assert (row.documents[used:] == -1).all()
-    assert (row.tokens[used:] == END).all()
-    assert not row.trainable[used:].any()
-    assert not row.positions[used:].any()
+    used = int((sequence.documents >= 0).sum())
+    assert (sequence.documents[used:] == -1).all()
+    assert (sequence.tokens[used:] == END).all()
+    assert not sequence.trainable[used:].any()
+    assert not sequence.positions[used:].any()
     found = []
-    for number in range(row.documents.max() + 1):
-        (where,) = np.nonzero(row.documents == number)
+    for number in range(sequence.documents.max() + 1):
+        (where,) = np.nonzero(sequence.documents == number)
         assert where.tolist() == list(range(where[0], where[-1] + 1))
-        assert row.positions[where].tolist() == list(range(len(where)))
-        found.append((tuple(row.tokens[where].tolist()), tuple(row.trainable[where].tolist())))
-    assert (np.diff(row.documents[:used]) >= 0).all()
+        assert sequence.positions[where].tolist() == list(range(len(where)))
+        found.append((tuple(sequence.tokens[where].tolist()), tuple(sequence.trainable[where].tolist())))
+    assert (np.diff(sequence.documents[:used]) >= 0).all()
     return found
 
 
@@ -90,13 +90,13 @@ def pieces_of(cache, documents=None) -> Counter:
 
 
 def epoch_of(data, epoch: int) -> Counter:
-    first = sum(data.rows_in_epoch(before) for before in range(epoch))
-    rows = range(first, first + data.rows_in_epoch(epoch))
-    return Counter(piece for index in rows for piece in documents_of(data.row(index)))
+    first = sum(data.sequences_in_epoch(before) for before in range(epoch))
+    sequences = range(first, first + data.sequences_in_epoch(epoch))
+    return Counter(piece for index in sequences for piece in documents_of(data.sequence(index)))
 
 
 def digest(data, indices) -> list[list[int]]:
-    return [[int(data.row(i).tokens @ np.arange(LENGTH)), *data.row(i).documents.tolist()] for i in indices]
+    return [[int(data.sequence(i).tokens @ np.arange(LENGTH)), *data.sequence(i).documents.tolist()] for i in indices]
 
 
 def test_an_epoch_shows_everything_once(cache):
@@ -115,9 +115,9 @@ def test_sources_are_repeated_as_asked(cache):
 
 def test_rows_are_found_by_number(cache):
     in_order = packed(cache)
-    indices = range(3 * in_order.rows_in_epoch(0))
+    indices = range(3 * in_order.sequences_in_epoch(0))
     expected = digest(in_order, indices)
-    count = in_order.rows_in_epoch(0)
+    count = in_order.sequences_in_epoch(0)
     assert expected[:count] != expected[count : 2 * count]
     backwards = packed(cache)
     assert digest(backwards, indices[::-1]) == expected[::-1]
@@ -169,14 +169,14 @@ def test_stats_add_up(cache):
     assert [one.repeat for one in stats.sources] == [3, 1]
     assert sum(one.tokens for one in stats.sources) == len(cache.tokens)
     assert sum(one.trainable for one in stats.sources) == cache.trainable.sum()
-    assert stats.rows == data.rows_in_epoch(0)
+    assert stats.sequences == data.sequences_in_epoch(0)
     assert stats.cut_documents == (cache.lengths > LENGTH).sum() > 1
     assert stats.dropped_pieces > 3
     assert stats.pieces == pieces_of(cache).total()
-    shown = sum(int((data.row(i).documents >= 0).sum()) for i in range(stats.rows))
-    assert stats.fill == pytest.approx(shown / (stats.rows * LENGTH))
+    shown = sum(int((data.sequence(i).documents >= 0).sum()) for i in range(stats.sequences))
+    assert stats.fill == pytest.approx(shown / (stats.sequences * LENGTH))
     once = packed(cache).stats()
-    assert round(once.fill * once.rows * LENGTH) + once.dropped_tokens == len(cache.tokens)
+    assert round(once.fill * once.sequences * LENGTH) + once.dropped_tokens == len(cache.tokens)
     first, _, last = data.describe()
     assert first.startswith("chats.jsonl: 61 documents, ")
     assert f"{stats.dropped_pieces} pieces without a token to learn" in last
@@ -212,8 +212,8 @@ def test_impossible_amounts_and_repeats(cache):
         packed(cache, repeats=(1, 0))
     with pytest.raises(ValueError, match="no documents to train on"):
         packed(cache, documents=np.arange(0))
-    with pytest.raises(ValueError, match="row -1 was asked for"):
-        packed(cache).row(-1)
+    with pytest.raises(ValueError, match="the sequence's number is -1; expected >= 0"):
+        packed(cache).sequence(-1)
 
 
 def test_load_data(files, tmp_path):
@@ -239,7 +239,7 @@ def test_load_data_refuses_what_the_model_cannot_learn(files, tmp_path):
     with pytest.raises(ValueError, match=rf"mask_token_id is {END}, which .*chats\.jsonl line 1; expected an id"):
         load_data(config, TOKENIZER, MODEL, END)
     autoregressive = config.model_copy(update={"objective": "autoregressive"})
-    assert load_data(autoregressive, TOKENIZER, MODEL, END)[0].rows_in_epoch(0)  # which masks nothing
+    assert load_data(autoregressive, TOKENIZER, MODEL, END)[0].sequences_in_epoch(0)  # which masks nothing
     small = dataclasses.replace(MODEL, vocab_size=END)
     with pytest.raises(ValueError, match=rf"the data uses token {END}; expected ids below the model's {END}"):
         load_data(config, TOKENIZER, small, UNUSED)

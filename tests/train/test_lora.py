@@ -35,13 +35,13 @@ def runs(request, tmp_path_factory):
 def test_merged_weights_are_base_plus_scaled_product(runs):
     base, merged, adapter, _ = runs
     before, after = weights(base), weights(merged)
-    factors = load_file(adapter / "adapter_model.safetensors")
+    matrices = load_file(adapter / "adapter_model.safetensors")
     mask = read_config(merged).mask_token_id
     assert after.keys() == before.keys()
     for name in before:
         module = f"base_model.model.{name.removesuffix('.weight')}"
         if name.split(".")[-2] in TARGETS:
-            a, b = factors[f"{module}.lora_A.weight"], factors[f"{module}.lora_B.weight"]
+            a, b = matrices[f"{module}.lora_A.weight"], matrices[f"{module}.lora_B.weight"]
             assert b.abs().max() > 0
             torch.testing.assert_close(after[name], before[name] + 6 / 4 * (b @ a), rtol=0, atol=1e-6)
         elif name == EMBEDDING:
@@ -106,7 +106,7 @@ def test_an_adapter_of_ar_training_has_no_mask_row(runs):
 
 
 def test_the_base_is_read_only_in_bfloat16(runs):
-    """With bf16 the frozen weights are kept in it, and the factors in float32."""
+    """With bf16 the frozen weights are kept in it, and the LoRA in float32."""
     base, _, _, directory = runs
     config = config_of(base, directory / "data.jsonl", directory / "x", **SETTINGS)
     from wedlm.train.lora import add_lora

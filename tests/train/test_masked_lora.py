@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training a LoRA of masked rows: a plain loop with explicit factors, a base that stays, and its text made faster."""
+"""Training a LoRA of masked rows: a plain loop with explicit matrices, a base that stays, and its text made faster."""
 
 import json
 
@@ -21,7 +21,7 @@ __all__ = ["transformer"]  # a fixture
 LORA = {"lora_rank": 4, "lora_rows": "masked", "merge_lora": False, "enable_ar_loss": False}
 
 
-class ExplicitFactors:
+class ExplicitLora:
     """The model of a plain loop: each masked row of each layer's product gets scale · B A x, written out.
 
     The rows of these tests hold the mask token where they are masked, and nowhere else.
@@ -36,8 +36,8 @@ class ExplicitFactors:
 
     def added_by(self, layer):
         def hook(_: torch.nn.Module, inputs: tuple[Tensor], y: Tensor) -> Tensor:
-            down, up = layer.masked_lora_A.weight, layer.masked_lora_B.weight
-            rows = [y[row] + 1.5 * up @ (down @ x) if self.masked[row] else y[row] for row, x in enumerate(inputs[0])]
+            a, b = layer.masked_lora_A.weight, layer.masked_lora_B.weight
+            rows = [y[row] + 1.5 * b @ (a @ x) if self.masked[row] else y[row] for row, x in enumerate(inputs[0])]
             return torch.stack(rows)
 
         return hook
@@ -50,8 +50,8 @@ class ExplicitFactors:
         return self.model(tokens, positions, attend)  # without the flags the layers add nothing themselves
 
 
-def with_factors(transformer: Transformer) -> Transformer:
-    """A copy with random factors that count 6 / 4 times."""
+def with_random_lora(transformer: Transformer) -> Transformer:
+    """A copy with a random LoRA scaled by 6 / 4."""
     model = Transformer(transformer.config)
     model.load_state_dict(transformer.state_dict())
     torch.manual_seed(1)
@@ -73,8 +73,8 @@ def trained_gradients(model: Transformer) -> dict[str, Tensor]:
 
 def test_losses_and_gradients_equal_a_plain_loop_with_explicit_factors(transformer):
     micro_batches = two_micro_batches(settings(**LORA))
-    loop_model, model = with_factors(transformer), with_factors(transformer)
-    loop = plain_loop(ExplicitFactors(loop_model), micro_batches)
+    loop_model, model = with_random_lora(transformer), with_random_lora(transformer)
+    loop = plain_loop(ExplicitLora(loop_model), micro_batches)
     expected = loop.loss(a=0.0, uniform=False)
     expected.backward()
     losses = run(TrainingModel(model, "dense", MASK, False), micro_batches, a=0.0)
@@ -88,7 +88,7 @@ def test_losses_and_gradients_equal_a_plain_loop_with_explicit_factors(transform
 
 
 def test_observed_rows_of_both_streams_are_the_bases_bit_for_bit(transformer):
-    model = with_factors(transformer)
+    model = with_random_lora(transformer)
     states = []
 
     def keep(_: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -198,7 +198,7 @@ def test_the_base_and_its_mask_tokens_row_stay(runs):
         assert torch.equal(found, tensor.float()), name
 
 
-def same_factors(adapter, other, tolerance: float) -> None:
+def same_lora(adapter, other, tolerance: float) -> None:
     expected = load_file(other / "adapter_model.safetensors")
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=tolerance, msg=name)
@@ -209,7 +209,7 @@ def test_recomputed_activations_change_nothing(runs):
     options = {**LORA, "max_steps": 2, "learning_rate": 1e-2, "lora_dropout": 0.2}
     plain = train(ar, directory / "data.jsonl", directory / "kept", **options)
     again = train(ar, directory / "data.jsonl", directory / "again", activation_checkpointing=True, **options)
-    same_factors(again, plain, tolerance=1e-6)
+    same_lora(again, plain, tolerance=1e-6)
 
 
 @pytest.mark.long
@@ -218,4 +218,4 @@ def test_compiled_layers_change_nothing(runs):
     options = {**LORA, "max_steps": 4, "learning_rate": 3e-3}
     plain = train(ar, directory / "data.jsonl", directory / "plain", **options)
     config = config_of(ar, directory / "data.jsonl", directory / "compiled", compile=True, **options)
-    same_factors(run_processes(config, 1) / "final", plain, tolerance=5e-5)
+    same_lora(run_processes(config, 1) / "final", plain, tolerance=5e-5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells: figures, what a resumed run repeats of them, TensorBoard, and that no secret is told."""
+"""What a run logs: figures, what a resumed run repeats of them, TensorBoard, and that no secret is told."""
 
 import json
 import math
@@ -65,12 +65,12 @@ def test_a_meter_goes_on_where_another_stopped():
             meter.add(loss, statistics, 10)
         if number == 1:
             second.restore(json.loads(json.dumps(first.state())))
-    mine, theirs = second.take(), whole.take()
+    mine, theirs = second.flush(), whole.flush()
     assert mine.pop("tokens_per_second") > 0
     assert theirs.pop("tokens_per_second") > 0
     assert mine == theirs
     whole.add(torch.tensor(3.0), torch.zeros(NUM_GROUPS, 3), 1)
-    assert whole.take()["loss"] == 3.0  # begun anew
+    assert whole.flush()["loss"] == 3.0  # begun anew
 
 
 def test_a_resumed_run_tells_the_same_between_its_checkpoints(parts, monkeypatch):
@@ -130,7 +130,7 @@ def test_rewind_keeps_what_stays_true(tmp_path):
     rewind(tmp_path, 3)
     assert read_metrics(path) == lines[:4]
     path.write_text('nonsense\n{"step": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is no JSON; expected one record a line"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is not valid JSON; expected one record a line"):
         rewind(tmp_path, 3)
 
 
@@ -214,7 +214,7 @@ def test_weights_and_biases_gets_figures_and_no_secret(parts, monkeypatch):
 def test_a_process_that_is_not_the_first_tells_nothing(parts, tmp_path):
     base, data, _ = parts
     with Records(config_of(base, data, tmp_path, tensorboard=True), tmp_path, 3, active=False) as records:
-        records.say("a word")
-        records.step(1, {"loss": 1.0})
-        records.advance(1)
+        records.log("a word")
+        records.log_metrics(1, {"loss": 1.0})
+        records.update_progress(1)
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing loses nothing, repeats nothing, is the same everywhere, and fills rows."""
+"""Packing loses nothing, repeats nothing, is the same everywhere, and fills sequences."""
 
 from collections import Counter
 
@@ -20,20 +20,20 @@ def spans(pieces) -> list[tuple[int, int, int]]:
 
 
 def best_fit_slowly(lengths: list[int], size: int, num_open: int) -> list[int]:
-    """The row of each piece, by looking at every open row."""
+    """The sequence of each piece, by looking at every open sequence."""
     room: dict[int, int] = {}
-    rows, count = [], 0
+    sequences, count = [], 0
     for length in lengths:
-        fitting = [(left, row) for row, left in room.items() if left >= length]
-        row = min(fitting)[1] if fitting else count
+        fitting = [(left, sequence) for sequence, left in room.items() if left >= length]
+        sequence = min(fitting)[1] if fitting else count
         count += not fitting
-        room[row] = room.get(row, size) - length
-        rows.append(row)
-        if room[row] == 0:
-            del room[row]
+        room[sequence] = room.get(sequence, size) - length
+        sequences.append(sequence)
+        if room[sequence] == 0:
+            del room[sequence]
         if len(room) > num_open:
-            del room[min(room, key=lambda row: (room[row], row))]
-    return rows
+            del room[min(room, key=lambda sequence: (room[sequence], sequence))]
+    return sequences
 
 
 @given(LENGTHS, st.integers(2, 70))
@@ -54,7 +54,7 @@ def test_a_plan_holds_every_piece_as_often_as_asked(lengths, size, repeat, seed,
     assert Counter(spans(plan.pieces)) == {span: repeat for span in spans(pieces) if repeat}
     filled = [int(plan.pieces.length[a:b].sum()) for a, b in zip(plan.offsets[:-1], plan.offsets[1:], strict=True)]
     assert all(0 < tokens <= size for tokens in filled)
-    assert plan.num_rows == len(filled)
+    assert plan.num_sequences == len(filled)
     assert plan.fill == (pytest.approx(sum(filled) / (len(filled) * size)) if filled else 0)
     again = plan_epoch(pieces, np.full(len(lengths), float(repeat)), size, seed, epoch)
     assert spans(again.pieces) == spans(plan.pieces)
@@ -63,13 +63,13 @@ def test_a_plan_holds_every_piece_as_often_as_asked(lengths, size, repeat, seed,
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(1, 5))
 def test_best_fit_is_that_of_the_slow_one(lengths, num_open):
-    before, packing.OPEN_ROWS = packing.OPEN_ROWS, num_open
+    before, packing.OPEN_SEQUENCES = packing.OPEN_SEQUENCES, num_open
     try:
-        rows, count = packing._best_fit(np.array(lengths, dtype=np.int64), 20)
+        sequences, count = packing._best_fit(np.array(lengths, dtype=np.int64), 20)
     finally:
-        packing.OPEN_ROWS = before
-    assert rows.tolist() == best_fit_slowly(lengths, 20, num_open)
-    assert count == len(set(rows.tolist()))
+        packing.OPEN_SEQUENCES = before
+    assert sequences.tolist() == best_fit_slowly(lengths, 20, num_open)
+    assert count == len(set(sequences.tolist()))
 
 
 @given(
@@ -126,7 +126,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_the_order_never_changes():
-    """A run that is resumed under another release must go on with the same rows."""
+    """A run that is resumed under another release must go on with the same sequences."""
     assert random_order(8, 0).tolist() == [1, 4, 5, 7, 6, 0, 3, 2]
     plan = plan_epoch(cut_documents(np.array([3, 9, 4, 5, 2, 7]), 8), np.ones(6), 8, seed=1, epoch=2)
     assert spans(plan.pieces) == [(5, 0, 7), (1, 8, 1), (0, 0, 3), (4, 0, 2), (1, 0, 8), (2, 0, 4), (3, 0, 5)]
@@ -138,6 +138,6 @@ def test_rows_of_chat_like_lengths_are_full():
     lengths = np.clip(rng.lognormal(5, 1, 20_000).astype(np.int64), 8, 30_000)
     plan = plan_epoch(cut_documents(lengths, 2048), np.ones(len(lengths)), 2048, 0, 0)
     assert plan.fill > 0.99
-    # Long pieces are spread over the epoch: the row of a piece says nothing about its length.
-    row_of = np.repeat(np.arange(plan.num_rows), np.diff(plan.offsets))
-    assert abs(np.corrcoef(row_of, plan.pieces.length)[0, 1]) < 0.03
+    # Long pieces are spread over the epoch: the sequence of a piece says nothing about its length.
+    sequence_of = np.repeat(np.arange(plan.num_sequences), np.diff(plan.offsets))
+    assert abs(np.corrcoef(sequence_of, plan.pieces.length)[0, 1]) < 0.03

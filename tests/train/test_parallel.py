@@ -86,12 +86,12 @@ def test_fsdp2_and_its_checkpoint_in_one_process(parts):
     check_equal(two, one)
 
 
-def test_fsdp2_beside_an_anchor(tmp_path):
-    """The anchor is of another width, and whole in each process."""
+def test_fsdp2_with_a_teacher(tmp_path):
+    """The teacher is of another width, and whole in each process."""
     base, other = save_base(tmp_path / "base"), save_base(tmp_path / "other", hidden_size=48)
     data = add_texts(write_chats(tmp_path / "data.jsonl", 30))
-    settings = {"anchor_text": True, "anchor_model": str(other)}
-    check_equal(*run_both((base, data, tmp_path), "anchor", {"program": RUN_FSDP, **FSDP2}, **settings))
+    settings = {"distill_text": True, "teacher_model": str(other)}
+    check_equal(*run_both((base, data, tmp_path), "teacher", {"program": RUN_FSDP, **FSDP2}, **settings))
 
 
 @pytest.mark.long

@@ -89,11 +89,11 @@ def test_what_cannot_be_drawn(tmp_path):
         draw_curves([tmp_path])
     with pytest.raises(ValueError, match="has no losses yet"):
         draw_curves([write_run(tmp_path / "empty")])
-    with pytest.raises(ValueError, match="line 1 is no record of a run; expected an object with kind and step"):
+    with pytest.raises(ValueError, match="line 1 is not a record of a run; expected an object with kind and step"):
         draw_curves([write_run(tmp_path / "list", [1, 2])])
     broken = write_run(tmp_path / "broken", {"kind": "train", "step": 1})
     (broken / "metrics.jsonl").write_text("nonsense\n{}\n")
-    with pytest.raises(ValueError, match="line 1 is no JSON"):
+    with pytest.raises(ValueError, match="line 1 is not valid JSON"):
         draw_curves([broken])
 
 

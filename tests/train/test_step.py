@@ -14,9 +14,9 @@ from tests.model.tiny import causal_attend
 from wedlm.algorithm.objective import LossTotals
 from wedlm.model import ModelConfig, Transformer
 from wedlm.train import batch as batch_module
-from wedlm.train.batch import AR_GROUP, NUM_DEPTHS, NUM_GROUPS, NUM_RATIOS, TrainBatch, collate_rows, without_loss
+from wedlm.train.batch import AR_GROUP, NUM_DEPTHS, NUM_GROUPS, NUM_RATIOS, TrainBatch, collate_sequences, without_loss
 from wedlm.train.config import TrainConfig
-from wedlm.train.data import PackedRow
+from wedlm.train.data import PackedSequence
 from wedlm.train.step import StepLosses, TrainingModel, prepare_layers
 
 VOCAB, MASK, LENGTH, BLOCK = 50, 49, 40, 8
@@ -27,7 +27,7 @@ def settings(**overrides) -> TrainConfig:
     return TrainConfig(**{**values, **overrides})
 
 
-def packed_row(*lengths: int, seed: int) -> PackedRow:
+def packed_sequence(*lengths: int, seed: int) -> PackedSequence:
     """Documents of these lengths, about a quarter of whose tokens is a prompt, and padding."""
     rng = np.random.default_rng(seed)
     documents = np.full(LENGTH, -1)
@@ -36,14 +36,14 @@ def packed_row(*lengths: int, seed: int) -> PackedRow:
         documents[at : at + length], positions[at : at + length] = number, np.arange(length)
         trainable[at + length // 4 : at + length] = True
         at += length
-    return PackedRow(rng.integers(0, MASK, LENGTH), positions, documents, trainable)
+    return PackedSequence(rng.integers(0, MASK, LENGTH), positions, documents, trainable)
 
 
 ROWS = [
-    packed_row(11, 5, 20, seed=0),
-    packed_row(40, seed=1),
-    packed_row(3, 1, 17, 9, seed=2),
-    packed_row(8, 8, seed=3),
+    packed_sequence(11, 5, 20, seed=0),
+    packed_sequence(40, seed=1),
+    packed_sequence(3, 1, 17, 9, seed=2),
+    packed_sequence(8, 8, seed=3),
 ]
 
 
@@ -165,7 +165,7 @@ def gradients(model: Transformer) -> dict[str, Tensor]:
 
 
 def two_micro_batches(config: TrainConfig) -> list[TrainBatch]:
-    return [collate_rows(ROWS[i : i + 2], range(i, i + 2), config, MASK) for i in (0, 2)]
+    return [collate_sequences(ROWS[i : i + 2], range(i, i + 2), config, MASK) for i in (0, 2)]
 
 
 def training_model(transformer: Transformer) -> TrainingModel:
@@ -213,7 +213,7 @@ def test_padding_of_loss_rows_changes_nothing(transformer, monkeypatch):
 
 def test_a_row_without_a_loss_counts_nowhere(transformer):
     rows = [without_loss(row) for row in ROWS[:2]]
-    batch = collate_rows(rows, range(2), settings(), MASK)
+    batch = collate_sequences(rows, range(2), settings(), MASK)
     losses = run(training_model(transformer), [batch], 1.0)
     assert not losses.loss
     assert not losses.statistics.any()
@@ -225,7 +225,7 @@ def test_noise_depends_on_seed_and_row_number_alone(suffix):
 
     def rows(number: int, *indices: int, config: TrainConfig = config) -> Tensor:
         """Tokens and blocks of the sequence with this number in a micro-batch."""
-        batch = collate_rows([ROWS[1]] * len(indices), indices, config, MASK)
+        batch = collate_sequences([ROWS[1]] * len(indices), indices, config, MASK)
         return torch.stack((batch.tokens[number], batch.block[number]))
 
     first = rows(0, 7)

@@ -175,7 +175,9 @@ def test_a_loss_that_is_no_number_stops_the_run(parts, monkeypatch):
         return step(self, number, micro_batches)
 
     monkeypatch.setattr(Trainer, "_step", poisons)
-    with pytest.raises(FloatingPointError, match=r"step 3: the loss is nan .* The batch is in .*bad_batch_step3_rank0"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 3: the loss is nan .* The batch is saved in .*bad_batch_step3_rank0"
+    ):
         train(base, data, output, save_steps=2)
     assert latest_checkpoint(output).name == "checkpoint-000002"
     saved = load_file(output / "bad_batch_step3_rank0.safetensors")

@@ -56,7 +56,7 @@ def random_noise(
 def suffix_noise(
     documents: Int[Tensor, " L"], trainable: Bool[Tensor, " L"], block_size: int, generator: torch.Generator
 ) -> Noise:
-    """Noise as verified decoding meets it: a filled prefix, then only masks (method.md section 4).
+    """Noise as verified decoding meets it: a filled prefix, then only masks.
 
     A block with a random observed prefix and a masked suffix is the same thing as a fully masked block that starts
     where the suffix did, because observed positions before the first mask are computed as in the clean stream. So

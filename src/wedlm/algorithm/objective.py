@@ -39,18 +39,21 @@ def row_coefficients(
     return coefficients + is_ar.to(weight.dtype) * (a / (totals.num_ar or 1.0) / scale)
 
 
-class Anchor(NamedTuple):
-    """Rows whose target is not a token but the distribution of another model, whose hidden states are ``hidden`` and
-    whose output projection is ``projection``: their CE is Σ -p_other · log p, their KL divergence up to a constant."""
+class Teacher(NamedTuple):
+    """A model whose distributions replace the target tokens of the rows ``distilled``.
+
+    ``hidden`` are its hidden states, ``projection`` its output projection. The CE of such a row is
+    Σ -p_teacher · log p, its KL divergence up to a constant.
+    """
 
     hidden: Float[Tensor, "N D"]
     projection: Float[Tensor, "V D"]
-    anchored: Bool[Tensor, " N"]
+    distilled: Bool[Tensor, " N"]
 
 
 class RowLosses(NamedTuple):
-    """``loss`` = Σ coefficient · CE + Σ certainty · H of rows that are right, the only part with a gradient; per row
-    the CE (nats) of the target and whether the arg max of the logits is the target."""
+    """``loss`` = Σ coefficient · CE + Σ entropy_coefficient · H of rows that are right, the only part with a gradient;
+    per row the CE (nats) of the target and whether the arg max of the logits is the target."""
 
     loss: Float[Tensor, ""]
     cross_entropy: Float[Tensor, " N"]
@@ -62,26 +65,26 @@ def plain_losses(
     projection: Float[Tensor, "V C"],
     target: Int[Tensor, " N"],
     coefficient: Float[Tensor, " N"],
-    certainty: Float[Tensor, " N"] | None = None,
-    anchor: Anchor | None = None,
+    entropy_coefficient: Float[Tensor, " N"] | None = None,
+    teacher: Teacher | None = None,
 ) -> RowLosses:
     """The definition, with all logits in memory at once: slow twin of ``chunked_losses``.
 
-    ``certainty`` weighs the entropy H (nats) of rows whose arg max is the target already: what is right is pushed to
-    be sure, so that parallel decoding may take it; what is wrong is left to the cross-entropy (as in dParallel,
-    arXiv 2509.26488). None: no such term.
+    ``entropy_coefficient`` weighs the entropy H (nats) of rows whose arg max is the target already: a right guess is
+    pushed to be confident, so that parallel decoding may take it; a wrong one is left to the cross-entropy (as in
+    dParallel, arXiv 2509.26488). None: no such term.
     """
     logits = (hidden @ projection.T).float()
     cross_entropy = F.cross_entropy(logits, target, reduction="none")
     correct = logits.argmax(dim=-1) == target
     log_probs = torch.log_softmax(logits, dim=-1)
     wanted = cross_entropy
-    if anchor is not None:
-        other = torch.softmax((anchor.hidden @ anchor.projection.detach().T).float(), dim=-1)
-        wanted = torch.where(anchor.anchored, -(other * log_probs).sum(dim=-1), cross_entropy)
+    if teacher is not None:
+        other = torch.softmax((teacher.hidden @ teacher.projection.detach().T).float(), dim=-1)
+        wanted = torch.where(teacher.distilled, -(other * log_probs).sum(dim=-1), cross_entropy)
     loss = wanted @ coefficient
-    if certainty is not None:
-        loss = loss - (log_probs.exp() * log_probs).sum(dim=-1) @ (certainty * correct)
+    if entropy_coefficient is not None:
+        loss = loss - (log_probs.exp() * log_probs).sum(dim=-1) @ (entropy_coefficient * correct)
     return RowLosses(loss, cross_entropy.detach(), correct)
 
 
@@ -90,8 +93,8 @@ def chunked_losses(
     projection: Float[Tensor, "V C"],
     target: Int[Tensor, " N"],
     coefficient: Float[Tensor, " N"],
-    certainty: Float[Tensor, " N"] | None = None,
-    anchor: Anchor | None = None,
+    entropy_coefficient: Float[Tensor, " N"] | None = None,
+    teacher: Teacher | None = None,
     chunk: int = 8192,
     compiled: bool = False,
 ) -> RowLosses:
@@ -102,21 +105,21 @@ def chunked_losses(
     ``hidden``'s dtype; the projection's gradient adds up in float32. ``compiled`` fuses the softmax (CUDA).
     """
     loss, cross_entropy, correct = _ChunkedLosses.apply(
-        hidden, projection, target, coefficient, certainty, anchor, chunk, compiled
+        hidden, projection, target, coefficient, entropy_coefficient, teacher, chunk, compiled
     )
     return RowLosses(loss, cross_entropy, correct)
 
 
 class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913 - autograd sees tensors only where each is an argument
         ctx: Any,
         hidden: Tensor,
         projection: Tensor,
         target: Tensor,
         coefficient: Tensor,
-        certainty: Tensor | None,
-        anchor: Anchor | None,
+        entropy_coefficient: Tensor | None,
+        teacher: Teacher | None,
         chunk: int,
         compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,16 +130,16 @@ class _ChunkedLosses(torch.autograd.Function):
         cross_entropy = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-        other_weight = weight if anchor is None else anchor.projection.to(anchor.hidden.dtype)
+        other_weight = weight if teacher is None else teacher.projection.to(teacher.hidden.dtype)
         softmax = _compiled_softmax_losses() if compiled else _softmax_losses
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = hidden[part] @ weight.T
-            sure = None if certainty is None else certainty[part]
-            other = None if anchor is None else anchor.hidden[part] @ other_weight.T
-            anchored = None if anchor is None else anchor.anchored[part]
+            entropy_part = None if entropy_coefficient is None else entropy_coefficient[part]
+            other = None if teacher is None else teacher.hidden[part] @ other_weight.T
+            distilled = None if teacher is None else teacher.distilled[part]
             part_loss, cross_entropy[part], correct[part], logits_grad = softmax(
-                logits, target[part], coefficient[part], sure, other, anchored
+                logits, target[part], coefficient[part], entropy_part, other, distilled
             )
             loss += part_loss
             if hidden_grad is not None:
@@ -161,9 +164,9 @@ def _softmax_losses(
     logits: Float[Tensor, "N V"],
     target: Int[Tensor, " N"],
     coefficient: Float[Tensor, " N"],
-    certainty: Float[Tensor, " N"] | None,
+    entropy_coefficient: Float[Tensor, " N"] | None,
     other: Float[Tensor, "N V"] | None,
-    anchored: Bool[Tensor, " N"] | None,
+    distilled: Bool[Tensor, " N"] | None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Bool[Tensor, " N"], Float[Tensor, "N V"]]:
     """(loss, cross-entropy, arg max is the target, gradient of the loss with respect to the logits)."""
     wide = logits.float()
@@ -173,21 +176,21 @@ def _softmax_losses(
     correct = wide.argmax(dim=-1) == target
     goal = (torch.arange(logits.shape[1], device=logits.device) == target[:, None]).float()
     wanted = cross_entropy
-    if other is not None and anchored is not None:
-        goal = torch.where(anchored[:, None], torch.softmax(other.float(), dim=-1), goal)
-        wanted = torch.where(anchored, -(goal * log_probs).sum(dim=-1), cross_entropy)
+    if other is not None and distilled is not None:
+        goal = torch.where(distilled[:, None], torch.softmax(other.float(), dim=-1), goal)
+        wanted = torch.where(distilled, -(goal * log_probs).sum(dim=-1), cross_entropy)
     gradient = (probs - goal) * coefficient[:, None]
     # No product of vectors: autocast would make that one in bfloat16.
     loss = (wanted * coefficient).sum()
-    if certainty is not None:
-        sure = certainty * correct
+    if entropy_coefficient is not None:
+        penalty = entropy_coefficient * correct
         entropy = -(probs * log_probs).sum(dim=-1)
-        loss = loss + (entropy * sure).sum()
-        gradient = gradient - probs * (log_probs + entropy[:, None]) * sure[:, None]
+        loss = loss + (entropy * penalty).sum()
+        gradient = gradient - probs * (log_probs + entropy[:, None]) * penalty[:, None]
     return loss, cross_entropy, correct, gradient.to(logits.dtype)
 
 
 @functools.cache
 def _compiled_softmax_losses() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Made when first wanted: importing the compiler takes over a second."""
+    """Made at first use: importing the compiler takes over a second."""
     return torch.compile(_softmax_losses)

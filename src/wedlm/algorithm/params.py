@@ -24,8 +24,8 @@ class DecodeParams:
     step, in verified decoding. Autoregressive decoding is verified decoding with R=1: an anchor, no drafts, no masked
     rows. Auto is verified decoding whose R may be lowered from step to step (``row_budget`` is the most).
     ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``max_positions`` is the model's length: no
-    position at or past it exists. ``first_free_end`` is the first position at which an end token may stand
-    (prompt length + min_tokens). What follows from the fields is kept, since each step asks for it.
+    position at or past it exists. ``stop_token_ids`` end the text; ``min_eos_position`` is the first position at which
+    one may stand (prompt length + min_tokens). What follows from the fields is kept, since each step asks for it.
     """
 
     decoding: Decoding
@@ -38,8 +38,8 @@ class DecodeParams:
     top_p: float = 1.0
     seed: int = 0
     mask_token_id: int = 0
-    end_token_ids: tuple[int, ...] = ()
-    first_free_end: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    min_eos_position: int = 0
     max_positions: int = 2**31 - 1
 
     @cached_property

@@ -46,7 +46,7 @@ def decode(model: RowsModel, prompt: list[int], max_tokens: int, params: DecodeP
         for token in emitted:
             out.tokens.append(token)
             out.steps.append(len(out.rows) - 1)
-            if token in params.end_token_ids or len(out.tokens) == max_tokens:
+            if token in params.stop_token_ids or len(out.tokens) == max_tokens:
                 return out
 
 
@@ -66,7 +66,7 @@ def _forward(
 def _streaming_step(
     model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
 ) -> tuple[list[int], list[int], list[int | None], int]:
-    """method: commit the leading filled run (block: only a full window), fill by entropy, emit what became final."""
+    """Commit the leading filled run (block: only a full window), fill by entropy, emit what became final."""
     room = params.max_positions - len(committed)
     window = window[:room]
     run = _leading_run(window, params)
@@ -125,8 +125,8 @@ def choose_token(logits: Tensor, position: int, params: DecodeParams) -> int:
     """The token for ``position``: arg max, or top-k, then top-p, then temperature, then Gumbel arg max."""
     logits = logits.clone()
     logits[params.mask_token_id] = -torch.inf
-    if position < params.first_free_end:
-        logits[list(params.end_token_ids)] = -torch.inf
+    if position < params.min_eos_position:
+        logits[list(params.stop_token_ids)] = -torch.inf
     if params.temperature == 0:
         return int(logits.argmax())
     ranked = sorted(range(len(logits)), key=lambda token: -logits[token].item())

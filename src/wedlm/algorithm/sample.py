@@ -35,18 +35,18 @@ class SamplingBatch:
         return replace(self, **{name: getattr(self, name)[index : index + 1] for name in names})
 
 
-def entropy_and_normaliser(
+def entropy_and_logsumexp(
     logits: Float[Tensor, "L V"],
 ) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
     """Shannon entropy (nats) of softmax(logits), and log Σ exp(logits): v has log-probability logits[v] minus that.
 
     Logits of -inf have probability 0 and add nothing.
     """
-    normaliser = torch.logsumexp(logits, dim=-1)
-    log_probs = logits - normaliser[:, None]  # not log Σ - Σ p · logits: a shift of all logits must cost no precision
+    logsumexp = torch.logsumexp(logits, dim=-1)
+    log_probs = logits - logsumexp[:, None]  # not log Σ - Σ p · logits: a shift of all logits must cost no precision
     probs = torch.exp(log_probs)
     # 0 · (-inf) is nan: the floor is far below any log-probability that counts and is multiplied by exactly 0.
-    return -torch.linalg.vecdot(probs, log_probs.clamp_(min=-1e30)).clamp_(max=0.0), normaliser
+    return -torch.linalg.vecdot(probs, log_probs.clamp_(min=-1e30)).clamp_(max=0.0), logsumexp
 
 
 def gumbel_noise(
@@ -85,17 +85,17 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 def ban_tokens(
     logits: Float[Tensor, "L V"],
     mask_token_id: int,
-    end_tokens: Int[Tensor, "L E"],
-    end_banned: Bool[Tensor, " L"],
+    stop_tokens: Int[Tensor, "L E"],
+    eos_banned: Bool[Tensor, " L"],
 ) -> Float[Tensor, "L V"]:
-    """Logits without the mask token (no mode ever emits it) and, in rows of ``end_banned``, without their end tokens.
+    """Logits without the mask token (no mode ever emits it) and, in rows of ``eos_banned``, without their stop tokens.
 
-    ``end_tokens`` is padded with -1. Works in place: the caller has taken the entropy of the raw logits already.
+    ``stop_tokens`` is padded with -1. Works in place: the caller has taken the entropy of the raw logits already.
     """
     logits[:, mask_token_id] = -torch.inf
-    if end_tokens.shape[1]:
-        banned = (end_tokens >= 0) & end_banned[:, None]
-        index = end_tokens.clamp(min=0)
+    if stop_tokens.shape[1]:
+        banned = (stop_tokens >= 0) & eos_banned[:, None]
+        index = stop_tokens.clamp(min=0)
         # Every pad points at token 0, so the write must be a minimum, whose order does not matter.
         value = torch.full(index.shape, torch.inf, dtype=logits.dtype, device=logits.device)
         logits.scatter_reduce_(1, index, value.masked_fill(banned, -torch.inf), "amin")

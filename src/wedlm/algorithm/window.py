@@ -4,7 +4,7 @@
 Every mode decodes over the same state: ``cached`` committed tokens with valid keys, then a window of ``width``
 positions from there on, each filled or masked. Streaming and block decoding fill masked columns; verified decoding
 holds the anchor in column 0, its drafts behind it, then groups of masked rows (``verify.row_layout``: there a column is
-a row, not a position). One step is ``extend`` -> rows -> forward -> ``advance``.
+a row, not a position). One step is ``extend`` -> rows -> forward -> ``update_windows``.
 """
 
 from collections.abc import Sequence
@@ -140,19 +140,19 @@ def num_drafts(state: WindowState, params: WindowParams) -> Int[Tensor, " S"]:
     return torch.where(params.is_verified, state.filled.sum(dim=1) - 1, 0).clamp(min=0)
 
 
-def advance(
+def update_windows(
     state: WindowState, run: Int[Tensor, " S"], results: RowResults, params: WindowParams
 ) -> tuple[WindowState, Emitted]:
     """The transition after the forward of ``extend``'s window: commit, slide, fill or verify, emit."""
     if not params.any_verified:
-        return _advance_streaming(state, run, results, params)
+        return _update_streaming(state, run, results, params)
     if not params.any_streaming:
-        return _advance_verified(state, results, params)
-    streaming, verified = _advance_streaming(state, run, results, params), _advance_verified(state, results, params)
+        return _update_verified(state, results, params)
+    streaming, verified = _update_streaming(state, run, results, params), _update_verified(state, results, params)
     return _where(params.is_verified, verified[0], streaming[0]), _where(params.is_verified, verified[1], streaming[1])
 
 
-def _advance_streaming(
+def _update_streaming(
     state: WindowState, run: Int[Tensor, " S"], results: RowResults, params: WindowParams
 ) -> tuple[WindowState, Emitted]:
     # The window covers W positions again, as far as the model reaches.
@@ -171,7 +171,7 @@ def _advance_streaming(
     return state, Emitted(state.tokens, state.logprobs, _final_run(state.filled, width, params.block))
 
 
-def _advance_verified(state: WindowState, results: RowResults, params: WindowParams) -> tuple[WindowState, Emitted]:
+def _update_verified(state: WindowState, results: RowResults, params: WindowParams) -> tuple[WindowState, Emitted]:
     column = torch.arange(state.tokens.shape[1], device=state.cached.device)
     accepted = accepted_drafts(state.tokens, state.filled, results.choice)
     alive = state.width > 0

@@ -6,35 +6,37 @@ from typing import Any
 
 from wedlm.bench.measure import Bench, Case, beside_ar, take_turns
 from wedlm.bench.prompts import SCENARIOS, Arrival
-from wedlm.bench.stats import Figures, Row, rounded
+from wedlm.bench.stats import Figures, TableRow, rounded
 
 LOAD = 0.7  # of what the baseline can serve
 
 
-def latency(bench: Bench) -> list[Row]:
+def latency(bench: Bench) -> list[TableRow]:
     """One request after the other: medians over as many prompts as there are runs."""
-    amounts = bench.settings.amounts
+    workload = bench.settings.workload
 
     def case(mode: str) -> Case:
         def measure(run: int) -> Figures:
-            prompt = bench.subject.prompts.of(max(0, run), amounts.prompt)
-            return bench.loop.serve([Arrival(0.0, prompt, amounts.answer)], bench.settings.params(mode, amounts.answer))
+            prompt = bench.target.prompts.of(max(0, run), workload.prompt)
+            return bench.loop.serve(
+                [Arrival(0.0, prompt, workload.answer)], bench.settings.params(mode, workload.answer)
+            )
 
         return Case({"mode": mode}, measure)
 
     rows = beside_ar(take_turns(bench, "latency", [case(mode) for mode in bench.settings.modes]))
-    return [_told(bench, "latency", bench.beside_vllm("latency", row)) for row in rows]
+    return [_reported(bench, "latency", bench.beside_vllm("latency", row)) for row in rows]
 
 
-def throughput(bench: Bench) -> list[Row]:
-    """So many requests at once, to the end of the last: those that answer longest run alone in the end."""
-    amounts = bench.settings.amounts
+def throughput(bench: Bench) -> list[TableRow]:
+    """A batch of requests at once, to the end of the last: those that answer longest run alone in the end."""
+    workload = bench.settings.workload
     found = []
-    for batch in amounts.batches:
-        arrivals = bench.subject.prompts.batch(batch, amounts.prompt, amounts.answer)
+    for batch in workload.batches:
+        arrivals = bench.target.prompts.batch(batch, workload.prompt, workload.answer)
         cases = [_case(bench, mode, arrivals, batch=batch) for mode in bench.settings.modes]
         rows = beside_ar(take_turns(bench, "throughput", cases))
-        found += [_told(bench, "throughput", bench.beside_vllm("throughput", row, batch=batch)) for row in rows]
+        found += [_reported(bench, "throughput", bench.beside_vllm("throughput", row, batch=batch)) for row in rows]
     return found
 
 
@@ -44,26 +46,26 @@ def find_rate(bench: Bench) -> float:
     settings = bench.settings
     if settings.rate is not None:
         return settings.rate
-    rival = bench.rival("serving", load="all at once")
-    if rival is not None:
-        return rounded(LOAD * rival["requests"] / rival["seconds"])
-    return rounded(LOAD * capacity(bench, settings.amounts.requests))
+    baseline = bench.baseline("serving", load="all at once")
+    if baseline is not None:
+        return rounded(LOAD * baseline["requests"] / baseline["seconds"])
+    return rounded(LOAD * capacity(bench, settings.workload.requests))
 
 
 def capacity(bench: Bench, count: int) -> float:
     """Requests a second that our AR serves when all are there at once."""
-    most = bench.settings.amounts.answer
-    everything = bench.subject.prompts.arrivals(count, most, float("inf"))
+    most = bench.settings.workload.answer
+    everything = bench.target.prompts.arrivals(count, most, float("inf"))
     for _ in range(2):  # the first captures and compiles
         figures = bench.loop.serve(everything, bench.settings.params("autoregressive", most))
     return count / figures["seconds"]
 
 
-def serving(bench: Bench) -> list[Row]:
+def serving(bench: Bench) -> list[TableRow]:
     """The same arrivals in every mode."""
-    amounts, rate = bench.settings.amounts, find_rate(bench)
-    arrivals = bench.subject.prompts.arrivals(amounts.requests, amounts.answer, rate)
-    label = {"requests": amounts.requests, "requests_per_s": rate}
+    workload, rate = bench.settings.workload, find_rate(bench)
+    arrivals = bench.target.prompts.arrivals(workload.requests, workload.answer, rate)
+    label = {"requests": workload.requests, "requests_per_s": rate}
     rows = beside_ar(
         take_turns(bench, "serving", [_case(bench, mode, arrivals, **label) for mode in bench.settings.modes])
     )
@@ -71,16 +73,16 @@ def serving(bench: Bench) -> list[Row]:
     for row in rows:
         tail = rounded(row["between_p99_ms"] / row["between_ms"]) if row["between_ms"] else 0.0
         beside = bench.beside_vllm("serving", {**row, "p99_over_median": tail}, load="arrivals")
-        found.append(_told(bench, "serving", beside))
+        found.append(_reported(bench, "serving", beside))
     return found
 
 
-def prefill(bench: Bench) -> list[Row]:
+def prefill(bench: Bench) -> list[TableRow]:
     """One long prompt whose answer is one token, nothing of it cached; in chunks as configured, and as a whole."""
-    scheduler = bench.subject.engine.scheduler
+    scheduler = bench.target.engine.scheduler
     usual = scheduler.max_num_batched_tokens
-    length = min(bench.settings.amounts.long_prompt, bench.subject.prompts.max_model_len - 2)
-    arrivals = [Arrival(0.0, bench.subject.prompts.of(0, length), 1)]
+    length = min(bench.settings.workload.long_prompt, bench.target.prompts.max_model_len - 2)
+    arrivals = [Arrival(0.0, bench.target.prompts.of(0, length), 1)]
 
     def case(chunk: int) -> Case:
         def measure(_: int) -> Figures:
@@ -94,25 +96,25 @@ def prefill(bench: Bench) -> list[Row]:
         return Case({"prompt": length, "chunk": chunk}, measure)
 
     rows = take_turns(bench, "prefill", [case(chunk) for chunk in dict.fromkeys((usual, length))])
-    return [_told(bench, "prefill", bench.beside_vllm("prefill", row, prompt=length)) for row in rows]
+    return [_reported(bench, "prefill", bench.beside_vllm("prefill", row, prompt=length)) for row in rows]
 
 
-def scenarios(bench: Bench) -> list[Row]:
+def scenarios(bench: Bench) -> list[TableRow]:
     """What follows a pattern, and what does not."""
-    amounts, found = bench.settings.amounts, []
+    workload, found = bench.settings.workload, []
     for name, text in SCENARIOS.items():
-        arrivals = [Arrival(0.0, bench.subject.prompts.ask(text), amounts.answer)]
+        arrivals = [Arrival(0.0, bench.target.prompts.ask(text), workload.answer)]
         cases = [_case(bench, mode, arrivals, scenario=name) for mode in bench.settings.modes]
         rows = beside_ar(take_turns(bench, "scenarios", cases, warm=name == "counting"))
-        found += [_told(bench, "scenarios", row) for row in rows]
+        found += [_reported(bench, "scenarios", row) for row in rows]
     return found
 
 
 def _case(bench: Bench, mode: str, arrivals: Sequence[Arrival], **label: Any) -> Case:
-    params = bench.settings.params(mode, bench.settings.amounts.answer)
+    params = bench.settings.params(mode, bench.settings.workload.answer)
     return Case({**label, "mode": mode}, lambda _: bench.loop.serve(arrivals, params))
 
 
-def _told(bench: Bench, part: str, row: Row) -> Row:
-    bench.tell(part, row)
+def _reported(bench: Bench, part: str, row: TableRow) -> TableRow:
+    bench.report(part, row)
     return row

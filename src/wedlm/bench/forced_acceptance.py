@@ -51,7 +51,9 @@ def injected(engine: Engine) -> Iterator[Chances]:
     for step in captured:
         from wedlm.bench.forced_acceptance_kernel import force_rows
 
-        step.force_choice = lambda rows, choice: force_rows(rows, choice, chances)
+        step.force_choice = lambda rows, choice: force_rows(
+            rows, choice, chances.by_depth, chances.count, chances.num_others, FIRST_OTHER
+        )
     _start_over(engine)
     try:
         yield chances

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``forced_acceptance.force_choices`` for packed rows of a captured step, in one kernel: it adds little to the step."""
-
-from typing import Protocol
+"""``force_choices`` for packed rows of a captured step, in one kernel, so that it adds little to the step. It is apart
+from ``forced_acceptance`` because it needs triton, which is optional."""
 
 import triton
 import triton.language as tl
@@ -36,21 +35,17 @@ def _force(  # type: ignore[no-untyped-def]
     tl.store(count_ptr, count + 1)
 
 
-class Rates(Protocol):
-    """``forced_acceptance.Chances``, as far as the kernel reads it."""
+def force_rows(
+    rows: VerifiedRows, choice: Tensor, by_depth: Tensor, count: Tensor, num_others: int, first_other: int
+) -> Tensor:
+    """Choices [T] of packed rows with AR's choice after each draft forced.
 
-    by_depth: Tensor
-    count: Tensor
-    num_others: int
-    first_other: int
-
-
-def force_rows(rows: VerifiedRows, choice: Tensor, chances: Rates) -> Tensor:
-    """Choices [T] of packed rows with AR's choice after each draft forced."""
+    ``by_depth`` to ``first_other`` are those of ``Chances``; ``count`` goes up by one.
+    """
     out = choice.new_empty(choice.shape)
     _force[(1,)](
-        choice, rows.tokens, rows.target, rows.positions, rows.sequence, rows.row_start, chances.by_depth,
-        chances.count, out, chances.num_others, T=len(choice), DEPTHS=len(chances.by_depth),
-        FIRST_OTHER=chances.first_other, BLOCK=triton.next_power_of_2(len(choice)), num_warps=8,
+        choice, rows.tokens, rows.target, rows.positions, rows.sequence, rows.row_start, by_depth, count, out,
+        num_others, T=len(choice), DEPTHS=len(by_depth), FIRST_OTHER=first_other,
+        BLOCK=triton.next_power_of_2(len(choice)), num_warps=8,
     )  # fmt: skip
     return out

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's own loop under a clock: a fixed batch for so many steps, or requests that arrive and end."""
+"""The engine's own loop under a clock: a fixed batch for a number of steps, or requests that arrive and end."""
 
 import itertools
 import statistics
@@ -9,16 +9,16 @@ from dataclasses import replace
 
 from wedlm.bench.prompts import Arrival
 from wedlm.bench.stats import Delivered, Figures, answer_figures, percentile
-from wedlm.bench.target import Subject
+from wedlm.bench.target import Target
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
 
 
 class Loop:
-    """Runs requests through the subject's engine. Nothing else uses the engine meanwhile."""
+    """Runs requests through the target's engine. Nothing else uses the engine meanwhile."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.engine, self._ids = subject.engine, itertools.count()
+    def __init__(self, target: Target) -> None:
+        self.engine, self._ids = target.engine, itertools.count()
 
     def start(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Request]:
         """Requests past their prompts, each with at least one token. On a GPU prompts may be found in the cache; on a
@@ -31,7 +31,7 @@ class Loop:
         return requests
 
     def steps(self, requests: Sequence[Request], num_steps: int) -> Figures:
-        """So many steps of a batch that nobody leaves; AssertionError if somebody did."""
+        """``num_steps`` steps of a batch; AssertionError if a request finished within them."""
         tokens, rows = (sum(map(count, requests)) for count in (_tokens, _rows))
         times = [time.perf_counter()]
         for _ in range(num_steps):

@@ -8,28 +8,28 @@ from wedlm.bench.end_to_end import capacity
 from wedlm.bench.forced_acceptance import injected
 from wedlm.bench.measure import Bench
 from wedlm.bench.prompts import Arrival
-from wedlm.bench.stats import Row, describe, ratio_row
+from wedlm.bench.stats import TableRow, describe, ratio_row
 
 _NUM_BATCHES = 3  # smallest ones
 _LOAD = 1.2  # arrivals faster than they can be served, so that speed decides when the last one ends
 
 
-def pairs(bench: Bench) -> list[Row]:
+def pairs(bench: Bench) -> list[TableRow]:
     """Ratios of tokens a second. The sides of a pair take turns in being first."""
-    amounts, prompts, found = bench.settings.amounts, bench.subject.prompts, []
-    for batch in amounts.batches[:_NUM_BATCHES]:
-        arrivals = prompts.batch(batch, amounts.prompt, amounts.answer)
+    workload, prompts, found = bench.settings.workload, bench.target.prompts, []
+    for batch in workload.batches[:_NUM_BATCHES]:
+        arrivals = prompts.batch(batch, workload.prompt, workload.answer)
         own = "random weights" if prompts.tokenizer is None else "everyday questions"
         found += _pairs(bench, {"kind": own, "batch": batch}, arrivals)
-        with injected(bench.subject.engine):
+        with injected(bench.target.engine):
             refused: dict[str, Any] = {"ignore_eos": True, "wedlm_draft_entropy": 1e9}
             found += _pairs(bench, {"kind": "all rows drafted, all refused", "batch": batch}, arrivals, **refused)
         if prompts.tokenizer is not None:
-            counting = [Arrival(0.0, prompts.counting(number), amounts.answer) for number in range(batch)]
+            counting = [Arrival(0.0, prompts.counting(number), workload.answer) for number in range(batch)]
             found += _pairs(bench, {"kind": "counting", "batch": batch}, counting)
-    if not bench.late("pairs: mixed arrivals"):
-        count = max(1, amounts.requests // 3)
-        arrivals = prompts.arrivals(count, amounts.answer, _LOAD * capacity(bench, count))
+    if not bench.past_deadline("pairs: mixed arrivals"):
+        count = max(1, workload.requests // 3)
+        arrivals = prompts.arrivals(count, workload.answer, _LOAD * capacity(bench, count))
         found += _pairs(bench, {"kind": "mixed arrivals", "requests": count}, arrivals, "tok_per_s")
     return found
 
@@ -40,13 +40,13 @@ def _pairs(
     arrivals: Sequence[Arrival],
     figure: str = "stream_tok_per_s",
     **options: Any,
-) -> list[Row]:
+) -> list[TableRow]:
     params = [
-        bench.settings.params(mode, bench.settings.amounts.answer, **options) for mode in ("autoregressive", "auto")
+        bench.settings.params(mode, bench.settings.workload.answer, **options) for mode in ("autoregressive", "auto")
     ]
     found = []
-    for number in range(-1, bench.settings.amounts.pairs):
-        if bench.late(f"pairs: {describe(label)}, pair {number + 1}"):
+    for number in range(-1, bench.settings.workload.pairs):
+        if bench.past_deadline(f"pairs: {describe(label)}, pair {number + 1}"):
             break
         order = (0, 1) if number % 2 else (1, 0)
         sides = {side: bench.loop.serve(arrivals, params[side]) for side in order}
@@ -55,5 +55,5 @@ def _pairs(
     if not found:
         return []
     row = ratio_row(label, found, figure)
-    bench.tell("pairs", row)
+    bench.report("pairs", row)
     return [row]

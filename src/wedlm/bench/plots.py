@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's rows as SVG files: step time against rows, rows processed against tokens kept, tok/s against batch; and from
-results of ``wedlm eval`` speed against quality."""
+"""A run's rows as SVG files: step time against rows, rows processed against tokens kept, tok/s against batch."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wedlm.bench.stats import Row
-from wedlm.evaluate.plots import Plot, draw_plots, finish_plot, group_by, new_figure, place_legend
-from wedlm.evaluate.report import build_sections
-from wedlm.evaluate.result_folder import read_points
+from wedlm.bench.stats import TableRow
+from wedlm.plotting import Plot, finish_plot, group_by, new_figure, place_legend
 
-_Parts = dict[str, list[Row]]
+_Parts = dict[str, list[TableRow]]
 
 
 def draw_bench(values: dict[str, Any]) -> list[Plot]:
@@ -20,14 +16,6 @@ def draw_bench(values: dict[str, Any]) -> list[Plot]:
     parts: _Parts = values["parts"]
     drawn = [_step_time(parts, values.get("step_costs_ms", {})), _rows_kept(parts), _speed(parts)]
     return [plot for plot in drawn if plot is not None]
-
-
-def draw_evaluation(folder: Path) -> list[Plot]:
-    """Speed against quality, over τ where it was swept, of a folder of ``wedlm eval``."""
-    sections = build_sections(read_points([folder]), None, 0, lambda _: None)
-    return [
-        replace(plot, title=f"{section.title} {plot.title}") for section in sections for plot in draw_plots(section)
-    ]
 
 
 def write_plots(plots: Sequence[Plot], directory: Path) -> list[Path]:
@@ -102,7 +90,7 @@ def _speed(parts: _Parts) -> Plot | None:
     return finish_plot(figure, "Throughput against batch", "complete answers; bars: least and most of the runs")
 
 
-def _bars(rows: Sequence[Row], name: str) -> list[list[float]]:
+def _bars(rows: Sequence[TableRow], name: str) -> list[list[float]]:
     return [
         [row[name] - row["spread"][name][0] for row in rows],
         [row["spread"][name][1] - row[name] for row in rows],

@@ -86,7 +86,7 @@ class Prompts:
         if not self.tokenizer.has_chat_template:
             return self.tokenizer.encode(question, True)
         messages = [{"role": "user", "content": question}]
-        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True), False)
+        return self.tokenizer.encode_chat(messages)
 
     def counting(self, number: int) -> list[int]:
         """Each number another prompt, all of them counting."""

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file of a run: hardware, versions, configuration, rows by part; written anew after each part."""
+"""The file of a run: hardware, versions, configuration, rows by part; rewritten after each part."""
 
 import json
 import math
 import os
 import platform
-import re
 import resource
 import sys
 from dataclasses import asdict
@@ -18,8 +17,10 @@ import torch
 
 from wedlm.attention.base import KVCache
 from wedlm.bench.settings import Settings
-from wedlm.bench.stats import Row, describe, rounded
-from wedlm.bench.target import Subject
+from wedlm.bench.stats import TableRow, describe, rounded
+from wedlm.bench.target import Target
+from wedlm.machine import cpu_name
+from wedlm.model.formats.save import write_whole
 
 _PACKAGES = ("wedlm", "torch", "triton", "transformers", "vllm", "numpy")
 # What a row is about; everything else in it was measured.
@@ -41,15 +42,15 @@ class Record:
             "parts": {},
         }
 
-    def describe(self, subject: Subject) -> None:
+    def describe(self, target: Target) -> None:
         """Note the machine and the engine."""
-        engine, config = subject.engine, subject.config
+        engine, config = target.engine, target.config
         heads = (config.num_kv_heads, config.head_dim, engine.runner.cache.keys.dtype)
         self.values |= {
-            "hardware": hardware(subject.device),
-            "subject": {
-                "name": subject.name,
-                "dtype": subject.dtype,
+            "hardware": hardware(target.device),
+            "target": {
+                "name": target.name,
+                "dtype": target.dtype,
                 "runner": type(engine.runner.executors[0]).__name__,
                 "model": config.to_hf(),
                 "engine": asdict(engine.config),
@@ -58,23 +59,22 @@ class Record:
             },
         }
 
-    def finish(self, subject: Subject, seconds: float, cut: list[str]) -> None:
+    def finish(self, target: Target, seconds: float, skipped: list[str]) -> None:
         """Note what is known in the end: memory, auto's table of costs, what there was no time for."""
-        self.values["memory"] = memory(subject.device)
-        auto = subject.engine.controller.draft_budget
+        self.values["memory"] = memory(target.device)
+        auto = target.engine.controller.draft_budget
         if auto is not None:
             self.values["step_costs_ms"] = {rows: rounded(1e3 * cost) for rows, cost in auto.costs.table()}
-        self.values |= {"seconds": round(seconds, 1), "cut": cut}
+        self.values |= {"seconds": round(seconds, 1), "skipped": skipped}
 
     def write(self, directory: Path | None) -> None:
         """``bench.json``, whole or not at all."""
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / f".{_FILE}"
         values = _json_values(self.values)
-        temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        temporary.replace(directory / _FILE)
+        with write_whole(directory / _FILE) as temporary:
+            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     def summary(self, directory: Path | None) -> str:
         """One line of JSON: the figure of each row that matters most, by part and label."""
@@ -83,7 +83,7 @@ class Record:
             for part, rows in self.values["parts"].items()
         }
         file = None if directory is None else str(directory / _FILE)
-        kept = {name: self.values[name] for name in ("seconds", "cut") if name in self.values}
+        kept = {name: self.values[name] for name in ("seconds", "skipped") if name in self.values}
         return json.dumps({"file": file, "parts": parts, **kept}, ensure_ascii=False)
 
 
@@ -108,12 +108,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     return values
 
 
-def label_of(row: Row) -> dict[str, Any]:
+def label_of(row: TableRow) -> dict[str, Any]:
     """What the row is about."""
     return {name: row[name] for name in LABELS if name in row}
 
 
-def key_figure(row: Row) -> tuple[str, float]:
+def key_figure(row: TableRow) -> tuple[str, float]:
     """The figure that a row is there for."""
     name = next(name for name in _KEY_FIGURES if name in row and not (name == "step_ms" and "accepted" in row))
     return name, row[name]
@@ -138,13 +138,6 @@ def hardware(device: torch.device) -> dict[str, Any]:
         found |= {"gpu": properties.name, "gpu_gib": round(properties.total_memory / 2**30, 1)}
         found["cuda"] = torch.version.cuda
     return found
-
-
-def cpu_name() -> str:
-    """As Linux names it, else the architecture."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.machine()
 
 
 def memory(device: torch.device) -> dict[str, float]:

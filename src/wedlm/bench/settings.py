@@ -27,7 +27,7 @@ AR_TEXT: tuple[Decoding, ...] = ("autoregressive", "verified", "auto")
 
 
 @dataclass(frozen=True)
-class Amounts:
+class Workload:
     """How much is measured. Lengths in tokens."""
 
     batches: tuple[int, ...]
@@ -42,7 +42,7 @@ class Amounts:
     long_prompt: int
 
     @classmethod
-    def of(cls, on_gpu: bool, random_weights: bool) -> "Amounts":
+    def of(cls, on_gpu: bool, random_weights: bool) -> "Workload":
         """The defaults: minutes on either kind of device."""
         if on_gpu:
             prompt = 512 if random_weights else None
@@ -57,7 +57,7 @@ class Settings:
 
     parts: tuple[str, ...]
     modes: tuple[Decoding, ...]
-    amounts: Amounts
+    workload: Workload
     shape: str | None = None
     model: str | None = None
     adapter: str | None = None
@@ -75,7 +75,7 @@ class Settings:
         """Of a step of the largest batch, so that its windows all run in it."""
         window = self.decoding.get("wedlm_window_size") or 16
         wide = 2 if {"streaming", "block"} & {*self.modes} else 1
-        return wide * window * max(self.amounts.batches)
+        return wide * window * max(self.workload.batches)
 
     def params(self, mode: str, max_tokens: int, **more: Any) -> SamplingParams:
         """Temperature 0. Random weights never end by themselves."""
@@ -84,14 +84,16 @@ class Settings:
 
 
 def read_parts(names: list[str], shape: str | None) -> tuple[str, ...]:
-    """The parts in the order given; "all": every one that the subject has, the most telling first."""
+    """The parts in the order given; "all": every one that the target has, the most telling first."""
     if names == ["all"]:
         return tuple(part for part in PRIORITY if part != "scenarios" or shape is None)
     for name in names:
         if name not in PARTS:
             raise ValueError(f"the part is {name!r}; expected all or some of {', '.join(PARTS)}")
     if "scenarios" in names and shape is not None:
-        raise ValueError("scenarios is given with --shape, whose random weights say nothing; expected --model")
+        raise ValueError(
+            "scenarios is given with --shape, whose random weights give no meaningful text; expected --model"
+        )
     return tuple(dict.fromkeys(names)) or DEFAULT_PARTS
 
 
@@ -116,12 +118,12 @@ def read_numbers(name: str, text: str, low: float, high: float) -> tuple[float, 
     return numbers
 
 
-def change_amounts(amounts: Amounts, options: dict[str, Any]) -> Amounts:
-    """``amounts`` with the options that are not None; each must be at least 1."""
+def change_workload(workload: Workload, options: dict[str, Any]) -> Workload:
+    """``workload`` with the options that are not None; each must be at least 1."""
     given = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
         for number in value if isinstance(value, tuple) else (value,):
             if number < 1 or number != int(number):
                 raise ValueError(f"--{name.replace('_', '-')} has {number:g}; expected integers of at least 1")
     whole: dict[str, Any] = {k: tuple(map(int, v)) if isinstance(v, tuple) else int(v) for k, v in given.items()}
-    return replace(amounts, **whole)
+    return replace(workload, **whole)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Figures = dict[str, float]
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Delivered:
     counts: list[int] = field(default_factory=list)
 
     def add(self, now: float, num_tokens: int) -> None:
-        """It has so many tokens in all now."""
+        """It has ``num_tokens`` tokens in all by now."""
         new = num_tokens - sum(self.counts)
         if new > 0:
             self.at.append(now)
@@ -53,7 +53,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def make_row(label: dict[str, Any], runs: Sequence[Figures], **more: Any) -> Row:
+def make_row(label: dict[str, Any], runs: Sequence[Figures], **more: Any) -> TableRow:
     """The label, medians over runs, and the spread: the least and most of each figure."""
     names = list(runs[0])
     values = {name: [run[name] for run in runs] for name in names}
@@ -66,7 +66,7 @@ def make_row(label: dict[str, Any], runs: Sequence[Figures], **more: Any) -> Row
     }
 
 
-def ratio_row(label: dict[str, Any], pairs: Sequence[tuple[Figures, Figures]], figure: str) -> Row:
+def ratio_row(label: dict[str, Any], pairs: Sequence[tuple[Figures, Figures]], figure: str) -> TableRow:
     """Of interleaved pairs (base, other): other's figure over base's."""
     ratios = [other[figure] / base[figure] for base, other in pairs]
     bases, others = ([figures[figure] for figures in side] for side in zip(*pairs, strict=True))
@@ -82,7 +82,7 @@ def ratio_row(label: dict[str, Any], pairs: Sequence[tuple[Figures, Figures]], f
 
 
 def rounded(value: float) -> float:
-    """Five digits tell more than any clock here knows."""
+    """Five significant digits: no clock here is more exact."""
     return float(f"{value:.5g}")
 
 

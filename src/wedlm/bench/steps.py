@@ -6,7 +6,7 @@ from typing import Any
 from wedlm.bench.forced_acceptance import injected
 from wedlm.bench.host_profile import host_work
 from wedlm.bench.measure import Bench, Case, take_turns
-from wedlm.bench.stats import Figures, Row, make_row
+from wedlm.bench.stats import Figures, TableRow, make_row
 from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, DraftBudget, expected_step
 from wedlm.engine.sampling_params import SamplingParams
 
@@ -20,31 +20,31 @@ _UNLIMITED = 3000
 
 def _params(bench: Bench, mode: str, **options: Any) -> SamplingParams:
     """For requests that no measurement ends."""
-    most = min(_UNLIMITED, bench.subject.engine.config.max_model_len)
+    most = min(_UNLIMITED, bench.target.engine.config.max_model_len)
     return bench.settings.params(mode, most, ignore_eos=True, **options)
 
 
 def _prompts(bench: Bench, count: int, length: int | None = None) -> list[list[int]]:
-    length = length or bench.settings.amounts.prompt
-    return [bench.subject.prompts.of(number, length) for number in range(count)]
+    length = length or bench.settings.workload.prompt
+    return [bench.target.prompts.of(number, length) for number in range(count)]
 
 
 def _fixed(bench: Bench, batch: int, mode: str, length: int | None = None, **options: Any) -> Case:
-    """A batch for so many steps; the label has the rows that each sequence may run."""
+    """A batch for a fixed number of steps; the label has the rows that each sequence may run."""
     params = _params(bench, mode, **options)
-    window = params.wedlm_window_size or bench.subject.engine.config.options.wedlm_window_size
+    window = params.wedlm_window_size or bench.target.engine.config.options.wedlm_window_size
     rows = 1 if mode == "autoregressive" else window if mode in ("verified", "auto") else 2 * window
     label: dict[str, Any] = {"mode": mode, "batch": batch, "rows": rows}
     if length is not None:
         label["context"] = length
-    amounts = bench.settings.amounts
+    workload = bench.settings.workload
     prompts = _prompts(bench, batch, length)
-    return Case(label, lambda _: bench.loop.batch(prompts, params, amounts.warm_steps, amounts.steps))
+    return Case(label, lambda _: bench.loop.batch(prompts, params, workload.warm_steps, workload.steps))
 
 
-def steps(bench: Bench) -> list[Row]:
+def steps(bench: Bench) -> list[TableRow]:
     """Every batch with one row; 16 rows up to batch 32, verified and streaming; fewer rows for larger batches."""
-    batches = bench.settings.amounts.batches
+    batches = bench.settings.workload.batches
     modes = bench.settings.modes
     cases = [_fixed(bench, batch, "autoregressive") for batch in batches]
     small = [batch for batch in batches if batch <= 32]
@@ -55,20 +55,20 @@ def steps(bench: Bench) -> list[Row]:
     if "verified" in modes:
         wide = ((8, max(small, default=0)), (4, batches[-1]))
         cases += [_fixed(bench, b, "verified", wedlm_window_size=w, **_ALL_ROWS) for w, b in wide if b > 1]
-    return [_told(bench, "steps", row) for row in take_turns(bench, "steps", cases)]
+    return [_reported(bench, "steps", row) for row in take_turns(bench, "steps", cases)]
 
 
-def _told(bench: Bench, part: str, row: Row) -> Row:
+def _reported(bench: Bench, part: str, row: TableRow) -> TableRow:
     """Beside vLLM's AR steps at the same batch, where those were measured."""
     row = bench.beside_vllm("steps", row, batch=row["batch"])
-    bench.tell(part, row)
+    bench.report(part, row)
     return row
 
 
-def contexts(bench: Bench) -> list[Row]:
+def contexts(bench: Bench) -> list[TableRow]:
     """One stream over longer and longer contexts."""
-    longest = bench.subject.engine.config.max_model_len - bench.settings.amounts.steps * 8
-    lengths = [length for length in bench.settings.amounts.contexts if length <= longest]
+    longest = bench.target.engine.config.max_model_len - bench.settings.workload.steps * 8
+    lengths = [length for length in bench.settings.workload.contexts if length <= longest]
     cases = [
         _fixed(bench, 1, mode, length, **options)
         for length in lengths
@@ -76,42 +76,42 @@ def contexts(bench: Bench) -> list[Row]:
     ]
     rows = take_turns(bench, "contexts", cases)
     for row in rows:
-        bench.tell("contexts", row)
+        bench.report("contexts", row)
     return rows
 
 
-def accept(bench: Bench) -> list[Row]:
+def accept(bench: Bench) -> list[TableRow]:
     """Auto from a fresh start at each batch, every draft certain enough, accepted at the rates of each curve."""
     curves = {", ".join(f"{rate:g}" for rate in curve): curve for curve in bench.settings.curves}
     for tokens in _TOKENS_A_STEP:
         curves[f"{tokens:g} tokens at 16 rows"] = (_rate_for(tokens),)
     curves[f"all ({_tokens(1.0):.2g} tokens at 16 rows)"] = (1.0,)
-    amounts = bench.settings.amounts
+    workload = bench.settings.workload
     params = _params(bench, "auto", **_ALL_ROWS)
     rows = []
-    with injected(bench.subject.engine) as chances:
-        for batch in amounts.batches:
+    with injected(bench.target.engine) as chances:
+        for batch in workload.batches:
             _try_all_budgets(bench, _prompts(bench, batch), params)
         for name, rates in curves.items():
-            for batch in amounts.batches:
+            for batch in workload.batches:
                 label = {"accepted": name, "rates": list(rates), "mode": "auto", "batch": batch}
-                if not bench.late(f"accept: {name}, batch {batch}"):
+                if not bench.past_deadline(f"accept: {name}, batch {batch}"):
                     chances.set(rates)
                     row = _accepted(bench, label, _prompts(bench, batch), params)
-                    rows.append(_told(bench, "accept", row))
+                    rows.append(_reported(bench, "accept", row))
     return rows
 
 
 class FixedRows(DraftBudget):
-    """Auto decoding that has made up its mind."""
+    """Auto decoding that keeps one row budget."""
 
     def choose(self, num_windows: int, most: int) -> int:
         return min(self.row_budget, most)
 
 
 def _try_all_budgets(bench: Bench, prompts: list[list[int]], params: SamplingParams) -> None:
-    """Every step that auto may choose for this batch, once: captures and compilations are no part of what follows."""
-    engine = bench.subject.engine
+    """Every step that auto may choose for this batch, once: captures and compilations are not part of what follows."""
+    engine = bench.target.engine
     requests = bench.loop.start(prompts, params)
     assert engine.controller.draft_budget is not None
     for row_budget in ROW_BUDGETS:
@@ -121,14 +121,14 @@ def _try_all_budgets(bench: Bench, prompts: list[list[int]], params: SamplingPar
     bench.loop.end(requests)
 
 
-def _accepted(bench: Bench, label: dict[str, Any], prompts: list[list[int]], params: SamplingParams) -> Row:
-    engine, amounts = bench.subject.engine, bench.settings.amounts
+def _accepted(bench: Bench, label: dict[str, Any], prompts: list[list[int]], params: SamplingParams) -> TableRow:
+    engine, workload = bench.target.engine, bench.settings.workload
     assert engine.controller.draft_budget is not None
     engine.controller.draft_budget = DraftBudget(engine.controller.costs)
     requests = bench.loop.start(prompts, params)
     try:
         bench.loop.steps(requests, _AUTO_WARM_STEPS)
-        runs = [bench.loop.steps(requests, amounts.steps) for _ in range(amounts.runs)]
+        runs = [bench.loop.steps(requests, workload.steps) for _ in range(workload.runs)]
     finally:
         bench.loop.end(requests)
     return make_row(label, runs, row_budget=engine.controller.draft_budget.row_budget)
@@ -147,9 +147,9 @@ def _rate_for(tokens: float) -> float:
     return round(high, 3)
 
 
-def host(bench: Bench) -> list[Row]:
+def host(bench: Bench) -> list[TableRow]:
     """What Python does in a step while the device is not waited for, at the smallest and the largest batch."""
-    amounts = bench.settings.amounts
+    workload = bench.settings.workload
 
     def case(batch: int, mode: str) -> Case:
         params = _params(bench, mode, **({} if mode == "autoregressive" else _ALL_ROWS))
@@ -157,16 +157,16 @@ def host(bench: Bench) -> list[Row]:
         def measure(_: int) -> Figures:
             requests = bench.loop.start(_prompts(bench, batch), params)
             try:
-                bench.loop.steps(requests, amounts.warm_steps)
-                return host_work(bench.subject.engine, amounts.steps)
+                bench.loop.steps(requests, workload.warm_steps)
+                return host_work(bench.target.engine, workload.steps)
             finally:
                 bench.loop.end(requests)
 
         return Case({"mode": mode, "batch": batch}, measure)
 
-    batches = dict.fromkeys((amounts.batches[0], amounts.batches[-1]))
+    batches = dict.fromkeys((workload.batches[0], workload.batches[-1]))
     cases = [case(batch, mode) for batch in batches for mode in ("autoregressive", "verified", "auto")]
     rows = take_turns(bench, "host", cases)
     for row in rows:
-        bench.tell("host", row)
+        bench.report("host", row)
     return rows

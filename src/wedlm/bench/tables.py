@@ -10,7 +10,7 @@ from rich.table import Table
 
 from wedlm.bench.record import LABELS
 from wedlm.bench.settings import PARTS
-from wedlm.bench.stats import Row
+from wedlm.bench.stats import TableRow
 
 _SHOWN = {
     "tok_per_s": "tok/s",
@@ -47,7 +47,7 @@ _SPREAD = ("tok_per_s", "step_ms", "host_ms")
 _PIPE_WIDTH = 150
 
 
-def show_tables(parts: dict[str, Sequence[Row]]) -> None:
+def show_tables(parts: dict[str, Sequence[TableRow]]) -> None:
     """One for each part that has rows, to standard output."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     for part, rows in parts.items():
@@ -56,7 +56,7 @@ def show_tables(parts: dict[str, Sequence[Row]]) -> None:
             console.print()
 
 
-def _table(title: str, rows: Sequence[Row]) -> Table:
+def _table(title: str, rows: Sequence[TableRow]) -> Table:
     labels = [name for name in LABELS if any(name in row for row in rows)]
     figures = [name for name in _SHOWN if any(name in row for row in rows) and name not in labels]
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
@@ -69,7 +69,7 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def _figure(row: Row, name: str) -> str:
+def _figure(row: TableRow, name: str) -> str:
     text = _text(row.get(name))
     if name == "median_ratio":
         return "{} ({}-{})".format(text, *map(_text, row["spread"]["ratio"]))

@@ -20,7 +20,7 @@ _CACHE_SPARE_TOKENS = 2000  # for each sequence of the largest batch: what a mea
 
 
 @dataclass(frozen=True)
-class Subject:
+class Target:
     """One engine, and what to ask it."""
 
     name: str
@@ -37,22 +37,22 @@ class Subject:
         return str(self.engine.runner.cache.keys.dtype).removeprefix("torch.")
 
 
-def load_subject(settings: Settings) -> Subject:
+def load_target(settings: Settings) -> Target:
     """The engine that all parts share. ValueError for options that cannot be."""
     device = resolve_options.read_device(settings.device)
     rows = max(2048, settings.most_rows)
-    given = {"max_num_seqs": max(settings.amounts.batches), "max_num_batched_tokens": rows, **settings.engine}
+    given = {"max_num_seqs": max(settings.workload.batches), "max_num_batched_tokens": rows, **settings.engine}
     if settings.shape is None:
         assert settings.model is not None
         llm = LLM(settings.model, adapter=settings.adapter, dtype=settings.dtype, device=settings.device, **given)
         prompts = Prompts(llm.tokenizer, llm.model_config.vocab_size, llm.engine.config.max_model_len)
-        return Subject(settings.model, llm.engine, llm.model_config, prompts)
+        return Target(settings.model, llm.engine, llm.model_config, prompts)
     config = shape_config(settings.shape)
     dtype = resolve_options.read_dtype(settings.dtype, device) or torch.bfloat16
     engine_config = EngineConfig(
         vocab_size=config.vocab_size,
         mask_token_id=MASK_TOKEN_ID,
-        end_token_ids=config.eos_token_ids,
+        eos_token_ids=config.eos_token_ids,
         max_model_len=resolve_options.read_length(given.get("max_model_len"), config),
         options=EngineOptions.of(given),
     )
@@ -61,14 +61,14 @@ def load_subject(settings: Settings) -> Subject:
         cache_bytes = _cache_bytes(settings, engine_config, config, dtype, device)
         engine_config = replace(engine_config, options=replace(engine_config.options, kv_cache_bytes=cache_bytes))
     engine = plan_engine(model, engine_config, None).build()
-    return Subject(settings.shape, engine, config, Prompts(None, config.vocab_size, engine_config.max_model_len))
+    return Target(settings.shape, engine, config, Prompts(None, config.vocab_size, engine_config.max_model_len))
 
 
 def _cache_bytes(
     settings: Settings, engine: EngineConfig, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> int:
     """What the largest batch and the longest context need, at most what the engine would take by itself."""
-    assert settings.amounts.prompt is not None
-    tokens = engine.options.max_num_seqs * (settings.amounts.prompt + _CACHE_SPARE_TOKENS) + 2 * engine.max_model_len
+    assert settings.workload.prompt is not None
+    tokens = engine.options.max_num_seqs * (settings.workload.prompt + _CACHE_SPARE_TOKENS) + 2 * engine.max_model_len
     wanted = tokens * KVCache.bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
     return min(wanted, resolve_options.default_cache_bytes(device, wanted, 0.85))

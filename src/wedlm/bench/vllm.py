@@ -18,7 +18,7 @@ import torch
 from wedlm.bench.prompts import Prompts
 from wedlm.bench.settings import Settings
 from wedlm.bench.shapes import shape_config
-from wedlm.bench.stats import Row
+from wedlm.bench.stats import TableRow
 from wedlm.engine import resolve_options
 from wedlm.model import ModelConfig, load_model, load_tokenizer, save_model
 
@@ -28,7 +28,7 @@ _SHOWN_CHARACTERS = 400
 
 
 def check_against(name: str | None) -> None:
-    """ValueError for a rival that there is none of."""
+    """ValueError for an unknown baseline, or one that is not installed."""
     if name not in (None, "vllm"):
         raise ValueError(f"--against is {name!r}; expected vllm")
     if name == "vllm" and find_spec("vllm") is None:
@@ -76,7 +76,7 @@ def _last_words(log: Path) -> str:
 
 def _task(settings: Settings, directory: Path) -> dict[str, Any]:
     """All that the worker needs; the weights are in ``directory`` or where they were."""
-    amounts = settings.amounts
+    workload = settings.workload
     dtype = resolve_options.read_dtype(settings.dtype, resolve_options.read_device(settings.device))
     if settings.shape is not None:
         config, model, dtype = shape_config(settings.shape), directory, dtype or torch.bfloat16
@@ -88,26 +88,26 @@ def _task(settings: Settings, directory: Path) -> dict[str, Any]:
         dtype, model = weights.model.embed_tokens.weight.dtype, directory
         save_model(weights, as_autoregressive(config), directory)
         prompts = Prompts(load_tokenizer(settings.model), config.vocab_size, config.max_length)
-    everything = prompts.arrivals(amounts.requests, amounts.answer, float("inf"))
-    spaced = prompts.arrivals(amounts.requests, amounts.answer, 1.0)  # one a second; the worker sets the rate
-    largest = prompts.batch(max(amounts.batches), amounts.prompt, amounts.answer)
+    everything = prompts.arrivals(workload.requests, workload.answer, float("inf"))
+    spaced = prompts.arrivals(workload.requests, workload.answer, 1.0)  # one a second; the worker sets the rate
+    largest = prompts.batch(max(workload.batches), workload.prompt, workload.answer)
     return {
         "model": str(model),
         "load_format": "auto" if settings.shape is None else "dummy",
         "dtype": str(dtype).removeprefix("torch."),
-        "max_model_len": min(config.max_length, max(amounts.long_prompt + 16, 4096)),
-        "max_num_seqs": max(amounts.batches),
+        "max_model_len": min(config.max_length, max(workload.long_prompt + 16, 4096)),
+        "max_num_seqs": max(workload.batches),
         "ignore_eos": settings.shape is not None,
-        "end_token_ids": list(config.eos_token_ids),
+        "eos_token_ids": list(config.eos_token_ids),
         "parts": [part for part in _MEASURABLE if part in settings.parts or part == "steps"],
-        "batches": amounts.batches,
-        "runs": amounts.runs,
-        "steps": 2 * amounts.steps,
-        "answer": amounts.answer,
+        "batches": workload.batches,
+        "runs": workload.runs,
+        "steps": 2 * workload.steps,
+        "answer": workload.answer,
         "prompts": [one.prompt for one in largest],
         "arrivals": [asdict(replace(one, at_s=spaced[i].at_s)) for i, one in enumerate(everything)],
         "rate": settings.rate,
-        "long_prompt": prompts.of(0, min(amounts.long_prompt, config.max_length - 2)),
+        "long_prompt": prompts.of(0, min(workload.long_prompt, config.max_length - 2)),
     }
 
 
@@ -119,6 +119,6 @@ def as_autoregressive(config: ModelConfig) -> ModelConfig:
     return replace(config, model_type=known)
 
 
-def rows_of(found: dict[str, Any]) -> dict[str, Sequence[Row]]:
+def rows_of(found: dict[str, Any]) -> dict[str, Sequence[TableRow]]:
     """What ``measure_vllm`` found, without what is not rows."""
     return {part: rows for part, rows in found.items() if part in _MEASURABLE}

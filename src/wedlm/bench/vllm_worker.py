@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wedlm.bench.stats import Delivered, Figures, Row, answer_figures, make_row
+from wedlm.bench.stats import Delivered, Figures, TableRow, answer_figures, make_row
 
 _SHORT = 32  # tokens of the shorter of two answers
 _LOAD = 0.7
@@ -33,7 +33,7 @@ class Worker:
     def params(self, max_tokens: int, ignore_eos: bool) -> Any:
         from vllm import SamplingParams
 
-        ends = [] if ignore_eos else self.task["end_token_ids"]  # without its tokenizer it knows none
+        ends = [] if ignore_eos else self.task["eos_token_ids"]  # without its tokenizer it knows none
         return SamplingParams(
             temperature=0, max_tokens=max_tokens, ignore_eos=ignore_eos, detokenize=False, stop_token_ids=ends
         )
@@ -69,7 +69,7 @@ class Worker:
                     done.append(running.pop(name))
         return answer_figures(done, now - start)
 
-    def repeat(self, label: dict[str, Any], arrivals: Sequence[dict[str, Any]]) -> Row:
+    def repeat(self, label: dict[str, Any], arrivals: Sequence[dict[str, Any]]) -> TableRow:
         """After one run to warm up."""
         return make_row(label, [self.serve(arrivals) for _ in range(self.task["runs"] + 1)][1:])
 
@@ -77,7 +77,7 @@ class Worker:
         most = self.task["answer"]
         return [{"at_s": 0.0, "prompt": prompt, "max_tokens": most} for prompt in self.task["prompts"][:count]]
 
-    def steps(self) -> list[Row]:
+    def steps(self) -> list[TableRow]:
         more, rows = self.task["steps"], []
         for batch in self.task["batches"]:
             prompts = self.task["prompts"][:batch]
@@ -89,18 +89,18 @@ class Worker:
             rows.append(make_row({"batch": batch}, [{"step_ms": 1e3 * t, "tok_per_s": batch / t} for t in took]))
         return rows
 
-    def latency(self) -> list[Row]:
+    def latency(self) -> list[TableRow]:
         return [self.repeat({}, self.at_once(1))]
 
-    def throughput(self) -> list[Row]:
+    def throughput(self) -> list[TableRow]:
         return [self.repeat({"batch": batch}, self.at_once(batch)) for batch in self.task["batches"]]
 
-    def prefill(self) -> list[Row]:
+    def prefill(self) -> list[TableRow]:
         prompt = self.task["long_prompt"]
         took = [self.seconds([prompt], 1) for _ in range(self.task["runs"] + 1)][1:]
         return [make_row({"prompt": len(prompt)}, [{"tok_per_s": len(prompt) / t, "seconds": t} for t in took])]
 
-    def serving(self) -> list[Row]:
+    def serving(self) -> list[TableRow]:
         """All at once, which gives the rate where none was asked for; then as they arrive."""
         arrivals = self.task["arrivals"]
         count = len(arrivals)

@@ -16,12 +16,12 @@ from wedlm.engine.request import (
     WindowSnapshot,
 )
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.engine.text import Decoder, TextStream
+from wedlm.engine.text import TextStream, TokenDecoder
 
 
-def make_request(
+def make_request(  # noqa: PLR0913 - each is a fact of the request or of the engine
     config: EngineConfig,
-    tokenizer: Decoder | None,
+    tokenizer: TokenDecoder | None,
     request_id: str,
     prompt_token_ids: Sequence[int],
     params: SamplingParams,
@@ -37,7 +37,7 @@ def make_request(
     if params.stop and tokenizer is None:
         raise ValueError("stop is set but the engine has no tokenizer; expected stop_token_ids instead")
     decode = decode_params(config, len(prompt), params)
-    constraint = build_constraint(params, decode.end_token_ids, config.mask_token_id, config.vocab_size, tokenizer)
+    constraint = build_constraint(params, decode.stop_token_ids, config.mask_token_id, config.vocab_size, tokenizer)
     text = None if tokenizer is None else TextStream(tokenizer, params.stop or ())
     return Request(
         request_id=request_id,
@@ -57,7 +57,7 @@ def make_request(
 
 def decode_params(config: EngineConfig, num_prompt_tokens: int, params: SamplingParams) -> DecodeParams:
     """What the text depends on. ValueError for an end token that the model does not have."""
-    ends = tuple(params.stop_token_ids or ()) + (() if params.ignore_eos else config.end_token_ids)
+    ends = tuple(params.stop_token_ids or ()) + (() if params.ignore_eos else config.eos_token_ids)
     if any(token >= config.vocab_size for token in ends):
         given = list(params.stop_token_ids or ())
         raise ValueError(f"stop_token_ids is {given}; expected ids below {config.vocab_size}")
@@ -72,8 +72,8 @@ def decode_params(config: EngineConfig, num_prompt_tokens: int, params: Sampling
         top_p=params.top_p,
         seed=secrets.randbits(63) if params.seed is None else params.seed,
         mask_token_id=config.mask_token_id,
-        end_token_ids=tuple(dict.fromkeys(ends)),
-        first_free_end=num_prompt_tokens + params.min_tokens if params.min_tokens else 0,
+        stop_token_ids=tuple(dict.fromkeys(ends)),
+        min_eos_position=num_prompt_tokens + params.min_tokens if params.min_tokens else 0,
         max_positions=config.max_model_len,
     )
 

@@ -93,7 +93,9 @@ class AsyncEngine:
         """End the thread after the step in progress; whatever is open fails with EngineStopped."""
         self._stopping.set()
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join, timeout_s)
+        end = self._loop.time() + timeout_s
+        while self._thread.is_alive() and self._loop.time() < end:  # no thread waits: asyncio would wait for that one
+            await asyncio.sleep(0.005)
         await asyncio.sleep(0)  # let what the thread reported last take effect
 
     def _closed(self, count: int) -> None:

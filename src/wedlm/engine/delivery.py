@@ -25,7 +25,7 @@ def append_tokens(request: Request, result: WindowResult) -> FinishReason | None
 def _finish_reason(request: Request, token: int) -> FinishReason | None:
     """Whether the token that was just appended ends the request."""
     text, constraint = request.output.text, request.output.constraint
-    if token in request.decode.end_token_ids:
+    if token in request.decode.stop_token_ids:
         if text is not None:
             text.finish()  # the end token is reported as an id; it is not part of the text
         return "stop"

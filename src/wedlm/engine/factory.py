@@ -21,7 +21,7 @@ from wedlm.engine.execution.runner import Runner
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.options import EngineConfig
 from wedlm.engine.pages import PagePool
-from wedlm.engine.text import Decoder
+from wedlm.engine.text import TokenDecoder
 from wedlm.model import ModelConfig, Transformer
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 # Keeps tokens coming while prompts are read (docs/log.md). Where such steps are launched piece by piece, many short
 # chunks would cost more than they spare.
 _CAPTURED_CHUNK_STEP_RATIO = 1.8
+_LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS = 2**28, 8
 
 
 class CacheShape(Protocol):
@@ -60,7 +61,7 @@ class Blueprint:
     config: EngineConfig
     num_pages: int
     page_size: int
-    tokenizer: Decoder | None
+    tokenizer: TokenDecoder | None
     eager_reason: str | None = None  # why steps do not run on our kernels
 
     def build(self, cache: KVCache | None = None, clock: Callable[[], float] = time.perf_counter) -> Engine:
@@ -116,7 +117,7 @@ class Blueprint:
         return Runner(windows, EagerStep(fused, plan_paged, cache, windows, mask), [captured])
 
 
-def plan_engine(model: Transformer, config: EngineConfig, tokenizer: Decoder | None) -> Blueprint:
+def plan_engine(model: Transformer, config: EngineConfig, tokenizer: TokenDecoder | None) -> Blueprint:
     """Every choice for an engine around a packed model, by ``config.options``; logs what was chosen.
 
     ValueError for options that cannot be.
@@ -128,6 +129,9 @@ def plan_engine(model: Transformer, config: EngineConfig, tokenizer: Decoder | N
     num_bytes = options.kv_cache_bytes
     if num_bytes is None:
         needed = 4 * (config.max_model_len + 2 * options.wedlm_window_size) * per_token
+        # A file can claim any length: without a word from the user it gets a cache in proportion to its weights.
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        needed = min(needed, max(_LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS * weights))
         num_bytes = resolve_options.default_cache_bytes(device, needed, options.gpu_memory_utilization)
     num_pages = num_bytes // (per_token * options.page_size)
     if num_pages < 1:

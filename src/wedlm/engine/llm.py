@@ -21,6 +21,7 @@ from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer, load_model, load_tokenizer, pack_for_inference
+from wedlm.model.formats.tokenizer import check_unicode
 from wedlm.model.lora.peft import adapted_config, apply_adapter
 
 Message = Mapping[str, Any]
@@ -38,6 +39,7 @@ class LLM:
         chosen = EngineOptions.of(options)
         self.device = resolve_options.read_device(chosen.device)
         dtype = resolve_options.read_dtype(chosen.dtype, self.device)
+        self.allow_control_tokens = chosen.allow_control_tokens
         self.tokenizer: Tokenizer = load_tokenizer(model)
         transformer, self.model_config = load_model(model, dtype, self.device)
         if chosen.adapter is not None:
@@ -47,7 +49,7 @@ class LLM:
         config = EngineConfig(
             vocab_size=self.model_config.vocab_size,
             mask_token_id=resolve_options.read_mask_token_id(chosen.mask_token_id, self.model_config, self.tokenizer),
-            end_token_ids=self.model_config.eos_token_ids,
+            eos_token_ids=self.model_config.eos_token_ids,
             max_model_len=resolve_options.read_length(chosen.max_model_len, self.model_config),
             options=chosen,
         )
@@ -101,20 +103,29 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | None = None,
+        allow_control_tokens: bool | None = None,
         **template_kwargs: Any,
     ) -> list[GenerationOutput]:
-        """Answer one conversation, or several, through the tokenizer's chat template (ValueError if it has none)."""
+        """Answer one conversation, or several, through the tokenizer's chat template (ValueError if it has none).
+
+        A control token that a message spells out, such as <|im_end|>, is encoded as ordinary text. With
+        ``allow_control_tokens`` (None: as the constructor was told) it is one, and who writes a message can end its
+        turn and speak as the system (docs/security.md).
+        """
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Any = messages if several else [messages]
-        prompts = [self.chat_prompt(conversation, **template_kwargs) for conversation in conversations]
+        chosen: Any = {**template_kwargs, "allow_control_tokens": allow_control_tokens}
+        prompts = [self.chat_prompt(conversation, **chosen) for conversation in conversations]
         return self.generate(prompts, params, progress=progress)
 
-    def chat_prompt(self, messages: Sequence[Message], **template_kwargs: Any) -> list[int]:
-        """Token ids of a conversation up to where the answer begins."""
+    def chat_prompt(
+        self, messages: Sequence[Message], *, allow_control_tokens: bool | None = None, **template_kwargs: Any
+    ) -> list[int]:
+        """Token ids of a conversation up to where the answer begins, as ``chat`` encodes it."""
         if not messages:
             raise ValueError("messages is empty; expected at least one message")
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_kwargs)
-        return self._encode(text, add_special_tokens=False)
+        allowed = self.allow_control_tokens if allow_control_tokens is None else allow_control_tokens
+        return self.tokenizer.encode_chat(messages, allow_control_tokens=allowed, **template_kwargs)
 
     def generate_stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
         """Yield text as it becomes final. Closing the iterator aborts the request."""
@@ -172,10 +183,7 @@ class LLM:
         )
 
     def _encode(self, prompt: str, add_special_tokens: bool) -> list[int]:
-        try:
-            prompt.encode()  # the tokenizer's own message for a lone surrogate explains nothing
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt is no Unicode text ({error.reason}); expected valid characters") from error
+        check_unicode(prompt)
         return self.tokenizer.encode(prompt, add_special_tokens)
 
     @contextmanager

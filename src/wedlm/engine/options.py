@@ -125,7 +125,7 @@ class EngineOptions:
     kv_cache_bytes: int | None = _option(
         None,
         "Memory for keys and values. Default on CUDA: what gpu_memory_utilization leaves; elsewhere: four full "
-        "sequences, at most a quarter of the memory.",
+        "sequences, at most a quarter of the memory and eight times the weights.",
         _or_none(read_positive_integer),
     )
     gpu_memory_utilization: float = _option(
@@ -144,6 +144,11 @@ class EngineOptions:
         "While a request is streamed, limit prompt chunks so that a step with some takes at most about this many times "
         "a step without. inf: no limit. Default: 1.8 where such steps are CUDA graphs, elsewhere inf.",
         _or_none(read_ratio),
+    )
+    allow_control_tokens: bool = _option(
+        False,
+        "Let <|im_end|> in a message end its turn. Whoever writes one can then speak as the system.",
+        read_flag,
     )
 
     def __post_init__(self) -> None:
@@ -166,7 +171,7 @@ class EngineConfig:
 
     vocab_size: int
     mask_token_id: int
-    end_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
     max_model_len: int
     options: EngineOptions = EngineOptions()
 

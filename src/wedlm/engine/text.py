@@ -4,8 +4,10 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from wedlm.engine.stop_strings import automaton_of
 
-class Decoder(Protocol):
+
+class TokenDecoder(Protocol):
     """What a tokenizer must offer here."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
@@ -19,8 +21,10 @@ class TextStream:
     ``ends[i]`` is where the text ended after token i, before any stop string was cut off.
     """
 
-    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+    def __init__(self, tokenizer: TokenDecoder, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = automaton_of(tuple(stop)) if stop else None
+        self._state = 0  # of the automaton after ``text``
         self._ids: list[int] = []
         # ids[_context:_read] ended on a character's border; they are decoded again with what follows, because a
         # tokenizer may render a token by its left neighbour (leading spaces). The first _known characters of
@@ -39,22 +43,18 @@ class TextStream:
             self._context, self._read = self._read, len(self._ids)
             self._known = len(self._decode())
         self.ends.append(len(self.text))
-        return bool(self._stop) and may_stop and self._cut(before)
+        return self._read_on(before, may_stop)
 
     def finish(self) -> None:
         """No token follows: bytes that never became a character turn into the replacement character."""
+        before = len(self.text)
         self._append(self._decode())
+        self._read_on(before, may_stop=False)
 
     @property
     def stable(self) -> int:
         """Length of the prefix of ``text`` that no stop string can take back."""
-        held = 0
-        for stop in self._stop:
-            for size in range(min(len(stop) - 1, len(self.text)), held, -1):
-                if self.text.endswith(stop[:size]):
-                    held = size
-                    break
-        return len(self.text) - held
+        return len(self.text) - (0 if self._stop is None else self._stop.begun(self._state))
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)
@@ -64,12 +64,18 @@ class TextStream:
         self.text += whole[self._known :]
         self._known = max(self._known, len(whole))
 
-    def _cut(self, before: int) -> bool:
-        """Cut the text at the first stop string to be complete after ``before``; at the longest of several.
+    def _read_on(self, start: int, may_stop: bool) -> bool:
+        """Look for stop strings that are complete behind ``start``. True if the text was cut at the first of them; at
+        the longest of several.
 
         By its end, not its beginning: the text then does not depend on where tokens end.
         """
-        found = [(at + len(s), at) for s in self._stop if (at := self.text.find(s, max(0, before - len(s) + 1))) >= 0]
-        if found:
-            self.text = self.text[: min(found)[1]]
-        return bool(found)
+        if self._stop is None:
+            return False
+        for end in range(start, len(self.text)):
+            self._state = self._stop.after(self._state, self.text[end])
+            length = self._stop.complete(self._state)
+            if length and may_stop:
+                self.text, self._state = self.text[: end + 1 - length], 0
+                return True
+        return False

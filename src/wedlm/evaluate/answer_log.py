@@ -7,24 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-Entry = dict[str, Any]
+Answer = dict[str, Any]
 
 
 @dataclass
-class Journal:
-    """Answers of one task in one point, by (document, index of the request in it). ``path`` None keeps them in memory.
+class AnswerLog:
+    """Answers of one task in one run, by (document, index of the request in it). ``path`` None keeps them in memory.
 
     ``origin``: what new answers are computed on; ``origins`` has those of all answers, in the order of their first.
     An entry's ``seconds`` is the wall time since the entry before it, so that they add up over killed runs.
     """
 
     path: Path | None = None
-    origin: Entry = field(default_factory=dict)
-    entries: dict[tuple[int, int], Entry] = field(default_factory=dict)
+    origin: Answer = field(default_factory=dict)
+    entries: dict[tuple[int, int], Answer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._last = time.perf_counter()
-        self.origins: list[Entry] = []
+        self.origins: list[Answer] = []
         self._documents: dict[int, list[int]] = {}
         self._named_origin = False
         if self.path is not None and self.path.exists():
@@ -40,13 +40,13 @@ class Journal:
         """Time counts from here for the next entry."""
         self._last = time.perf_counter()
 
-    def find(self, doc_id: int, index: int) -> Entry | None:
+    def find(self, doc_id: int, index: int) -> Answer | None:
         return self.entries.get((doc_id, index))
 
-    def add(self, doc_id: int, index: int, entry: Entry) -> None:
+    def add(self, doc_id: int, index: int, entry: Answer) -> None:
         """Keep an answer; on disk when this returns."""
         now = time.perf_counter()
-        lines: list[Entry] = [] if self._named_origin else [{"origin": self.origin}]
+        lines: list[Answer] = [] if self._named_origin else [{"origin": self.origin}]
         self._named_origin = True
         lines.append({"doc_id": doc_id, "index": index, **entry, "seconds": now - self._last})
         self._last = now
@@ -56,7 +56,7 @@ class Journal:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
-    def of_document(self, doc_id: int) -> list[Entry]:
+    def of_document(self, doc_id: int) -> list[Answer]:
         """Answers of a document's requests, in their order."""
         return [self.entries[doc_id, index] for index in sorted(self._documents.get(doc_id, []))]
 
@@ -65,7 +65,7 @@ class Journal:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def _remember(self, line: Entry) -> None:
+    def _remember(self, line: Answer) -> None:
         if "origin" in line:
             if line["origin"] not in self.origins:
                 self.origins.append(line["origin"])

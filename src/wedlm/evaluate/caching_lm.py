@@ -14,31 +14,31 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.evaluate.answer_log import Entry, Journal
-from wedlm.evaluate.provenance import ModelIdentity
+from wedlm.evaluate.answer_log import Answer, AnswerLog
+from wedlm.evaluate.provenance import ModelProvenance
 from wedlm.model import Tokenizer
 
 # Options of a task's generation_kwargs that are understood; until_chat replaces until under a chat template.
 _GENERATION_OPTIONS = {"until", "until_chat", "max_gen_toks", "temperature", "do_sample", "top_p", "top_k"}
 
 
-class Answered(Exception):
-    """All answers are in the journals, and no more was asked for: how a model leaves the harness unscored."""
+class StopEvaluation(Exception):
+    """All answers are in the logs, and scores were not asked for: raised to leave the harness before it scores."""
 
 
 @dataclass(frozen=True)
-class How:
-    """How to answer.
+class GenerationSettings:
+    """How a model answers.
 
     ``params``: decoding of generated answers; what a task's generation_kwargs say goes before it. ``chat``: prompts
-    come rendered by the chat template. ``journal_of``: the journal of a task; answers found there are not computed
+    come rendered by the chat template. ``log_of``: the log of a task; answers found there are not computed
     again, and every new one is kept there; None: in memory. ``progress`` is called with a task and how many of its
-    answers there are. ``answers_only``: raise ``Answered`` instead of returning answers.
+    answers there are. ``answers_only``: raise ``StopEvaluation`` instead of returning answers.
     """
 
     params: SamplingParams
     chat: bool = False
-    journal_of: Callable[[str], Journal] | None = None
+    log_of: Callable[[str], AnswerLog] | None = None
     progress: Callable[[str, int, int], None] = lambda *_: None
     answers_only: bool = False
 
@@ -47,7 +47,7 @@ class Backend(Protocol):
     """A model, loaded, on some engine."""
 
     @property
-    def identity(self) -> ModelIdentity: ...
+    def provenance(self) -> ModelProvenance: ...
 
     @property
     def max_length(self) -> int:
@@ -55,32 +55,39 @@ class Backend(Protocol):
         ...
 
     @property
-    def environment(self) -> Entry:
+    def environment(self) -> Answer:
         """Versions and machine."""
         ...
 
-    def lm(self, how: How) -> "JournaledLM": ...
+    def lm(self, generation: GenerationSettings) -> "CachingLM": ...
 
 
-class JournaledLM(TemplateLM):
-    """Answers from journals, and new ones by ``answer`` and ``score``, which subclasses have.
+class CachingLM(TemplateLM):
+    """Answers from logs, and new ones by ``answer`` and ``score``, which subclasses have.
 
-    ``end_token_id``: the model's; ``max_length``: longest prompt and answer together, in tokens.
+    ``eos_token_id``: the model's; ``max_length``: longest prompt and answer together, in tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, end_token_id: int, max_length: int, how: How) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, eos_token_id: int, max_length: int, generation: GenerationSettings
+    ) -> None:
         super().__init__()
-        self.tokenizer, self.end_token_id, self.max_length, self.how = tokenizer, end_token_id, max_length, how
+        self.tokenizer, self.eos_token_id, self.max_length, self.generation = (
+            tokenizer,
+            eos_token_id,
+            max_length,
+            generation,
+        )
         self._totals: dict[str, int] = {}
-        self._journals: dict[str, Journal] = {}
-        self._journal_of = how.journal_of or (lambda task: self._journals.setdefault(task, Journal()))
+        self._logs: dict[str, AnswerLog] = {}
+        self._log_of = generation.log_of or (lambda task: self._logs.setdefault(task, AnswerLog()))
 
     @abstractmethod
-    def answer(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Entry]]:
+    def answer(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Answer]]:
         """Entries of generated answers, in any order."""
 
     @abstractmethod
-    def score(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Entry]]:
+    def score(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Answer]]:
         """Entries of likelihoods, in any order."""
 
     @property
@@ -89,7 +96,7 @@ class JournaledLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.end_token_id
+        return self.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
@@ -107,7 +114,7 @@ class JournaledLM(TemplateLM):
         return self.tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts of the answers. All requests that no journal knows are answered together."""
+        """Texts of the answers. All requests that no log knows are answered together."""
         for request, entry in self.answer(self._start(requests)):
             self._keep(request, entry)
         return [entry["text"] for entry in self._all_known(requests)]
@@ -122,7 +129,7 @@ class JournaledLM(TemplateLM):
         """Prompt, parameters, and whether the prompt had to lose its beginning to leave room for the answer."""
         context, options = request.args
         params = self._sampling_params(dict(options))
-        ids = self.tok_encode(context, add_special_tokens=False if self.how.chat else None)
+        ids = self.tok_encode(context, add_special_tokens=False if self.generation.chat else None)
         room = self.max_length - params.max_tokens
         if room < 1:
             length = room + params.max_tokens
@@ -135,7 +142,7 @@ class JournaledLM(TemplateLM):
             raise ValueError(
                 f"generation_kwargs has {', '.join(sorted(unknown))}; expected some of {sorted(_GENERATION_OPTIONS)}"
             )
-        stop = options.get("until_chat", options.get("until")) if self.how.chat else options.get("until")
+        stop = options.get("until_chat", options.get("until")) if self.generation.chat else options.get("until")
         changes: dict[str, Any] = {"stop": stop or None}
         if options.get("do_sample") is False:
             changes["temperature"] = 0.0
@@ -144,7 +151,7 @@ class JournaledLM(TemplateLM):
         if "max_gen_toks" in options:
             changes["max_tokens"] = int(options["max_gen_toks"])
         changes |= {name: options[name] for name in ("top_p", "top_k") if name in options}
-        return replace(self.how.params, **changes)
+        return replace(self.generation.params, **changes)
 
     def pairs(self, requests: Sequence[Instance]) -> list[tuple[list[int], list[int]]]:
         """Token ids of contexts and continuations, as the harness splits them; every text is encoded once."""
@@ -185,35 +192,35 @@ class JournaledLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         raise NotImplementedError("no task asks for the likelihood of whole texts")
 
-    def _entry(self, request: Instance) -> Entry | None:
-        return self._journal(request).find(*_place(request))
+    def _entry(self, request: Instance) -> Answer | None:
+        return self._log(request).find(*_place(request))
 
-    def _all_known(self, requests: Sequence[Instance]) -> list[Entry]:
-        """Entries of requests that have all been answered. ``Answered`` if nobody wants to see them."""
-        if self.how.answers_only:
-            raise Answered
+    def _all_known(self, requests: Sequence[Instance]) -> list[Answer]:
+        """Entries of requests that have all been answered. ``StopEvaluation`` if they are not to be scored."""
+        if self.generation.answers_only:
+            raise StopEvaluation
         entries = [self._entry(request) for request in requests]
         assert all(entry is not None for entry in entries), "every request has been answered"
         return entries  # type: ignore[return-value]
 
-    def _journal(self, request: Instance) -> Journal:
-        return self._journal_of(request.task_name or "")
+    def _log(self, request: Instance) -> AnswerLog:
+        return self._log_of(request.task_name or "")
 
     def _start(self, requests: Sequence[Instance]) -> list[Instance]:
-        """The requests that no journal knows; time counts from here."""
+        """The requests that no log knows; time counts from here."""
         for request in requests:
-            self._journal(request).start()
+            self._log(request).start()
         self._totals = dict(Counter(request.task_name or "" for request in requests))
         for name in self._totals:
-            self._tell(name)
+            self._report(name)
         return [request for request in requests if self._entry(request) is None]
 
-    def _keep(self, request: Instance, entry: Entry) -> None:
-        self._journal(request).add(*_place(request), entry)
-        self._tell(request.task_name or "")
+    def _keep(self, request: Instance, entry: Answer) -> None:
+        self._log(request).add(*_place(request), entry)
+        self._report(request.task_name or "")
 
-    def _tell(self, name: str) -> None:
-        self.how.progress(name, len(self._journal_of(name).entries), self._totals[name])
+    def _report(self, name: str) -> None:
+        self.generation.progress(name, len(self._log_of(name).entries), self._totals[name])
 
 
 def _place(request: Instance) -> tuple[int, int]:

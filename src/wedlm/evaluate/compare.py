@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 
-from wedlm.evaluate.result_folder import Point, Sample, TaskResult, read_samples
+from wedlm.evaluate.result_folder import Run, Sample, TaskResult, read_samples
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def compare_samples(a: Sequence[Sample], b: Sequence[Sample]) -> Comparison:
     )
 
 
-def compare_points(a: Point, b: Point) -> dict[str, Comparison]:
+def compare_runs(a: Run, b: Run) -> dict[str, Comparison]:
     """By task, for the tasks of both. ValueError if there is none, or if one's version changed."""
     shared = [name for name in a.tasks if name in b.tasks]
     if not shared:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from wedlm.model.formats.save import write_whole
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -19,19 +21,19 @@ class Source:
     path: str
     config: str | None
     split: str
-    convert: Callable[[Row], Row | None]
+    convert: Callable[[Record], Record | None]
 
 
-def _same(row: Row) -> Row:
+def _same(row: Record) -> Record:
     return row
 
 
-def _arc(row: Row) -> Row:
+def _arc(row: Record) -> Record:
     letters = dict(zip("ABCDE", row["choices"]["text"], strict=False))
     return {"question": row["question"], **letters, "answer": "ABCDE"[row["choices"]["label"].index(row["answerKey"])]}
 
 
-def _hellaswag(row: Row) -> Row:
+def _hellaswag(row: Record) -> Record:
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     letters = {letter: _without_marks(text) for letter, text in zip("ABCD", row["endings"], strict=True)}
     return {"question": _without_marks(context), **letters, "answer": "ABCD"[int(row["label"])]}
@@ -46,30 +48,30 @@ def _without_marks(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def _mmlu(row: Row) -> Row:
+def _mmlu(row: Record) -> Record:
     letters = dict(zip("ABCD", row["choices"], strict=True))
     return {"subject": row["subject"], "question": row["question"], **letters, "answer": "ABCD"[row["answer"]]}
 
 
-def _mbpp_test(row: Row) -> Row | None:
+def _mbpp_test(row: Record) -> Record | None:
     return row if 11 <= row["task_id"] <= 510 else None
 
 
-def _mbpp_prompt(row: Row) -> Row | None:
+def _mbpp_prompt(row: Record) -> Record | None:
     return row if row["task_id"] <= 10 else None
 
 
-def _piqa(row: Row) -> Row:
+def _piqa(row: Record) -> Record:
     return {"query": f"Question: {row['goal']}\n", "choices": [row["sol1"], row["sol2"]], "gold": row["label"]}
 
 
-def _winogrande(row: Row) -> Row:
+def _winogrande(row: Record) -> Record:
     before, _, after = row["sentence"].partition("_")
     options = [before + row["option1"], before + row["option2"]]
     return {"context_options": options, "continuation": after.strip(), "gold": int(row["answer"]) - 1}
 
 
-def _boolq(row: Row) -> Row:
+def _boolq(row: Record) -> Record:
     query = f"Passage: {row['passage']}\nQuestion: {row['question']}?"
     return {"query": query, "choices": ["no", "yes"], "gold": int(row["answer"])}
 
@@ -95,7 +97,7 @@ SOURCES = {
 _SHOTS_KEPT = 1000  # of a training split: only the first few rows are ever used
 
 
-def download_all(directory: Path, load: Callable[..., Iterable[Row]] | None = None) -> list[str]:
+def download_all(directory: Path, load: Callable[..., Iterable[Record]] | None = None) -> list[str]:
     """Write every file that is not there yet; names of all. ``load`` is ``datasets.load_dataset``. ValueError."""
     directory.mkdir(parents=True, exist_ok=True)
     names = []
@@ -107,7 +109,7 @@ def download_all(directory: Path, load: Callable[..., Iterable[Row]] | None = No
     return names
 
 
-def _fetch(name: str, source: Source, load: Callable[..., Iterable[Row]] | None) -> list[Row]:
+def _fetch(name: str, source: Source, load: Callable[..., Iterable[Record]] | None) -> list[Record]:
     if load is None:
         from datasets import load_dataset
 
@@ -122,8 +124,6 @@ def _fetch(name: str, source: Source, load: Callable[..., Iterable[Row]] | None)
     return converted[:_SHOTS_KEPT] if name.endswith("_train") else converted
 
 
-def _write(path: Path, rows: list[Row]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    with gzip.open(temporary, "wt", encoding="utf-8") as file:
+def _write(path: Path, rows: list[Record]) -> None:
+    with write_whole(path) as temporary, gzip.open(temporary, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    temporary.replace(path)

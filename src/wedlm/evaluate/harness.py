@@ -11,10 +11,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from wedlm.engine.outputs import GenerationOutput
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.evaluate.answer_log import Entry
-from wedlm.evaluate.caching_lm import How, JournaledLM
+from wedlm.evaluate.answer_log import Answer
+from wedlm.evaluate.caching_lm import CachingLM, GenerationSettings
 from wedlm.evaluate.likelihood import LikelihoodScorer
-from wedlm.evaluate.provenance import ModelIdentity, environment
+from wedlm.evaluate.provenance import ModelProvenance, environment
 
 if TYPE_CHECKING:
     from wedlm.engine.llm import LLM
@@ -25,31 +25,34 @@ class EngineBackend:
     """An ``LLM`` of this process."""
 
     llm: "LLM"
-    identity: ModelIdentity
+    provenance: ModelProvenance
 
     @property
     def max_length(self) -> int:
         return self.llm.engine.config.max_model_len
 
     @cached_property
-    def environment(self) -> Entry:
+    def environment(self) -> Answer:
         return environment(self.llm.device)
 
-    def lm(self, how: How) -> "EngineLM":
-        return EngineLM(self.llm, how)
+    def lm(self, generation: GenerationSettings) -> "EngineLM":
+        return EngineLM(self.llm, generation)
 
 
-class EngineLM(JournaledLM):
+class EngineLM(CachingLM):
     """An ``LLM`` as the harness's model."""
 
-    def __init__(self, llm: "LLM", how: How | None = None) -> None:
+    def __init__(self, llm: "LLM", generation: GenerationSettings | None = None) -> None:
         config = llm.engine.config
         super().__init__(
-            llm.tokenizer, llm.model_config.eos_token_ids[0], config.max_model_len, how or How(SamplingParams())
+            llm.tokenizer,
+            llm.model_config.eos_token_ids[0],
+            config.max_model_len,
+            generation or GenerationSettings(SamplingParams()),
         )
         self.llm, self.scorer = llm, LikelihoodScorer(llm)
 
-    def answer(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Entry]]:
+    def answer(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Answer]]:
         """All are given to the engine at once."""
         prepared = [self.prepare(request) for request in requests]
         for request, output, truncated in self._generate(requests, prepared):
@@ -69,7 +72,7 @@ class EngineLM(JournaledLM):
     def _generate(
         self, requests: Sequence[Instance], prepared: Sequence[tuple[list[int], SamplingParams, bool]]
     ) -> Iterator[tuple[Instance, GenerationOutput, bool]]:
-        """Outputs in the requests' order. All run together: reading one stream steps the engine for everybody."""
+        """Outputs in the requests' order. All run together: reading one stream steps the engine for all of them."""
         streams = [self.llm.generate_stream(ids, params) for ids, params, _ in prepared]
         try:
             for request, stream, (_, _, truncated) in zip(requests, streams, prepared, strict=True):
@@ -82,7 +85,7 @@ class EngineLM(JournaledLM):
             for stream in streams:
                 stream.close()  # type: ignore[attr-defined]
 
-    def score(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Entry]]:
+    def score(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Answer]]:
         pairs = self.pairs(requests)
         stats, told = self.scorer.stats, replace(self.scorer.stats)
         for index, score in self.scorer.score(pairs):

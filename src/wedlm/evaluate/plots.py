@@ -1,39 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of a report, as SVG: accuracy against speed, sweeps, streaming against block."""
 
-import io
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wedlm.evaluate.report import Row, Section
-from wedlm.evaluate.result_folder import describe
+from wedlm.evaluate.report import Section, TableRow, build_sections
+from wedlm.evaluate.result_folder import describe, read_runs
+from wedlm.plotting import Plot, finish_plot, group_by, need_matplotlib, new_figure, place_legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-_PANEL_INCHES = (4.6, 3.4)
-_LEGEND_LINE_INCHES = 0.18
 # Where a sweep of the threshold puts "none": with 0 the rule fills one position a forward, too.
 _NO_THRESHOLD = 0.0
 _Speeds = Sequence[tuple[str, str]]  # name in a result, label
 _SPEEDS: _Speeds = (("tokens_per_forward", "tokens / forward"), ("tokens_per_second", "tokens / second"))
 
 
-@dataclass(frozen=True)
-class Plot:
-    """``svg`` is a whole SVG document; ``text`` says what it shows to those who do not see it."""
-
-    title: str
-    text: str
-    svg: str
-
-
 def draw_plots(section: Section, seconds: bool = True) -> list[Plot]:
-    """The figures that a section has the points for; none for likelihood tasks, which no decoding mode changes.
+    """The figures that a section has the runs for; none for likelihood tasks, which no decoding mode changes.
 
     ``seconds``: with tokens a second beside tokens a forward. ValueError if matplotlib is missing.
     """
@@ -50,22 +37,22 @@ def draw_plots(section: Section, seconds: bool = True) -> list[Plot]:
     return [plot for plot in drawn if plot is not None]
 
 
-def need_matplotlib() -> None:
-    """ValueError if it is missing."""
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            'plots need the package matplotlib, which is not installed: pip install "wedlm[train]", or --no-plots'
-        )
+def draw_folder(folder: Path) -> list[Plot]:
+    """``draw_plots`` of every section of a folder of results, each plot named after its section."""
+    sections = build_sections(read_runs([folder]), None, 0, lambda _: None)
+    return [
+        replace(plot, title=f"{section.title} {plot.title}") for section in sections for plot in draw_plots(section)
+    ]
 
 
 def _pareto(section: Section, speeds: _Speeds) -> Plot | None:
     if len(section.rows) < 2:
         return None
     figure, panels = new_figure(len(speeds))
-    several = len({row.point.model_label for row in section.rows}) > 1
+    several = len({row.run.model_label for row in section.rows}) > 1
 
-    def by_mode(row: Row) -> str:
-        return f"{row.point.model_label} {row.point.decoding}" if several else row.point.decoding
+    def by_mode(row: TableRow) -> str:
+        return f"{row.run.model_label} {row.run.decoding}" if several else row.run.decoding
 
     for axes, (speed, label) in zip(panels, speeds, strict=True):
         for index, (name, rows) in enumerate(group_by(section.rows, by_mode).items()):
@@ -73,7 +60,7 @@ def _pareto(section: Section, speeds: _Speeds) -> Plot | None:
         axes.set_xlabel(label)
         axes.set_ylabel(f"{section.metric} (%)")
     place_legend(figure, panels[0])
-    return finish_plot(figure, "Accuracy against speed", f"{section.title}: one dot per point, upper right is better")
+    return finish_plot(figure, "Accuracy against speed", f"{section.title}: one dot per run, upper right is better")
 
 
 def _sweep(section: Section, speeds: _Speeds, parameter: str, label: str, title: str) -> Plot | None:
@@ -98,7 +85,7 @@ def _streaming_against_block(section: Section, speeds: _Speeds) -> Plot | None:
     """The two modes where all else is equal: accuracy, and how many times faster streaming is, over the threshold."""
     pairs = []
     for rows in group_by(section.rows, lambda row: _others(row, "decoding")).values():
-        modes = {row.point.decoding: row for row in rows}
+        modes = {row.run.decoding: row for row in rows}
         if {"streaming", "block"} <= modes.keys():
             pairs.append((modes["streaming"], modes["block"]))
     if not pairs:
@@ -112,7 +99,7 @@ def _streaming_against_block(section: Section, speeds: _Speeds) -> Plot | None:
         suffix = f" {names}" if names else ""
         for side, style in ((0, "-"), (1, "--")):
             rows = [pair[side] for pair in family]
-            _errors(panels[0], places, rows, rows[0].point.decoding + suffix, colour, line=style)
+            _errors(panels[0], places, rows, rows[0].run.decoding + suffix, colour, line=style)
         for (speed, name), style in zip(speeds, ("-", ":"), strict=False):
             ratios = [a.result.speed[speed] / (b.result.speed[speed] or float("nan")) for a, b in family]
             panels[1].plot(places, ratios, style, marker=".", color=f"C{colour % 10}", label=_plain(name + suffix))
@@ -126,9 +113,9 @@ def _streaming_against_block(section: Section, speeds: _Speeds) -> Plot | None:
     )
 
 
-def _lines(rows: Sequence[Row], parameter: str) -> dict[str, list[Row]]:
+def _lines(rows: Sequence[TableRow], parameter: str) -> dict[str, list[TableRow]]:
     """Rows that differ in one parameter alone, two values or more, in its order; by a name that tells them apart."""
-    using = [row for row in rows if row.point.decoding in ("streaming", "block")]
+    using = [row for row in rows if row.run.decoding in ("streaming", "block")]
     groups = group_by(using, lambda row: _others(row, parameter))
     kept = {others: group for others, group in groups.items() if len({_place(row, parameter) for row in group}) > 1}
     names = _distinct(list(kept))
@@ -138,24 +125,24 @@ def _lines(rows: Sequence[Row], parameter: str) -> dict[str, list[Row]]:
     }
 
 
-def _place(row: Row, parameter: str) -> float:
-    value = row.point.params.get(parameter)
+def _place(row: TableRow, parameter: str) -> float:
+    value = row.run.params.get(parameter)
     return _NO_THRESHOLD if value is None else float(value)
 
 
 _Facts = tuple[tuple[str, Any], ...]
 
 
-def _others(row: Row, *left_out: str) -> _Facts:
+def _others(row: TableRow, *left_out: str) -> _Facts:
     """All that a row depends on but some parameters."""
-    point = row.point
+    run = row.run
     facts = {
-        "model": point.model_label,
-        "decoding": point.decoding,
-        "chat template": point.chat_template,
+        "model": run.model_label,
+        "decoding": run.decoding,
+        "chat template": run.chat_template,
         "few-shot": row.result.num_fewshot,
         "questions": row.result.num_samples,
-        **point.params,
+        **run.params,
     }
     return tuple((name, value) for name, value in facts.items() if name not in left_out)
 
@@ -177,15 +164,9 @@ def _distinct(groups: Sequence[_Facts]) -> list[str]:
     ]
 
 
-def group_by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    """Items of the same key together, keys in the order of their first item."""
-    groups: dict[Any, list[Any]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
-
-
-def _errors(axes: "Axes", places: Sequence[float], rows: Sequence[Row], name: str, index: int, line: str = "-") -> None:
+def _errors(
+    axes: "Axes", places: Sequence[float], rows: Sequence[TableRow], name: str, index: int, line: str = "-"
+) -> None:
     """Accuracies in percent with their standard errors."""
     values = [100 * row.result.value for row in rows]
     bars = [100 * (row.result.stderr or 0.0) for row in rows]
@@ -196,35 +177,3 @@ def _errors(axes: "Axes", places: Sequence[float], rows: Sequence[Row], name: st
 def _plain(text: str) -> str:
     """Dollars would begin a formula, and a leading underscore hides a label."""
     return " " * text.startswith("_") + text.replace("$", r"\$")
-
-
-def new_figure(columns: int) -> tuple["Figure", list["Axes"]]:
-    """So many panels side by side."""
-    from matplotlib.figure import Figure  # without pyplot there is no window, and nothing stays behind
-
-    width, height = _PANEL_INCHES
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    panels = [figure.add_subplot(1, columns, number) for number in range(1, columns + 1)]
-    for axes in panels:
-        axes.grid(alpha=0.3)
-        axes.locator_params(axis="x", nbins=7)  # more numbers would touch each other
-    return figure, panels
-
-
-def place_legend(figure: "Figure", *panels: "Axes") -> None:
-    """Below the panels, because names are long; the figure grows by it."""
-    entries = [entry for axes in panels for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
-    columns = 1 if max(len(label) for _, label in entries) > 60 else 2
-    height = _PANEL_INCHES[1] + _LEGEND_LINE_INCHES * (1 + math.ceil(len(entries) / columns))
-    figure.set_size_inches(figure.get_figwidth(), height)
-    figure.legend(*zip(*entries, strict=True), loc="outside lower left", fontsize="small", ncols=columns)
-
-
-def finish_plot(figure: "Figure", title: str, text: str) -> Plot:
-    """The figure as SVG."""
-    from matplotlib import rc_context
-
-    file = io.StringIO()
-    with rc_context({"svg.hashsalt": title}):  # the same figure is the same file
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return Plot(title, text, file.getvalue())

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from wedlm.model.demo import DEMO_CHANGES
+from wedlm.machine import cpu_name
+from wedlm.model.demo import DEMO_DELTAS
 from wedlm.model.formats.resolve import DEMO_NAME, locate
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _KINDS = (".safetensors", ".gguf", ".json", ".jinja")
 
 
 @dataclass(frozen=True)
-class ModelIdentity:
+class ModelProvenance:
     """A model as results name it. ``hash``: digest of its files, the adapter's included; ``engine``: what runs it."""
 
     name: str
@@ -32,20 +33,22 @@ class ModelIdentity:
     engine: str = "wedlm"
 
 
-def identify(llm: "LLM", model: str, adapter: str | None) -> ModelIdentity:
+def model_provenance(llm: "LLM", model: str, adapter: str | None) -> ModelProvenance:
     """``model`` and ``adapter`` as given to the ``LLM``."""
     dtype = str(llm.engine.runner.cache.keys.dtype).removeprefix("torch.")
-    return identify_files(model, adapter, dtype, str(llm.device))
+    return provenance_of_files(model, adapter, dtype, str(llm.device))
 
 
-def identify_files(model: str, adapter: str | None, dtype: str, device: str, engine: str = "wedlm") -> ModelIdentity:
+def provenance_of_files(
+    model: str, adapter: str | None, dtype: str, device: str, engine: str = "wedlm"
+) -> ModelProvenance:
     """A model by its files. ``dtype`` is that of the activations."""
     paths = _files(locate(model))
     if model == DEMO_NAME:
-        paths += DEMO_CHANGES
+        paths += DEMO_DELTAS
     if adapter is not None:
         paths += _files(Path(adapter))
-    return ModelIdentity(
+    return ModelProvenance(
         name=_last_part(model),
         hash=_digest(paths),
         dtype=dtype,
@@ -92,13 +95,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def cpu_name() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def now() -> str:

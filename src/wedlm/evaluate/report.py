@@ -4,19 +4,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
 
+from wedlm.engine.text import TokenDecoder
 from wedlm.evaluate.compare import Comparison, compare_samples
-from wedlm.evaluate.result_folder import AUTOREGRESSIVE, Point, Sample, TaskResult, read_samples
+from wedlm.evaluate.result_folder import AUTOREGRESSIVE, Run, Sample, TaskResult, read_samples
 
-# Where several AR runs could measure a point, the one that agrees with it in these, the first ones first, does.
+# Of several AR runs that a run could be compared with, the one that agrees with it in these is taken, first ones first.
 _CLOSENESS = ("temperature", "max_tokens", "top_p", "top_k", "seed")
-
-
-class Decoder(Protocol):
-    """What a tokenizer must offer here."""
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -45,13 +39,13 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A point's result on a task. Comparisons are None where there is nothing to compare with, or with itself.
+class TableRow:
+    """A run's result on a task. Comparisons are None where there is nothing to compare with, or with itself.
 
     ``failures``: the first of ``num_notable`` wrong answers, of ``num_wrong`` in all, that have a reason to be shown.
     """
 
-    point: Point
+    run: Run
     result: TaskResult
     against_ar: Comparison | None
     against_baseline: Comparison | None
@@ -73,69 +67,69 @@ class Section:
     title: str
     metric: str
     kind: str
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
 
 
-def choose_baseline(points: Sequence[Point], name: str) -> Point:
-    """The point that a user calls ``name``: a key, its beginning, or a model's or an engine's name (its AR point).
+def choose_baseline(runs: Sequence[Run], name: str) -> Run:
+    """The run that a user calls ``name``: a key, its beginning, or a model's or an engine's name (its AR run).
 
     ValueError if there is none, or several.
     """
-    by_key = [point for point in points if point.key.startswith(name)]
-    named = [point for point in points if name in (point.model["name"], point.engine)]
-    by_model = [point for point in named if point.decoding == AUTOREGRESSIVE]
+    by_key = [run for run in runs if run.key.startswith(name)]
+    named = [run for run in runs if name in (run.model["name"], run.engine)]
+    by_model = [run for run in named if run.decoding == AUTOREGRESSIVE]
     found = by_key or by_model
     if len(found) != 1:
-        known = "; ".join(f"{point.key} ({point.model['name']}, {point.label})" for point in points)
-        amount = "fits no point" if not found else f"fits {len(found)} points"
-        raise ValueError(f"the baseline {name!r} {amount}; expected a key, or a model with one AR point, of: {known}")
+        known = "; ".join(f"{run.key} ({run.model['name']}, {run.label})" for run in runs)
+        amount = "fits no run" if not found else f"fits {len(found)} runs"
+        raise ValueError(f"the baseline {name!r} {amount}; expected a key, or a model with one AR run, of: {known}")
     return found[0]
 
 
 def build_sections(
-    points: Sequence[Point],
-    baseline: Point | None = None,
+    runs: Sequence[Run],
+    baseline: Run | None = None,
     num_examples: int = 10,
-    decoder_of: Callable[[Point], Decoder | None] = lambda _: None,
+    decoder_of: Callable[[Run], TokenDecoder | None] = lambda _: None,
 ) -> list[Section]:
-    """Read all samples and pair each point with the AR point of its weights and with the baseline."""
-    titles: dict[tuple[str, float, str], list[Point]] = {}
-    for point in points:
-        for result in point.tasks.values():
-            titles.setdefault((result.name, result.version, result.metric), []).append(point)
+    """Read all samples and pair each run with the AR run of its weights and with the baseline."""
+    titles: dict[tuple[str, float, str], list[Run]] = {}
+    for run in runs:
+        for result in run.tasks.values():
+            titles.setdefault((result.name, result.version, result.metric), []).append(run)
     sections = []
     for (name, version, metric), members in sorted(titles.items(), key=lambda item: item[0]):
-        samples = {point.key: read_samples(point.tasks[name]) for point in members}
+        samples = {run.key: read_samples(run.tasks[name]) for run in members}
         kind = members[0].tasks[name].kind
-        # What a likelihood task scores was written by nobody.
-        decoders = {point.key: decoder_of(point) if kind == "generate" else None for point in members}
-        rows = [_row(point, name, members, baseline, samples, num_examples, decoders[point.key]) for point in members]
+        # A likelihood task scores given texts, of which no model wrote any.
+        decoders = {run.key: decoder_of(run) if kind == "generate" else None for run in members}
+        rows = [_row(run, name, members, baseline, samples, num_examples, decoders[run.key]) for run in members]
         sections.append(Section(f"{name} (version {version:g})", metric, kind, rows))
     return sections
 
 
 def _row(
-    point: Point,
+    run: Run,
     name: str,
-    members: Sequence[Point],
-    baseline: Point | None,
+    members: Sequence[Run],
+    baseline: Run | None,
     samples: Mapping[str, Sequence[Sample]],
     num_examples: int,
-    decoder: Decoder | None,
-) -> Row:
-    own, ar = samples[point.key], ar_twin(point, members, name)
+    decoder: TokenDecoder | None,
+) -> TableRow:
+    own, ar = samples[run.key], ar_twin(run, members, name)
     against = {}
     for role, other in (("ar", ar), ("baseline", baseline)):
-        known = other is not None and other.key != point.key and other.key in samples
+        known = other is not None and other.key != run.key and other.key in samples
         shared = known and {s.doc_id for s in own} & {s.doc_id for s in samples[other.key]}  # type: ignore[union-attr]
         against[role] = compare_samples(samples[other.key], own) if shared else None  # type: ignore[union-attr]
     right_in_ar = {s.doc_id for s in samples[ar.key] if s.correct} if ar is not None else set()
     wrong = [sample for sample in own if not sample.correct]
     reasons = [(sample, _reasons(sample, right_in_ar)) for sample in wrong]
     notable = sorted((item for item in reasons if item[1]), key=lambda item: -len(item[1]))
-    return Row(
-        point=point,
-        result=point.tasks[name],
+    return TableRow(
+        run=run,
+        result=run.tasks[name],
         against_ar=against["ar"],
         against_baseline=against["baseline"],
         failures=[Failure(_example(sample, decoder), why) for sample, why in notable[:num_examples]],
@@ -145,20 +139,20 @@ def _row(
     )
 
 
-def ar_twin(point: Point, points: Sequence[Point], task: str) -> Point | None:
-    """The AR point with the same weights, prompts and task version; of several the one with the closest parameters."""
-    result = point.tasks[task]
+def ar_twin(run: Run, runs: Sequence[Run], task: str) -> Run | None:
+    """The AR run with the same weights, prompts and task version; of several the one with the closest parameters."""
+    result = run.tasks[task]
     twins = [
         other
-        for other in points
+        for other in runs
         if other.decoding == AUTOREGRESSIVE
-        and other.weights() == point.weights()
-        and other.chat_template == point.chat_template
+        and other.weights() == run.weights()
+        and other.chat_template == run.chat_template
         and other.tasks[task].num_fewshot == result.num_fewshot
     ]
 
-    def distance(other: Point) -> tuple[bool, ...]:
-        return tuple(other.params.get(name) != point.params.get(name) for name in _CLOSENESS)
+    def distance(other: Run) -> tuple[bool, ...]:
+        return tuple(other.params.get(name) != run.params.get(name) for name in _CLOSENESS)
 
     return min(twins, key=distance, default=None)
 
@@ -176,11 +170,11 @@ def _reasons(sample: Sample, right_in_ar: set[int]) -> list[str]:
     return reasons
 
 
-def _example(sample: Sample, decoder: Decoder | None) -> Example:
+def _example(sample: Sample, decoder: TokenDecoder | None) -> Example:
     return Example(sample, [] if decoder is None else split_by_step(sample, decoder))
 
 
-def split_by_step(sample: Sample, decoder: Decoder) -> list[Piece]:
+def split_by_step(sample: Sample, decoder: TokenDecoder) -> list[Piece]:
     """A sample's text, cut where another forward made it final; joined, the pieces are the text.
 
     Tokens behind the text's end (end tokens, stop strings) count in their forward's ``num_tokens``. ValueError if the

@@ -8,9 +8,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from wedlm.evaluate.compare import Comparison
-from wedlm.evaluate.plots import Plot
-from wedlm.evaluate.report import Row, Section
-from wedlm.evaluate.result_folder import Point
+from wedlm.evaluate.report import Section, TableRow
+from wedlm.evaluate.result_folder import Run
+from wedlm.plotting import Plot
 
 _SCORE = ("mode", "questions", "score (%)", "Δ AR (points)", "Δ baseline (points)")
 COLUMNS = {
@@ -25,12 +25,12 @@ def columns(kind: str, baseline: bool) -> list[str]:
     return [name for name in COLUMNS[kind] if baseline or name != _BASELINE]
 
 
-def cells(row: Row, baseline: bool = True) -> list[str]:
+def cells(row: TableRow, baseline: bool = True) -> list[str]:
     """A row's cells, in the order of ``columns``."""
     result, speed = row.result, row.result.speed
     error = "" if result.stderr is None else f" ± {100 * result.stderr:.1f}"
     score = [
-        row.point.label,
+        row.run.label,
         str(result.num_samples),
         f"{100 * result.value:.1f}{error}",
         _difference(row.against_ar),
@@ -64,7 +64,7 @@ def _p(value: float) -> str:
 
 
 def html_page(
-    sections: Sequence[Section], plots: Sequence[Sequence[Plot]], title: str, baseline: Point | None = None
+    sections: Sequence[Section], plots: Sequence[Sequence[Plot]], title: str, baseline: Run | None = None
 ) -> str:
     """The page; ``plots`` has one list per section. Everything that a model or a file said is escaped."""
     environment = Environment(
@@ -82,18 +82,18 @@ def html_page(
         baseline=baseline,
         columns=columns,
         cells=cells,
-        num_points=len({row.point.key for section in sections for row in section.rows}),
+        num_runs=len({row.run.key for section in sections for row in section.rows}),
         environments=environments(sections),
     )
 
 
 def environments(sections: Sequence[Section]) -> list[str]:
-    """What the points ran on, each kind once."""
-    known = [row.point.environment for section in sections for row in section.rows]
+    """What the runs ran on, each kind once."""
+    known = [row.run.environment for section in sections for row in section.rows]
     return list(dict.fromkeys(", ".join(f"{name} {value}" for name, value in e.items()) for e in known if e))
 
 
-def markdown_page(sections: Sequence[Section], title: str, baseline: Point | None = None) -> str:
+def markdown_page(sections: Sequence[Section], title: str, baseline: Run | None = None) -> str:
     """The tables, to be put into a document."""
     lines = [f"# {_markdown(title)}", ""]
     if baseline is not None:
@@ -102,7 +102,7 @@ def markdown_page(sections: Sequence[Section], title: str, baseline: Point | Non
         names = ["model", *columns(section.kind, baseline is not None)]
         lines += [f"## {_markdown(section.title)}, {_markdown(section.metric)}", "", _line(names)]
         lines.append(_line(["---"] * len(names)))
-        lines += [_line([row.point.model_label, *cells(row, baseline is not None)]) for row in section.rows]
+        lines += [_line([row.run.model_label, *cells(row, baseline is not None)]) for row in section.rows]
         lines.append("")
     lines.append("Δ: on the questions that both answered; p: McNemar's exact test.")
     lines += [f"Run with {_markdown(text)}." for text in environments(sections)]

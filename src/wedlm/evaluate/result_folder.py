@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of ``wedlm eval`` read back: points and their samples, checked. Standard library only."""
+"""Results of ``wedlm eval`` read back: runs and their samples, checked. Standard library only."""
 
 import json
 import math
@@ -39,7 +39,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A task's score in one point; ``speed`` has the fields that its kind has."""
+    """A task's score in one run; ``speed`` has the fields that its kind has."""
 
     name: str
     version: float
@@ -54,7 +54,7 @@ class TaskResult:
 
 
 @dataclass(frozen=True)
-class Point:
+class Run:
     """A model on some tasks with one set of parameters."""
 
     path: Path
@@ -92,7 +92,7 @@ class Point:
         return str(self.model.get("engine", "wedlm"))
 
     def weights(self) -> tuple[str, Any, str]:
-        """What two points must share for one to be the other's AR baseline."""
+        """What two runs must share for one to be the other's AR baseline."""
         return self.model["hash"], self.model.get("dtype"), self.engine
 
 
@@ -102,22 +102,22 @@ def describe(name: str, value: Any) -> str:
     return f"{_SHORT.get(name, name)}={text}"
 
 
-def read_points(folders: Iterable[Path]) -> list[Point]:
-    """All points of some result folders, a point found twice once, by model, mode and parameters. ValueError."""
-    points: dict[str, Point] = {}
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """All runs of some result folders, a run found twice once, by model, mode and parameters. ValueError."""
+    runs: dict[str, Run] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no directory; expected the output folder of wedlm eval")
+            raise ValueError(f"{folder} is not a directory; expected the output folder of wedlm eval")
         paths = sorted(folder.glob("point-*.json"))
         if not paths:
             raise ValueError(f"{folder} has no point-*.json; expected the output folder of a finished wedlm eval")
         for path in paths:
-            point = read_point(path)
-            points.setdefault(point.key, point)
-    return sorted(points.values(), key=lambda point: (point.model_label, point.decoding != AUTOREGRESSIVE, point.label))
+            run = read_run(path)
+            runs.setdefault(run.key, run)
+    return sorted(runs.values(), key=lambda run: (run.model_label, run.decoding != AUTOREGRESSIVE, run.label))
 
 
-def read_point(path: Path) -> Point:
+def read_run(path: Path) -> Run:
     """A ``point-<key>.json``. ValueError naming the file and the field."""
     record = _object(_read(path), str(path))
     if record.get("format") != FORMAT:
@@ -133,7 +133,7 @@ def read_point(path: Path) -> Point:
     for name in ("name", "hash"):
         _get(model, name, str, f"{where}: model")
     _get(params, "decoding", str, f"{where}: params")
-    return Point(
+    return Run(
         path=path,
         key=_get(record, "key", str, where),
         model=model,
@@ -175,7 +175,7 @@ def read_samples(task: TaskResult) -> list[Sample]:
     """The samples of a task, in the file's order. ValueError naming the file and the line."""
     path = task.samples_path
     if not path.is_file():
-        raise ValueError(f"{path} is missing; expected the samples of {task.name} beside the point's file")
+        raise ValueError(f"{path} is missing; expected the samples of {task.name} beside the run's file")
     samples, seen = [], set()
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
@@ -187,7 +187,7 @@ def read_samples(task: TaskResult) -> list[Sample]:
         seen.add(sample.doc_id)
         samples.append(sample)
     if len(samples) != task.num_samples:
-        raise ValueError(f"{path} has {len(samples)} samples; expected {task.num_samples}, as the point's file says")
+        raise ValueError(f"{path} has {len(samples)} samples; expected {task.num_samples}, as the run's file says")
     return samples
 
 
@@ -258,7 +258,7 @@ def _clip(value: Any) -> str:
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise ValueError(f"{path} is no file; expected a point-*.json of wedlm eval")
+        raise ValueError(f"{path} is not a file; expected a point-*.json of wedlm eval")
     return _parse(_text(path), str(path))
 
 
@@ -273,4 +273,6 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON (column {error.colno}: {error.msg}); expected a JSON object") from None
+        raise ValueError(
+            f"{where} is not valid JSON (column {error.colno}: {error.msg}); expected a JSON object"
+        ) from None

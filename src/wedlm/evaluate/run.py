@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One point: a model and one set of parameters on some tasks, to a ``point-<key>.json`` and files of samples.
+"""One run: a model and one set of parameters on some tasks, to a ``point-<key>.json`` and files of samples.
 
 docs/evaluation.md describes the files.
 """
@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -20,12 +19,13 @@ from lm_eval import utils
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from wedlm.evaluate.answer_log import Journal
-from wedlm.evaluate.caching_lm import Answered, Backend, How, JournaledLM
+from wedlm.evaluate.answer_log import AnswerLog
+from wedlm.evaluate.caching_lm import Backend, CachingLM, GenerationSettings, StopEvaluation
 from wedlm.evaluate.code_tasks import check_sandbox
 from wedlm.evaluate.data import digest
 from wedlm.evaluate.provenance import now
 from wedlm.evaluate.settings import TASKS_DIRECTORY, Params, Settings
+from wedlm.model.formats.save import write_whole
 
 FORMAT = 1
 Progress = Callable[[str, int, int], None]  # task, answers so far, answers in all
@@ -51,7 +51,7 @@ def load_tasks(settings: Settings, scores: bool = True) -> dict[str, Any]:
 
 @cache
 def _keep_compiled_templates() -> None:
-    """The harness compiles a prompt's template anew for every question, which takes longer than a GPU's answer."""
+    """The harness compiles a prompt's template again for every question, which takes longer than a GPU's answer."""
     utils.env.from_string = lru_cache(maxsize=256)(utils.env.from_string)
 
 
@@ -65,7 +65,7 @@ class Evaluation:
 
     def key(self, params: Params) -> str:
         """16 hexadecimal digits: a digest of all that can change an answer or a score."""
-        model = self.backend.identity
+        model = self.backend.provenance
         facts: Record = {
             "format": FORMAT,
             "model": [model.hash, model.dtype, self.backend.max_length],
@@ -80,22 +80,22 @@ class Evaluation:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def find(self, params: Params) -> Record | None:
-        """The point's record if the output folder has it."""
-        path = self._point_path(self.key(params))
+        """The run's record if the output folder has it."""
+        path = self._run_path(self.key(params))
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def run(self, params: Params, swept: Mapping[str, Any], progress: Progress = lambda *_: None) -> Record:
-        """Evaluate a point, from where a killed run left it, and write its files."""
-        key, journals = self.key(params), self._journals(params)
-        lm = self.backend.lm(self._how(params, journals, progress))
-        tasks = {name: self._run_task(key, name, lm, journals[name]) for name in self.tasks}
-        device, machine = _origin(journals.values())
+    def run(self, params: Params, sweep: Mapping[str, Any], progress: Progress = lambda *_: None) -> Record:
+        """Evaluate a run, from where a killed process left it, and write its files."""
+        key, logs = self.key(params), self._logs(params)
+        lm = self.backend.lm(self._generation(params, logs, progress))
+        tasks = {name: self._run_task(key, name, lm, logs[name]) for name in self.tasks}
+        device, machine = _origin(logs.values())
         record = {
             "format": FORMAT,
             "key": key,
-            "model": {**asdict(self.backend.identity), "device": device},
+            "model": {**asdict(self.backend.provenance), "device": device},
             "params": asdict(params),
-            "swept": dict(swept),
+            "swept": dict(sweep),
             "protocol": self.settings.protocol,
             "chat_template": self.settings.chat_template,
             "limit": self.settings.limit,
@@ -104,33 +104,33 @@ class Evaluation:
             "environment": machine,
             "created": now(),
         }
-        _write(self._point_path(key), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        for journal in journals.values():
-            journal.discard()
+        _write(self._run_path(key), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        for log in logs.values():
+            log.discard()
         return record
 
     def answer(self, params: Params, progress: Progress = lambda *_: None) -> None:
-        """Compute what answers the journals lack, and score nothing: ``run`` does that, on this machine or another."""
-        journals = self._journals(params)
-        lm = self.backend.lm(self._how(params, journals, progress, answers_only=True))
+        """Compute what answers the logs lack, and score nothing: ``run`` does that, on this machine or another."""
+        logs = self._logs(params)
+        lm = self.backend.lm(self._generation(params, logs, progress, answers_only=True))
         for task in self.tasks.values():
-            with suppress(Answered):
+            with suppress(StopEvaluation):
                 self._evaluate(task, lm)
 
-    def _journals(self, params: Params) -> dict[str, Journal]:
+    def _logs(self, params: Params) -> dict[str, AnswerLog]:
         self.settings.output.mkdir(parents=True, exist_ok=True)
-        origin = {"device": self.backend.identity.device, "environment": self.backend.environment}
+        origin = {"device": self.backend.provenance.device, "environment": self.backend.environment}
         key = self.key(params)
-        return {name: Journal(self.partial_path(key, name), origin) for name in self.tasks}
+        return {name: AnswerLog(self.partial_path(key, name), origin) for name in self.tasks}
 
-    def _how(
-        self, params: Params, journals: Mapping[str, Journal], progress: Progress, answers_only: bool = False
-    ) -> How:
+    def _generation(
+        self, params: Params, logs: Mapping[str, AnswerLog], progress: Progress, answers_only: bool = False
+    ) -> GenerationSettings:
         decoding, chat = params.sampling_params(), self.settings.chat_template
-        return How(decoding, chat, journals.__getitem__, progress, answers_only)
+        return GenerationSettings(decoding, chat, logs.__getitem__, progress, answers_only)
 
-    def _evaluate(self, task: Any, lm: JournaledLM) -> Any:
-        """The harness's results; ``Answered`` if ``lm`` only answers."""
+    def _evaluate(self, task: Any, lm: CachingLM) -> Any:
+        """The harness's results; ``StopEvaluation`` if ``lm`` only answers."""
         return evaluate(
             lm=lm,
             task_dict={"tasks": {task.config.task: task}, "groups": {}},
@@ -140,16 +140,14 @@ class Evaluation:
             fewshot_as_multiturn=True,
         )
 
-    def _run_task(self, key: str, name: str, lm: JournaledLM, journal: Journal) -> Record:
-        """Evaluate one task, write its samples, and describe it as the point's file does."""
+    def _run_task(self, key: str, name: str, lm: CachingLM, log: AnswerLog) -> Record:
+        """Evaluate one task, write its samples, and describe it as the run's file does."""
         task = self.tasks[name]
         results = self._evaluate(task, lm)
         metrics = _metrics(results["results"][name])
         main = (task.config.metadata or {}).get("main_metric") or next(iter(metrics))
         generates = task.OUTPUT_TYPE == "generate_until"
-        samples = [
-            _sample(task, sample, journal, main) for sample in sorted(results["samples"][name], key=_document_index)
-        ]
+        samples = [_sample(task, sample, log, main) for sample in sorted(results["samples"][name], key=_document_index)]
         path = self.settings.output / f"samples-{key}-{name}.jsonl"
         _write(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
         return {
@@ -161,24 +159,24 @@ class Evaluation:
             "metric": main,
             **metrics[main],
             "metrics": metrics,
-            "speed": _generation_speed(samples) if generates else _likelihood_speed(samples, journal),
+            "speed": _generation_speed(samples) if generates else _likelihood_speed(samples, log),
             "samples_file": path.name,
         }
 
     def _num_fewshot(self, task: Any) -> int:
         return int(task.config.num_fewshot or 0)
 
-    def _point_path(self, key: str) -> Path:
+    def _run_path(self, key: str) -> Path:
         return self.settings.output / f"point-{key}.json"
 
     def partial_path(self, key: str, task: str) -> Path:
-        """Where the answers of an unfinished point are."""
+        """Where the answers of an unfinished run are."""
         return self.settings.output / f"samples-{key}-{task}.jsonl.partial"
 
 
-def sweep_params(base: Params, points: Sequence[Mapping[str, Any]]) -> list[tuple[Params, Mapping[str, Any]]]:
-    """Parameters of each point of a grid, and what the grid varied in it."""
-    return [(replace(base, **point), point) for point in points]
+def sweep_params(base: Params, runs: Sequence[Mapping[str, Any]]) -> list[tuple[Params, Mapping[str, Any]]]:
+    """Parameters of each run of a grid, and what the grid varied in it."""
+    return [(replace(base, **run), run) for run in runs]
 
 
 def _version(task: Any) -> float:
@@ -193,9 +191,9 @@ def _document_index(sample: Record) -> int:
     return sample["doc_id"]
 
 
-def _origin(journals: Iterable[Journal]) -> tuple[str, Record]:
+def _origin(logs: Iterable[AnswerLog]) -> tuple[str, Record]:
     """Device and environment of the latest answers; all names, where several devices had a part."""
-    origins = [origin for journal in journals for origin in journal.origins]
+    origins = [origin for log in logs for origin in log.origins]
     latest = origins[-1]
     names = dict.fromkeys(origin["environment"]["device_name"] for origin in origins)
     return latest["device"], {**latest["environment"], "device_name": ", ".join(names)}
@@ -213,9 +211,9 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, Record]:
     return found
 
 
-def _sample(task: Any, sample: Record, journal: Journal, main: str) -> Record:
+def _sample(task: Any, sample: Record, log: AnswerLog, main: str) -> Record:
     """A line of the samples file."""
-    entries = journal.of_document(sample["doc_id"])
+    entries = log.of_document(sample["doc_id"])
     arguments, values = sample["arguments"], {name: float(sample[name]) for name in sample["metrics"]}
     record = {
         "doc_id": sample["doc_id"],
@@ -258,9 +256,9 @@ def _generation_speed(samples: Sequence[Record]) -> Record:
     }
 
 
-def _likelihood_speed(samples: Sequence[Record], journal: Journal) -> Record:
+def _likelihood_speed(samples: Sequence[Record], log: AnswerLog) -> Record:
     seconds = sum(sample["seconds"] for sample in samples)
-    entries = journal.entries.values()
+    entries = log.entries.values()
     return {
         "seconds": seconds,
         "samples_per_second": len(samples) / seconds if seconds else 0.0,
@@ -270,7 +268,5 @@ def _likelihood_speed(samples: Sequence[Record], journal: Journal) -> Record:
 
 
 def _write(path: Path, text: str) -> None:
-    """All of the file or nothing of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with write_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation is asked to do: decoding parameters, protocols, and grids of them. Imports neither torch nor the
+"""The settings of an evaluation: decoding parameters, protocols, and grids of them. Imports neither torch nor the
 harness."""
 
 import dataclasses
@@ -9,22 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wedlm.algorithm.params import DecodeParams
+
 if TYPE_CHECKING:
     from wedlm.engine.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
 class Params:
-    """Decoding of a point, under the names that the command line and the result files use."""
+    """Decoding of a run, under the names that the command line and the result files use."""
 
     decoding: str = "verified"
-    window_size: int = 16
-    entropy_threshold: float | None = 0.4
-    pos_penalty: float = 0.02
-    draft_entropy: float = 2.5
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
+    window_size: int = DecodeParams.window_size
+    entropy_threshold: float | None = DecodeParams.entropy_threshold
+    pos_penalty: float = DecodeParams.pos_penalty
+    draft_entropy: float = DecodeParams.draft_entropy
+    temperature: float = DecodeParams.temperature
+    top_p: float = DecodeParams.top_p
+    top_k: int = DecodeParams.top_k
     seed: int = 0
     max_tokens: int = 512
 
@@ -73,7 +75,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What all points of a run share, decoding aside."""
+    """What all runs of an evaluation share, decoding aside."""
 
     tasks: tuple[str, ...]
     data_dir: Path
@@ -96,7 +98,9 @@ class Settings:
             if value is not None and value < low:
                 raise ValueError(f"{name} is {value}; expected at least {low}")
         if not self.data_dir.is_dir():
-            raise ValueError(f"--data-dir is {self.data_dir}, which is no directory; expected the folder of data files")
+            raise ValueError(
+                f"--data-dir is {self.data_dir}, which is not a directory; expected that of the data files"
+            )
 
 
 TASKS_DIRECTORY = Path(__file__).parent / "tasks"
@@ -130,9 +134,9 @@ _TYPES = {field.name: getattr(field.type, "__name__", field.type) for field in d
 
 
 def parse_sweep(options: Sequence[str]) -> list[dict[str, Any]]:
-    """Points of a grid, the first option varying slowest: ``["window_size=4,8", "temperature=0,1"]`` makes four.
+    """Runs of a grid, the first option varying slowest: ``["window_size=4,8", "temperature=0,1"]`` makes four.
 
-    No option: one point that changes nothing. ValueError for what is no ``key=value,value`` of a known key.
+    No option: one run that changes nothing. ValueError for anything but ``key=value,value`` of a known key.
     """
     axes: dict[str, list[Any]] = {}
     for option in options:

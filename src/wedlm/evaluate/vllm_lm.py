@@ -12,9 +12,9 @@ import torch
 from lm_eval.api.instance import Instance
 
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.evaluate.answer_log import Entry
-from wedlm.evaluate.caching_lm import How, JournaledLM
-from wedlm.evaluate.provenance import environment, identify_files
+from wedlm.evaluate.answer_log import Answer
+from wedlm.evaluate.caching_lm import CachingLM, GenerationSettings
+from wedlm.evaluate.provenance import environment, provenance_of_files
 from wedlm.model import load_tokenizer
 
 # Requests given to vLLM at a time: what a killed run may lose.
@@ -37,27 +37,27 @@ class VllmBackend:
         self._tokenizer = load_tokenizer(options["model"])
         self.max_length = int(config.max_model_len)
         ends = config.hf_config.eos_token_id
-        self._end_token_id = ends if isinstance(ends, int) else ends[0]
+        self._eos_token_id = ends if isinstance(ends, int) else ends[0]
         dtype = str(config.dtype).removeprefix("torch.")
-        self.identity = identify_files(str(options["model"]), None, dtype, "cuda", engine="vllm")
+        self.provenance = provenance_of_files(str(options["model"]), None, dtype, "cuda", engine="vllm")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.environment = {**environment(device), "vllm": version("vllm")}
 
-    def lm(self, how: How) -> "VllmLM":
+    def lm(self, generation: GenerationSettings) -> "VllmLM":
         """ValueError for any decoding but AR."""
-        if how.params.decoding != "autoregressive":
-            raise ValueError(f"decoding is {how.params.decoding}; expected autoregressive with --engine vllm")
-        return VllmLM(self._llm, self._tokenizer, self._end_token_id, self.max_length, how)
+        if generation.params.decoding != "autoregressive":
+            raise ValueError(f"decoding is {generation.params.decoding}; expected autoregressive with --engine vllm")
+        return VllmLM(self._llm, self._tokenizer, self._eos_token_id, self.max_length, generation)
 
 
-class VllmLM(JournaledLM):
+class VllmLM(CachingLM):
     """A ``vllm.LLM`` as the harness's model."""
 
     def __init__(self, llm: Any, *rest: Any) -> None:
         super().__init__(*rest)
         self._llm = llm
 
-    def answer(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Entry]]:
+    def answer(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Answer]]:
         for start in range(0, len(requests), _PART):
             part = requests[start : start + _PART]
             prepared = [self.prepare(request) for request in part]
@@ -78,14 +78,14 @@ class VllmLM(JournaledLM):
                 }
                 yield request, entry
 
-    def score(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Entry]]:
+    def score(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Answer]]:
         from vllm import SamplingParams as VllmParams
 
         ask = VllmParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
         for start in range(0, len(requests), _PART):
             part = requests[start : start + _PART]
             pairs = self.pairs(part)
-            # vLLM wants room for the token that it must generate, which nobody asked for.
+            # vLLM wants room for the token that it must generate, which is not needed here.
             inputs = [(context + continuation)[1 - self.max_length :] for context, continuation in pairs]
             for request, (_, continuation), ids, output in zip(
                 part, pairs, inputs, self._generate(inputs, [ask] * len(part)), strict=True

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.instance import Instance
 
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.evaluate.answer_log import Entry
-from wedlm.evaluate.caching_lm import How, JournaledLM
-from wedlm.evaluate.provenance import ModelIdentity, identify
+from wedlm.evaluate.answer_log import Answer
+from wedlm.evaluate.caching_lm import CachingLM, GenerationSettings
+from wedlm.evaluate.provenance import ModelProvenance, model_provenance
 from wedlm.model import load_tokenizer
 
 if TYPE_CHECKING:
@@ -43,18 +43,18 @@ class Replica:
         if self._options["device"] == "cpu":
             torch.set_num_threads(self._threads)
         llm = LLM(**self._options)
-        return EngineBackend(llm, identify(llm, str(self._options["model"]), self._options.get("adapter")))
+        return EngineBackend(llm, model_provenance(llm, str(self._options["model"]), self._options.get("adapter")))
 
-    def facts(self) -> tuple[ModelIdentity, int, int, Entry]:
+    def facts(self) -> tuple[ModelProvenance, int, int, Answer]:
         """Identity, longest sequence, end token, environment."""
         backend = self._backend
-        return backend.identity, backend.max_length, backend.llm.model_config.eos_token_ids[0], backend.environment
+        return backend.provenance, backend.max_length, backend.llm.model_config.eos_token_ids[0], backend.environment
 
     def compute(
         self, kind: str, number: int, arguments: Sequence[Any], params: SamplingParams, chat: bool
-    ) -> tuple[int, list[Entry]]:
+    ) -> tuple[int, list[Answer]]:
         """Entries of requests in their order, and ``number`` as it came. ``kind``: "answer" or "score"."""
-        lm = self._backend.lm(How(params, chat))
+        lm = self._backend.lm(GenerationSettings(params, chat))
         requests = [Instance("", {}, one, 0, metadata=("", index, 1)) for index, one in enumerate(arguments)]
         entries = {request.doc_id: entry for request, entry in getattr(lm, kind)(requests)}
         return number, [entries[index] for index in range(len(requests))]
@@ -91,37 +91,37 @@ class RayBackend:
             facts = ray.get([replica.facts.remote() for replica in self._replicas])
         if len({one[0].hash for one in facts}) > 1:
             raise ValueError("the workers found different files of the model; expected the same on all machines")
-        identity, self.max_length, self._end_token_id, environment = facts[0]
-        self.identity = replace(identity, device=f"{num_workers} x {identity.device}")
+        provenance, self.max_length, self._eos_token_id, environment = facts[0]
+        self.provenance = replace(provenance, device=f"{num_workers} x {provenance.device}")
         devices = dict.fromkeys(one[3]["device_name"] for one in facts)
         self.environment = {**environment, "device_name": f"{num_workers} x {' and '.join(devices)}"}
         self._tokenizer = load_tokenizer(options["model"])
 
-    def lm(self, how: How) -> "RayLM":
-        return RayLM(self._replicas, self._tokenizer, self._end_token_id, self.max_length, how)
+    def lm(self, generation: GenerationSettings) -> "RayLM":
+        return RayLM(self._replicas, self._tokenizer, self._eos_token_id, self.max_length, generation)
 
 
-class RayLM(JournaledLM):
+class RayLM(CachingLM):
     """Spreads requests over replicas; entries come when their part is done."""
 
     def __init__(self, replicas: Sequence[Any], *rest: Any) -> None:
         super().__init__(*rest)
         self._replicas = replicas
 
-    def answer(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Entry]]:
+    def answer(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Answer]]:
         return self._spread("answer", requests)
 
-    def score(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Entry]]:
+    def score(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Answer]]:
         return self._spread("score", requests)
 
-    def _spread(self, kind: str, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Entry]]:
+    def _spread(self, kind: str, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Answer]]:
         from ray.util import ActorPool
 
         parts = cut(requests, _PARTS_PER_WORKER * len(self._replicas))
 
         def send(replica: Any, number: int) -> Any:
             arguments = [request.args for request in parts[number]]
-            return replica.compute.remote(kind, number, arguments, self.how.params, self.how.chat)
+            return replica.compute.remote(kind, number, arguments, self.generation.params, self.generation.chat)
 
         with _plain_errors():
             for number, entries in ActorPool(list(self._replicas)).map_unordered(send, list(range(len(parts)))):

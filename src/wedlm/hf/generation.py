@@ -32,7 +32,7 @@ class HfModel(Protocol):
     def train(self, mode: bool = True) -> Any: ...
 
 
-def generate(
+def generate(  # noqa: PLR0913 - options of one call, as transformers' own generate takes them
     self: HfModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
@@ -87,7 +87,7 @@ def generate(
     engine_config = EngineConfig(
         vocab_size=config.vocab_size,
         mask_token_id=mask,
-        end_token_ids=ends,
+        eos_token_ids=ends,
         max_model_len=config.max_length,
         options=EngineOptions(
             decoding=decoding,  # type: ignore[arg-type]  # None is the default

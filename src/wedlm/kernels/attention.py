@@ -15,7 +15,7 @@ import triton.language as tl
 from jaxtyping import Int
 from torch import Tensor
 
-from wedlm.kernels.launch import begin, launch_options, overlaps
+from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _paged_attention(
     table_width, scale_log2, num_rows_total,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one sequence and key head, over one part of its keys (``_add_parts`` adds them up)."""
     SHARE: tl.constexpr = HEADS // KV_HEADS
@@ -131,7 +131,7 @@ def _paged_attention(
     # The plan was complete before the first layer began: only queries and new keys come from the kernel before.
     num_rows = tl.load(num_rows_ptr + sequence).to(tl.int32)
     if tile * BLOCK_M >= num_rows * SHARE:
-        begin(OVERLAP)
+        pdl_wait(PDL)
         return
     cached = tl.load(cached_ptr + sequence).to(tl.int32)
     first = tl.load(row_start_ptr + sequence).to(tl.int64)
@@ -152,12 +152,12 @@ def _paged_attention(
         length = _part_length(num_keys, BLOCK_N, SPLITS)
         start, stop = split * length, tl.minimum((split + 1) * length, num_keys)
         if start >= stop:  # _add_parts knows that there is nothing
-            begin(OVERLAP)
+            pdl_wait(PDL)
             return
     best = tl.full((BLOCK_M,), _LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
-    begin(OVERLAP)
+    pdl_wait(PDL)
     q = tl.load(q_ptr + place[:, None] + d[None], mask=real[:, None], other=0.0)
     middle = start
     if HALVES:
@@ -188,14 +188,14 @@ def _paged_attention(
 def _add_parts(
     part_ptr, stats_ptr, out_ptr, row_start_ptr, num_rows_ptr, cached_ptr, num_rows_total,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row and head of a sequence: the parts that have keys, into the output."""
     SHARE: tl.constexpr = HEADS // KV_HEADS
     sequence, row, head = tl.program_id(0), tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     num_rows = tl.load(num_rows_ptr + sequence).to(tl.int32)
     if row >= num_rows:
-        begin(OVERLAP)
+        pdl_wait(PDL)
         return
     cached = tl.load(cached_ptr + sequence).to(tl.int32)
     place = (tl.load(row_start_ptr + sequence).to(tl.int64) + row) * HEADS + head
@@ -203,7 +203,7 @@ def _add_parts(
     num_keys = _keys_of_tile(num_rows, cached, tile, BLOCK_M, SHARE)
     part, d = tl.arange(0, SPLITS), tl.arange(0, D)
     has_keys = part * _part_length(num_keys, BLOCK_N, SPLITS) < num_keys
-    begin(OVERLAP)
+    pdl_wait(PDL)
     index = part * num_rows_total * HEADS + place
     best = tl.load(stats_ptr + index * 2, mask=has_keys, other=_LOWEST)
     total = tl.load(stats_ptr + index * 2 + 1, mask=has_keys, other=0.0)
@@ -255,7 +255,7 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, ou
     kv_heads = keys.shape[1]
     share, sequences = heads // kv_heads, len(rows.num_rows)
     most = min(rows.max_rows, num_rows) * share
-    overlap = overlaps(q.device)
+    pdl = supports_pdl(q.device)
     processors, shared_bytes = _processor(q.device.index) if q.is_cuda else (4, 2**18)
     row_bytes = head_dim * q.dtype.itemsize
     tile = tile_for(most, kv_heads * num_rows * share, row_bytes, processors, shared_bytes)
@@ -277,12 +277,12 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, ou
         rows.shared if groups else rows.num_rows, rows.own_start if groups else rows.num_rows,
         rows.page_table.shape[1], head_dim**-0.5 * 1.4426950408889634, num_rows,
         **shape, PAGE=rows.page_size, GROUPS=groups, BLOCK_N=tile.keys, HALVES=tile.halves, STAGES=tile.stages,
-        OVERLAP=overlap, num_warps=tile.warps, **launch_options(overlap),
+        PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
     )  # fmt: skip
     if splits > 1:
         _add_parts[(sequences, min(rows.max_rows, num_rows) * heads)](
             part, stats, out, rows.row_start, rows.num_rows, rows.cached, num_rows,
-            **shape, BLOCK_N=tile.keys, OVERLAP=overlap,
-            num_warps=1 if splits * head_dim <= 1024 else 4, **launch_options(overlap),
+            **shape, BLOCK_N=tile.keys, PDL=pdl,
+            num_warps=1 if splits * head_dim <= 1024 else 4, **launch_options(pdl),
         )  # fmt: skip
     return out

@@ -6,19 +6,19 @@ import triton
 import triton.language as tl
 
 
-def overlaps(device: torch.device) -> bool:
+def supports_pdl(device: torch.device) -> bool:
     """Whether kernels of this device can start before their predecessors have ended (Hopper and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def launch_options(overlap: bool) -> dict[str, bool]:
-    """Keyword arguments of a launch whose kernel begins with ``begin(OVERLAP)``."""
-    return {"launch_pdl": True} if overlap else {}
+def launch_options(pdl: bool) -> dict[str, bool]:
+    """Keyword arguments of a launch whose kernel begins with ``pdl_wait(PDL)``."""
+    return {"launch_pdl": True} if pdl else {}
 
 
 @triton.jit
-def begin(OVERLAP: tl.constexpr):
+def pdl_wait(PDL: tl.constexpr):
     """Wait for what earlier kernels wrote, and let the next one get ready. Before this, read only weights."""
-    if OVERLAP:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

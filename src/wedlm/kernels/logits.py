@@ -6,23 +6,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wedlm.kernels.launch import begin, launch_options, overlaps
+from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 
 _LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
 def _scan(
-    logits_ptr, target_ptr, sequence_ptr, first_free_end_ptr, end_tokens_ptr, part_ptr, choice_ptr,
+    logits_ptr, target_ptr, sequence_ptr, min_eos_position_ptr, stop_tokens_ptr, part_ptr, choice_ptr,
     vocab_size, mask_token_id, tiles_per_part,
-    ENDS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    NUM_STOP_TOKENS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Over one part of the vocabulary: maximum, Σ e^(x - max), Σ (x - max) e^(x - max), best allowed token."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    begin(OVERLAP)
-    if ENDS > 0:
+    pdl_wait(PDL)
+    if NUM_STOP_TOKENS > 0:
         sequence = tl.load(sequence_ptr + row)
-        end_banned = tl.load(target_ptr + row) < tl.load(first_free_end_ptr + sequence)
+        eos_banned = tl.load(target_ptr + row) < tl.load(min_eos_position_ptr + sequence)
     highest = tl.full((), _LOWEST, tl.float32)
     mass = tl.full((), 0.0, tl.float32)
     moment = tl.full((), 0.0, tl.float32)
@@ -41,10 +41,10 @@ def _scan(
         mass = shrink * mass + tl.sum(e, axis=0)
         highest = higher
         allowed = inside & (token != mask_token_id)
-        if ENDS > 0:
-            for end in tl.static_range(ENDS):
-                banned = tl.load(end_tokens_ptr + sequence * ENDS + end)
-                allowed = allowed & ~(end_banned & (token == banned))
+        if NUM_STOP_TOKENS > 0:
+            for column in tl.static_range(NUM_STOP_TOKENS):
+                banned = tl.load(stop_tokens_ptr + sequence * NUM_STOP_TOKENS + column)
+                allowed = allowed & ~(eos_banned & (token == banned))
         candidates = tl.where(allowed, x, -float("inf"))
         tile_best, tile_choice = tl.max(candidates, axis=0, return_indices=True, return_indices_tie_break_left=True)
         if tile_best > best:
@@ -60,12 +60,12 @@ def _scan(
 @triton.jit
 def _combine(
     part_ptr, part_choice_ptr, choice_ptr, entropy_ptr, logprob_ptr, num_parts,
-    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     inside = part < num_parts
-    begin(OVERLAP)
+    pdl_wait(PDL)
     place = part_ptr + (row * num_parts + part) * 4
     highest = tl.load(place, mask=inside, other=_LOWEST)
     mass = tl.load(place + 1, mask=inside, other=0.0)
@@ -86,13 +86,14 @@ def _combine(
 def greedy_rows(
     logits: Tensor,
     mask_token_id: int,
-    ends: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    eos_ban: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(choice [L] int64, entropy [L], log-probability of the choice [L]) of logits [L, V] of any float type.
 
-    The choice is the most probable token besides the mask token (lowest id among equals) and, with ``ends`` = (target
-    position [L], sequence [L], first_free_end [S], end tokens [S, E], padded with -1), besides the end tokens of rows
-    whose target lies before first_free_end. Entropy and log-probability are those of the raw distribution, in nats.
+    The choice is the most probable token besides the mask token (lowest id among equals). ``eos_ban`` = (target
+    position [L], sequence [L], min_eos_position [S], stop tokens [S, E], padded with -1) also rules out the stop tokens
+    of rows whose target lies before min_eos_position. Entropy and log-probability are those of the raw distribution,
+    in nats.
     """
     num_rows, vocab_size = logits.shape
     block = min(4096, triton.next_power_of_2(vocab_size))
@@ -103,16 +104,16 @@ def greedy_rows(
     part_choice = torch.empty(num_rows, parts, dtype=torch.int32, device=logits.device)
     choice = torch.empty(num_rows, dtype=torch.long, device=logits.device)
     entropy, logprob = torch.empty_like(part[:, 0, 0]), torch.empty_like(part[:, 0, 0])
-    overlap = overlaps(logits.device)
-    target, sequence, first_free_end, end_tokens = ends if ends is not None else (choice, choice, choice, choice)
-    num_ends = end_tokens.shape[1] if ends is not None else 0
+    pdl = supports_pdl(logits.device)
+    target, sequence, min_eos_position, stop_tokens = eos_ban or (choice, choice, choice, choice)
+    num_stop_tokens = stop_tokens.shape[1] if eos_ban is not None else 0
     _scan[(num_rows, parts)](
-        logits, target, sequence, first_free_end, end_tokens, part, part_choice,
+        logits, target, sequence, min_eos_position, stop_tokens, part, part_choice,
         vocab_size, mask_token_id, tiles_per_part,
-        ENDS=num_ends, PARTS=parts, BLOCK=block, OVERLAP=overlap, num_warps=8, **launch_options(overlap),
+        NUM_STOP_TOKENS=num_stop_tokens, PARTS=parts, BLOCK=block, PDL=pdl, num_warps=8, **launch_options(pdl),
     )  # fmt: skip
     _combine[(num_rows,)](
         part, part_choice, choice, entropy, logprob, parts,
-        BLOCK=triton.next_power_of_2(parts), OVERLAP=overlap, num_warps=1, **launch_options(overlap),
+        BLOCK=triton.next_power_of_2(parts), PDL=pdl, num_warps=1, **launch_options(pdl),
     )  # fmt: skip
     return choice, entropy, logprob

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wedlm.kernels.launch import begin, launch_options, overlaps
+from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 
 # The library's product is faster at more rows; for weights in eight bits it needs a copy in sixteen at each step, which
 # takes as long as reading them several times.
@@ -54,7 +54,7 @@ def tiling_for(size: int, depth: int, eight_bits: bool = False) -> Tiling:
 def _rows_times_weight(
     x_ptr, weight_ptr, scale_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT,
     BLOCKS_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, SCALED: tl.constexpr, OVERLAP: tl.constexpr,
+    GATED: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k], scaled: · scale[n]; gated: silu(first half) ·
     second half."""
@@ -71,7 +71,7 @@ def _rows_times_weight(
     weight = weight_ptr + weight_row.to(tl.int64)[:, None] * K + k[None]
     if SCALED:
         scale = tl.load(scale_ptr + weight_row, mask=n < N, other=0.0)
-    begin(OVERLAP)
+    pdl_wait(PDL)
     x = x_ptr + m[None].to(tl.int64) * K + k[:, None]
     inside_m = (m < num_rows)[None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -107,7 +107,7 @@ def few_rows_product(
     num_rows, depth = x.shape
     size = len(weight)
     assert not (gated and tiling.splits > 1)
-    overlap = overlaps(x.device)
+    pdl = supports_pdl(x.device)
     if tiling.splits > 1:
         out = torch.empty(tiling.splits, num_rows, size, dtype=torch.float32, device=x.device)
     else:
@@ -119,6 +119,6 @@ def few_rows_product(
         x, weight, weight if scale is None else scale, out, num_rows, size, depth, per_split,
         BLOCKS_M=blocks_m, BLOCK_M=block_m, BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
         STAGES=tiling.stages,
-        GATED=gated, SCALED=scale is not None, OVERLAP=overlap, num_warps=tiling.warps, **launch_options(overlap),
+        GATED=gated, SCALED=scale is not None, PDL=pdl, num_warps=tiling.warps, **launch_options(pdl),
     )  # fmt: skip
     return out

@@ -6,19 +6,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wedlm.kernels.launch import begin, launch_options, overlaps
+from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 
 
 @triton.jit
 def _add_rms_norm(
     x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, num_rows, size, eps,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    begin(OVERLAP)
+    pdl_wait(PDL)
     x = tl.load(x_ptr + row * size + column, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
         delta = tl.load(delta_ptr + row * size + column, mask=inside, other=0.0).to(tl.float32)
@@ -40,22 +40,22 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     out = torch.empty_like(x)
     total = x if delta is None else torch.empty_like(x)
     parts = 0 if delta is None else delta.shape[0] if delta.ndim == 3 else 1
-    overlap = overlaps(x.device)
+    pdl = supports_pdl(x.device)
     block = triton.next_power_of_2(size)
     _add_rms_norm[(num_rows,)](
         x, x if delta is None else delta, weight, total, out, num_rows, size, eps,
-        PARTS=parts, BLOCK=block, OVERLAP=overlap,
-        num_warps=min(16, max(1, block // 256)), **launch_options(overlap),
+        PARTS=parts, BLOCK=block, PDL=pdl,
+        num_warps=min(16, max(1, block // 256)), **launch_options(pdl),
     )  # fmt: skip
     return total, out
 
 
 @triton.jit
-def _silu_mul(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def _silu_mul(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
-    begin(OVERLAP)
+    pdl_wait(PDL)
     gate = tl.load(gate_up_ptr + row * 2 * size + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * 2 * size + size + column, mask=inside, other=0.0).to(tl.float32)
     # Rounded after SiLU as the model's own product of two tensors rounds.
@@ -67,9 +67,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) · up of [T, 2 I], gate first: [T, I]."""
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(num_rows, size)
-    overlap = overlaps(gate_up.device)
+    pdl = supports_pdl(gate_up.device)
     block = min(1024, triton.next_power_of_2(size))
     _silu_mul[(num_rows, triton.cdiv(size, block))](
-        gate_up, out, size, BLOCK=block, OVERLAP=overlap, num_warps=4, **launch_options(overlap)
+        gate_up, out, size, BLOCK=block, PDL=pdl, num_warps=4, **launch_options(pdl)
     )
     return out

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wedlm.kernels.launch import begin, launch_options, overlaps
+from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 
 
 @triton.jit
@@ -14,7 +14,7 @@ def _norm_rope_write(
     qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, keys_ptr, values_ptr,
     num_rows, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
-    NORM: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    NORM: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -33,7 +33,7 @@ def _norm_rope_write(
         weight_p = tl.where(
             is_q, tl.load(q_weight_ptr + partner)[None], tl.load(k_weight_ptr + partner)[None]
         ).to(tl.float32)  # fmt: skip
-    begin(OVERLAP)
+    pdl_wait(PDL)
     x = tl.zeros((BLOCK_H, D), tl.float32)
     y = tl.zeros((BLOCK_H, D), tl.float32)  # the same heads with the halves exchanged
     for part in tl.static_range(PARTS):
@@ -72,12 +72,12 @@ def norm_rope_write(
     kv_heads, head_dim = keys.shape[1:]
     heads = width // head_dim - 2 * kv_heads
     out = torch.empty(num_rows, heads, head_dim, dtype=keys.dtype, device=qkv.device)
-    overlap = overlaps(qkv.device)
+    pdl = supports_pdl(qkv.device)
     block = 8 if num_rows <= 256 else 16
     q_weight, k_weight, eps = norms if norms is not None else (cos, cos, 0.0)
     _norm_rope_write[(num_rows, triton.cdiv(heads + 2 * kv_heads, block))](
         qkv, cos, sin, slots, q_weight, k_weight, out, keys, values, num_rows, eps,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, BLOCK_H=block, NORM=norms is not None, PARTS=parts,
-        OVERLAP=overlap, num_warps=4, **launch_options(overlap),
+        PDL=pdl, num_warps=4, **launch_options(pdl),
     )  # fmt: skip
     return out

@@ -25,14 +25,14 @@ class StreamingRows:
     tokens: Int[Tensor, " T"]
     positions: Int[Tensor, " T"]
     slots: Int[Tensor, " T"]
-    wanted: Int[Tensor, " L"]  # row of each logits row
+    logits_indices: Int[Tensor, " L"]  # row of each logits row
     sequence: Int[Tensor, " L"]
     target: Int[Tensor, " L"]
     row_start: Int[Tensor, " S"]
     num_rows: Int[Tensor, " S"]
     cached: Int[Tensor, " S"]
     run: Int[Tensor, " S"]  # rows that this step commits
-    wanted_start: Int[Tensor, " S"]
+    logits_start: Int[Tensor, " S"]
 
 
 @triton.jit
@@ -57,17 +57,17 @@ def _extended(slot, inside, cached_ptr, width_ptr, filled_ptr, block_ptr, max_po
     return filled, cached, run, width, tl.sum(filled.to(tl.int64), axis=1)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "capacity", "num_wanted"])
+@triton.jit(do_not_specialize=["num_sequences", "capacity", "num_logits"])
 def _rows(
     index_ptr, cached_ptr, width_ptr, tokens_ptr, filled_ptr, block_ptr, max_positions_ptr,
-    table_ptr, table_width, mask_token_id, trash_slot, num_sequences, capacity, num_wanted,
-    row_tokens_ptr, positions_ptr, slots_ptr, wanted_ptr, sequence_ptr, target_ptr,
-    row_start_ptr, num_rows_ptr, cached_out_ptr, run_ptr, wanted_start_ptr,
+    table_ptr, table_width, mask_token_id, trash_slot, num_sequences, capacity, num_logits,
+    row_tokens_ptr, positions_ptr, slots_ptr, logits_indices_ptr, sequence_ptr, target_ptr,
+    row_start_ptr, num_rows_ptr, cached_out_ptr, run_ptr, logits_start_ptr,
     C: tl.constexpr, PAGE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0)
     row_start = tl.full((), 0, tl.int64)
-    wanted_start = tl.full((), 0, tl.int64)
+    logits_start = tl.full((), 0, tl.int64)
     for begin in range(0, s, BLOCK_S):
         other = begin + tl.arange(0, BLOCK_S)
         before = other < s
@@ -76,7 +76,7 @@ def _rows(
             slot, before, cached_ptr, width_ptr, filled_ptr, block_ptr, max_positions_ptr, C
         )
         row_start += tl.sum(width, axis=0)
-        wanted_start += tl.sum(width - num_filled, axis=0)
+        logits_start += tl.sum(width - num_filled, axis=0)
     if s == num_sequences:  # padding
         zero = tl.zeros((BLOCK_T,), tl.int64)
         for begin in range(0, capacity, BLOCK_T):
@@ -85,10 +85,10 @@ def _rows(
             tl.store(row_tokens_ptr + row, zero + mask_token_id, mask=pad)
             tl.store(positions_ptr + row, zero, mask=pad)
             tl.store(slots_ptr + row, zero + trash_slot, mask=pad)
-        for begin in range(0, num_wanted, BLOCK_T):
+        for begin in range(0, num_logits, BLOCK_T):
             row = begin + tl.arange(0, BLOCK_T)
-            pad = (row >= wanted_start) & (row < num_wanted)
-            tl.store(wanted_ptr + row, zero, mask=pad)
+            pad = (row >= logits_start) & (row < num_logits)
+            tl.store(logits_indices_ptr + row, zero, mask=pad)
             tl.store(sequence_ptr + row, zero, mask=pad)
             tl.store(target_ptr + row, zero, mask=pad)
         return
@@ -111,13 +111,13 @@ def _rows(
     tl.store(row_tokens_ptr + place, tl.where(filled, token, mask_token_id), mask=inside)
     tl.store(positions_ptr + place, position, mask=inside)
     tl.store(slots_ptr + place, page * PAGE + key % PAGE, mask=inside)
-    logits_row = wanted_start + rank_masked
-    masked = masked & inside & (logits_row < num_wanted)
-    tl.store(wanted_ptr + logits_row, place, mask=masked)
+    logits_row = logits_start + rank_masked
+    masked = masked & inside & (logits_row < num_logits)
+    tl.store(logits_indices_ptr + logits_row, place, mask=masked)
     tl.store(sequence_ptr + logits_row, column * 0 + s, mask=masked)
     tl.store(target_ptr + logits_row, position, mask=masked)
     tl.store(row_start_ptr + s + only, row_start + only * 0)
-    tl.store(wanted_start_ptr + s + only, wanted_start + only * 0)
+    tl.store(logits_start_ptr + s + only, logits_start + only * 0)
     tl.store(num_rows_ptr + s + only, width)
     tl.store(cached_out_ptr + s + only, cached)
     tl.store(run_ptr + s + only, run)
@@ -130,23 +130,23 @@ def streaming_rows(
     page_table: Tensor,
     page_size: int,
     capacity: int,
-    num_wanted: int,
+    num_logits: int,
     mask_token_id: int,
     trash_slot: int,
 ) -> StreamingRows:
-    """Rows of the windows ``index`` [S] after ``extend``: at most ``capacity`` = T in all, L = ``num_wanted`` masked.
+    """Rows of the windows ``index`` [S] after ``extend``: at most ``capacity`` = T in all, L = ``num_logits`` masked.
 
     ``state``, ``params`` and ``page_table`` by window; ``state`` stays as it is.
     """
     num_sequences, columns = len(index), state.tokens.shape[1]
-    sizes = (*[capacity] * 3, *[num_wanted] * 3, *[num_sequences] * 5)
+    sizes = (*[capacity] * 3, *[num_logits] * 3, *[num_sequences] * 5)
     rows = StreamingRows(*(torch.empty(size, dtype=torch.long, device=index.device) for size in sizes))
     _rows[(num_sequences + 1,)](
         index, state.cached, state.width, state.tokens, state.filled.view(torch.uint8),
         params.block.view(torch.uint8), params.max_positions,
-        page_table, page_table.shape[1], mask_token_id, trash_slot, num_sequences, capacity, num_wanted,
-        rows.tokens, rows.positions, rows.slots, rows.wanted, rows.sequence, rows.target,
-        rows.row_start, rows.num_rows, rows.cached, rows.run, rows.wanted_start,
+        page_table, page_table.shape[1], mask_token_id, trash_slot, num_sequences, capacity, num_logits,
+        rows.tokens, rows.positions, rows.slots, rows.logits_indices, rows.sequence, rows.target,
+        rows.row_start, rows.num_rows, rows.cached, rows.run, rows.logits_start,
         C=columns, PAGE=page_size, BLOCK_S=min(_SEQUENCES_PER_TILE, triton.next_power_of_2(num_sequences)),
         BLOCK_T=_ROWS_PER_TILE, num_warps=4 if num_sequences > 4 else 1,
     )  # fmt: skip
@@ -154,14 +154,14 @@ def streaming_rows(
 
 
 @triton.jit
-def _advance(
+def _update(
     index_ptr, cached_ptr, width_ptr, tokens_ptr, filled_ptr, logprobs_ptr,
     block_ptr, threshold_ptr, penalty_ptr,
-    num_rows_ptr, run_ptr, wanted_start_ptr, choice_ptr, entropy_ptr, logprob_ptr, ints_ptr, floats_ptr,
+    num_rows_ptr, run_ptr, logits_start_ptr, choice_ptr, entropy_ptr, logprob_ptr, ints_ptr, floats_ptr,
     C: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0)
-    slot, first_row = tl.load(index_ptr + s), tl.load(wanted_start_ptr + s)
+    slot, first_row = tl.load(index_ptr + s), tl.load(logits_start_ptr + s)
     old_width, width, run = tl.load(width_ptr + slot), tl.load(num_rows_ptr + s), tl.load(run_ptr + s)
     cached = tl.load(cached_ptr + slot) + run
     column = tl.arange(0, C).to(tl.int64)
@@ -204,7 +204,7 @@ def _advance(
     tl.store(floats_ptr + s * (3 * C + 8) + target, logprobs, mask=stays)
 
 
-def streaming_advance(
+def update_streaming(
     state: WindowState,
     params: WindowParams,
     index: Tensor,
@@ -220,10 +220,10 @@ def streaming_advance(
     """
     num_sequences, columns = len(index), state.tokens.shape[1]
     results, floats = empty_results(num_sequences, columns, index.device)
-    _advance[(num_sequences,)](
+    _update[(num_sequences,)](
         index, state.cached, state.width, state.tokens, state.filled.view(torch.uint8), state.logprobs,
         params.block.view(torch.uint8), params.threshold, params.penalty,
-        rows.num_rows, rows.run, rows.wanted_start, choice, entropy, logprobs, results, floats,
+        rows.num_rows, rows.run, rows.logits_start, choice, entropy, logprobs, results, floats,
         C=columns, num_warps=1,
     )  # fmt: skip
     return results

@@ -124,7 +124,7 @@ def verified_rows(
 
 
 @triton.jit
-def _advance(
+def _update(
     index_ptr, cached_ptr, width_ptr, tokens_ptr, filled_ptr, logprobs_ptr,
     budget_ptr, max_drafts_ptr, max_positions_ptr, draft_entropy_ptr,
     row_start_ptr, choice_ptr, entropy_ptr, logprob_ptr, ints_ptr, floats_ptr,
@@ -174,7 +174,7 @@ def _advance(
     tl.store(floats_ptr + s * (3 * C + 8) + column, logprobs)
 
 
-def verified_advance(
+def update_verified(
     state: WindowState,
     params: WindowParams,
     index: Tensor,
@@ -190,7 +190,7 @@ def verified_advance(
     """
     num_sequences, columns = len(index), state.tokens.shape[1]
     results, floats = empty_results(num_sequences, columns, index.device)
-    _advance[(num_sequences,)](
+    _update[(num_sequences,)](
         index, state.cached, state.width, state.tokens, state.filled.view(torch.uint8), state.logprobs,
         params.row_budget, params.max_drafts, params.max_positions, params.draft_entropy,
         rows.row_start, choice, entropy, logprobs, results, floats, C=columns, num_warps=1,

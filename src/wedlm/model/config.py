@@ -32,6 +32,9 @@ _ROPE_KEYS = {
     ),
 }
 _ROPE_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
+# What no size of an honest model comes near; the positions that float32, in which RoPE counts, still tells apart.
+_MAX_INTEGER, MAX_POSITIONS = 2**31 - 1, 2**24
+_LEAST_NUMBER, _MOST_NUMBER = 1e-30, 1e15
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
@@ -58,8 +61,11 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in SUPPORTED_ROPE_TYPES[1:]:
             raise ValueError(f"rope_type is {self.rope_type!r}; expected one of {', '.join(SUPPORTED_ROPE_TYPES)}")
-        if self.factor <= 0:
-            raise ValueError(f"rope_scaling factor is {self.factor!r}; expected a number above 0")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            check_number(f"rope_scaling {name}", getattr(self, name))
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(self, name) is not None:
+                check_number(f"rope_scaling {name}", getattr(self, name))
         if self.rope_type != "linear" and self.original_max_position_embeddings < 1:
             raise ValueError(
                 f"rope_scaling original_max_position_embeddings is {self.original_max_position_embeddings!r}; "
@@ -110,6 +116,16 @@ class ModelConfig:
             raise ValueError(f"model_type is {self.model_type!r}; expected one of {', '.join(SUPPORTED_MODEL_TYPES)}")
         for name in (*_SIZES, "max_position_embeddings"):
             check_integer(name, getattr(self, name), minimum=1)
+        check_number("rms_norm_eps", self.rms_norm_eps)
+        check_number("rope_theta", self.rope_theta)
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta is {self.rope_theta!r}; expected a number above 1 for yarn")
+        if self.max_length > MAX_POSITIONS:
+            given = "" if self.max_length == self.max_position_embeddings else " (by rope_scaling)"
+            raise ValueError(
+                f"max_position_embeddings is {self.max_length}{given}; expected at most {MAX_POSITIONS}, beyond which "
+                "positions in float32 are no longer exact"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads is {self.num_kv_heads}; expected a divisor of num_heads ({self.num_heads})")
         if self.head_dim % 2:
@@ -117,16 +133,7 @@ class ModelConfig:
         _check_flags(self)
         if self.dtype not in SUPPORTED_DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(SUPPORTED_DTYPES)}")
-        if self.mask_token_id is not None:
-            check_integer("mask_token_id", self.mask_token_id, minimum=0)
-            if self.mask_token_id >= self.vocab_size:
-                raise ValueError(
-                    f"mask_token_id is {self.mask_token_id}; expected less than vocab_size ({self.vocab_size})"
-                )
-        if self.block_size is not None:
-            check_integer("block_size", self.block_size, minimum=1)
-        for token_id in self.eos_token_ids:
-            check_integer("eos_token_id", token_id, minimum=0)
+        _check_ids(self)
 
     @property
     def max_length(self) -> int:
@@ -151,7 +158,7 @@ class ModelConfig:
         Tencent's configuration class (attention_bias true, qk_norm false) and its code's mask token.
         """
         model_type = config.get("model_type")
-        if model_type not in SUPPORTED_MODEL_TYPES:
+        if not isinstance(model_type, str) or model_type not in SUPPORTED_MODEL_TYPES:
             raise ValueError(f"model_type is {model_type!r}; expected one of {', '.join(SUPPORTED_MODEL_TYPES)}")
         _refuse_unsupported(config)
         num_heads = read_integer(config, "num_attention_heads")
@@ -220,6 +227,17 @@ class ModelConfig:
         return config
 
 
+def _check_ids(config: "ModelConfig") -> None:
+    for name, least in (("mask_token_id", 0), ("block_size", 1), ("bos_token_id", 0)):
+        if getattr(config, name) is not None:
+            check_integer(name, getattr(config, name), minimum=least)
+    inside = [] if config.mask_token_id is None else [("mask_token_id", config.mask_token_id)]
+    for name, token_id in [*inside, *(("eos_token_id", token_id) for token_id in config.eos_token_ids)]:
+        check_integer(name, token_id, minimum=0)
+        if token_id >= config.vocab_size:
+            raise ValueError(f"{name} is {token_id}; expected less than vocab_size ({config.vocab_size})")
+
+
 def _check_flags(config: ModelConfig) -> None:
     """A combination of flags that the model type's own ``config.json`` cannot express must not exist."""
     allowed = {
@@ -258,10 +276,16 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise ValueError(f"hidden_act is {act!r}; expected 'silu'")
     if config.get("quantization_config") is not None:
         raise ValueError("quantization_config is present; expected a checkpoint that is not quantised")
-    layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise ValueError(f"layer_types is {layer_types!r}; expected a list")
+    layer_types = [kind for kind in layer_types if kind != "full_attention"]
     window = config.get("sliding_window", 4096)
     slides = config.get("use_sliding_window", False) and window is not None
-    if layer_types or (slides and config.get("max_window_layers", 28) < read_integer(config, "num_hidden_layers")):
+    first = config.get("max_window_layers", 28)
+    if slides and (not isinstance(first, int) or isinstance(first, bool)):
+        raise ValueError(f"max_window_layers is {first!r}; expected an integer")
+    if layer_types or (slides and first < read_integer(config, "num_hidden_layers")):
         raise ValueError(f"sliding_window is in use ({window!r}); expected full attention in every layer")
 
 
@@ -277,7 +301,7 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type == "default":
         return theta, None
-    if rope_type not in SUPPORTED_ROPE_TYPES:
+    if not isinstance(rope_type, str) or rope_type not in SUPPORTED_ROPE_TYPES:
         raise ValueError(f"rope_type is {rope_type!r}; expected one of {', '.join(SUPPORTED_ROPE_TYPES)}")
     given = [key for key in _ROPE_KEYS[rope_type][1:] if scaling.get(key) is not None]
     values: dict[str, Any] = {key: read_number(scaling, key, 0.0) for key in given if key != "truncate"}
@@ -307,6 +331,15 @@ def read_token_ids(name: str, value: Any) -> tuple[int, ...]:
 def check_integer(name: str, value: Any, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} is {value!r}; expected an integer of at least {minimum}")
+    if value > _MAX_INTEGER:
+        raise ValueError(f"{name} is {value!r}; expected at most {_MAX_INTEGER}")
+
+
+def check_number(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"{name} is {value!r}; expected a number above 0")
+    if not _LEAST_NUMBER <= value <= _MOST_NUMBER:
+        raise ValueError(f"{name} is {value!r}; expected a number from {_LEAST_NUMBER:g} to {_MOST_NUMBER:g}")
 
 
 def read_integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -317,8 +350,7 @@ def read_integer(config: Mapping[str, Any], key: str, default: int | None = None
 
 def read_number(config: Mapping[str, Any], key: str, default: float) -> float:
     value = default if config.get(key) is None else config[key]
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{key} is {value!r}; expected a number above 0")
+    check_number(key, value)
     return float(value)
 
 

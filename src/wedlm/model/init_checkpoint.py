@@ -36,7 +36,7 @@ _RESERVED_WORDS = ("reserved", "unused")
 
 
 @dataclass(frozen=True, slots=True)
-class Initialised:
+class InitResult:
     """A WeDLM directory just made. ``mask_token`` is the text of the mask token's id, None where it has none."""
 
     directory: Path
@@ -44,14 +44,14 @@ class Initialised:
     mask_token: str | None
 
 
-def initialise(
+def init_checkpoint(
     source: str | Path,
     output: str | Path,
     *,
     mask_token_id: int | None = None,
     block_size: int = DEFAULT_BLOCK_SIZE,
     force: bool = False,
-) -> Initialised:
+) -> InitResult:
     """Write to ``output`` a WeDLM directory with the weights, tokenizer and model type of the AR model ``source``.
 
     ``source``: a Hugging Face directory, a hub id, a ``.gguf`` file or "demo-base". ``mask_token_id`` None chooses one
@@ -73,7 +73,7 @@ def initialise(
     config = dataclasses.replace(config, mask_token_id=asked, block_size=block_size)
     set_mask_embedding(model, asked, min(tokenizer.vocab_size, config.vocab_size))
     _write(model, config, tokenizer, origin, output)
-    return Initialised(output, config, tokenizer.backend.id_to_token(asked))
+    return InitResult(output, config, tokenizer.backend.id_to_token(asked))
 
 
 def choose_mask_token_id(config: ModelConfig, tokenizer: Tokenizer) -> int:

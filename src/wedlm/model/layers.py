@@ -2,7 +2,7 @@
 """The parts of a decoder layer. Module and parameter names are those of Hugging Face checkpoints.
 
 Shape suffixes: T rows, C hidden size, H heads (query heads, or the fewer key/value heads K), D head dimension.
-``masked`` says which rows are masked; only layers with factors for them look at it (``masked_lora.py``).
+``masked`` says which rows are masked; only layers with a LoRA for them look at it (``lora/masked_rows.py``).
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from wedlm.attention.base import Attend
 from wedlm.model.config import ModelConfig
-from wedlm.model.lora.masked_rows import product
+from wedlm.model.lora.masked_rows import linear
 from wedlm.model.rope import rotate
 
 
@@ -51,11 +51,11 @@ class Attention(nn.Module):
     def project(self, x_TC: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor]:
         """(queries and keys side by side [T, H + K, D], values [T, K, D]) before norms and RoPE."""
         if self.qkv_proj is None:
-            q_TF, k_TF, v_TF = (product(one, x_TC, masked) for one in (self.q_proj, self.k_proj, self.v_proj))
+            q_TF, k_TF, v_TF = (linear(one, x_TC, masked) for one in (self.q_proj, self.k_proj, self.v_proj))
             qk_TF = torch.cat((q_TF, k_TF), dim=-1)
         else:
             q_size, k_size, v_size = self.qkv_sizes
-            qk_TF, v_TF = product(self.qkv_proj, x_TC, masked).split((q_size + k_size, v_size), dim=-1)
+            qk_TF, v_TF = linear(self.qkv_proj, x_TC, masked).split((q_size + k_size, v_size), dim=-1)
         return qk_TF.unflatten(-1, (-1, self.head_dim)), v_TF.unflatten(-1, (-1, self.head_dim))
 
     def forward(
@@ -68,7 +68,7 @@ class Attention(nn.Module):
             q_THD, k_TKD = qk_THD.split(heads, dim=1)
             qk_THD = torch.cat((self.q_norm(q_THD), self.k_norm(k_TKD)), dim=1)
         q_THD, k_TKD = rotate(qk_THD, cos_TD, sin_TD).split(heads, dim=1)
-        return product(self.o_proj, attend(layer, q_THD, k_TKD, v_TKD).flatten(-2), masked)
+        return linear(self.o_proj, attend(layer, q_THD, k_TKD, v_TKD).flatten(-2), masked)
 
 
 class MLP(nn.Module):
@@ -85,13 +85,13 @@ class MLP(nn.Module):
     def project(self, x_TC: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor]:
         """(gate, up), each [T, intermediate size]."""
         if self.gate_up_proj is None:
-            return product(self.gate_proj, x_TC, masked), product(self.up_proj, x_TC, masked)
-        gate, up = product(self.gate_up_proj, x_TC, masked).chunk(2, dim=-1)
+            return linear(self.gate_proj, x_TC, masked), linear(self.up_proj, x_TC, masked)
+        gate, up = linear(self.gate_up_proj, x_TC, masked).chunk(2, dim=-1)
         return gate, up
 
     def forward(self, x_TC: Tensor, masked: Tensor | None) -> Tensor:
         gate, up = self.project(x_TC, masked)
-        return product(self.down_proj, F.silu(gate) * up, masked)
+        return linear(self.down_proj, F.silu(gate) * up, masked)
 
 
 class DecoderLayer(nn.Module):

@@ -14,7 +14,7 @@ from wedlm.model.lora.masked_rows import put_at_masked
 from wedlm.model.rope import RotaryEmbedding
 
 
-class Decoder(nn.Module):
+class DecoderStack(nn.Module):
     """Embedding, layers and final norm; a class of its own because checkpoints name these ``model.…``."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -23,7 +23,7 @@ class Decoder(nn.Module):
         if not embedding.is_meta:  # Drawing on meta imports torch's compiler, over a second, and draws nothing.
             nn.init.normal_(embedding, std=0.02)
         self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
-        # [C], what masked rows start from in place of their token's embedding; set with factors for masked rows.
+        # [C], what masked rows start from in place of their token's embedding; set with a LoRA for masked rows.
         self.mask_embedding: nn.Parameter | None = None
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -50,7 +50,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = DecoderStack(config)
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 

@@ -9,12 +9,15 @@ from functools import partial
 from secrets import token_hex
 from typing import Any, Literal
 
+from wedlm.engine.constraints.grammar import Compiled
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.request import TopLogprobs
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer
 from wedlm.server.logprobs import Decode, chat_logprobs, text_logprobs
 from wedlm.server.tools import PlainReader, Reader, message
+
+_AT_ONCE = 64  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +32,19 @@ class Job:
     wants_usage: bool
     watches: bool
     warning: str | None = None
+    grammar: Compiled | None = None  # held until the answer has ended
     new_reader: Callable[[], Reader] = PlainReader
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", ("chatcmpl-" if self.kind == "chat" else "cmpl-") + token_hex(12))
+
+    @property
+    def entries_per_token(self) -> int:
+        """How many texts, with or without a number, an answer has for each of its tokens."""
+        logprobs = self.sequences[0][1].logprobs
+        return 1 if logprobs is None else 2 + logprobs
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -60,24 +70,44 @@ def usage(job: Job, outputs: Sequence[GenerationOutput]) -> dict[str, Any]:
     }
 
 
-def whole(job: Job, outputs: Sequence[GenerationOutput], tokenizer: Tokenizer) -> dict[str, Any]:
+def whole(job: Job, outputs: Sequence[GenerationOutput], tokenizer: Tokenizer) -> bytes:
     """The body of an answer that is not streamed."""
-    choices = []
-    for index, output in enumerate(outputs):
-        content: dict[str, Any] = {"text": output.text}
-        reason: str | None = output.finish_reason
-        if job.kind == "chat":
-            reader = job.new_reader()
-            delta = reader.push(output.text)
-            delta.add(reader.finish(output.finish_reason))
-            content, reason = {"message": message(delta)}, _reason(reader, reason)
-        logprobs = None
-        if output.logprobs is not None:
-            top, offsets = output.top_logprobs or [], output.text_offsets or []
-            logprobs = _logprobs(job, output.token_ids, output.logprobs, top, offsets, tokenizer)
-        choices.append({"index": index, **content, "logprobs": logprobs, "finish_reason": reason})
     kind = "chat.completion" if job.kind == "chat" else "text_completion"
-    return {**_head(job, kind), "choices": choices, "usage": usage(job, outputs)}
+    head, end = _head(job, kind), {"usage": usage(job, outputs)}
+    return b'%b,"choices":[%b],%b' % (
+        _json(head)[:-1],
+        b",".join(_choice(job, index, output, tokenizer) for index, output in enumerate(outputs)),
+        _json(end)[1:],
+    )
+
+
+def _choice(job: Job, index: int, output: GenerationOutput, tokenizer: Tokenizer) -> bytes:
+    content: dict[str, Any] = {"text": output.text}
+    reason: str | None = output.finish_reason
+    if job.kind == "chat":
+        reader = job.new_reader()
+        delta = reader.push(output.text)
+        delta.add(reader.finish(output.finish_reason))
+        content, reason = {"message": message(delta)}, _reason(reader, reason)
+    logprobs = b"null"
+    if output.logprobs is not None:
+        top, offsets = output.top_logprobs or [], output.text_offsets or []
+        logprobs = _written(_logprobs(job, output.token_ids, output.logprobs, top, offsets, tokenizer))
+    choice = _json({"index": index, **content, "finish_reason": reason})
+    return b'%b,"logprobs":%b}' % (choice[:-1], logprobs)
+
+
+def _written(logprobs: dict[str, Any]) -> bytes:
+    """The JSON of log-probabilities, whose lists may have 100,000 entries, piece by piece: json.dumps lets no other
+    thread run before it is done."""
+    fields = []
+    for name, value in logprobs.items():
+        if isinstance(value, list):
+            pieces = [_json(value[start : start + _AT_ONCE])[1:-1] for start in range(0, len(value), _AT_ONCE)]
+            fields.append(b"%b:[%b]" % (_json(name), b",".join(pieces)))
+        else:
+            fields.append(b"%b:%b" % (_json(name), _json(value)))
+    return b"{%b}" % b",".join(fields)
 
 
 def opening(job: Job) -> bytes:
@@ -147,9 +177,18 @@ def usage_event(job: Job, outputs: Sequence[GenerationOutput]) -> bytes:
     return event({**_chunk(job, []), "usage": usage(job, outputs)})
 
 
+def events(choices: Sequence[ChoiceStream], news: Sequence[tuple[int, StreamPiece]]) -> bytes:
+    """The chunks of all pieces that arrived together."""
+    return b"".join(choices[index].event(piece) for index, piece in news)
+
+
 def event(body: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _json(body) + b"\n\n"
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 DONE = b"data: [DONE]\n\n"

@@ -9,14 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, Body, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from wedlm.engine.llm import LLM
 from wedlm.server import errors
+from wedlm.server.bodies import RawBody
 from wedlm.server.config import ServerConfig
-from wedlm.server.limits import ApiKeys, BodyLimit
+from wedlm.server.limits import ApiKeys, BodyLimit, KnownHosts
 from wedlm.server.logs import RequestLog
 from wedlm.server.protocol import ChatRequest, CompletionRequest
 from wedlm.server.service import WARNING, Service, json_name
@@ -27,6 +28,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "A field is wrong, unknown or not supported",
         401: "No valid API key",
+        403: "Called by an unknown name, or from a page of another origin",
         404: "No such model",
         408: "The body came too slowly",
         413: "The body is too large",
@@ -37,6 +39,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 _GENERATES: dict[str, Any] = {"response_model": None, "responses": {**_REFUSALS, 422: {"description": "Never sent"}}}
+_OWN: Any = Body(default=...)  # for the OpenAPI document; the service reads it
 # The demo page has its own files and nothing else, and may talk to any server that the reader names.
 _PAGE_POLICY = (
     "default-src 'self'; connect-src *; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -49,11 +52,12 @@ def create_app(llm: LLM, config: ServerConfig, demo: Path = DEMO) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        app.openapi()  # made once, and not while somebody waits
         service.start()
         try:
             yield
         finally:
-            await service.engine.stop()
+            await service.stop()
 
     # FastAPI's documentation pages fetch scripts from a third party; /openapi.json is served.
     app = FastAPI(title="wedlm", version=version("wedlm"), lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -61,6 +65,9 @@ def create_app(llm: LLM, config: ServerConfig, demo: Path = DEMO) -> FastAPI:
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
     app.add_middleware(ApiKeys, keys=config.api_keys)
+    if not config.api_keys:
+        names = [config.host, *config.allowed_hosts]
+        app.add_middleware(KnownHosts, names=names, origins=config.cors_origins)
     if config.cors_origins:
         exposed = ["X-Request-Id", "Retry-After", WARNING]
         allow: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": exposed}
@@ -76,15 +83,19 @@ def create_app(llm: LLM, config: ServerConfig, demo: Path = DEMO) -> FastAPI:
 def _add_api(app: FastAPI, service: Service) -> None:
     model = {"id": service.config.model_name, "object": "model", "created": int(time.time()), "owned_by": "wedlm"}
 
-    @app.post("/v1/chat/completions", **_GENERATES)
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation."""
-        return await service.answer(await service.chat_job(body), request)
+    generating = APIRouter(route_class=RawBody)
 
-    @app.post("/v1/completions", **_GENERATES)
-    async def complete(body: CompletionRequest, request: Request) -> Response:
+    @generating.post("/v1/chat/completions", **_GENERATES)
+    async def chat(request: Request, body: ChatRequest = _OWN) -> Response:
+        """Answer a conversation."""
+        return await service.respond(request, ChatRequest)
+
+    @generating.post("/v1/completions", **_GENERATES)
+    async def complete(request: Request, body: CompletionRequest = _OWN) -> Response:
         """Continue a text."""
-        return await service.answer(await service.completion_job(body), request)
+        return await service.respond(request, CompletionRequest)
+
+    app.include_router(generating)
 
     @app.get("/v1/models", responses={401: _REFUSALS[401]})
     async def models() -> dict[str, Any]:

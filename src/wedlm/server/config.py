@@ -9,7 +9,10 @@ class ServerConfig:
     """Checked on construction (ValueError). Sequences: a request for n choices of p prompts is n · p of them.
 
     model_name: what clients call the model. api_keys: if any, one must come with each request to /v1 and /metrics.
-    cors_origins: origins whose pages may call, or "*". max_queue: sequences that may wait beside those that run.
+    cors_origins: origins whose pages may call, or "*". allowed_hosts: names that clients may call the server by while
+    it has no key, beside addresses and localhost; or "*". max_connections: open at once. header_timeout_s: for a
+    request's head to arrive, from the connection's start or the head's first byte. max_queue: sequences that may wait
+    beside those that run.
     max_choices: sequences of one request. request_timeout_s: from the body's arrival to the answer's last byte.
     body_timeout_s: for the body to arrive. shutdown_timeout_s: what running requests get to finish in.
     """
@@ -19,10 +22,13 @@ class ServerConfig:
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    max_connections: int = 1024
     max_queue: int = 256
     max_choices: int = 64
     max_body_bytes: int = 2**20
     request_timeout_s: float = 600.0
+    header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     shutdown_timeout_s: float = 30.0
 
@@ -31,10 +37,10 @@ class ServerConfig:
             raise ValueError("model_name is empty; expected a name for clients to use")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; expected 0 to 65535")
-        for name, low in (("max_queue", 0), ("max_choices", 1), ("max_body_bytes", 1)):
+        for name, low in (("max_queue", 0), ("max_choices", 1), ("max_body_bytes", 1), ("max_connections", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
-        for name in ("request_timeout_s", "body_timeout_s"):
+        for name in ("request_timeout_s", "body_timeout_s", "header_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0 seconds")
         if not self.shutdown_timeout_s >= 0:

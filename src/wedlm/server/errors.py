@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from wedlm.server.protocol import EXPECTED, UNSUPPORTED
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+_LONGEST = 500  # of a message, which may quote what it refuses
 _SHOWN = 80  # characters of a refused value that the message repeats
 _TYPES = {  # of JSON; pydantic speaks of Python's
     "bool_type": "true or false",
@@ -53,6 +54,7 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        message = _shortened(message, _LONGEST)
         self.status, self.headers = status, dict(headers or {})
         self.detail = ErrorDetail(message=message, type=type, param=param, code=code)
 
@@ -66,6 +68,10 @@ class ApiError(Exception):
         return Response(content, self.status, self.headers, media_type="application/json")
 
 
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most] + "..."
+
+
 def internal_error() -> ApiError:
     """What a bug of ours looks like from outside; the log has the rest."""
     return ApiError(500, "the server failed on this request", type="server_error", code="internal_error")
@@ -75,16 +81,17 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, type="server_error", code=code, headers={"Retry-After": "5"})
 
 
+def queue_full(message: str) -> ApiError:
+    headers = {"Retry-After": "1"}
+    return ApiError(429, f"{message}, try again later", type="rate_limit_error", code="queue_full", headers=headers)
+
+
 def install(app: FastAPI) -> None:
     """Let the app answer its own and the framework's errors in this form."""
 
     @app.exception_handler(ApiError)
     async def _api_error(_: Request, error: ApiError) -> Response:
         return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def _validation(_: Request, error: RequestValidationError) -> Response:
-        return explain(error.errors(), error.body).response()
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
@@ -94,21 +101,14 @@ def install(app: FastAPI) -> None:
             message, code = "there is nothing at this address", "not_found"
         elif status == 405:
             message, code = f"the method is {request.method}; this address expects another one", "method_not_allowed"
-        elif status == 400:  # a body that even the JSON parser gives up on: invalid UTF-8, thousands of levels
-            message, code = "the body is not readable as JSON; expected a JSON object in UTF-8", "invalid_json"
         return ApiError(status, message, code=code, headers=error.headers).response()
 
 
-def explain(errors: Sequence[Any], body: Any) -> ApiError:
-    """A 400 about the first of pydantic's errors: what, its value, what was expected."""
-    error = errors[0]
-    if error["type"] == "json_invalid":
-        reason = f"{error['ctx']['error']} at character {error['loc'][-1]}"
-        return ApiError(400, f"the body is not valid JSON ({reason}); expected a JSON object", code="invalid_json")
-    if len(error["loc"]) < 2 or not isinstance(body, dict):
-        message = "the body is no JSON object; expected one, with Content-Type: application/json"
-        return ApiError(400, message, code="invalid_body")
-    names, value = _walk(error["loc"][1:], body)
+def explain(error: Any, body: dict[str, Any]) -> ApiError:
+    """A 400 about one of pydantic's errors in ``body``: what, its value, what was expected."""
+    if not error["loc"]:
+        return ApiError(400, f"the body has {len(body)} fields; expected {error['msg']}", code="invalid_body")
+    names, value = _walk(error["loc"], body)
     path = names[0] + "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names[1:])
     last = next(name for name in reversed(names) if isinstance(name, str))
     unsupported = next((name for name in names if name in UNSUPPORTED), None)
@@ -140,8 +140,15 @@ def _walk(location: Sequence[Any], body: Any) -> tuple[list[Any], Any]:
 
 
 def _show(value: Any) -> str:
+    """The beginning of a value as JSON. It is written piece by piece, and no further than it is shown."""
+    if isinstance(value, str):
+        value = value[: _SHOWN + 1]
+    text = ""
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        for piece in _ENCODER.iterencode(value):
+            text += piece[: _SHOWN + 1]
+            if len(text) > _SHOWN:
+                return text[:_SHOWN] + "..."
     except (ValueError, RecursionError):
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+        return f"a {type(value).__name__}"
+    return text

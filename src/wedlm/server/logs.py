@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """One JSON object a line, and a line per request, found again by its id. No prompt, no answer, no key is written."""
 
+import asyncio
+import contextlib
 import json
 import logging
+import os
+import queue
 import re
 import sys
+import threading
 import time
 from secrets import token_hex
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from wedlm.server.errors import internal_error
+from wedlm.server.errors import internal_error, unavailable
 from wedlm.server.metrics import Metrics
 
 log = logging.getLogger("wedlm.server")
+_MAX_LINES, _FLUSH_S = 1000, 1.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -34,9 +40,56 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+class Pipe(logging.Handler):
+    """Writes lines to a descriptor in a thread of its own. Where nobody reads them, a thousand wait and the rest are
+    dropped and counted: who reads no log must not stop the server."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._lines: queue.Queue[bytes | threading.Event] = queue.Queue(_MAX_LINES)
+        self._dropped = 0
+        # A daemon, and no buffered file, whose lock it could hold when the interpreter ends.
+        threading.Thread(target=self._write_all, name="wedlm-log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.put_nowait(self.format(record).encode() + b"\n")
+        except queue.Full:
+            self._dropped += 1
+        except Exception:
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Wait until all lines so far are written, but no longer than a second."""
+        written = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(written)
+            written.wait(_FLUSH_S)
+
+    def _write_all(self) -> None:
+        while True:
+            line = self._lines.get()
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
+            self._write(line)
+            if self._dropped and self._lines.empty():
+                count, self._dropped = self._dropped, 0
+                text = "%d lines of the log were dropped, because standard error was not read"
+                self.emit(log.makeRecord(log.name, logging.WARNING, "", 0, text, (count,), None))
+
+    def _write(self, line: bytes) -> None:
+        try:
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+        except OSError:  # a full disk, a closed pipe
+            self._dropped += 1
+
+
 def set_up_logging(level: str) -> None:
     """Send what the server, the engine and uvicorn have to say to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Pipe(sys.stderr.fileno())
     handler.setFormatter(JsonFormatter())
     for name in ("wedlm", "uvicorn"):
         logger = logging.getLogger(name)
@@ -69,6 +122,11 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # by uvicorn, at the end of its life, after a connection's last chance
+            fields["cut_off"] = True
+            if not status:
+                error = unavailable("the server is shutting down", "shutting_down")
+                await error.response()(scope, receive, send_with_id)
         except Exception:
             log.exception("a request failed", extra={"fields": fields})
             if not status:

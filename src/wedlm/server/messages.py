@@ -20,12 +20,17 @@ class TextPart(Strict):
     text: str
 
 
+TextParts: TypeAlias = Annotated[list[TextPart], Field(fail_fast=True)]
+
+
 class Message(Strict):
     """One message of a conversation; ``name`` goes to the chat template, which may use it or not."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
-    content: Annotated[str | list[TextPart] | None, Field(validate_default=True)] = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    content: Annotated[str | Annotated[list[TextPart], Field(fail_fast=True)] | None, Field(validate_default=True)] = (
+        None
+    )
     name: str | None = None
     tool_call_id: Annotated[str | None, Field(validate_default=True)] = None
     # What OpenAI's answers have, and clients send back.

@@ -44,12 +44,13 @@ class Metrics:
         self.per_forward = histogram("tokens_per_forward", "Of each finished sequence", _PER_FORWARD)
         self.p_cache = histogram("p_cache", "Tokens per row of each finished sequence", _SHARES)
 
-    def watch(self, engine: AsyncEngine) -> None:
+    def watch(self, engine: AsyncEngine, num_preparing: Callable[[], float]) -> None:
         """Read the engine's state whenever the figures are asked for."""
 
         def gauge(name: str, text: str, read: Callable[[], float]) -> None:
             Gauge(f"wedlm_{name}", text, registry=self.registry).set_function(read)
 
+        gauge("requests_preparing", "Requests being made into prompts, and threads at work on them", num_preparing)
         gauge("sequences_open", "Sequences accepted and not finished", lambda: engine.num_open)
         gauge("sequences_waiting", "Sequences that wait for a place", lambda: engine.load.num_waiting)
         gauge("sequences_running", "Sequences with a place", lambda: engine.load.num_running)

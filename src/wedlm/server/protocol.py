@@ -8,10 +8,13 @@ from pydantic import Field
 from wedlm.algorithm.params import Decoding
 from wedlm.engine.sampling_params import MAX_BIASES, MAX_LOGPROBS, SamplingParams
 from wedlm.server.messages import Message
-from wedlm.server.tool_schemas import MAX_TOOLS, NamedChoice, ResponseFormat, Strict, Tool
+from wedlm.server.tool_schemas import MAX_FIELDS, MAX_TOOLS, NamedChoice, ResponseFormat, Strict, Tool, few
 from wedlm.server.tools import call_schema
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_TOKENS, MAX_MESSAGES = 16, 256, 64, 4096
+MAX_PROMPTS = 1024
+# Log-probabilities that an answer may have: the tokens' own and their alternatives, 60 bytes each.
+MAX_LOGPROB_ENTRIES = 2**18
 _OLD_TOOLS = "the old form of tools is not supported; expected tools and tool_choice"
 _NO_MEDIA = "text alone is supported"
 # Fields that are refused, and what the refusal says.
@@ -47,13 +50,16 @@ EXPECTED = {
     "top_logprobs": f"an integer from 0 to {MAX_LOGPROBS}",
     "logit_bias": f"at most {MAX_BIASES} token ids with numbers from -100 to 100",
     "name": "1 to 64 of the characters a-z, A-Z, 0-9, _ and -",
-    "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
+    "prompt": f"a string, a list of strings, a list of token ids, or a list of such lists, at most {MAX_PROMPTS}",
     "stop": f"a string or a list of at most {MAX_STOPS}, each of 1 to {MAX_STOP_LENGTH} characters",
     "stop_token_ids": f"a list of at most {MAX_STOP_TOKENS} token ids",
 }
 
 
 Nothing: TypeAlias = None
+# fail_fast: pydantic makes an error of each wrong entry, for each member of a union, and only one is ever shown.
+Strings: TypeAlias = Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+TokenIds: TypeAlias = Annotated[list[int], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
@@ -92,7 +98,7 @@ class _Generation(Strict):
     min_p: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
+    logit_bias: Annotated[dict[str, float], few(MAX_BIASES)] | None = None
 
     @property
     def streams(self) -> bool:
@@ -152,7 +158,7 @@ def _token_id(key: str) -> int:
 class CompletionRequest(_Generation):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
     max_tokens: int | None = None
     logprobs: int | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
@@ -178,10 +184,10 @@ class CompletionRequest(_Generation):
 class ChatRequest(_Generation):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], few(MAX_FIELDS)] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     parallel_tool_calls: bool | None = None
@@ -190,7 +196,7 @@ class ChatRequest(_Generation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     functions: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: Literal["none", "auto"] | None = None

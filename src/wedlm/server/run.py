@@ -1,31 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process: uvicorn, and a way out that lets running requests finish."""
+"""The process: its sockets, uvicorn, and a way out that lets running requests finish."""
 
 import asyncio
+import gc
 import logging
+import os
 import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from wedlm.server.connections import BoundedConnection, Sparing, fitting, watch_accept
 from wedlm.server.service import Service
 
 log = logging.getLogger("wedlm.server")
 _LAST_WORDS_S = 0.5  # for errors of requests that were cut off to reach their clients
 _KEEP_ALIVE_S = 30
+_BACKLOG = 128  # also how often asyncio tries to accept at once, whether or not there is a descriptor left
+_SWITCH_S = 0.001  # how long the loop may wait for another thread of Python's
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+_GARBAGE = (50_000, 20, 20)  # a body of a megabyte may hold 350,000 lists, over which Python would look 20 times
+_LATE_S = 5.0  # beyond the grace, for the end itself
+
+
+class AddressError(OSError):
+    """The server cannot have its address."""
+
+
+@contextmanager
+def bound_sockets(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """A socket for each address of ``host`` ("" is every one of this machine), bound and not listening yet.
+
+    They are closed at the end. AddressError if there is no such address here, or another process has the port.
+    """
+    with ExitStack() as stack:
+        try:
+            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            bound = [_bind(stack, *one) for one in dict.fromkeys(found)]
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise AddressError(
+                f"port {port} of {host!r} cannot be listened on: {reason}; expected a free one"
+            ) from error
+        yield bound
+
+
+def _bind(stack: ExitStack, family: int, kind: int, protocol: int, _: str, address: Any) -> socket.socket:
+    one = stack.enter_context(socket.socket(family, kind, protocol))
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:  # which would otherwise take the port of IPv4, too
+        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    one.bind(address)
+    return one
 
 
 class Server(uvicorn.Server):
     """Drains on the first SIGTERM or SIGINT: new requests get 503, running ones may finish until
-    ``shutdown_timeout_s`` is over. A second signal ends them at once. ``failed``: the engine is beyond repair."""
+    ``shutdown_timeout_s`` is over. A second signal ends them at once. ``failed``: the engine is beyond repair.
 
-    def __init__(self, app: FastAPI, **options: object) -> None:
+    ``on_start`` is called with the server's address once it listens.
+    """
+
+    def __init__(self, app: FastAPI, on_start: Callable[[str], None] | None = None, **options: object) -> None:
         self.service: Service = app.state.service
         config = self.service.config
+        connection = type(
+            "Connection",
+            (BoundedConnection,),
+            {
+                "max_connections": fitting(config.max_connections),
+                "header_timeout_s": config.header_timeout_s,
+                "refused": Sparing(),
+            },
+        )
         super().__init__(
             uvicorn.Config(
                 app,
+                http=connection,
+                ws="none",
+                backlog=_BACKLOG,
                 host=config.host,
                 port=config.port,
                 log_config=None,
@@ -37,8 +98,42 @@ class Server(uvicorn.Server):
             )
         )
         self.failed = False
+        self._on_start = on_start
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._owns_process = False
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        watch_accept(asyncio.get_running_loop())
+        if threading.current_thread() is threading.main_thread():
+            self._owns_process = True
+            sys.setswitchinterval(_SWITCH_S)
+            gc.collect()
+            gc.freeze()  # the model and the libraries stay: looking through them takes 100 ms
+            gc.set_threshold(*_GARBAGE)
+        config = self.service.config
+        if not config.api_keys and config.host not in _LOCAL:
+            log.warning(
+                "%s may be reached by others, and no API key is set; names that clients call it by need --allowed-host",
+                config.host,
+            )
+        await super().serve(sockets)
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop, on ``sockets`` or on the configured address. AddressError if it cannot be had."""
+        if sockets is not None:
+            super().run(sockets)
+            return
+        with bound_sockets(self.config.host, self.config.port) as bound:
+            super().run(bound)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        log.info("running on %s", url)
+        if self._on_start is not None:
+            self._on_start(url)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None or self.service.draining:
@@ -46,6 +141,8 @@ class Server(uvicorn.Server):
             self.force_exit = self.force_exit or sig == signal.SIGINT
         else:
             self.service.draining = True
+            if self._owns_process:
+                threading.Thread(target=self._end_late, name="wedlm-end", daemon=True).start()
             self._loop.call_soon_threadsafe(self._start_draining)
 
     async def on_tick(self, counter: int) -> bool:
@@ -55,8 +152,22 @@ class Server(uvicorn.Server):
             self.failed = self.should_exit = True
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves the application's own end out, which would show as a traceback
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.lifespan.shutdown(), _LAST_WORDS_S)
+
     def _start_draining(self) -> None:
         self._draining = asyncio.ensure_future(self.drain())
+
+    def _end_late(self) -> None:
+        """End the process when its time is over, whatever its threads and its loop are doing."""
+        time.sleep(self.service.config.shutdown_timeout_s + _LATE_S)
+        log.critical("the server did not end in time; it ends now")
+        for handler in logging.getLogger("wedlm").handlers:
+            handler.flush()
+        os._exit(1)
 
     async def drain(self) -> None:
         """Refuse new requests, wait for the running ones, cut off the rest, and leave."""
@@ -64,10 +175,11 @@ class Server(uvicorn.Server):
         engine, limit = self.service.engine, self.service.config.shutdown_timeout_s
         log.info("shutting down; %d sequences may finish within %g seconds", engine.num_open, limit)
         end = asyncio.get_running_loop().time() + limit
-        while engine.num_open and asyncio.get_running_loop().time() < end and not self.should_exit:
+        while self.service.num_open and asyncio.get_running_loop().time() < end and not self.should_exit:
             await asyncio.sleep(0.02)
-        if engine.num_open:
-            log.warning("%d sequences are cut off", engine.num_open)
+        if self.service.num_open:
+            log.warning("%d requests and sequences are cut off", self.service.num_open)
+            self.service.cut_off()
             await engine.stop()
             await asyncio.sleep(_LAST_WORDS_S)
         self.should_exit = True

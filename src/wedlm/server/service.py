@@ -3,16 +3,16 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from wedlm.engine.async_llm import AsyncEngine
-from wedlm.engine.constraints.grammar import grammars_of
+from wedlm.engine.constraints.grammar import Compiled, Grammars, GrammarsBusy, grammars_of
 from wedlm.engine.engine import Engine
 from wedlm.engine.llm import LLM
 from wedlm.engine.outputs import GenerationOutput
@@ -20,19 +20,26 @@ from wedlm.engine.request_stream import EngineFault, EngineStopped, RequestStrea
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.server import answers
 from wedlm.server.answers import Job
+from wedlm.server.bodies import is_json, not_an_object, parse
 from wedlm.server.config import ServerConfig
-from wedlm.server.errors import ApiError, internal_error, unavailable
+from wedlm.server.errors import ApiError, internal_error, queue_full, unavailable
 from wedlm.server.metrics import Metrics, Stopwatch
-from wedlm.server.protocol import ChatRequest, CompletionRequest
-from wedlm.server.sse import Disconnected, EventStream, unless_disconnected
+from wedlm.server.protocol import MAX_LOGPROB_ENTRIES, ChatRequest, CompletionRequest
+from wedlm.server.sse import CutOff, Disconnected, EventStream, Whole, unless_disconnected
 from wedlm.server.tool_schemas import Tool
 from wedlm.server.tools import ForcedReader, TaggedReader, for_template, in_plain_words, takes_tools
+from wedlm.server.workers import Busy, Workers
 
 log = logging.getLogger("wedlm.server")
 WARNING = "X-Wedlm-Warning"
 _COMPLETION_TOKENS = 16  # OpenAI's default there
 _LARGEST_SEED = 2**63 - 1
 _SEND_S = 10.0  # beyond the request's time, for a slow client to take the last of a stream
+_SMALL_BYTES = 2**15  # a body of up to this size does not wait for larger ones
+_MAX_WAITING = 256  # bodies to be read
+_REST_S = 0.02
+_LOOP_ENTRIES = 512  # log-probabilities that are written in the event loop; more of them elsewhere
+T = TypeVar("T")
 
 
 class Service:
@@ -44,15 +51,48 @@ class Service:
         self.llm, self.config = llm, config
         self.metrics = Metrics()
         self.draining = False
+        self.num_preparing = 0  # requests whose body has been read and which the engine has not taken yet
+        self._small, self._large = Workers("small", 2, _MAX_WAITING), Workers("large", 1, _MAX_WAITING // 4, _REST_S)
+        self._answers = Workers("answers", 2, _MAX_WAITING)
+        self._grammars = self._load_grammars()  # now, because it holds up every thread for a fraction of a second
+
+    def _load_grammars(self) -> Grammars | str:
+        """Or why there are none."""
+        try:
+            return grammars_of(self.llm.tokenizer, self.llm.engine.config.vocab_size)
+        except ValueError as error:
+            return str(error)
 
     def start(self) -> None:
         """Hand the LLM's engine over to a thread. In the loop."""
         self.engine = AsyncEngine(self.llm.engine, self._renew)
-        self.metrics.watch(self.engine)
+        self.metrics.watch(self.engine, self._num_at_work)
+        self._cut_off = asyncio.Event()
+
+    def _num_at_work(self) -> int:
+        """Requests being prepared, or threads still at work on some that ended, whichever are more."""
+        working = sum(workers.num_working for workers in (self._small, self._large, self._answers))
+        return max(self.num_preparing, working)
+
+    def cut_off(self) -> None:
+        """End what is being prepared with a 503; what the engine has ends with the engine."""
+        self._cut_off.set()
+
+    async def stop(self) -> None:
+        """End the engine and the threads."""
+        self.cut_off()
+        await self.engine.stop()
+        for workers in (self._small, self._large, self._answers):
+            workers.close()
 
     def _renew(self, broken: Engine) -> Engine:
         self.llm.engine = self.llm.blueprint.rebuild(broken)
         return self.llm.engine
+
+    @property
+    def num_open(self) -> int:
+        """Requests that are being prepared, and sequences that the engine has."""
+        return self.num_preparing + self.engine.num_open
 
     @property
     def status(self) -> str:
@@ -61,18 +101,55 @@ class Service:
             return "draining"
         return "ok" if self.engine.state == "running" else self.engine.state
 
-    async def chat_job(self, body: ChatRequest) -> Job:
+    async def respond(self, request: Request, model: type[ChatRequest] | type[CompletionRequest]) -> Response:
+        """Read a request's body and answer it. From the body's last byte on it has ``request_timeout_s``, and ends when
+        the client leaves. ApiError where it is refused, or fails before the answer has begun."""
+        if not is_json(request.headers.get("content-type", "")):
+            raise not_an_object()
+        raw = await request.body()
+        del request._body  # the engine may take minutes, in which no text of it is needed
+        deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
+        try:
+            async with asyncio.timeout_at(deadline):
+                work = self._respond(request, raw, model, deadline)
+                return await unless_disconnected(request.receive, work, self._cut_off)
+        except Disconnected:
+            request.scope["wedlm.log"]["disconnected"] = True
+            return Response(status_code=499)  # nobody will see it but the log
+        except CutOff:
+            raise _failure(EngineStopped()) from None
+        except Busy as error:
+            raise queue_full(str(error)) from error
+        except (EngineFault, EngineStopped, TimeoutError) as error:
+            raise _failure(error) from error
+
+    async def _respond(
+        self, request: Request, raw: bytes, model: type[ChatRequest] | type[CompletionRequest], deadline: float
+    ) -> Response:
+        workers = self._small if len(raw) <= _SMALL_BYTES else self._large
+        self.num_preparing += 1
+        try:
+            body = await workers.run(partial(parse, raw, model))
+            if isinstance(body, ChatRequest):
+                job = await self._chat_job(body, workers)
+            else:
+                job = await self._completion_job(body, workers)
+        finally:
+            self.num_preparing -= 1
+        return await self._answer(job, request, deadline)
+
+    async def _chat_job(self, body: ChatRequest, workers: Workers) -> Job:
         """ApiError 400 if the conversation has no prompt, or an option is refused."""
         self._admit(body.model, body.n or 1)
         try:
             tools = body.offered_tools
         except ValueError as error:
             raise _refusal(error, "chat") from error
-        prompt = await self._tokens(partial(self._chat_prompt, body, tools), "messages")
-        job = self._job("chat", body, [prompt], self._room(prompt))
+        prompt = await self._tokens(workers, partial(self._chat_prompt, body, tools), "messages")
+        job = await workers.run(partial(self._job, "chat", body, [prompt], self._room(prompt)))
         params = job.sequences[0][1]
-        if params.json_schema is not None:  # compiled here, so that the engine's thread finds it done
-            await self._tokens(partial(self._compile, params, body.schema_field), body.schema_field)
+        if params.json_schema is not None:  # compiled and held here, so that the engine's thread finds it done
+            job = replace(job, grammar=await self._compile(params, body.schema_field))
         if body.forces_call:
             return replace(job, new_reader=ForcedReader)
         names, parallel = [tool.function.name for tool in tools], body.parallel_tool_calls is not False
@@ -87,35 +164,37 @@ class Service:
             return self.llm.chat_prompt(messages, tools=for_template(tools) or None)
         return self.llm.chat_prompt(in_plain_words(messages, tools))
 
-    def _compile(self, params: SamplingParams, field: str) -> list[int]:
+    async def _compile(self, params: SamplingParams, field: str) -> Compiled:
+        """In a process of its own, which ends when the caller is cancelled."""
         try:
-            grammars_of(self.llm.tokenizer, self.llm.engine.config.vocab_size).matcher(params)
+            if isinstance(self._grammars, str):
+                raise ValueError(self._grammars)
+            return await self._grammars.compile_ahead(params)
+        except GrammarsBusy as error:
+            raise queue_full(str(error).removesuffix(", try again later")) from error
         except ValueError as error:
-            raise ValueError(str(error).replace("json_schema", field, 1)) from error
-        return []
+            message = str(error).replace("json_schema", field, 1)
+            raise ApiError(400, message, param=field, code="invalid_value") from error
 
-    async def completion_job(self, body: CompletionRequest) -> Job:
-        """As ``chat_job``."""
+    async def _completion_job(self, body: CompletionRequest, workers: Workers) -> Job:
+        """As ``_chat_job``."""
         prompts = body.prompts
         self._admit(body.model, (body.n or 1) * len(prompts))
         encoded = [
-            await self._tokens(partial(self.llm._encode, one, True), "prompt") if isinstance(one, str) else one
+            await self._tokens(workers, partial(self.llm._encode, one, True), "prompt") if isinstance(one, str) else one
             for one in prompts
         ]
-        return self._job("text", body, encoded, _COMPLETION_TOKENS)
+        return await workers.run(partial(self._job, "text", body, encoded, _COMPLETION_TOKENS))
 
-    async def answer(self, job: Job, request: Request) -> Response:
-        """Run a job. ApiError where the engine refuses or fails it before the answer has begun."""
+    async def _answer(self, job: Job, request: Request, deadline: float) -> Response:
+        """Run a job. What the engine raises where it refuses or fails it before the answer has begun."""
         self._admit(job.model, len(job.sequences))  # once more: the prompts took time
-        try:
-            ticket = self.engine.submit(job.sequences, job.watches, job.streams)
-        except EngineStopped as error:
-            raise _failure(error) from error
+        ticket = self.engine.submit(job.sequences, job.watches, job.streams)
         request.scope["wedlm.log"] |= {"id": job.id, "prompt_tokens": job.num_prompt_tokens}
         headers = {} if job.warning is None else {WARNING: job.warning}
         if job.warning is not None:
             request.scope["wedlm.log"]["warning"] = job.warning
-        timer = asyncio.get_running_loop().call_later(self.config.request_timeout_s, ticket.expire)
+        timer = asyncio.get_running_loop().call_at(deadline, ticket.expire)
         handed_over = False
 
         def close() -> None:
@@ -126,20 +205,21 @@ class Service:
             await ticket.accepted()
             if job.streams:
                 handed_over = True
-                limit = self.config.request_timeout_s + _SEND_S
+                limit = deadline - asyncio.get_running_loop().time() + _SEND_S
                 return EventStream(self._events(job, ticket, request), close, limit, headers)
-            outputs = await unless_disconnected(request.receive, self._collect(job, ticket, request))
-            return JSONResponse(answers.whole(job, outputs, self.llm.tokenizer), headers=headers)
-        except Disconnected:
-            request.scope["wedlm.log"]["disconnected"] = True
-            return Response(status_code=499)  # nobody will see it but the log
+            outputs = await self._collect(job, ticket, request)
+            build = partial(answers.whole, job, outputs, self.llm.tokenizer)
+            num_tokens = sum(len(output.token_ids) for output in outputs)
+            return Whole(await self._off_loop(build, num_tokens * job.entries_per_token), headers=headers)
         except ValueError as error:
             raise _refusal(error, job.kind) from error
-        except (EngineFault, EngineStopped, TimeoutError) as error:
-            raise _failure(error) from error
         finally:
             if not handed_over:
                 close()
+
+    async def _off_loop(self, work: Callable[[], T], num_entries: int) -> T:
+        """The result of ``work``, which writes that many tokens or log-probabilities; in a thread if it takes time."""
+        return work() if num_entries <= _LOOP_ENTRIES else await self._answers.run(work)
 
     async def _collect(self, job: Job, ticket: RequestStream, request: Request) -> list[GenerationOutput]:
         outputs: dict[int, GenerationOutput] = {}
@@ -158,13 +238,13 @@ class Service:
         try:
             yield answers.opening(job)
             async for news in ticket:
-                data = []
                 for index, piece in news:
                     stopwatch.piece(index, piece)
-                    data.append(choices[index].event(piece))
                     if piece.output is not None:
                         outputs[index] = piece.output
-                yield b"".join(data)
+                num_tokens = sum(len(piece.token_ids) for _, piece in news)
+                write = partial(answers.events, choices, news)
+                yield await self._off_loop(write, num_tokens * job.entries_per_token)
             done = _in_order(outputs, request)
             if job.wants_usage:
                 yield answers.usage_event(job, done)
@@ -190,13 +270,12 @@ class Service:
         if self.status != "ok":
             raise unavailable(f"the server is {self.status} and takes no requests", self.status)
         if self.engine.num_open + count > room:
-            message = f"{self.engine.num_open} of {room} places are taken; expected {count} free ones, try again later"
-            raise ApiError(429, message, type="rate_limit_error", code="queue_full", headers={"Retry-After": "1"})
+            raise queue_full(f"{self.engine.num_open} of {room} places are taken; expected {count} free ones")
 
-    async def _tokens(self, encode: "partial[list[int]]", param: str) -> list[int]:
+    async def _tokens(self, workers: Workers, encode: "partial[list[int]]", param: str) -> list[int]:
         """In another thread: a long prompt must not hold up everybody's streams."""
         try:
-            return await asyncio.to_thread(encode)
+            return await workers.run(encode)
         except ValueError as error:
             raise ApiError(400, str(error), param=param, code="invalid_value") from error
 
@@ -223,6 +302,13 @@ class Service:
                 error = ValueError(str(error).replace("json_schema", body.schema_field, 1))
             raise _refusal(error, kind) from error
         count = body.n or 1
+        entries = count * len(prompts) * params.max_tokens * (0 if params.logprobs is None else 1 + params.logprobs)
+        if entries > MAX_LOGPROB_ENTRIES:
+            message = (
+                f"choices times max_tokens times log-probabilities of a token are {entries}; expected at most "
+                f"{MAX_LOGPROB_ENTRIES} of them in an answer"
+            )
+            raise ApiError(400, message, param="logprobs", code="invalid_value")
         # Choices must differ under one seed, too: each has its own, the first the one given.
         seeds = [None if params.seed is None else min(params.seed + i, _LARGEST_SEED) for i in range(count)]
         return Job(

@@ -3,33 +3,57 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+_PIECE_BYTES = 2**16
 
 
 class Disconnected(Exception):
     """The client has closed the connection."""
 
 
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of ``work``, which is cancelled as soon as the client leaves (Disconnected). The body must be read."""
+class CutOff(Exception):
+    """The server ends before the work does."""
+
+
+async def unless_disconnected(
+    receive: Receive, work: Coroutine[Any, Any, T], cut_off: asyncio.Event | None = None
+) -> T:
+    """The result of ``work``, which is cancelled as soon as the client leaves (Disconnected) or ``cut_off`` is set
+    (CutOff). The body must be read."""
     task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
+    end = asyncio.ensure_future(asyncio.Event().wait() if cut_off is None else cut_off.wait())
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, watch, end}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Disconnected
+            raise Disconnected if watch.done() else CutOff
         return task.result()
     finally:
-        for one in (task, watch):
+        for one in (task, watch, end):
             one.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
+        await asyncio.gather(task, watch, end, return_exceptions=True)
 
 
 async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+class Whole(Response):
+    """JSON that may be large, sent as fast as the client takes it: written at once it would be copied at once."""
+
+    media_type = "application/json"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        body = memoryview(self.body)
+        for start in range(0, len(body), _PIECE_BYTES):
+            piece = bytes(body[start : start + _PIECE_BYTES])
+            await send({"type": "http.response.body", "body": piece, "more_body": start + _PIECE_BYTES < len(body)})
 
 
 class EventStream(StreamingResponse):

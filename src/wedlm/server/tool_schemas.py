@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of a request that concern tools and the form of the answer."""
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticKnownError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from wedlm.engine.sampling_params import MAX_SCHEMA_DEPTH, depth_within
 
-MAX_TOOLS = 128
+MAX_TOOLS, MAX_FIELDS = 128, 256
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
@@ -25,6 +35,23 @@ class Strict(BaseModel):
     """Nothing unknown, nothing converted: "5" is no number."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return _at_most(MAX_FIELDS, value)
+
+
+def _at_most(count: int, value: Any) -> Any:
+    """Before each of them is looked at: pydantic makes an error of each that is wrong, and only one is ever shown."""
+    if isinstance(value, dict) and len(value) > count:
+        raise PydanticCustomError("too_many_fields", f"an object of at most {count} fields")
+    return value
+
+
+def few(count: int) -> BeforeValidator:
+    """At most ``count`` entries in a dict."""
+    return BeforeValidator(partial(_at_most, count))
 
 
 class Function(Strict):

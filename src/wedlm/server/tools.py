@@ -18,6 +18,7 @@ _INSTRUCTIONS = (
     "Its result then comes in a message."
 )
 _FORCED_OPENING = re.compile(r'\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*(?=\S)')
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Message = dict[str, Any]
 
@@ -178,6 +179,7 @@ class TaggedReader:
     def _call(self, text: str, close: str) -> Delta:
         try:
             call = json.loads(text)
+            arguments = _arguments(call)
         except (ValueError, RecursionError):
             call = None
         name = call.get("name") if isinstance(call, dict) else None
@@ -186,8 +188,14 @@ class TaggedReader:
         if self._num_calls == self._most:
             return Delta()
         self._num_calls += 1
-        arguments = json.dumps(call.get("arguments", {}), ensure_ascii=False)
         return Delta(calls=[_opening(self._num_calls - 1, name, arguments)])
+
+
+def _arguments(call: Any) -> str:
+    """A call's arguments as JSON. ValueError if they hold a number that JSON has none for, such as NaN or 1e999."""
+    given = call.get("arguments", {}) if isinstance(call, dict) else {}
+    text = json.dumps(given, ensure_ascii=False, allow_nan=False)
+    return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)  # half a pair has no UTF-8, but an escape
 
 
 class ForcedReader:

@@ -3,7 +3,7 @@
 
 import sys
 
-from wedlm.train.cli import main
+from wedlm.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

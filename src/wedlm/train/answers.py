@@ -191,6 +191,6 @@ def _questions(
         messages = list(sample.messages[:first])
         if not messages:
             continue
-        ids = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True), False)
+        ids = tokenizer.encode_chat(messages)
         if len(ids) <= settings.max_prompt_tokens:
             yield messages, ids

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Micro-batches: packed rows of data, noised, as the tensors that one forward takes."""
+"""Micro-batches: packed sequences of data, noised, as the tensors that one forward takes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from wedlm.algorithm.dual_stream import DualStream, RowLabels, RowRanges, clean_
 from wedlm.algorithm.noise import mix_noise, random_noise, suffix_noise
 from wedlm.algorithm.objective import LossTotals, row_coefficients
 from wedlm.train.config import TrainConfig
-from wedlm.train.data import PackedRow
+from wedlm.train.data import PackedSequence
 
 # Losses are reported apart for each depth in a block up to this one, and for ratios in tenths.
 NUM_DEPTHS = 32
@@ -32,8 +32,8 @@ class TrainBatch:
     ``loss_rows`` index the N · R flattened rows. ``coefficient`` is what ``row_coefficients`` gives; until the totals
     of the optimiser batch are known it is empty. ``depth_group`` and ``ratio_group`` number the statistics a row
     counts in (NUM_GROUPS: none). ``is_text`` are AR rows of plain text, which is to learn from its beginning on.
-    ``certainty`` is that of ``chunked_losses``, None without such a term. ``num_clean_tokens`` are those of the clean
-    stream without padding.
+    ``entropy_coefficient`` is that of ``chunked_losses``, None without such a term. ``num_clean_tokens`` are those of
+    the clean stream without padding.
     """
 
     tokens: Tensor  # [N, R]
@@ -51,7 +51,7 @@ class TrainBatch:
     depth_group: Tensor  # [K]
     ratio_group: Tensor  # [K]
     coefficient: Tensor  # [K]
-    certainty: Tensor | None  # [K]
+    entropy_coefficient: Tensor | None  # [K]
     num_clean_tokens: int
 
     @property
@@ -66,14 +66,17 @@ class TrainBatch:
         return LossTotals(float(self.weight.double().sum()), float(self.is_ar.sum()))
 
     def to(
-        self, device: torch.device, totals: LossTotals, ar_loss_weight: float, certainty_weight: float = 0.0
+        self, device: torch.device, totals: LossTotals, ar_loss_weight: float, entropy_weight: float = 0.0
     ) -> "TrainBatch":
-        """The batch on ``device``, with coefficients for these totals; certainty counts so often as much as the CE."""
+        """The batch on ``device``, with coefficients for these totals.
+
+        The entropy term counts ``entropy_weight`` times as much as the CE.
+        """
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         coefficient = row_coefficients(self.weight, self.is_ar, totals, ar_loss_weight)
         values["coefficient"] = coefficient
-        if certainty_weight:
-            values["certainty"] = torch.where(self.is_ar, 0.0, coefficient * certainty_weight)
+        if entropy_weight:
+            values["entropy_coefficient"] = torch.where(self.is_ar, 0.0, coefficient * entropy_weight)
         for name, value in values.items():
             if isinstance(value, Tensor):
                 pinned = value.pin_memory() if device.type == "cuda" else value
@@ -81,12 +84,15 @@ class TrainBatch:
         return TrainBatch(**values)
 
 
-def noised_rows(row: PackedRow, index: int, config: TrainConfig, mask_token_id: int) -> DualStream:
-    """Training rows of one packed sequence. Noise depends on (seed, global row index) alone, so that it is the same
-    for any number of processes and after any resume."""
+def noised_rows(sequence: PackedSequence, index: int, config: TrainConfig, mask_token_id: int) -> DualStream:
+    """Training rows of one packed sequence.
+
+    Noise depends on (seed, ``index`` of the sequence) alone, so that it is the same for any number of processes and
+    after any resume.
+    """
     tokens, positions, documents, trainable = (
         torch.from_numpy(np.ascontiguousarray(array))
-        for array in (row.tokens, row.positions, row.documents, row.trainable)
+        for array in (sequence.tokens, sequence.positions, sequence.documents, sequence.trainable)
     )
     if config.objective == "autoregressive":
         return clean_stream(tokens, positions, documents, trainable)
@@ -109,22 +115,24 @@ def noised_rows(row: PackedRow, index: int, config: TrainConfig, mask_token_id: 
     )
 
 
-def without_loss(row: PackedRow) -> PackedRow:
-    """The same row with nothing to learn: it takes part in a forward and counts in no figure."""
-    return dataclasses.replace(row, trainable=np.zeros_like(row.trainable))
+def without_loss(sequence: PackedSequence) -> PackedSequence:
+    """The same sequence with nothing to learn: it takes part in a forward and counts in no metric."""
+    return dataclasses.replace(sequence, trainable=np.zeros_like(sequence.trainable))
 
 
-def collate_rows(rows: Sequence[PackedRow], indices: Sequence[int], config: TrainConfig, mask: int) -> TrainBatch:
-    """The micro-batch of these packed rows; ``indices`` are their global numbers, ``mask`` the mask token's id."""
-    return collate([noised_rows(row, index, config, mask) for row, index in zip(rows, indices, strict=True)])
+def collate_sequences(
+    sequences: Sequence[PackedSequence], indices: Sequence[int], config: TrainConfig, mask: int
+) -> TrainBatch:
+    """The micro-batch of these sequences; ``indices`` are their global numbers, ``mask`` the mask token's id."""
+    return collate([noised_rows(one, index, config, mask) for one, index in zip(sequences, indices, strict=True)])
 
 
-def collate(rows: list[DualStream]) -> TrainBatch:
+def collate(sequences: list[DualStream]) -> TrainBatch:
     """One micro-batch, without coefficients."""
-    masked, is_ar = torch.stack([row.masked for row in rows]), torch.stack([row.is_ar for row in rows])
+    masked, is_ar = (torch.stack([getattr(one, name) for one in sequences]) for name in ("masked", "is_ar"))
 
     def flat(name: str) -> Tensor:
-        return torch.stack([getattr(row, name) for row in rows]).flatten()
+        return torch.stack([getattr(one, name) for one in sequences]).flatten()
 
     loss_rows = torch.nonzero((masked | is_ar).flatten()).flatten()
     padding = -len(loss_rows) % _LOSS_ROWS_MULTIPLE
@@ -135,28 +143,28 @@ def collate(rows: list[DualStream]) -> TrainBatch:
     depth = 1 + flat("depth")[loss_rows].clamp(max=NUM_DEPTHS - 1)
     tenth = (flat("ratio")[loss_rows] * NUM_RATIOS).ceil().long().clamp(1, NUM_RATIOS) - 1
     return TrainBatch(
-        tokens=torch.stack([row.tokens for row in rows]),
-        positions=torch.stack([row.positions for row in rows]),
-        document=torch.stack([row.labels.document for row in rows]),
-        block=torch.stack([row.labels.block for row in rows]),
-        prediction=torch.stack([row.labels.prediction for row in rows]),
+        tokens=torch.stack([one.tokens for one in sequences]),
+        positions=torch.stack([one.positions for one in sequences]),
+        document=torch.stack([one.labels.document for one in sequences]),
+        block=torch.stack([one.labels.block for one in sequences]),
+        prediction=torch.stack([one.labels.prediction for one in sequences]),
         masked=masked,
-        ranges=torch.stack([torch.stack(row_ranges(row.labels)) for row in rows], dim=1).int(),
+        ranges=torch.stack([torch.stack(row_ranges(one.labels)) for one in sequences], dim=1).int(),
         loss_rows=loss_rows,
         target=flat("target")[loss_rows],
         weight=torch.where(real, flat("weight")[loss_rows], 0.0),
         is_ar=is_ar,
-        is_text=torch.stack([_text_rows(row) for row in rows]).flatten()[loss_rows] & is_ar,
+        is_text=torch.stack([_text_rows(one) for one in sequences]).flatten()[loss_rows] & is_ar,
         depth_group=torch.where(is_ar, AR_GROUP, torch.where(has_masked_loss, depth, NUM_GROUPS)),
         ratio_group=torch.where(has_masked_loss, 1 + NUM_DEPTHS + tenth, NUM_GROUPS),
         coefficient=torch.empty(0),
-        certainty=None,
-        num_clean_tokens=sum(int(((row.labels.document >= 0) & ~row.labels.prediction).sum()) for row in rows),
+        entropy_coefficient=None,
+        num_clean_tokens=sum(int(((one.labels.document >= 0) & ~one.labels.prediction).sum()) for one in sequences),
     )
 
 
-def _text_rows(row: DualStream) -> Tensor:
+def _text_rows(sequence: DualStream) -> Tensor:
     """Rows of documents whose very first row has an AR target: a conversation begins with a question."""
-    document = row.labels.document
-    texts = document[(row.positions == 0) & row.is_ar & ~row.labels.prediction]
+    document = sequence.labels.document
+    texts = document[(sequence.positions == 0) & sequence.is_ar & ~sequence.labels.prediction]
     return torch.isin(document, texts)

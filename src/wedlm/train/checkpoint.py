@@ -138,7 +138,7 @@ def _checkpoints(directory: Path) -> list[Path]:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Its state first: without that it is no checkpoint, however much of it is left."""
+    """Its state first: without that it does not count as a checkpoint, whatever else is left."""
     (checkpoint / _STATE).unlink()
     shutil.rmtree(checkpoint)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run is told. Keys are those of the original WeDLM fine-tuning configuration wherever it has one."""
+"""The settings of a training run. Keys are those of the original WeDLM fine-tuning configuration where it has one."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +27,8 @@ _ELSEWHERE = {
     "wandb_key": "set the environment variable WANDB_API_KEY: secrets are never read from or written to a file",
     "rebuild_cache": "the cache is keyed by the content of the data and rebuilds itself",
 }
+# Keys of earlier versions and their present names.
+RENAMED = {"anchor_text": "distill_text", "anchor_model": "teacher_model", "certainty_weight": "entropy_weight"}
 
 
 class _Strict(BaseModel):
@@ -54,9 +56,9 @@ class TrainConfig(_Strict):
     validation_data: list[Source] = []
     """Files that are only measured on, all of their documents."""
     validation_documents: int = Field(default=0, ge=0)
-    """Or: so many documents of train_data are kept out of training and measured on."""
+    """Or: the number of documents of train_data that are kept out of training and measured on."""
     eval_steps: int = Field(default=0, ge=0)
-    """Measure every so many steps and at the end; 0 never."""
+    """Steps between two measurements, of which one is at the end; 0 never measures."""
     skip_bad: bool = False
     """Count malformed lines and go on, instead of stopping at the first."""
     cache_dir: str | None = None
@@ -65,7 +67,7 @@ class TrainConfig(_Strict):
     objective: Literal["wedlm", "autoregressive"] = "wedlm"
     """wedlm: masked and AR loss; autoregressive: the AR loss alone, and the config of the model stays as it was."""
     max_seq_length: int = Field(default=2048, ge=2)
-    """Tokens of one packed row; longer documents are cut."""
+    """Tokens of one packed sequence; longer documents are cut."""
     block_size: int = Field(default=32, ge=1)
     """Positions of a noise block; windows of streaming decoding should not be wider."""
     mask_token_id: int | None = Field(default=None, ge=0)
@@ -78,8 +80,8 @@ class TrainConfig(_Strict):
     """Masked rows weigh 1/ratio of their block, or 1."""
     num_learnable_im_end: int = Field(default=8, ge=1)
     """End tokens after a document or reply."""
-    certainty_weight: float = Field(default=0.0, ge=0)
-    """Above 0 also lowers the entropy of masked rows that are right, so many times their cross-entropy's weight."""
+    entropy_weight: float = Field(default=0.0, ge=0)
+    """Weight of the entropy penalty on correctly predicted masked tokens, relative to the masked loss."""
     enable_ar_loss: bool = True
     """false trains the masked loss alone."""
     ar_loss_weight: float = Field(default=1.0, ge=0)
@@ -90,21 +92,21 @@ class TrainConfig(_Strict):
     train_embeddings: bool = True
     """false keeps embeddings and output projection as they are, but for the embedding of the mask token."""
     lora_rank: int = Field(default=0, ge=0)
-    """Above 0 trains low-rank factors and the mask token's embedding alone."""
+    """Above 0 trains a LoRA of this rank and the mask token's embedding alone."""
     lora_alpha: float | None = Field(default=None, gt=0)
-    """Factors count alpha/rank times; none is twice the rank."""
+    """The LoRA's delta is scaled by alpha / rank; none is twice the rank."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout before the factors."""
+    """Dropout before the LoRA's matrices."""
     lora_rows: Literal["all", "masked"] = "all"
-    """masked: factors act on masked rows alone, the base's AR output stays exact, and the adapter cannot be merged."""
+    """masked: the LoRA acts on masked rows alone, AR output stays exactly the base's, and nothing can be merged."""
     lora_init: str | None = None
-    """Directory of an adapter of the same rank and targets, from whose factors training starts."""
-    anchor_text: bool = False
-    """Plain text's AR targets are the distributions of anchor_model instead of its tokens."""
-    anchor_model: str | None = None
+    """Directory of an adapter of the same rank and targets, from whose matrices training starts."""
+    distill_text: bool = False
+    """Plain text's AR targets are the distributions of teacher_model instead of its tokens."""
+    teacher_model: str | None = None
     """A model of the same vocabulary; none is the base without its LoRA of all rows."""
     lora_targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    """Layers that get factors."""
+    """Layers that get a LoRA."""
     merge_lora: bool = True
     """The result is a whole model; false leaves an adapter."""
 
@@ -133,7 +135,7 @@ class TrainConfig(_Strict):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Longer gradients are scaled to this norm."""
     seed: int = Field(default=42, ge=0, lt=2**31)
-    """Decides data order, noise, dropout and the factors' initial values."""
+    """Decides data order, noise, dropout and the initial values of a LoRA."""
 
     bf16: bool = True
     """Compute in bfloat16; trained weights and moments stay float32. false computes in float32."""
@@ -143,9 +145,9 @@ class TrainConfig(_Strict):
     """Recompute a layer's activations in the backward pass: less memory, about a third more time."""
 
     logging_steps: int = Field(default=10, ge=1)
-    """Record figures every so many steps."""
+    """Steps between two records of figures."""
     save_steps: int = Field(default=500, ge=1)
-    """Write a checkpoint every so many steps."""
+    """Steps between two checkpoints."""
     save_total_limit: int = Field(default=3, ge=1)
     """Checkpoints kept."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -167,7 +169,7 @@ class TrainConfig(_Strict):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _a_flag_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _a_flag_is_not_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would read true as 1."""
         if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("expected no flag")
@@ -184,8 +186,8 @@ class TrainConfig(_Strict):
     def _fits_together(self) -> Self:
         if self.objective == "autoregressive" and not self.enable_ar_loss:
             raise ValueError("enable_ar_loss is false with objective autoregressive; expected a loss to train on")
-        if self.anchor_model is not None and not (self.anchor_text and self.effective_ar_weight):
-            raise ValueError("anchor_model is set; expected anchor_text true and an AR loss")
+        if self.teacher_model is not None and not (self.distill_text and self.effective_ar_weight):
+            raise ValueError("teacher_model is set; expected distill_text true and an AR loss")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate is {self.min_learning_rate}; expected at most learning_rate ({self.learning_rate})"
@@ -203,7 +205,7 @@ class TrainConfig(_Strict):
     def _needs_a_lora(self) -> Self:
         """Settings of a LoRA that acts on all rows."""
         for name, on in (
-            ("anchor_text is set without anchor_model", self.anchor_text and self.anchor_model is None),
+            ("distill_text is set without teacher_model", self.distill_text and self.teacher_model is None),
             ("lora_init is set", self.lora_init is not None),
         ):
             if on and (not self.lora_rank or self.lora_rows == "masked"):
@@ -212,7 +214,7 @@ class TrainConfig(_Strict):
 
     @model_validator(mode="after")
     def _masked_rows_alone(self) -> Self:
-        """No setting is changed in silence for a LoRA of masked rows."""
+        """No setting is changed silently for a LoRA of masked rows."""
         if self.lora_rows == "all":
             return self
         if not self.lora_rank or self.objective != "wedlm":
@@ -224,7 +226,7 @@ class TrainConfig(_Strict):
             )
         if self.merge_lora:
             raise ValueError(
-                "merge_lora is true with lora_rows masked, whose factors no weight can take; expected merge_lora false"
+                "merge_lora is true with lora_rows masked, and such a LoRA cannot be merged; expected merge_lora false"
             )
         return self
 
@@ -253,7 +255,9 @@ def load_config(path: str | Path | None, overrides: dict[str, Any]) -> TrainConf
     values = {**values, **overrides}
     for key in values:
         if key in _ELSEWHERE:
-            raise ValueError(f"{key} is no setting here: {_ELSEWHERE[key]}")
+            raise ValueError(f"{key} is not a setting here: {_ELSEWHERE[key]}")
+        if key in RENAMED:
+            raise ValueError(f"{key} has a new name; expected {RENAMED[key]}")
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
@@ -265,7 +269,7 @@ def _sentence(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         names = list((Source if "." in key else TrainConfig).model_fields)
         near = get_close_matches(str(fault["loc"][-1]), names) or (names if "." in key else [])
-        return f"{key} is no setting; expected {' or '.join(near) or 'one that wedlm train --help lists'}"
+        return f"{key} is not a setting; expected {' or '.join(near) or 'one that wedlm train --help lists'}"
     if fault["type"] == "missing":
         return f"{key} is missing; expected a value"
     message = fault["msg"].removeprefix("Value error, ")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the trainer reads: packed rows, numbered through all epochs: a number is all that a resumed run needs."""
+"""The trainer's data: packed sequences, numbered through all epochs, so that a run resumes from a number."""
 
 import hashlib
 import json
@@ -23,11 +23,11 @@ PADDING = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackedRow:
-    """One row of L positions: arrays [L]. Padding, where there is any, comes last.
+class PackedSequence:
+    """One sequence of L positions: arrays [L]. Padding, where there is any, comes last.
 
     tokens int64 (padding: the pad id); positions int64, from 0 in each document (padding: 0); documents int64, 0, 1, 2…
-    in this row (padding: -1); trainable bool (padding: False).
+    in this sequence (padding: -1); trainable bool (padding: False).
     """
 
     tokens: np.ndarray
@@ -50,23 +50,26 @@ class SourceStats:
 
 @dataclass(frozen=True, slots=True)
 class DataStats:
-    """``cut_documents`` were longer than a row; ``dropped_pieces`` of them held nothing to learn. ``rows`` and ``fill``
-    (the share of positions that hold a token) are those of epoch 0."""
+    """``cut_documents`` were longer than a sequence; ``dropped_pieces`` of them held nothing to learn.
+
+    ``sequences`` and ``fill`` (the share of positions that hold a token) are those of epoch 0.
+    """
 
     sources: tuple[SourceStats, ...]
     pieces: int
     cut_documents: int
     dropped_pieces: int
     dropped_tokens: int
-    rows: int
+    sequences: int
     fill: float
 
 
 class PackedData:
-    """Documents of a cache in rows of ``sequence_length``, in an order that depends on the arguments alone.
+    """Documents of a cache in sequences of ``sequence_length``, in an order that depends on the arguments alone.
 
-    ``repeats``: how often each source is seen in an epoch. ``documents``: int [D'], those to use; default: all. Rows of
-    epoch 0 come first, then those of epoch 1 and so on without an end. Methods may be called from several threads.
+    ``repeats``: how often each source is seen in an epoch. ``documents``: int [D'], those to use; default: all.
+    Sequences of epoch 0 come first, then those of epoch 1 and so on without an end. Methods may be called from several
+    threads.
     """
 
     def __init__(
@@ -96,31 +99,31 @@ class PackedData:
         self._dropped = pieces.select(~kept)
         self._lock = threading.Lock()
         self._plans: dict[int, Packs] = {}
-        self._row_counts: list[int] = []
+        self._sequence_counts: list[int] = []
         if not len(self._pieces):
             raise ValueError("no document has a token to learn; expected replies or plain text")
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all that the rows depend on: equal fingerprints, equal rows."""
+        """A digest of all that the sequences depend on: equal fingerprints, equal sequences."""
         settings = [self.cache.key, self.repeats, self.sequence_length, self.seed, self.pad_token_id]
         digest = hashlib.sha256(json.dumps(settings).encode())
         digest.update(self.documents.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def rows_in_epoch(self, epoch: int) -> int:
-        """Fractions of documents and their packing make epochs differ by a few rows."""
-        while len(self._row_counts) <= epoch:
-            self._plan(len(self._row_counts))
-        return self._row_counts[epoch]
+    def sequences_in_epoch(self, epoch: int) -> int:
+        """Fractions of documents and their packing make epochs differ by a few sequences."""
+        while len(self._sequence_counts) <= epoch:
+            self._plan(len(self._sequence_counts))
+        return self._sequence_counts[epoch]
 
-    def row(self, index: int) -> PackedRow:
-        """Row ``index`` >= 0, counted from the first row of epoch 0."""
+    def sequence(self, index: int) -> PackedSequence:
+        """Sequence ``index`` >= 0, counted from the first sequence of epoch 0."""
         if index < 0:
-            raise ValueError(f"row {index} was asked for; expected a number >= 0")
+            raise ValueError(f"the sequence's number is {index}; expected >= 0")
         epoch, within = 0, index
-        while within >= self.rows_in_epoch(epoch):
-            within -= self.rows_in_epoch(epoch)
+        while within >= self.sequences_in_epoch(epoch):
+            within -= self.sequences_in_epoch(epoch)
             epoch += 1
         return self._read(self._plan(epoch), within)
 
@@ -140,7 +143,7 @@ class PackedData:
             cut_documents=int((lengths > self.sequence_length).sum()),
             dropped_pieces=len(self._dropped),
             dropped_tokens=int(self._dropped.length.sum()),
-            rows=plan.num_rows,
+            sequences=plan.num_sequences,
             fill=plan.fill,
         )
 
@@ -156,8 +159,9 @@ class PackedData:
                 + (f"; lines skipped: {refused}" if refused else "")
             )
         lines.append(
-            f"{stats.rows:,} rows of {self.sequence_length} an epoch, {stats.fill:.1%} full; {stats.cut_documents:,} "
-            f"documents are longer and cut, {stats.dropped_pieces:,} pieces without a token to learn left out"
+            f"{stats.sequences:,} sequences of {self.sequence_length} an epoch, {stats.fill:.1%} full; "
+            f"{stats.cut_documents:,} documents are longer and cut, {stats.dropped_pieces:,} pieces without a token to "
+            "learn left out"
         )
         return lines
 
@@ -170,25 +174,25 @@ class PackedData:
             self._plans[epoch] = plan  # now the latest
             while len(self._plans) > _KEPT_EPOCHS:
                 del self._plans[next(iter(self._plans))]
-            if epoch == len(self._row_counts):
-                self._row_counts.append(plan.num_rows)
+            if epoch == len(self._sequence_counts):
+                self._sequence_counts.append(plan.num_sequences)
             return plan
 
-    def _read(self, plan: Packs, row: int) -> PackedRow:
+    def _read(self, plan: Packs, sequence: int) -> PackedSequence:
         length = self.sequence_length
         tokens = np.full(length, self.pad_token_id, dtype=np.int64)
         positions = np.zeros(length, dtype=np.int64)
         documents = np.full(length, PADDING, dtype=np.int64)
         trainable = np.zeros(length, dtype=np.bool_)
         at = 0
-        for number, piece in enumerate(range(plan.offsets[row], plan.offsets[row + 1])):
+        for number, piece in enumerate(range(plan.offsets[sequence], plan.offsets[sequence + 1])):
             here, there = slice(at, at + int(plan.pieces.length[piece])), self._span(plan.pieces, piece)
             tokens[here] = self.cache.tokens[there]
             trainable[here] = self.cache.trainable[there]
             positions[here] = np.arange(here.stop - here.start)
             documents[here] = number
             at = here.stop
-        return PackedRow(tokens, positions, documents, trainable)
+        return PackedSequence(tokens, positions, documents, trainable)
 
     def _span(self, pieces: Pieces, piece: int) -> slice:
         """Where a piece stands in the cache."""

@@ -5,7 +5,7 @@ How a sample is encoded is written once, as generators that yield the texts whos
 sent those texts' encodings. Alone, they are answered text by text; of a batch, all that wait are answered together.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from tokenizers import Encoding
 
+from wedlm.model.formats.control_tokens import ChatPrompt
 from wedlm.model.formats.tokenizer import Tokenizer
 from wedlm.train.sources import Sample, SampleError
 
@@ -67,9 +68,10 @@ def encode(
 
     Text: what the tokenizer puts before a text (BOS, in models that have one; not learned), the text and one end token.
     Chat: the conversation up to its last reply as the chat template writes it, with the tokens that inference sees: a
-    prompt's, then the reply's. Trainable are the replies, each with the token that ends its turn. After the last one
-    ``eos_token_id`` is repeated until ``num_end_tokens`` (at least 1) end tokens stand there, so that rows past the end
-    are trained, too. Raises SampleError naming file and line.
+    prompt's, then the reply's; a control token that a message spells is ordinary text. Trainable are the replies, each
+    with the token that ends its turn, which they must not spell themselves. After the last one ``eos_token_id`` is
+    repeated until ``num_end_tokens`` (at least 1) end tokens stand there, so that rows past the end are trained, too.
+    Raises SampleError naming file and line.
     """
     return _alone(_one_document(sample, tokenizer, num_end_tokens, eos_token_id), tokenizer)
 
@@ -106,7 +108,7 @@ def _encodings(tokenizer: Tokenizer, wanted: Mapping[int, _Texts]) -> dict[int, 
     for special in (False, True):
         chosen = {number: one.texts for number, one in wanted.items() if one.add_special_tokens == special}
         texts = list(chain.from_iterable(chosen.values()))
-        # "Fast" leaves out where in the text each token stands, which nobody asks for here.
+        # "Fast" leaves out where in the text each token stands, which is not needed here.
         encodings = iter(tokenizer.backend.encode_batch_fast(texts, add_special_tokens=special))
         given |= {number: list(islice(encodings, len(some))) for number, some in chosen.items()}
     return given
@@ -172,17 +174,18 @@ def _encode_chat(
     eos_token_id: int,
 ) -> _Steps[EncodedSample]:
     """``messages`` end with a reply; ``replies`` are the indices of those to learn, the last message's included."""
-    text, spans = _render(origin, messages, replies, tokenizer)
+    prompt, spans = _render(origin, messages, replies, tokenizer)
     borders = [border for span in spans for border in span]
-    lengths = yield from _token_borders(text, borders)
+    lengths = yield from _token_borders(prompt, borders)
     tokens = lengths.tokens
     trainable = [False] * len(tokens)
     ends = tokenizer.special_ids | {eos_token_id}
     stop, closed = 0, False
-    for start, end in zip(lengths.borders[::2], lengths.borders[1::2], strict=True):
+    for span, start, end in zip(spans, lengths.borders[::2], lengths.borders[1::2], strict=True):
         stop, closed = _end_of_turn(tokenizer, tokens, start, end, ends)
         written = tokens[start : stop - 1] if closed else tokens[start:stop]
-        if eos_token_id in written or (closed and tokens[stop - 1] in written):
+        final = {eos_token_id, tokens[stop - 1]} if closed else {eos_token_id}
+        if not final.isdisjoint(written) or _spells(tokenizer, prompt, span, final):
             raise SampleError("end token in a reply", f"{origin}: a reply contains an end token; expected it without")
         trainable[start:stop] = [True] * (stop - start)
     added = num_end_tokens - closed
@@ -195,8 +198,8 @@ def _document(tokens: Sequence[int], trainable: Sequence[bool]) -> EncodedSample
 
 def _render(
     origin: str, messages: Sequence[dict[str, str]], replies: Sequence[int], tokenizer: Tokenizer
-) -> tuple[str, list[_Span]]:
-    """The conversation as text and where in it the replies stand."""
+) -> tuple[ChatPrompt, list[_Span]]:
+    """The conversation as it is to be encoded and where in it the replies stand."""
 
     if not tokenizer.has_chat_template:  # a fault of the run, not of the sample
         raise ValueError(
@@ -210,7 +213,11 @@ def _render(
         except ValueError as error:
             raise SampleError("refused by the template", f"{origin}: {error}") from error
 
-    text = rendered(len(messages), False)
+    try:
+        whole = tokenizer.chat_prompt(messages, add_generation_prompt=False)
+    except ValueError as error:
+        raise SampleError("refused by the template", f"{origin}: {error}") from error
+    text = whole.text
     spans = []
     for reply in replies:
         before = rendered(reply, True)
@@ -222,7 +229,7 @@ def _render(
                 "expected a template whose every rendering is a prefix of the longer ones",
             )
         spans.append(_Span(len(before), len(through)))
-    return text, spans
+    return whole, spans
 
 
 class _Tokenised(NamedTuple):
@@ -230,11 +237,17 @@ class _Tokenised(NamedTuple):
     borders: list[int]  # number of tokens before each border
 
 
-def _token_borders(text: str, borders: Sequence[int]) -> _Steps[_Tokenised]:
-    """Tokens of ``text`` up to its last border, such that no token crosses one of the ``borders`` (in characters)."""
-    parts = [text[start:end] for start, end in zip([0, *borders], borders, strict=False)]
-    encodings = yield _Texts([text[: borders[-1]], *parts], add_special_tokens=False)
-    whole, *pieces = [encoding.ids for encoding in encodings]
+def _ids(prompt: ChatPrompt, spans: Sequence[tuple[int, int]]) -> _Steps[list[list[int]]]:
+    """Tokens of each of these spans of the prompt's text."""
+    parts = [prompt.pieces(start, end) for start, end in spans]
+    encodings = iter((yield _Texts([piece for part in parts for piece in part], add_special_tokens=False)))
+    return [[token for encoding in islice(encodings, len(part)) for token in encoding.ids] for part in parts]
+
+
+def _token_borders(prompt: ChatPrompt, borders: Sequence[int]) -> _Steps[_Tokenised]:
+    """Tokens of the text up to its last border, such that no token crosses one of the ``borders`` (in characters)."""
+    parts = list(zip([0, *borders], borders, strict=False))
+    whole, *pieces = yield from _ids(prompt, [(0, borders[-1]), *parts])
     joined = [token for piece in pieces for token in piece]
     if joined == whole:
         return _Tokenised(joined, [int(length) for length in np.cumsum([len(piece) for piece in pieces])])
@@ -245,11 +258,21 @@ def _token_borders(text: str, borders: Sequence[int]) -> _Steps[_Tokenised]:
     lengths = []
     for piece, border in zip(pieces, borders, strict=True):
         # One at a time: of a long conversation, all of them together would be many times as long as it is.
-        (encoding,) = yield _Texts([text[:border]], add_special_tokens=False)
-        longer = encoding.ids
+        (longer,) = yield from _ids(prompt, [(0, border)])
         tokens = longer if longer[: len(tokens)] == tokens else tokens + piece
         lengths.append(len(tokens))
     return _Tokenised(tokens, lengths)
+
+
+def _spells(tokenizer: Tokenizer, prompt: ChatPrompt, span: _Span, ids: Iterable[int]) -> bool:
+    """Whether the span has one of these tokens in ordinary letters, which nobody wants to be learned."""
+    cuts = [cut for cut in prompt.cuts if span.start < cut < span.end]
+    spellings = [tokenizer.backend.id_to_token(token_id) or "" for token_id in ids] if cuts else []
+    return any(
+        spelling and spelling in prompt.text[max(span.start, cut - len(spelling)) : min(span.end, cut + len(spelling))]
+        for cut in cuts
+        for spelling in spellings
+    )
 
 
 def _end_of_turn(

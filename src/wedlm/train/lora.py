@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank adaptation through peft: injected into our model, merged or saved as an adapter that peft also reads.
 
-Factors for masked rows alone (``lora_rows``) are our own: peft knows no such thing.
+A LoRA for masked rows alone (``lora_rows``) is our own: peft has none.
 """
 
 import json
@@ -9,25 +9,23 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wedlm.model.config import ModelConfig
 from wedlm.model.formats.save import save_shared
-from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, add_factors
+from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, attach_to_layer
 from wedlm.model.lora.peft import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from wedlm.model.transformer import Transformer
 from wedlm.train.config import TrainConfig
-
-if TYPE_CHECKING:
-    from wedlm.train.setup import Setup
 
 _NAME = "default"
 
 
 def scale_of(config: TrainConfig) -> float:
-    """alpha / rank: how often the product of the factors counts."""
+    """alpha / rank, which scales B A."""
     return (config.lora_alpha or 2 * config.lora_rank) / config.lora_rank
 
 
@@ -46,7 +44,7 @@ def lora_config(config: TrainConfig) -> Any:
 
 
 def add_lora(transformer: Transformer, config: TrainConfig) -> None:
-    """Freeze the model and give the target layers their two factors, in float32.
+    """Freeze the model and give the target layers their matrices A and B, in float32.
 
     ValueError if a target names no layer.
     """
@@ -60,32 +58,32 @@ def add_lora(transformer: Transformer, config: TrainConfig) -> None:
             parameter.data = parameter.data.float()
 
     if config.lora_init is not None:
-        _take_factors(transformer, config, targets)
+        _start_from_adapter(transformer, config, targets)
 
 
-def _take_factors(transformer: Transformer, config: TrainConfig, targets: list[str]) -> None:
+def _start_from_adapter(transformer: Transformer, config: TrainConfig, targets: list[str]) -> None:
     """Start from the adapter in ``lora_init``, its mask embedding included. ValueError if it has another shape."""
     adapter = read_adapter(str(config.lora_init))
     parameters = dict(transformer.named_parameters())
     missing = [module for module in targets if f"{module}.weight" not in adapter.low_rank]
     if missing:
         raise ValueError(
-            f"lora_init is {config.lora_init!r}, which has no factors of {missing[0]}; expected an adapter of "
+            f"lora_init is {config.lora_init!r}, which has no LoRA of {missing[0]}; expected an adapter of "
             f"lora_targets {', '.join(config.lora_targets)}"
         )
     with torch.no_grad():
         for name, rows in adapter.rows.items():
             parameters[name][list(rows.ids)] = rows.values.to(parameters[name].dtype)
-        for name, change in adapter.low_rank.items():
+        for name, delta in adapter.low_rank.items():
             module = name.removesuffix(".weight")
-            up, down = (parameters.get(f"{module}.lora_{part}.{_NAME}.weight") for part in "BA")
-            if up is None or down is None or (up.shape, down.shape) != (change.b.shape, change.a.shape):
+            b, a = (parameters.get(f"{module}.lora_{part}.{_NAME}.weight") for part in "BA")
+            if b is None or a is None or (b.shape, a.shape) != (delta.b.shape, delta.a.shape):
                 raise ValueError(
-                    f"lora_init is {config.lora_init!r}, whose factors of {module} are {list(change.b.shape)} and "
-                    f"{list(change.a.shape)}; expected an adapter of rank {config.lora_rank} of these lora_targets"
+                    f"lora_init is {config.lora_init!r}, whose matrices of {module} are {list(delta.b.shape)} and "
+                    f"{list(delta.a.shape)}; expected an adapter of rank {config.lora_rank} of these lora_targets"
                 )
-            up.copy_(change.b * (change.scale / scale_of(config)))
-            down.copy_(change.a)
+            b.copy_(delta.b * (delta.scale / scale_of(config)))
+            a.copy_(delta.a)
 
 
 @contextmanager
@@ -104,7 +102,7 @@ def without_lora(transformer: Transformer) -> Iterator[None]:
 
 
 def _targets(model: nn.Module, config: TrainConfig) -> list[str]:
-    """Names of the linear layers that get factors. ValueError if a target is none."""
+    """Names of the linear layers that get a LoRA. ValueError if a target is not one."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     modules = {name.rpartition(".")[2] for name in names}
     for target in config.lora_targets:
@@ -114,17 +112,17 @@ def _targets(model: nn.Module, config: TrainConfig) -> list[str]:
 
 
 def add_masked_lora(transformer: Transformer, config: TrainConfig, mask_embedding: Tensor) -> None:
-    """Freeze the model and give the target layers factors for masked rows, and those rows a first state [C]; float32.
+    """Freeze the model and give the target layers a LoRA for masked rows, and those rows a first state [C]; float32.
 
-    As peft's, a product of factors starts at zero. ValueError if a target names no layer of the decoder.
+    As peft's, B A starts at zero. ValueError if a target names no layer of the decoder.
     """
     transformer.requires_grad_(False)
     decoder = transformer.model
     for name in _targets(decoder, config):
         size, depth = decoder.get_submodule(name).get_parameter("weight").shape
-        down = torch.empty(config.lora_rank, depth)
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        add_factors(decoder, name, down, torch.zeros(size, config.lora_rank), scale_of(config), config.lora_dropout)
+        a = torch.empty(config.lora_rank, depth)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        attach_to_layer(decoder, name, a, torch.zeros(size, config.lora_rank), scale_of(config), config.lora_dropout)
     decoder.mask_embedding = nn.Parameter(mask_embedding.float())
 
 
@@ -138,24 +136,31 @@ def merged_tensors(tensors: Mapping[str, Tensor], config: TrainConfig) -> dict[s
         plain = name.replace(".base_layer.", ".")
         if plain != name and name.endswith(".weight"):
             module = plain.removesuffix(".weight")
-            down, up = (tensors[f"{module}.lora_{part}.{_NAME}.weight"].float() for part in "AB")
-            tensor = (tensor.float() + scale * (up @ down)).to(tensor.dtype)
+            a, b = (tensors[f"{module}.lora_{part}.{_NAME}.weight"].float() for part in "AB")
+            tensor = (tensor.float() + scale * (b @ a)).to(tensor.dtype)
         merged[plain] = tensor
     return merged
 
 
-def save_adapter(tensors: Mapping[str, Tensor], mask_embedding: Tensor | None, setup: "Setup", directory: Path) -> None:
-    """``adapter_config.json`` and ``adapter_model.safetensors`` in peft's layout, and the result's ``config.json``.
+def save_adapter(
+    tensors: Mapping[str, Tensor],
+    mask_embedding: Tensor | None,
+    config: TrainConfig,
+    model_config: ModelConfig,
+    directory: Path,
+) -> None:
+    """``adapter_config.json`` and ``adapter_model.safetensors`` in peft's layout, and the result's ``model_config``.
 
     The mask's embedding, where one was trained, is stored as peft stores a trained token row. An adapter of masked rows
     has a type and names that peft does not know, so that it is not taken for one of all rows.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if setup.config.lora_rows == "masked":
-        _save_masked(tensors, setup.config, directory)
+    if config.lora_rows == "masked":
+        _save_masked(tensors, config, directory)
     else:
-        _save_for_peft(tensors, mask_embedding, setup, directory)
-    text = json.dumps(setup.model_config.to_hf(), indent=2)
+        trained = None if mask_embedding is None else (model_config.mask_token_id, mask_embedding)
+        _save_for_peft(tensors, trained, config, directory)
+    text = json.dumps(model_config.to_hf(), indent=2)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -181,17 +186,19 @@ def _save_masked(tensors: Mapping[str, Tensor], config: TrainConfig, directory: 
 
 
 def _save_for_peft(
-    tensors: Mapping[str, Tensor], mask_embedding: Tensor | None, setup: "Setup", directory: Path
+    tensors: Mapping[str, Tensor], mask: tuple[int | None, Tensor] | None, config: TrainConfig, directory: Path
 ) -> None:
+    """``mask``: the id of the mask token and its trained embedding."""
     kept = {
         "base_model.model." + name.replace(f".{_NAME}.", "."): tensor.contiguous()
         for name, tensor in tensors.items()
         if ".lora_" in name
     }
-    peft_config = lora_config(setup.config)
-    peft_config.base_model_name_or_path = setup.config.model_path
-    if mask_embedding is not None:
-        kept["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = mask_embedding[None].clone()
-        peft_config.trainable_token_indices = {"embed_tokens": [setup.mask_token_id]}
+    peft_config = lora_config(config)
+    peft_config.base_model_name_or_path = config.model_path
+    if mask is not None:
+        token, embedding = mask
+        kept["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = embedding[None].clone()
+        peft_config.trainable_token_indices = {"embed_tokens": [token]}
     save_shared(kept, directory / WEIGHTS_FILE, {"format": "pt"})
     peft_config.save_pretrained(str(directory))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells: a progress line, ``metrics.jsonl``, TensorBoard and Weights & Biases."""
+"""What a run logs: a progress line, ``metrics.jsonl``, TensorBoard and Weights & Biases."""
 
 import json
 import math
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 from torch import Tensor
 
+from wedlm.model.formats.save import write_whole
 from wedlm.train.batch import AR_GROUP, NUM_DEPTHS, NUM_GROUPS, NUM_RATIOS
 from wedlm.train.config import TrainConfig
 from wedlm.train.parallel import sum_over_processes
@@ -50,7 +51,7 @@ def summarise(statistics: Tensor) -> dict[str, Any]:
 
 
 class Meter:
-    """Sums over the steps since the last ``take``, on the device, and their time."""
+    """Sums over the steps since the last ``flush``, on the device, and their time."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator, self.device = accelerator, accelerator.device
@@ -64,7 +65,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside is no training and does not count."""
+        """Time spent inside is not training and does not count."""
         entered = time.perf_counter()
         yield
         self.began += time.perf_counter() - entered
@@ -75,7 +76,7 @@ class Meter:
         self.tokens += num_clean_tokens
 
     def state(self) -> dict[str, Any]:
-        """What has not been taken yet, over all processes, for a checkpoint: a run that goes on tells the same."""
+        """What was not flushed yet, over all processes, for a checkpoint: a resumed run then reports the same."""
         return {"steps": self.steps, "sums": sum_over_processes(self.accelerator, self.sums).tolist()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -83,8 +84,8 @@ class Meter:
         if self.accelerator.is_main_process:
             self.sums.copy_(torch.tensor(state["sums"]))
 
-    def take(self) -> dict[str, Any]:
-        """Figures over all processes, and start anew."""
+    def flush(self) -> dict[str, Any]:
+        """The metrics over all processes since the last flush; the sums start again at zero."""
         sums = sum_over_processes(self.accelerator, self.sums)  # waits for the device, so the clock is read after it
         tokens = sum_over_processes(self.accelerator, torch.tensor(self.tokens, dtype=torch.float64))
         figures: dict[str, Any] = {"loss": float(sums[-1]) / self.steps, **summarise(sums[:-1].view(NUM_GROUPS, 3))}
@@ -114,7 +115,7 @@ class Records:
         if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What an earlier run told about steps that this one repeats is hidden.
+            # What an earlier run reported about steps that this one repeats is hidden.
             purge = {"purge_step": self.start + 1} if self.start else {}
             self.writer = SummaryWriter(str(self.directory / "tensorboard"), **purge)
         if self.config.use_wandb:
@@ -143,13 +144,13 @@ class Records:
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=0 if error is None else 1)
 
-    def say(self, text: str) -> None:
-        """One line for people."""
+    def log(self, text: str) -> None:
+        """Print one line."""
         if self.active:
             self.console.print(text, highlight=False)
 
-    def step(self, step: int, figures: dict[str, Any], kind: str = "train") -> None:
-        """Figures after ``step`` optimiser steps."""
+    def log_metrics(self, step: int, figures: dict[str, Any], kind: str = "train") -> None:
+        """Record the metrics after ``step`` optimiser steps everywhere."""
         if not self.active:
             return
         with (self.directory / METRICS_FILE).open("a", encoding="utf-8") as file:
@@ -160,9 +161,9 @@ class Records:
                 self.writer.add_scalar(name, value, step)
         if self.wandb_run is not None:
             self.wandb_run.log(scalars, step=step)
-        self.say(f"{kind} {step}: {_line(figures)}")
+        self.log(f"{kind} {step}: {_line(figures)}")
 
-    def advance(self, step: int) -> None:
+    def update_progress(self, step: int) -> None:
         if self.active:
             self.progress.update(self.task, completed=step)
 
@@ -171,7 +172,7 @@ class Records:
 def token_progress() -> Iterator[Callable[[str, int, int], None]]:
     """What ``load_data`` calls with (file, lines, tokens) while it tokenises: one line of the terminal.
 
-    Of several processes one tokenises, so that one speaks.
+    Only one of several processes tokenises, so only that one reports.
     """
     with ExitStack() as stack:
         lines: list[Status] = []
@@ -186,13 +187,12 @@ def token_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def rewind(directory: Path, step: int) -> None:
-    """Drop what ``metrics.jsonl`` tells about steps after ``step``: a resumed run tells them again."""
+    """Drop the records of ``metrics.jsonl`` after ``step``: a resumed run writes them again."""
     path = directory / METRICS_FILE
     if path.is_file():
         kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
-        new = path.with_suffix(".new")
-        new.write_text("".join(kept), encoding="utf-8")
-        new.replace(path)
+        with write_whole(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -204,7 +204,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path} line {number} is no JSON; expected one record a line") from error
+                raise ValueError(f"{path} line {number} is not valid JSON; expected one record a line") from error
     return records
 
 

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents to rows of equal length: which pieces stand in which row, decided from lengths alone."""
+"""Documents to sequences of equal length: which pieces stand in which sequence, decided from lengths alone."""
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import numpy as np
 
-OPEN_ROWS = 512  # rows that are filled side by side: more leave less padding and cost no text its company
-_SHUFFLE_PIECES, _SHUFFLE_ROWS, _PHASES = 1, 2, 3  # purposes of random keys
+OPEN_SEQUENCES = 512  # sequences that are filled side by side; more leave less padding
+_SHUFFLE_PIECES, _SHUFFLE_SEQUENCES, _PHASES = 1, 2, 3  # purposes of random keys
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pieces:
-    """Spans of documents, at most a row long: int64 [P] each, in the order of the documents."""
+    """Spans of documents, at most a sequence long: int64 [P] each, in the order of the documents."""
 
     document: np.ndarray
     start: np.ndarray
@@ -28,20 +28,21 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packs:
-    """Rows of an epoch: row r holds pieces offsets[r] to offsets[r + 1] - 1; ``offsets`` is int64 [rows + 1]."""
+    """Sequences of an epoch: sequence r holds pieces offsets[r] to offsets[r + 1] - 1; ``offsets`` is int64 [N + 1]."""
 
     pieces: Pieces
     offsets: np.ndarray
     sequence_length: int
 
     @property
-    def num_rows(self) -> int:
+    def num_sequences(self) -> int:
         return len(self.offsets) - 1
 
     @property
     def fill(self) -> float:
-        """Share of the rows' positions that hold a token."""
-        return float(self.pieces.length.sum()) / (self.num_rows * self.sequence_length) if self.num_rows else 0.0
+        """Share of the sequences' positions that hold a token."""
+        positions = self.num_sequences * self.sequence_length
+        return float(self.pieces.length.sum()) / positions if positions else 0.0
 
 
 def cut_documents(lengths: np.ndarray, sequence_length: int) -> Pieces:
@@ -64,7 +65,7 @@ def plan_epoch(
     epoch: int,
     groups: np.ndarray | None = None,
 ) -> Packs:
-    """The rows of one epoch, the same for the same arguments on every machine.
+    """The sequences of one epoch, the same for the same arguments on every machine.
 
     ``repeats`` float [D]: how often each document is seen in an epoch. A fraction is that share of the documents,
     another share in every epoch, until all had their turn; shares are drawn within documents of the same ``groups``
@@ -74,14 +75,14 @@ def plan_epoch(
     chosen = np.repeat(np.arange(len(pieces), dtype=np.int64), copies[pieces.document])
     chosen = chosen[np.argsort(_keys(len(chosen), seed, epoch, _SHUFFLE_PIECES), kind="stable")]
     ordered = pieces.select(chosen)
-    row_of, num_rows = _best_fit(ordered.length, sequence_length)
-    # Rows of long pieces are full at once and others at the end: shuffled, so that a run's batches are alike.
-    rank = np.empty(num_rows, dtype=np.int64)
-    rank[np.argsort(_keys(num_rows, seed, epoch, _SHUFFLE_ROWS), kind="stable")] = np.arange(num_rows)
-    row_of = rank[row_of]
-    offsets = np.zeros(num_rows + 1, dtype=np.int64)
-    np.cumsum(np.bincount(row_of, minlength=num_rows), out=offsets[1:])
-    return Packs(ordered.select(np.argsort(row_of, kind="stable")), offsets, sequence_length)
+    sequence_of, num_sequences = _best_fit(ordered.length, sequence_length)
+    # Sequences of long pieces are full at once and others at the end: shuffled, so that a run's batches are alike.
+    rank = np.empty(num_sequences, dtype=np.int64)
+    rank[np.argsort(_keys(num_sequences, seed, epoch, _SHUFFLE_SEQUENCES), kind="stable")] = np.arange(num_sequences)
+    sequence_of = rank[sequence_of]
+    offsets = np.zeros(num_sequences + 1, dtype=np.int64)
+    np.cumsum(np.bincount(sequence_of, minlength=num_sequences), out=offsets[1:])
+    return Packs(ordered.select(np.argsort(sequence_of, kind="stable")), offsets, sequence_length)
 
 
 def copies_in_epoch(repeats: np.ndarray, seed: int, epoch: int, groups: np.ndarray | None = None) -> np.ndarray:
@@ -110,29 +111,29 @@ def _phases(groups: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _best_fit(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, int]:
-    """The row of each piece, and how many rows there are.
+    """The sequence of each piece, and how many sequences there are.
 
-    A piece goes to the open row with the least room that suffices, or to a new row; of more than OPEN_ROWS open rows
-    the fullest is closed.
+    A piece goes to the open sequence with the least room that suffices, or to a new one; of more than OPEN_SEQUENCES
+    open sequences the fullest is closed.
     """
-    row_of: list[int] = []
-    num_rows = 0
-    open_rows: list[int] = []  # room and row as one integer, sorted
+    sequence_of: list[int] = []
+    num_sequences = 0
+    open_sequences: list[int] = []  # room and sequence as one integer, sorted
     shift = 40
     for length in lengths.tolist():
-        at = bisect_left(open_rows, length << shift)
-        if at < len(open_rows):
-            entry = open_rows.pop(at)
-            room, row = entry >> shift, entry & ((1 << shift) - 1)
+        at = bisect_left(open_sequences, length << shift)
+        if at < len(open_sequences):
+            entry = open_sequences.pop(at)
+            room, sequence = entry >> shift, entry & ((1 << shift) - 1)
         else:
-            room, row = sequence_length, num_rows
-            num_rows += 1
-        row_of.append(row)
+            room, sequence = sequence_length, num_sequences
+            num_sequences += 1
+        sequence_of.append(sequence)
         if room > length:
-            insort(open_rows, (room - length) << shift | row)
-            if len(open_rows) > OPEN_ROWS:
-                del open_rows[0]
-    return np.array(row_of, dtype=np.int64), num_rows
+            insort(open_sequences, (room - length) << shift | sequence)
+            if len(open_sequences) > OPEN_SEQUENCES:
+                del open_sequences[0]
+    return np.array(sequence_of, dtype=np.int64), num_sequences
 
 
 def _keys(count: int, *words: int) -> np.ndarray:

@@ -46,7 +46,7 @@ class _Curve:
                 continue
             steps, values = [record["step"] for record in records], [record[self.figure] for record in records]
             label = run.name if kind == self.kinds[0] else "_"  # matplotlib lists no label that begins so
-            # A single figure is no line.
+            # A single value does not make a line.
             axes.plot(steps, values, style, color=colour, label=label, marker="." if len(steps) < 2 else "")
         axes.set_xlabel("step")
 
@@ -145,5 +145,5 @@ def _read(directory: Path) -> list[dict[str, Any]]:
     records = read_metrics(path)
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
-            raise ValueError(f"{path} line {number} is no record of a run; expected an object with kind and step")
+            raise ValueError(f"{path} line {number} is not a record of a run; expected an object with kind and step")
     return records

@@ -26,12 +26,12 @@ from wedlm.train.metrics import token_progress
 @dataclass(frozen=True)
 class Setup:
     """``model_config`` is that of the result: for WeDLM it records mask token and block size. In AR training
-    ``mask_token_id`` is -1: no token. ``anchor_model``, frozen, is that of the config."""
+    ``mask_token_id`` is -1: no token. ``teacher_model`` is the config's, frozen."""
 
     config: TrainConfig
     model_config: ModelConfig
     transformer: Transformer
-    anchor_model: Transformer | None
+    teacher_model: Transformer | None
     tokenizer: Tokenizer
     mask_token_id: int
     train_data: PackedData
@@ -52,7 +52,7 @@ class Setup:
             raise ValueError(
                 f"max_seq_length is {config.max_seq_length}; expected at most the model's {model_config.max_length}"
             )
-        anchor_model = _load_anchor(config, model_config)
+        teacher_model = _load_teacher(config, model_config)
         mask, base_config = -1, model_config  # no token
         if config.objective == "wedlm":
             model_config = _with_mask_token(transformer, model_config, tokenizer, config)
@@ -61,7 +61,7 @@ class Setup:
             train_data, validation_data = load_data(config, tokenizer, model_config, mask, progress)
         transformer.train()
         if config.lora_rank:
-            torch.manual_seed(config.seed)  # the factors start the same in every process and every run
+            torch.manual_seed(config.seed)  # a LoRA starts the same in every process and every run
             if config.lora_rows == "masked":
                 add_masked_lora(transformer, config, _first_mask_embedding(transformer, base_config, mask, tokenizer))
             else:
@@ -69,21 +69,21 @@ class Setup:
         elif not config.train_embeddings:
             for module in (transformer.model.embed_tokens, transformer.lm_head):
                 module.weight.requires_grad_(False)
-        return cls(config, model_config, transformer, anchor_model, tokenizer, mask, train_data, validation_data)
+        return cls(config, model_config, transformer, teacher_model, tokenizer, mask, train_data, validation_data)
 
 
-def _load_anchor(config: TrainConfig, model_config: ModelConfig) -> Transformer | None:
-    if config.anchor_model is None:
+def _load_teacher(config: TrainConfig, model_config: ModelConfig) -> Transformer | None:
+    if config.teacher_model is None:
         return None
-    anchor, anchor_config = load_model(config.anchor_model, torch.bfloat16 if config.bf16 else torch.float32)
-    if anchor_config.vocab_size != model_config.vocab_size or anchor_config.max_length < config.max_seq_length:
+    teacher, teacher_config = load_model(config.teacher_model, torch.bfloat16 if config.bf16 else torch.float32)
+    if teacher_config.vocab_size != model_config.vocab_size or teacher_config.max_length < config.max_seq_length:
         raise ValueError(
-            f"anchor_model is {config.anchor_model!r}, of {anchor_config.vocab_size} tokens and length "
-            f"{anchor_config.max_length}; expected {model_config.vocab_size} tokens and max_seq_length "
+            f"teacher_model is {config.teacher_model!r}, of {teacher_config.vocab_size} tokens and length "
+            f"{teacher_config.max_length}; expected {model_config.vocab_size} tokens and max_seq_length "
             f"({config.max_seq_length}) at least"
         )
-    anchor.requires_grad_(False)
-    return anchor
+    teacher.requires_grad_(False)
+    return teacher
 
 
 def _with_mask_token(
@@ -142,7 +142,7 @@ def save_result(setup: Setup, accelerator: Accelerator, model: nn.Module, direct
 
 def _write_result(tensors: dict[str, Tensor], mask_embedding: Tensor | None, setup: Setup, directory: Path) -> None:
     if setup.config.lora_rank and not setup.config.merge_lora:
-        save_adapter(tensors, mask_embedding, setup, directory)
+        save_adapter(tensors, mask_embedding, setup.config, setup.model_config, directory)
     else:
         merged = merged_tensors(tensors, setup.config) if setup.config.lora_rank else tensors
         _save_model(merged, mask_embedding, setup, directory)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wedlm.algorithm.objective import Anchor, chunked_losses
+from wedlm.algorithm.objective import Teacher, chunked_losses
 from wedlm.attention.dual_stream import plan_training_attention
 from wedlm.model.layers import Attend
 from wedlm.model.transformer import Transformer
@@ -33,8 +33,8 @@ class TrainingModel(nn.Module):
     """The model with its objective inside, so that data-parallel wrappers see one forward from batch to loss.
 
     ``mask_embedding`` is the mask token's embedding as a parameter of its own, for runs that train no other embedding;
-    None where the embedding itself is trained. ``anchor_text``: AR targets of plain text are the distributions of
-    ``anchor_model``; of the model without its LoRA if that is None.
+    None where the embedding itself is trained. ``distill_text``: AR targets of plain text are the distributions of
+    ``teacher_model``; of the model without its LoRA if that is None.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class TrainingModel(nn.Module):
         backend: str,
         mask_token_id: int,
         own_mask_embedding: bool,
-        anchor_text: bool = False,
-        anchor_model: Transformer | None = None,
+        distill_text: bool = False,
+        teacher_model: Transformer | None = None,
     ) -> None:
         super().__init__()
-        self.transformer, self.anchor_text = transformer, anchor_text
-        # In a tuple it is no module of this one: neither trained nor sharded nor saved.
-        self._anchor_model = (anchor_model,)
+        self.transformer, self.distill_text = transformer, distill_text
+        # In a tuple it is not a submodule: neither trained nor sharded nor saved.
+        self._teacher_model = (teacher_model,)
         self.backend, self.mask_token_id = backend, mask_token_id
         embedding = transformer.model.embed_tokens
         self.mask_embedding: nn.Parameter | None = None
@@ -68,7 +68,7 @@ class TrainingModel(nn.Module):
 
     def forward(self, batch: TrainBatch) -> StepLosses:
         attend = plan_training_attention(self.backend, batch.labels, batch.row_ranges)
-        anchor = self._anchor(batch, attend) if self.anchor_text and self.training else None
+        teacher = self._teacher(batch, attend) if self.distill_text and self.training else None
         hidden_KC = _loss_states(self.transformer, batch, attend)
         # Products are made in the type of the hidden states anyway; autocast would round the sum of losses, too.
         with torch.autocast(hidden_KC.device.type, enabled=False):
@@ -77,8 +77,8 @@ class TrainingModel(nn.Module):
                 self.transformer.lm_head.get_parameter("weight"),
                 batch.target,
                 batch.coefficient,
-                batch.certainty,
-                anchor,
+                batch.entropy_coefficient,
+                teacher,
                 compiled=hidden_KC.is_cuda,
             )
         figures = torch.stack((torch.ones_like(losses.cross_entropy), losses.cross_entropy, losses.correct.float()), 1)
@@ -88,12 +88,12 @@ class TrainingModel(nn.Module):
         return StepLosses(losses.loss, statistics[:-1])
 
     @torch.no_grad()
-    def _anchor(self, batch: TrainBatch, attend: Attend) -> Anchor:
-        (other,) = self._anchor_model
+    def _teacher(self, batch: TrainBatch, attend: Attend) -> Teacher:
+        (other,) = self._teacher_model
         with nullcontext() if other is not None else without_lora(self.transformer):
             model = self.transformer if other is None else other
             hidden_KC = _loss_states(model, batch, attend)
-            return Anchor(hidden_KC, model.lm_head.get_parameter("weight"), batch.is_text)
+            return Teacher(hidden_KC, model.lm_head.get_parameter("weight"), batch.is_text)
 
 
 def _loss_states(transformer: Transformer, batch: TrainBatch, attend: Attend) -> Tensor:

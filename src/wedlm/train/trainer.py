@@ -15,9 +15,9 @@ from torch import Tensor
 from wedlm.algorithm.objective import LossTotals
 from wedlm.attention.dual_stream import choose_training_backend
 from wedlm.train import deepspeed
-from wedlm.train.batch import NUM_GROUPS, TrainBatch, collate_rows, without_loss
+from wedlm.train.batch import NUM_GROUPS, TrainBatch, collate_sequences, without_loss
 from wedlm.train.checkpoint import latest_checkpoint, load_checkpoint, read_state, remove_unfinished, save_checkpoint
-from wedlm.train.config import TrainConfig
+from wedlm.train.config import RENAMED, TrainConfig
 from wedlm.train.data import prefetch
 from wedlm.train.metrics import Meter, Records, rewind
 from wedlm.train.optimizer import learning_rate, make_optimizer
@@ -67,9 +67,9 @@ class Trainer:
         self.data = self.setup.train_data
         self.compiled = self.device.type == "cuda" if config.compile is None else config.compile
         prepare_layers(self.setup.transformer, self.compiled, config.activation_checkpointing)
-        anchor_model = self.setup.anchor_model
-        if anchor_model is not None:
-            prepare_layers(anchor_model.to(self.device), self.compiled, checkpoint_activations=False)
+        teacher_model = self.setup.teacher_model
+        if teacher_model is not None:
+            prepare_layers(teacher_model.to(self.device), self.compiled, checkpoint_activations=False)
         # Factors for masked rows bring a mask embedding with them.
         own_mask = self.setup.embeddings_frozen and config.objective == "wedlm" and config.lora_rows == "all"
         model = TrainingModel(
@@ -77,8 +77,8 @@ class Trainer:
             self.backend,
             self.setup.mask_token_id,
             own_mask,
-            config.anchor_text,
-            anchor_model,
+            config.distill_text,
+            teacher_model,
         )
         optimizer = make_optimizer(model, config, self.device)
         if deepspeed.uses_zero(self.accelerator):
@@ -92,9 +92,9 @@ class Trainer:
 
     def _steps_of_epochs(self) -> int:
         part, whole = math.modf(self.config.num_train_epochs)
-        rows = sum(self.data.rows_in_epoch(epoch) for epoch in range(int(whole)))
-        rows += round(part * self.data.rows_in_epoch(int(whole))) if part else 0
-        return max(rows // self.sequences_per_step, 1)
+        sequences = sum(self.data.sequences_in_epoch(epoch) for epoch in range(int(whole)))
+        sequences += round(part * self.data.sequences_in_epoch(int(whole))) if part else 0
+        return max(sequences // self.sequences_per_step, 1)
 
     def run(self) -> Path:
         """Train; returns the directory of the finished model."""
@@ -108,7 +108,7 @@ class Trainer:
             (self.directory / "training_config.yaml").write_text(text, encoding="utf-8")
             rewind(self.directory, start)
         with self.records:
-            self._introduce(start)
+            self._log_setup(start)
             self._train(start)
         if start < self.num_steps:
             self._save(self.num_steps)
@@ -127,6 +127,7 @@ class Trainer:
         return int(state["step"])
 
     def _check_identity(self, checkpoint: Path, made_with: Mapping[str, Any]) -> None:
+        made_with = {RENAMED.get(name, name): value for name, value in made_with.items()}
         for name, value in self._identity().items():
             if made_with.get(name) != value:
                 raise ValueError(
@@ -148,17 +149,17 @@ class Trainer:
             "num_steps": self.num_steps,
         }
 
-    def _introduce(self, start: int) -> None:
+    def _log_setup(self, start: int) -> None:
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        self.records.say(
+        self.records.log(
             f"{trained / 1e6:,.1f} M parameters trained on {self.accelerator.num_processes} x {self.device.type}, "
             f"attention {self.backend}{', compiled' if self.compiled else ''}, precision "
             f"{'bf16' if self.config.bf16 else 'float32'}, mask token {self.setup.mask_token_id}"
         )
         for line in self.data.describe():
-            self.records.say(line)
+            self.records.log(line)
         if start:
-            self.records.say(f"resumed after step {start}")
+            self.records.log(f"resumed after step {start}")
 
     def _train(self, start: int) -> None:
         config, meter = self.config, self.meter
@@ -173,22 +174,24 @@ class Trainer:
                 meter.add(done.loss, done.statistics, sum(batch.num_clean_tokens for batch in micro_batches))
                 count = step + 1
                 ended = count == self.num_steps
-                tells = count % config.logging_steps == 0 or ended
+                logs = count % config.logging_steps == 0 or ended
                 saves = count % config.save_steps == 0 and not ended
-                measures = config.eval_steps and (count % config.eval_steps == 0 or ended)
-                if tells or saves or measures:
+                validates = config.eval_steps and (count % config.eval_steps == 0 or ended)
+                if logs or saves or validates:
                     self._check(last)
                     last = None
-                if tells:
-                    figures = meter.take()
+                if logs:
+                    figures = meter.flush()
                     rate = learning_rate(step, self.num_steps, config)
-                    self.records.step(count, {**figures, "learning_rate": rate, "gradient_norm": float(done.norm)})
+                    self.records.log_metrics(
+                        count, {**figures, "learning_rate": rate, "gradient_norm": float(done.norm)}
+                    )
                 with meter.paused():
-                    if measures:
-                        self._measure(count)
+                    if validates:
+                        self._validate(count)
                     if saves:
                         self._save(count)
-                self.records.advance(count)
+                self.records.update_progress(count)
 
     def _optimiser_batches(self, start: int) -> Iterator[list[TrainBatch]]:
         """This process's micro-batches of each step from ``start`` on. Runs in another thread."""
@@ -198,8 +201,8 @@ class Trainer:
             for micro in range(self.config.gradient_accumulation_steps):
                 first = step * self.sequences_per_step + micro * self.sequences_per_forward + index * per_device
                 indices = range(first, first + per_device)
-                rows = [self.data.row(i) for i in indices]
-                micro_batches.append(collate_rows(rows, indices, self.config, self.setup.mask_token_id))
+                sequences = [self.data.sequence(i) for i in indices]
+                micro_batches.append(collate_sequences(sequences, indices, self.config, self.setup.mask_token_id))
             yield micro_batches
 
     def _step(self, step: int, micro_batches: list[TrainBatch]) -> _Done:
@@ -213,7 +216,7 @@ class Trainer:
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with self._gradients_meet(last):
-                losses = self.model(batch.to(self.device, totals, config.effective_ar_weight, config.certainty_weight))
+                losses = self.model(batch.to(self.device, totals, config.effective_ar_weight, config.entropy_weight))
                 # Gradients are averaged over processes, the loss is a sum over them.
                 loss_here = losses.loss * accelerator.num_processes
                 if deepspeed.uses_zero(accelerator):
@@ -238,7 +241,7 @@ class Trainer:
         return LossTotals(*sum_over_processes(self.accelerator, sums).tolist())
 
     def _check(self, done: _Done | None) -> None:
-        """Stop at a loss or gradient that is no number: the batch is saved, the last checkpoint stays the last."""
+        """Stop at a loss or gradient that is not finite, and save the batch; the last checkpoint stays as it is."""
         if done is None or bool(torch.isfinite(done.loss + done.norm)):
             return
         rank = self.accelerator.process_index
@@ -250,11 +253,11 @@ class Trainer:
         }
         save_file(tensors, path)
         raise FloatingPointError(
-            f"step {done.step}: the loss is {float(done.loss)} and its gradient's norm {float(done.norm)}; expected "
-            f"numbers. The batch is in {path}; the last checkpoint is as it was"
+            f"step {done.step}: the loss is {float(done.loss)} and the gradient norm {float(done.norm)}; expected "
+            f"finite numbers. The batch is saved in {path}; the last checkpoint is unaffected"
         )
 
-    def _measure(self, step: int) -> None:
+    def _validate(self, step: int) -> None:
         """Losses on the held-out documents, under the same noise each time.
 
         Both kinds of noise are measured whatever the training noise is, so that runs compare: "eval" has the AR loss
@@ -265,24 +268,25 @@ class Trainer:
             kinds["eval_suffix"] = self.config.model_copy(update={"suffix_noise": 1.0})
         self.model.eval()
         for kind, config in kinds.items():
-            self.records.step(step, self._measured(config), kind)
+            self.records.log_metrics(step, self._validation_metrics(config), kind)
         self.model.train()
 
     @torch.no_grad()
-    def _measured(self, config: TrainConfig) -> dict[str, Any]:
-        """Processes share the rows and take part in every forward: the last one is filled with rows without a loss."""
+    def _validation_metrics(self, config: TrainConfig) -> dict[str, Any]:
+        """Processes share the sequences. All take part in every forward, so the last one is padded with sequences
+        without a loss."""
         data = self.setup.validation_data
         assert data is not None
         meter = Meter(self.accelerator)
         own, index = config.per_device_train_batch_size, self.accelerator.process_index
-        count = data.rows_in_epoch(0)
+        count = data.sequences_in_epoch(0)
         for start in range(0, count, self.sequences_per_forward):
             indices = range(start + index * own, start + (index + 1) * own)
-            rows = [data.row(i) if i < count else without_loss(data.row(0)) for i in indices]
-            batch = collate_rows(rows, indices, config, self.setup.mask_token_id)
+            sequences = [data.sequence(i) if i < count else without_loss(data.sequence(0)) for i in indices]
+            batch = collate_sequences(sequences, indices, config, self.setup.mask_token_id)
             losses = self.model(batch.to(self.device, LossTotals(1.0, 1.0), 1.0))
             meter.add(losses.loss, losses.statistics, batch.num_clean_tokens)
-        figures = meter.take()
+        figures = meter.flush()
         return {name: figures[name] for name in figures if name.startswith(("ar_", "masked_", "loss_", "accuracy_"))}
 
     def _save(self, step: int) -> None:

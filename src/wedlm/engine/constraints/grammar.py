@@ -1,28 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grammars over the tokens of a tokenizer, through llguidance (extra ``serve``), imported when one is asked for."""
+"""Grammars over the tokens of a tokenizer: compiled within limits, kept, and followed token by token."""
 
+import asyncio
 import functools
-import json
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wedlm.engine.constraints.one_of import check_one_of
+from wedlm.engine.constraints.build import build, library, load_tokens
+from wedlm.engine.constraints.trial import NUM_WORKERS, Cancellation, TrialFailed, Trials
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer
 
-_CACHED_GRAMMARS = 64
-# One optional space wherever JSON may have white space: a weak model cannot go on with blanks for ever. oneOf is taken
-# for anyOf, after ``check_one_of`` has found that it is the same: llguidance's own proof does not follow references.
-_JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?", "lenient": False, "coerce_one_of": True}
+# Kept for whoever asks again. What took processor time takes memory, at 160 MB a second at most.
+_MAX_KEPT, _MAX_KEPT_SECONDS = 64, 3.0
+_NEW_STATES_S = 0.001  # a step that takes longer has found states that will be kept
+_MAX_REFUSALS = 256
+_MAX_WAITING = 32
+# Processor time of one text's matcher, beyond which it fails: ordinary ones take 0.2 ms for a token.
+_SECONDS_FREE, _SECONDS_PER_TOKEN = 2.0, 0.01
 
 
 class Matcher(Protocol):
     """A grammar, and how far some text has come in it. Knows text tokens only; what ends the text is not its business.
 
-    A matcher that gave up on its own limits of work is ``failed`` and refuses everything, until the tokens on whose way
-    it did so are taken back.
+    A matcher that gave up on its own limits of work is ``failed`` and refuses everything. If that was the limit of a
+    step, it goes on once the tokens on whose way it met it are taken back.
     """
 
     def allowed(self) -> NDArray[np.bool_]:
@@ -52,61 +62,133 @@ def grammars_of(tokenizer: Tokenizer, vocab_size: int) -> "Grammars":
     return Grammars(tokenizer, vocab_size)
 
 
+class GrammarsBusy(Exception):
+    """As many grammars wait to be compiled as may."""
+
+
+class Compiled:
+    """llguidance's matcher at the beginning of a text, and the processor time that went into what it holds."""
+
+    def __init__(self, beginning: Any, seconds: float) -> None:
+        self.beginning, self.seconds = beginning, seconds
+
+
 class Grammars:
-    """Compiles grammars; may be used by several threads. ``vocab_size`` is the model's, which may be padded."""
+    """Compiles grammars; may be used by several threads. ``vocab_size`` is the model's, which may be padded.
+
+    Each is tried in a process of its own first, see ``trial.py``. Results are kept: the latest ones, and those that
+    somebody holds, so that whoever compiles ahead and holds the result finds it again in any thread.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """ValueError if llguidance is missing, or cannot read the tokenizer."""
         self.vocab_size = vocab_size
-        library = _library()
-        try:
-            size = max(vocab_size, tokenizer.vocab_size)
-            self._tokens = library.LLTokenizer(tokenizer.backend.to_str(), n_vocab=size)
-        except Exception as error:  # The Rust library raises plain Exception.
-            raise ValueError(f"this model's tokenizer has no grammars: {_sentence(error)}") from error
-        self._compile = functools.lru_cache(maxsize=_CACHED_GRAMMARS)(self._compile_new)
+        library()
+        text, size = tokenizer.backend.to_str(), max(vocab_size, tokenizer.vocab_size)
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[_Key, Compiled] = OrderedDict()
+        self._held: weakref.WeakValueDictionary[_Key, Compiled] = weakref.WeakValueDictionary()
+        self._refusals: OrderedDict[_Key, str] = OrderedDict()
+        self._num_waiting = 0
+        self._trials = Trials(text, size)
+        self._threads = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="grammar")
+        weakref.finalize(self, _close, self._trials, self._threads)
+        self._first_warm = self._threads.submit(self._trials.warm)  # while this process reads the tokenizer, too
+        self._tokens = load_tokens(text, size)
 
     def matcher(self, params: SamplingParams) -> Matcher:
         """A matcher at the beginning of the text. ValueError, naming the field, if the grammar is none."""
+        return LibraryMatcher(self.compile(params), self.vocab_size)
+
+    def compile(self, params: SamplingParams, cancellation: Cancellation | None = None) -> Compiled:
+        """As ``matcher``; TrialCancelled. Takes seconds at worst, and no time while somebody holds what it gives."""
         schema = params.json_schema
         assert not isinstance(schema, dict), "SamplingParams keeps schemas as text"
-        return LibraryMatcher(self._compile(schema, params.grammar), self.vocab_size)
+        key, name = (schema, params.grammar), "grammar" if schema is None else "json_schema"
+        refusal = self._refusals.get(key)
+        found = self._find(key) if refusal is None else None
+        if refusal is None and found is None:
+            wait([self._first_warm])  # submitted before anything that could wait for it in the same threads
+            try:
+                refusal, seconds = self._trials.run(*key, cancellation or Cancellation())
+            except TrialFailed as error:
+                raise ValueError(f"{name} is not usable: {error}") from error
+            if refusal is None:
+                return self._keep(key, Compiled(build(self._tokens, *key), seconds))
+            self._refuse(key, refusal)
+        if found is None:
+            raise ValueError(f"{name} is not usable: {refusal}")
+        return found
 
-    def _compile_new(self, schema: str | None, grammar: str | None) -> Any:
-        library, name = _library(), "grammar" if schema is None else "json_schema"
+    async def compile_ahead(self, params: SamplingParams) -> Compiled:
+        """``compile`` in a thread of its own kind, cut off when the caller is cancelled. GrammarsBusy."""
+        if self._num_waiting >= _MAX_WAITING:
+            raise GrammarsBusy(f"{self._num_waiting} grammars wait to be compiled; expected fewer, try again later")
+        cancellation = Cancellation()
+        self._num_waiting += 1
         try:
-            if schema is not None:
-                check_one_of(json.loads(schema))
-                source = library.LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
-            else:
-                source = library.LLMatcher.grammar_from_lark(grammar)
-        except ValueError as error:
-            raise ValueError(f"{name} is not usable: {_sentence(error)}") from error
-        limits = library.LLParserLimits(verbose_errors=False)
-        matcher = library.LLMatcher(self._tokens, source, log_level=0, limits=limits)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # some limits are met only here; and copies share what it has found out
-        if "NoExtension" in (matcher.stop_reason() + matcher.get_error()):
-            raise ValueError(f"{name} is not usable: it admits no text of at least one token")
-        if matcher.is_error():
-            raise ValueError(f"{name} is not usable: {_sentence(matcher.get_error())}")
-        return matcher
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, self.compile, params, cancellation)
+        finally:
+            self._num_waiting -= 1
+            cancellation.cancel()
+
+    def _refuse(self, key: "_Key", refusal: str) -> None:
+        with self._lock:
+            self._refusals[key] = refusal
+            if len(self._refusals) > _MAX_REFUSALS:
+                self._refusals.popitem(last=False)
+        with suppress(RuntimeError):  # at exit
+            self._threads.submit(self._trials.warm)  # the worker may have ended over it
+
+    def _find(self, key: "_Key") -> Compiled | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._held.get(key)
+
+    def _keep(self, key: "_Key", new: Compiled) -> Compiled:
+        """The one to use: another thread may have been faster."""
+        with self._lock:
+            new = self._held.setdefault(key, new)
+            self._kept[key] = new
+            self._kept.move_to_end(key)
+            while len(self._kept) > _MAX_KEPT or (
+                len(self._kept) > 1 and sum(one.seconds for one in self._kept.values()) > _MAX_KEPT_SECONDS
+            ):
+                self._kept.popitem(last=False)
+            return new
+
+
+_Key = tuple[str | None, str | None]  # schema, grammar
+
+
+def _close(trials: Trials, threads: ThreadPoolExecutor) -> None:
+    trials.close()
+    threads.shutdown(wait=False, cancel_futures=True)
 
 
 class LibraryMatcher:
-    """llguidance's matcher as a ``Matcher``; starts from a copy of ``beginning``, which it leaves alone."""
+    """llguidance's matcher as a ``Matcher``; starts from a copy of ``compiled``'s, which it leaves alone."""
 
-    def __init__(self, beginning: Any, vocab_size: int) -> None:
-        self._beginning, self._vocab_size = beginning, vocab_size
-        self._matcher = beginning.deep_copy()
+    def __init__(self, compiled: Compiled, vocab_size: int) -> None:
+        self._compiled, self._vocab_size = compiled, vocab_size
+        self._matcher = compiled.beginning.deep_copy()
         self._tokens: list[int] = []
+        self._seconds, self._exhausted = 0.0, False
 
     def allowed(self) -> NDArray[np.bool_]:
+        started = time.thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._charge(started)
         return np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(np.bool_)
 
     def advance(self, token: int) -> bool:
+        if self._exhausted:
+            return False
+        started = time.thread_time()
         moved = self._matcher.try_consume_tokens([token]) == 1
+        self._charge(started)
         if moved:
             self._tokens.append(token)
         return moved
@@ -115,12 +197,14 @@ class LibraryMatcher:
         if not count:
             return
         del self._tokens[len(self._tokens) - count :]
-        if not self.failed:
+        if not self._matcher.is_error():
             self._matcher.rollback(count)
             return
         # It failed on a way that was only tried, and it never leaves that state.
-        self._matcher = self._beginning.deep_copy()
+        started = time.thread_time()
+        self._matcher = self._compiled.beginning.deep_copy()
         self._matcher.try_consume_tokens(self._tokens)
+        self._charge(started)
 
     @property
     def accepting(self) -> bool:
@@ -132,21 +216,12 @@ class LibraryMatcher:
 
     @property
     def failed(self) -> bool:
-        return self._matcher.is_error()
+        return self._exhausted or self._matcher.is_error()
 
-
-def _library() -> Any:
-    try:
-        import llguidance
-    except ImportError as error:
-        raise ValueError(
-            "json_schema and grammar need the package llguidance; expected pip install 'wedlm[serve]'"
-        ) from error
-    return llguidance
-
-
-def _sentence(error: object) -> str:
-    """The first line of a report; of one that quotes a pattern, the reason, which comes after the quotation."""
-    first, *more = (str(error).strip() or type(error).__name__).splitlines()
-    reasons = [line.removeprefix("error: ") for line in more if line.startswith("error: ")]
-    return (f"{first.rstrip(':')}: {reasons[0]}" if reasons else first)[:200]
+    def _charge(self, started: float) -> None:
+        """Count work. A text whose grammar costs far more than others' ends, for its neighbours' sake."""
+        seconds = time.thread_time() - started
+        self._seconds += seconds
+        if seconds > _NEW_STATES_S:
+            self._compiled.seconds += seconds
+        self._exhausted = self._exhausted or self._seconds > _SECONDS_FREE + _SECONDS_PER_TOKEN * len(self._tokens)

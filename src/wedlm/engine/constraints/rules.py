@@ -20,12 +20,12 @@ class Constraint:
     """
 
     def __init__(
-        self, params: SamplingParams, matcher: Matcher | None, end_token_ids: Iterable[int], mask_token_id: int
+        self, params: SamplingParams, matcher: Matcher | None, stop_token_ids: Iterable[int], mask_token_id: int
     ) -> None:
         self.matcher = matcher
         self.counts: Counter[int] = Counter()
         self.num_accepted = 0
-        self._ends, self._mask_token_id = frozenset(end_token_ids), mask_token_id
+        self._ends, self._mask_token_id = frozenset(stop_token_ids), mask_token_id
         self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
         self._bias = dict(params.logit_bias or {})
 
@@ -92,7 +92,7 @@ class Constraint:
 
 def build_constraint(
     params: SamplingParams,
-    end_token_ids: tuple[int, ...],
+    stop_token_ids: tuple[int, ...],
     mask_token_id: int,
     vocab_size: int,
     tokenizer: object,
@@ -107,4 +107,4 @@ def build_constraint(
         matcher = grammars_of(tokenizer, vocab_size).matcher(params)
     if matcher is None and not (params.logit_bias or params.presence_penalty or params.frequency_penalty):
         return None
-    return Constraint(params, matcher, end_token_ids, mask_token_id)
+    return Constraint(params, matcher, stop_token_ids, mask_token_id)

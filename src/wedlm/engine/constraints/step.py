@@ -9,7 +9,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from wedlm.algorithm.sample import SamplingBatch, choose_tokens, entropy_and_normaliser
+from wedlm.algorithm.sample import SamplingBatch, choose_tokens, entropy_and_logsumexp
 from wedlm.algorithm.verify import RowLayout
 from wedlm.algorithm.window import Emitted, RowResults, WindowState
 from wedlm.engine.constraints.rules import Constraint
@@ -38,7 +38,7 @@ class ConstrainedStep:
         self._filled = [row[:width] for row, width in zip(state.filled.tolist(), widths, strict=True)]
         self._shared, self._cached = layout.shared.tolist(), state.cached.tolist()
         self._rows: dict[tuple[int, int], int] = {}
-        self._logits = self._free_logits = self._normaliser = torch.zeros(0)
+        self._logits = self._free_logits = self._logsumexp = torch.zeros(0)
         self._sampling: SamplingBatch | None = None
 
     @classmethod
@@ -49,13 +49,13 @@ class ConstrainedStep:
         return cls(windows, state, layout)
 
     def apply(
-        self, sequence: Tensor, column: Tensor, logits: Tensor, normaliser: Tensor, sampling: SamplingBatch
+        self, sequence: Tensor, column: Tensor, logits: Tensor, logsumexp: Tensor, sampling: SamplingBatch
     ) -> None:
         """Change the logits [L, V] of constrained windows in place; ``sequence`` and ``column`` are each row's,
-        ``normaliser`` of the raw logits."""
+        ``logsumexp`` of the raw logits."""
         places = zip(sequence.tolist(), column.tolist(), strict=True)
         self._rows = {place: row for row, place in enumerate(places)}
-        self._sampling, self._normaliser, self._logits = sampling, normaliser, logits
+        self._sampling, self._logsumexp, self._logits = sampling, logsumexp, logits
         if any(not self._windows[s].request.decode.is_verified for s in self._constraints):
             self._free_logits = logits.clone()
         for s, constraint in self._constraints.items():
@@ -133,7 +133,7 @@ class ConstrainedStep:
             if not constraint.apply_mask(logits[0]):
                 return done
             token = int(choose_tokens(logits, self._sampling.row(row))[0])
-            results.choice[s, c], results.entropy[s, c] = token, entropy_and_normaliser(logits)[0][0]
+            results.choice[s, c], results.entropy[s, c] = token, entropy_and_logsumexp(logits)[0][0]
             if not constraint.advance(token):
                 return done
         return len(columns)
@@ -184,7 +184,7 @@ class ConstrainedStep:
         constraint.rewind(tried)
         assert self._sampling is not None
         token = int(choose_tokens(logits[None], self._sampling.row(row))[0])
-        return token, float(self._free_logits[row, token] - self._normaliser[row]), admitted
+        return token, float(self._free_logits[row, token] - self._logsumexp[row]), admitted
 
     def _first_refused(self, constraint: Constraint, tokens: list[int], filled: list[bool]) -> tuple[int | None, bool]:
         """Column of the first token of the leading filled run that may not stand there, if any, and whether the grammar

@@ -19,7 +19,7 @@ from wedlm.engine.plan import ScheduledRequest, StepPlan
 from wedlm.engine.request import Request
 from wedlm.model.inference.triton_transformer import FusedTransformer
 
-_MAX_ENDS = 8  # end tokens of a request; more need the host
+_MAX_STOP_TOKENS = 8  # end tokens of a request; more need the host
 _MOST_CHUNK_ROWS = 2048
 
 
@@ -44,7 +44,7 @@ class CapturedStep:
     ) -> None:
         self.cache, self.windows, self.mask_token_id = cache, windows, mask_token_id
         self.device, self.capture_chunks = windows.device, capture_chunks
-        self.tables = DeviceTables(windows, -(-max_model_len // cache.page_size), _MAX_ENDS)
+        self.tables = DeviceTables(windows, -(-max_model_len // cache.page_size), _MAX_STOP_TOKENS)
         self.step = DeviceStep(model, cache, windows, self.tables, mask_token_id)
         self.graphs = StepGraphs(self.step)
         self._state = windows.state  # whose tensors the captured steps hold
@@ -68,7 +68,7 @@ class CapturedStep:
         for one in plan.scheduled:
             if not one.is_window:  # windows come first
                 return sum(one.count for one in plan.scheduled) <= most
-            if one.request.needs_host or len(one.request.decode.end_token_ids) > _MAX_ENDS:
+            if one.request.needs_host or len(one.request.decode.stop_token_ids) > _MAX_STOP_TOKENS:
                 return False
         return bool(plan.scheduled)
 
@@ -91,7 +91,7 @@ class CapturedStep:
         new = [one.request for one in plan.scheduled if one.request.request_id not in self._num_pages_sent]
         if new:
             self.windows.load(new)
-            self._send_params([request for request in new if len(request.decode.end_token_ids) <= _MAX_ENDS])
+            self._send_params([request for request in new if len(request.decode.stop_token_ids) <= _MAX_STOP_TOKENS])
         if self.windows.state is not self._state:  # a wider window came
             self._state = self.windows.state
             self.graphs.clear()
@@ -142,7 +142,7 @@ class CapturedStep:
 
     def _send_params(self, requests: list[Request]) -> None:
         if requests:
-            params = BatchParams.stack([request.decode for request in requests], torch.device("cpu"), _MAX_ENDS)
+            params = BatchParams.stack([request.decode for request in requests], torch.device("cpu"), _MAX_STOP_TOKENS)
             slots = [self.windows.slots[request.request_id] for request in requests]
             scatter_rows(slots, self.tables.params.pairs(params))
 

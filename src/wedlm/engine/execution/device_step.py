@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wedlm.algorithm.params import DecodeParams
-from wedlm.algorithm.window import advance, extend, num_drafts
+from wedlm.algorithm.window import extend, num_drafts, update_windows
 from wedlm.attention.base import KVCache
 from wedlm.attention.paged import PagedAttend
 from wedlm.engine.execution.rows import RowChoices, choose_row_tokens, window_rows
@@ -21,8 +21,8 @@ from wedlm.engine.execution.windows import Windows
 from wedlm.kernels.attention import PagedRows
 from wedlm.kernels.logits import greedy_rows
 from wedlm.kernels.step_output import empty_results
-from wedlm.kernels.window_streaming import streaming_advance, streaming_rows
-from wedlm.kernels.window_verified import VerifiedRows, verified_advance, verified_rows
+from wedlm.kernels.window_streaming import streaming_rows, update_streaming
+from wedlm.kernels.window_verified import VerifiedRows, update_verified, verified_rows
 from wedlm.model.inference.triton_transformer import FusedTransformer
 
 
@@ -73,9 +73,9 @@ class DeviceTables:
     are those of ``params`` as ``limit`` last lowered them.
     """
 
-    def __init__(self, windows: Windows, num_pages: int, num_ends: int) -> None:
+    def __init__(self, windows: Windows, num_pages: int, num_stop_tokens: int) -> None:
         num_slots = len(windows.state.width)
-        params = BatchParams.stack([DecodeParams("autoregressive")] * num_slots, windows.device, num_ends)
+        params = BatchParams.stack([DecodeParams("autoregressive")] * num_slots, windows.device, num_stop_tokens)
         self.params = replace(params, flags=replace(params.flags, adaptive=True))
         self.page_table = torch.zeros(num_slots, num_pages, dtype=torch.long, device=windows.device)
         self.row_budget, self.max_drafts = params.window.row_budget.clone(), params.window.max_drafts.clone()
@@ -114,7 +114,7 @@ class DeviceStep:
         if not shape.flags.streaming:
             return self._verified(shape, index, chunks)
         # The kernels know no flags of masked rows.
-        if shape.flags.verified or self.model.has_factors:
+        if shape.flags.verified or self.model.has_masked_lora:
             return self._any(shape, index, chunks)
         return self._streaming(shape, index, chunks)
 
@@ -158,12 +158,12 @@ class DeviceStep:
             shape.max_rows, self.max_keys,
             rows.shared if shape.flags.groups else None, rows.own_start if shape.flags.groups else None,
         )  # fmt: skip
-        masked = rows.shared > 0 if self.model.has_factors and shape.flags.groups else None
+        masked = rows.shared > 0 if self.model.has_masked_lora and shape.flags.groups else None
         logits = self._forward(shape, rows.tokens, rows.positions, rows.slots, plan, None, chunks, masked)
         last = shape.num_logits
         chosen = self._choose(logits, index, rows.sequence[:last], rows.target[:last], shape.flags)
         choice = chosen.choice if self.force_choice is None else self.force_choice(rows, chosen.choice)
-        return verified_advance(state, self._window, index, rows, choice, chosen.entropy, chosen.logprobs)
+        return update_verified(state, self._window, index, rows, choice, chosen.entropy, chosen.logprobs)
 
     def _streaming(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> Tensor:
         state, tables, page_size = self.windows.state, self.tables, self.cache.page_size
@@ -175,9 +175,9 @@ class DeviceStep:
             rows.row_start, rows.num_rows, rows.cached, index, tables.page_table, page_size,
             shape.max_rows, self.max_keys,
         )  # fmt: skip
-        logits = self._forward(shape, rows.tokens, rows.positions, rows.slots, plan, rows.wanted, chunks)
+        logits = self._forward(shape, rows.tokens, rows.positions, rows.slots, plan, rows.logits_indices, chunks)
         chosen = self._choose(logits, index, rows.sequence, rows.target, shape.flags)
-        return streaming_advance(
+        return update_streaming(
             state, tables.params.window, index, rows, chosen.choice, chosen.entropy, chosen.logprobs
         )
 
@@ -200,13 +200,13 @@ class DeviceStep:
             rows.visibility.own_start if shape.flags.groups else None,
         )  # fmt: skip
         pick = torch.argsort(~rows.needs_logits, stable=True)[: shape.num_logits]
-        masked = ~rows.filled & real if self.model.has_factors else None
+        masked = ~rows.filled & real if self.model.has_masked_lora else None
         logits = self._forward(shape, rows.tokens, rows.positions, key_slots, plan, pick, chunks, masked)
         own, column = sequence[pick], rows.column[pick]
         chosen = self._choose(logits, index, own, (rows.positions + rows.filled)[pick], shape.flags)
         results = chosen.by_column(own, column, state.tokens.shape, rows.needs_logits[pick])
         limited = replace(params.window, row_budget=tables.row_budget[index], max_drafts=tables.max_drafts[index])
-        state, emitted = advance(state, run, results, limited)
+        state, emitted = update_windows(state, run, results, limited)
         self.windows.state.put(index, state)
         counts = torch.stack((emitted.count, num_rows, state.cached, drafts), dim=1)
         return torch.cat((counts, emitted.tokens, emitted.logprobs.contiguous().view(torch.long)), dim=1)
@@ -215,7 +215,7 @@ class DeviceStep:
         """One token for each row of logits [L, V], which belongs to slot index[sequence]."""
         params = self.tables.params
         if not flags.sampled:
-            ends = (target, index[sequence], params.first_free_end, params.end_tokens) if flags.end_banned else None
+            ends = (target, index[sequence], params.min_eos_position, params.stop_tokens) if flags.eos_banned else None
             return RowChoices(*greedy_rows(logits, self.mask_token_id, ends))
         slot = index[sequence]
-        return choose_row_tokens(logits.float(), params, slot, target, flags, self.mask_token_id, report=True)
+        return choose_row_tokens(logits.float(), params, slot, target, flags, self.mask_token_id, report="choice")

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wedlm.algorithm.params import DecodeParams
-from wedlm.algorithm.window import Emitted, RowResults, WindowParams, WindowState, advance, extend, num_drafts
+from wedlm.algorithm.window import Emitted, RowResults, WindowParams, WindowState, extend, num_drafts, update_windows
 from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.engine.adaptive.step_costs import StepCosts
 from wedlm.engine.constraints.step import ConstrainedStep
 from wedlm.engine.execution.base import PlanAttention, RowsModel
 from wedlm.engine.execution.pending import FinishedStep
-from wedlm.engine.execution.rows import choose_row_tokens, window_rows
+from wedlm.engine.execution.rows import Report, choose_row_tokens, window_rows
 from wedlm.engine.execution.sampling_tensors import BatchParams
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.plan import ScheduledRequest, StepPlan, StepResults, WindowResult
@@ -114,9 +114,9 @@ class EagerStep(Generic[A]):
         sequence, column = rows.packed.sequence[logits_indices], rows.column[logits_indices]
         target = (rows.positions + rows.filled)[logits_indices]
         constrained = ConstrainedStep.of(windows, state, rows.layout)
-        report = any(one.request.params.logprobs is not None for one in windows)
+        report: Report = "all" if any(one.request.params.logprobs is not None for one in windows) else "none"
         chosen = choose_row_tokens(
-            logits.float(), params, sequence, target, flags, self.mask_token_id, report=report, report_all=report,
+            logits.float(), params, sequence, target, flags, self.mask_token_id, report=report,
             constrain=None if constrained is None else partial(constrained.apply, sequence, column),
         )  # fmt: skip
         if chosen.raw_logprobs is not None:
@@ -126,7 +126,7 @@ class EagerStep(Generic[A]):
             results = replace(results, choice=self.force_choice(state, results, params.window))
         if constrained is not None:
             constrained.draft(results)
-        state, emitted = advance(state, run, results, params.limited(row_budget))
+        state, emitted = update_windows(state, run, results, params.limited(row_budget))
         if constrained is not None:
             constrained.correct(run, state, emitted)
         self.windows.state.put(index, state)

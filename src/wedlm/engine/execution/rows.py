@@ -3,17 +3,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from wedlm.algorithm.reorder import PackedRows, pack_rows, topological_order
-from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_normaliser
+from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_logsumexp
 from wedlm.algorithm.verify import RowLayout, row_layout
 from wedlm.algorithm.window import RowResults, WindowParams, WindowState
 from wedlm.attention.base import RowVisibility
 from wedlm.engine.execution.sampling_tensors import BatchFlags, BatchParams
 
+Report = Literal["none", "choice", "all"]  # log-probabilities: none, the chosen token's, or all tokens', too
 Constrain = Callable[[Tensor, Tensor, SamplingBatch], None]  # (logits [L, V], in place; their logsumexp; sampling)
 
 
@@ -90,27 +92,25 @@ def choose_row_tokens(
     flags: BatchFlags,
     mask_token_id: int,
     *,
-    report: bool,
-    report_all: bool = False,
+    report: Report,
     constrain: Constrain | None = None,
 ) -> RowChoices:
     """One token per row of logits [L, V] (float32), which may be changed in place.
 
-    ``index`` [L]: each row's place in ``params``; ``target`` [L]: the position that its token is for. ``report``:
-    log-probabilities are wanted, which mean nothing otherwise; entropies mean something with that or with
-    ``flags.entropy``. ``report_all``: those of all tokens, too.
+    ``index`` [L]: each row's place in ``params``; ``target`` [L]: the position that its token is for. ``report``: the
+    log-probabilities that are wanted; others mean nothing, and entropies only with some or with ``flags.entropy``.
     """
     entropy = logsumexp = logits.new_zeros(len(logits))
-    if flags.entropy or report:
-        entropy, logsumexp = entropy_and_normaliser(logits)
+    if flags.entropy or report != "none":
+        entropy, logsumexp = entropy_and_logsumexp(logits)
     raw = logits
-    if report:
+    if report != "none":
         logits = logits.clone()
-    end_tokens = params.end_tokens[index][:, : None if flags.end_banned else 0]  # nothing to scatter otherwise
-    logits = ban_tokens(logits, mask_token_id, end_tokens, target < params.first_free_end[index])
+    stop_tokens = params.stop_tokens[index][:, : None if flags.eos_banned else 0]  # nothing to scatter otherwise
+    logits = ban_tokens(logits, mask_token_id, stop_tokens, target < params.min_eos_position[index])
     sampling = params.sampling(index, target, flags)
     if constrain is not None:
         constrain(logits, logsumexp, sampling)
     choice = choose_tokens(logits, sampling)
     logprobs = raw.gather(1, choice[:, None])[:, 0] - logsumexp
-    return RowChoices(choice, entropy, logprobs, raw - logsumexp[:, None] if report_all else None)
+    return RowChoices(choice, entropy, logprobs, raw - logsumexp[:, None] if report == "all" else None)

@@ -23,24 +23,26 @@ class BatchParams:
     top_k: Tensor
     top_p: Tensor
     seed: Tensor
-    end_tokens: Tensor  # padded with -1
-    first_free_end: Tensor
+    stop_tokens: Tensor  # padded with -1
+    min_eos_position: Tensor
     is_adaptive: Tensor  # a step may lower its rows
     flags: "BatchFlags"
 
     @classmethod
-    def stack(cls, params: list[DecodeParams], device: torch.device, num_ends: int | None = None) -> "BatchParams":
-        """``num_ends``: columns of ``end_tokens``; by default as many as some window has."""
-        num_ends = max(len(p.end_token_ids) for p in params) if num_ends is None else num_ends
-        ends = [[*p.end_token_ids, *[-1] * (num_ends - len(p.end_token_ids))] for p in params]
+    def stack(
+        cls, params: list[DecodeParams], device: torch.device, num_stop_tokens: int | None = None
+    ) -> "BatchParams":
+        """``num_stop_tokens``: columns of ``stop_tokens``; by default as many as some window has."""
+        num_stop_tokens = max(len(p.stop_token_ids) for p in params) if num_stop_tokens is None else num_stop_tokens
+        ends = [[*p.stop_token_ids, *[-1] * (num_stop_tokens - len(p.stop_token_ids))] for p in params]
         return cls(
             window=WindowParams.stack(params, device),
             temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
             top_k=torch.tensor([p.top_k for p in params], dtype=torch.long, device=device),
             top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
             seed=torch.tensor([p.seed for p in params], dtype=torch.long, device=device),
-            end_tokens=torch.tensor(ends, dtype=torch.long, device=device).reshape(len(params), num_ends),
-            first_free_end=torch.tensor([p.first_free_end for p in params], dtype=torch.long, device=device),
+            stop_tokens=torch.tensor(ends, dtype=torch.long, device=device).reshape(len(params), num_stop_tokens),
+            min_eos_position=torch.tensor([p.min_eos_position for p in params], dtype=torch.long, device=device),
             is_adaptive=torch.tensor([p.is_adaptive for p in params], device=device),
             flags=BatchFlags.of(params),
         )
@@ -89,7 +91,7 @@ class BatchFlags:
     streaming: bool
     sampled: bool
     truncated: bool
-    end_banned: bool
+    eos_banned: bool
     groups: bool
     entropy: bool
     adaptive: bool
@@ -102,7 +104,7 @@ class BatchFlags:
             streaming=any(not p.is_verified for p in params),
             sampled=bool(sampled),
             truncated=any(p.top_k > 0 or p.top_p < 1 for p in sampled),
-            end_banned=any(p.first_free_end > 0 for p in params),
+            eos_banned=any(p.min_eos_position > 0 for p in params),
             groups=any(p.is_verified and p.max_drafts > 0 for p in params),
             entropy=any(p.row_budget > 1 or not p.is_verified for p in params),
             adaptive=any(p.is_adaptive for p in params),

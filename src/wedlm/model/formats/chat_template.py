@@ -1,32 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat templates: Jinja programs that come with a checkpoint, run in a sandbox with what such templates rely on."""
+"""Chat templates: Jinja programs that come with a checkpoint, run in a sandbox with what such templates rely on.
+
+A template is a stranger's program. The sandbox keeps it from everything but its variables, and ``template_limits.py``
+bounds the time and memory that it takes.
+"""
 
 import datetime
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from wedlm.model.formats.template_limits import MAX_SOURCE_CHARACTERS, Budget, ExceededError, LimitedEnvironment
 
 
-def render_chat_template(source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+def render_chat_template(
+    source: str,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    now: datetime.datetime | None = None,
+) -> str:
     """The prompt for ``messages`` (each with ``role`` and ``content``); ``variables`` are visible to the template.
+    ``now`` is what the template's ``strftime_now`` tells; None means the time of the call.
 
-    Raises ValueError for a template that does not parse, that fails, or that refuses the messages.
+    Raises ValueError for a template that does not parse, that fails, that takes too long, or that refuses the messages.
     """
+    inputs = {"messages": messages, **variables}
     try:
-        return _compile(source).render(messages=messages, **variables)
+        if len(source) > MAX_SOURCE_CHARACTERS:
+            raise ExceededError(f"has {len(source)} characters; expected at most {MAX_SOURCE_CHARACTERS}")
+        with Budget.of(inputs) as budget:
+            budget.now = now or datetime.datetime.now()
+            return _compile(source).template.render(inputs)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template is not valid Jinja (line {error.lineno}): {error.message}") from error
     except _RefusedError as error:
         raise ValueError(f"the chat template refused the messages: {error.message}") from error
+    except ExceededError as error:
+        raise ValueError(f"the chat template {error}") from error
     except Exception as error:  # A template is a foreign program: it can fail with anything.
-        raise ValueError(f"the chat template failed on these messages: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"the chat template failed on these messages: {reason}") from error
+
+
+def template_constants(source: str) -> frozenset[str]:
+    """The strings that the expressions of a template that was rendered before are written with."""
+    return _compile(source).constants
 
 
 class _RefusedError(jinja2.TemplateError):
@@ -43,15 +68,20 @@ class _GenerationTag(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    template: jinja2.Template
+    constants: frozenset[str]
+
+
 @functools.lru_cache(maxsize=16)
-def _compile(source: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
+def _compile(source: str) -> _Compiled:
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+    environment.add_filter("tojson", _to_json)
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
+    constants = (node.value for node in environment.parse(source).find_all(nodes.Const))
+    return _Compiled(environment.from_string(source), frozenset(text for text in constants if isinstance(text, str)))
 
 
 def _to_json(
@@ -70,4 +100,6 @@ def _refuse(message: str) -> str:
 
 
 def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+    if len(form) > 200:
+        raise ExceededError(f"asks for the time in a form of {len(form)} characters; expected at most 200")
+    return Budget.current().now.strftime(form)

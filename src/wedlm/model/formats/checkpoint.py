@@ -7,8 +7,9 @@ model in the wanted dtype plus the largest tensor.
 
 import dataclasses
 import json
-import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from wedlm.model.config import SUPPORTED_DTYPES, ModelConfig, read_token_ids
-from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_CHANGES, DEMO_MASK_TOKEN_ID
-from wedlm.model.errors import CheckpointError
+from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_DELTAS, DEMO_MASK_TOKEN_ID
+from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.gguf_file import GGUFFile
-from wedlm.model.formats.gguf_model import read_gguf_config, read_gguf_tensors
+from wedlm.model.formats.gguf_model import gguf_shapes, read_gguf_config, read_gguf_tensors
+from wedlm.model.formats.json_file import read_json_object
 from wedlm.model.formats.resolve import DEMO_BASE_NAME, DEMO_NAME, locate
-from wedlm.model.formats.save import save_shared
+from wedlm.model.formats.save import save_shared, write_whole
 from wedlm.model.inference.layers import is_packed
-from wedlm.model.lora.masked_rows import has_factors
-from wedlm.model.lora.weight_delta import changed
+from wedlm.model.lora.masked_rows import has_masked_lora
+from wedlm.model.lora.weight_delta import apply_delta
 from wedlm.model.transformer import Transformer
 
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -51,12 +54,16 @@ def load_model(
     dtype = getattr(torch, config.dtype) if dtype is None else dtype
     if str(dtype).removeprefix("torch.") not in SUPPORTED_DTYPES:
         raise CheckpointError(f"dtype is {dtype}; expected one of {', '.join(SUPPORTED_DTYPES)}")
+    files = _weight_files(path) if file is None else []
+    if file is not None:
+        file.check_places()
+    _check_sizes(config, _shapes(files) if file is None else gguf_shapes(file), path)
     with torch.device("meta"):
         model = Transformer(config)
-    tensors = _read_directory(path) if file is None else read_gguf_tensors(file, config)
+    tensors = _read_files(files, config) if file is None else read_gguf_tensors(file, config)
     if path_or_id == DEMO_NAME:
-        for change in DEMO_CHANGES:
-            tensors = changed(tensors, change)
+        for delta in DEMO_DELTAS:
+            tensors = apply_delta(tensors, delta)
     _fill(model, tensors, dtype, torch.device(device), path)
     return model.eval(), config
 
@@ -64,17 +71,13 @@ def load_model(
 def read_config(directory: Path) -> ModelConfig:
     """``config.json`` of a checkpoint directory, with the end tokens of ``generation_config.json`` if it has any."""
     values = _read_json(directory / "config.json", directory)
-    try:
+    with reading(directory):
         config = ModelConfig.from_hf(values)
         generation_file = directory / "generation_config.json"
         if generation_file.is_file():
             generation = _read_json(generation_file, directory)
             eos = read_token_ids("generation_config.json eos_token_id", generation.get("eos_token_id"))
             config = dataclasses.replace(config, eos_token_ids=eos or config.eos_token_ids)
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory}: {error}") from error
     return config
 
 
@@ -84,7 +87,7 @@ def save_model(model: Transformer, config: ModelConfig, directory: str | Path) -
     Raises ValueError for a packed model, whose tensors no longer have a checkpoint's names, and for one with an adapter
     of masked rows, which no checkpoint holds.
     """
-    if has_factors(model):
+    if has_masked_lora(model):
         raise ValueError(
             "the model has an adapter of masked rows, which cannot be merged; expected the base model alone"
         )
@@ -105,21 +108,10 @@ def save_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, directory: 
         kept.pop("lm_head.weight", None)
     stored = str(kept["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     values = dataclasses.replace(config, dtype=stored).to_hf()
-    temporary = directory / f".{WEIGHTS_FILE}.{os.getpid()}"
-    try:
+    with write_whole(directory / WEIGHTS_FILE) as temporary:
         save_shared(kept, temporary, {"format": "pt"})
-        _publish(temporary, directory / WEIGHTS_FILE)
+    with write_whole(directory / "config.json") as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        _publish(temporary, directory / "config.json")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    """Rename in one step, after the content has reached the disk."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(target)
 
 
 def _fill(
@@ -133,8 +125,6 @@ def _fill(
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     loaded: set[str] = set()
     for name, tensor in tensors:
-        if _is_redundant(name, model.config):
-            continue
         if name not in expected:
             raise CheckpointError(
                 f"{origin} holds the tensor {name}, which a {model.config.model_type} model of this "
@@ -166,18 +156,61 @@ def _is_redundant(name: str, config: ModelConfig) -> bool:
     return name.endswith(".rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
-def _read_directory(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor in the directory's safetensors files, one at a time."""
-    for path in _weight_files(directory):
-        try:
+def _check_sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], origin: Path) -> None:
+    """Compare what the config says with the tensors that are there, before anything of the config's sizes is made.
+
+    ``shapes``: of all tensors, by Hugging Face's names. The rest is checked tensor by tensor as they are read.
+    """
+    layers = {int(match[1]) for match in map(_LAYER.match, shapes) if match is not None}
+    if len(layers) != config.num_layers:
+        raise CheckpointError(
+            f"{origin}: num_hidden_layers is {config.num_layers}; expected {len(layers)}, the layers whose tensors are "
+            "there"
+        )
+    size, heads = config.hidden_size, config.head_dim
+    expected = {
+        "model.embed_tokens.weight": (config.vocab_size, size),
+        "model.layers.0.self_attn.q_proj.weight": (config.num_heads * heads, size),
+        "model.layers.0.self_attn.k_proj.weight": (config.num_kv_heads * heads, size),
+        "model.layers.0.mlp.gate_proj.weight": (config.intermediate_size, size),
+    }
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise CheckpointError(f"{origin} lacks the tensor {name}")
+        if shapes[name] != shape:
+            raise CheckpointError(
+                f"{origin}: tensor {name} has shape {list(shapes[name])}; expected {list(shape)} by the config"
+            )
+
+
+def _shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        with _safetensors(path), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+    return shapes
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is a corrupt or truncated safetensors file: {error}") from error
+
+
+def _read_files(files: Iterable[Path], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor in safetensors files that is not redundant, one at a time."""
+    for path in files:
+        with _safetensors(path):
             with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
+                names = [name for name in file.keys() if not _is_redundant(name, config)]  # noqa: SIM118
             for name in names:
                 # Opened anew for each tensor: closing unmaps the pages read, which otherwise count as a second copy.
                 with safe_open(path, framework="pt") as file:
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is a corrupt or truncated safetensors file: {error}") from error
+                    tensor = file.get_tensor(name)
+                    yield name, tensor
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -205,10 +238,4 @@ def _weight_files(directory: Path) -> list[Path]:
 def _read_json(path: Path, directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{directory} has no {path.name}; expected a Hugging Face checkpoint directory")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return values
+    return read_json_object(path)

@@ -8,8 +8,9 @@ package still supplies the block formats and their dequantisation.
 import math
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,12 @@ from wedlm.model.errors import CheckpointError
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
+# The longest arrays of strings are the merges of large vocabularies, some 600,000.
+_MAX_STRINGS, _MAX_DIMENSIONS, _MAX_ALIGNMENT = 2**21, 4, 2**20
+# The least bytes that an entry takes: a key's length, type and value; a name's length, dimensions, type and place.
+_KEY_BYTES, _TENSOR_BYTES = 13, 24
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +38,7 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """``metadata`` (key -> number, string or list) and ``tensors`` (name -> place) of one file.
+    """``metadata`` (key -> number, string, list of strings or array of numbers) and ``tensors`` (name -> place).
 
     Raises CheckpointError if the file is not GGUF, or is truncated.
     """
@@ -49,24 +56,56 @@ class GGUFFile:
         except (struct.error, UnicodeDecodeError, _MalformedError) as error:
             raise CheckpointError(f"{path} is a truncated or corrupt GGUF file: {error}") from error
 
-    def required(self, key: str) -> Any:
-        """The metadata value of ``key``."""
-        if key not in self.metadata:
+    def required(self, key: str, kind: type[_T]) -> _T:
+        """The metadata value of ``key``, of that type. Raises CheckpointError."""
+        value = self.optional(key, kind)
+        if value is None:
             raise CheckpointError(f"{self.path} lacks the metadata key {key}")
-        return self.metadata[key]
+        return value
+
+    def optional(self, key: str, kind: type[_T]) -> _T | None:
+        """``required``, or None where the key is absent."""
+        value = self.metadata.get(key)
+        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+            raise CheckpointError(f"{self.path}: {key} is a {type(value).__name__}; expected {kind.__name__}")
+        return value
+
+    def check_places(self) -> None:
+        """Raises CheckpointError unless every tensor lies in the file, apart from the others."""
+        places = sorted((place.start, self._num_bytes(name), name) for name, place in self.tensors.items())
+        for (start, size, name), (next_start, _, following) in pairwise(places):
+            if start + size > next_start:
+                raise CheckpointError(f"{self.path}: the tensors {name} and {following} lie over each other")
+        if places and places[-1][0] + places[-1][1] > len(self._bytes):
+            raise CheckpointError(f"{self.path} is truncated: tensor {places[-1][2]} ends past the end of the file")
+
+    def _num_bytes(self, name: str) -> int:
+        block_elements, block_bytes = self._block(name)
+        num_elements = math.prod(self.tensors[name].shape)
+        if num_elements % block_elements:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} has {num_elements} elements; expected a multiple of {block_elements}"
+            )
+        return num_elements // block_elements * block_bytes
+
+    def _block(self, name: str) -> tuple[int, int]:
+        """Elements and bytes of a block of the tensor's type."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        kind = self.tensors[name].ggml_type
+        try:
+            return GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.path}: tensor {name} has an unknown type {kind}") from error
 
     def tensor(self, name: str) -> Tensor:
         """Tensor ``name``, dequantised to float32 on the CPU; it may share memory with the mapped file."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
         place = self.tensors[name]
-        try:
-            quantisation = GGMLQuantizationType(place.ggml_type)
-            block_elements, block_bytes = GGML_QUANT_SIZES[quantisation]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.path}: tensor {name} has an unknown type {place.ggml_type}") from error
-        num_bytes = math.prod(place.shape) // block_elements * block_bytes
+        num_bytes, (_, block_bytes) = self._num_bytes(name), self._block(name)
+        quantisation = GGMLQuantizationType(place.ggml_type)
         if place.start + num_bytes > len(self._bytes):
             raise CheckpointError(f"{self.path} is truncated: tensor {name} ends past the end of the file")
         data = self._bytes[place.start : place.start + num_bytes]
@@ -95,19 +134,35 @@ class _Header:
         if version not in (2, 3):
             raise _MalformedError(f"version is {version}; expected 2 or 3")
         num_tensors, num_keys = self._scalar("<Q"), self._scalar("<Q")
+        self._expect(num_keys * _KEY_BYTES + num_tensors * _TENSOR_BYTES, "its list of keys and tensors")
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = self._string()
+            if key in metadata:
+                raise _MalformedError(f"the metadata key {key} comes twice")
             metadata[key] = self._value(self._scalar("<I"))
-        places = []
+        places: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(num_tensors):
             name = self._string()
-            dimensions = [self._scalar("<Q") for _ in range(self._scalar("<I"))]
+            if name in places:
+                raise _MalformedError(f"tensor {name} comes twice")
+            num_dimensions = self._scalar("<I")
+            if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
+                raise _MalformedError(f"tensor {name} has {num_dimensions} dimensions; expected 1 to {_MAX_DIMENSIONS}")
+            dimensions = [self._scalar("<Q") for _ in range(num_dimensions)]
+            if not all(dimensions):
+                raise _MalformedError(f"tensor {name} has the dimensions {dimensions}; expected each at least 1")
             # GGUF lists the fastest-varying dimension first.
-            places.append((name, tuple(reversed(dimensions)), self._scalar("<I"), self._scalar("<Q")))
+            places[name] = tuple(reversed(dimensions)), self._scalar("<I"), self._scalar("<Q")
         alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 1 <= alignment <= _MAX_ALIGNMENT:
+            raise _MalformedError(f"general.alignment is {alignment!r}; expected 1 to {_MAX_ALIGNMENT}")
         data_start = -(-self._at // alignment) * alignment
-        return metadata, {name: GGUFTensor(shape, kind, data_start + start) for name, shape, kind, start in places}
+        return metadata, {name: GGUFTensor(shape, kind, data_start + at) for name, (shape, kind, at) in places.items()}
+
+    def _expect(self, num_bytes: int, what: str) -> None:
+        if self._at + num_bytes > len(self._data):
+            raise _MalformedError(f"{what} ends past the end of the file")
 
     def _scalar(self, form: str) -> Any:
         (value,) = struct.unpack_from(form, self._data, self._at)
@@ -116,8 +171,7 @@ class _Header:
 
     def _string(self) -> str:
         length = self._scalar("<Q")
-        if self._at + length > len(self._data):
-            raise _MalformedError("a string ends past the end of the file")
+        self._expect(length, "a string")
         self._at += length
         return str(self._data[self._at - length : self._at], "utf-8")
 
@@ -125,10 +179,21 @@ class _Header:
         if kind == _STRING:
             return self._string()
         if kind == _ARRAY:
-            element, length = self._scalar("<I"), self._scalar("<Q")
-            if length > len(self._data):
-                raise _MalformedError("an array ends past the end of the file")
-            return [self._value(element) for _ in range(length)]
+            return self._array(self._scalar("<I"), self._scalar("<Q"))
         if kind not in _SCALARS:
             raise _MalformedError(f"value type {kind} is unknown")
         return self._scalar(_SCALARS[kind])
+
+    def _array(self, element: int, length: int) -> Any:
+        """A list of strings, or numbers as they lie in the file."""
+        if element == _STRING:
+            if length > _MAX_STRINGS:
+                raise _MalformedError(f"an array has {length} strings; expected at most {_MAX_STRINGS}")
+            self._expect(length * 8, "an array")
+            return [self._string() for _ in range(length)]
+        if element not in _SCALARS:
+            raise _MalformedError(f"an array has elements of type {element}; expected numbers or strings")
+        size = struct.calcsize(_SCALARS[element])
+        self._expect(length * size, "an array")
+        start, self._at = self._at, self._at + length * size
+        return np.frombuffer(self._data[start : self._at], dtype=np.dtype(_SCALARS[element]))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from wedlm.model.config import ModelConfig
-from wedlm.model.errors import CheckpointError
+from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.gguf_file import GGUFFile
 
 SUPPORTED_ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -29,13 +29,13 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_LAYER_TENSOR = re.compile(r"blk\.(\d{1,9})\.(\w+)\.(weight|bias)")
 _UNSUPPORTED_ROPE_KEYS = ("alpha", "attn_factor", "yarn_log_multiplier", "yarn_ext_factor", "yarn_attn_factor")
 
 
 def read_gguf_config(file: GGUFFile) -> ModelConfig:
     """The config that the metadata describe. Raises CheckpointError for what is missing or not supported."""
-    arch = file.required("general.architecture")
+    arch = file.required("general.architecture", str)
     if arch not in SUPPORTED_ARCHITECTURES:
         expected = ", ".join(SUPPORTED_ARCHITECTURES)
         raise CheckpointError(f"{file.path}: general.architecture is {arch!r}; expected one of {expected}")
@@ -46,51 +46,64 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
         )
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path} lacks the tensor token_embd.weight")
-    vocab_size, hidden_size = file.tensors["token_embd.weight"].shape
-    num_heads = file.required(f"{arch}.attention.head_count")
-    head_dim = file.metadata.get(f"{arch}.attention.key_length", hidden_size // num_heads)
-    rotated = file.metadata.get(f"{arch}.rope.dimension_count", head_dim)
+    shape = file.tensors["token_embd.weight"].shape
+    if len(shape) != 2:
+        raise CheckpointError(f"{file.path}: token_embd.weight has shape {list(shape)}; expected two dimensions")
+    vocab_size, hidden_size = shape
+    num_heads = file.required(f"{arch}.attention.head_count", int)
+    if num_heads < 1:
+        raise CheckpointError(f"{file.path}: {arch}.attention.head_count is {num_heads}; expected at least 1")
+    head_dim = file.optional(f"{arch}.attention.key_length", int) or hidden_size // num_heads
+    rotated = file.optional(f"{arch}.rope.dimension_count", int) or head_dim
     if rotated != head_dim:
         raise CheckpointError(f"{file.path}: {arch}.rope.dimension_count is {rotated}; expected head_dim ({head_dim})")
-    if file.metadata.get(f"{arch}.attention.sliding_window"):
+    if file.optional(f"{arch}.attention.sliding_window", int):
         raise CheckpointError(f"{file.path} uses a sliding window; expected full attention in every layer")
     values = {
         "model_type": arch,
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "intermediate_size": file.required(f"{arch}.feed_forward_length"),
-        "num_hidden_layers": file.required(f"{arch}.block_count"),
+        "intermediate_size": file.required(f"{arch}.feed_forward_length", int),
+        "num_hidden_layers": file.required(f"{arch}.block_count", int),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": file.metadata.get(f"{arch}.attention.head_count_kv", num_heads),
+        "num_key_value_heads": file.optional(f"{arch}.attention.head_count_kv", int) or num_heads,
         "head_dim": head_dim,
-        "rms_norm_eps": _shortest_float(file.required(f"{arch}.attention.layer_norm_rms_epsilon")),
-        "rope_theta": file.metadata.get(f"{arch}.rope.freq_base", 10000.0),
+        "rms_norm_eps": _shortest_float(file.required(f"{arch}.attention.layer_norm_rms_epsilon", float)),
+        "rope_theta": file.optional(f"{arch}.rope.freq_base", float) or 10000.0,
         "rope_scaling": _rope_scaling(file, arch),
-        "max_position_embeddings": file.required(f"{arch}.context_length"),
+        "max_position_embeddings": file.required(f"{arch}.context_length", int),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": file.optional("tokenizer.ggml.bos_token_id", int),
         "eos_token_id": _end_token_ids(file),
         "dtype": "bfloat16",
     }
-    try:
+    with reading(file.path):
         return ModelConfig.from_hf(values)
-    except ValueError as error:
-        raise CheckpointError(f"{file.path}: {error}") from error
 
 
 def read_gguf_tensors(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """(name, float32 tensor) of every tensor, one at a time; a tensor without a Hugging Face name keeps its own."""
     for name in file.tensors:
-        tensor = file.tensor(name)
-        match = _LAYER_TENSOR.fullmatch(name)
-        if match is None or match[2] not in _LAYER_NAMES:
-            yield _TOP_NAMES.get(name, name), tensor
-            continue
-        layer, kind, part = match.groups()
-        if config.model_type == "llama" and kind in ("attn_q", "attn_k"):
-            tensor = unpermute_rows(tensor, config.num_heads if kind == "attn_q" else config.num_kv_heads)
-        yield f"model.layers.{layer}.{_LAYER_NAMES[kind]}.{part}", tensor
+        with reading(file.path):
+            tensor = file.tensor(name)
+            kind = name.split(".")[2] if name.startswith("blk.") and name.count(".") == 3 else ""
+            if config.model_type == "llama" and kind in ("attn_q", "attn_k"):
+                tensor = unpermute_rows(tensor, config.num_heads if kind == "attn_q" else config.num_kv_heads)
+        yield _hf_name(name), tensor
+
+
+def gguf_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors by Hugging Face's names, where a tensor has one."""
+    return {_hf_name(name): place.shape for name, place in file.tensors.items()}
+
+
+def _hf_name(name: str) -> str:
+    match = _LAYER_TENSOR.fullmatch(name)
+    if match is None or match[2] not in _LAYER_NAMES:
+        return _TOP_NAMES.get(name, name)
+    layer, kind, part = match.groups()
+    return f"model.layers.{layer}.{_LAYER_NAMES[kind]}.{part}"
 
 
 def unpermute_rows(tensor: Tensor, num_heads: int) -> Tensor:
@@ -103,7 +116,7 @@ def unpermute_rows(tensor: Tensor, num_heads: int) -> Tensor:
 
 def _rope_scaling(file: GGUFFile, arch: str) -> dict[str, object] | None:
     prefix = f"{arch}.rope.scaling."
-    kind = file.metadata.get(f"{prefix}type", "none")
+    kind = file.optional(f"{prefix}type", str) or "none"
     if kind == "none":
         return None
     for key in _UNSUPPORTED_ROPE_KEYS:
@@ -111,16 +124,16 @@ def _rope_scaling(file: GGUFFile, arch: str) -> dict[str, object] | None:
             raise CheckpointError(f"{file.path}: {prefix}{key} is not supported; expected it to be absent")
     return {
         "rope_type": kind,
-        "factor": file.required(f"{prefix}factor"),
-        "original_max_position_embeddings": file.metadata.get(f"{prefix}original_context_length"),
-        "beta_fast": file.metadata.get(f"{prefix}yarn_beta_fast"),
-        "beta_slow": file.metadata.get(f"{prefix}yarn_beta_slow"),
+        "factor": file.required(f"{prefix}factor", float),
+        "original_max_position_embeddings": file.optional(f"{prefix}original_context_length", int),
+        "beta_fast": file.optional(f"{prefix}yarn_beta_fast", float),
+        "beta_slow": file.optional(f"{prefix}yarn_beta_slow", float),
     }
 
 
 def _end_token_ids(file: GGUFFile) -> list[int]:
     """End of text and end of turn, which some files tell apart."""
-    ids = [file.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    ids = [file.optional(f"tokenizer.ggml.{kind}_token_id", int) for kind in ("eos", "eot")]
     return list(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
 

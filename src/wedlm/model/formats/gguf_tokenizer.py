@@ -5,10 +5,11 @@ The file names the pre-tokenizer instead of carrying it, so each supported name 
 those of the models' own ``tokenizer.json``.
 """
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from wedlm.model.errors import CheckpointError
+from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.gguf_file import GGUFFile
 
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
@@ -23,18 +24,31 @@ SUPPORTED_PRE_TOKENIZERS = ("smollm", "smollm2", *_PATTERNS)
 
 def read_gguf_tokenizer(file: GGUFFile) -> tuple[Tokenizer, dict[str, str]]:
     """(tokenizer, special token names to text). Raises CheckpointError for a kind that is not supported."""
-    model = file.required("tokenizer.ggml.model")
+    with reading(file.path):
+        return _read_tokenizer(file)
+
+
+def _read_tokenizer(file: GGUFFile) -> tuple[Tokenizer, dict[str, str]]:
+    model = file.required("tokenizer.ggml.model", str)
     if model != "gpt2":
         raise CheckpointError(f"{file.path}: tokenizer.ggml.model is {model!r}; expected 'gpt2' (byte-level BPE)")
-    kind = file.required("tokenizer.ggml.pre")
+    kind = file.required("tokenizer.ggml.pre", str)
     if kind not in SUPPORTED_PRE_TOKENIZERS:
         expected = ", ".join(SUPPORTED_PRE_TOKENIZERS)
         raise CheckpointError(f"{file.path}: tokenizer.ggml.pre is {kind!r}; expected one of {expected}")
-    tokens: list[str] = file.required("tokenizer.ggml.tokens")
-    types: list[int] = file.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    tokens = file.required("tokenizer.ggml.tokens", list)
+    given = file.optional("tokenizer.ggml.token_type", np.ndarray)
+    types = [1] * len(tokens) if given is None else given[: len(tokens) + 1].tolist()
+    if len(types) != len(tokens):
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.token_type is not as long as tokenizer.ggml.tokens")
     # Unused entries pad the vocabulary to the embedding's size; the model's own tokenizer does not have them.
     vocab = {token: i for i, token in enumerate(tokens) if types[i] != _UNUSED}
-    merges = [tuple(merge.split(" ", 1)) for merge in file.required("tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ", 1)) for merge in file.required("tokenizer.ggml.merges", list)]
+    odd = next((merge for merge in merges if len(merge) != 2 or merge[0] + merge[1] not in vocab), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.merges has {' '.join(odd)!r}; expected two parts of a token"
+        )
     # Llama 3 takes a word that is a token whole, even if no sequence of merges leads to it.
     tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=kind == "llama-bpe"))
     if kind == "qwen2":
@@ -70,7 +84,7 @@ def _pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:
 
 def _post_processor(file: GGUFFile, tokens: list[str], kind: str) -> processors.PostProcessor:
     """BOS in front where the file asks for it, which for Llama 3 is the default."""
-    bos = file.metadata.get("tokenizer.ggml.bos_token_id")
+    bos = _token_id(file, "bos", tokens)
     if bos is None or not file.metadata.get("tokenizer.ggml.add_bos_token", kind == "llama-bpe"):
         return processors.ByteLevel(trim_offsets=False)
     text = tokens[bos]
@@ -81,5 +95,13 @@ def _post_processor(file: GGUFFile, tokens: list[str], kind: str) -> processors.
 
 def _special_tokens(file: GGUFFile, tokens: list[str]) -> dict[str, str]:
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: file.metadata.get(f"tokenizer.ggml.{kind}_token_id") for name, kind in names.items()}
+    ids = {name: _token_id(file, kind, tokens) for name, kind in names.items()}
     return {name: tokens[token_id] for name, token_id in ids.items() if token_id is not None}
+
+
+def _token_id(file: GGUFFile, kind: str, tokens: list[str]) -> int | None:
+    key = f"tokenizer.ggml.{kind}_token_id"
+    token_id = file.optional(key, int)
+    if token_id is not None and not 0 <= token_id < len(tokens):
+        raise CheckpointError(f"{file.path}: {key} is {token_id}; expected an id from 0 to {len(tokens) - 1}")
+    return token_id

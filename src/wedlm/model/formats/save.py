@@ -1,15 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Save safetensors with the folder's read permissions: safetensors 0.8 and newer write for the owner alone."""
+"""Writing files: whole or not at all, and safetensors with the folder's read permissions."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 
+@contextmanager
+def write_whole(path: Path) -> Iterator[Path]:
+    """Yields a temporary path next to ``path``; what is written there becomes ``path`` in one step at the end.
+
+    ``path`` appears complete, its content on the disk, or stays as it was; an error leaves no temporary file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_shared(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file that whoever may read its folder can read: safetensors 0.8 makes it its owner's alone,
-    and a model trained by one account is served by another."""
+    """Write safetensors with the folder's read permissions.
+
+    safetensors >= 0.8 writes mode 0600, but a model trained by one account is served by another.
+    """
     save_file(dict(tensors), path, metadata=dict(metadata))
     path.chmod(path.parent.stat().st_mode & 0o666)

@@ -2,18 +2,24 @@
 """Text to token ids and back, and messages to a prompt."""
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from wedlm.model.formats.chat_template import render_chat_template
+from wedlm.model.errors import CheckpointError, reading
+from wedlm.model.formats.chat_template import render_chat_template, template_constants
+from wedlm.model.formats.control_tokens import ChatPrompt, ControlTokens
 from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_tokenizer import read_gguf_chat_template, read_gguf_tokenizer
+from wedlm.model.formats.json_file import read_json_object
 from wedlm.model.formats.resolve import locate
+from wedlm.model.formats.save import write_whole
+from wedlm.model.formats.tokenizer_json import read_tokenizer_json, running
 
+_Render = Callable[[Mapping[str, Any]], str]
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -44,27 +50,28 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._control = ControlTokens(backend, self.special_tokens.values())
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "Tokenizer":
         """From ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` (the last two optional).
 
-        Raises ValueError naming the file that is missing or malformed.
+        Raises CheckpointError naming the file that is missing or malformed.
         """
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(f"{directory} has no tokenizer.json; expected a tokenizer in that format")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # The Rust library raises plain Exception.
-            raise ValueError(f"{path} is not a readable tokenizer: {error}") from error
+            raise CheckpointError(f"{directory} has no tokenizer.json; expected a tokenizer in that format")
+        backend = read_tokenizer_json(path)
         config_path = directory / "tokenizer_config.json"
-        config = _read_json_object(config_path) if config_path.is_file() else {}
+        config = read_json_object(config_path) if config_path.is_file() else {}
         template_path = directory / "chat_template.jinja"
-        template = template_path.read_text(encoding="utf-8") if template_path.is_file() else config.get("chat_template")
-        return cls(backend, _named_templates(template, config_path), _special_tokens(config))
+        with reading(template_path):
+            template = template_path.read_text(encoding="utf-8") if template_path.is_file() else None
+        template = config.get("chat_template") if template is None else template
+        with reading(config_path):
+            return cls(backend, _named_templates(template), _special_tokens(config))
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> "Tokenizer":
@@ -89,9 +96,8 @@ class Tokenizer:
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         }
         for name, text in files.items():
-            temporary = directory / f".{name}.{os.getpid()}"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(directory / name)
+            with write_whole(directory / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens written out in ``text`` become their ids.
@@ -99,15 +105,18 @@ class Tokenizer:
         ``add_special_tokens`` adds what the tokenizer's post-processor says (BOS, in most models that have one): pass
         False for a rendered chat template, which already contains it.
         """
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self.encode_batch([text], add_special_tokens)[0]  # alone it would keep the GIL: a second for a megabyte
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """``encode`` of each text, on all cores."""
-        return [one.ids for one in self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
+        with running():  # fast: without the tokens' places in the text, which take longer than the tokens
+            found = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            return [one.ids for one in found]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; an incomplete UTF-8 sequence becomes U+FFFD, an id without a token becomes nothing."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with running():
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token given by its text in the vocabulary, such as "<|im_end|>"."""
@@ -121,10 +130,48 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        """The prompt for ``messages``; ``kwargs`` (such as ``tools`` or ``enable_thinking``) go to the template.
+        """A prompt for ``messages`` as text; ``kwargs`` (such as ``tools`` or ``enable_thinking``) go to the template.
 
-        Encode it with ``add_special_tokens=False``. Raises ValueError if there is no template or it fails.
+        For reading. Encoded as it is, a control token that a message spells is one: ``encode_chat`` keeps them apart.
+        Raises ValueError if there is no template or it fails.
         """
+        return self._renderer(kwargs, add_generation_prompt)[1]({"messages": messages, **kwargs})
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        allow_control_tokens: bool = False,
+        **kwargs: Any,
+    ) -> ChatPrompt:
+        """``apply_chat_template``, and where to cut its text so that what messages and ``kwargs`` spell stays text.
+
+        Nothing is cut with ``allow_control_tokens``: a message can then end its turn and speak as the system. Raises
+        ValueError also where a template rewrites a control token's spelling, so that it cannot be told apart.
+        """
+        source, render = self._renderer(kwargs, add_generation_prompt)
+        contents = {"messages": messages, **kwargs}
+        if allow_control_tokens:
+            return ChatPrompt(render(contents))
+        return self._control.prompt(render, contents, lambda: template_constants(source))
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        allow_control_tokens: bool = False,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Token ids of ``chat_prompt``: those of ``encode(apply_chat_template(...), add_special_tokens=False)``, except
+        that a control token in a message or in ``kwargs`` is spelled out in ordinary tokens."""
+        prompt = self.chat_prompt(messages, add_generation_prompt, allow_control_tokens=allow_control_tokens, **kwargs)
+        check_unicode(prompt.text)
+        return [token for ids in self.encode_batch(prompt.pieces(), add_special_tokens=False) for token in ids]
+
+    def _renderer(self, kwargs: Mapping[str, Any], add_generation_prompt: bool) -> tuple[str, _Render]:
+        """The template's source, and what renders it with contents (messages and such of ``kwargs``)."""
         if not self.chat_templates:
             raise ValueError(
                 "this model's tokenizer has no chat template; expected a plain prompt, or an instruct model"
@@ -134,19 +181,37 @@ class Tokenizer:
             raise ValueError(
                 f"the tokenizer's chat templates are {sorted(self.chat_templates)}; expected one named default"
             )
-        variables = {"tools": None, "documents": None, **self.special_tokens, **kwargs}
-        return render_chat_template(
-            self.chat_templates[name], messages, {**variables, "add_generation_prompt": add_generation_prompt}
-        )
+        source, now = self.chat_templates[name], datetime.now()
+        fixed = {"tools": None, "documents": None, **self.special_tokens}
+
+        def render(contents: Mapping[str, Any]) -> str:
+            variables = {**fixed, **contents, "add_generation_prompt": add_generation_prompt}
+            return render_chat_template(source, variables.pop("messages"), variables, now)
+
+        return source, render
+
+
+def check_unicode(text: str) -> None:
+    """Raises ValueError for half a surrogate pair."""
+    try:
+        text.encode()  # the library's own message for a lone surrogate tells nobody anything
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is no Unicode text ({error.reason}); expected valid characters") from error
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Names to text; a token is written as its text or as an object with ``content``."""
     found = {name: config[name] for name in _SPECIAL_NAMES if config.get(name)}
-    return {name: token["content"] if isinstance(token, dict) else str(token) for name, token in found.items()}
+    texts: dict[str, str] = {}
+    for name, token in found.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is {token!r}; expected a token's text, or an object with content")
+        texts[name] = text
+    return texts
 
 
-def _named_templates(template: Any, path: Path) -> dict[str, str]:
+def _named_templates(template: Any) -> dict[str, str]:
     """One template is written as a string, several as a list of objects with ``name`` and ``template``."""
     if template is None:
         return {}
@@ -155,14 +220,4 @@ def _named_templates(template: Any, path: Path) -> dict[str, str]:
     try:
         return {str(entry["name"]): str(entry["template"]) for entry in template}
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{path}: chat_template is neither a string nor a list of name and template") from error
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return values
+        raise ValueError("chat_template is neither a string nor a list of name and template") from error

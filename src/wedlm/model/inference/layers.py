@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from wedlm.model.inference.quantization import Int8Linear
 from wedlm.model.layers import MLP, Attention, DecoderLayer, RMSNorm
-from wedlm.model.lora.masked_rows import BlockDiagonal, MaskedLora, NoChange, plain
+from wedlm.model.lora.masked_rows import BlockDiagonal, MaskedLora, ZeroLora, base_layer
 from wedlm.model.transformer import Transformer
 
 Quantization = Literal["int8"]
@@ -53,7 +53,7 @@ def _layers(model: Transformer) -> list[DecoderLayer]:
 
 def _pack_attention(attention: Attention, quantization: Quantization | None) -> None:
     parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-    q_size, k_size, v_size = (len(plain(part).get_parameter("weight")) for part in parts)
+    q_size, k_size, v_size = (len(base_layer(part).get_parameter("weight")) for part in parts)
     attention.qkv_sizes = (q_size, k_size, v_size)
     attention.qkv_proj = _fuse(*parts, quantization=quantization)
     del attention.q_proj, attention.k_proj, attention.v_proj
@@ -68,7 +68,7 @@ def _pack_mlp(mlp: MLP, quantization: Quantization | None) -> None:
 
 def _fuse(*linears: nn.Module, quantization: Quantization | None) -> nn.Module:
     """One linear layer whose outputs are the concatenated outputs of ``linears``."""
-    bases = [plain(linear) for linear in linears]
+    bases = [base_layer(linear) for linear in linears]
     weights: list[Tensor] = [linear.get_parameter("weight") for linear in bases]
     biases: list[Tensor] = [linear.get_parameter("bias") for linear in bases if linear.bias is not None]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
@@ -76,24 +76,24 @@ def _fuse(*linears: nn.Module, quantization: Quantization | None) -> nn.Module:
     fused = Int8Linear(weight.detach(), bias) if quantization else _inference_linear(weight.detach(), bias)
     if not any(isinstance(linear, MaskedLora) for linear in linears):
         return fused
-    return _fuse_factors(fused, linears)
+    return _fuse_masked_lora(fused, linears)
 
 
-def _fuse_factors(fused: nn.Module, linears: Sequence[nn.Module]) -> MaskedLora:
-    """The fused layer with the factors of ``linears``: all down products in one. A layer without has rank 0."""
-    downs: list[Tensor] = []
-    ups: list[nn.Module] = []
+def _fuse_masked_lora(fused: nn.Module, linears: Sequence[nn.Module]) -> MaskedLora:
+    """The fused layer with the LoRAs of ``linears``, whose matrices A become one. A layer without a LoRA has rank 0."""
+    all_a: list[Tensor] = []
+    all_b: list[nn.Module] = []
     for linear in linears:
-        weight = plain(linear).get_parameter("weight").detach()
+        weight = base_layer(linear).get_parameter("weight").detach()
         if isinstance(linear, MaskedLora):
-            downs.append(linear.masked_lora_A.get_parameter("weight").detach().to(weight))
-            up = linear.masked_lora_B.get_parameter("weight").detach() * linear.scale
-            ups.append(_inference_linear(up.to(weight), None))
+            all_a.append(linear.masked_lora_A.get_parameter("weight").detach().to(weight))
+            b = linear.masked_lora_B.get_parameter("weight").detach() * linear.scale
+            all_b.append(_inference_linear(b.to(weight), None))
         else:
-            downs.append(weight[:0])
-            ups.append(NoChange(len(weight)))
-    up_product = ups[0] if len(ups) == 1 else BlockDiagonal(ups, [len(down) for down in downs])
-    return MaskedLora(fused, _inference_linear(torch.cat(downs), None), up_product)
+            all_a.append(weight[:0])
+            all_b.append(ZeroLora(len(weight)))
+    block_b = all_b[0] if len(all_b) == 1 else BlockDiagonal(all_b, [len(a) for a in all_a])
+    return MaskedLora(fused, _inference_linear(torch.cat(all_a), None), block_b)
 
 
 def _inference_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -17,7 +17,7 @@ from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.model.inference.layers import is_packed
 from wedlm.model.inference.quantization import scale_of
 from wedlm.model.layers import DecoderLayer
-from wedlm.model.lora.masked_rows import MaskedLora, has_factors, plain, put_at_masked
+from wedlm.model.lora.masked_rows import MaskedLora, base_layer, has_masked_lora, put_at_masked
 from wedlm.model.transformer import Transformer
 
 
@@ -31,7 +31,7 @@ class FusedTransformer:
     def __init__(self, model: Transformer, tiling: Callable[[int, int, bool], Tiling | None] | None = None) -> None:
         assert is_packed(model), "expected a model after pack_for_inference"
         self.model = model
-        self.has_factors = has_factors(model)  # for masked rows
+        self.has_masked_lora = has_masked_lora(model)  # for masked rows
         half = model.model.embed_tokens.weight.dtype.itemsize == 2
         self.tiling = tiling or (tiling_for if half else lambda *_: None)
         self.layers = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
@@ -83,8 +83,8 @@ class FusedTransformer:
 
     def _masked(self, x: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x with the masked rows' own embedding, and a column [T, 1] that is 1 at them and 0 elsewhere; None: no row
-        needs factors."""
-        if masked is None or not self.has_factors:
+        meets a LoRA."""
+        if masked is None or not self.has_masked_lora:
             return x, None
         if masked.dtype != torch.bool:
             masked = torch.zeros(len(x), dtype=torch.bool, device=x.device).index_fill_(0, masked, True)
@@ -100,17 +100,17 @@ class FusedTransformer:
 
     def _product(self, x: Tensor, linear: nn.Module, masked: Tensor | None, splits: bool = True) -> Tensor:
         """[T, N], or partial sums [P, T, N] where allowed. ``masked``: the column of ``_masked``."""
-        base = plain(linear)
+        base = base_layer(linear)
         tiling = self._tiling(x, base)
         if tiling is None or (tiling.splits > 1 and not splits):
             out = base(x)
         else:
             out = few_rows_product(x, _weight(base), tiling, scale=scale_of(base))
-        _add_change(out if out.ndim == 2 else out[0], x, linear, masked)
+        _add_delta(out if out.ndim == 2 else out[0], x, linear, masked)
         return out
 
     def _gated(self, x: Tensor, linear: nn.Module, masked: Tensor | None) -> Tensor:
-        base = plain(linear)
+        base = base_layer(linear)
         tiling = self._tiling(x, base)
         if tiling is not None and (masked is None or base is linear):
             return few_rows_product(x, _weight(base), replace(tiling, splits=1), gated=True, scale=scale_of(base))
@@ -118,14 +118,14 @@ class FusedTransformer:
             out = base(x)
         else:
             out = few_rows_product(x, _weight(base), replace(tiling, splits=1), scale=scale_of(base))
-        _add_change(out, x, linear, masked)
+        _add_delta(out, x, linear, masked)
         return silu_mul(out)
 
 
-def _add_change(out: Tensor, x: Tensor, linear: nn.Module, masked: Tensor | None) -> None:
-    """Add the factors' product of all rows times their column to ``out``: no size depends on how many are masked."""
+def _add_delta(out: Tensor, x: Tensor, linear: nn.Module, masked: Tensor | None) -> None:
+    """Add the LoRA's delta of all rows times their column to ``out``: no size depends on how many are masked."""
     if masked is not None and isinstance(linear, MaskedLora):
-        out.addcmul_(linear.change(x), masked)
+        out.addcmul_(linear.delta(x), masked)
 
 
 def _weight(module: nn.Module) -> Tensor:

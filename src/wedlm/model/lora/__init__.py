@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank changes of weights: peft's LoRA, factors for masked rows alone, packed deltas."""
+"""Low-rank deltas of weights: peft's LoRA, a LoRA for masked rows alone, packed deltas."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank factors that act on masked rows alone: y = W x + [the row is masked] · scale · B A x.
+"""A LoRA that acts on masked rows alone: y = W x + [the row is masked] · scale · B A x.
 
-Observed rows never meet the factors and never see masked rows, so at them the model is its base, bit for bit.
+Observed rows never meet the LoRA and never see masked rows, so at them the model is its base, bit for bit.
 
 ``masked`` says which rows are masked: a flag a row, bool [T] (no shape depends on data: training, captured steps), or
 their indices, int64 [M] (only they are computed). None: none is.
@@ -17,19 +17,21 @@ MASKED_TYPE, MASK_EMBEDDING = "MASKED_LORA", "model.mask_embedding"
 
 
 class MaskedLora(nn.Module):
-    """``base_layer`` with the factors ``down`` (C to r) and ``up`` (r to O). The names of its parts are those of peft's
-    LoRA but for a prefix, so that nobody takes one for the other."""
+    """``base_layer`` with the linear layers ``a`` (C to r) and ``b`` (r to O).
+
+    Its parts are named as peft names those of a LoRA, with a prefix, so that neither is mistaken for the other.
+    """
 
     def __init__(
-        self, base_layer: nn.Module, down: nn.Module, up: nn.Module, scale: float = 1.0, dropout: float = 0.0
+        self, base_layer: nn.Module, a: nn.Module, b: nn.Module, scale: float = 1.0, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.base_layer, self.masked_lora_A, self.masked_lora_B = base_layer, down, up
+        self.base_layer, self.masked_lora_A, self.masked_lora_B = base_layer, a, b
         self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def change(self, x: Tensor) -> Tensor:
-        """What is added to the product of masked rows x."""
+    def delta(self, x: Tensor) -> Tensor:
+        """scale · B A x, which is added to the base layer's output for masked rows x."""
         hidden = self.masked_lora_A(self.dropout(x))
         return self.masked_lora_B(hidden if self.scale == 1 else hidden * self.scale)
 
@@ -38,12 +40,12 @@ class MaskedLora(nn.Module):
         if masked is None:
             return y
         if masked.dtype == torch.bool:
-            return torch.where(masked[:, None], y + self.change(x), y)
-        return y.index_add_(0, masked, self.change(x.index_select(0, masked)))
+            return torch.where(masked[:, None], y + self.delta(x), y)
+        return y.index_add_(0, masked, self.delta(x.index_select(0, masked)))
 
 
 class BlockDiagonal(nn.Module):
-    """Several ``up`` side by side, each of its own ``ranks[i]`` columns of the input: that of a fused product."""
+    """The matrices B of a fused layer: block i reads its own ``ranks[i]`` columns of the input."""
 
     def __init__(self, blocks: Sequence[nn.Module], ranks: Sequence[int]) -> None:
         super().__init__()
@@ -54,8 +56,8 @@ class BlockDiagonal(nn.Module):
         return torch.cat([block(part) for block, part in zip(self.blocks, parts, strict=True)], dim=-1)
 
 
-class NoChange(nn.Module):
-    """The ``up`` of a layer without factors, inside a fused product: zeros."""
+class ZeroLora(nn.Module):
+    """The matrix B of a layer without a LoRA, inside a fused layer: its output is zero."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -65,14 +67,14 @@ class NoChange(nn.Module):
         return hidden.new_zeros(*hidden.shape[:-1], self.size)
 
 
-def product(linear: nn.Module, x: Tensor, masked: Tensor | None) -> Tensor:
-    """``linear`` of rows x [T, C], of which ``masked`` are masked."""
-    return linear(x, masked) if isinstance(linear, MaskedLora) else linear(x)
+def linear(layer: nn.Module, x: Tensor, masked: Tensor | None) -> Tensor:
+    """``layer`` applied to rows x [T, C], of which ``masked`` are masked."""
+    return layer(x, masked) if isinstance(layer, MaskedLora) else layer(x)
 
 
-def plain(linear: nn.Module) -> nn.Module:
-    """The layer without factors."""
-    return linear.base_layer if isinstance(linear, MaskedLora) else linear
+def base_layer(layer: nn.Module) -> nn.Module:
+    """The layer without its LoRA."""
+    return layer.base_layer if isinstance(layer, MaskedLora) else layer
 
 
 def put_at_masked(x: Tensor, masked: Tensor, row: Tensor) -> Tensor:
@@ -85,31 +87,36 @@ def put_at_masked(x: Tensor, masked: Tensor, row: Tensor) -> Tensor:
 
 def linear_of(weight: Tensor) -> nn.Linear:
     """A linear layer of this weight [O, C] without a bias."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight)
-    return linear
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight)
+    return layer
 
 
-def add_factors(
-    model: nn.Module, layer: str, down: Tensor, up: Tensor, scale: float = 1.0, dropout: float = 0.0
+def attach_to_layer(
+    model: nn.Module, layer: str, a: Tensor, b: Tensor, scale: float = 1.0, dropout: float = 0.0
 ) -> None:
-    """Give the linear layer of that name the factors ``down`` [r, C] and ``up`` [O, r], in place."""
+    """Attach the matrices ``a`` [r, C] and ``b`` [O, r] to the linear layer of that name, in place."""
     owner, _, leaf = layer.rpartition(".")
     base = model.get_submodule(layer)
-    setattr(model.get_submodule(owner), leaf, MaskedLora(base, linear_of(down), linear_of(up), scale, dropout))
+    setattr(model.get_submodule(owner), leaf, MaskedLora(base, linear_of(a), linear_of(b), scale, dropout))
 
 
-def add_beside(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], mask_embedding: Tensor | None) -> None:
-    """Put an adapter beside the weights, in their dtype: (down, up) by the weight's name, and the [C] that masked rows
-    start from (None: their token's embedding)."""
-    for name, (down, up) in factors.items():
+def attach_masked_lora(
+    model: nn.Module, matrices: Mapping[str, tuple[Tensor, Tensor]], mask_embedding: Tensor | None
+) -> None:
+    """Attach an adapter of masked rows, in the dtype of the weights.
+
+    ``matrices``: (A, B) by the weight's name; ``mask_embedding`` [C]: what masked rows start from (None: the embedding
+    of their token).
+    """
+    for name, (a, b) in matrices.items():
         weight = model.get_parameter(name)
-        add_factors(model, name.removesuffix(".weight"), down.to(weight), up.to(weight))
+        attach_to_layer(model, name.removesuffix(".weight"), a.to(weight), b.to(weight))
     if mask_embedding is not None:
         embedding = model.get_parameter("model.embed_tokens.weight")
         model.get_submodule("model").mask_embedding = nn.Parameter(mask_embedding.to(embedding))
 
 
-def has_factors(model: nn.Module) -> bool:
-    """Whether some layer treats masked rows apart."""
+def has_masked_lora(model: nn.Module) -> bool:
+    """Whether some layer has a LoRA for masked rows."""
     return any(isinstance(module, MaskedLora) for module in model.modules())

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA adapters (arXiv 2106.09685) in peft's format, merged into the weights. One model, one adapter.
 
-Those of masked rows (``masked_lora.py``) cannot be merged and stay beside the weights. They have a type and names of
+Those of masked rows (``masked_rows.py``) cannot be merged and stay next to the weights. They have a type and names of
 their own, so that programs that know only LoRA refuse them.
 
 Only tensors and a JSON file are read; peft is not needed. Everything is checked before the first weight changes.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,10 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from wedlm.model.config import ModelConfig, check_integer, read_flag, read_integer, read_number
-from wedlm.model.errors import CheckpointError
+from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.checkpoint import read_config
+from wedlm.model.formats.json_file import read_json_object
 from wedlm.model.inference.layers import is_packed
-from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, add_beside, has_factors
+from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, attach_masked_lora, has_masked_lora
 from wedlm.model.transformer import Transformer
 
 CONFIG_FILE = "adapter_config.json"
@@ -43,13 +43,17 @@ _HARMLESS = {
     "use_rslora",
 }
 # fmt: on
+_MAX_EXPRESSIONS, _MAX_PATTERN, _MAX_NAME, _MAX_TENSORS = 8, 128, 128, 2**13
+_PLAIN = re.compile(r"[\w.-]+")
+# A character, an escaped one, a class or a dot, each perhaps repeated; anchors; and a group of alternatives of names.
+_ATOMS = re.compile(r"[\^$]|\((?:\?:)?[\w.|\\]*\)|(?:\\[dws.]|\[[\w-]+\]|[\w.-])(?:[*+?]|\{\d{1,2}\})?")
 # Other initialisations (pissa, olora, corda, ...) also change the base weights, which the adapter then lacks.
 _PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """The change ``scale · b @ a`` of a weight: ``a`` is [r, in], ``b`` [out, r]."""
+    """The delta ``scale · b @ a`` of a weight: ``a`` is [r, in], ``b`` [out, r]."""
 
     a: Tensor
     b: Tensor
@@ -79,20 +83,20 @@ class Adapter:
 
 def apply_adapter(model: Transformer, directory: str | Path) -> None:
     """Merge the adapter in ``directory`` into ``model``, in place: sums in float32, stored in the model's dtype. One of
-    masked rows is put beside the weights, in the model's dtype.
+    masked rows is attached next to the weights, in the model's dtype.
 
     Raises CheckpointError, with the model unchanged, for an adapter that cannot be read, is of an unsupported kind or
     does not fit; ValueError for a packed model.
     """
     if is_packed(model):
         raise ValueError("the model is packed for inference; expected one to which the adapter is applied before that")
-    if has_factors(model):
+    if has_masked_lora(model):
         raise ValueError("the model has an adapter of masked rows, which cannot be merged; expected one without")
     adapter = read_adapter(directory)
     _check_fit(adapter, model, Path(directory))
     if adapter.masked_rows:
-        factors = {name: (change.a, change.scale * change.b.float()) for name, change in adapter.low_rank.items()}
-        add_beside(model, factors, adapter.whole.get(MASK_EMBEDDING))
+        matrices = {name: (delta.a, delta.scale * delta.b.float()) for name, delta in adapter.low_rank.items()}
+        attach_masked_lora(model, matrices, adapter.whole.get(MASK_EMBEDDING))
         return
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -102,8 +106,8 @@ def apply_adapter(model: Transformer, directory: str | Path) -> None:
         for name, rows in adapter.rows.items():
             index = torch.tensor(rows.ids, device=parameters[name].device)
             parameters[name].index_copy_(0, index, rows.values.to(parameters[name]))
-        for name, change in adapter.low_rank.items():
-            _add(parameters[name], change)
+        for name, delta in adapter.low_rank.items():
+            _add(parameters[name], delta)
 
 
 def adapted_config(config: ModelConfig, directory: str | Path) -> ModelConfig:
@@ -126,9 +130,9 @@ def adapted_config(config: ModelConfig, directory: str | Path) -> ModelConfig:
     return dataclasses.replace(config, mask_token_id=noted.mask_token_id, block_size=noted.block_size)
 
 
-def _add(parameter: nn.Parameter, change: LowRank) -> None:
-    a, b = (matrix.to(parameter.device, torch.float32) for matrix in (change.a, change.b))
-    parameter.copy_(parameter.float().addmm_(b, a, alpha=change.scale))
+def _add(parameter: nn.Parameter, delta: LowRank) -> None:
+    a, b = (matrix.to(parameter.device, torch.float32) for matrix in (delta.a, delta.b))
+    parameter.copy_(parameter.float().addmm_(b, a, alpha=delta.scale))
 
 
 def read_adapter(directory: str | Path) -> Adapter:
@@ -138,25 +142,16 @@ def read_adapter(directory: str | Path) -> Adapter:
     token rows, and modules or biases saved whole. Raises CheckpointError for anything else.
     """
     directory = Path(directory)
-    try:
+    with reading(directory):
         config = _read_config(directory)
         return _sort_out(_read_tensors(directory), config)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{directory}: {error}") from error
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"there is no {CONFIG_FILE}; expected the directory of an adapter in peft's format")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{CONFIG_FILE} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{CONFIG_FILE} is not a JSON object")
+    config = read_json_object(path)
     if config.get("peft_type") not in ("LORA", MASKED_TYPE):
         raise ValueError(f"peft_type is {config.get('peft_type')!r}; expected 'LORA' or {MASKED_TYPE!r}")
     for key in sorted(set(config) - _HARMLESS):
@@ -203,7 +198,11 @@ def _sort_out(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adapt
     pairs: dict[str, dict[str, Tensor]] = {}
     masked_rows = config["peft_type"] == MASKED_TYPE
     kinds = _MASKED_KINDS if masked_rows else _KINDS
+    if len(tensors) > _MAX_TENSORS:
+        raise ValueError(f"{WEIGHTS_FILE} has {len(tensors)} tensors; expected at most {_MAX_TENSORS}")
     for name, tensor in tensors.items():
+        if len(name) > _MAX_NAME:
+            raise ValueError(f"a tensor's name is {name[:80]!r}...; expected at most {_MAX_NAME} characters")
         end = next((end for end in kinds if name.endswith(end)), "")
         module, kind = name.removesuffix(end), kinds.get(end)
         if not tensor.is_floating_point():
@@ -215,7 +214,7 @@ def _sort_out(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adapt
         else:
             pairs.setdefault(module, {})[kind] = tensor
     if masked_rows and whole.keys() - {MASK_EMBEDDING}:
-        raise ValueError(f"tensor {min(whole.keys() - {MASK_EMBEDDING})} is no part of an adapter of masked rows")
+        raise ValueError(f"tensor {min(whole.keys() - {MASK_EMBEDDING})} is not part of an adapter of masked rows")
     low_rank = {f"{module}.weight": _low_rank(module, pair, config) for module, pair in pairs.items()}
     return Adapter(whole, rows, low_rank, masked_rows)
 
@@ -239,10 +238,31 @@ def _low_rank(module: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]
 def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: float) -> float:
     """The value of the first pattern that the end of the module's name matches, as peft has it."""
     patterns = config.get(key) or {}
-    for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return read_number(patterns, pattern, default)
-    return default
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{key} is {str(patterns)[:80]}; expected an object of patterns")
+    expressions = [pattern for pattern in patterns if not _PLAIN.fullmatch(pattern)]
+    if len(expressions) > _MAX_EXPRESSIONS:
+        raise ValueError(f"{key} has {len(expressions)} regular expressions; expected at most {_MAX_EXPRESSIONS}")
+    parts = module.split(".")
+    matches = {".".join(parts[start:]) for start in range(len(parts))} & patterns.keys()
+    matches |= {one for one in expressions if re.match(rf"(.*\.)?({_checked_pattern(key, one)})$", module)}
+    first = next((pattern for pattern in patterns if pattern in matches), None) if matches else None
+    return default if first is None else read_number(patterns, first, default)
+
+
+def _checked_pattern(key: str, pattern: str) -> str:
+    """Raises ValueError for a pattern that could be matched in too many ways to try them all.
+
+    What is left: one repetition of a single character (``.*``, ``\\d+``), and alternatives within one group.
+    """
+    atoms = _ATOMS.findall(pattern)
+    repeats = sum(atom[-1] in "*+?}" and len(atom) > 1 and not atom.startswith("(") for atom in atoms)
+    if len(pattern) > _MAX_PATTERN or "".join(atoms) != pattern or repeats > 1 or pattern.count("(") > 1:
+        raise ValueError(
+            f"{key} has the pattern {pattern[:80]!r}; expected a module's name of at most {_MAX_PATTERN} characters, "
+            "with one repetition (.*) and one group of alternatives at most"
+        )
+    return pattern
 
 
 def _token_ids(module: str, count: int, config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -252,8 +272,8 @@ def _token_ids(module: str, count: int, config: Mapping[str, Any]) -> tuple[int,
     ids = next((ids for name, ids in by_module.items() if f".{module}".endswith(f".{name}")), None)
     if not isinstance(ids, list) or len(ids) != count:
         raise ValueError(
-            f"trainable_token_indices is {listed!r}; expected a list of {count} token ids for {module}, which has so "
-            "many trained rows"
+            f"trainable_token_indices is {listed!r}; expected a list of {count} token ids for {module}, one for "
+            "each trained row"
         )
     for token_id in ids:
         check_integer("trainable_token_indices", token_id, minimum=0)
@@ -269,7 +289,7 @@ def _check_fit(adapter: Adapter, model: Transformer, origin: Path) -> None:
         shapes[_OUTPUT] = shapes[_EMBEDDING]
         _check_tied(adapter, origin)
     changes: list[tuple[str, tuple[int, ...]]] = [(name, tuple(tensor.shape)) for name, tensor in adapter.whole.items()]
-    changes += [(name, (len(change.b), change.a.shape[1])) for name, change in adapter.low_rank.items()]
+    changes += [(name, (len(delta.b), delta.a.shape[1])) for name, delta in adapter.low_rank.items()]
     for name, rows in adapter.rows.items():
         changes.append((name, (*shapes.get(name, ())[:1], *rows.values.shape[1:])))
         if name in shapes and max(rows.ids) >= shapes[name][0]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fine-tuned model as a small file: low-rank changes of its weights, four bits a value, over a base that users have.
+"""Stores a fine-tuned model as a 4-bit low-rank delta over a public base model.
 
-A weight's change is up @ down, the factors of a LoRA. Each factor [O, I] is stored as codes (two to a byte), a scale a
-row, a scale a column and its sixteen levels: value = level[code] · row · column. Embedding rows are stored whole.
+The delta of a weight is B A, the product of a LoRA's matrices. Each matrix [O, I] is stored as codes (two to a byte), a
+scale a row, a scale a column and its sixteen levels: value = level[code] · row · column. Embedding rows are stored
+whole.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,10 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wedlm.model.errors import CheckpointError
+from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.save import save_shared
 
+# The format and the names of a delta's two matrices in it: B, then A.
 _FORMAT = "wedlm-change-2"
+_B, _A = "up", "down"
 _LEVELS = 16
 _SHIFTS = torch.tensor([0, 4], dtype=torch.uint8)
 _ROUNDS = 12
@@ -64,30 +67,30 @@ def restore(stored: Mapping[str, Tensor]) -> Tensor:
     return values * stored["row"].float()[:, None] * stored["column"].float()
 
 
-def save_change(
-    factors: Mapping[str, tuple[Tensor, Tensor]], rows: Mapping[str, tuple[Tensor, Tensor]], path: Path, note: str
+def save_delta(
+    matrices: Mapping[str, tuple[Tensor, Tensor]], rows: Mapping[str, tuple[Tensor, Tensor]], path: Path, note: str
 ) -> None:
-    """Write a change of a model, by parameter name: ``factors`` (up [O, r], down [r, I]), whose product is added, and
-    ``rows`` (ids [n], values [n, C]), which replace rows of an embedding. ``note`` says what it is."""
+    """Write a model's delta, by parameter name: ``matrices`` (B [O, r], A [r, I]), whose product is added, and ``rows``
+    (ids [n], values [n, C]), which replace rows of an embedding. ``note`` describes the file for readers of it."""
     tensors: dict[str, Tensor] = {}
-    for name, pair in factors.items():
-        for which, factor in zip(("up", "down"), pair, strict=True):
-            tensors.update({f"{name}:{which}.{part}": value for part, value in quantise(factor).items()})
+    for name, pair in matrices.items():
+        for which, matrix in zip((_B, _A), pair, strict=True):
+            tensors.update({f"{name}:{which}.{part}": value for part, value in quantise(matrix).items()})
     for name, (ids, values) in rows.items():
         tensors[f"{name}:ids"], tensors[f"{name}:rows"] = ids, values.float()
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_shared(tensors, path, {"format": _FORMAT, "note": note})
 
 
-def changed(tensors: Iterable[tuple[str, Tensor]], path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The (name, tensor) pairs of a base model with the change in ``path`` applied, in float32 where they are changed.
+def apply_delta(tensors: Iterable[tuple[str, Tensor]], path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The (name, tensor) pairs of a base model with the delta in ``path`` added, in float32 where it is.
 
     Raises CheckpointError if the file is damaged or made for another model.
     """
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("format") != _FORMAT:
-                raise CheckpointError(f"{path} is no file of changes; expected the format {_FORMAT}")
+                raise CheckpointError(f"{path} is not a delta file; expected the format {_FORMAT}")
             stored: dict[str, dict[str, Tensor]] = {}
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 name, _, part = key.partition(":")
@@ -95,16 +98,19 @@ def changed(tensors: Iterable[tuple[str, Tensor]], path: Path) -> Iterator[tuple
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is a corrupt or truncated safetensors file: {error}") from error
     for name, tensor in tensors:
-        yield name, _changed(tensor, stored.pop(name)) if name in stored else tensor
+        if name in stored:
+            with reading(path):
+                tensor = _add(tensor, stored.pop(name))
+        yield name, tensor
     if stored:
         raise CheckpointError(f"{path} changes {min(stored)}, which this model does not have")
 
 
-def _changed(tensor: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+def _add(tensor: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     if "ids" in parts:
         return tensor.float().index_copy(0, parts["ids"], parts["rows"])
-    up, down = (
+    b, a = (
         restore({key.removeprefix(f"{which}."): part for key, part in parts.items() if key.startswith(which)})
-        for which in ("up", "down")
+        for which in (_B, _A)
     )
-    return tensor.float() + (up @ down).to(tensor.device)
+    return tensor.float() + (b @ a).to(tensor.device)

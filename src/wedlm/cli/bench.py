@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``wedlm bench``: options to a run, a run to a table, a file and figures."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wedlm.cli.loading import set_threads
+from wedlm.cli.options import (
+    HOW,
+    MODEL,
+    EngineOptions,
+    KvCacheGb,
+    Only,
+    Threads,
+    WindowOptions,
+    changed,
+    command,
+    fields_of,
+    option,
+    values_of,
+)
+from wedlm.cli.terminal import note, write
+
+if TYPE_CHECKING:
+    from wedlm.bench.settings import Settings, Workload
+    from wedlm.bench.stats import TableRow
+
+WHAT, MUCH = "What to measure", "How much"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhatOptions:
+    """What is measured and where it goes."""
+
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="latency throughput serving (default) steps accept pairs prefill host contexts scenarios; or all",
+            metavar="[PART]...",
+        ),
+    ] = None
+    against: Annotated[str | None, option("vllm: its AR on the same weights, first, where it is installed.", WHAT)] = (
+        None
+    )
+    accept: Annotated[
+        list[str] | None,
+        option("accept: share of drafts accepted by depth, as 0.78,0.72,0.64; may be repeated.", WHAT),
+    ] = None
+    evaluation: Annotated[
+        Path | None, option("Folder of wedlm eval: also draw its speed against quality over τ.", WHAT)
+    ] = None
+    output: Annotated[Path | None, option("Folder for bench.json and plots, written after each part.", WHAT)] = None
+    show: Annotated[Path | None, option("Show, and draw, the run in this folder; measure nothing.", WHAT)] = None
+    plots: Annotated[bool, option("Draw figures into --output (needs matplotlib).", WHAT, "--plots/--no-plots")] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadOptions:
+    """How much is measured; None is the device's default."""
+
+    budget_s: Annotated[float | None, option("Begin nothing new after so many seconds.", MUCH)] = None
+    batches: Annotated[str | None, option("Batch sizes with commas between. [GPU 1,8,32,64,128; CPU 1,4]", MUCH)] = None
+    runs: Annotated[int | None, option("Runs of each case. [3]", MUCH)] = None
+    pairs: Annotated[int | None, option("Pairs of auto and AR. [10]", MUCH)] = None
+    steps: Annotated[int | None, option("Steps of a run with a fixed batch. [GPU 60; CPU 16]", MUCH)] = None
+    answer: Annotated[int | None, option("Most tokens of an answer. [GPU 128; CPU 48]", MUCH)] = None
+    prompt: Annotated[
+        int | None, option("Tokens of a prompt. [the question's; random weights: GPU 512, CPU 64]", MUCH)
+    ] = None
+    requests: Annotated[int | None, option("Requests that arrive. [GPU 96; CPU 8]", MUCH)] = None
+    rate: Annotated[float | None, option("Requests a second; default: 0.7 of what AR can serve.", MUCH)] = None
+    contexts: Annotated[str | None, option("Context lengths. [GPU 512,4096,16384,32000; CPU 128,512]", MUCH)] = None
+    long_prompt: Annotated[int | None, option("Tokens of prefill's prompt. [GPU 8192; CPU 1024]", MUCH)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """The weights that are measured."""
+
+    model: Annotated[
+        str | None, option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'. [demo]", MODEL)
+    ] = None
+    shape: Annotated[str | None, option("Random weights instead: qwen3-8b, smollm2-135m or tiny.", MODEL)] = None
+    kv_cache_gb: KvCacheGb = None
+    threads: Threads = None
+
+
+_ENGINE = ("adapter", "dtype", "quantization", "device", "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio")
+
+
+@command
+def bench(
+    *,
+    what: WhatOptions,
+    workload: WorkloadOptions,
+    modes: Annotated[
+        str | None, option("Modes with commas between. [all; random weights: those of AR's text]", HOW)
+    ] = None,
+    window: WindowOptions,
+    target: TargetOptions,
+    engine: Annotated[EngineOptions, Only(*_ENGINE)],
+) -> None:
+    """Measure speed: our modes beside AR in one engine, runs taking turns; optionally beside vLLM.
+
+    \b
+    Examples:
+    wedlm bench
+    wedlm bench scenarios pairs --threads 2
+    wedlm bench all --shape qwen3-8b --against vllm --budget-s 460 --output ./results
+
+    Figures are medians of runs, their spread in bench.json; the last line is JSON. docs/benchmarks.md explains them.
+    """
+    if what.show is not None:
+        show_run(what.show, what.evaluation, what.plots)
+        return
+    settings = read_settings(what, workload, window, target, engine, modes)
+    run(settings, what.output, what.evaluation, what.plots and what.output is not None)
+
+
+def read_settings(
+    what: WhatOptions,
+    workload: WorkloadOptions,
+    window: WindowOptions,
+    target: TargetOptions,
+    engine: EngineOptions,
+    modes: str | None,
+) -> "Settings":
+    """Options of the command line, checked. Raises ValueError."""
+    from wedlm.bench.settings import Settings, read_modes, read_numbers, read_parts
+
+    shape, model = target.shape, target.model
+    if shape is not None and (model is not None or engine.adapter is not None):
+        raise ValueError(f"--shape is {shape}, and --model or --adapter is given; expected one target")
+    set_threads(target.threads)
+    for name, value in (("rate", workload.rate), ("budget_s", workload.budget_s), ("kv_cache_gb", target.kv_cache_gb)):
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value:g}; expected a number above 0")
+    options = changed(engine)
+    if target.kv_cache_gb is not None:
+        options["kv_cache_bytes"] = int(target.kv_cache_gb * 1e9)
+    named = {name: options.pop(name) for name in ("adapter", "dtype", "device") if name in options}
+    return Settings(
+        parts=read_parts(what.parts or [], shape),
+        modes=read_modes(modes, shape),
+        workload=_workload(workload, engine.device, shape is not None),
+        model=None if shape is not None else model or "demo",
+        shape=shape,
+        decoding=fields_of(values_of(window)),
+        curves=tuple(read_numbers("--accept", text, 0, 1) for text in what.accept or []),
+        engine=options,
+        rate=workload.rate,
+        against=what.against,
+        budget_s=workload.budget_s,
+        **named,
+    )
+
+
+def _workload(options: WorkloadOptions, device: str, random_weights: bool) -> "Workload":
+    """The device's, with those that were given. Raises ValueError."""
+    from wedlm.bench.settings import Workload, change_workload, read_numbers
+    from wedlm.engine.resolve_options import read_device
+
+    given = {name: value for name, value in values_of(options).items() if name not in ("rate", "budget_s")}
+    for name in ("batches", "contexts"):
+        if given[name] is not None:
+            given[name] = read_numbers(f"--{name}", given[name], 1, 2**31)
+    return change_workload(Workload.of(read_device(device).type == "cuda", random_weights), given)
+
+
+def run(settings: "Settings", output: Path | None, evaluation: Path | None, draws: bool) -> None:
+    """Measure, print tables and the line of JSON, write the figures."""
+    from wedlm.bench.record import key_figure, label_of
+    from wedlm.bench.run import run_bench
+    from wedlm.bench.stats import describe
+    from wedlm.bench.tables import show_tables
+    from wedlm.plotting import need_matplotlib
+
+    if draws:
+        need_matplotlib()
+    elif evaluation is not None:
+        raise ValueError("--evaluation is given without --output or with --no-plots; expected a folder to draw into")
+
+    def log(part: str, row: "TableRow | None") -> None:
+        if row is None:
+            note(f"{part} ...")
+        else:
+            name, value = key_figure(row)
+            note(f"  {part}: {describe(label_of(row))}: {name} {value:g}")
+
+    record = run_bench(settings, sys.argv[1:], output, log)
+    show_tables(record.values["parts"])
+    baseline = record.values.get("vllm", {})
+    if "error" in baseline:
+        note(f"warning: {baseline['error']}", "yellow")
+    if record.values["skipped"]:
+        note(f"the budget of {settings.budget_s:g} s cut {len(record.values['skipped'])} measurements", "yellow")
+    if draws and output is not None:
+        _draw(record.values, evaluation, output)
+    write(record.summary(output) + "\n")
+
+
+def show_run(folder: Path, evaluation: Path | None, draws: bool) -> None:
+    """The tables of a finished run, and its figures beside it. ValueError if there is none."""
+    from wedlm.bench.record import read_record
+    from wedlm.bench.tables import show_tables
+    from wedlm.plotting import need_matplotlib
+
+    values = read_record(folder)
+    show_tables(values["parts"])
+    if draws:
+        need_matplotlib()
+        _draw(values, evaluation, folder)
+
+
+def _draw(values: dict[str, Any], evaluation: Path | None, folder: Path) -> None:
+    from wedlm.bench.plots import draw_bench, write_plots
+    from wedlm.evaluate.plots import draw_folder
+
+    drawn = [*draw_bench(values), *([] if evaluation is None else draw_folder(evaluation))]
+    for path in write_plots(drawn, folder):
+        note(f"wrote {path}")

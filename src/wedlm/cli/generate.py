@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``wedlm generate``: prompts from the command line, a file or standard input, answers as text or JSON."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wedlm.cli.answer import stream_answer
+from wedlm.cli.loading import load_llm
+from wedlm.cli.options import (
+    DEFAULTS,
+    DRAW,
+    PROMPT,
+    USUAL,
+    Decoding,
+    EngineOptions,
+    ModelOptions,
+    Only,
+    SamplingOptions,
+    WindowOptions,
+    command,
+    option,
+    sampling_params,
+    values_of,
+)
+from wedlm.cli.terminal import INTERRUPTED, Interrupt, check_text, err, note, out, progress_bar, write
+
+if TYPE_CHECKING:
+    from wedlm import LLM, GenerationOutput, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Output:
+    """Where prompts come from and how answers are printed."""
+
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; without it and --file: standard input.")] = None
+    file: Annotated[Path | None, option("Read the prompt from this file; - is standard input.", PROMPT)] = None
+    lines: Annotated[bool, option("One prompt a line (blank ones skipped), decoded together.", PROMPT, "--lines")] = (
+        False
+    )
+    chat: Annotated[
+        bool | None,
+        option(
+            "As a user's message in the chat template, or as it stands; default: chat if the model has a template.",
+            PROMPT,
+            "--chat/--raw",
+        ),
+    ] = None
+    as_json: Annotated[
+        bool, option("One JSON object a line: prompt, text, token_ids, finish_reason, stats, ...", PROMPT, "--json")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer(SamplingOptions):
+    """Where answers end, and what is reported of them, besides what every command takes."""
+
+    min_tokens: Annotated[int, option("No end before so many tokens.", DRAW)] = DEFAULTS.min_tokens
+    stop: Annotated[list[str] | None, option("End before this string; may be repeated.", DRAW)] = None
+    ignore_eos: Annotated[bool, option("Go on after end tokens.", DRAW, "--ignore-eos")] = DEFAULTS.ignore_eos
+    logprobs: Annotated[int | None, option("With --json: log-probabilities, also of so many alternatives.", PROMPT)] = (
+        DEFAULTS.logprobs
+    )
+
+
+@command
+def generate(
+    *,
+    how: _Output,
+    decoding: Decoding = None,
+    window: WindowOptions,
+    answer: _Answer,
+    model: ModelOptions,
+    engine: Annotated[EngineOptions, Only(*USUAL, "max_num_seqs")],
+) -> None:
+    """Complete prompts: the argument, a file, or standard input.
+
+    \b
+    Examples:
+    wedlm generate "What is a prime number?" --max-tokens 64
+    git diff | wedlm generate --decoding verified
+    wedlm generate --file prompts.txt --lines --json --seed 1 --temperature 0.7
+    wedlm generate "One, two, three," --raw --model ./my-checkpoint
+
+    Text goes to standard output, figures to standard error. Ctrl-C keeps what was generated.
+    Exit codes: 1 if some prompts were refused, 2 for an error, 130 after Ctrl-C.
+    """
+    prompts = read_prompts(how.prompt, how.file, how.lines)
+    # First, so that a wrong option is told before a model is fetched.
+    params = sampling_params({"decoding": decoding} | values_of(window, answer))
+    run_generate(load_llm(model, engine), prompts, params, use_chat=how.chat, as_json=how.as_json)
+
+
+def read_prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:
+    """The argument, the file, or standard input; with ``lines`` one prompt a line, blank lines left out."""
+    if prompt is not None and file is not None:
+        raise ValueError("both a prompt and --file are given; expected one of them")
+    if prompt is None:
+        prompt = _read(None if file is None or str(file) == "-" else file).removesuffix("\n")
+    check_text("the prompt", prompt)
+    prompts = [line for line in prompt.split("\n") if line.strip()] if lines else [prompt]
+    if not prompts or not prompts[0]:
+        raise ValueError("the prompt is empty; expected some text")
+    return prompts
+
+
+def _read(file: Path | None) -> str:
+    name = "standard input" if file is None else str(file)
+    if file is None:
+        if sys.stdin.isatty():
+            note("Type the prompt, then Ctrl-D on a line of its own.")
+        data = sys.stdin.buffer.read()
+    elif file.is_file():
+        data = file.read_bytes()
+    else:
+        raise ValueError(f"--file is {name}, where there is no file; expected a text file")
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")  # Windows editors write a mark and such line ends
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not valid UTF-8 at byte {error.start}; expected text in that encoding") from None
+
+
+def run_generate(
+    llm: "LLM", prompts: list[str], params: "SamplingParams", use_chat: bool | None, as_json: bool
+) -> None:
+    """Complete the prompts and print texts or JSON; exit code 1 if some prompt was refused, 130 after Ctrl-C.
+
+    ``use_chat`` None: if the model has a chat template.
+    """
+    if use_chat is None:
+        use_chat = llm.tokenizer.has_chat_template
+    if len(prompts) == 1 and not as_json:
+        prompt: Any = llm.chat_prompt([_user(prompts[0])]) if use_chat else prompts[0]
+        with Interrupt() as interrupt:
+            output = stream_answer(llm, prompt, params, interrupt, coloured=False)
+        _end([output], interrupt)
+        return
+    start, outputs = time.perf_counter(), []
+    with Interrupt() as interrupt:
+        for text, output in zip(prompts, _outputs(llm, prompts, params, use_chat, interrupt), strict=True):
+            outputs.append(output)
+            if as_json:
+                write(json.dumps(_record(text, output), ensure_ascii=False) + "\n")
+            elif output.error is None:
+                write(f"> {text}\n{output.text.strip()}\n\n")
+    if not as_json:
+        note(_total_line(outputs, time.perf_counter() - start))
+    _end(outputs, interrupt)
+
+
+def _outputs(
+    llm: "LLM", prompts: Sequence[str], params: "SamplingParams", use_chat: bool, interrupt: Interrupt
+) -> Iterator["GenerationOutput"]:
+    """The outputs in the order of the prompts, each as soon as it and those before it are there.
+
+    All run together: reading one stream steps the engine for all. ValueError if every prompt is refused.
+    """
+    streams: list[Any] = []
+    for prompt in prompts:
+        if interrupt.asked:
+            break
+        try:
+            streams.append(llm.generate_stream(llm.chat_prompt([_user(prompt)]) if use_chat else prompt, params))
+        except ValueError as error:
+            streams.append(error)
+    refused = [stream for stream in streams if isinstance(stream, ValueError)]
+    if refused and len(refused) == len(prompts):
+        raise refused[0]
+    streams += [None] * (len(prompts) - len(streams))
+    # Where outputs appear on the terminal, they themselves show how far it is.
+    shown = err.is_terminal and not out.is_terminal and len(prompts) > 1
+    with progress_bar(shown) as bar:
+        task = bar.add_task("Generating", total=len(prompts))
+        for index, stream in enumerate(streams):
+            yield _finish(llm, stream, index, interrupt)
+            bar.advance(task)
+
+
+def _finish(llm: "LLM", stream: Any, index: int, interrupt: Interrupt) -> "GenerationOutput":
+    """The output of a stream, of a refusal, or of a prompt that Ctrl-C came before (None)."""
+    from wedlm import GenerationOutput
+
+    if stream is None:
+        return GenerationOutput("", [], None, "abort")
+    if isinstance(stream, ValueError):
+        note(f"warning: prompt {index} was refused: {stream}", "yellow")
+        return GenerationOutput("", [], None, "error", error=str(stream))
+    output = None
+    for piece in stream:
+        output = piece.output
+        if interrupt.asked:
+            llm.abort()
+    assert output is not None, "the last piece of a stream carries the output"
+    return output
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _record(prompt: str, output: "GenerationOutput") -> dict[str, Any]:
+    record = {"prompt": prompt, **dataclasses.asdict(output)}
+    return {name: value for name, value in record.items() if value is not None or name == "stats"}
+
+
+def _total_line(outputs: Sequence["GenerationOutput"], seconds: float) -> str:
+    """The figures of several prompts; forwards and rows are summed over prompts, though they shared forwards."""
+    stats = [output.stats for output in outputs if output.stats is not None]
+    tokens, forwards, rows = (
+        sum(getattr(one, name) for one in stats) for name in ("num_tokens", "num_forwards", "num_rows")
+    )
+    modes = "/".join(sorted({one.decoding for one in stats})) or "nothing ran"
+    return (
+        f"{modes}: {len(stats)} prompts, {tokens} tokens, {tokens / max(1, forwards):.2f} tokens/forward, "
+        f"p_cache {tokens / max(1, rows):.2f}, {tokens / seconds:.0f} tok/s"
+    )
+
+
+def _end(outputs: Sequence["GenerationOutput"], interrupt: Interrupt) -> None:
+    sys.stdout.flush()
+    if interrupt.asked:
+        raise typer.Exit(INTERRUPTED)
+    if any(output.error is not None for output in outputs):
+        raise typer.Exit(1)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share of the terminal: consoles, Ctrl-C, progress, errors as sentences. No torch here."""
+
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.status import Status
+from rich.text import Text
+
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+# One colour per forward, in turn: tokens that became final together look alike.
+PALETTE = ("cyan", "yellow", "green", "magenta", "blue", "red")
+# What a model writes must not move the cursor or change the terminal's state.
+_CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C: 128 + SIGINT
+
+
+class Interrupt:
+    """Ctrl-C as a wish: inside ``with``, the first one sets ``asked``, so that no forward is cut in half and what was
+    generated can be kept. A second one raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "Interrupt":
+        self._previous = signal.getsignal(signal.SIGINT)
+        # Whoever ignores or handles SIGINT already (nohup, a host program) keeps doing so.
+        self._ours = (
+            self._previous is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+        )
+        if self._ours:
+            signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def status(text: str) -> Status:
+    """A line with a spinner while ``with`` lasts; slow, because each of its frames takes time from torch's threads."""
+    return err.status(text, refresh_per_second=2)
+
+
+def progress_bar(shown: bool) -> Progress:
+    """Done of all and the time, for tasks with a description; it goes when ``with`` ends."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=err, transient=True, disable=not shown)
+
+
+def note(text: str, style: str = "dim") -> None:
+    """One line for the user, beside the text that the command is about."""
+    err.print(Text(text, style=style), soft_wrap=True)
+
+
+def write(text: str, style: str = "") -> None:
+    """Model text to standard output at once: exact bytes to a file or pipe, harmless characters to a terminal."""
+    if out.is_terminal:
+        text = text.translate(_CONTROL)
+    if out.is_terminal and style:
+        out.print(Text(text, style=style), end="", soft_wrap=True)
+        return
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def has_colours() -> bool:
+    """Whether standard output is a terminal with colours and the user wants them (NO_COLOR)."""
+    return out.color_system is not None and not out.no_color
+
+
+def by_step(pieces: Iterable[tuple[str, int]]) -> Text:
+    """Text coloured by the forward that made it final; where there are no colours, a bar stands between forwards."""
+    text, last = Text(), None
+    for string, step in pieces:
+        if not has_colours():
+            text.append("|" if last not in (None, step) else "")
+        text.append(string, style=PALETTE[step % len(PALETTE)])
+        last = step
+    text.rstrip()
+    return text
+
+
+@contextmanager
+def plain_errors(debug: bool) -> Iterator[None]:
+    """What the user can mend becomes one sentence and exit code 2 (``debug``: a traceback); Ctrl-C exits with 130.
+
+    Warnings are shown in one line each. Any other exception is a bug of ours and keeps its traceback.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}", "yellow")
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise  # the reader of our output left: click ends quietly
+        except (ValueError, OSError, RuntimeError) as error:
+            if debug or not _is_for_user(error):
+                raise
+            note(f"error: {error}", "red")
+            raise typer.Exit(2) from None
+
+
+@contextmanager
+def needs_extra(name: str) -> Iterator[None]:
+    """ValueError if a package of this extra is missing, which the block imports."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("wedlm"):
+            raise
+        raise ValueError(f"{error.name} is not installed; expected pip install 'wedlm[{name}]'") from error
+
+
+def _is_for_user(error: Exception) -> bool:
+    if isinstance(error, ValueError | OSError):
+        return True
+    from wedlm.model.errors import DemoModelError  # slow: it imports torch
+
+    return isinstance(error, DemoModelError)
+
+
+def check_text(name: str, text: str) -> None:
+    """ValueError for text with bytes that were no UTF-8 where it was typed."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is not valid UTF-8; expected text in that encoding") from None

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grammars through llguidance (extra ``serve``), imported when one is asked for. Shared by the server's process and the
+worker that tries a grammar first (``trial_worker.py``), so it imports nothing large."""
+
+from typing import Any
+
+# One optional space wherever JSON may have white space: a weak model cannot go on with blanks for ever. oneOf is taken
+# for anyOf, after ``check_one_of`` has found that it is the same: llguidance's own proof does not follow references.
+_JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?", "lenient": False, "coerce_one_of": True}
+# At 1 to 2 kB each: what a grammar may come to hold while text is generated. The steps' own limits, about 15 ms of
+# work for a mask, are llguidance's defaults.
+_MAX_LEXER_STATES = 50_000
+
+
+def library() -> Any:
+    """llguidance; ValueError if it is missing."""
+    try:
+        import llguidance
+    except ImportError as error:
+        raise ValueError(
+            "json_schema and grammar need the package llguidance; expected pip install 'wedlm[serve]'"
+        ) from error
+    return llguidance
+
+
+def load_tokens(tokenizer_json: str, vocab_size: int) -> Any:
+    """llguidance's tables of a tokenizer. ValueError if it cannot read it."""
+    try:
+        return library().LLTokenizer(tokenizer_json, n_vocab=vocab_size)
+    except ValueError:
+        raise
+    except Exception as error:  # The Rust library raises plain Exception.
+        raise ValueError(f"this model's tokenizer has no grammars: {sentence(error)}") from error
+
+
+def build(tokens: Any, schema: str | None, grammar: str | None) -> Any:
+    """llguidance's matcher for a JSON schema or a Lark grammar, whose first mask is known. ValueError if it is none.
+
+    Takes whatever time and memory it takes: only the worker calls this with what was not tried before.
+    """
+    matchers = library().LLMatcher
+    if schema is not None:
+        source = matchers.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
+    else:
+        source = matchers.grammar_from_lark(grammar)
+    limits = library().LLParserLimits(verbose_errors=False, max_lexer_states=_MAX_LEXER_STATES)
+    matcher = matchers(tokens, source, log_level=0, limits=limits)
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # some limits are met only here; and copies share what it has found out
+    if "NoExtension" in (matcher.stop_reason() + matcher.get_error()):
+        raise ValueError("it admits no text of at least one token")
+    if matcher.is_error():
+        raise ValueError(sentence(matcher.get_error()))
+    return matcher
+
+
+def sentence(error: object) -> str:
+    """The first line of a report; of one that quotes a pattern, the reason, which comes after the quotation."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    reasons = [line.removeprefix("error: ") for line in more if line.startswith("error: ")]
+    return (f"{first.rstrip(':')}: {reasons[0]}" if reasons else first)[:200]

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that compiles a stranger's grammar before the server does, see ``trial.py``: ``python -m`` this, with the
+limits' seconds and megabytes.
+
+Lines of JSON on the standard streams. First comes [tokenizer, vocabulary size], answered by null or a sentence; then
+grammars, [schema, grammar], each answered by [null or a sentence, seconds of processor time]. What breaks the limits
+ends the process. The time limit is one of processor time where there are interval timers (not on Windows); the memory
+limit counts from what is held before, where /proc tells that (Linux).
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from wedlm.engine.constraints.build import build, load_tokens, sentence
+from wedlm.engine.constraints.one_of import check_one_of
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one trial: ten times and more of what schemas of 65,536 characters need that people write."""
+
+    seconds: float = 1.0
+    megabytes: int = 256
+
+
+LIMITS = Limits()
+
+# Less than any thread has that builds the grammar again: what overflows the stack must do so here.
+_STACK_BYTES = 2**20
+
+
+def main() -> None:
+    """Serve until the standard input ends."""
+    if hasattr(signal, "SIGINT"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    threading.stack_size(_STACK_BYTES)
+    meter = _Meter(Limits(float(sys.argv[1]), int(sys.argv[2])))
+    thread = threading.Thread(target=_serve, args=(sys.stdin.buffer, sys.stdout.buffer, meter), daemon=True)
+    thread.start()
+    thread.join()
+
+
+def _serve(questions: IO[bytes], answers: IO[bytes], meter: "_Meter") -> None:
+    tokens = None
+    for line in questions:
+        if tokens is None:
+            tokens, error = _load(*json.loads(line))
+            answer: Any = error
+        else:
+            started = time.process_time()
+            meter.start()
+            error = _try(tokens, *json.loads(line))
+            meter.stop()
+            answer = [error, time.process_time() - started]
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+
+
+def _load(tokenizer_json: str, vocab_size: int) -> tuple[Any, str | None]:
+    try:
+        return load_tokens(tokenizer_json, vocab_size), None
+    except ValueError as error:
+        return None, str(error)
+
+
+def _try(tokens: Any, schema: str | None, grammar: str | None) -> str | None:
+    """What is wrong with a grammar, if anything."""
+    try:
+        if schema is not None:
+            check_one_of(json.loads(schema))
+        build(tokens, schema, grammar)
+    except MemoryError:
+        os._exit(_OUT_OF_MEMORY)
+    except BaseException as error:  # a panic of the Rust library is no Exception
+        return sentence(error)
+    return None
+
+
+_OUT_OF_MEMORY = 77
+
+
+class _Meter:
+    """Keeps trials within the limits, as far as this system can."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        try:
+            import resource
+        except ImportError:
+            self._resource: Any = None
+        else:
+            self._resource = resource
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    def start(self) -> None:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(
+                signal.ITIMER_PROF, self._limits.seconds
+            )  # SIGPROF ends the process, inside the library, too
+        self._limit_memory(self._limits.megabytes * 2**20)
+
+    def stop(self) -> None:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        self._limit_memory(None)
+
+    def _limit_memory(self, more: int | None) -> None:
+        try:
+            held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        except OSError:
+            return
+        hard = self._resource.getrlimit(self._resource.RLIMIT_AS)[1]
+        most = hard if more is None else held + more
+        if hard != self._resource.RLIM_INFINITY:
+            most = min(most, hard)
+        self._resource.setrlimit(self._resource.RLIMIT_AS, (most, hard))
+
+
+def why_it_ended(returncode: int, limits: Limits) -> str:
+    """What a trial did that ended the process."""
+    if returncode == -getattr(signal, "SIGPROF", 0):
+        return f"it takes more than {limits.seconds:g} s to compile; expected a simpler one"
+    if returncode in (_OUT_OF_MEMORY, -signal.SIGABRT):
+        return f"it takes more than {limits.megabytes} MB to compile; expected a simpler one"
+    return "the grammar library broke down on it; expected a simpler one"
+
+
+if __name__ == "__main__":
+    main()

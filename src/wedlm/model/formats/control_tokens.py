@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Control tokens that a chat template writes, told apart from their spelling in a message.
+
+A prompt is one text, and a tokenizer that reads it cannot see who wrote what: ``<|im_end|>`` in a user's message would
+end his turn. So the template is rendered a second time, with other characters in place of the messages' punctuation.
+Where both renderings agree, each character's origin is known, and a control token with a character of a message in it
+is cut in two, which makes it ordinary text. A prompt without such a token is encoded as ever, in one piece.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any
+
+import tokenizers
+
+# Where stand-ins for characters are taken from: code points that Unicode leaves to private use.
+_PRIVATE_USE = range(0xF0000, 0xFFFFE)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """The text of a prompt, and between which of its characters (``cuts``, ascending) no token may reach across."""
+
+    text: str
+    cuts: tuple[int, ...] = ()
+
+    def pieces(self, start: int = 0, end: int | None = None) -> list[str]:
+        """``text[start:end]`` in parts that are encoded by themselves."""
+        end = len(self.text) if end is None else end
+        edges = [start, *(cut for cut in self.cuts if start < cut < end), end]
+        return [self.text[a:b] for a, b in pairwise(edges)]
+
+
+class ControlTokens:
+    """The tokens of a tokenizer that structure a prompt instead of standing for text.
+
+    They are the added tokens that are special, that have a name such as "eos_token", or that are written <|so|>. Others
+    (Qwen's <think> and <tool_call>) are markup that replies contain, and stay what they are in every text.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, named: Iterable[str]) -> None:
+        added = backend.get_added_tokens_decoder()
+        named = set(named)
+        chosen = {
+            token_id: token
+            for token_id, token in added.items()
+            if token.special or token.content in named or re.fullmatch(r"<\|.*\|>", token.content, re.DOTALL)
+        }
+        others = {token_id: text for text in named if (token_id := backend.token_to_id(text)) is not None}
+        self._backend = backend
+        self.ids = frozenset(chosen.keys() | others.keys())
+        self.spellings = frozenset(chain((token.content for token in chosen.values()), others.values())) - {""}
+        self._normalized = backend.normalizer is not None and any(token.normalized for token in chosen.values())
+        self._triggers = frozenset(chain.from_iterable(map(_triggers, self.spellings)))
+        # A token may be split between two messages; the larger part has at least two characters.
+        self._heads = {full[:size] for full in self.spellings for size in range(2, len(full))}
+        self._tails = {full[-size:] for full in self.spellings for size in range(2, len(full))}
+        self._longest = max(map(len, self.spellings), default=0)
+        whole = "|".join(re.escape(text) for text in sorted(self.spellings, key=len, reverse=True))
+        self._spelling = re.compile(f"(?=({whole}))") if whole else None
+
+    def prompt(
+        self,
+        render: Callable[[Mapping[str, Any]], str],
+        contents: Mapping[str, Any],
+        constants: Callable[[], Iterable[str]],
+    ) -> ChatPrompt:
+        """The prompt that ``render`` makes of ``contents`` (JSON-like values); no control token in it comes from those.
+
+        ``render`` must give the same text for the same contents; ``constants`` gives the strings that it may compare
+        contents with. Raises ValueError if contents spell a control token and ``render`` rewrites them.
+        """
+        text = render(contents)
+        strings = list(_strings(contents))
+        triggers = self._triggers_in(strings)
+        if self._spelling is None or not any(character in one for one in strings for character in triggers):
+            return ChatPrompt(text)
+        stand_ins = _stand_ins(triggers, set(text).union(*strings))
+        # What the template looks for ("</think>") must be found, or it writes something else.
+        kept = [one for one in constants() if len(one) > 1 and not triggers.isdisjoint(one)]
+        kept = [one for one in kept if not any(one in full or full in one for full in self.spellings)]
+        for mark in (_marker(stand_ins, kept), _spelling_marker(stand_ins, self._occurrences)):
+            changed = {name: _map_strings(value, mark) for name, value in contents.items()}
+            if changed == contents:
+                return ChatPrompt(text)
+            try:
+                marked = render(changed)
+            except ValueError:
+                continue  # the template refuses what it does not know
+            if _unmarked(marked, stand_ins) == text:
+                return ChatPrompt(text, self._cuts(text, marked, frozenset(stand_ins.values())))
+        raise ValueError(
+            f"a message spells a control token ({self._first_spelling(strings)}) and the chat template rewrites it; "
+            "expected messages without control tokens"
+        )
+
+    def _triggers_in(self, strings: Sequence[str]) -> frozenset[str]:
+        """Characters of which a control token needs at least one."""
+        if not self._normalized:
+            return self._triggers
+        found = set(self._triggers)
+        for character in set().union(*strings):
+            if not character.isascii() or character.isupper():
+                plain = self._backend.normalizer.normalize_str(character)
+                if not plain or found & set(plain):
+                    found.add(character)
+        return frozenset(found)
+
+    def _occurrences(self, text: str) -> list[tuple[int, int]]:
+        """Spans of ``text`` that are control tokens, or that are parts of one at its ends."""
+        found = _spans(self._backend, text, self.ids)
+        inner = text.strip()
+        before, after = text.index(inner), text.index(inner) + len(inner)
+        sizes = range(2, min(len(inner), self._longest) + 1)
+        found += [(before, before + size) for size in sizes if inner[:size] in self._tails]
+        found += [(after - size, after) for size in sizes if inner[-size:] in self._heads]
+        if 2 <= len(inner) <= self._longest and any(inner in full for full in self.spellings):
+            found.append((before, after))
+        return found
+
+    def _cuts(self, text: str, marked: str, marks: frozenset[str]) -> tuple[int, ...]:
+        """Where to cut ``text`` so that no control token has a character that is one of ``marks`` in ``marked``."""
+
+        def is_foreign(start: int, end: int) -> bool:
+            return not marks.isdisjoint(marked[start:end])
+
+        assert self._spelling is not None
+        if not self._normalized and not any(is_foreign(m.start(1), m.end(1)) for m in self._spelling.finditer(text)):
+            return ()
+        cuts: set[int] = set()
+        pending = [(0, len(text))]
+        while pending:
+            encodings = self._backend.encode_batch([text[a:b] for a, b in pending], add_special_tokens=False)
+            again = []
+            for (start, end), encoding in zip(pending, encodings, strict=True):
+                new = []
+                for first, last in _spans_of(encoding, self.ids):
+                    if not is_foreign(start + first, start + last):
+                        continue
+                    spelling = text[start + first : start + last]
+                    cut = start + first + len(spelling) - len(spelling.lstrip()) + 1
+                    if cut >= start + last:
+                        raise ValueError(
+                            f"a message contains {spelling!r}, a control token of one character that cannot be written "
+                            "as text; expected messages without it"
+                        )
+                    new.append(cut)
+                cuts.update(new)
+                edges = [start, *new, end]
+                again += list(pairwise(edges)) if new else []
+            pending = again
+        return tuple(sorted(cuts))
+
+    def _first_spelling(self, strings: Iterable[str]) -> str:
+        found = (full for one in strings for full in sorted(self.spellings) if full in one)
+        return repr(next(found, "a part of one"))
+
+
+def _triggers(spelling: str) -> set[str]:
+    """A spelling's punctuation: what a template joins with a role to make a token is letters."""
+    return {one for one in spelling if not (one.isalnum() or one.isspace() or one == "_")} or {spelling.strip()[:1]}
+
+
+def _spans(backend: tokenizers.Tokenizer, text: str, ids: frozenset[int]) -> list[tuple[int, int]]:
+    return _spans_of(backend.encode(text, add_special_tokens=False), ids)
+
+
+def _spans_of(encoding: tokenizers.Encoding, ids: frozenset[int]) -> list[tuple[int, int]]:
+    return [span for token_id, span in zip(encoding.ids, encoding.offsets, strict=True) if token_id in ids]
+
+
+def _stand_ins(triggers: frozenset[str], used: set[str]) -> dict[str, str]:
+    free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+    stand_ins = dict(zip(sorted(triggers), free, strict=False))
+    if len(stand_ins) < len(triggers):
+        raise ValueError("the messages use every private character of Unicode; expected some to be left")
+    return stand_ins
+
+
+def _unmarked(text: str, stand_ins: Mapping[str, str]) -> str:
+    return text.translate({ord(mark): original for original, mark in stand_ins.items()})
+
+
+def _marker(stand_ins: Mapping[str, str], kept: Sequence[str]) -> Callable[[str], str]:
+    table = str.maketrans(dict(stand_ins))
+    if not kept:
+        return lambda text: text.translate(table)
+    longest_first = sorted(kept, key=len, reverse=True)
+    parts = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def mark(text: str) -> str:
+        pieces = parts.split(text)  # every other one is kept
+        return "".join(piece if number % 2 else piece.translate(table) for number, piece in enumerate(pieces))
+
+    return mark
+
+
+def _spelling_marker(
+    stand_ins: Mapping[str, str], occurrences: Callable[[str], list[tuple[int, int]]]
+) -> Callable[[str], str]:
+    table = str.maketrans(dict(stand_ins))
+
+    def mark(text: str) -> str:
+        characters = list(text)
+        for start, end in occurrences(text):
+            characters[start:end] = text[start:end].translate(table)
+        return "".join(characters)
+
+    return mark
+
+
+def _strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(map(_strings, chain(value.keys(), value.values())))
+    elif isinstance(value, list | tuple):
+        yield from chain.from_iterable(map(_strings, value))
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_map_strings(key, change): _map_strings(one, change) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        changed = [_map_strings(one, change) for one in value]
+        return tuple(changed) if isinstance(value, tuple) else changed
+    return value

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What figures of evaluations and benchmarks share: panels, a legend below them, SVG."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PANEL_INCHES = (4.6, 3.4)
+_LEGEND_LINE_INCHES = 0.18
+
+
+@dataclass(frozen=True)
+class Plot:
+    """``svg`` is a whole SVG document; ``text`` says what it shows to those who do not see it."""
+
+    title: str
+    text: str
+    svg: str
+
+
+def need_matplotlib() -> None:
+    """ValueError if it is missing."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            'plots need the package matplotlib, which is not installed: pip install "wedlm[train]", or --no-plots'
+        )
+
+
+def group_by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """Items of the same key together, keys in the order of their first item."""
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def new_figure(columns: int) -> tuple["Figure", list["Axes"]]:
+    """So many panels side by side."""
+    from matplotlib.figure import Figure  # without pyplot there is no window, and nothing stays behind
+
+    width, height = _PANEL_INCHES
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    panels = [figure.add_subplot(1, columns, number) for number in range(1, columns + 1)]
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.locator_params(axis="x", nbins=7)  # more numbers would touch each other
+    return figure, panels
+
+
+def place_legend(figure: "Figure", *panels: "Axes") -> None:
+    """Below the panels, because names are long; the figure grows by it."""
+    entries = [entry for axes in panels for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
+    columns = 1 if max(len(label) for _, label in entries) > 60 else 2
+    height = _PANEL_INCHES[1] + _LEGEND_LINE_INCHES * (1 + math.ceil(len(entries) / columns))
+    figure.set_size_inches(figure.get_figwidth(), height)
+    figure.legend(*zip(*entries, strict=True), loc="outside lower left", fontsize="small", ncols=columns)
+
+
+def finish_plot(figure: "Figure", title: str, text: str) -> Plot:
+    """The figure as SVG."""
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    with rc_context({"svg.hashsalt": title}):  # the same figure is the same file
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return Plot(title, text, file.getvalue())

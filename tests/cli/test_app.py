@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command as a whole: its table of commands, help at once, the version, ways to start it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.command import wedlm
+from wedlm.algorithm.params import DECODINGS
+from wedlm.cli import COMMANDS
+
+# Seconds to import, or optional.
+SLOW = {
+    "torch",
+    "transformers",
+    "lm_eval",
+    "fastapi",
+    "uvicorn",
+    "matplotlib",
+    "gguf",
+    "tokenizers",
+    "jinja2",
+}
+
+
+@pytest.mark.parametrize(("command", "default"), [("bench", "[demo]"), ("bench", "[all;"), ("chat", "[auto]")])
+def test_help_shows_defaults_in_brackets(command, default):
+    text = wedlm(command, "--help").stdout
+    assert default in text
+    assert "\\" not in text
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS if name != "train")], ids=" ".join)
+def test_help_imports_nothing_slow(words):
+    program = "import sys; from wedlm.cli import main\ntry:\n    main()\nexcept SystemExit:\n    "
+    program += f"print(sorted({SLOW} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program, *words, "--help"], capture_output=True, text=True, check=True)
+    assert "Usage: " in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_teaches():
+    text = wedlm("--help").stdout
+    assert all(mode in text for mode in DECODINGS)
+    for name in COMMANDS:
+        assert f" {name} " in text
+        if name != "train":  # whose help is its own
+            assert f"wedlm {name}" in wedlm(name, "--help").stdout
+
+
+def test_version():
+    assert wedlm("--version").stdout.startswith("wedlm 0.")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["wedlm", "--version"],
+        ["wedlm", "train", "--nonsense", "1"],
+        ["wedlm.train", "--nonsense", "1"],
+    ],
+    ids=" ".join,
+)
+def test_the_package_is_the_command(words):
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+    if "--version" in words:
+        assert (done.returncode, done.stdout) == (0, wedlm("--version").stdout)
+    else:
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "nonsense is no setting" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_an_unknown_option_is_typers_error():
+    assert "No such option" in wedlm("generate", "x", "--frobnicate").stderr
