@@ -68,7 +68,7 @@ def test_the_package_is_the_command(words):
         assert (done.returncode, done.stdout) == (0, wedlm("--version").stdout)
     else:
         assert (done.returncode, done.stdout) == (1, "")
-        assert "nonsense is no setting" in done.stderr
+        assert "nonsense is not a setting" in done.stderr
         assert done.stderr.count("\n") == 1
 
 
