@@ -79,7 +79,7 @@ def shape_engine(shape: str, device: str, max_num_seqs: int):  # type: ignore[no
             from wedlm.engine.factory import build_engine
         except ImportError:
             from wedlm.engine.build import build_engine
-        from wedlm.engine.options import EngineConfig
+        from wedlm.engine.engine import EngineConfig
 
         return build_engine(model, EngineConfig(*facts, **limits), None, kv_cache_bytes=cache_bytes)
     return plan_engine(model, EngineConfig(*facts, EngineOptions(**limits, kv_cache_bytes=cache_bytes)), None).build()
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("trees", nargs="*", type=Path, help="the tree before and the tree after")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--subjects", help="shapes of bench, or demo; default: tiny,demo, on CUDA 8b")
+    parser.add_argument("--subjects", help="shapes of bench, or demo; default: tiny,demo, on CUDA qwen3-8b")
     parser.add_argument("--batches", help="default: 1,8, on CUDA 1,128")
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--steps", type=int, default=100)
@@ -114,7 +114,7 @@ def main() -> None:
         return
     if len(arguments.trees) != 2:
         parser.error("expected two trees, before and after")
-    subjects = (arguments.subjects or ("8b" if arguments.device == "cuda" else "tiny,demo")).split(",")
+    subjects = (arguments.subjects or ("qwen3-8b" if arguments.device == "cuda" else "tiny,demo")).split(",")
     sides: list[dict[str, list[float]]] = [{}, {}]
     for pair in range(arguments.pairs):
         for subject in subjects:
