@@ -40,7 +40,7 @@ def test_float_weights_are_torchs(family, hides, dtype):
         expected = model(rows.tokens, rows.positions, PagedSdpa(cache, rows.batch))
         logits = native(rows.tokens, rows.positions, NativeAttend(ours, rows.batch))
 
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        tolerance = 1e-5 if dtype == torch.float32 else 4e-2
         assert (logits - expected).norm() <= tolerance * expected.norm()
         torch.testing.assert_close(ours.keys.float(), cache.keys, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(ours.values.float(), cache.values, rtol=tolerance, atol=tolerance)

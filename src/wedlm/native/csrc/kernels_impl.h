@@ -117,7 +117,8 @@ inline int32_t sum_bytes(const int8_t* q, int64_t n) {
   return total;
 }
 
-inline float inverse_scale(float most) { return most > 0.0f ? 127.0f / most : 0.0f; }
+// 0 for what is next to nothing: 127 / most would overflow.
+inline float inverse_scale(float most) { return most > 1e-36f ? 127.0f / most : 0.0f; }
 
 void quantize_row(const float* x, int64_t n, int8_t* q, float* scale, int32_t* total) {
   FloatMode mode;
