@@ -107,11 +107,16 @@ def test_int8_sums_are_exact(path, cols):
 
     y = product(path, INT8, weights, scale, cols, x)
 
-    most = np.abs(x).max(axis=1, keepdims=True)
-    factor = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 1e-36)
-    q = np.rint(x * factor).astype(np.int64)
-    expected = (q @ weights.T.astype(np.int64)).astype(np.float32) * (scale * (most / np.float32(127)))
-    np.testing.assert_array_equal(y, expected)
+    # Whole sums of each block of 32 inputs; blocks are added in order, each product rounded once, by fma.
+    expected = np.zeros((len(x), len(weights)), dtype=np.float32)
+    for first in range(0, cols, 32):
+        part, own = x[:, first : first + 32], weights[:, first : first + 32].astype(np.int64)
+        most = np.abs(part).max(axis=1, keepdims=True)
+        factor = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 1e-36)
+        sums = np.rint(part * factor).astype(np.int64) @ own.T
+        exact = sums.astype(np.longdouble) * (most / np.float32(127)) + expected
+        expected = exact.astype(np.float32)
+    np.testing.assert_array_equal(y, expected * scale)
 
 
 @pytest.mark.parametrize("path", PATHS[:-1])

@@ -87,7 +87,7 @@ wedlm::Weights packed(int32_t format, int32_t rows, int32_t cols, const void* da
   matrix.format = static_cast<wedlm::Format>(format);
   matrix.rows = rows;
   matrix.cols = cols;
-  matrix.panel_bytes = wedlm::source_bytes(format, wedlm::kPanel, format == wedlm::INT8 ? wedlm::round_up(cols, 4) : cols);
+  matrix.panel_bytes = wedlm::source_bytes(format, wedlm::kPanel, format == wedlm::INT8 ? wedlm::round_up(cols, 32) : cols);
   weights.data.reserve(matrix.panels() * matrix.panel_bytes);
   matrix.data = weights.data.data();
   weights.scale.reserve(int64_t{matrix.panels()} * wedlm::kPanel);
@@ -106,7 +106,7 @@ int32_t wedlm_test_product(const char* path, int32_t format, int32_t rows, int32
   wedlm::Weights weights = packed(format, rows, cols, data, scale);
   wedlm::InputKind kind = wedlm::format_info(format)->input;
   wedlm::Inputs x;
-  x.reserve(num_inputs, cols, kind == wedlm::InputKind::kFloat, kind == wedlm::InputKind::kInt8Row, kind == wedlm::InputKind::kInt8Blocks);
+  x.reserve(num_inputs, cols, kind == wedlm::InputKind::kFloat, kind == wedlm::InputKind::kInt8Blocks);
   for (int64_t i = 0; i < num_inputs; i++) x.put(*kernels, i, inputs + i * cols);
   int64_t stride = int64_t{weights.matrix.panels()} * wedlm::kPanel;
   wedlm::Buffer<float> y;

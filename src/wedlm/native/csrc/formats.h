@@ -12,7 +12,7 @@ namespace wedlm {
 
 constexpr int kPanel = 16;  // outputs in a panel
 
-// GGUF's own numbers; INT8 (one scale for each output) is ours.
+// GGUF's own numbers; INT8 (one scale for each output, inputs padded with zeros to blocks of 32) is ours.
 enum Format : int32_t {
   F32 = 0,
   F16 = 1,
@@ -29,7 +29,7 @@ enum Format : int32_t {
 };
 
 // What a product of this format reads of its input.
-enum class InputKind { kFloat, kInt8Row, kInt8Blocks };
+enum class InputKind { kFloat, kInt8Blocks };
 
 struct FormatInfo {
   const char* name;
@@ -69,6 +69,9 @@ float half_to_float(uint16_t bits);
 // Packed blocks of 16 outputs. Quants of a sub-block of 32 inputs are 8 "quads" of 64 bytes: byte 4 o + i of quad j is
 // input 4 j + i of output o. Four-bit formats hold quad j in the low nibbles of q[j] and quad j + 4 in its high ones;
 // bit j of h is the fifth bit of quad j; Q6_K has two bits of quad j in bits 2 (j % 4) of h[j / 4].
+struct PackedINT8 {
+  uint8_t q[8][64];  // value + 128
+};
 struct PackedQ8_0 {
   uint16_t d[16];
   uint8_t q[8][64];  // value + 128

@@ -18,11 +18,8 @@ constexpr int32_t kPiecesPerThread = 4;
 
 std::string number(int64_t n) { return std::to_string(n); }
 
-// Panels of a piece, even where there are enough: products take two panels at once.
-int32_t panels_per_piece(int32_t panels, int threads) {
-  int32_t each = std::max(1, panels / (threads * kPiecesPerThread));
-  return each > 1 ? each / 2 * 2 : 1;
-}
+// Panels of a piece.
+int32_t panels_per_piece(int32_t panels, int threads) { return std::max(1, panels / (threads * kPiecesPerThread)); }
 
 // log x for x in [1, 2^40], in double: own, so that no library decides about bits. x = m 2^e with m near 1;
 // log m = 2 atanh((m - 1) / (m + 1)).
@@ -93,7 +90,7 @@ void Model::reserve(int64_t rows) {
   };
   auto inputs = [&](Inputs& to, int64_t cols, std::initializer_list<const Weights Layer::*> members, const Weights* also) {
     auto kind = [&](InputKind k) { return uses(members, k) || (also && format_info(also->matrix.format)->input == k); };
-    to.reserve(rows, cols, kind(InputKind::kFloat), kind(InputKind::kInt8Row), kind(InputKind::kInt8Blocks));
+    to.reserve(rows, cols, kind(InputKind::kFloat), kind(InputKind::kInt8Blocks));
   };
   x_.reserve(rows * hidden_);
   normed_.reserve(rows * hidden_);

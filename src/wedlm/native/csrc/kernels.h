@@ -7,14 +7,11 @@
 
 namespace wedlm {
 
-// Rows of activations in the forms that products read; each row starts `cols` rounded up to 4 after the one before.
+// Rows of activations in the forms that products read: floats, rows `cols` rounded up to 4 apart; or eight bits.
 struct Input {
   const float* values = nullptr;
-  // One scale a row: value = scale * q, and the sum of q.
-  const int8_t* q = nullptr;
-  const float* scale = nullptr;
-  const int32_t* sum = nullptr;
-  // One scale for each 32 values, that scale times the sum of its q, and the sums of each 16 q.
+  // Blocks of 32, the last padded with zeros: value = scale * q; that scale times the sum of its q, and the sums of
+  // each 16 q.
   const int8_t* block_q = nullptr;
   const float* block_scale = nullptr;
   const float* block_scaled_sum = nullptr;
@@ -23,11 +20,10 @@ struct Input {
   // The same rows from row `first` on.
   Input from(int64_t first, int64_t cols) const {
     Input rest = *this;
-    int64_t width = round_up(cols, 4), blocks = cols / 32;
-    if (values) rest.values += first * width;
-    if (q) rest.q += first * width, rest.scale += first, rest.sum += first;
+    int64_t blocks = (cols + 31) / 32;
+    if (values) rest.values += first * round_up(cols, 4);
     if (block_q)
-      rest.block_q += first * width, rest.block_scale += first * blocks, rest.block_scaled_sum += first * blocks,
+      rest.block_q += first * 32 * blocks, rest.block_scale += first * blocks, rest.block_scaled_sum += first * blocks,
           rest.sum16 += first * 2 * blocks;
     return rest;
   }
@@ -64,8 +60,7 @@ struct Kernels {
   const char* name;
   // y = x / sqrt(mean(x^2) + eps) * weight.
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
-  // One row to eight bits, as a whole or in blocks of 32. q has n rounded up to 4 entries.
-  void (*quantize_row)(const float* x, int64_t n, int8_t* q, float* scale, int32_t* sum);
+  // One row to eight bits in blocks of 32.
   void (*quantize_blocks)(const float* x, int64_t n, int8_t* q, float* scale, float* scaled_sum, int32_t* sum16);
   // y[row][16 (panel - first_panel) + o], all 16 outputs of each panel.
   void (*product)(const Matrix& matrix, const Input& x, int32_t rows, int32_t first_panel, int32_t end_panel, float* y, int64_t stride);

@@ -97,14 +97,6 @@ void to_bfloat(const float* x, uint16_t* y, int64_t n) {
 
 // ---- inputs in eight bits
 
-inline V largest_magnitude(const float* x, int64_t n) {
-  V most = set1(0.0f);
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) most = max(abs(load(x + i)), most);
-  if (i < n) most = max(abs(load_n(x + i, static_cast<int>(n - i))), most);
-  return most;
-}
-
 // Nearest integers of x * factor in -127..127 (127 for what is not a number).
 inline I rounded(V x, V factor) {
   V bounded = max(min(x * factor, set1(127.0f)), set1(-127.0f));
@@ -120,28 +112,14 @@ inline int32_t sum_bytes(const int8_t* q, int64_t n) {
 // 0 for what is next to nothing: 127 / most would overflow.
 inline float inverse_scale(float most) { return most > 1e-36f ? 127.0f / most : 0.0f; }
 
-void quantize_row(const float* x, int64_t n, int8_t* q, float* scale, int32_t* total) {
-  FloatMode mode;
-  (void)mode;
-  float most = largest(largest_magnitude(x, n));
-  V factor = set1(inverse_scale(most));
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store_bytes(q + i, rounded(load(x + i), factor));
-  if (i < n) {
-    int8_t last[16];
-    store_bytes(last, rounded(load_n(x + i, static_cast<int>(n - i)), factor));
-    for (int64_t j = i; j < round_up(n, 4); j++) q[j] = j < n ? last[j - i] : static_cast<int8_t>(0);
-  }
-  *scale = most / 127.0f;
-  *total = sum_bytes(q, n);
-}
-
 void quantize_blocks(const float* x, int64_t n, int8_t* q, float* scale, float* scaled_sum, int32_t* sum16) {
   FloatMode mode;
   (void)mode;
-  for (int64_t b = 0; b < n / 32; b++) {
+  for (int64_t b = 0; 32 * b < n; b++) {
     const float* at = x + 32 * b;
-    V low = load(at), high = load(at + 16);
+    int rest = static_cast<int>(smaller(32, n - 32 * b));
+    V low = rest >= 16 ? load(at) : load_n(at, rest);
+    V high = rest == 32 ? load(at + 16) : rest > 16 ? load_n(at + 16, rest - 16) : set1(0.0f);
     float most = largest(max(abs(high), max(abs(low), set1(0.0f))));
     V factor = set1(inverse_scale(most));
     store_bytes(q + 32 * b, rounded(low, factor));
@@ -151,62 +129,6 @@ void quantize_blocks(const float* x, int64_t n, int8_t* q, float* scale, float* 
     scale[b] = most / 127.0f;
     scaled_sum[b] = scale[b] * static_cast<float>(sum16[2 * b] + sum16[2 * b + 1]);
   }
-}
-
-// ---- products: INT8
-
-// M rows, P panels.
-template <int M, int P>
-inline void int8_block(const Matrix& matrix, const Input& x, int32_t first_panel, float* y, int64_t stride) {
-  int64_t width = round_up(matrix.cols, 4);
-  const uint8_t* w[P];
-  for (int p = 0; p < P; p++) w[p] = matrix.panel(first_panel + p);
-  I acc[M][P];
-  WEDLM_UNROLL
-  for (int m = 0; m < M; m++)
-    for (int p = 0; p < P; p++) acc[m][p] = set1_int(-kByteBias * x.sum[m]);
-  for (int64_t k = 0; k < width; k += 4) {
-    B wv[P];
-    WEDLM_UNROLL
-    for (int p = 0; p < P; p++) wv[p] = load_bytes(w[p] + 16 * k);
-    WEDLM_UNROLL
-    for (int m = 0; m < M; m++) {
-      WEDLM_UNROLL
-      for (int p = 0; p < P; p++) acc[m][p] = dot_bytes(acc[m][p], wv[p], x.q + m * width + k);
-    }
-  }
-  WEDLM_UNROLL
-  for (int m = 0; m < M; m++) {
-    WEDLM_UNROLL
-    for (int p = 0; p < P; p++) {
-      V factor = load(matrix.scale + kPanel * (first_panel + p)) * set1(x.scale[m]);
-      store(y + m * stride + kPanel * p, to_float(acc[m][p]) * factor);
-    }
-  }
-}
-
-// One row, one panel: four sums side by side, since one alone would wait for itself. Integer sums are exact in any order.
-inline void int8_single(const Matrix& matrix, const Input& x, int32_t panel, float* y) {
-  int64_t width = round_up(matrix.cols, 4), k = 0;
-  const uint8_t* w = matrix.panel(panel);
-  I a = set1_int(-kByteBias * x.sum[0]), b = zero_int(), c = zero_int(), d = zero_int();
-  for (; k + 16 <= width; k += 16) {
-    a = dot_bytes(a, load_bytes(w + 16 * k), x.q + k);
-    b = dot_bytes(b, load_bytes(w + 16 * k + 64), x.q + k + 4);
-    c = dot_bytes(c, load_bytes(w + 16 * k + 128), x.q + k + 8);
-    d = dot_bytes(d, load_bytes(w + 16 * k + 192), x.q + k + 12);
-  }
-  for (; k < width; k += 4) a = dot_bytes(a, load_bytes(w + 16 * k), x.q + k);
-  V factor = load(matrix.scale + kPanel * panel) * set1(x.scale[0]);
-  store(y, to_float((a + b) + (c + d)) * factor);
-}
-
-template <int M, int P>
-inline void int8_rows(const Matrix& matrix, const Input& x, int32_t panel, float* y, int64_t stride) {
-  if (M == 1)
-    for (int p = 0; p < P; p++) int8_single(matrix, x, panel + p, y + kPanel * p);
-  else
-    int8_block<M, P>(matrix, x, panel, y, stride);
 }
 
 // ---- products: blocks with scales
@@ -230,11 +152,21 @@ inline void add_fifths(const uint8_t* h, B* quads) {
 
 struct Plain {  // defaults of the formats
   static constexpr int kSubBlocks = 1, kOffset = 0;
-  static constexpr bool kBytes = false, kMinimum = false, kHalves = false;
+  static constexpr bool kBytes = false, kMinimum = false, kHalves = false, kScaleOfOutput = false;
+};
+template <>
+struct Reader<PackedINT8> : Plain {
+  static constexpr int kOffset = kByteBias;  // dot_bytes takes off what it does not count itself
+  static constexpr bool kBytes = true, kScaleOfOutput = true;
+  explicit Reader(const PackedINT8&) {}
+  void sub(const PackedINT8& block, int, B* quads, V&, V&) const {
+    WEDLM_UNROLL
+    for (int j = 0; j < 8; j++) quads[j] = load_bytes(block.q[j]);
+  }
 };
 template <>
 struct Reader<PackedQ8_0> : Plain {
-  static constexpr int kOffset = kByteBias;  // dot_bytes takes off what it does not count itself
+  static constexpr int kOffset = kByteBias;
   static constexpr bool kBytes = true;
   V d;
   explicit Reader(const PackedQ8_0& block) : d(load_half(block.d)) {}
@@ -349,7 +281,7 @@ inline I dot(I acc, B w, const int8_t* x) {
 template <class Block, int M>
 inline void blocks_panel(const Matrix& matrix, const Input& x, int32_t panel, float* y, int64_t stride) {
   using R = Reader<Block>;
-  int64_t cols = matrix.cols, num_blocks = cols / (32 * R::kSubBlocks), sub_blocks = cols / 32;
+  int64_t sub_blocks = (int64_t{matrix.cols} + 31) / 32, num_blocks = sub_blocks / R::kSubBlocks;
   const auto* block = reinterpret_cast<const Block*>(matrix.panel(panel));
   V acc[M];
   WEDLM_UNROLL
@@ -358,14 +290,14 @@ inline void blocks_panel(const Matrix& matrix, const Input& x, int32_t panel, fl
     R reader(block[i]);
     for (int b = 0; b < R::kSubBlocks; b++) {
       B quads[8];
-      V scale, minimum;
+      V scale = set1(1.0f), minimum = set1(0.0f);
       reader.sub(block[i], b, quads, scale, minimum);
       int64_t at = i * R::kSubBlocks + b;
       I first_scale = zero_int(), second_scale = zero_int();
       if constexpr (R::kHalves) first_scale = R::half_scale(block[i], 2 * b), second_scale = R::half_scale(block[i], 2 * b + 1);
       WEDLM_UNROLL
       for (int m = 0; m < M; m++) {
-        const int8_t* q = x.block_q + m * cols + 32 * at;
+        const int8_t* q = x.block_q + 32 * (m * sub_blocks + at);
         const int32_t* s = x.sum16 + (m * sub_blocks + at) * 2;
         I total;
         if constexpr (R::kHalves) {
@@ -381,13 +313,17 @@ inline void blocks_panel(const Matrix& matrix, const Input& x, int32_t panel, fl
           WEDLM_UNROLL
           for (int j = 0; j < 8; j++) total = dot<R::kBytes>(total, quads[j], q + 4 * j);
         }
-        acc[m] = fma(to_float(total), scale * set1(x.block_scale[m * sub_blocks + at]), acc[m]);
+        V factor = set1(x.block_scale[m * sub_blocks + at]);
+        acc[m] = fma(to_float(total), R::kScaleOfOutput ? factor : scale * factor, acc[m]);
         if constexpr (R::kMinimum) acc[m] = fma(minimum, set1(x.block_scaled_sum[m * sub_blocks + at]), acc[m]);
       }
     }
   }
   WEDLM_UNROLL
-  for (int m = 0; m < M; m++) store(y + m * stride, acc[m]);
+  for (int m = 0; m < M; m++) {
+    if constexpr (R::kScaleOfOutput) acc[m] = acc[m] * load(matrix.scale + kPanel * panel);
+    store(y + m * stride, acc[m]);
+  }
 }
 
 // ---- products: floats
@@ -438,14 +374,6 @@ inline void in_row_blocks(const Panel& panel, const Matrix& matrix, const Input&
   }
 }
 
-template <int P>
-struct Int8Panels {
-  const Matrix& matrix;
-  int32_t panel;
-  int64_t stride;
-  template <int M>
-  void run(const Input& x, float* y) const { int8_rows<M, P>(matrix, x, panel, y, stride); }
-};
 template <class Block>
 struct BlockPanel {
   const Matrix& matrix;
@@ -473,13 +401,7 @@ void product(const Matrix& matrix, const Input& x, int32_t rows, int32_t panel, 
   FloatMode mode;
   (void)mode;
   switch (matrix.format) {
-    case INT8: {
-      int32_t p = panel;
-      for (; kPanelsAtOnce == 2 && p + 2 <= end; p += 2)
-        in_row_blocks(Int8Panels<kPanelsAtOnce>{matrix, p, stride}, matrix, x, rows, y + kPanel * (p - panel), stride);
-      if (p < end) each_panel<Int8Panels<1>>(matrix, x, rows, p, end, y + kPanel * (p - panel), stride);
-      return;
-    }
+    case INT8: return each_panel<BlockPanel<PackedINT8>>(matrix, x, rows, panel, end, y, stride);
     case F32: return each_panel<FloatPanel<AsFloat>>(matrix, x, rows, panel, end, y, stride);
     case F16: return each_panel<FloatPanel<AsHalf>>(matrix, x, rows, panel, end, y, stride);
     case BF16: return each_panel<FloatPanel<AsBFloat>>(matrix, x, rows, panel, end, y, stride);
@@ -551,7 +473,7 @@ namespace wedlm {
 namespace WEDLM_ISA {
 extern const Kernels kernels;
 const Kernels kernels{
-    WEDLM_ISA_NAME, rms_norm, quantize_row, quantize_blocks, product, silu_mul, add, rotate, attention, to_bfloat, logit_sums, largest_of, exp_one,
+    WEDLM_ISA_NAME, rms_norm, quantize_blocks, product, silu_mul, add, rotate, attention, to_bfloat, logit_sums, largest_of, exp_one,
 };
 }  // namespace WEDLM_ISA
 }  // namespace wedlm

@@ -14,39 +14,31 @@ std::string number(int64_t n) { return std::to_string(n); }
 
 }  // namespace
 
-void Inputs::reserve(int64_t rows, int64_t cols, bool floats, bool row, bool blocks) {
+void Inputs::reserve(int64_t rows, int64_t cols, bool floats, bool blocks) {
   cols_ = cols;
   floats_ = floats;
-  row_ = row;
   blocks_ = blocks;
-  int64_t wide = round_up(cols, 4);
-  if (floats) values_.reserve(rows * wide);
-  if (row) {
-    q_.reserve(rows * wide);
-    scale_.reserve(rows);
-    sum_.reserve(rows);
-  }
+  int64_t num_blocks = (cols + 31) / 32;
+  if (floats) values_.reserve(rows * round_up(cols, 4));
   if (blocks) {
-    block_q_.reserve(rows * wide);
-    block_scale_.reserve(rows * cols / 32);
-    block_scaled_sum_.reserve(rows * cols / 32);
-    sum16_.reserve(rows * cols / 16);
+    block_q_.reserve(rows * 32 * num_blocks);
+    block_scale_.reserve(rows * num_blocks);
+    block_scaled_sum_.reserve(rows * num_blocks);
+    sum16_.reserve(rows * 2 * num_blocks);
   }
 }
 
 void Inputs::put(const Kernels& kernels, int64_t row, const float* x) {
-  int64_t wide = round_up(cols_, 4), blocks = cols_ / 32;
-  if (floats_) std::memcpy(values_.data() + row * wide, x, static_cast<size_t>(cols_) * 4);
-  if (row_) kernels.quantize_row(x, cols_, q_.data() + row * wide, scale_.data() + row, sum_.data() + row);
+  int64_t blocks = (cols_ + 31) / 32;
+  if (floats_) std::memcpy(values_.data() + row * round_up(cols_, 4), x, static_cast<size_t>(cols_) * 4);
   if (blocks_)
-    kernels.quantize_blocks(x, cols_, block_q_.data() + row * wide, block_scale_.data() + row * blocks,
+    kernels.quantize_blocks(x, cols_, block_q_.data() + row * 32 * blocks, block_scale_.data() + row * blocks,
                             block_scaled_sum_.data() + row * blocks, sum16_.data() + row * 2 * blocks);
 }
 
 Input Inputs::view() const {
   Input input;
   if (floats_) input.values = values_.data();
-  if (row_) input.q = q_.data(), input.scale = scale_.data(), input.sum = sum_.data();
   if (blocks_)
     input.block_q = block_q_.data(), input.block_scale = block_scale_.data(),
     input.block_scaled_sum = block_scaled_sum_.data(), input.sum16 = sum16_.data();
@@ -128,7 +120,7 @@ void Model::set_matrix(int32_t layer, int32_t which, int32_t format, int32_t row
   matrix.format = static_cast<Format>(format);
   matrix.rows = rows;
   matrix.cols = cols;
-  matrix.panel_bytes = source_bytes(format, kPanel, format == INT8 ? round_up(cols, 4) : cols);
+  matrix.panel_bytes = source_bytes(format, kPanel, format == INT8 ? round_up(cols, 32) : cols);
   weights.data.reserve(matrix.panels() * matrix.panel_bytes);
   matrix.data = weights.data.data();
   if (format == INT8) {

@@ -60,17 +60,17 @@ struct Layer {
 // Rows in the forms that the next products read.
 class Inputs {
  public:
-  void reserve(int64_t rows, int64_t cols, bool floats, bool row, bool blocks);
+  void reserve(int64_t rows, int64_t cols, bool floats, bool blocks);
   // Row `row` of `cols` values.
   void put(const Kernels& kernels, int64_t row, const float* x);
   Input view() const;
 
  private:
   int64_t cols_ = 0;
-  bool floats_ = false, row_ = false, blocks_ = false;
-  Buffer<float> values_, scale_, block_scale_, block_scaled_sum_;
-  Buffer<int8_t> q_, block_q_;
-  Buffer<int32_t> sum_, sum16_;
+  bool floats_ = false, blocks_ = false;
+  Buffer<float> values_, block_scale_, block_scaled_sum_;
+  Buffer<int8_t> block_q_;
+  Buffer<int32_t> sum16_;
 };
 
 class Model {

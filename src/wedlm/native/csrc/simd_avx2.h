@@ -18,7 +18,7 @@ struct V { __m256 a, b; };
 struct I { __m256i a, b; };
 struct B { __m256i a, b; };
 
-constexpr int kRows = 4, kPanelsAtOnce = 1;
+constexpr int kRows = 4;
 
 inline const __m256i* at(const void* p) { return static_cast<const __m256i*>(p); }
 inline V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

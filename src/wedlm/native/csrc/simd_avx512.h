@@ -22,7 +22,7 @@ struct V { __m512 v; };
 struct I { __m512i v; };
 struct B { __m512i v; };
 
-constexpr int kRows = 8, kPanelsAtOnce = 2;
+constexpr int kRows = 8;
 constexpr int kByteBias = 128;
 
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }

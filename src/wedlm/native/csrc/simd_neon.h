@@ -17,7 +17,7 @@ struct V { float32x4_t v[4]; };
 struct I { int32x4_t v[4]; };
 struct B { uint8x16_t v[4]; };
 
-constexpr int kRows = 4, kPanelsAtOnce = 1;
+constexpr int kRows = 4;
 constexpr int kByteBias = 0;
 
 inline V load(const float* p) { V r; WEDLM_QUARTERS r.v[i] = vld1q_f32(p + 4 * i); return r; }

@@ -23,7 +23,7 @@ struct V { float v[16]; };
 struct I { int32_t v[16]; };
 struct B { uint8_t v[64]; };
 
-constexpr int kRows = 4, kPanelsAtOnce = 1;  // of a product's block in registers
+constexpr int kRows = 4;  // of a product's block in registers
 constexpr int kByteBias = 0;                 // what dot_bytes adds to each weight
 
 inline V load(const float* p) { V r; std::memcpy(&r, p, 64); return r; }
