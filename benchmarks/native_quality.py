@@ -44,7 +44,13 @@ def compare(reference: Callable[..., Tensor], other: Callable[..., Tensor], text
         count += len(tokens)
         predicted += len(tokens) - 1
     before, after = (float(torch.tensor(loss / predicted).exp()) for loss in losses)
-    return {"top1": agree / count, "kl": kl / count, "perplexity_float32": before, "perplexity": after, "change": after / before - 1}
+    return {
+        "top1": agree / count,
+        "kl": kl / count,
+        "perplexity_float32": before,
+        "perplexity": after,
+        "change": after / before - 1,
+    }
 
 
 def main() -> None:

@@ -55,7 +55,9 @@ def random_cache(seed: int, config: ModelConfig, num_pages: int, page_size: int,
 
 def copy_of(cache: KVCache) -> KVCache:
     num_layers, num_slots, *heads = cache.keys.shape
-    copy = KVCache(num_layers, num_slots // cache.page_size, cache.page_size, *heads, cache.keys.dtype, cache.keys.device)
+    copy = KVCache(
+        num_layers, num_slots // cache.page_size, cache.page_size, *heads, cache.keys.dtype, cache.keys.device
+    )
     copy.keys.copy_(cache.keys)
     copy.values.copy_(cache.values)
     return copy

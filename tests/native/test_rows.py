@@ -63,7 +63,9 @@ def test_company_changes_no_bit(path):
         at = int(rng.integers(0, others + 1))
         before, total = sum(counts[:at]), sum(counts)
         all_tokens, all_positions = (torch.from_numpy(rng.integers(0, 131, total)) for _ in range(2))
-        batch = ExtendBatch([*starts[:at], 20, *starts[at:]], [*counts[:at], 3, *counts[at:]], [*pages[:at], [5, 0, 9], *pages[at:]])
+        batch = ExtendBatch(
+            [*starts[:at], 20, *starts[at:]], [*counts[:at], 3, *counts[at:]], [*pages[:at], [5, 0, 9], *pages[at:]]
+        )
         insert = lambda x, own: torch.cat((x[:before], own, x[before:]))  # noqa: E731, B023
         together = native(insert(all_tokens, tokens), insert(all_positions, positions), NativeAttend(cache, batch))
         assert torch.equal(together[before : before + 3], alone)

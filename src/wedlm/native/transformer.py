@@ -161,7 +161,9 @@ class NativeTransformer:
             raise NativeError(f"attend is a {type(attend).__name__}; expected NativeAttend or CausalAttend")
         cache, batch = attend.cache, attend.batch
         if cache.keys.dtype not in _CACHE_TYPES or cache.keys.device.type != "cpu":
-            raise NativeError(f"the cache is {cache.keys.dtype} on {cache.keys.device}; expected float32 or bfloat16 on cpu")
+            raise NativeError(
+                f"the cache is {cache.keys.dtype} on {cache.keys.device}; expected float32 or bfloat16 on cpu"
+            )
         num_layers, num_slots, *heads = cache.keys.shape
         expected = [self.config.num_kv_heads, self.config.head_dim]
         if num_layers != self.config.num_layers or heads != expected:
