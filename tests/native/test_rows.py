@@ -135,12 +135,12 @@ def test_after_a_fork_and_after_closing():
 
 @pytest.mark.parametrize("threads", [0, 10_000, -1, True, 1.5])
 def test_bad_threads(threads):
-    with pytest.raises(NativeError, match="threads is .*; expected 1 to"):
+    with pytest.raises(NativeError, match=r"threads is .*; expected 1 to"):
         native_from_torch(tiny_model(1), "int8", threads=threads)
 
 
 def test_bad_instruction_set(monkeypatch):
-    with pytest.raises(NativeError, match="instruction set is 'mmx'; expected one of .*portable"):
+    with pytest.raises(NativeError, match=r"instruction set is 'mmx'; expected one of .*portable"):
         native_from_torch(tiny_model(1), "int8", path="mmx")
     monkeypatch.setenv("WEDLM_NATIVE_PATH", "portable")
     assert native_from_torch(tiny_model(1), "int8").path == "portable"

@@ -90,9 +90,16 @@ class NativeTransformer:
         return int(self._library.wedlm_model_bytes(self._model))
 
     def set_matrix(
-        self, layer: int, which: int, format: int, rows: int, cols: int, data: np.ndarray, scale: np.ndarray | None
+        self,
+        layer: int,
+        which: int,
+        format: int,
+        shape: Sequence[int],
+        data: np.ndarray,
+        scale: np.ndarray | None = None,
     ) -> None:
         """Pack matrix ``which`` of ``layer`` from contiguous rows in the source's format (``wedlm.native.weights``)."""
+        rows, cols = shape
         at = None if scale is None else scale.ctypes.data
         self._check(
             self._library.wedlm_model_set_matrix, self._model, layer, which, format, rows, cols, data.ctypes.data, at
@@ -224,7 +231,7 @@ class NativeTransformer:
             # Twice as long each time, so that growing costs nothing in the long run.
             first = np.arange(len(self._cos), min(max(2 * len(self._cos), num_positions), longest), _ROPE_CHUNK)
             half = self.config.head_dim // 2
-            parts = [self._rotary(torch.arange(at, at + _ROPE_CHUNK), torch.float32) for at in first]
+            parts = [self._rotary(torch.arange(at, at + _ROPE_CHUNK), torch.float32) for at in first.tolist()]
             self._cos = np.concatenate([self._cos, *(cos[:, :half].numpy() for cos, _ in parts)])
             self._sin = np.concatenate([self._sin, *(sin[:, half:].numpy() for _, sin in parts)])
 

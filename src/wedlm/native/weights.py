@@ -72,10 +72,10 @@ def native_from_torch(
             native.set_vector(layer, which, tensor.float().contiguous().numpy())
         elif quantization == "int8":
             values, scale = int8_rows(tensor)
-            native.set_matrix(layer, which, INT8, *tensor.shape, values.numpy(), scale.numpy())
+            native.set_matrix(layer, which, INT8, tensor.shape, values.numpy(), scale.numpy())
         else:
             format, data = _as_is(tensor)
-            native.set_matrix(layer, which, format, *tensor.shape, data, None)
+            native.set_matrix(layer, which, format, tensor.shape, data)
     return native
 
 
@@ -93,7 +93,7 @@ def native_from_gguf(file: GGUFFile, *, path: str | None = None, threads: int | 
         heads = permuted_heads(name, config)
         data = (rows if heads is None else unpermute_rows(rows, heads)).contiguous().numpy()
         if len(place.shape) == 2:
-            native.set_matrix(layer, which, place.ggml_type, *place.shape, data, None)
+            native.set_matrix(layer, which, place.ggml_type, place.shape, data)
         else:
             native.set_vector(layer, which, data)
     return native

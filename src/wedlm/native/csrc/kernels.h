@@ -10,12 +10,12 @@ namespace wedlm {
 // Rows of activations in the forms that products read: floats, rows `cols` rounded up to 4 apart; or eight bits.
 struct Input {
   const float* values = nullptr;
-  // Blocks of 32, the last padded with zeros: value = scale * q; that scale times the sum of its q, and the sums of
-  // each 16 q.
+  // Blocks of 32, the last padded with zeros: value = scale * q; that scale times the sum of its q; minus the sum of its
+  // q, and minus the sums of each 16 q.
   const int8_t* block_q = nullptr;
   const float* block_scale = nullptr;
   const float* block_scaled_sum = nullptr;
-  const int32_t* sum16 = nullptr;
+  const int32_t *minus32 = nullptr, *minus16 = nullptr;
 
   // The same rows from row `first` on.
   Input from(int64_t first, int64_t cols) const {
@@ -24,7 +24,7 @@ struct Input {
     if (values) rest.values += first * round_up(cols, 4);
     if (block_q)
       rest.block_q += first * 32 * blocks, rest.block_scale += first * blocks, rest.block_scaled_sum += first * blocks,
-          rest.sum16 += first * 2 * blocks;
+          rest.minus32 += first * blocks, rest.minus16 += first * 2 * blocks;
     return rest;
   }
 };
@@ -61,7 +61,7 @@ struct Kernels {
   // y = x / sqrt(mean(x^2) + eps) * weight.
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
   // One row to eight bits in blocks of 32.
-  void (*quantize_blocks)(const float* x, int64_t n, int8_t* q, float* scale, float* scaled_sum, int32_t* sum16);
+  void (*quantize_blocks)(const float* x, int64_t n, int8_t* q, float* scale, float* scaled_sum, int32_t* minus32, int32_t* minus16);
   // y[row][16 (panel - first_panel) + o], all 16 outputs of each panel.
   void (*product)(const Matrix& matrix, const Input& x, int32_t rows, int32_t first_panel, int32_t end_panel, float* y, int64_t stride);
   // gate = silu(gate) * up.

@@ -112,7 +112,7 @@ inline int32_t sum_bytes(const int8_t* q, int64_t n) {
 // 0 for what is next to nothing: 127 / most would overflow.
 inline float inverse_scale(float most) { return most > 1e-36f ? 127.0f / most : 0.0f; }
 
-void quantize_blocks(const float* x, int64_t n, int8_t* q, float* scale, float* scaled_sum, int32_t* sum16) {
+void quantize_blocks(const float* x, int64_t n, int8_t* q, float* scale, float* scaled_sum, int32_t* minus32, int32_t* minus16) {
   FloatMode mode;
   (void)mode;
   for (int64_t b = 0; 32 * b < n; b++) {
@@ -124,10 +124,11 @@ void quantize_blocks(const float* x, int64_t n, int8_t* q, float* scale, float* 
     V factor = set1(inverse_scale(most));
     store_bytes(q + 32 * b, rounded(low, factor));
     store_bytes(q + 32 * b + 16, rounded(high, factor));
-    sum16[2 * b] = sum_bytes(q + 32 * b, 16);
-    sum16[2 * b + 1] = sum_bytes(q + 32 * b + 16, 16);
+    minus16[2 * b] = -sum_bytes(q + 32 * b, 16);
+    minus16[2 * b + 1] = -sum_bytes(q + 32 * b + 16, 16);
+    minus32[b] = minus16[2 * b] + minus16[2 * b + 1];
     scale[b] = most / 127.0f;
-    scaled_sum[b] = scale[b] * static_cast<float>(sum16[2 * b] + sum16[2 * b + 1]);
+    scaled_sum[b] = scale[b] * static_cast<float>(-minus32[b]);
   }
 }
 
@@ -151,12 +152,12 @@ inline void add_fifths(const uint8_t* h, B* quads) {
 }
 
 struct Plain {  // defaults of the formats
-  static constexpr int kSubBlocks = 1, kOffset = 0;
+  static constexpr int kSubBlocks = 1, kOffsetBits = 0;  // offset: what is taken off each quant, a power of two
   static constexpr bool kBytes = false, kMinimum = false, kHalves = false, kScaleOfOutput = false;
 };
 template <>
 struct Reader<PackedINT8> : Plain {
-  static constexpr int kOffset = kByteBias;  // dot_bytes takes off what it does not count itself
+  static constexpr int kOffsetBits = kByteBiasBits;  // dot_bytes takes off what it does not count itself
   static constexpr bool kBytes = true, kScaleOfOutput = true;
   explicit Reader(const PackedINT8&) {}
   void sub(const PackedINT8& block, int, B* quads, V&, V&) const {
@@ -166,7 +167,7 @@ struct Reader<PackedINT8> : Plain {
 };
 template <>
 struct Reader<PackedQ8_0> : Plain {
-  static constexpr int kOffset = kByteBias;
+  static constexpr int kOffsetBits = kByteBiasBits;
   static constexpr bool kBytes = true;
   V d;
   explicit Reader(const PackedQ8_0& block) : d(load_half(block.d)) {}
@@ -178,7 +179,7 @@ struct Reader<PackedQ8_0> : Plain {
 };
 template <>
 struct Reader<PackedQ4_0> : Plain {
-  static constexpr int kOffset = 8;
+  static constexpr int kOffsetBits = 3;
   V d;
   explicit Reader(const PackedQ4_0& block) : d(load_half(block.d)) {}
   void sub(const PackedQ4_0& block, int, B* quads, V& scale, V&) const {
@@ -199,7 +200,7 @@ struct Reader<PackedQ4_1> : Plain {
 };
 template <>
 struct Reader<PackedQ5_0> : Plain {
-  static constexpr int kOffset = 16;
+  static constexpr int kOffsetBits = 4;
   V d;
   explicit Reader(const PackedQ5_0& block) : d(load_half(block.d)) {}
   void sub(const PackedQ5_0& block, int, B* quads, V& scale, V&) const {
@@ -253,7 +254,7 @@ struct Reader<PackedQ5_K> : ScaledReader<PackedQ5_K> {
 };
 template <>
 struct Reader<PackedQ6_K> : Plain {
-  static constexpr int kSubBlocks = 8, kOffset = 32;
+  static constexpr int kSubBlocks = 8, kOffsetBits = 5;
   static constexpr bool kHalves = true;  // a scale for each 16 inputs, whole numbers
   V d;
   explicit Reader(const PackedQ6_K& block) : d(load_half(block.d)) {}
@@ -298,10 +299,10 @@ inline void blocks_panel(const Matrix& matrix, const Input& x, int32_t panel, fl
       WEDLM_UNROLL
       for (int m = 0; m < M; m++) {
         const int8_t* q = x.block_q + 32 * (m * sub_blocks + at);
-        const int32_t* s = x.sum16 + (m * sub_blocks + at) * 2;
         I total;
         if constexpr (R::kHalves) {
-          I one = set1_int(-R::kOffset * s[0]), two = set1_int(-R::kOffset * s[1]);
+          const int32_t* s = x.minus16 + (m * sub_blocks + at) * 2;
+          I one = shift_left(set1_int(s[0]), R::kOffsetBits), two = shift_left(set1_int(s[1]), R::kOffsetBits);
           WEDLM_UNROLL
           for (int j = 0; j < 4; j++) {
             one = dot<R::kBytes>(one, quads[j], q + 4 * j);
@@ -309,7 +310,8 @@ inline void blocks_panel(const Matrix& matrix, const Input& x, int32_t panel, fl
           }
           total = one * first_scale + two * second_scale;
         } else {
-          total = set1_int(-R::kOffset * (s[0] + s[1]));
+          total = zero_int();
+          if constexpr (R::kOffsetBits != 0) total = shift_left(set1_int(x.minus32[m * sub_blocks + at]), R::kOffsetBits);
           WEDLM_UNROLL
           for (int j = 0; j < 8; j++) total = dot<R::kBytes>(total, quads[j], q + 4 * j);
         }

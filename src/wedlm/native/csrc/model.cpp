@@ -24,7 +24,8 @@ void Inputs::reserve(int64_t rows, int64_t cols, bool floats, bool blocks) {
     block_q_.reserve(rows * 32 * num_blocks);
     block_scale_.reserve(rows * num_blocks);
     block_scaled_sum_.reserve(rows * num_blocks);
-    sum16_.reserve(rows * 2 * num_blocks);
+    minus32_.reserve(rows * num_blocks);
+    minus16_.reserve(rows * 2 * num_blocks);
   }
 }
 
@@ -33,7 +34,8 @@ void Inputs::put(const Kernels& kernels, int64_t row, const float* x) {
   if (floats_) std::memcpy(values_.data() + row * round_up(cols_, 4), x, static_cast<size_t>(cols_) * 4);
   if (blocks_)
     kernels.quantize_blocks(x, cols_, block_q_.data() + row * 32 * blocks, block_scale_.data() + row * blocks,
-                            block_scaled_sum_.data() + row * blocks, sum16_.data() + row * 2 * blocks);
+                            block_scaled_sum_.data() + row * blocks, minus32_.data() + row * blocks,
+                            minus16_.data() + row * 2 * blocks);
 }
 
 Input Inputs::view() const {
@@ -41,7 +43,8 @@ Input Inputs::view() const {
   if (floats_) input.values = values_.data();
   if (blocks_)
     input.block_q = block_q_.data(), input.block_scale = block_scale_.data(),
-    input.block_scaled_sum = block_scaled_sum_.data(), input.sum16 = sum16_.data();
+    input.block_scaled_sum = block_scaled_sum_.data(), input.minus32 = minus32_.data(),
+    input.minus16 = minus16_.data();
   return input;
 }
 

@@ -70,7 +70,7 @@ class Inputs {
   bool floats_ = false, blocks_ = false;
   Buffer<float> values_, block_scale_, block_scaled_sum_;
   Buffer<int8_t> block_q_;
-  Buffer<int32_t> sum16_;
+  Buffer<int32_t> minus32_, minus16_;
 };
 
 class Model {

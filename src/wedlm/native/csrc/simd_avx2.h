@@ -104,14 +104,14 @@ inline __m256i four_bytes(const int8_t* x) {
   return _mm256_set1_epi32(four);
 }
 #ifdef WEDLM_AVX_VNNI
-constexpr int kByteBias = 128;
+constexpr int kByteBiasBits = 7;
 inline I dot_small(I acc, B w, const int8_t* x) {
   __m256i v = four_bytes(x);
   return {_mm256_dpbusd_avx_epi32(acc.a, w.a, v), _mm256_dpbusd_avx_epi32(acc.b, w.b, v)};
 }
 inline I dot_bytes(I acc, B w, const int8_t* x) { return dot_small(acc, w, x); }
 #else
-constexpr int kByteBias = 0;
+constexpr int kByteBiasBits = 0;
 inline __m256i add_pairs(__m256i acc, __m256i unsigned_bytes, __m256i signed_bytes) {
   __m256i pairs = _mm256_maddubs_epi16(unsigned_bytes, signed_bytes);  // saturates above 32767: see the callers
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

@@ -23,7 +23,7 @@ struct I { __m512i v; };
 struct B { __m512i v; };
 
 constexpr int kRows = 8;
-constexpr int kByteBias = 128;
+constexpr int kByteBiasBits = 7;
 
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 inline V load(const float* p) { return {_mm512_loadu_ps(p)}; }

@@ -18,7 +18,7 @@ struct I { int32x4_t v[4]; };
 struct B { uint8x16_t v[4]; };
 
 constexpr int kRows = 4;
-constexpr int kByteBias = 0;
+constexpr int kByteBiasBits = 0;
 
 inline V load(const float* p) { V r; WEDLM_QUARTERS r.v[i] = vld1q_f32(p + 4 * i); return r; }
 inline void store(float* p, V a) { WEDLM_QUARTERS vst1q_f32(p + 4 * i, a.v[i]); }

@@ -24,7 +24,7 @@ struct I { int32_t v[16]; };
 struct B { uint8_t v[64]; };
 
 constexpr int kRows = 4;  // of a product's block in registers
-constexpr int kByteBias = 0;                 // what dot_bytes adds to each weight
+constexpr int kByteBiasBits = 0;                 // dot_bytes adds 2^7 to each weight, or 0: nothing
 
 inline V load(const float* p) { V r; std::memcpy(&r, p, 64); return r; }
 inline V load_n(const float* p, int n) { V r = {}; for (int l = 0; l < n; l++) r.v[l] = p[l]; return r; }
@@ -88,7 +88,7 @@ inline I dot_small(I acc, B w, const int8_t* x) {
   WEDLM_LANES for (int i = 0; i < 4; i++) acc.v[l] += static_cast<int32_t>(w.v[4 * l + i]) * x[i];
   return acc;
 }
-// The same for weights that are stored + 128, taken as value + kByteBias.
+// The same for weights that are stored + 128, taken as value + 2^kByteBiasBits (0: value).
 inline I dot_bytes(I acc, B w, const int8_t* x) {
   WEDLM_LANES for (int i = 0; i < 4; i++) acc.v[l] += (static_cast<int32_t>(w.v[4 * l + i]) - 128) * x[i];
   return acc;
