@@ -5,7 +5,6 @@ import ctypes
 import functools
 import importlib.machinery
 import os
-from collections.abc import Callable
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
@@ -85,19 +84,18 @@ def load() -> ctypes.CDLL:
     if library.wedlm_abi_version() != _ABI_VERSION:
         raise NativeError(f"{file.name} is of another version of wedlm; expected a fresh `pip install`")
     error_at = (c_char_p, c_int64)
-    integers: Callable[[int], tuple[type, ...]] = lambda count: (c_int32,) * count
     for name, result, arguments in (
         ("path", c_int32, (c_int32, POINTER(c_char_p), POINTER(c_int32), POINTER(c_char_p))),
         ("model_new", c_void_p, (POINTER(Shape), c_char_p, c_int32, *error_at)),
         ("model_free", None, (c_void_p,)),
         ("model_path", c_char_p, (c_void_p,)),
-        ("model_set_matrix", c_int32, (c_void_p, *integers(5), c_void_p, c_void_p, *error_at)),
-        ("model_set_vector", c_int32, (c_void_p, *integers(2), c_int64, c_void_p, *error_at)),
+        ("model_set_matrix", c_int32, (c_void_p, *(c_int32,) * 5, c_void_p, c_void_p, *error_at)),
+        ("model_set_vector", c_int32, (c_void_p, *(c_int32,) * 2, c_int64, c_void_p, *error_at)),
         ("model_tie", None, (c_void_p,)),
         ("model_bytes", c_int64, (c_void_p,)),
         ("model_forward", c_int32, (c_void_p, POINTER(Step), *error_at)),
-        ("test_product", c_int32, (c_char_p, *integers(3), c_void_p, c_void_p, c_int32, c_void_p, c_void_p)),
-        ("test_unpack", c_int32, (*integers(3), c_void_p, c_void_p, c_void_p)),
+        ("test_product", c_int32, (c_char_p, *(c_int32,) * 3, c_void_p, c_void_p, c_int32, c_void_p, c_void_p)),
+        ("test_unpack", c_int32, (*(c_int32,) * 3, c_void_p, c_void_p, c_void_p)),
         ("test_norm", c_int32, (c_char_p, c_void_p, c_void_p, c_float, c_int64, c_void_p)),
         ("test_rotate", c_int32, (c_char_p, c_void_p, c_void_p, c_void_p, c_int64)),
         ("test_silu_mul", c_int32, (c_char_p, c_void_p, c_void_p, c_int64)),
@@ -110,7 +108,8 @@ def load() -> ctypes.CDLL:
 
 def paths() -> list[InstructionSet]:
     """Instruction sets that were compiled in, the fastest first."""
-    library, found = load(), []
+    library = load()
+    found: list[InstructionSet] = []
     name, runs, needs = c_char_p(), c_int32(), c_char_p()
     while library.wedlm_path(len(found), name, runs, needs) == 0:
         found.append(InstructionSet((name.value or b"").decode(), bool(runs.value), (needs.value or b"").decode()))
