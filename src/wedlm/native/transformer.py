@@ -39,7 +39,8 @@ class GreedyRows:
     """The choice at temperature 0 in L rows, without their logits.
 
     ``token`` [L] is the largest logit but for the row's banned ids, the lowest id of several equal ones, and
-    ``token_logit`` [L] its logit. ``entropy`` (nats) and ``normaliser`` (log of the sum of exponentials) [L] are of all.
+    ``token_logit`` [L] its logit. ``entropy`` (nats) and ``normaliser`` (log of the sum of exponentials) [L] are of all
+    logits.
     """
 
     token: Tensor
