@@ -3,9 +3,10 @@
 
     python -m benchmarks.native_step --threads 2
 
-The last line is JSON. All take turns within every repetition, because shared machines drift. Native is the forward with
-its choice of tokens (greedy), from int8 and from the base's Q4_1 file; the engine's step is all of it. llama.cpp runs the
-Q4_1 file by its Python wheel ``xllamacpp`` where that is installed: its own figure for a token, after a prompt of 256.
+The last line is JSON. All take turns within every repetition, because shared machines drift. Native is the forward
+with its choice of tokens (greedy), from int8 and from the base's Q4_1 file; the engine's step is all of it. llama.cpp
+runs the Q4_1 file by its Python wheel ``xllamacpp`` where that is installed: its own figure for a token, after a prompt
+of 256 tokens.
 """
 
 import argparse
