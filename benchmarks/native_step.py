@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step of the demo model at context 256 by rows: the native forward, today's bfloat16 engine, llama.cpp.
 
-    python -m benchmarks.native_step --threads 2
+    python benchmarks/native_step.py --threads 2
 
 The last line is JSON. All take turns within every repetition, because shared machines drift. Native is the forward
 with its choice of tokens (greedy), from int8 and from the base's Q4_1 file; the engine's step is all of it. llama.cpp
@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from cpu_step import PROMPT_TOKENS, ROWS, engine_step_ms
 
-from benchmarks.cpu_step import PROMPT_TOKENS, ROWS, engine_step_ms
 from wedlm import LLM
 from wedlm.attention.base import ExtendBatch, KVCache
-from wedlm.bench.record import cpu_name
+from wedlm.machine import cpu_name
 from wedlm.model import load_model
 from wedlm.model.demo import demo_model_path
 from wedlm.model.formats.gguf_file import GGUFFile

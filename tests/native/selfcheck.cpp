@@ -178,19 +178,19 @@ uint64_t run(uint64_t seed, const char* path) {
     banned_offsets.push_back(static_cast<int64_t>(banned.size()));
   }
   auto num_logits = wanted.size();
-  std::vector<float> logits(num_logits * static_cast<size_t>(shape.vocab_size)), token_logit(num_logits), entropy(num_logits), normaliser(num_logits);
+  std::vector<float> logits(num_logits * static_cast<size_t>(shape.vocab_size)), token_logit(num_logits), entropy(num_logits), logsumexp(num_logits);
   std::vector<int64_t> token(num_logits);
   bool hides = random.below(2);
   WedlmStep step{num_rows, num_sequences, tokens.data(), positions.data(), starts.data(), counts.data(), pages.data(), offsets.data(),
                  hides ? shared.data() : nullptr, hides ? own.data() : nullptr, keys.data(), values.data(), cache_type, page_size,
                  num_slots, cos.data(), sin.data(), kPositions, static_cast<int64_t>(num_logits), wanted.data(), logits.data(),
-                 token.data(), token_logit.data(), entropy.data(), normaliser.data(), banned.data(), banned_offsets.data()};
+                 token.data(), token_logit.data(), entropy.data(), logsumexp.data(), banned.data(), banned_offsets.data()};
   check(wedlm_model_forward(model, &step, error, sizeof error), error);
   wedlm_model_free(model);
   for (float x : logits)
     if (!(x - x == 0)) check(-1, "a logit is not finite");
   uint64_t h = 0xcbf29ce484222325u;
-  for (const std::vector<float>* part : {&logits, &keys, &values, &token_logit, &entropy, &normaliser}) h = hash(h, part->data(), part->size() * 4);
+  for (const std::vector<float>* part : {&logits, &keys, &values, &token_logit, &entropy, &logsumexp}) h = hash(h, part->data(), part->size() * 4);
   return hash(h, token.data(), token.size() * 8);
 }
 

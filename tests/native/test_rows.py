@@ -9,7 +9,7 @@ import torch
 
 from tests.native.conftest import PATHS
 from tests.native.shapes import random_cache, random_rows, tiny_model
-from wedlm.algorithm.sample import entropy_and_normaliser
+from wedlm.algorithm.sample import entropy_and_logsumexp
 from wedlm.attention.base import ExtendBatch, KVCache
 from wedlm.native import NativeAttend, NativeError
 from wedlm.native.weights import native_from_torch
@@ -85,7 +85,7 @@ def test_slots_that_nobody_sees_change_no_bit():
 
 @pytest.mark.parametrize("vocab_size", [131, 2500])
 def test_greedy_rows(vocab_size):
-    """Choice, entropy and normaliser are those of the logits; banned ids are passed over, in the choice alone."""
+    """Choice, entropy and logsumexp are those of the logits; banned ids are passed over, in the choice alone."""
     model, rng = tiny_model(8, vocab_size=vocab_size), np.random.default_rng(9)
     native = native_from_torch(model, "int8")
     cache = random_cache(5, model.config, 24, PAGE, torch.float32)
@@ -101,9 +101,9 @@ def test_greedy_rows(vocab_size):
     expected = torch.stack([best[i, i % 3] for i in range(len(wanted))])
     assert torch.equal(greedy.token, expected)
     assert torch.equal(greedy.token_logit, logits.gather(1, expected[:, None])[:, 0])
-    entropy, normaliser = entropy_and_normaliser(logits)
+    entropy, logsumexp = entropy_and_logsumexp(logits)
     torch.testing.assert_close(greedy.entropy, entropy, rtol=2e-5, atol=1e-6)
-    torch.testing.assert_close(greedy.normaliser, normaliser, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(greedy.logsumexp, logsumexp, rtol=1e-6, atol=1e-6)
 
 
 def test_equal_logits_go_to_the_lowest_id():

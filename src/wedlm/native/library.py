@@ -46,7 +46,7 @@ class Step(Structure):
         ("sin", c_void_p),
         ("num_positions", c_int64),
         ("num_logits", c_int64),
-        *((name, c_void_p) for name in ("logits_rows", "logits", "token", "token_logit", "entropy", "normaliser")),
+        *((name, c_void_p) for name in ("logits_rows", "logits", "token", "token_logit", "entropy", "logsumexp")),
         ("banned", c_void_p),
         ("banned_offsets", c_void_p),
     )

@@ -39,14 +39,14 @@ class GreedyRows:
     """The choice at temperature 0 in L rows, without their logits.
 
     ``token`` [L] is the largest logit but for the row's banned ids, the lowest id of several equal ones, and
-    ``token_logit`` [L] its logit. ``entropy`` (nats) and ``normaliser`` (log of the sum of exponentials) [L] are of all
+    ``token_logit`` [L] its logit. ``entropy`` (nats) and ``logsumexp`` (log of the sum of exponentials) [L] are of all
     logits.
     """
 
     token: Tensor
     token_logit: Tensor
     entropy: Tensor
-    normaliser: Tensor
+    logsumexp: Tensor
 
 
 class NativeTransformer:
@@ -148,7 +148,7 @@ class NativeTransformer:
             "token": rows.token.data_ptr(),
             "token_logit": rows.token_logit.data_ptr(),
             "entropy": rows.entropy.data_ptr(),
-            "normaliser": rows.normaliser.data_ptr(),
+            "logsumexp": rows.logsumexp.data_ptr(),
             "banned": ids.ctypes.data,
             "banned_offsets": offsets.ctypes.data,
         }

@@ -9,7 +9,7 @@ from wedlm.model import Transformer
 from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_model import checkpoint_name, permuted_heads, read_gguf_config, unpermute_rows
 from wedlm.model.inference.layers import is_packed
-from wedlm.model.lora.masked_rows import has_factors
+from wedlm.model.lora.masked_rows import has_masked_lora
 from wedlm.native.library import NativeError
 from wedlm.native.transformer import NativeTransformer
 
@@ -61,7 +61,7 @@ def native_from_torch(
         raise NativeError(f"quantization is {quantization!r}; expected 'int8' or None")
     if is_packed(model):
         raise NativeError("the model is packed for inference; expected one whose projections are separate")
-    if has_factors(model):
+    if has_masked_lora(model):
         raise NativeError("the model has an adapter of masked rows, which the native forward does not run")
     native = NativeTransformer(model.config, path=path, threads=threads)
     for name, tensor in model.state_dict().items():

@@ -44,7 +44,7 @@ typedef struct {
   /* Choices, all null or none: the largest logit of each row but for its banned ids, the lowest id where several are
      equal; entropy (nats) and log of the sum of exponentials are of all logits, banned ones included. */
   int64_t* token;                     /* [num_logits] */
-  float *token_logit, *entropy, *normaliser;
+  float *token_logit, *entropy, *logsumexp;
   const int64_t* banned;              /* ids, row after row */
   const int64_t* banned_offsets;      /* [num_logits + 1] */
 } WedlmStep;

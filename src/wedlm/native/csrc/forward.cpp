@@ -315,7 +315,7 @@ void Model::logits(const WedlmStep& step, const std::vector<int64_t>& wanted, co
     double log_total = log_of(total);
     step.token[out] = std::min<int64_t>(all.token, vocabulary - 1);
     step.token_logit[out] = all.best;
-    step.normaliser[out] = static_cast<float>(all.most + log_total);
+    step.logsumexp[out] = static_cast<float>(all.most + log_total);
     step.entropy[out] = static_cast<float>(std::max(0.0, log_total - weighted / total));
   }
 }
