@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers: algorithm ← model, attention ← engine ← everything that users meet. And what every file has."""
+"""The layers: algorithm ← model, attention ← native ← engine ← everything that users meet. And what every file has."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -15,9 +15,9 @@ _ENGINE_AND_BELOW = {"algorithm", "kernels", "native", "attention", "model", "en
 MAY_IMPORT = {
     "algorithm": set(),
     "kernels": {"algorithm"},
-    "native": {"algorithm"},
-    "model": {"algorithm", "kernels", "native", "attention"},
-    "attention": {"algorithm", "kernels", "native"},
+    "model": {"algorithm", "kernels", "attention"},
+    "attention": {"algorithm", "kernels"},
+    "native": {"algorithm", "attention", "model"},
     "engine": _ENGINE_AND_BELOW,
     "plotting": set(),
     "machine": set(),

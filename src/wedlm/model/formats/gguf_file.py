@@ -98,6 +98,24 @@ class GGUFFile:
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{self.path}: tensor {name} has an unknown type {kind}") from error
 
+    def blocks(self, name: str) -> np.ndarray:
+        """Tensor ``name`` as it lies in the file: uint8 [rows, bytes of a row]. Raises CheckpointError."""
+        place, num_bytes, (block_elements, _) = self.tensors[name], self._num_bytes(name), self._block(name)
+        if place.shape[-1] % block_elements:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} has rows of {place.shape[-1]}; expected a multiple of {block_elements}"
+            )
+        if place.start + num_bytes > len(self._bytes):
+            raise CheckpointError(f"{self.path} is truncated: tensor {name} ends past the end of the file")
+        return self._bytes[place.start : place.start + num_bytes].reshape(math.prod(place.shape[:-1]), -1)
+
+    def type_name(self, name: str) -> str:
+        """The block format of tensor ``name``, as GGUF calls it. Raises CheckpointError for an unknown one."""
+        from gguf import GGMLQuantizationType
+
+        self._block(name)
+        return GGMLQuantizationType(self.tensors[name].ggml_type).name
+
     def tensor(self, name: str) -> Tensor:
         """Tensor ``name``, dequantised to float32 on the CPU; it may share memory with the mapped file."""
         from gguf import GGMLQuantizationType

@@ -87,18 +87,27 @@ def read_gguf_tensors(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str
     for name in file.tensors:
         with reading(file.path):
             tensor = file.tensor(name)
-            kind = name.split(".")[2] if name.startswith("blk.") and name.count(".") == 3 else ""
-            if config.model_type == "llama" and kind in ("attn_q", "attn_k"):
-                tensor = unpermute_rows(tensor, config.num_heads if kind == "attn_q" else config.num_kv_heads)
-        yield _hf_name(name), tensor
+            heads = permuted_heads(name, config)
+            if heads is not None:
+                tensor = unpermute_rows(tensor, heads)
+        yield checkpoint_name(name), tensor
 
 
 def gguf_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors by Hugging Face's names, where a tensor has one."""
-    return {_hf_name(name): place.shape for name, place in file.tensors.items()}
+    return {checkpoint_name(name): place.shape for name, place in file.tensors.items()}
 
 
-def _hf_name(name: str) -> str:
+def permuted_heads(name: str, config: ModelConfig) -> int | None:
+    """How many heads a tensor's rows are, where GGUF has them in llama's layout; None: they are as Hugging Face's."""
+    match = _LAYER_TENSOR.fullmatch(name)
+    if match is None or config.model_type != "llama":
+        return None
+    return {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(match[2])
+
+
+def checkpoint_name(name: str) -> str:
+    """A tensor's Hugging Face name; its own where it has none."""
     match = _LAYER_TENSOR.fullmatch(name)
     if match is None or match[2] not in _LAYER_NAMES:
         return _TOP_NAMES.get(name, name)

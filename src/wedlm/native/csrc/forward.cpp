@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: Apache-2.0
+// One forward: all layers for some rows, then the head for the rows asked for.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "model.h"
+
+namespace wedlm {
+
+namespace {
+
+constexpr int64_t kRowsAtOnce = 256;     // rows of a long prompt run in turns of this many; it bounds the buffers
+constexpr int32_t kHeadOutputs = 1024;   // logits of one piece; the softmax's sums are taken piece by piece, in order
+constexpr int32_t kPiecesPerThread = 4;
+
+std::string number(int64_t n) { return std::to_string(n); }
+
+// Panels of a piece.
+int32_t panels_per_piece(int32_t panels, int threads) { return std::max(1, panels / (threads * kPiecesPerThread)); }
+
+// log x for x in [1, 2^40], in double: own, so that no library decides about bits. x = m 2^e with m near 1;
+// log m = 2 atanh((m - 1) / (m + 1)).
+double log_of(double x) {
+  int e;
+  double m = std::frexp(x, &e);
+  if (m < 0.70710678118654752) m *= 2, e--;
+  double t = (m - 1) / (m + 1), t2 = t * t, power = t, total = 0;
+  for (int k = 1; k < 32; k += 2) {
+    total += power / k;
+    power *= t2;
+  }
+  return 2 * total + e * 0.69314718055994531;
+}
+
+}  // namespace
+
+struct Model::Rows {
+  struct Part {  // consecutive rows of one sequence
+    int64_t sequence, first, first_row, count;  // first: index in the step; first_row: among the sequence's new rows
+  };
+  int64_t begin = 0, count = 0;
+  std::vector<Part> parts;
+  std::vector<int64_t> sequence, slot;  // of each row
+};
+
+void Model::check(const WedlmStep& step) const {
+  int64_t rows = 0;
+  for (int64_t s = 0; s < step.num_sequences; s++) {
+    int64_t start = step.starts[s], count = step.counts[s], pages = step.page_offsets[s + 1] - step.page_offsets[s];
+    if (start < 0 || count < 0) throw Error("a sequence starts at " + number(start) + " with " + number(count) + " rows; expected no negative number");
+    if (start + count > pages * step.page_size)
+      throw Error("a sequence has " + number(pages) + " pages; expected enough for " + number(start + count) + " keys");
+    for (int64_t p = step.page_offsets[s]; p < step.page_offsets[s + 1]; p++)
+      if (step.pages[p] < 0 || (int64_t{step.pages[p]} + 1) * step.page_size > step.num_slots)
+        throw Error("a page is " + number(step.pages[p]) + "; expected one of the cache's " + number(step.num_slots / step.page_size));
+    rows += count;
+  }
+  if (rows != step.num_rows) throw Error("there are " + number(step.num_rows) + " tokens; expected " + number(rows) + ", the sequences' rows");
+  for (int64_t i = 0; i < rows; i++) {
+    if (step.tokens[i] < 0 || step.tokens[i] >= shape_.vocab_size)
+      throw Error("a token is " + number(step.tokens[i]) + "; expected 0 to " + number(shape_.vocab_size - 1));
+    if (step.positions[i] < 0 || step.positions[i] >= step.num_positions)
+      throw Error("a position is " + number(step.positions[i]) + "; expected 0 to " + number(step.num_positions - 1));
+  }
+  for (int64_t i = 0; i < step.num_logits; i++) {
+    if (step.logits_rows[i] < 0 || step.logits_rows[i] >= rows)
+      throw Error("a row whose logits are asked for is " + number(step.logits_rows[i]) + "; expected 0 to " + number(rows - 1));
+    if (!step.token) continue;
+    for (int64_t b = step.banned_offsets[i]; b < step.banned_offsets[i + 1]; b++)
+      if (step.banned[b] < 0 || step.banned[b] >= shape_.vocab_size)
+        throw Error("a banned token is " + number(step.banned[b]) + "; expected 0 to " + number(shape_.vocab_size - 1));
+  }
+}
+
+void Model::restart_after_fork() {
+  if (process_ == getpid()) return;
+  process_ = getpid();
+  pool_.release();  // its threads stayed in the parent, and cannot be joined here
+  pool_ = std::make_unique<Pool>(threads_);
+}
+
+void Model::reserve(int64_t rows) {
+  auto uses = [&](std::initializer_list<const Weights Layer::*> members, InputKind kind) {
+    return std::any_of(layers_.begin(), layers_.end(), [&](const Layer& layer) {
+      return std::any_of(members.begin(), members.end(), [&](auto member) { return format_info((layer.*member).matrix.format)->input == kind; });
+    });
+  };
+  auto inputs = [&](Inputs& to, int64_t cols, std::initializer_list<const Weights Layer::*> members, const Weights* also) {
+    auto kind = [&](InputKind k) { return uses(members, k) || (also && format_info(also->matrix.format)->input == k); };
+    to.reserve(rows, cols, kind(InputKind::kFloat), kind(InputKind::kInt8Blocks));
+  };
+  x_.reserve(rows * hidden_);
+  normed_.reserve(rows * hidden_);
+  q_.reserve(rows * q_width_);
+  k_.reserve(rows * kv_width_);
+  v_.reserve(rows * kv_width_);
+  attended_.reserve(rows * q_width_);
+  gated_.reserve(rows * inner_);
+  inputs(hidden_inputs_, shape_.hidden_size, {&Layer::q, &Layer::k, &Layer::v, &Layer::gate, &Layer::up}, &head());
+  inputs(attended_inputs_, int64_t{shape_.num_heads} * shape_.head_dim, {&Layer::o}, nullptr);
+  inputs(inner_inputs_, shape_.intermediate_size, {&Layer::down}, nullptr);
+  int64_t widest = std::max({hidden_, q_width_, inner_});
+  int64_t panels = panels_per_piece(static_cast<int32_t>(widest / kPanel), threads_);
+  int64_t queries = std::max<int64_t>(kMaxQueries, shape_.num_heads / shape_.num_kv_heads);
+  for (auto& scratch : scratch_)
+    scratch.reserve(std::max({rows * kHeadOutputs, rows * panels * kPanel, attention_scratch(queries, shape_.head_dim)}));
+}
+
+void Model::products(std::initializer_list<const Weights*> matrices, std::initializer_list<float*> outputs, const Input& x, int64_t rows) {
+  struct Piece {
+    const Weights* weights;
+    float* out;
+    int32_t begin, end;
+  };
+  int32_t panels = 0;
+  for (const Weights* weights : matrices) panels += weights->matrix.panels();
+  int32_t each = panels_per_piece(panels, threads_);
+  std::vector<Piece> pieces;
+  auto out = outputs.begin();
+  for (const Weights* weights : matrices) {
+    for (int32_t p = 0; p < weights->matrix.panels(); p += each)
+      pieces.push_back({weights, *out, p, std::min(p + each, weights->matrix.panels())});
+    ++out;
+  }
+  pool_->run(static_cast<int32_t>(pieces.size()), [&](int32_t i, int) {
+    const Piece& piece = pieces[static_cast<size_t>(i)];
+    const Matrix& matrix = piece.weights->matrix;
+    int64_t stride = int64_t{matrix.panels()} * kPanel, at = int64_t{piece.begin} * kPanel, width = int64_t{piece.end - piece.begin} * kPanel;
+    kernels_.product(matrix, x, static_cast<int32_t>(rows), piece.begin, piece.end, piece.out + at, stride);
+    if (piece.weights->has_bias)
+      for (int64_t row = 0; row < rows; row++) kernels_.add(piece.out + row * stride + at, piece.weights->bias.data() + at, width);
+  });
+}
+
+void Model::add_product(const Weights& weights, const Input& x, int64_t rows) {
+  const Matrix& matrix = weights.matrix;
+  int32_t each = panels_per_piece(matrix.panels(), threads_);
+  pool_->run((matrix.panels() + each - 1) / each, [&](int32_t i, int thread) {
+    int32_t begin = i * each, end = std::min(begin + each, matrix.panels());
+    int64_t at = int64_t{begin} * kPanel, width = int64_t{end - begin} * kPanel;
+    float* y = scratch_[static_cast<size_t>(thread)].data();
+    kernels_.product(matrix, x, static_cast<int32_t>(rows), begin, end, y, width);
+    for (int64_t row = 0; row < rows; row++) {
+      if (weights.has_bias) kernels_.add(y + row * width, weights.bias.data() + at, width);
+      kernels_.add(x_.data() + row * hidden_ + at, y + row * width, width);
+    }
+  });
+}
+
+void Model::gated_product(const Layer& layer, const Input& x, int64_t rows) {
+  int32_t panels = layer.gate.matrix.panels(), each = panels_per_piece(panels, threads_);
+  pool_->run((panels + each - 1) / each, [&](int32_t i, int thread) {
+    int32_t begin = i * each, end = std::min(begin + each, panels);
+    int64_t at = int64_t{begin} * kPanel, width = int64_t{end - begin} * kPanel;
+    float *gate = gated_.data() + at, *up = scratch_[static_cast<size_t>(thread)].data();
+    kernels_.product(layer.gate.matrix, x, static_cast<int32_t>(rows), begin, end, gate, inner_);
+    kernels_.product(layer.up.matrix, x, static_cast<int32_t>(rows), begin, end, up, width);
+    for (int64_t row = 0; row < rows; row++) {
+      if (layer.gate.has_bias) kernels_.add(gate + row * inner_, layer.gate.bias.data() + at, width);
+      if (layer.up.has_bias) kernels_.add(up + row * width, layer.up.bias.data() + at, width);
+      kernels_.silu_mul(gate + row * inner_, up + row * width, width);
+    }
+  });
+}
+
+// Norms and turns row `row`'s queries and keys, and writes its key and value to their slot.
+void Model::write_cache(const WedlmStep& step, const Rows& rows, const Layer& layer, int32_t index, int64_t row) {
+  int64_t dim = shape_.head_dim, position = step.positions[rows.begin + row];
+  const float *cos = step.cos + position * (dim / 2), *sin = step.sin + position * (dim / 2);
+  auto turn = [&](float* heads, int32_t count, const Buffer<float>& norm, bool has_norm) {
+    for (int32_t h = 0; h < count; h++) {
+      float* head = heads + h * dim;
+      if (has_norm) kernels_.rms_norm(head, norm.data(), shape_.rms_norm_eps, dim, head);
+      kernels_.rotate(head, cos, sin, dim);
+    }
+  };
+  float *k = k_.data() + row * kv_width_, *v = v_.data() + row * kv_width_;
+  turn(q_.data() + row * q_width_, shape_.num_heads, layer.q_norm, layer.has_q_norm);
+  turn(k, shape_.num_kv_heads, layer.k_norm, layer.has_k_norm);
+  int64_t width = int64_t{shape_.num_kv_heads} * dim;
+  int64_t at = (index * step.num_slots + rows.slot[static_cast<size_t>(row)]) * width;
+  if (step.cache_type == 0) {
+    std::memcpy(static_cast<float*>(step.keys) + at, k, static_cast<size_t>(width) * 4);
+    std::memcpy(static_cast<float*>(step.values) + at, v, static_cast<size_t>(width) * 4);
+  } else {
+    kernels_.to_bfloat(k, static_cast<uint16_t*>(step.keys) + at, width);
+    kernels_.to_bfloat(v, static_cast<uint16_t*>(step.values) + at, width);
+  }
+}
+
+void Model::attend(const WedlmStep& step, const Rows& rows, int32_t index) {
+  struct Piece {
+    const Rows::Part* part;
+    int64_t row, count;
+    int32_t kv_head;
+  };
+  int32_t share = shape_.num_heads / shape_.num_kv_heads;
+  int64_t dim = shape_.head_dim, width = int64_t{shape_.num_kv_heads} * dim, size = step.cache_type == 0 ? 4 : 2;
+  int64_t each = std::max<int64_t>(1, kMaxQueries / share);
+  std::vector<Piece> pieces;
+  for (const Rows::Part& part : rows.parts)
+    for (int64_t row = 0; row < part.count; row += each)
+      for (int32_t h = 0; h < shape_.num_kv_heads; h++) pieces.push_back({&part, row, std::min(each, part.count - row), h});
+  auto base = [&](void* cache, int32_t h) { return static_cast<const char*>(cache) + (index * step.num_slots * width + h * dim) * size; };
+  pool_->run(static_cast<int32_t>(pieces.size()), [&](int32_t i, int thread) {
+    const Piece& piece = pieces[static_cast<size_t>(i)];
+    const Rows::Part& part = *piece.part;
+    int64_t row = part.first + piece.row, local = row - rows.begin, head = int64_t{piece.kv_head} * share * dim;
+    AttentionWork work;
+    work.q = q_.data() + local * q_width_ + head;
+    work.out = attended_.data() + local * q_width_ + head;
+    work.q_stride = work.out_stride = q_width_;
+    work.num_rows = static_cast<int32_t>(piece.count);
+    work.share = share;
+    work.head_dim = shape_.head_dim;
+    work.type = static_cast<CacheType>(step.cache_type);
+    work.keys = base(step.keys, piece.kv_head);
+    work.values = base(step.values, piece.kv_head);
+    work.slot_stride = width;
+    work.pages = step.pages + step.page_offsets[part.sequence];
+    work.page_size = step.page_size;
+    work.cached = step.starts[part.sequence];
+    work.first_row = part.first_row + piece.row;
+    work.shared = step.shared ? step.shared + row : nullptr;
+    work.own_start = step.shared ? step.own_start + row : nullptr;
+    work.scratch = scratch_[static_cast<size_t>(thread)].data();
+    kernels_.attention(work);
+  });
+}
+
+void Model::run_rows(const WedlmStep& step, const Rows& rows) {
+  int64_t count = rows.count;
+  auto each_row = [&](auto body) {
+    // A row alone takes a microsecond, less than handing it over.
+    int32_t pieces = static_cast<int32_t>(std::min<int64_t>(count >= 4 ? threads_ * kPiecesPerThread : 1, count));
+    pool_->run(pieces, [&](int32_t piece, int) {
+      for (int64_t row = count * piece / pieces; row < count * (piece + 1) / pieces; row++) body(row);
+    });
+  };
+  auto normed = [&](const Buffer<float>& norm) {
+    each_row([&](int64_t row) {
+      float* y = normed_.data() + row * hidden_;
+      kernels_.rms_norm(x_.data() + row * hidden_, norm.data(), shape_.rms_norm_eps, shape_.hidden_size, y);
+      hidden_inputs_.put(kernels_, row, y);
+    });
+    return hidden_inputs_.view();
+  };
+  each_row([&](int64_t row) { unpack_row(embedding_.matrix, static_cast<int32_t>(step.tokens[rows.begin + row]), x_.data() + row * hidden_); });
+  for (int32_t index = 0; index < shape_.num_layers; index++) {
+    const Layer& layer = layers_[static_cast<size_t>(index)];
+    products({&layer.q, &layer.k, &layer.v}, {q_.data(), k_.data(), v_.data()}, normed(layer.input_norm), count);
+    each_row([&](int64_t row) { write_cache(step, rows, layer, index, row); });
+    attend(step, rows, index);
+    each_row([&](int64_t row) { attended_inputs_.put(kernels_, row, attended_.data() + row * q_width_); });
+    add_product(layer.o, attended_inputs_.view(), count);
+    gated_product(layer, normed(layer.post_norm), count);
+    each_row([&](int64_t row) { inner_inputs_.put(kernels_, row, gated_.data() + row * inner_); });
+    add_product(layer.down, inner_inputs_.view(), count);
+  }
+}
+
+// Logits of the rows at `at` of those that just ran; `wanted` are their indices in the step's outputs.
+void Model::logits(const WedlmStep& step, const std::vector<int64_t>& wanted, const std::vector<int64_t>& at) {
+  auto count = static_cast<int64_t>(wanted.size());
+  for (int64_t i = 0; i < count; i++) {
+    float* y = normed_.data() + i * hidden_;
+    kernels_.rms_norm(x_.data() + at[static_cast<size_t>(i)] * hidden_, final_norm_.data(), shape_.rms_norm_eps, shape_.hidden_size, y);
+    hidden_inputs_.put(kernels_, i, y);
+  }
+  const Matrix& matrix = head().matrix;
+  int32_t vocabulary = shape_.vocab_size, pieces = (vocabulary + kHeadOutputs - 1) / kHeadOutputs;
+  struct Sums {
+    float most, total, weighted, best;
+    int64_t token;
+  };
+  std::vector<Sums> sums(step.token ? static_cast<size_t>(pieces * count) : 0);
+  Input x = hidden_inputs_.view();
+  pool_->run(pieces, [&](int32_t piece, int thread) {
+    int32_t first = piece * kHeadOutputs, size = std::min(kHeadOutputs, vocabulary - first);
+    int32_t begin = first / kPanel, end = std::min(begin + kHeadOutputs / kPanel, matrix.panels());
+    int64_t stride = int64_t{end - begin} * kPanel;
+    float* y = scratch_[static_cast<size_t>(thread)].data();
+    kernels_.product(matrix, x, static_cast<int32_t>(count), begin, end, y, stride);
+    for (int64_t i = 0; i < count; i++) {
+      float* row = y + i * stride;
+      int64_t out = wanted[static_cast<size_t>(i)];
+      if (step.logits) std::memcpy(step.logits + out * vocabulary + first, row, static_cast<size_t>(size) * 4);
+      if (!step.token) continue;
+      Sums& own = sums[static_cast<size_t>(piece * count + i)];
+      kernels_.logit_sums(row, size, &own.most, &own.total, &own.weighted);
+      for (int64_t b = step.banned_offsets[out]; b < step.banned_offsets[out + 1]; b++)
+        if (step.banned[b] >= first && step.banned[b] < first + size) row[step.banned[b] - first] = -INFINITY;
+      own.best = kernels_.largest(row, size);
+      own.token = first + (std::find(row, row + size, own.best) - row);
+    }
+  });
+  for (int64_t i = 0; step.token && i < count; i++) {
+    auto part = [&](int32_t piece) -> const Sums& { return sums[static_cast<size_t>(piece * count + i)]; };
+    Sums all = part(0);
+    for (int32_t piece = 1; piece < pieces; piece++) {
+      if (part(piece).best > all.best) all.best = part(piece).best, all.token = part(piece).token;
+      all.most = std::max(all.most, part(piece).most);
+    }
+    double total = 0, weighted = 0;
+    for (int32_t piece = 0; piece < pieces; piece++) {
+      float lower = part(piece).most - all.most;
+      double factor = kernels_.exp(lower);
+      total += factor * part(piece).total;
+      weighted += factor * (part(piece).weighted + double{part(piece).total} * lower);
+    }
+    int64_t out = wanted[static_cast<size_t>(i)];
+    double log_total = log_of(total);
+    step.token[out] = std::min<int64_t>(all.token, vocabulary - 1);
+    step.token_logit[out] = all.best;
+    step.logsumexp[out] = static_cast<float>(all.most + log_total);
+    step.entropy[out] = static_cast<float>(std::max(0.0, log_total - weighted / total));
+  }
+}
+
+void Model::forward(const WedlmStep& step) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  restart_after_fork();
+  check_complete();
+  check(step);
+  reserve(std::min(step.num_rows, kRowsAtOnce));
+  std::vector<std::vector<int64_t>> outputs(static_cast<size_t>(step.num_rows));  // of each row; a row may be asked for twice
+  for (int64_t i = 0; i < step.num_logits; i++) outputs[static_cast<size_t>(step.logits_rows[i])].push_back(i);
+  int64_t sequence = 0, first_row = 0;
+  for (int64_t begin = 0; begin < step.num_rows; begin += kRowsAtOnce) {
+    Rows rows;
+    rows.begin = begin;
+    rows.count = std::min(kRowsAtOnce, step.num_rows - begin);
+    for (int64_t row = 0; row < rows.count;) {
+      while (first_row == step.counts[sequence]) sequence++, first_row = 0;
+      int64_t count = std::min(rows.count - row, step.counts[sequence] - first_row);
+      rows.parts.push_back({sequence, begin + row, first_row, count});
+      const int32_t* pages = step.pages + step.page_offsets[sequence];
+      for (int64_t i = 0; i < count; i++) {
+        int64_t key = step.starts[sequence] + first_row + i;
+        rows.slot.push_back(int64_t{pages[key / step.page_size]} * step.page_size + key % step.page_size);
+      }
+      row += count;
+      first_row += count;
+    }
+    run_rows(step, rows);
+    std::vector<int64_t> wanted, at;
+    auto flush = [&] {
+      if (!wanted.empty()) logits(step, wanted, at);
+      wanted.clear();
+      at.clear();
+    };
+    for (int64_t row = 0; row < rows.count; row++)
+      for (int64_t out : outputs[static_cast<size_t>(begin + row)]) {
+        wanted.push_back(out);
+        at.push_back(row);
+        if (static_cast<int64_t>(wanted.size()) == std::min(step.num_rows, kRowsAtOnce)) flush();
+      }
+    flush();
+  }
+}
+
+}  // namespace wedlm

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+// Weights: what belongs where, and packing.
+#include "model.h"
+
+#include <unistd.h>
+
+#include <cstring>
+
+namespace wedlm {
+
+namespace {
+
+std::string number(int64_t n) { return std::to_string(n); }
+
+}  // namespace
+
+void Inputs::reserve(int64_t rows, int64_t cols, bool floats, bool blocks) {
+  cols_ = cols;
+  floats_ = floats;
+  blocks_ = blocks;
+  int64_t num_blocks = (cols + 31) / 32;
+  if (floats) values_.reserve(rows * round_up(cols, 4));
+  if (blocks) {
+    block_q_.reserve(rows * 32 * num_blocks);
+    block_scale_.reserve(rows * num_blocks);
+    block_scaled_sum_.reserve(rows * num_blocks);
+    minus32_.reserve(rows * num_blocks);
+    minus16_.reserve(rows * 2 * num_blocks);
+  }
+}
+
+void Inputs::put(const Kernels& kernels, int64_t row, const float* x) {
+  int64_t blocks = (cols_ + 31) / 32;
+  if (floats_) std::memcpy(values_.data() + row * round_up(cols_, 4), x, static_cast<size_t>(cols_) * 4);
+  if (blocks_)
+    kernels.quantize_blocks(x, cols_, block_q_.data() + row * 32 * blocks, block_scale_.data() + row * blocks,
+                            block_scaled_sum_.data() + row * blocks, minus32_.data() + row * blocks,
+                            minus16_.data() + row * 2 * blocks);
+}
+
+Input Inputs::view() const {
+  Input input;
+  if (floats_) input.values = values_.data();
+  if (blocks_)
+    input.block_q = block_q_.data(), input.block_scale = block_scale_.data(),
+    input.block_scaled_sum = block_scaled_sum_.data(), input.minus32 = minus32_.data(),
+    input.minus16 = minus16_.data();
+  return input;
+}
+
+Model::Model(const WedlmShape& shape, const Kernels& kernels, int threads)
+    : shape_(shape),
+      kernels_(kernels),
+      pool_(std::make_unique<Pool>(threads)),
+      threads_(threads),
+      process_(getpid()),
+      layers_(static_cast<size_t>(shape.num_layers)),
+      hidden_(round_up(shape.hidden_size, kPanel)),
+      q_width_(round_up(int64_t{shape.num_heads} * shape.head_dim, kPanel)),
+      kv_width_(round_up(int64_t{shape.num_kv_heads} * shape.head_dim, kPanel)),
+      inner_(round_up(shape.intermediate_size, kPanel)),
+      scratch_(static_cast<size_t>(threads)) {}
+
+Weights& Model::matrix_of(int32_t layer, int32_t which, int32_t& rows, int32_t& cols) {
+  int32_t hidden = shape_.hidden_size, inner = shape_.intermediate_size;
+  int32_t q = shape_.num_heads * shape_.head_dim, kv = shape_.num_kv_heads * shape_.head_dim;
+  if (layer == -1) {
+    rows = shape_.vocab_size;
+    cols = hidden;
+    if (which == WEDLM_EMBEDDING) return embedding_;
+    if (which == WEDLM_HEAD) return head_;
+  } else if (layer >= 0 && layer < shape_.num_layers) {
+    Layer& own = layers_[static_cast<size_t>(layer)];
+    switch (which) {
+      case WEDLM_Q: case WEDLM_Q_BIAS: rows = q, cols = hidden; return own.q;
+      case WEDLM_K: case WEDLM_K_BIAS: rows = kv, cols = hidden; return own.k;
+      case WEDLM_V: case WEDLM_V_BIAS: rows = kv, cols = hidden; return own.v;
+      case WEDLM_O: case WEDLM_O_BIAS: rows = hidden, cols = q; return own.o;
+      case WEDLM_GATE: case WEDLM_GATE_BIAS: rows = inner, cols = hidden; return own.gate;
+      case WEDLM_UP: case WEDLM_UP_BIAS: rows = inner, cols = hidden; return own.up;
+      case WEDLM_DOWN: case WEDLM_DOWN_BIAS: rows = hidden, cols = inner; return own.down;
+      default: break;
+    }
+  }
+  throw Error("there is no weight " + number(which) + " in layer " + number(layer));
+}
+
+Buffer<float>& Model::vector_of(int32_t layer, int32_t which, int64_t& size, bool*& present) {
+  static bool always;
+  present = &always;
+  size = shape_.hidden_size;
+  if (layer == -1 && which == WEDLM_FINAL_NORM) return final_norm_;
+  if (layer >= 0 && layer < shape_.num_layers) {
+    Layer& own = layers_[static_cast<size_t>(layer)];
+    if (which == WEDLM_INPUT_NORM) return own.input_norm;
+    if (which == WEDLM_POST_NORM) return own.post_norm;
+    if (which == WEDLM_Q_NORM || which == WEDLM_K_NORM) {
+      size = shape_.head_dim;
+      present = which == WEDLM_Q_NORM ? &own.has_q_norm : &own.has_k_norm;
+      return which == WEDLM_Q_NORM ? own.q_norm : own.k_norm;
+    }
+    if (which >= WEDLM_Q_BIAS && which <= WEDLM_DOWN_BIAS) {
+      int32_t rows, cols;
+      Weights& weights = matrix_of(layer, which, rows, cols);
+      size = rows;
+      present = &weights.has_bias;
+      return weights.bias;
+    }
+  }
+  throw Error("there is no vector " + number(which) + " in layer " + number(layer));
+}
+
+void Model::set_matrix(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale) {
+  int32_t expected_rows, expected_cols;
+  Weights& weights = matrix_of(layer, which, expected_rows, expected_cols);
+  if (rows != expected_rows || cols != expected_cols)
+    throw Error("a matrix is " + number(rows) + " x " + number(cols) + "; expected " + number(expected_rows) + " x " + number(expected_cols));
+  const FormatInfo* info = format_info(format);
+  if (!info) throw Error("weight format " + number(format) + " is not supported");
+  if (format != INT8 && cols % info->block)
+    throw Error("a row has " + number(cols) + " weights; expected a multiple of " + number(info->block) + " for " + info->name);
+  Matrix& matrix = weights.matrix;
+  matrix.format = static_cast<Format>(format);
+  matrix.rows = rows;
+  matrix.cols = cols;
+  matrix.panel_bytes = source_bytes(format, kPanel, format == INT8 ? round_up(cols, 32) : cols);
+  weights.data.reserve(matrix.panels() * matrix.panel_bytes);
+  matrix.data = weights.data.data();
+  if (format == INT8) {
+    weights.scale.reserve(int64_t{matrix.panels()} * kPanel);
+    matrix.scale = weights.scale.data();
+    std::memcpy(matrix.scale, scale, static_cast<size_t>(rows) * 4);
+  }
+  pack(matrix, static_cast<const uint8_t*>(data));
+}
+
+void Model::set_vector(int32_t layer, int32_t which, int64_t size, const float* data) {
+  int64_t expected;
+  bool* present;
+  Buffer<float>& vector = vector_of(layer, which, expected, present);
+  if (size != expected) throw Error("a vector has " + number(size) + " entries; expected " + number(expected));
+  vector.reserve(round_up(size, kPanel));
+  std::memcpy(vector.data(), data, static_cast<size_t>(size) * 4);
+  *present = true;
+}
+
+int64_t Model::bytes() const {
+  int64_t total = final_norm_.bytes();
+  auto add = [&](const Weights& weights) { total += weights.data.bytes() + weights.scale.bytes() + weights.bias.bytes(); };
+  add(embedding_);
+  add(head_);
+  for (const Layer& layer : layers_) {
+    for (const Weights* weights : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) add(*weights);
+    total += layer.input_norm.bytes() + layer.post_norm.bytes() + layer.q_norm.bytes() + layer.k_norm.bytes();
+  }
+  return total;
+}
+
+void Model::check_complete() {
+  if (complete_) return;
+  bool whole = embedding_.matrix.data && head().matrix.data && final_norm_.data();
+  for (const Layer& layer : layers_) {
+    for (const Weights* weights : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
+      whole = whole && weights->matrix.data;
+    whole = whole && layer.input_norm.data() && layer.post_norm.data() && layer.has_q_norm == layer.has_k_norm;
+  }
+  if (!whole) throw Error("the model lacks weights");
+  complete_ = true;
+}
+
+}  // namespace wedlm

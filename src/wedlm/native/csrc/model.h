@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+// A decoder's weights and the buffers of its forward.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "capi.h"
+#include "formats.h"
+#include "kernels.h"
+#include "pool.h"
+
+namespace wedlm {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Memory aligned to cache lines, zeroed when it grows.
+template <class T>
+class Buffer {
+ public:
+  T* data() const { return data_.get(); }
+  void reserve(int64_t size) {
+    if (size <= size_) return;
+    auto bytes = static_cast<size_t>(round_up(size * static_cast<int64_t>(sizeof(T)), 64));
+    void* fresh = nullptr;
+    if (posix_memalign(&fresh, 64, bytes)) throw std::bad_alloc();
+    __builtin_memset(fresh, 0, bytes);
+    data_.reset(static_cast<T*>(fresh));
+    size_ = size;
+  }
+  int64_t bytes() const { return size_ * static_cast<int64_t>(sizeof(T)); }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
+};
+
+struct Weights {  // a matrix, its memory and its bias (padded to panels; empty: none)
+  Matrix matrix;
+  Buffer<uint8_t> data;
+  Buffer<float> scale, bias;
+  bool has_bias = false;
+};
+
+struct Layer {
+  Weights q, k, v, o, gate, up, down;
+  Buffer<float> input_norm, post_norm, q_norm, k_norm;
+  bool has_q_norm = false, has_k_norm = false;
+};
+
+// Rows in the forms that the next products read.
+class Inputs {
+ public:
+  void reserve(int64_t rows, int64_t cols, bool floats, bool blocks);
+  // Row `row` of `cols` values.
+  void put(const Kernels& kernels, int64_t row, const float* x);
+  Input view() const;
+
+ private:
+  int64_t cols_ = 0;
+  bool floats_ = false, blocks_ = false;
+  Buffer<float> values_, block_scale_, block_scaled_sum_;
+  Buffer<int8_t> block_q_;
+  Buffer<int32_t> minus32_, minus16_;
+};
+
+class Model {
+ public:
+  Model(const WedlmShape& shape, const Kernels& kernels, int threads);
+
+  void set_matrix(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale);
+  void set_vector(int32_t layer, int32_t which, int64_t size, const float* data);
+  void tie() { tied_ = true; }
+  int64_t bytes() const;
+  void forward(const WedlmStep& step);
+  const Kernels& kernels() const { return kernels_; }
+
+ private:
+  struct Rows;  // some rows of a step that run together
+
+  Weights& matrix_of(int32_t layer, int32_t which, int32_t& rows, int32_t& cols);
+  Buffer<float>& vector_of(int32_t layer, int32_t which, int64_t& size, bool*& present);
+  const Weights& head() const { return tied_ ? embedding_ : head_; }
+  void check(const WedlmStep& step) const;
+  void check_complete();
+  void restart_after_fork();
+  void reserve(int64_t rows);
+  void run_rows(const WedlmStep& step, const Rows& rows);
+  void products(std::initializer_list<const Weights*> matrices, std::initializer_list<float*> outputs, const Input& x, int64_t rows);
+  void add_product(const Weights& weights, const Input& x, int64_t rows);
+  void gated_product(const Layer& layer, const Input& x, int64_t rows);
+  void write_cache(const WedlmStep& step, const Rows& rows, const Layer& layer, int32_t index, int64_t row);
+  void attend(const WedlmStep& step, const Rows& rows, int32_t index);
+  void logits(const WedlmStep& step, const std::vector<int64_t>& wanted, const std::vector<int64_t>& at);
+
+  const WedlmShape shape_;
+  const Kernels& kernels_;
+  std::unique_ptr<Pool> pool_;
+  int threads_;
+  long process_;
+  std::mutex mutex_;
+  std::vector<Layer> layers_;
+  Weights embedding_, head_;
+  Buffer<float> final_norm_;
+  bool tied_ = false, complete_ = false;
+
+  // Rows of the step, and what each thread works in.
+  int64_t hidden_, q_width_, kv_width_, inner_;  // padded to panels
+  Buffer<float> x_, q_, k_, v_, attended_, gated_, normed_;
+  Inputs hidden_inputs_, attended_inputs_, inner_inputs_;
+  std::vector<Buffer<float>> scratch_;
+};
+
+}  // namespace wedlm

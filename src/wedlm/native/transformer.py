@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose forward is one native call: the same rows in and logits out as ``Transformer``, its slow twin.
+
+Shape suffixes as in ``wedlm.model.transformer``.
+"""
+
+import ctypes
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wedlm.attention.base import ExtendBatch, KVCache
+from wedlm.attention.sdpa import CausalAttend
+from wedlm.model import ModelConfig
+from wedlm.model.rope import RotaryEmbedding
+from wedlm.native.library import NativeError, Shape, Step, chosen_path, load, num_threads
+
+_ERROR_BYTES = 512
+_ROPE_CHUNK = 1024  # positions; tables grow by whole chunks, each computed in one go, so that their bits never change
+_CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+@dataclass(frozen=True)
+class NativeAttend:
+    """The plan of a step: where its sequences' keys are. What ``PagedSdpa`` is to ``Transformer``."""
+
+    cache: KVCache
+    batch: ExtendBatch
+
+
+@dataclass(frozen=True)
+class GreedyRows:
+    """The choice at temperature 0 in L rows, without their logits.
+
+    ``token`` [L] is the largest logit but for the row's banned ids, the lowest id of several equal ones, and
+    ``token_logit`` [L] its logit. ``entropy`` (nats) and ``logsumexp`` (log of the sum of exponentials) [L] are of all
+    logits.
+    """
+
+    token: Tensor
+    token_logit: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
+
+
+class NativeTransformer:
+    """Weights in the library's memory, and calls of its forward. Made by ``wedlm.native.weights``.
+
+    ``path`` forces an instruction set (None: $WEDLM_NATIVE_PATH, or the fastest); ``threads`` None: one a core that
+    this process may use. Not for two calls at once: they wait for each other. Raises NativeError.
+    """
+
+    def __init__(self, config: ModelConfig, *, path: str | None = None, threads: int | None = None) -> None:
+        self.config = config
+        self.path, self.threads = chosen_path(path), num_threads(threads)
+        self._library = load()
+        shape = Shape(
+            config.num_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.vocab_size,
+            config.rms_norm_eps,
+        )
+        error = ctypes.create_string_buffer(_ERROR_BYTES)
+        self._model = self._library.wedlm_model_new(shape, self.path.encode(), self.threads, error, _ERROR_BYTES)
+        if not self._model:
+            raise NativeError(error.value.decode())
+        self._finalizer = weakref.finalize(self, self._library.wedlm_model_free, self._model)
+        if config.tie_word_embeddings:
+            self._library.wedlm_model_tie(self._model)
+        self._rotary = RotaryEmbedding(config)
+        self._cos = self._sin = np.zeros((0, config.head_dim // 2), dtype=np.float32)
+        self._own_cache: KVCache | None = None
+
+    def close(self) -> None:
+        """Free the weights and end the threads. The model cannot be called afterwards."""
+        self._finalizer()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the weights."""
+        return int(self._library.wedlm_model_bytes(self._model))
+
+    def set_matrix(
+        self,
+        layer: int,
+        which: int,
+        format: int,
+        shape: Sequence[int],
+        data: np.ndarray,
+        scale: np.ndarray | None = None,
+    ) -> None:
+        """Pack matrix ``which`` of ``layer`` from contiguous rows in the source's format (``wedlm.native.weights``)."""
+        rows, cols = shape
+        at = None if scale is None else scale.ctypes.data
+        self._check(
+            self._library.wedlm_model_set_matrix, self._model, layer, which, format, rows, cols, data.ctypes.data, at
+        )
+
+    def set_vector(self, layer: int, which: int, data: np.ndarray) -> None:
+        """Copy a norm's weight or a bias, float32."""
+        self._check(self._library.wedlm_model_set_vector, self._model, layer, which, data.size, data.ctypes.data)
+
+    def __call__(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attend: NativeAttend | CausalAttend,
+        logits_rows: Tensor | None = None,
+        masked: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [L, V], float32, of the rows picked by ``logits_rows`` (None: all).
+
+        ``masked`` is accepted and changes nothing: models with an adapter of masked rows cannot be made native.
+        """
+        if logits_rows is None:
+            logits_rows = torch.arange(len(tokens_T))
+        logits = torch.empty(len(logits_rows), self.config.vocab_size)
+        self._forward(tokens_T, positions_T, attend, logits_rows, {"logits": logits.data_ptr()})
+        return logits
+
+    def greedy(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attend: NativeAttend | CausalAttend,
+        logits_rows: Tensor,
+        banned: Sequence[Sequence[int]] | None = None,
+    ) -> GreedyRows:
+        """The choice in each of ``logits_rows``; ``banned[i]`` are ids that row i must not choose."""
+        count = len(logits_rows)
+        rows = GreedyRows(torch.empty(count, dtype=torch.long), *(torch.empty(count) for _ in range(3)))
+        lists = banned if banned is not None else [()] * count
+        if len(lists) != count:
+            raise NativeError(f"there are {len(lists)} lists of banned tokens; expected {count}, one a row")
+        ids = np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int64)
+        offsets = np.cumsum([0, *(len(one) for one in lists)], dtype=np.int64)
+        outputs = {
+            "token": rows.token.data_ptr(),
+            "token_logit": rows.token_logit.data_ptr(),
+            "entropy": rows.entropy.data_ptr(),
+            "logsumexp": rows.logsumexp.data_ptr(),
+            "banned": ids.ctypes.data,
+            "banned_offsets": offsets.ctypes.data,
+        }
+        self._forward(tokens_T, positions_T, attend, logits_rows, outputs)
+        return rows
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: NativeAttend | CausalAttend,
+        logits_rows: Tensor,
+        outputs: dict[str, int],
+    ) -> None:
+        if isinstance(attend, CausalAttend):
+            attend = self._uncached(len(tokens))
+        elif not isinstance(attend, NativeAttend):
+            raise NativeError(f"attend is a {type(attend).__name__}; expected NativeAttend or CausalAttend")
+        cache, batch = attend.cache, attend.batch
+        if cache.keys.dtype not in _CACHE_TYPES or cache.keys.device.type != "cpu":
+            raise NativeError(
+                f"the cache is {cache.keys.dtype} on {cache.keys.device}; expected float32 or bfloat16 on cpu"
+            )
+        num_layers, num_slots, *heads = cache.keys.shape
+        expected = [self.config.num_kv_heads, self.config.head_dim]
+        if num_layers != self.config.num_layers or heads != expected:
+            raise NativeError(f"the cache is {[num_layers, *heads]}; expected {[self.config.num_layers, *expected]}")
+        # Kept in variables: the library reads them by their addresses.
+        tokens, positions, wanted = (_int64(part) for part in (tokens, positions, logits_rows))
+        if len(positions) != len(tokens):
+            raise NativeError(f"there are {len(positions)} positions; expected {len(tokens)}, one a token")
+        starts, counts = np.asarray(batch.starts, dtype=np.int64), np.asarray(batch.counts, dtype=np.int64)
+        lengths = [len(pages) for pages in batch.pages]
+        if not len(starts) == len(counts) == len(lengths):
+            raise NativeError(f"there are {len(starts)} starts, {len(counts)} counts and {len(lengths)} page tables")
+        offsets = np.cumsum([0, *lengths], dtype=np.int64)
+        pages = np.fromiter(itertools.chain.from_iterable(batch.pages), dtype=np.int32, count=int(offsets[-1]))
+        shared = own_start = None
+        if batch.visibility is not None:
+            shared, own_start = _int64(batch.visibility.shared), _int64(batch.visibility.own_start)
+            if not len(shared) == len(own_start) == len(tokens):
+                raise NativeError(f"visibility is of {len(shared)} rows; expected {len(tokens)}")
+        if len(positions):
+            self._grow_tables(int(positions.max()) + 1)
+        step = Step(
+            num_rows=len(tokens),
+            num_sequences=len(starts),
+            tokens=tokens.data_ptr(),
+            positions=positions.data_ptr(),
+            starts=starts.ctypes.data,
+            counts=counts.ctypes.data,
+            pages=pages.ctypes.data,
+            page_offsets=offsets.ctypes.data,
+            shared=None if shared is None else shared.data_ptr(),
+            own_start=None if own_start is None else own_start.data_ptr(),
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            cache_type=_CACHE_TYPES[cache.keys.dtype],
+            page_size=cache.page_size,
+            num_slots=num_slots,
+            cos=self._cos.ctypes.data,
+            sin=self._sin.ctypes.data,
+            num_positions=len(self._cos),
+            num_logits=len(wanted),
+            logits_rows=wanted.data_ptr(),
+            **outputs,
+        )
+        self._check(self._library.wedlm_model_forward, self._model, step)
+
+    def _uncached(self, num_rows: int) -> NativeAttend:
+        """Rows of one sequence that nothing keeps, in a cache of our own."""
+        if self._own_cache is None or self._own_cache.keys.shape[1] < num_rows:
+            shape = self.config
+            sizes = (shape.num_layers, max(num_rows, 64), 1, shape.num_kv_heads, shape.head_dim)
+            self._own_cache = KVCache(*sizes, torch.float32, torch.device("cpu"))
+        return NativeAttend(self._own_cache, ExtendBatch([0], [num_rows], [list(range(num_rows))]))
+
+    def _grow_tables(self, num_positions: int) -> None:
+        longest = -(-self.config.max_length // _ROPE_CHUNK) * _ROPE_CHUNK
+        while len(self._cos) < min(num_positions, longest):
+            # Twice as long each time, so that growing costs nothing in the long run.
+            first = np.arange(len(self._cos), min(max(2 * len(self._cos), num_positions), longest), _ROPE_CHUNK)
+            half = self.config.head_dim // 2
+            parts = [self._rotary(torch.arange(at, at + _ROPE_CHUNK), torch.float32) for at in first.tolist()]
+            self._cos = np.concatenate([self._cos, *(cos[:, :half].numpy() for cos, _ in parts)])
+            self._sin = np.concatenate([self._sin, *(sin[:, half:].numpy() for _, sin in parts)])
+
+    def _check(self, function: Any, *arguments: Any) -> None:
+        if not self._finalizer.alive:
+            raise NativeError("the model was closed; expected one that is open")
+        error = ctypes.create_string_buffer(_ERROR_BYTES)
+        if function(*arguments, error, _ERROR_BYTES):
+            raise NativeError(error.value.decode())
+
+
+def _int64(tensor: Tensor) -> Tensor:
+    """Contiguous int64 on the CPU."""
+    return tensor.to("cpu", torch.int64).contiguous()
