@@ -64,7 +64,7 @@ Adapter = Annotated[
     str | None, option("Directory of a LoRA, merged into the model; one of masked rows stays beside it.", MODEL)
 ]
 Dtype = Annotated[str, option("auto, float32, bfloat16 or float16.", MODEL)]
-Quantization = Annotated[str | None, option("int8: the layers' weights in eight bits, for GPUs.", MODEL)]
+Quantization = Annotated[str | None, option("int8 or fp8: the layers' weights in eight bits, for GPUs.", MODEL)]
 Device = Annotated[str, option("auto, cpu, cuda, cuda:1, ...", MODEL)]
 MaxModelLen = Annotated[int | None, option("Longest prompt and answer together, in tokens.", MODEL)]
 Threads = Annotated[int | None, option("CPU threads; default: torch's choice.", MODEL)]

@@ -67,7 +67,7 @@ def bench(
     adapter: Annotated[str | None, option("Directory of a LoRA in peft's format, merged in.", MODEL)] = None,
     dtype: Annotated[str, option("auto, float32, bfloat16 or float16.", MODEL)] = "auto",
     quantization: Annotated[
-        str | None, option("int8: the layers' weights in eight bits, for GPUs; not vLLM's.", MODEL)
+        str | None, option("int8 or fp8: the layers' weights in eight bits, for GPUs; not vLLM's.", MODEL)
     ] = None,
     device: Annotated[str, option("auto, cpu, cuda, cuda:1, ...", MODEL)] = "auto",
     max_num_batched_tokens: Annotated[

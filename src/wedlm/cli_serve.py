@@ -54,7 +54,9 @@ def serve(
     decoding: Annotated[str, option("Mode of requests that name none.", ENGINE)] = "auto",
     window_size: Annotated[int, option("Window of requests that name none.", ENGINE)] = 16,
     dtype: Annotated[str, option("auto, float32, bfloat16 or float16.", ENGINE)] = "auto",
-    quantization: Annotated[str | None, option("int8: the layers' weights in eight bits, for GPUs.", ENGINE)] = None,
+    quantization: Annotated[
+        str | None, option("int8 or fp8: the layers' weights in eight bits, for GPUs.", ENGINE)
+    ] = None,
     device: Annotated[str, option("auto, cpu, cuda, cuda:1, ...", ENGINE)] = "auto",
     max_model_len: Annotated[int | None, option("Longest prompt and answer together, in tokens.", ENGINE)] = None,
     max_num_seqs: Annotated[int, option("Most sequences in one forward.", ENGINE)] = 64,

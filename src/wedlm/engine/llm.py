@@ -32,8 +32,9 @@ class LLM:
     """Generate text from a checkpoint, on any device that torch knows. Methods may be called from several threads.
 
     model: a Hugging Face directory, a .gguf file, a hub id, or "demo". dtype: a torch dtype's name, or "auto": the
-    checkpoint's, but float32 on CPUs without bfloat16 instructions. quantization: "int8": the layers' weights in eight
-    bits, for GPUs (a CPU computes the same, slowly); text is that of the rounded weights, in every mode. device: "auto"
+    checkpoint's, but float32 on CPUs without bfloat16 instructions. quantization: the layers' weights in eight bits,
+    for GPUs: "int8" (a CPU computes the same, slowly), or "fp8", inputs as well, where the GPU multiplies such numbers;
+    text is that of the rounded weights, in every mode. device: "auto"
     takes CUDA where there is one. max_model_len: positions of a sequence; default: the checkpoint's length. decoding:
     mode of requests that name none; default: "auto", AR decoding's text with as many rows a forward as pay at the time.
     kv_cache_bytes: size of the cache; default on CUDA: what gpu_memory_utilization leaves, elsewhere: four full

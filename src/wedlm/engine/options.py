@@ -40,8 +40,8 @@ def read_flag(name: str, value: object) -> bool:
 
 def read_quantization(name: str | None) -> Quantization | None:
     """None: weights in the type that was asked for."""
-    if name not in (None, "int8"):
-        raise ValueError(f"quantization is {name!r}; expected int8, or nothing")
+    if name not in (None, "int8", "fp8"):
+        raise ValueError(f"quantization is {name!r}; expected int8 or fp8, or nothing")
     return name  # type: ignore[return-value]
 
 
