@@ -54,6 +54,7 @@ class Run:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.shape, self.config = shape, shape_config(shape)
         self.out, self.start, self.seconds = out, time.perf_counter(), seconds
+        self.rows = ROWS if self.device.type == "cuda" else ROWS[:1]
         self.best: dict[tuple[int, int], Tiling] = {}  # by (N, K), once measured
         self.model: str | None = None
         self.text: Path | None = None
@@ -205,7 +206,7 @@ def library_products(run: Run) -> None:
         "one_scale": lambda rows, layer: layer.unscaled(rows.values, torch.bfloat16),
         "row_scales": row_scaled,
     }
-    for (name, product), fast, n in itertools.product(variants.items(), (True, False), ROWS):
+    for (name, product), fast, n in itertools.product(variants.items(), (True, False), run.rows):
         inputs = {depth: quantize_rows(x) for depth, x in weights.inputs(n).items()}
 
         def work(product: Any = product, inputs: Any = inputs) -> None:
@@ -218,7 +219,7 @@ def library_products(run: Run) -> None:
                 found.setdefault(key, {})[n] = run.milliseconds(work)
             except RuntimeError as error:
                 found.setdefault(key, {})[n] = str(error)[:300]
-    for n in ROWS:
+    for n in run.rows:
         inputs = weights.inputs(n)
 
         def rounding(inputs: Any = inputs) -> None:
@@ -229,7 +230,7 @@ def library_products(run: Run) -> None:
     del weights.layers
     gc.collect()
     dense = [weights.random(*size) * 0.02 for size in weights.sizes]
-    for n in ROWS:
+    for n in run.rows:
         inputs = weights.inputs(n)
         for key, product in (("bfloat16_library", F.linear), ("bfloat16_ours", few_rows_bf16)):
             if key == "bfloat16_library" or n <= 64:
@@ -272,7 +273,7 @@ def our_products(run: Run) -> None:
         best[size] = min(timed, key=lambda tiling: timed[tiling])
         found["x".join(map(str, size))] = {str(tiling): ms for tiling, ms in timed.items()}
         run.write()
-    for n in [n for n in ROWS if n <= OWN_ROWS]:
+    for n in [n for n in run.rows if n <= OWN_ROWS]:
         inputs = {depth: quantize_rows(x) for depth, x in weights.inputs(n).items()}
         for key, tiling_of in (("default", lambda *of: tiling_for(*of, FP8)), ("best", lambda *of: best[of])):
             found.setdefault(key, {})[n] = run.milliseconds(partial(by_tiling, inputs, weights.layers, tiling_of))
@@ -505,8 +506,8 @@ def quality(run: Run) -> None:
     text = (gzip.decompress(content) if run.text.suffix == ".gz" else content).decode()
     ids = load_tokenizer(run.model).encode(text, add_special_tokens=False)
     windows = torch.tensor(ids[: run.num_tokens]).to(run.device).split(1024)
-    float32 = [out.half() for out in log_probs(run, windows, torch.float32, None, False)]
-    bf16 = [out.half() for out in log_probs(run, windows, torch.bfloat16, None, False)]
+    float32 = list(log_probs(run, windows, torch.float32, None, False))
+    bf16 = list(log_probs(run, windows, torch.bfloat16, None, False))
     found["tokens"] = sum(len(window) for window in windows)
     compared: dict[str, tuple[torch.dtype, Any, bool]] = {
         "float32": (torch.float32, None, False),
@@ -524,7 +525,7 @@ def quality(run: Run) -> None:
             ):
                 loss = -out[:-1].gather(1, tokens[1:, None]).sum()
                 own = [float(loss), len(tokens) - 1]
-                for other in (exact.float(), half.float()):
+                for other in (exact, half):
                     agrees = (out.argmax(dim=1) == other.argmax(dim=1)).double().mean()
                     kl = (other.exp() * (other - out)).sum(dim=1).mean()
                     own += [float(agrees) * len(tokens), float(kl) * len(tokens)]
