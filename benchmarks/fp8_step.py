@@ -420,11 +420,13 @@ def kernels(run: Run) -> None:
         with both.fp8_as(**options) as loop:
             requests = loop.start(both.prompts[:1], asked("autoregressive", 64))
             loop.steps(requests, 4)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                loop.steps(requests, 5)
-                if run.device.type == "cuda":
-                    torch.cuda.synchronize()
-            loop.end(requests)
+            try:
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                    loop.steps(requests, 5)
+                    if run.device.type == "cuda":
+                        torch.cuda.synchronize()
+            finally:
+                loop.end(requests)
         events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
         found[key] = {
             event.key[:90]: {"per_step": event.count / 5, "us_each": round(event.device_time_total / event.count, 2)}
