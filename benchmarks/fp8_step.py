@@ -471,8 +471,8 @@ def auto(run: Run) -> None:
                     found.setdefault("cut", []).append(f"{key} {window} {batch}")
                     continue
                 prompts, params = both.prompts[:batch], asked("auto", 1200 if batch < 128 else 400, window, **ALL_ROWS)
-                assert engine.auto is not None
                 requests = loop.start(prompts, params)
+                assert engine.auto is not None
                 for row_budget in ROW_BUDGETS:  # capture all that it may choose
                     if row_budget <= requests[0].decode.row_budget:
                         engine.auto = FixedRows(engine.auto.costs, row_budget)
