@@ -321,24 +321,13 @@ class Engines:
             fused.tiling = lambda n, k, dtype: tilings.get((n, k)) if dtype == FP8 else tiling_for(n, k, dtype)
         if head:
             transformer.lm_head = Fp8Linear(transformer.lm_head.weight.detach(), None)
-        self.forget(loop)
+        loop.engine.runner.forget_graphs()
         try:
             with fast_accum(fast):
                 yield loop
         finally:
             matmul._MAX_ROWS[FP8], fused.tiling, transformer.lm_head = before
-            self.forget(loop)
-
-    def forget(self, loop: Loop) -> None:
-        """What was captured, and what `auto` knows of the costs of steps."""
-        loop.engine.runner.forget_graphs()
-        if self.run.device.type == "cuda":
-            for table in (loop.engine.runner._costs._rows, loop.engine.runner._costs._seconds):
-                table.clear()
-
-    def close(self) -> None:
-        self.loops.clear()
-        gc.collect()
+            loop.engine.runner.forget_graphs()
 
 
 def load_prompts(run: Run, count: int, length: int = 512) -> list[list[int]]:
@@ -466,6 +455,11 @@ def auto(run: Run) -> None:
         engine = loop.engine
         with injected(engine) as chances:
             chances.set(RATES)
+            if (
+                on_gpu
+            ):  # what it knows of the costs of steps is of another way to run: the next request times them again
+                for table in (engine.runner._costs._rows, engine.runner._costs._seconds):
+                    table.clear()
             for window, batch in ((36, 1), (16, 1), (36, 8), (16, 8), (36, 32), (16, 128)) if on_gpu else ((4, 1),):
                 if run.left < 20:
                     found.setdefault("cut", []).append(f"{key} {window} {batch}")
