@@ -318,7 +318,7 @@ class Engines:
         matmul._MAX_ROWS[FP8] = max_rows
         if best and self.run.best:
             tilings = dict(self.run.best)
-            fused.tiling = lambda n, k, dtype: tilings.get((n, k)) if dtype == FP8 else tiling_for(n, k, dtype)
+            fused.tiling = lambda n, k, dtype: tilings.get((n, k) if dtype == FP8 else None, tiling_for(n, k, dtype))
         if head:
             transformer.lm_head = Fp8Linear(transformer.lm_head.weight.detach(), None)
         loop.engine.runner.forget_graphs()
