@@ -385,7 +385,7 @@ def steps(run: Run) -> None:
                 found.setdefault("cut", []).append(f"{key} {mode} {batch} {window}")
                 continue
             options = {} if mode == "autoregressive" else ALL_ROWS
-            params = asked(mode, 128 if mode == "autoregressive" else 600, window, **options)
+            params = asked(mode, 1500, window, **options)  # more than any run takes
             figures = loop.batch(both.prompts[:batch], params, 4, 50 if on_gpu else 2)
             name = f"{mode}_{window or 1}_rows_batch_{batch}"
             found.setdefault(name, {}).setdefault(key, []).append(round(figures["step_ms"], 3))
@@ -464,7 +464,7 @@ def auto(run: Run) -> None:
                 if run.left < 20:
                     found.setdefault("cut", []).append(f"{key} {window} {batch}")
                     continue
-                prompts, params = both.prompts[:batch], asked("auto", 1200 if batch < 128 else 400, window, **ALL_ROWS)
+                prompts, params = both.prompts[:batch], asked("auto", 1500, window, **ALL_ROWS)
                 requests = loop.start(prompts, params)
                 assert engine.auto is not None
                 for row_budget in ROW_BUDGETS:  # capture all that it may choose
