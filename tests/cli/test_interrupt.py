@@ -3,7 +3,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -13,15 +12,13 @@ from tests.engine.tiny_llm import save_tiny
 from wedlm.cli import terminal
 
 
-def start_long(model: str, *words: str) -> subprocess.Popen[str]:
+def long_answer(model: str, *words: str) -> list[str]:
     options = ["--max-tokens", "50000", "--ignore-eos", "--decoding", "autoregressive", *FAST]
-    command = [*WEDLM, "generate", "--model", model, *options, *words]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(command, text=True, **pipes)
+    return [*WEDLM, "generate", "--model", model, *options, *words]
 
 
-def test_ctrl_c_keeps_what_was_generated(ar_model):
-    process = start_long(ar_model, "Hello")
+def test_ctrl_c_keeps_what_was_generated(ar_model, start):
+    process = start(long_answer(ar_model, "Hello"))
     assert process.stdout is not None
     first = process.stdout.read(5)
     process.send_signal(signal.SIGINT)
@@ -33,7 +30,7 @@ def test_ctrl_c_keeps_what_was_generated(ar_model):
     assert "Traceback" not in err
 
 
-def test_ctrl_c_keeps_what_a_batch_generated(ar_model, tmp_path):
+def test_ctrl_c_keeps_what_a_batch_generated(ar_model, tmp_path, start):
     """Both prompts run together, so both have text when the first one, still unfinished, is stopped."""
     (tmp_path / "prompts").write_text("Hello\nabc\n")
     code = (  # says when the engine is at work: the first record appears only at its end
@@ -47,12 +44,7 @@ def test_ctrl_c_keeps_what_a_batch_generated(ar_model, tmp_path):
         "wedlm.cli.main()"
     )
     options = ["--lines", "--json", "--max-tokens", "50000", "--ignore-eos", "--file", str(tmp_path / "prompts"), *FAST]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "generate", "--model", ar_model, *options],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = start([sys.executable, "-c", code, "generate", "--model", ar_model, *options])
     assert process.stderr is not None
     assert process.stderr.readline() == "working\n"
     process.send_signal(signal.SIGINT)
@@ -64,17 +56,14 @@ def test_ctrl_c_keeps_what_a_batch_generated(ar_model, tmp_path):
     assert all(record["stats"]["num_tokens"] == len(record["token_ids"]) for record in found)
 
 
-def test_the_reader_of_the_output_may_leave(ar_model):
-    process = start_long(ar_model, "Hello")
+def test_the_reader_of_the_output_may_leave(ar_model, start):
+    process = start(long_answer(ar_model, "Hello"))
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.read(5)
     process.stdout.close()
     assert process.wait(timeout=20) == 1
     assert "Traceback" not in process.stderr.read()
-    process.stderr.close()
-    assert process.stdin is not None
-    process.stdin.close()
 
 
 def test_a_second_ctrl_c_is_not_held_back():
@@ -86,11 +75,10 @@ def test_a_second_ctrl_c_is_not_held_back():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_in_chat_stops_the_answer_alone(tmp_path):
+def test_ctrl_c_in_chat_stops_the_answer_alone(tmp_path, start):
     model = str(save_tiny(tmp_path, max_position_embeddings=60000))
     command = [*WEDLM, "chat", "--model", model, "--max-tokens", "50000", "--decoding", "autoregressive", *FAST]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen(command, text=True, bufsize=1, **pipes)
+    process = start(command, bufsize=1)
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write("abc abc abc\n")

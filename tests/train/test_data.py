@@ -240,7 +240,7 @@ def test_load_data_refuses_what_the_model_cannot_learn(files, tmp_path):
         load_data(config, TOKENIZER, MODEL, END)
     autoregressive = config.model_copy(update={"objective": "autoregressive"})
     assert load_data(autoregressive, TOKENIZER, MODEL, END)[0].sequences_in_epoch(0)  # which masks nothing
-    small = dataclasses.replace(MODEL, vocab_size=END)
+    small = dataclasses.replace(MODEL, vocab_size=END, eos_token_ids=())
     with pytest.raises(ValueError, match=rf"the data uses token {END}; expected ids below the model's {END}"):
         load_data(config, TOKENIZER, small, UNUSED)
 

@@ -86,7 +86,7 @@ def test_the_teacher_is_neither_trained_nor_saved(base, data, tmp_path):
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(base, data, tmp_path):
-    other = save_base(tmp_path / "other", mask_token_id=None, vocab_size=300)
+    other = save_base(tmp_path / "other", mask_token_id=None, eos_token_ids=(), vocab_size=300)
     config = config_of(base, data, tmp_path / "run", distill_text=True, teacher_model=str(other))
     with pytest.raises(ValueError, match=r"teacher_model is .*, of 300 tokens and length \d+; expected \d+ tokens"):
         Trainer(config)
