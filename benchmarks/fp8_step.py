@@ -28,12 +28,15 @@ from wedlm.attention.sdpa import CausalAttend
 from wedlm.bench.forced_acceptance import injected
 from wedlm.bench.loop import Loop
 from wedlm.bench.record import hardware, versions
-from wedlm.bench.settings import Amounts, Settings
+from wedlm.bench.settings import Settings, Workload
 from wedlm.bench.shapes import shape_config
 from wedlm.bench.steps import FixedRows
-from wedlm.bench.target import load_subject
+from wedlm.bench.target import load_target
 from wedlm.engine import factory
-from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, AutoRows
+from wedlm.engine.adaptive.controller import Controller
+from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, DraftBudget
+from wedlm.engine.engine import Engine
+from wedlm.engine.execution.captured_step import CapturedStep
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.kernels import matmul
 from wedlm.kernels.fp8 import FP8, Fp8Rows, quantize_rows
@@ -296,23 +299,23 @@ class Engines:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        amounts = Amounts.of(True, True)
+        workload = Workload.of(True, True)
         self.loops: dict[str, Loop] = {}
         for name, bits in (("bfloat16", None), ("fp8", "fp8")):
             engine = {"kv_cache_bytes": int(20e9) if run.shape == "qwen3-8b" else 2**28, "quantization": bits}
             dtype = "bfloat16" if run.device.type == "cuda" else "float32"
             settings = Settings(
-                ("steps",), ("autoregressive",), amounts, shape=run.shape, dtype=dtype,
+                ("steps",), ("autoregressive",), workload, shape=run.shape, dtype=dtype,
                 engine={name: value for name, value in engine.items() if value is not None},
             )  # fmt: skip
-            self.loops[name] = Loop(load_subject(settings))
+            self.loops[name] = Loop(load_target(settings))
         self.prompts = load_prompts(run, 128)
 
     @contextmanager
     def fp8_as(self, max_rows: int = 64, fast: bool = False, best: bool = False, head: bool = False) -> Iterator[Loop]:
         """The FP8 engine with our kernel up to so many rows; ``best``: by the tilings that were fastest."""
         loop = self.loops["fp8"]
-        fused = loop.engine.runner.model
+        fused: Any = loop.engine.runner.eager.model
         transformer = fused.model
         before = (matmul._MAX_ROWS[FP8], fused.tiling, transformer.lm_head)
         matmul._MAX_ROWS[FP8] = max_rows
@@ -321,13 +324,21 @@ class Engines:
             fused.tiling = lambda n, k, dtype: tilings.get((n, k) if dtype == FP8 else None, tiling_for(n, k, dtype))
         if head:
             transformer.lm_head = Fp8Linear(transformer.lm_head.weight.detach(), None)
-        loop.engine.runner.forget_graphs()
+        forget_steps(loop.engine)
         try:
             with fast_accum(fast):
                 yield loop
         finally:
             matmul._MAX_ROWS[FP8], fused.tiling, transformer.lm_head = before
-            loop.engine.runner.forget_graphs()
+            forget_steps(loop.engine)
+
+
+def forget_steps(engine: Engine) -> None:
+    """Capture each step again when it is next needed, and time steps again when a request next asks what they cost."""
+    for executor in engine.runner.executors:
+        if isinstance(executor, CapturedStep):
+            executor.graphs.clear()
+    engine.controller = Controller(engine.config.options, engine.runner, time.perf_counter)
 
 
 def load_prompts(run: Run, count: int, length: int = 512) -> list[list[int]]:
@@ -433,7 +444,7 @@ def prefill(run: Run) -> None:
     def measure(key: str, loop: Loop) -> None:
         seconds = []
         for _ in range(4):
-            loop.engine.pool.forget()
+            loop.engine.pool.reset_prefix_cache()
             start = time.perf_counter()
             loop.end(loop.start([prompt], asked("autoregressive", 8)))
             seconds.append(time.perf_counter() - start)
@@ -455,24 +466,19 @@ def auto(run: Run) -> None:
         engine = loop.engine
         with injected(engine) as chances:
             chances.set(RATES)
-            if (
-                on_gpu
-            ):  # what it knows of the costs of steps is of another way to run: the next request times them again
-                for table in (engine.runner._costs._rows, engine.runner._costs._seconds):
-                    table.clear()
             for window, batch in ((36, 1), (16, 1), (36, 8), (16, 8), (36, 32), (16, 128)) if on_gpu else ((4, 1),):
                 if run.left < 20:
                     found.setdefault("cut", []).append(f"{key} {window} {batch}")
                     continue
                 prompts, params = both.prompts[:batch], asked("auto", 1500, window, **ALL_ROWS)
                 requests = loop.start(prompts, params)
-                assert engine.auto is not None
+                costs = engine.controller.costs
                 for row_budget in ROW_BUDGETS:  # capture all that it may choose
                     if row_budget <= requests[0].decode.row_budget:
-                        engine.auto = FixedRows(engine.auto.costs, row_budget)
+                        engine.controller.draft_budget = FixedRows(costs, row_budget)
                         loop.steps(requests, 3)
                 loop.end(requests)
-                engine.auto = AutoRows(engine.auto.costs)
+                engine.controller.draft_budget = DraftBudget(costs)
                 requests = loop.start(prompts, params)
                 loop.steps(requests, 60 if on_gpu else 2)
                 figures = loop.steps(requests, 80 if on_gpu else 2)
@@ -559,7 +565,7 @@ def main() -> None:
     run.model, run.text, run.num_tokens = arguments.model, arguments.text, arguments.tokens
     if run.device.type == "cpu":  # only to try the script out
         quantization.check_fp8_device = lambda _: None
-        factory.runs_as_graphs = lambda *_: True
+        factory.eager_reason = lambda *_: None
     for name in arguments.parts.split(","):
         run.part(name, *PARTS[name])
     print(json.dumps(run.values))
