@@ -16,7 +16,8 @@ from wedlm.kernels.fp8 import FP8, Fp8Rows
 from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 
 # The library's product is faster at more rows; for integers it needs a copy in sixteen bits at each step, which takes
-# as long as reading them several times. FP8's figure is bfloat16's until it is measured.
+# as long as reading them several times. FP8: steps on an H200 are faster by ours up to 64 rows and by
+# the library's at 128 (docs/log.md, 2026-11-29).
 _MAX_ROWS = {torch.int8: 256, FP8: 64}
 _MAX_ROWS_OF_OTHERS = 64
 
@@ -42,9 +43,11 @@ class Tiling:
 def tiling_for(size: int, depth: int, weight: torch.dtype = torch.bfloat16) -> Tiling:
     """Measured on an H200 (docs/log.md, 2026-11-23): as many parts as it takes to keep 128 processors reading.
 
-    FP8 has the tiles of sixteen bits, twice as deep, so that each is as many bytes; not measured yet. int8: by two
-    warps the tensor core takes two instructions for one, but needs no tile in another order; that of four warps reads
-    it two bytes at a time. Not measured yet (docs/log.md, 2026-11-27).
+    FP8 has the tiles of sixteen bits, twice as deep, so that each is as many bytes; of the others tried on an H200 one
+    was faster at 16 rows, by 7 % of one product, and slower at 64. The number of rows may not choose, because that
+    would change the order of a row's sums (docs/log.md, 2026-11-29). int8: by two warps the tensor core takes two
+    instructions for one, but needs no tile in another order; that of four warps reads it two bytes at a time. Not
+    measured yet (docs/log.md, 2026-11-27).
     """
     tiles = triton.cdiv(size, 64)
     warps, programs = (2, 256) if weight == torch.int8 else (4, 128)

@@ -17,7 +17,8 @@ FP8 = torch.float8_e4m3fn
 _LARGEST, _POWER = 127, 128
 _LARGEST_FP8, _SMALLEST_SCALED = 448.0, 1e-30
 # Whether the library's FP8 product adds up a whole row of K in the tensor core, in about 14 bits, instead of moving
-# each part to float32. It costs nothing at few rows, where reading the weights takes longer.
+# each part to float32. On an H200 that made steps of 128 rows 1 % faster and of 288 rows 6 %, but a row's sums over
+# K = 12,288 then depended on how many rows there were.
 USE_FAST_ACCUM = False
 
 
