@@ -97,3 +97,9 @@ class _LongReport:
         head = f"# Report of `make test-long`\n\n{date.today().isoformat()}, {versions}.\n\n"
         table = "| test | outcome | s | figures |\n| --- | --- | --- | --- |\n"
         self.path.write_text(head + table + "\n".join(sorted(self.rows)) + "\n")
+
+
+@pytest.fixture
+def fp8_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP8 models on a CPU, where the products' slow twin runs and users are told that there is none."""
+    monkeypatch.setattr("wedlm.model.inference.quantization.check_fp8_device", lambda _: None)

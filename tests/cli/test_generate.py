@@ -83,7 +83,7 @@ def test_a_refused_line_leaves_the_others(model):
         (["x", "--decoding", "magic"], "decoding is 'magic'; expected one of auto, streaming, verified"),
         (["x", "--threads", "0"], "threads is 0; expected at least 1"),
         (["x", "--dtype", "int4"], "dtype is 'int4'; expected auto"),
-        (["x", "--quantization", "int4"], "quantization is 'int4'; expected int8, or nothing"),
+        (["x", "--quantization", "int4"], "quantization is 'int4'; expected int8 or fp8, or nothing"),
         (["x", "--device", "toaster"], "device is 'toaster', which torch cannot use here"),
         (["x", "--model", "./absent"], "absent does not exist; expected a checkpoint"),
         (["x", "--file", "y"], "both a prompt and --file are given"),

@@ -39,8 +39,8 @@ SHORT = SamplingParams(max_tokens=12)
         ("gpu_memory_utilization", 0, "a number > 0 and <= 1"),
         ("gpu_memory_utilization", float("nan"), "a number > 0 and <= 1"),
         ("gpu_memory_utilization", "0.9", "a number > 0 and <= 1"),
-        ("quantization", "int4", "int8, or nothing"),
-        ("quantization", True, "int8, or nothing"),
+        ("quantization", "int4", "int8 or fp8, or nothing"),
+        ("quantization", True, "int8 or fp8, or nothing"),
         ("chunk_step_ratio", 1, "a number > 1, or inf"),
         ("chunk_step_ratio", -2.0, "a number > 1, or inf"),
         ("chunk_step_ratio", float("nan"), "a number > 1, or inf"),
@@ -96,6 +96,22 @@ def test_eight_bits_are_another_model_whose_verified_text_is_its_ars(directory, 
         for name in ("autoregressive", "verified", "auto")
     }
     assert texts["verified"] == texts["auto"] == texts["autoregressive"]
+
+
+def test_fp8_is_another_model_whose_verified_text_is_its_ars(directory, fp8_anywhere):
+    rounded = LLM(directory, device="cpu", quantization="fp8")
+    layer = rounded.model.model.layers[0].self_attn
+    assert layer.qkv_proj.weight.dtype == layer.o_proj.weight.dtype == torch.float8_e4m3fn
+    texts = {
+        name: [output.token_ids for output in rounded.generate(PROMPTS, SamplingParams(max_tokens=20, decoding=name))]
+        for name in ("autoregressive", "verified", "auto")
+    }
+    assert texts["verified"] == texts["auto"] == texts["autoregressive"]
+
+
+def test_fp8_on_a_cpu_is_refused(directory):
+    with pytest.raises(ValueError, match="quantization is 'fp8' and the device is cpu; expected an NVIDIA GPU"):
+        LLM(directory, device="cpu", quantization="fp8")
 
 
 def test_options_of_prompt_chunks(directory, llm):

@@ -97,9 +97,12 @@ def check_attention(device, dtype, groups, lengths):
         ("wedlm-qwen3", True, None),
         ("wedlm-qwen3", True, "int8"),
         ("wedlm-qwen2.5", False, "int8"),
+        ("wedlm-qwen3", False, "fp8"),
+        ("wedlm-qwen3", True, "fp8"),
+        ("wedlm-qwen2.5", False, "fp8"),  # has biases
     ],
 )
-def test_fused_model_is_the_model(device, family, masked_lora, bits):
+def test_fused_model_is_the_model(device, family, masked_lora, bits, fp8_anywhere):
     torch.manual_seed(2)
     model = our_model(family)
     if masked_lora:
@@ -127,6 +130,9 @@ def test_fused_model_is_the_model(device, family, masked_lora, bits):
     for cache, tiling in zip(caches[1:], (None, lambda *_: Tiling(32, 32, splits=2)), strict=True):
         fused = FusedTransformer(packed, tiling)
         actual = fused(tokens, positions, plan_paged(cache, batch), wanted, flags if tiling is None else masked)
+        if bits == "fp8" and device.type == "cuda":  # whose sums differ so far that an input may be rounded otherwise
+            assert (actual - expected).norm() < 0.02 * expected.norm()
+            continue
         torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
         torch.testing.assert_close(cache.keys, caches[0].keys, rtol=2e-4, atol=2e-4)
         torch.testing.assert_close(cache.values, caches[0].values, rtol=2e-4, atol=2e-4)

@@ -159,7 +159,7 @@ def test_eight_bits(directory, monkeypatch):
     assert served[0].model.model.layers[0].mlp.down_proj.weight.dtype == torch.int8
     result = CliRunner().invoke(app, [*words, "fp4"])
     assert (result.exit_code, len(served)) == (2, 1)
-    assert "quantization is 'fp4'; expected int8, or nothing" in result.stderr
+    assert "quantization is 'fp4'; expected int8 or fp8, or nothing" in result.stderr
 
 
 def test_a_wrong_option_of_the_engine(directory):

@@ -8,12 +8,15 @@ window are the same thing; only a verified window hides some of its own rows fro
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+if TYPE_CHECKING:  # importing it needs Triton
+    from wedlm.kernels.fp8 import Unscaled
 
 
 @runtime_checkable  # the tests check annotations when functions are called
@@ -30,10 +33,10 @@ Norms = tuple[Tensor, Tensor, float]  # weights of the query and the key norm, e
 
 class FusedAttend(Protocol):
     """``Attend`` on fused kernels: norm, RoPE, cache and attention of one forward's rows, given their q, k, v product
-    [T, (H + 2 K) D] (or partial sums of it) and RoPE's cosines and sines [T, D]."""
+    [T, (H + 2 K) D] (or partial sums of it, or one that lacks its scales) and RoPE's cosines and sines [T, D]."""
 
     def __call__(
-        self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, norms: Norms | None, /
+        self, layer: int, qkv: "Tensor | Unscaled", cos: Tensor, sin: Tensor, norms: Norms | None, /
     ) -> Float[Tensor, "T H D"]: ...
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wedlm.attention.base import ExtendBatch, KVCache
 from wedlm.kernels.attention import PagedRows, paged_attention
+from wedlm.kernels.fp8 import Unscaled
 from wedlm.kernels.rope import norm_rope_write
 
 # A prompt's chunk and a window of few rows want different tiles, so they are different launches.
@@ -26,7 +27,13 @@ class PagedAttend:
         self.cache, self.groups, self.slots = cache, groups, slots
 
     def __call__(
-        self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor, float] | None, /
+        self,
+        layer: int,
+        qkv: Tensor | Unscaled,
+        cos: Tensor,
+        sin: Tensor,
+        norms: tuple[Tensor, Tensor, float] | None,
+        /,
     ) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         q = norm_rope_write(qkv, cos, sin, self.slots, norms, keys, values)

@@ -42,11 +42,11 @@ def read_flag(name: str, value: object) -> bool:
     return value
 
 
-def read_quantization(name: str, value: object) -> Literal["int8"] | None:
+def read_quantization(name: str, value: object) -> Literal["int8", "fp8"] | None:
     """None keeps the weights in the type that was asked for."""
-    if value not in (None, "int8"):
-        raise ValueError(f"{name} is {value!r}; expected int8, or nothing")
-    return "int8" if value == "int8" else None
+    if value not in (None, "int8", "fp8"):
+        raise ValueError(f"{name} is {value!r}; expected int8 or fp8, or nothing")
+    return value
 
 
 def read_decoding(name: str, value: object) -> Decoding:
@@ -95,8 +95,11 @@ class EngineOptions:
         "bfloat16 or float16.",
         read_dtype_name,
     )
-    quantization: Literal["int8"] | None = _option(
-        None, "int8: the layers' weights in eight bits, for GPUs (a CPU computes the same, slowly).", read_quantization
+    quantization: Literal["int8", "fp8"] | None = _option(
+        None,
+        "The layers' weights in eight bits, for GPUs: int8 (a CPU computes the same, slowly), or fp8, inputs too, on "
+        "NVIDIA GPUs that multiply such numbers.",
+        read_quantization,
     )
     device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...", _text)
     adapter: str | None = _option(

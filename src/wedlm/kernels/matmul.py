@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products of few rows, bound by reading the weight: x [T, K] · weight [N, K]ᵀ.
 
-Weights in eight bits (``model/inference/quantization.py``) are half as many bytes. The
-order of a row's sums does not depend on T.
+Weights in eight bits (``model/inference/quantization.py``) are half as many bytes; floats of eight bits meet inputs of
+eight bits in the tensor cores. The order of a row's sums does not depend on T.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wedlm.kernels.fp8 import FP8, Fp8Rows
 from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 
-# The library's product is faster at more rows; for weights in eight bits it needs a copy in sixteen at each step, which
-# takes as long as reading them several times.
-MAX_ROWS, MAX_SCALED_ROWS = 64, 256
+# The library's product is faster at more rows; for integers it needs a copy in sixteen bits at each step, which takes
+# as long as reading them several times. FP8: steps on an H200 are faster by ours up to 64 rows and by
+# the library's at 128 (docs/log.md, 2026-11-29).
+_MAX_ROWS = {torch.int8: 256, FP8: 64}
+_MAX_ROWS_OF_OTHERS = 64
+
+
+def max_rows(weight: torch.dtype) -> int:
+    """Up to how many rows the product of such a weight is ours."""
+    return _MAX_ROWS.get(weight, _MAX_ROWS_OF_OTHERS)
 
 
 @dataclass(frozen=True)
@@ -32,32 +40,36 @@ class Tiling:
     rows: int = 64
 
 
-def tiling_for(size: int, depth: int, eight_bits: bool = False) -> Tiling:
+def tiling_for(size: int, depth: int, weight: torch.dtype = torch.bfloat16) -> Tiling:
     """Measured on an H200 (docs/log.md, 2026-11-23): as many parts as it takes to keep 128 processors reading.
 
-    Eight bits: by two warps the tensor core takes two instructions for one, but needs no tile in another order; that of
-    four warps reads it two bytes at a time. Not measured yet (docs/log.md, 2026-11-27).
+    FP8 has the tiles of sixteen bits, twice as deep, so that each is as many bytes; of the others tried on an H200 one
+    was faster at 16 rows, by 7 % of one product, and slower at 64. The number of rows may not choose, because that
+    would change the order of a row's sums (docs/log.md, 2026-11-29). int8: by two warps the tensor core takes two
+    instructions for one, but needs no tile in another order; that of four warps reads it two bytes at a time. Not
+    measured yet (docs/log.md, 2026-11-27).
     """
     tiles = triton.cdiv(size, 64)
-    warps, programs = (2, 256) if eight_bits else (4, 128)
+    warps, programs = (2, 256) if weight == torch.int8 else (4, 128)
+    tile_depth = 256 if weight == FP8 else 128
     if tiles >= 128:
-        return Tiling(64, 128, 1, stages=4 if tiles >= 1024 else 3, warps=warps)
+        return Tiling(64, tile_depth, 1, stages=4 if tiles >= 1024 else 3, warps=warps)
     splits = 2
     while tiles * splits < programs and splits < 8 and depth >= 256 * splits:
         splits *= 2
-    if eight_bits:
+    if weight == torch.int8:
         return Tiling(64, 128, splits, stages=4, warps=warps)
-    return Tiling(64, 128 if tiles <= 64 else 64, splits, stages=6)
+    return Tiling(64, tile_depth if tiles <= 64 else tile_depth // 2, splits, stages=6)
 
 
 @triton.jit
 def _rows_times_weight(
-    x_ptr, weight_ptr, scale_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT,
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT,
     BLOCKS_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, SCALED: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k], scaled: · scale[n]; gated: silu(first half) ·
-    second half."""
+    """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k], scaled: · scale[n]; FP8: · x_scale[m]; gated:
+    silu(first half) · second half."""
     # Blocks of rows that read the same weights run side by side.
     tile_n, tile_m = tl.program_id(0) // BLOCKS_M, tl.program_id(0) % BLOCKS_M
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -79,7 +91,13 @@ def _rows_times_weight(
         inside_k = start + k < k_stop
         w_tile = tl.load(weight + start, mask=inside_n & inside_k[None], other=0.0)
         x_tile = tl.load(x + start, mask=inside_k[:, None] & inside_m, other=0.0)
-        acc = tl.dot(w_tile.to(x_tile.dtype) if SCALED else w_tile, x_tile, acc, input_precision="ieee")
+        if FP8:
+            # The tensor core adds eight-bit products in about 14 bits: each tile's sum is added up in float32.
+            acc = tl.dot(w_tile, x_tile, acc, max_num_imprecise_acc=BLOCK_K)
+        else:
+            acc = tl.dot(w_tile.to(x_tile.dtype) if SCALED else w_tile, x_tile, acc, input_precision="ieee")
+    if FP8:
+        acc *= tl.load(x_scale_ptr + m, mask=m < num_rows, other=0.0)[None]
     if SCALED:
         acc *= scale[:, None]
     dtype = out_ptr.dtype.element_ty
@@ -97,13 +115,21 @@ def _rows_times_weight(
 
 
 def few_rows_product(
-    x: Tensor, weight: Tensor, tiling: Tiling, gated: bool = False, scale: Tensor | None = None
+    x: Tensor | Fp8Rows,
+    weight: Tensor,
+    tiling: Tiling,
+    gated: bool = False,
+    scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x [T, K] by weight [N, K]: [T, N] in x's type; with splits float32 partial sums [P, T, N], not yet added.
+    """x [T, K] by weight [N, K]: [T, N] in ``dtype`` (None: x's); with splits float32 partial sums [P, T, N], not yet
+    added.
 
     gated: silu of the first N / 2 outputs times the others, [T, N / 2]; it takes no splits. scale: float32 [N], how
-    often each row of an int8 weight counts.
+    often each row of a weight in eight bits counts. x in eight bits: by a weight in eight bits, and ``dtype`` is given.
     """
+    x, x_scale = x if isinstance(x, Fp8Rows) else (x, None)
+    dtype = dtype or x.dtype
     num_rows, depth = x.shape
     size = len(weight)
     assert not (gated and tiling.splits > 1)
@@ -111,14 +137,16 @@ def few_rows_product(
     if tiling.splits > 1:
         out = torch.empty(tiling.splits, num_rows, size, dtype=torch.float32, device=x.device)
     else:
-        out = x.new_empty(num_rows, size // 2 if gated else size)
+        out = x.new_empty(num_rows, size // 2 if gated else size, dtype=dtype)
     block_m = min(max(16, triton.next_power_of_2(num_rows)), tiling.rows)
     blocks_m = triton.cdiv(num_rows, block_m)
     per_split = triton.cdiv(triton.cdiv(depth, tiling.splits), tiling.depth) * tiling.depth
     _rows_times_weight[(triton.cdiv(size, tiling.outputs) * blocks_m, tiling.splits)](
-        x, weight, weight if scale is None else scale, out, num_rows, size, depth, per_split,
+        x, x if x_scale is None else x_scale, weight, weight if scale is None else scale, out,
+        num_rows, size, depth, per_split,
         BLOCKS_M=blocks_m, BLOCK_M=block_m, BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
         STAGES=tiling.stages,
-        GATED=gated, SCALED=scale is not None, PDL=pdl, num_warps=tiling.warps, **launch_options(pdl),
+        GATED=gated, SCALED=scale is not None, FP8=x_scale is not None, PDL=pdl,
+        num_warps=tiling.warps, **launch_options(pdl),
     )  # fmt: skip
     return out

@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small work between the matrix products: residual and RMSNorm in one pass, gated SiLU."""
+"""Small work between the matrix products: residual and RMSNorm in one pass, gated SiLU. Both read products whose scales
+are apart, and write rows in eight bits, where asked to."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from wedlm.kernels.fp8 import Fp8Rows, Unscaled, empty_rows, parts_of, to_fp8, triton_type, warps_for
 from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 
 
 @triton.jit
 def _add_rms_norm(
-    x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, num_rows, size, eps,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, delta_ptr, row_scale_ptr, column_scale_ptr, weight_ptr, sum_ptr, out_ptr, out_scale_ptr, num_rows, size, eps,
+    PARTS: tl.constexpr, SCALED: tl.constexpr, QUANTIZES: tl.constexpr, EMULATED: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
+    dtype = x_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        column_scale = tl.load(column_scale_ptr + column, mask=inside, other=0.0)
     pdl_wait(PDL)
     x = tl.load(x_ptr + row * size + column, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
@@ -25,51 +31,87 @@ def _add_rms_norm(
         for part in tl.static_range(1, PARTS):
             start = (part * num_rows + row) * size
             delta += tl.load(delta_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            delta = delta * tl.load(row_scale_ptr + row) * column_scale
         # Rounded as a product in the model's type would be, whatever number of parts the product came in.
-        x += delta.to(out_ptr.dtype.element_ty).to(tl.float32)
-        rounded = x.to(out_ptr.dtype.element_ty)
+        x += delta.to(dtype).to(tl.float32)
+        rounded = x.to(dtype)
         tl.store(sum_ptr + row * size + column, rounded, mask=inside)
         x = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
-    tl.store(out_ptr + row * size + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
+    normed = (x * scale * weight).to(dtype)
+    if QUANTIZES:
+        values, out_scale = to_fp8(normed.to(tl.float32), EMULATED)
+        tl.store(out_ptr + row * size + column, values, mask=inside)
+        tl.store(out_scale_ptr + row, out_scale)
+    else:
+        tl.store(out_ptr + row * size + column, normed, mask=inside)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + delta, its RMSNorm times ``weight``), x [T, C]; delta [T, C] or partial sums [P, T, C], or None: zero."""
+def add_rms_norm(
+    x: Tensor, delta: Tensor | Unscaled | None, weight: Tensor, eps: float, quantizes: bool = False
+) -> tuple[Tensor, Tensor | Fp8Rows]:
+    """(x + delta, its RMSNorm times ``weight``), x [T, C]; delta [T, C] or partial sums [P, T, C], or None: zero.
+    quantizes: the norm in eight bits, from what it is in x's type."""
     num_rows, size = x.shape
-    out = torch.empty_like(x)
+    out = empty_rows(num_rows, size, x.device) if quantizes else torch.empty_like(x)
     total = x if delta is None else torch.empty_like(x)
-    parts = 0 if delta is None else delta.shape[0] if delta.ndim == 3 else 1
+    values, row_scale, column_scale, scaled = parts_of(x if delta is None else delta)
+    parts = 0 if delta is None else values.shape[0] if values.ndim == 3 else 1
     pdl = supports_pdl(x.device)
     block = triton.next_power_of_2(size)
     _add_rms_norm[(num_rows,)](
-        x, x if delta is None else delta, weight, total, out, num_rows, size, eps,
-        PARTS=parts, BLOCK=block, PDL=pdl,
-        num_warps=min(16, max(1, block // 256)), **launch_options(pdl),
+        x, values, row_scale, column_scale, weight, total, *(out if isinstance(out, Fp8Rows) else (out, out)),
+        num_rows, size, eps,
+        PARTS=parts, SCALED=scaled, QUANTIZES=quantizes, EMULATED=not x.is_cuda, BLOCK=block, PDL=pdl,
+        num_warps=warps_for(block), **launch_options(pdl),
     )  # fmt: skip
     return total, out
 
 
 @triton.jit
-def _silu_mul(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _silu_mul(
+    gate_up_ptr, row_scale_ptr, column_scale_ptr, out_ptr, out_scale_ptr, size,
+    SCALED: tl.constexpr, QUANTIZES: tl.constexpr, EMULATED: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
+    if SCALED:
+        gate_scale = tl.load(column_scale_ptr + column, mask=inside, other=0.0)
+        up_scale = tl.load(column_scale_ptr + size + column, mask=inside, other=0.0)
     pdl_wait(PDL)
     gate = tl.load(gate_up_ptr + row * 2 * size + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * 2 * size + size + column, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        row_scale = tl.load(row_scale_ptr + row)
+        gate = (gate * row_scale * gate_scale).to(DTYPE).to(tl.float32)
+        up = (up * row_scale * up_scale).to(DTYPE).to(tl.float32)
     # Rounded after SiLU as the model's own product of two tensors rounds.
-    activated = (gate * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + row * size + column, (activated * up).to(out_ptr.dtype.element_ty), mask=inside)
+    activated = (gate * tl.sigmoid(gate)).to(DTYPE).to(tl.float32)
+    gated = (activated * up).to(DTYPE)
+    if QUANTIZES:
+        values, out_scale = to_fp8(gated.to(tl.float32), EMULATED)
+        tl.store(out_ptr + row * size + column, values, mask=inside)
+        tl.store(out_scale_ptr + row, out_scale)
+    else:
+        tl.store(out_ptr + row * size + column, gated, mask=inside)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up of [T, 2 I], gate first: [T, I]."""
-    num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(num_rows, size)
-    pdl = supports_pdl(gate_up.device)
-    block = min(1024, triton.next_power_of_2(size))
+def silu_mul(gate_up: Tensor | Unscaled, quantizes: bool = False, dtype: torch.dtype | None = None) -> Tensor | Fp8Rows:
+    """silu(gate) · up of [T, 2 I], gate first: [T, I], rounded to ``dtype`` (None: gate_up's). quantizes: in eight
+    bits, from what it is in that type."""
+    values, row_scale, column_scale, scaled = parts_of(gate_up)
+    num_rows, size = values.shape[0], values.shape[1] // 2
+    dtype = dtype or values.dtype
+    out = empty_rows(num_rows, size, values.device) if quantizes else values.new_empty(num_rows, size, dtype=dtype)
+    pdl = supports_pdl(values.device)
+    block = triton.next_power_of_2(size)  # a row's scale needs all of it
+    block = block if quantizes else min(1024, block)
     _silu_mul[(num_rows, triton.cdiv(size, block))](
-        gate_up, out, size, BLOCK=block, PDL=pdl, num_warps=4, **launch_options(pdl)
-    )
+        values, row_scale, column_scale, *(out if isinstance(out, Fp8Rows) else (out, out)), size,
+        SCALED=scaled, QUANTIZES=quantizes, EMULATED=not values.is_cuda, DTYPE=triton_type(dtype),
+        BLOCK=block, PDL=pdl, num_warps=warps_for(block) if quantizes else 4, **launch_options(pdl),
+    )  # fmt: skip
     return out

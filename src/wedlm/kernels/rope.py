@@ -6,15 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wedlm.kernels.fp8 import Unscaled, parts_of
 from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 
 
 @triton.jit
 def _norm_rope_write(
-    qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, keys_ptr, values_ptr,
+    qkv_ptr, row_scale_ptr, column_scale_ptr, cos_ptr, sin_ptr, slots_ptr, q_weight_ptr, k_weight_ptr,
+    q_out_ptr, keys_ptr, values_ptr,
     num_rows, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
-    NORM: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -33,6 +35,10 @@ def _norm_rope_write(
         weight_p = tl.where(
             is_q, tl.load(q_weight_ptr + partner)[None], tl.load(k_weight_ptr + partner)[None]
         ).to(tl.float32)  # fmt: skip
+    if SCALED:
+        columns = column_scale_ptr + head[:, None] * D
+        scale_d = tl.load(columns + d[None], mask=inside, other=0.0)
+        scale_p = tl.load(columns + partner[None], mask=inside, other=0.0)
     pdl_wait(PDL)
     x = tl.zeros((BLOCK_H, D), tl.float32)
     y = tl.zeros((BLOCK_H, D), tl.float32)  # the same heads with the halves exchanged
@@ -40,6 +46,9 @@ def _norm_rope_write(
         base = qkv_ptr + (part * num_rows + row) * width + head[:, None] * D
         x += tl.load(base + d[None], mask=inside, other=0.0).to(tl.float32)
         y += tl.load(base + partner[None], mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        row_scale = tl.load(row_scale_ptr + row)
+        x, y = x * row_scale * scale_d, y * row_scale * scale_p
     x, y = x.to(dtype).to(tl.float32), y.to(dtype).to(tl.float32)
     raw = x
     if NORM:
@@ -54,7 +63,7 @@ def _norm_rope_write(
 
 
 def norm_rope_write(
-    qkv: Tensor,
+    qkv: Tensor | Unscaled,
     cos: Tensor,
     sin: Tensor,
     slots: Tensor,
@@ -64,20 +73,22 @@ def norm_rope_write(
 ) -> Tensor:
     """Queries [T, H, D] after norm and RoPE; keys and values of the rows go to ``slots`` [T] of the layer's cache.
 
-    qkv is [T, (H + 2 K) D] or partial sums of it [P, T, …]. cos and sin [T, D] as ``RotaryEmbedding`` gives them.
-    norms: weights of the query and key norm and epsilon. keys and values: [A, K, D], written in place.
+    qkv is [T, (H + 2 K) D] or partial sums of it [P, T, …], or lacks its scales. cos and sin [T, D] as
+    ``RotaryEmbedding`` gives them. norms: weights of the query and key norm and epsilon. keys and values: [A, K, D],
+    written in place.
     """
-    parts = qkv.shape[0] if qkv.ndim == 3 else 1
-    num_rows, width = qkv.shape[-2:]
+    product, row_scale, column_scale, scaled = parts_of(qkv)
+    parts = product.shape[0] if product.ndim == 3 else 1
+    num_rows, width = product.shape[-2:]
     kv_heads, head_dim = keys.shape[1:]
     heads = width // head_dim - 2 * kv_heads
-    out = torch.empty(num_rows, heads, head_dim, dtype=keys.dtype, device=qkv.device)
-    pdl = supports_pdl(qkv.device)
+    out = torch.empty(num_rows, heads, head_dim, dtype=keys.dtype, device=product.device)
+    pdl = supports_pdl(product.device)
     block = 8 if num_rows <= 256 else 16
     q_weight, k_weight, eps = norms if norms is not None else (cos, cos, 0.0)
     _norm_rope_write[(num_rows, triton.cdiv(heads + 2 * kv_heads, block))](
-        qkv, cos, sin, slots, q_weight, k_weight, out, keys, values, num_rows, eps,
+        product, row_scale, column_scale, cos, sin, slots, q_weight, k_weight, out, keys, values, num_rows, eps,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, BLOCK_H=block, NORM=norms is not None, PARTS=parts,
-        PDL=pdl, num_warps=4, **launch_options(pdl),
+        SCALED=scaled, PDL=pdl, num_warps=4, **launch_options(pdl),
     )  # fmt: skip
     return out

@@ -2,32 +2,33 @@
 """Inference form of the model: fewer, larger matrix products, and weights in the layout their kernel likes."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wedlm.model.inference.quantization import Int8Linear
+from wedlm.model.inference.quantization import Quantization, check_quantization, quantized_linear
 from wedlm.model.layers import MLP, Attention, DecoderLayer, RMSNorm
 from wedlm.model.lora.masked_rows import BlockDiagonal, MaskedLora, ZeroLora, base_layer
 from wedlm.model.transformer import Transformer
 
-Quantization = Literal["int8"]
-
 
 @torch.no_grad()
-def pack_for_inference(model: Transformer, quantization: Quantization | None = None) -> Transformer:
+def pack_for_inference(
+    model: Transformer, quantization: Quantization | None = None, quantizes_head: bool = False
+) -> Transformer:
     """Fuse projections that share their input, in place, and freeze all parameters; returns the same model.
 
     Layer by layer, so that at most one layer's projections exist twice at any time; a tied output projection gets a
     packed copy of its own. A float16 model on the CPU becomes one of float16 weights and float32 arithmetic (its
-    embeddings, norms, activations and cache). ``quantization``: the layers' weights in eight bits, embeddings and
-    output projection as they are. The ``state_dict`` no longer has the names of a checkpoint: save before
-    packing. Raises ValueError if the model is packed already.
+    embeddings, norms, activations and cache). ``quantization``: the layers' weights in eight bits, embeddings as they
+    are, the output projection as it is unless ``quantizes_head``. The ``state_dict`` no longer has the names of a
+    checkpoint: save before packing. Raises ValueError if the model is packed already, or if its shape or device cannot
+    be quantised so.
     """
     if is_packed(model):
         raise ValueError("the model is packed already; expected one whose q, k and v projections are separate")
+    check_quantization(quantization, model.config, model.model.embed_tokens.weight.device)
     model.requires_grad_(False)
     for layer in _layers(model):
         _pack_attention(layer.self_attn, quantization)
@@ -35,7 +36,7 @@ def pack_for_inference(model: Transformer, quantization: Quantization | None = N
         layer.input_layernorm = _inference_norm(layer.input_layernorm)
         layer.post_attention_layernorm = _inference_norm(layer.post_attention_layernorm)
     model.model.norm = _inference_norm(model.model.norm)
-    model.lm_head = _fuse(model.lm_head, quantization=None)
+    model.lm_head = _fuse(model.lm_head, quantization=quantization if quantizes_head else None)
     weight = model.model.embed_tokens.weight
     if isinstance(model.lm_head, Float16Linear):
         model.model.embed_tokens.weight = nn.Parameter(weight.float(), requires_grad=False)
@@ -73,7 +74,10 @@ def _fuse(*linears: nn.Module, quantization: Quantization | None) -> nn.Module:
     biases: list[Tensor] = [linear.get_parameter("bias") for linear in bases if linear.bias is not None]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     bias = torch.cat(biases).detach() if biases else None
-    fused = Int8Linear(weight.detach(), bias) if quantization else _inference_linear(weight.detach(), bias)
+    if quantization is None:
+        fused = _inference_linear(weight.detach(), bias)
+    else:
+        fused = quantized_linear(quantization, weight.detach(), bias)
     if not any(isinstance(linear, MaskedLora) for linear in linears):
         return fused
     return _fuse_masked_lora(fused, linears)

@@ -12,27 +12,33 @@ from torch import Tensor, nn
 
 from wedlm.attention.base import FusedAttend, Norms
 from wedlm.kernels.embed import embed
-from wedlm.kernels.matmul import MAX_ROWS, MAX_SCALED_ROWS, Tiling, few_rows_product, tiling_for
+from wedlm.kernels.fp8 import Fp8Rows, Unscaled, multiply_scales, quantize_rows
+from wedlm.kernels.matmul import Tiling, few_rows_product, max_rows, tiling_for
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.model.inference.layers import is_packed
-from wedlm.model.inference.quantization import scale_of
+from wedlm.model.inference.quantization import Fp8Linear, scale_of
 from wedlm.model.layers import DecoderLayer
 from wedlm.model.lora.masked_rows import MaskedLora, base_layer, has_masked_lora, put_at_masked
 from wedlm.model.transformer import Transformer
 
 
 class FusedTransformer:
-    """Runs a packed ``Transformer``. ``tiling(N, K, eight_bits)`` chooses for few rows; None: the library's product.
+    """Runs a packed ``Transformer``. ``tiling(N, K, type of the weight)`` chooses for few rows; None: the library's
+    product.
 
-    By default 16-bit weights go through our kernel: as fast or faster at few rows, and its sums do not depend on how
-    many rows there are.
+    By default weights of 16 or 8 bits go through our kernel: as fast or faster at few rows, and its sums do not depend
+    on how many rows there are. FP8: the kernels before a product round its input, row by row, and those after it
+    multiply the scales in if the library made it; our own kernel does that itself.
     """
 
-    def __init__(self, model: Transformer, tiling: Callable[[int, int, bool], Tiling | None] | None = None) -> None:
+    def __init__(
+        self, model: Transformer, tiling: Callable[[int, int, torch.dtype], Tiling | None] | None = None
+    ) -> None:
         assert is_packed(model), "expected a model after pack_for_inference"
         self.model = model
         self.has_masked_lora = has_masked_lora(model)  # for masked rows
-        half = model.model.embed_tokens.weight.dtype.itemsize == 2
+        self.dtype = model.model.embed_tokens.weight.dtype
+        half = self.dtype.itemsize == 2
         self.tiling = tiling or (tiling_for if half else lambda *_: None)
         self.layers = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
         config = model.config
@@ -62,24 +68,34 @@ class FusedTransformer:
             tokens_T, positions_T, _weight(self.model.model.embed_tokens), rotary.inv_freq, rotary.attention_factor
         )
         x_TC, column = self._masked(x_TC, masked)
-        delta: Tensor | None = None
+        delta: Tensor | Unscaled | None = None
         for index, layer in enumerate(self.layers):
             attention, mlp = layer.self_attn, layer.mlp
             assert attention.qkv_proj is not None
             assert mlp.gate_up_proj is not None
-            x_TC, normed = add_rms_norm(x_TC, delta, _weight(layer.input_layernorm), self.eps)
+            x_TC, normed = self._normed(x_TC, delta, layer.input_layernorm, attention.qkv_proj, column)
             qkv = self._product(normed, attention.qkv_proj, column)
             out_THD = attend(index, qkv, cos_TD, sin_TD, self.norms[index])
             delta = self._product(out_THD.flatten(1), attention.o_proj, column)
-            x_TC, normed = add_rms_norm(x_TC, delta, _weight(layer.post_attention_layernorm), self.eps)
-            delta = self._product(self._gated(normed, mlp.gate_up_proj, column), mlp.down_proj, column)
+            x_TC, normed = self._normed(x_TC, delta, layer.post_attention_layernorm, mlp.gate_up_proj, column)
+            gated = self._gated(normed, mlp.gate_up_proj, column, _takes_fp8(mlp.down_proj, column))
+            delta = self._product(gated, mlp.down_proj, column)
         if logits_rows is not None:
             if len(logits_rows) == 0:
                 return x_TC.new_empty(0, self.model.config.vocab_size)
             x_TC = x_TC[logits_rows]
-            delta = delta[..., logits_rows, :] if delta is not None else None
-        _, normed = add_rms_norm(x_TC, delta, _weight(self.model.model.norm), self.eps)
-        return self._product(normed, self.model.lm_head, None, splits=False)
+            if isinstance(delta, Unscaled):
+                delta = Unscaled(delta.values[logits_rows], delta.row[logits_rows], delta.column)
+            elif delta is not None:
+                delta = delta[..., logits_rows, :]
+        _, normed = self._normed(x_TC, delta, self.model.model.norm, self.model.lm_head, None)
+        return self._finished(self._product(normed, self.model.lm_head, None, splits=False))
+
+    def _normed(
+        self, x: Tensor, delta: Tensor | Unscaled | None, norm: nn.Module, reader: nn.Module, masked: Tensor | None
+    ) -> tuple[Tensor, Tensor | Fp8Rows]:
+        """(x + delta, its norm as ``reader`` takes it)."""
+        return add_rms_norm(x, delta, _weight(norm), self.eps, _takes_fp8(reader, masked))
 
     def _masked(self, x: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x with the masked rows' own embedding, and a column [T, 1] that is 1 at them and 0 elsewhere; None: no row
@@ -92,34 +108,60 @@ class FusedTransformer:
         x = x if embedding is None else put_at_masked(x, masked, embedding)
         return x, masked[:, None].to(x.dtype)
 
-    def _tiling(self, x: Tensor, linear: nn.Module) -> Tiling | None:
-        eight_bits = scale_of(linear) is not None
-        if len(x) > (MAX_SCALED_ROWS if eight_bits else MAX_ROWS) or linear.bias is not None:
+    def _tiling(self, num_rows: int, linear: nn.Module, splits: bool) -> Tiling | None:
+        weight = _weight(linear)
+        if num_rows > max_rows(weight.dtype) or linear.bias is not None:
             return None
-        return self.tiling(*_weight(linear).shape, eight_bits)
+        tiling = self.tiling(*weight.shape, weight.dtype)
+        return tiling if splits or tiling is None else replace(tiling, splits=1)
 
-    def _product(self, x: Tensor, linear: nn.Module, masked: Tensor | None, splits: bool = True) -> Tensor:
-        """[T, N], or partial sums [P, T, N] where allowed. ``masked``: the column of ``_masked``."""
+    def _product(
+        self, x: Tensor | Fp8Rows, linear: nn.Module, masked: Tensor | None, splits: bool = True
+    ) -> Tensor | Unscaled:
+        """[T, N], or partial sums [P, T, N] where allowed, or what lacks its scales. ``masked``: the column of
+        ``_masked``."""
         base = base_layer(linear)
-        tiling = self._tiling(x, base)
-        if tiling is None or (tiling.splits > 1 and not splits):
-            out = base(x)
+        if isinstance(base, Fp8Linear):
+            out = self._fp8_product(x, base, splits)
         else:
-            out = few_rows_product(x, _weight(base), tiling, scale=scale_of(base))
+            assert isinstance(x, Tensor)
+            tiling = self._tiling(len(x), base, splits)
+            out = base(x) if tiling is None else few_rows_product(x, _weight(base), tiling, scale=scale_of(base))
+        if masked is None or base is linear:
+            return out
+        assert isinstance(x, Tensor)
+        out = self._finished(out)
         _add_delta(out if out.ndim == 2 else out[0], x, linear, masked)
         return out
 
-    def _gated(self, x: Tensor, linear: nn.Module, masked: Tensor | None) -> Tensor:
+    def _fp8_product(self, x: Tensor | Fp8Rows, linear: Fp8Linear, splits: bool) -> Tensor | Unscaled:
+        rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
+        tiling = self._tiling(len(rows.values), linear, splits)
+        if tiling is not None:
+            return few_rows_product(rows, linear.weight, tiling, scale=linear.scale, dtype=self.dtype)
+        product = Unscaled(linear.unscaled(rows.values, self.dtype), rows.scale, linear.scale)
+        return product if linear.bias is None else multiply_scales(product, linear.bias, self.dtype)
+
+    def _finished(self, product: Tensor | Unscaled) -> Tensor:
+        """The product with its scales multiplied in."""
+        return multiply_scales(product, None, self.dtype) if isinstance(product, Unscaled) else product
+
+    def _gated(
+        self, x: Tensor | Fp8Rows, linear: nn.Module, masked: Tensor | None, quantizes: bool
+    ) -> Tensor | Fp8Rows:
+        """silu of the product's first half times the second; in eight bits if that is how it is read."""
         base = base_layer(linear)
-        tiling = self._tiling(x, base)
-        if tiling is not None and (masked is None or base is linear):
-            return few_rows_product(x, _weight(base), replace(tiling, splits=1), gated=True, scale=scale_of(base))
-        if tiling is None:
-            out = base(x)
-        else:
-            out = few_rows_product(x, _weight(base), replace(tiling, splits=1), scale=scale_of(base))
-        _add_delta(out, x, linear, masked)
-        return silu_mul(out)
+        if isinstance(x, Tensor) and not quantizes and (masked is None or base is linear):
+            tiling = self._tiling(len(x), base, splits=False)
+            if tiling is not None:
+                return few_rows_product(x, _weight(base), tiling, gated=True, scale=scale_of(base))
+        return silu_mul(self._product(x, linear, masked, splits=False), quantizes, self.dtype)
+
+
+def _takes_fp8(linear: nn.Module, masked: Tensor | None) -> bool:
+    """Whether the product reads nothing but rounded rows. A LoRA for masked rows reads the rows as they are."""
+    base = base_layer(linear)
+    return isinstance(base, Fp8Linear) and (masked is None or base is linear)
 
 
 def _add_delta(out: Tensor, x: Tensor, linear: nn.Module, masked: Tensor | None) -> None:
