@@ -2,7 +2,6 @@
 """Weights in eight bits on a CPU: the engine runs on the native forward, and verified text is AR's, bit for bit."""
 
 import json
-import logging
 import os
 import random
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 from tests.engine.native_model import NativeModel, needs_native
 from tests.engine.test_engine_histories import run_histories
 from tests.engine.test_masked_lora import random_model
-from tests.engine.tiny_llm import LENGTH, PROMPTS, SLOT_BYTES, VOCAB, check_empty, save_tiny
+from tests.engine.tiny_llm import LENGTH, SLOT_BYTES, VOCAB, check_empty, save_tiny
 from wedlm import LLM, SamplingParams
 from wedlm.algorithm.params import DECODINGS
 from wedlm.attention.base import ExtendBatch
@@ -155,19 +154,6 @@ def test_what_is_said_and_kept(directory, dtype):
 def test_graphs_cannot_be_asked_for(directory):
     with pytest.raises(ValueError, match="cuda_graphs is True, but the device is cpu"):
         LLM(directory, device="cpu", quantization="int8", cuda_graphs=True)
-
-
-def test_without_the_library_torch_runs_and_says_why(directory, monkeypatch, caplog):
-    monkeypatch.setattr(factory, "is_available", lambda: False)
-    with caplog.at_level(logging.WARNING, "wedlm.engine.factory"):
-        llm = LLM(directory, device="cpu", quantization="int8")
-    said = "int8 slowly (the native library was not built: no C++ compiler)"
-    assert said in llm.describe()
-    assert said in caplog.text
-    layer = llm.model.model.layers[0].self_attn
-    assert layer.qkv_proj.weight.dtype == layer.o_proj.weight.dtype == torch.int8
-    found = {name: texts(llm, PROMPTS[:3], [SamplingParams(max_tokens=20)] * 3, name, 3) for name in EXACT}
-    assert found["verified"] == found["auto"] == found["autoregressive"]
 
 
 def test_an_adapter_of_masked_rows_is_an_obstacle():
