@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step of the demo model at context 256 by rows: the native forward, today's bfloat16 engine, llama.cpp.
+"""Step of the demo model at context 256 by rows: the native forward, the engine with it and in bfloat16, llama.cpp.
 
     python benchmarks/native_step.py --threads 2
 
@@ -82,8 +82,11 @@ def main() -> None:
         "native int8": native_from_torch(model, "int8", threads=args.threads),
         "native Q4_1": native_from_gguf(GGUFFile(demo_model_path()), threads=args.threads),
     }
-    llm = LLM("demo", dtype="bfloat16", device="cpu", max_model_len=1024)
-    prompt = (llm.tokenizer.encode("The history of mathematics is long. ") * 64)[:PROMPT_TOKENS]
+    engines = {
+        "engine bfloat16": LLM("demo", dtype="bfloat16", device="cpu", max_model_len=1024),
+        "engine int8": LLM("demo", quantization="int8", device="cpu", max_model_len=1024),
+    }
+    prompt = (engines["engine int8"].tokenizer.encode("The history of mathematics is long. ") * 64)[:PROMPT_TOKENS]
     peer = llama_cpp(args.threads)
     samples: dict[tuple[str, int], list[list[float]]] = {}
     for repetition in range(args.repetitions + 1):
@@ -91,7 +94,8 @@ def main() -> None:
         for rows in ROWS:
             for name, native in natives.items():
                 turn[name, rows] = native_step_ms(native, cache, rows)
-            turn["engine bfloat16", rows] = engine_step_ms(llm, prompt, rows)
+            for name, llm in engines.items():
+                turn[name, rows] = engine_step_ms(llm, prompt, rows)
             if peer is not None and rows == 1:
                 turn["llama.cpp Q4_1", 1] = peer()
         if repetition:  # the first warms up

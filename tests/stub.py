@@ -8,6 +8,7 @@ rounded back exactly. So one wrong key, slot, position or visibility changes the
 import torch
 from torch import Tensor, nn
 
+from wedlm.attention.base import KVCache
 from wedlm.attention.sdpa import CausalAttend
 
 NUM_FEATURES = 8  # head_dim of the stub: feature 0 marks position 0 and so counts the visible rows
@@ -16,6 +17,8 @@ NUM_FEATURES = 8  # head_dim of the stub: feature 0 marks position 0 and so coun
 class StubModel(nn.Module):
     """``forward(tokens, positions, attend, logits_rows, masked)`` as the transformer's. ``agreement`` ties masked
     predictions to AR's: the larger, the more drafts are accepted and the lower the entropies."""
+
+    heads = (1, 1, NUM_FEATURES)  # layers, key heads, head dimension
 
     def __init__(self, vocab_size: int = 13, mask_token_id: int = 12, agreement: float = 4.0, seed: int = 0) -> None:
         super().__init__()
@@ -50,6 +53,16 @@ class StubModel(nn.Module):
         v = (self.features[tokens] * (1 + positions[:, None] % 7))[:, None]
         v[..., 0] = (positions == 0)[:, None]
         return v
+
+    @property
+    def runs(self) -> "StubModel":
+        """What an engine runs: itself."""
+        return self
+
+    def check_cache(self, cache: KVCache, slots: list[int], tokens: list[int]) -> None:
+        """The slots must hold these tokens' keys."""
+        expected = self.values(torch.tensor(tokens, dtype=torch.long), torch.arange(len(tokens)))
+        assert torch.equal(cache.values[0, slots], expected)
 
     def rows_model(self, tokens: list[int], positions: list[int], num_masked: int = 0) -> Tensor:
         """The same model as reference.py wants it."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from tests.stub import NUM_FEATURES, StubModel
+from tests.engine.native_model import NativeModel
+from tests.stub import StubModel
 from wedlm.algorithm import reference
 from wedlm.attention.base import KVCache
 from wedlm.attention.sdpa import PagedSdpa
@@ -21,6 +22,7 @@ from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.pages import PagePool
 from wedlm.engine.plan import StepPlan
 from wedlm.engine.request import Request
+from wedlm.native import NativeAttend
 
 CPU = torch.device("cpu")
 
@@ -35,7 +37,7 @@ class LaggingStep(EagerStep):
 
 
 def stub_engine(
-    model: StubModel,
+    model: StubModel | NativeModel,
     *,
     lagging: bool = False,
     page_size: int = 4,
@@ -47,7 +49,7 @@ def stub_engine(
     chunk_step_ratio: float = 1.8,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Engine:
-    """Float32 on the CPU, one layer, one key head."""
+    """Float32 on the CPU."""
     config = EngineConfig(
         vocab_size=model.vocab_size,
         mask_token_id=model.mask_token_id,
@@ -60,10 +62,12 @@ def stub_engine(
         ),
     )
     if not lagging:
-        return build(model, config, page_size, num_pages, (1, 1, NUM_FEATURES), clock=clock)
-    cache = KVCache(1, num_pages, page_size, 1, NUM_FEATURES, torch.float32, CPU)
+        return build(model.runs, config, page_size, num_pages, model.heads, clock=clock)
+    num_layers, *heads = model.heads
+    cache = KVCache(num_layers, num_pages, page_size, *heads, torch.float32, CPU)
     windows = Windows(max_num_seqs, CPU)
-    eager, ahead = (one(model, PagedSdpa, cache, windows, model.mask_token_id) for one in (EagerStep, LaggingStep))
+    plan = NativeAttend if isinstance(model, NativeModel) else PagedSdpa
+    eager, ahead = (one(model.runs, plan, cache, windows, model.mask_token_id) for one in (EagerStep, LaggingStep))
     return Engine(config, Runner(windows, eager, [ahead]), PagePool(num_pages, page_size), tokenizer=None, clock=clock)
 
 
@@ -81,8 +85,9 @@ def build(
     return blueprint.build(clock=clock)
 
 
-def check_engine(engine: Engine) -> None:
-    """Pages, queues and slots agree, and every key that counts as valid is the key of its token."""
+def check_engine(engine: Engine, model: NativeModel | None = None) -> None:
+    """Pages, queues and slots agree, and every key that counts as valid is the key of its token. ``model``: None is
+    the one that runs, a stub."""
     engine.pool.check_integrity()
     scheduler, windows = engine.scheduler, engine.runner.windows
     running, waiting = scheduler.running, list(scheduler.waiting)
@@ -92,21 +97,17 @@ def check_engine(engine: Engine) -> None:
     assert set(windows.slots) <= {r.request_id for r in running}
     assert sorted([*windows.free_slots, *windows.slots.values()]) == list(range(windows.num_slots))
     for request in running:
-        _check_keys(engine, request)
+        _check_keys(engine, request, engine.runner.eager.model if model is None else model)  # type: ignore[arg-type]
 
 
-def _check_keys(engine: Engine, request: Request) -> None:
+def _check_keys(engine: Engine, request: Request, model: StubModel | NativeModel) -> None:
     page_size = engine.pool.page_size
     table = engine.pool.table(request.request_id)
     slots = [table[i // page_size] * page_size + i % page_size for i in range(request.progress.num_cached)]
-    expected = engine.runner.eager.model.values(  # type: ignore[attr-defined]
-        torch.tensor(request.output.tokens[: request.progress.num_cached], dtype=torch.long),
-        torch.arange(request.progress.num_cached),
-    )
-    assert torch.equal(engine.runner.cache.values[0, slots], expected), request.request_id
+    model.check_cache(engine.runner.cache, slots, request.output.tokens[: request.progress.num_cached])
 
 
-def check_outcome(model: StubModel, request: Request) -> None:
+def check_outcome(model: StubModel | NativeModel, request: Request) -> None:
     """The finished request equals the reference, in text, in the forward of each token and in rows."""
     expected = reference.decode(model.rows_model, request.prompt_token_ids, request.max_tokens, request.decode)
     assert request.output_token_ids == expected.tokens, request

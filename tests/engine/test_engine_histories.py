@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from tests.engine.native_model import NativeModel
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.stub import StubModel
 from wedlm.algorithm.params import DECODINGS
@@ -31,32 +32,33 @@ def random_params(rng: random.Random) -> SamplingParams:
     )
 
 
-def random_prompt(rng: random.Random, stems: list[list[int]]) -> list[int]:
+def random_prompt(rng: random.Random, stems: list[list[int]], model: StubModel | NativeModel) -> list[int]:
     """Prompts share stems, so that prefix reuse happens; the mask id occurs as an ordinary token."""
     stem = rng.choice(stems)
-    tail = [rng.randrange(MODEL.vocab_size) for _ in range(rng.choice([0, 1, 3, 9]))]
-    return (stem[: rng.randint(0, len(stem))] + tail) or [MODEL.mask_token_id]
+    tail = [rng.randrange(model.vocab_size) for _ in range(rng.choice([0, 1, 3, 9]))]
+    return (stem[: rng.randint(0, len(stem))] + tail) or [model.mask_token_id]
 
 
-def run_history(seed: int) -> dict[str, int]:
+def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
     """One history; returns how often each interesting thing happened."""
     rng = random.Random(seed)
+    native = model if isinstance(model, NativeModel) else None
     page_size = rng.choice([1, 1, 2, 4, 16])
     engine = stub_engine(
-        MODEL,
+        model,
         lagging=rng.random() < 0.5,
         page_size=page_size,
         num_pages=-(-90 // page_size) + rng.randint(0, 60 // page_size),
         max_num_seqs=rng.randint(1, 5),
         max_num_batched_tokens=rng.choice([18, 24, 64]),
     )
-    stems = [[rng.randrange(MODEL.vocab_size) for _ in range(30)] for _ in range(2)]
+    stems = [[rng.randrange(model.vocab_size) for _ in range(30)] for _ in range(2)]
     finished, aborted, added = [], 0, 0
     preempted = reused = 0
     for _ in range(rng.randint(5, 40)):
         action = rng.random()
         if action < 0.3:
-            engine.add(f"r{added}", random_prompt(rng, stems), random_params(rng))
+            engine.add(f"r{added}", random_prompt(rng, stems, model), random_params(rng))
             added += 1
         elif action < 0.36 and engine.requests:
             engine.abort(rng.choice(list(engine.requests)))
@@ -67,14 +69,14 @@ def run_history(seed: int) -> dict[str, int]:
             engine._save_windows([victim])
         else:
             finished += step(engine)
-        check_engine(engine)
+        check_engine(engine, native)
     while engine.has_work:
         finished += step(engine)
-        check_engine(engine)
+        check_engine(engine, native)
     assert engine.pool.num_available == engine.pool.num_pages
     assert len(finished) + aborted == added
     for request in finished:
-        check_outcome(MODEL, request)
+        check_outcome(model, request)
         preempted += request.progress.num_preemptions
         reused += request.progress.num_reused
         if request.params.logprobs is not None:
@@ -86,10 +88,10 @@ def step(engine: Engine) -> list:
     return [request for request in engine.step() if request.finish_reason is not None]
 
 
-def run_histories(seeds: range) -> dict[str, int]:
+def run_histories(seeds: range, model: StubModel | NativeModel = MODEL) -> dict[str, int]:
     totals: dict[str, int] = {}
     for seed in seeds:
-        for name, value in run_history(seed).items():
+        for name, value in run_history(seed, model).items():
             totals[name] = totals.get(name, 0) + value
     assert all(totals.values()), totals  # a history in which nothing happens proves nothing
     return totals

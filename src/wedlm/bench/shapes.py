@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
-from wedlm.model import ModelConfig, Transformer, pack_for_inference
+from wedlm.engine.factory import prepare_model
+from wedlm.model import ModelConfig, Transformer
 from wedlm.model.inference.layers import Quantization
 from wedlm.model.rope import inverse_frequencies
+from wedlm.native import NativeTransformer
 
 MASK_TOKEN_ID, END_TOKEN_ID, FIRST_TEXT_ID = 3, 2, 10
 _COMMON = {"hidden_act": "silu", "eos_token_id": END_TOKEN_ID, "bos_token_id": 0, "mask_token_id": MASK_TOKEN_ID}
@@ -39,8 +41,8 @@ def shape_config(shape: str) -> ModelConfig:
 
 def random_model(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
-) -> Transformer:
-    """Random weights, made on the device and packed; always the same ones."""
+) -> Transformer | NativeTransformer:
+    """Random weights, made on the device, as an engine runs them; always the same ones."""
     with torch.device("meta"):
         model = Transformer(config)
     model = model.to(dtype).to_empty(device=device)
@@ -50,4 +52,4 @@ def random_model(
         for parameter in model.parameters():
             parameter.normal_(std=0.02, generator=generator) if parameter.ndim > 1 else parameter.fill_(1.0)
     model.model.rotary.inv_freq = inverse_frequencies(config)[0].to(device)
-    return pack_for_inference(model, quantization)
+    return prepare_model(model, quantization)

@@ -15,6 +15,7 @@ from wedlm.engine.factory import plan_engine
 from wedlm.engine.llm import LLM
 from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.model import ModelConfig
+from wedlm.native import NativeTransformer
 
 _CACHE_SPARE_TOKENS = 2000  # for each sequence of the largest batch: what a measurement lets it write
 
@@ -58,7 +59,8 @@ def load_target(settings: Settings) -> Target:
     )
     model = random_model(config, device, dtype, given.get("quantization"))
     if engine_config.options.kv_cache_bytes is None:
-        cache_bytes = _cache_bytes(settings, engine_config, config, dtype, device)
+        cache_dtype = torch.float32 if isinstance(model, NativeTransformer) else dtype
+        cache_bytes = _cache_bytes(settings, engine_config, config, cache_dtype, device)
         engine_config = replace(engine_config, options=replace(engine_config.options, kv_cache_bytes=cache_bytes))
     engine = plan_engine(model, engine_config, None).build()
     return Target(settings.shape, engine, config, Prompts(None, config.vocab_size, engine_config.max_model_len))

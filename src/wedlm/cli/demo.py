@@ -101,8 +101,9 @@ def run_demo(llm: "LLM", name: str) -> None:
 
 def _introduce(llm: "LLM", name: str) -> None:
     model = "SmolLM2-135M-Instruct" if name in ("demo", "demo-base") else name
+    weights = llm.engine.config.options.quantization or _dtype(llm)
     kind = "adapted to WeDLM" if llm.model_config.is_wedlm else "AR checkpoint, not adapted"
-    out.print(Text.assemble((model, "bold"), f" ({kind}), {_dtype(llm)} on {llm.device}\n"))
+    out.print(Text.assemble((model, "bold"), f" ({kind}), {weights} on {llm.device}\n"))
     out.print(_pairs(tuple(MODES.items()), "bold"))
     out.print(
         "p_cache is tokens kept per row run: rows cost time, too. tok/s is one run on this machine, prompt cached.\n",
@@ -176,4 +177,4 @@ def _p_cache(output: "GenerationOutput") -> float:
 
 
 def _dtype(llm: "LLM") -> str:
-    return str(llm.model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    return str(llm.blueprint.dtype).removeprefix("torch.")

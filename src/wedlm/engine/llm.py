@@ -15,12 +15,12 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from wedlm.engine import resolve_options
-from wedlm.engine.factory import plan_engine
+from wedlm.engine.factory import plan_engine, prepare_model
 from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.model import Tokenizer, load_model, load_tokenizer, pack_for_inference
+from wedlm.model import Tokenizer, load_model, load_tokenizer
 from wedlm.model.formats.tokenizer import check_unicode
 from wedlm.model.lora.peft import adapted_config, apply_adapter
 
@@ -45,7 +45,8 @@ class LLM:
         if chosen.adapter is not None:
             apply_adapter(transformer, chosen.adapter)
             self.model_config = adapted_config(self.model_config, chosen.adapter)
-        self.model = pack_for_inference(transformer, chosen.quantization)
+        self.model = prepare_model(transformer, chosen.quantization)
+        del transformer  # a native model has weights of its own
         config = EngineConfig(
             vocab_size=self.model_config.vocab_size,
             mask_token_id=resolve_options.read_mask_token_id(chosen.mask_token_id, self.model_config, self.tokenizer),

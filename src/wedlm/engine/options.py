@@ -97,7 +97,7 @@ class EngineOptions:
     )
     quantization: Literal["int8", "fp8"] | None = _option(
         None,
-        "The layers' weights in eight bits, for GPUs: int8 (a CPU computes the same, slowly), or fp8, inputs too, on "
+        "Weights in eight bits: int8, on a CPU all (by the native forward), on GPUs the layers'; fp8, inputs too, on "
         "NVIDIA GPUs that multiply such numbers.",
         read_quantization,
     )

@@ -8,7 +8,7 @@ preference. Each step goes to the first that takes its plan:
 * ``CapturedStep``: our Triton kernels (``DeviceStep``) as CUDA graphs (``StepGraphs``), launched ahead of the host.
 
 To add a way, write a class with the methods of ``StepExecutor`` and name it in ``wedlm.engine.factory``; nothing else
-changes. A native forward for CPUs is such a class: ``takes`` the plans whose parameters it knows, ``launch`` makes one
-call and returns a ``FinishedStep``. Ranks of tensor parallelism are another: a class around an executor that sends the
-plan to the other ranks before it launches its own share. ``takes`` reads the plan alone, so every rank decides alike.
+changes. Ranks of tensor parallelism are such a class: one around an executor that sends the plan to the other ranks
+before it launches its own share. ``takes`` reads the plan alone, so every rank decides alike. A mere forward, such as
+the native one of CPUs, is a model for ``EagerStep``.
 """

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny random model on the native forward, with what the tests of histories ask of a model."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from wedlm.attention.base import ExtendBatch, KVCache
+from wedlm.attention.sdpa import CausalAttend
+from wedlm.model import ModelConfig, Transformer
+from wedlm.native import NativeAttend, is_available
+from wedlm.native.weights import native_from_torch
+
+needs_native = pytest.mark.skipif(
+    not is_available() and os.environ.get("WEDLM_REQUIRE_NATIVE") != "1",
+    reason="the native library was not built: no C++ compiler",
+)
+CONFIG = ModelConfig(
+    model_type="qwen3", vocab_size=13, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=16, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=256, qk_norm=True,
+)  # fmt: skip
+
+
+class NativeModel:
+    """Weights large enough that predictions differ in confidence."""
+
+    vocab_size, mask_token_id = CONFIG.vocab_size, 12
+    heads = (CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim)
+
+    def __init__(self, threads: int = 1) -> None:
+        torch.manual_seed(0)
+        model = Transformer(CONFIG)
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.35)
+        self.runs = native_from_torch(model, "int8", threads=threads)
+
+    def check_cache(self, cache: KVCache, slots: list[int], tokens: list[int]) -> None:
+        """The slots must hold these tokens' keys and values, bit for bit as one forward over all of them writes them:
+        whatever windows, chunks and company they came from."""
+        if not tokens:
+            return
+        own = KVCache(self.heads[0], len(tokens), 1, *self.heads[1:], torch.float32, torch.device("cpu"))
+        attend = NativeAttend(own, ExtendBatch([0], [len(tokens)], [list(range(len(tokens)))]))
+        self.runs(torch.tensor(tokens), torch.arange(len(tokens)), attend, torch.arange(0))
+        assert torch.equal(cache.keys[:, slots], own.keys)
+        assert torch.equal(cache.values[:, slots], own.values)
+
+    def rows_model(self, tokens: list[int], positions: list[int], num_masked: int = 0) -> Tensor:
+        """The same model as reference.py wants it."""
+        with torch.inference_mode():
+            return self.runs(torch.tensor(tokens), torch.tensor(positions), CausalAttend())

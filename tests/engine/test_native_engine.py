@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights in eight bits on a CPU: the engine runs on the native forward, and verified text is AR's, bit for bit."""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.native_model import NativeModel, needs_native
+from tests.engine.test_engine_histories import run_histories
+from tests.engine.test_masked_lora import random_model
+from tests.engine.tiny_llm import LENGTH, SLOT_BYTES, VOCAB, check_empty, save_tiny
+from wedlm import LLM, SamplingParams
+from wedlm.algorithm.params import DECODINGS
+from wedlm.attention.base import ExtendBatch
+from wedlm.engine import factory
+from wedlm.evaluate.likelihood import LikelihoodScorer
+from wedlm.native import NativeAttend, NativeTransformer
+
+pytestmark = needs_native
+EXACT = ("autoregressive", "verified", "auto")
+FAMILIES = {
+    "qwen3": {},
+    "llama, tied": {"qk_norm": False, "tie_word_embeddings": True, "num_kv_heads": 1},
+    "qwen2": {"qk_norm": False, "qkv_bias": True, "num_heads": 2},
+}
+DATA = Path(__file__).parents[1] / "data/prompts.jsonl"
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def native_llm(directory: str | Path, threads: int = 1, **options) -> LLM:
+    with torch_threads(threads):
+        llm = LLM(directory, device="cpu", quantization="int8", **options)
+    assert isinstance(llm.model, NativeTransformer)
+    assert llm.model.threads == min(threads, os.cpu_count() or 1)
+    return llm
+
+
+@pytest.fixture(scope="module")
+def native(directory) -> LLM:
+    return native_llm(directory)
+
+
+def texts(llm: LLM, prompts: list, params: list[SamplingParams], decoding: str, size: int) -> list[list[int]]:
+    """Tokens, in batches of ``size``."""
+    asked = [replace(one, decoding=decoding) for one in params]
+    found = []
+    for first in range(0, len(prompts), size):
+        part = slice(first, first + size)
+        found += [output.token_ids for output in llm.generate(prompts[part], asked[part], progress=False)]
+        check_empty(llm)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_verified_and_auto_give_ars_text(tmp_path, family):
+    """At temperatures 0 and 1, alone, in batches of 4 and 16, in chunks of any size, with preemption and reuse, on 1
+    and 2 threads: not one token differs."""
+    directory = save_tiny(tmp_path, **FAMILIES[family])
+    rng = random.Random(1)
+    prompts = [[rng.randrange(VOCAB - 3) for _ in range(rng.choice([1, 3, 17, 40]))] for _ in range(16)]
+    prompts[5:8] = [prompts[3][:30] + prompt for prompt in prompts[5:8]]
+    params = [SamplingParams(max_tokens=24, temperature=i % 2, seed=i, wedlm_window_size=7) for i in range(16)]
+    slot_bytes = (SLOT_BYTES // 2) * FAMILIES[family].get("num_kv_heads", 2)
+    roomy = native_llm(directory)
+    tight = native_llm(directory, max_num_seqs=16, kv_cache_bytes=slot_bytes * (LENGTH + 64), page_size=4)
+    chunked = native_llm(directory, max_num_seqs=16, max_num_batched_tokens=24, page_size=1)
+    expected = texts(roomy, prompts, params, "autoregressive", 1)
+    assert max(map(len, expected)) == 24
+    for decoding in EXACT:
+        assert texts(tight, prompts, params, decoding, 16) == expected
+        assert texts(chunked, prompts, params, decoding, 16) == expected
+        assert texts(native_llm(directory, threads=2), prompts, params, decoding, 4) == expected
+    assert texts(roomy, prompts, params, "verified", 1) == expected
+    assert texts(roomy, prompts, params, "auto", 4) == expected
+    stats = [output.stats for output in tight.generate(prompts, params, progress=False)]
+    assert sum(one.num_preemptions for one in stats) > 0
+    assert sum(one.num_reused_tokens for one in stats) > 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_histories(threads):
+    """Random adding, aborting and preempting, in all modes: reference.py's tokens and steps, and at all times the
+    cache's bits are those of one forward."""
+    run_histories(range(12), NativeModel(min(threads, os.cpu_count() or 1)))
+
+
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_everything_that_requests_may_ask_for(native, decoding):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    asked = SamplingParams(max_tokens=30, decoding=decoding, wedlm_window_size=6)
+    several = [
+        replace(asked, json_schema=schema),
+        replace(asked, presence_penalty=0.5, frequency_penalty=0.5),
+        replace(asked, logprobs=3),
+        replace(asked, temperature=1.0, top_k=5, top_p=0.9, seed=4),
+    ]
+    outputs = native.generate(["abc"] * 4, several, progress=False)
+    if outputs[0].finish_reason == "stop":
+        assert isinstance(json.loads(outputs[0].text)["a"], int)
+    assert len(set(outputs[1].token_ids)) > 1
+    assert len(outputs[2].top_logprobs) == len(outputs[2].token_ids) > 0
+    pieces = list(native.generate_stream("abc", several[2]))
+    assert "".join(piece.text for piece in pieces) == outputs[2].text
+    if decoding in EXACT:
+        ar = native.generate(["abc"] * 4, [replace(one, decoding="autoregressive") for one in several], progress=False)
+        assert [one.token_ids for one in outputs] == [one.token_ids for one in ar]
+    check_empty(native)
+
+
+def test_likelihoods_are_those_of_one_forward(native):
+    pairs = [([1, 2, 3, 4], [5, 6]), ([1, 2, 3, 4], [7]), ([9], [1, 2, 3])]
+    scores = dict(LikelihoodScorer(native).score(pairs))
+    for index, (context, continuation) in enumerate(pairs):
+        tokens = torch.tensor([*context, *continuation])
+        logprobs = native.engine.runner.eager.model(
+            tokens, torch.arange(len(tokens)), NativeAttend(native.engine.runner.cache, _one(len(tokens)))
+        ).log_softmax(-1)
+        rows = torch.arange(len(context) - 1, len(tokens) - 1)
+        expected = logprobs[rows, tokens[rows + 1]].sum()
+        assert scores[index].logprob == pytest.approx(float(expected), abs=1e-5)
+
+
+def _one(count: int) -> ExtendBatch:
+    return ExtendBatch([0], [count], [list(range(-(-count // 16)))])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_said_and_kept(directory, dtype):
+    llm = native_llm(directory, dtype=dtype)
+    assert f"steps: native C++ forward ({llm.model.path}), int8 weights, threads: 1; cache: " in llm.describe()
+    assert llm.engine.runner.cache.keys.dtype == torch.float32
+    assert llm.blueprint.rebuild(llm.engine).runner.eager.model is llm.model
+    assert llm.generate("a", SamplingParams(max_tokens=5))[0].stats.num_tokens == 5
+    for other in (LLM(directory, device="cpu"), LLM(directory, device="cpu", dtype="float32")):
+        assert "native" not in other.describe()  # it is chosen only where it is asked for
+
+
+def test_graphs_cannot_be_asked_for(directory):
+    with pytest.raises(ValueError, match="cuda_graphs is True, but the device is cpu"):
+        LLM(directory, device="cpu", quantization="int8", cuda_graphs=True)
+
+
+def test_an_adapter_of_masked_rows_is_an_obstacle():
+    assert factory.native_obstacle(random_model(adapter=False)) is None
+    reason = factory.native_obstacle(random_model(adapter=True))
+    assert reason == "the native library does not run adapters of masked rows"
+
+
+def test_a_wrong_instruction_set_is_refused(directory, monkeypatch):
+    monkeypatch.setenv("WEDLM_NATIVE_PATH", "mmx")
+    with pytest.raises(ValueError, match="instruction set is 'mmx'; expected one of"):
+        LLM(directory, device="cpu", quantization="int8")
+
+
+@pytest.mark.long
+@pytest.mark.demo_model
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_50_real_prompts(temperature, record_property):
+    """The embedded model: no difference is excused."""
+    llm = native_llm("demo", max(1, (os.cpu_count() or 1) // 2), max_model_len=1024, max_num_batched_tokens=512)
+    questions = [json.loads(line)["prompt"] for line in DATA.read_text().splitlines()][:50]
+    prompts = [llm.chat_prompt([{"role": "user", "content": question}]) for question in questions]
+    params = [SamplingParams(max_tokens=64, temperature=temperature, seed=7, wedlm_window_size=8)] * len(prompts)
+    expected = texts(llm, prompts, params, "autoregressive", len(prompts))
+    record_property("tokens", sum(map(len, expected)))
+    assert texts(llm, prompts, params, "verified", len(prompts)) == expected
+    assert texts(llm, prompts, params, "auto", len(prompts)) == expected
