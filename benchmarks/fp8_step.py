@@ -313,7 +313,7 @@ class Engines:
 
     @contextmanager
     def fp8_as(self, max_rows: int = 64, fast: bool = False, best: bool = False, head: bool = False) -> Iterator[Loop]:
-        """The FP8 engine with our kernel up to so many rows; ``best``: by the tilings that were fastest."""
+        """The FP8 engine with our kernel up to a number of rows; ``best`` takes the tilings that were fastest."""
         loop = self.loops["fp8"]
         fused: Any = loop.engine.runner.eager.model
         transformer = fused.model
@@ -357,7 +357,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp8_library_precise": {"max_rows": 0},
     "fp8_ours_to_64": {},
 }
-_TWICE = 2  # so many variants, and bfloat16, are measured again after all others
+_TWICE = 2  # variants that, like bfloat16, are measured again after all others
 _engines: list[Engines] = []
 
 
