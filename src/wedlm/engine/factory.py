@@ -27,13 +27,16 @@ from wedlm.model import ModelConfig, Transformer, pack_for_inference
 from wedlm.model.inference.layers import Quantization
 from wedlm.model.lora.masked_rows import has_masked_lora
 from wedlm.native import NativeAttend, NativeTransformer, is_available
-from wedlm.native.weights import native_from_torch
+from wedlm.native.library import PATH_VARIABLE, PORTABLE, chosen_path, paths
+from wedlm.native.weights import format_names, native_from_torch
 
 log = logging.getLogger(__name__)
 
 # Keeps tokens coming while prompts are read (docs/log.md). Where such steps are launched piece by piece, many short
 # chunks would cost more than they spare.
 _CAPTURED_CHUNK_STEP_RATIO = 1.8
+# For users of a checkpoint that was never adapted.
+WITHOUT_MASK = "auto and verified decode as AR, because the checkpoint names no mask token (--mask-token-id names one)"
 _LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS = 2**28, 8
 
 
@@ -69,6 +72,7 @@ class Blueprint:
     tokenizer: TokenDecoder | None
     eager_reason: str | None = None  # why steps do not run on our kernels
     torch_reason: str | None = None  # why weights in eight bits do not run on the native forward of CPUs
+    note: str = ""  # what was decided against when the weights were loaded, and why
 
     def build(self, cache: KVCache | None = None, clock: Callable[[], float] = time.perf_counter) -> Engine:
         """A new engine with nothing in it. ``cache``: memory of a former one to use again."""
@@ -97,7 +101,8 @@ class Blueprint:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         weights = str(self.dtype).removeprefix("torch.")
         if isinstance(self.model, NativeTransformer):
-            steps = f"native C++ forward ({self.model.path}), int8 weights, threads: {self.model.threads}"
+            kinds = format_names(self.model)
+            steps = f"native C++ forward ({self.model.path}), {kinds} weights, threads: {self.model.threads}"
         elif self.packed is None:
             steps = f"plain torch operations ({self.eager_reason})" if self.eager_reason else "plain torch operations"
             if self.torch_reason is not None:
@@ -105,9 +110,12 @@ class Blueprint:
         else:
             chunks = "with" if self.config.options.capture_chunks else "without"
             steps = f"Triton kernels in CUDA graphs, {chunks} prompt chunks"
+        if self.note:
+            steps += f" ({self.note})"
         tokens = self.num_pages * self.page_size
         megabytes = tokens * self._bytes_per_token() / 1e6
-        return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB)"
+        drafts = "" if self.config.drafts else f"; {WITHOUT_MASK}"
+        return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB){drafts}"
 
     def _bytes_per_token(self) -> int:
         shape = self.shape
@@ -135,25 +143,33 @@ def prepare_model(model: Transformer, quantization: Quantization | None) -> Tran
     packed, in place. A native model has weights of its own, and as many threads as torch has at this moment."""
     if quantization != "int8" or model.model.embed_tokens.weight.device.type != "cpu" or native_obstacle(model):
         return pack_for_inference(model, quantization)
-    threads = min(torch.get_num_threads(), os.cpu_count() or 1)  # more than there are would only wait for each other
-    return native_from_torch(model, quantization, threads=threads)
+    return native_from_torch(model, quantization, threads=native_threads())
 
 
-def native_obstacle(model: Transformer) -> str | None:
-    """Why this model cannot run on the native forward of CPUs; None if it can."""
+def native_threads() -> int:
+    """Threads of a native model made now: as many as torch has, at most one a processor, since more would only wait for
+    each other."""
+    return min(torch.get_num_threads(), os.cpu_count() or 1)
+
+
+def native_obstacle(model: Transformer | None = None) -> str | None:
+    """Why this model, or any, cannot run on the native forward of CPUs; None if it can."""
     if not is_available():
         return "the native library was not built: no C++ compiler"
-    if has_masked_lora(model):
+    if chosen_path() == PORTABLE and not os.environ.get(PATH_VARIABLE):
+        needs = "; or ".join(path.needs for path in paths() if path.name != PORTABLE)
+        return f"this processor has none of the instruction sets that the native library needs ({needs})"
+    if model is not None and has_masked_lora(model):
         return "the native library does not run adapters of masked rows"
     return None
 
 
 def plan_engine(
-    model: Transformer | NativeTransformer, config: EngineConfig, tokenizer: TokenDecoder | None
+    model: Transformer | NativeTransformer, config: EngineConfig, tokenizer: TokenDecoder | None, note: str = ""
 ) -> Blueprint:
     """Every choice for an engine around a model of ``prepare_model``, by ``config.options``; logs what was chosen.
 
-    ValueError for options that cannot be.
+    ``note``: what users should know of the choice of the model. ValueError for options that cannot be.
     """
     shape, options = model.config, config.options
     device, dtype = _device_and_cache_dtype(model)
@@ -165,6 +181,8 @@ def plan_engine(
         weights = _weight_bytes(model)
         needed = min(needed, max(_LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS * weights))
         num_bytes = resolve_options.default_cache_bytes(device, needed, options.gpu_memory_utilization)
+    else:
+        resolve_options.check_cache_bytes(device, num_bytes)
     num_pages = num_bytes // (per_token * options.page_size)
     if num_pages < 1:
         raise ValueError(f"kv_cache_bytes is {num_bytes}; expected at least {per_token * options.page_size}, one page")
@@ -178,8 +196,8 @@ def plan_engine(
     if isinstance(model, Transformer) and options.quantization == "int8" and device.type == "cpu":
         torch_reason = native_obstacle(model)
     sizes = num_pages, options.page_size
-    blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason, torch_reason)
-    is_slow = torch_reason is not None or (reason is not None and device.type == "cuda")
+    blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason, torch_reason, note)
+    is_slow = bool(torch_reason or note) or (reason is not None and device.type == "cuda")
     log.log(logging.WARNING if is_slow else logging.INFO, "engine: %s", blueprint.describe())
     return blueprint
 

@@ -8,10 +8,11 @@ model in the wanted dtype plus the largest tensor.
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,7 @@ from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_DELTAS, DEMO_MASK_TOKEN_ID
 from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_model import gguf_shapes, read_gguf_config, read_gguf_tensors
+from wedlm.model.formats.int8_rows import SCALE, Int8Rows, join_scale
 from wedlm.model.formats.json_file import read_json_object
 from wedlm.model.formats.resolve import DEMO_BASE_NAME, DEMO_NAME, locate
 from wedlm.model.formats.save import save_shared, write_whole
@@ -35,6 +37,71 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
+class _HasShape(Protocol):
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+Shaped = TypeVar("Shaped", bound=_HasShape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was opened: its config, which fits its tensors' shapes, and the tensors, one at a time.
+
+    ``gguf`` or ``files`` (safetensors) hold them; ``deltas`` are added to them as they are read. ``shapes``: of all
+    tensors, by Hugging Face's names. ``is_int8``: whether matrices lie in eight bits with scales (``int8_rows``).
+    """
+
+    path: Path
+    config: ModelConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    gguf: GGUFFile | None = None
+    files: tuple[Path, ...] = ()
+    deltas: tuple[Path, ...] = ()
+    is_int8: bool = False
+
+    def tensors(self) -> Iterator[tuple[str, Tensor | Int8Rows]]:
+        """(Hugging Face's name, tensor) of each; float32 where they come from blocks."""
+        if self.gguf is None:
+            return _read_files(self.files, self.config)
+        tensors = read_gguf_tensors(self.gguf, self.config)
+        for delta in self.deltas:
+            tensors = apply_delta(tensors, delta, in_place=True)
+        return iter(tensors)
+
+
+def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
+    """The checkpoint, as ``load_model`` finds it, with no tensor read. Raises as ``load_model`` does."""
+    path = locate(path_or_id)
+    if path.is_file():
+        checkpoint = checkpoint_of_gguf(GGUFFile(path))
+    else:
+        checkpoint = checkpoint_of_files(path, read_config(path), _weight_files(path))
+    config = checkpoint.config
+    if path_or_id in (DEMO_NAME, DEMO_BASE_NAME):
+        config = dataclasses.replace(config, mask_token_id=DEMO_MASK_TOKEN_ID)
+    if path_or_id == DEMO_NAME:
+        config = dataclasses.replace(config, block_size=DEMO_BLOCK_SIZE)
+    return dataclasses.replace(checkpoint, config=config, deltas=DEMO_DELTAS if path_or_id == DEMO_NAME else ())
+
+
+def checkpoint_of_gguf(file: GGUFFile) -> Checkpoint:
+    """A checkpoint in a GGUF file. Raises CheckpointError."""
+    config, shapes = read_gguf_config(file), gguf_shapes(file)
+    file.check_places()
+    _check_sizes(config, shapes, file.path)
+    return Checkpoint(file.path, config, shapes, file)
+
+
+def checkpoint_of_files(path: Path, config: ModelConfig, files: Iterable[Path]) -> Checkpoint:
+    """A checkpoint in safetensors files. Raises CheckpointError."""
+    files = tuple(files)
+    shapes, is_int8 = _shapes(files)
+    _check_sizes(config, shapes, path)
+    return Checkpoint(path, config, shapes, files=files, is_int8=is_int8)
+
+
 def load_model(
     path_or_id: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Transformer, ModelConfig]:
@@ -44,28 +111,22 @@ def load_model(
     the one the config records. The config's end tokens are those of ``generation_config.json`` where that file has
     any. Raises CheckpointError, or DemoModelError if the demo model cannot be fetched.
     """
-    path = locate(path_or_id)
-    file = GGUFFile(path) if path.is_file() else None
-    config = read_config(path) if file is None else read_gguf_config(file)
-    if path_or_id in (DEMO_NAME, DEMO_BASE_NAME):
-        config = dataclasses.replace(config, mask_token_id=DEMO_MASK_TOKEN_ID)
-    if path_or_id == DEMO_NAME:
-        config = dataclasses.replace(config, block_size=DEMO_BLOCK_SIZE)
+    checkpoint = open_checkpoint(path_or_id)
+    return load_torch(checkpoint, dtype, device), checkpoint.config
+
+
+def load_torch(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Transformer:
+    """``load_model`` of a checkpoint that was opened."""
+    config = checkpoint.config
     dtype = getattr(torch, config.dtype) if dtype is None else dtype
     if str(dtype).removeprefix("torch.") not in SUPPORTED_DTYPES:
         raise CheckpointError(f"dtype is {dtype}; expected one of {', '.join(SUPPORTED_DTYPES)}")
-    files = _weight_files(path) if file is None else []
-    if file is not None:
-        file.check_places()
-    _check_sizes(config, _shapes(files) if file is None else gguf_shapes(file), path)
     with torch.device("meta"):
         model = Transformer(config)
-    tensors = _read_files(files, config) if file is None else read_gguf_tensors(file, config)
-    if path_or_id == DEMO_NAME:
-        for delta in DEMO_DELTAS:
-            tensors = apply_delta(tensors, delta)
-    _fill(model, tensors, dtype, torch.device(device), path)
-    return model.eval(), config
+    _fill(model, checkpoint.tensors(), dtype, torch.device(device), checkpoint.path)
+    return model.eval()
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -116,39 +177,48 @@ def save_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, directory: 
 
 def _fill(
     model: Transformer,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Int8Rows]],
     dtype: torch.dtype,
     device: torch.device,
     origin: Path,
 ) -> None:
     """Replace the model's meta parameters by ``tensors``; every name and shape must match."""
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    loaded: set[str] = set()
+    for name, tensor in checked_tensors(tensors, model, origin):
+        owner, _, leaf = name.rpartition(".")
+        wide = tensor.widened() if isinstance(tensor, Int8Rows) else tensor
+        # A copy even if nothing changes: the tensor may be a view of a mapped file that is about to be closed.
+        value = wide.to(device=device, dtype=dtype, copy=True)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+    model.tie_weights()
+    model.to(device)  # what is left: RoPE's frequencies
+
+
+def checked_tensors(
+    tensors: Iterable[tuple[str, Shaped]], model: Transformer, origin: Path
+) -> Iterator[tuple[str, Shaped]]:
+    """``tensors``, if they are the parameters of ``model`` (which may be on the meta device) by name and shape, all of
+    them. Raises CheckpointError."""
+    missing = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = dict(missing)
     for name, tensor in tensors:
         if name not in expected:
             raise CheckpointError(
                 f"{origin} holds the tensor {name}, which a {model.config.model_type} model of this "
                 "config does not have"
             )
-        if tensor.shape != expected[name]:
+        if list(tensor.shape) != expected[name]:
             raise CheckpointError(
-                f"{origin}: tensor {name} has shape {list(tensor.shape)}; expected {list(expected[name])} by the config"
+                f"{origin}: tensor {name} has shape {list(tensor.shape)}; expected {expected[name]} by the config"
             )
-        if str(tensor.dtype).removeprefix("torch.") not in SUPPORTED_DTYPES:
+        if isinstance(tensor, Tensor) and str(tensor.dtype).removeprefix("torch.") not in SUPPORTED_DTYPES:
             raise CheckpointError(
                 f"{origin}: tensor {name} has dtype {tensor.dtype}; expected one of {', '.join(SUPPORTED_DTYPES)}"
             )
-        owner, _, leaf = name.rpartition(".")
-        # A copy even if nothing changes: the tensor may be a view of a mapped file that is about to be closed.
-        value = tensor.to(device=device, dtype=dtype, copy=True)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
-        loaded.add(name)
-    missing = [name for name in expected if name not in loaded]
+        missing.pop(name, None)
+        yield name, tensor
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{origin} lacks the tensor {missing[0]}{others}")
-    model.tie_weights()
-    model.to(device)  # what is left: RoPE's frequencies
+        raise CheckpointError(f"{origin} lacks the tensor {next(iter(missing))}{others}")
 
 
 def _is_redundant(name: str, config: ModelConfig) -> bool:
@@ -183,13 +253,19 @@ def _check_sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], ori
             )
 
 
-def _shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+def _shapes(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], bool]:
+    """Shapes of all tensors but scales, and whether some are int8."""
     shapes: dict[str, tuple[int, ...]] = {}
+    kinds: dict[str, str] = {}
     for path in files:
         with _safetensors(path), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-    return shapes
+                part = file.get_slice(name)
+                shapes[name], kinds[name] = tuple(part.get_shape()), part.get_dtype()
+    int8 = [name for name, kind in kinds.items() if kind == "I8"]
+    for name in int8:
+        shapes.pop(name + SCALE, None)
+    return shapes, bool(int8)
 
 
 @contextmanager
@@ -200,17 +276,24 @@ def _safetensors(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is a corrupt or truncated safetensors file: {error}") from error
 
 
-def _read_files(files: Iterable[Path], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def _read_files(files: Iterable[Path], config: ModelConfig) -> Iterator[tuple[str, Tensor | Int8Rows]]:
     """(name, tensor) of every tensor in safetensors files that is not redundant, one at a time."""
     for path in files:
         with _safetensors(path):
             with safe_open(path, framework="pt") as file:
                 names = [name for name in file.keys() if not _is_redundant(name, config)]  # noqa: SIM118
+            known = set(names)
             for name in names:
+                if name.endswith(SCALE) and name.removesuffix(SCALE) in known:
+                    continue
                 # Opened anew for each tensor: closing unmaps the pages read, which otherwise count as a second copy.
                 with safe_open(path, framework="pt") as file:
                     tensor = file.get_tensor(name)
-                    yield name, tensor
+                    if tensor.dtype != torch.int8 or tensor.ndim != 2:
+                        yield name, tensor
+                        continue
+                    scale = file.get_tensor(name + SCALE) if name + SCALE in known else None
+                    yield name, join_scale(path, name, tensor, scale)
 
 
 def _weight_files(directory: Path) -> list[Path]:

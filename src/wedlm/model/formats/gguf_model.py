@@ -91,6 +91,7 @@ def read_gguf_tensors(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str
             if heads is not None:
                 tensor = unpermute_rows(tensor, heads)
         yield checkpoint_name(name), tensor
+        file.release()
 
 
 def gguf_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
