@@ -23,7 +23,7 @@ PARAMS = SamplingParams(max_tokens=12, temperature=0.0)
 
 
 def write_blocks(path, directory, kind: str, others: str = "F32", cut: int = 0):
-    """A GGUF of the tiny model in ``directory``: layers in ``kind``, the embedding in ``others``, less ``cut`` bytes."""
+    """A GGUF of the tiny model in ``directory``: layers in ``kind``, all else in ``others``, but for ``cut`` bytes."""
     model, config = load_model(directory, torch.float32)
     writer = gguf.GGUFWriter(path, "qwen3")
     numbers = {

@@ -133,7 +133,7 @@ def _gguf_weights(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, _W
     for name, place in file.tensors.items():
         is_matrix = len(place.shape) == 2
         rows = torch.from_numpy(file.blocks(name)) if is_matrix else file.tensor(name)
-        heads = permuted_heads(name, config)
+        heads = permuted_heads(name, config.model_type, config)
         rows = rows if heads is None else unpermute_rows(rows, heads)
         yield checkpoint_name(name), _Blocks(place.shape, place.ggml_type, rows.numpy()) if is_matrix else rows
         file.release()

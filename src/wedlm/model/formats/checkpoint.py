@@ -50,7 +50,8 @@ class Checkpoint:
     """A checkpoint that was opened: its config, which fits its tensors' shapes, and the tensors, one at a time.
 
     ``gguf`` or ``files`` (safetensors) hold them; ``deltas`` are added to them as they are read. ``shapes``: of all
-    tensors, by Hugging Face's names. ``is_int8``: whether matrices lie in eight bits with scales (``int8_rows``).
+    tensors, by Hugging Face's names, in their order. ``is_int8``: whether matrices lie in eight bits with
+    scales (``int8_rows``).
     """
 
     path: Path
@@ -99,6 +100,7 @@ def checkpoint_of_files(path: Path, config: ModelConfig, files: Iterable[Path]) 
     files = tuple(files)
     shapes, is_int8 = _shapes(files)
     _check_sizes(config, shapes, path)
+    shapes = {name: shape for name, shape in shapes.items() if not _is_redundant(name, config)}
     return Checkpoint(path, config, shapes, files=files, is_int8=is_int8)
 
 
