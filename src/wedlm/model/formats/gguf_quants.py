@@ -42,7 +42,7 @@ def _others(rows: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 def _half(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x in float16, its bytes [N, 2]), rounded away from zero: the largest part counts it as often as it can, and would
+    """(x in float16, its bytes [N, 2]), rounded away from zero: the largest part counts it as often as it can and would
     lose its largest weights, above all where float16 is subnormal and coarse."""
     half = x.clamp(-_LARGEST_HALF, _LARGEST_HALF).half()
     bits = half.view(torch.int16) + (half.float().abs() < x.abs().clamp(max=_LARGEST_HALF)).to(torch.int16)
