@@ -68,7 +68,6 @@ class Blueprint:
     page_size: int
     tokenizer: TokenDecoder | None
     eager_reason: str | None = None  # why steps do not run on our kernels
-    torch_reason: str | None = None  # why weights in eight bits do not run on the native forward of CPUs
 
     def build(self, cache: KVCache | None = None, clock: Callable[[], float] = time.perf_counter) -> Engine:
         """A new engine with nothing in it. ``cache``: memory of a former one to use again."""
@@ -100,8 +99,6 @@ class Blueprint:
             steps = f"native C++ forward ({self.model.path}), int8 weights, threads: {self.model.threads}"
         elif self.packed is None:
             steps = f"plain torch operations ({self.eager_reason})" if self.eager_reason else "plain torch operations"
-            if self.torch_reason is not None:
-                steps += f", int8 slowly ({self.torch_reason})"
         else:
             chunks = "with" if self.config.options.capture_chunks else "without"
             steps = f"Triton kernels in CUDA graphs, {chunks} prompt chunks"
@@ -131,10 +128,13 @@ class Blueprint:
 
 
 def prepare_model(model: Transformer, quantization: Quantization | None) -> Transformer | NativeTransformer:
-    """The model as ``plan_engine`` wants it: native for weights in eight bits on a CPU, if nothing prevents it; else
+    """The model as ``plan_engine`` wants it: native for int8 on a CPU (ValueError where that cannot be); else
     packed, in place. A native model has weights of its own, and as many threads as torch has at this moment."""
-    if quantization != "int8" or model.model.embed_tokens.weight.device.type != "cpu" or native_obstacle(model):
+    if quantization != "int8" or model.model.embed_tokens.weight.device.type != "cpu":
         return pack_for_inference(model, quantization)
+    obstacle = native_obstacle(model)
+    if obstacle is not None:
+        raise ValueError(f"quantization is 'int8', but {obstacle}; expected none on a CPU where it cannot run")
     threads = min(torch.get_num_threads(), os.cpu_count() or 1)  # more than there are would only wait for each other
     return native_from_torch(model, quantization, threads=threads)
 
@@ -174,12 +174,9 @@ def plan_engine(
         ratio = _CAPTURED_CHUNK_STEP_RATIO if captures_chunks else math.inf
         config = replace(config, options=replace(options, chunk_step_ratio=ratio))
     packed = model if reason is None and isinstance(model, Transformer) else None
-    torch_reason = None
-    if isinstance(model, Transformer) and options.quantization == "int8" and device.type == "cpu":
-        torch_reason = native_obstacle(model)
     sizes = num_pages, options.page_size
-    blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason, torch_reason)
-    is_slow = torch_reason is not None or (reason is not None and device.type == "cuda")
+    blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason)
+    is_slow = reason is not None and device.type == "cuda"
     log.log(logging.WARNING if is_slow else logging.INFO, "engine: %s", blueprint.describe())
     return blueprint
 

@@ -97,8 +97,8 @@ class EngineOptions:
     )
     quantization: Literal["int8", "fp8"] | None = _option(
         None,
-        "Weights in eight bits: int8, on a CPU all (by the native forward), on GPUs the layers'; fp8, inputs too, on "
-        "NVIDIA GPUs that multiply such numbers.",
+        "Weights in eight bits: int8 (on a CPU, by the native forward) all of them; fp8 the layers', and their "
+        "inputs, on NVIDIA GPUs that multiply such numbers.",
         read_quantization,
     )
     device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...", _text)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wedlm.model.inference.quantization import Quantization, check_quantization, quantized_linear
+from wedlm.model.inference.quantization import Fp8Linear, Quantization, check_quantization
 from wedlm.model.layers import MLP, Attention, DecoderLayer, RMSNorm
 from wedlm.model.lora.masked_rows import BlockDiagonal, MaskedLora, ZeroLora, base_layer
 from wedlm.model.transformer import Transformer
@@ -21,8 +21,8 @@ def pack_for_inference(
 
     Layer by layer, so that at most one layer's projections exist twice at any time; a tied output projection gets a
     packed copy of its own. A float16 model on the CPU becomes one of float16 weights and float32 arithmetic (its
-    embeddings, norms, activations and cache). ``quantization``: the layers' weights in eight bits, embeddings as they
-    are, the output projection as it is unless ``quantizes_head``. The ``state_dict`` no longer has the names of a
+    embeddings, norms, activations and cache). ``quantization`` "fp8": the layers' weights in eight bits, embeddings as
+    they are, the output projection as it is unless ``quantizes_head``. The ``state_dict`` no longer has the names of a
     checkpoint: save before packing. Raises ValueError if the model is packed already, or if its shape or device cannot
     be quantised so.
     """
@@ -74,10 +74,7 @@ def _fuse(*linears: nn.Module, quantization: Quantization | None) -> nn.Module:
     biases: list[Tensor] = [linear.get_parameter("bias") for linear in bases if linear.bias is not None]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     bias = torch.cat(biases).detach() if biases else None
-    if quantization is None:
-        fused = _inference_linear(weight.detach(), bias)
-    else:
-        fused = quantized_linear(quantization, weight.detach(), bias)
+    fused = (_inference_linear if quantization is None else Fp8Linear)(weight.detach(), bias)
     if not any(isinstance(linear, MaskedLora) for linear in linears):
         return fused
     return _fuse_masked_lora(fused, linears)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from wedlm.attention.base import FusedAttend, Norms
 from wedlm.kernels.embed import embed
 from wedlm.kernels.fp8 import Fp8Rows, Unscaled, multiply_scales, quantize_rows
-from wedlm.kernels.matmul import Tiling, few_rows_product, max_rows, tiling_for
+from wedlm.kernels.matmul import MAX_ROWS, Tiling, few_rows_product, tiling_for
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.model.inference.layers import is_packed
-from wedlm.model.inference.quantization import Fp8Linear, scale_of
+from wedlm.model.inference.quantization import Fp8Linear
 from wedlm.model.layers import DecoderLayer
 from wedlm.model.lora.masked_rows import MaskedLora, base_layer, has_masked_lora, put_at_masked
 from wedlm.model.transformer import Transformer
@@ -110,7 +110,7 @@ class FusedTransformer:
 
     def _tiling(self, num_rows: int, linear: nn.Module, splits: bool) -> Tiling | None:
         weight = _weight(linear)
-        if num_rows > max_rows(weight.dtype) or linear.bias is not None:
+        if num_rows > MAX_ROWS or linear.bias is not None:
             return None
         tiling = self.tiling(*weight.shape, weight.dtype)
         return tiling if splits or tiling is None else replace(tiling, splits=1)
@@ -126,7 +126,7 @@ class FusedTransformer:
         else:
             assert isinstance(x, Tensor)
             tiling = self._tiling(len(x), base, splits)
-            out = base(x) if tiling is None else few_rows_product(x, _weight(base), tiling, scale=scale_of(base))
+            out = base(x) if tiling is None else few_rows_product(x, _weight(base), tiling)
         if masked is None or base is linear:
             return out
         assert isinstance(x, Tensor)
@@ -154,7 +154,7 @@ class FusedTransformer:
         if isinstance(x, Tensor) and not quantizes and (masked is None or base is linear):
             tiling = self._tiling(len(x), base, splits=False)
             if tiling is not None:
-                return few_rows_product(x, _weight(base), tiling, gated=True, scale=scale_of(base))
+                return few_rows_product(x, _weight(base), tiling, gated=True)
         return silu_mul(self._product(x, linear, masked, splits=False), quantizes, self.dtype)
 
 
