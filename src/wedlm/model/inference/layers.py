@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wedlm.model.inference.quantization import Fp8Linear, Quantization, check_quantization
+from wedlm.model.formats.fp8_checkpoint import SCALE, has_fp8, widened
+from wedlm.model.inference.quantization import FP8, Fp8Linear, Quantization, check_quantization
 from wedlm.model.layers import MLP, Attention, DecoderLayer, RMSNorm
 from wedlm.model.lora.masked_rows import BlockDiagonal, MaskedLora, ZeroLora, base_layer
 from wedlm.model.transformer import Transformer
@@ -28,6 +29,8 @@ def pack_for_inference(
     """
     if is_packed(model):
         raise ValueError("the model is packed already; expected one whose q, k and v projections are separate")
+    if quantization is None and has_fp8(model):
+        raise ValueError("the model's layers are in FP8; expected quantization 'fp8', or weights of another type")
     check_quantization(quantization, model.config, model.model.embed_tokens.weight.device)
     model.requires_grad_(False)
     for layer in _layers(model):
@@ -72,9 +75,21 @@ def _fuse(*linears: nn.Module, quantization: Quantization | None) -> nn.Module:
     bases = [base_layer(linear) for linear in linears]
     weights: list[Tensor] = [linear.get_parameter("weight") for linear in bases]
     biases: list[Tensor] = [linear.get_parameter("bias") for linear in bases if linear.bias is not None]
+    scale = None
+    if all(weight.dtype == FP8 for weight in weights):
+        scale = torch.cat([linear.get_buffer(SCALE) for linear in bases])
+    else:
+        weights = [
+            widened(weight, linear.get_buffer(SCALE)) if weight.dtype == FP8 else weight
+            for weight, linear in zip(weights, bases, strict=True)
+        ]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     bias = torch.cat(biases).detach() if biases else None
-    fused = (_inference_linear if quantization is None else Fp8Linear)(weight.detach(), bias)
+    fused: nn.Module
+    if quantization is None:
+        fused = _inference_linear(weight.detach(), bias)
+    else:
+        fused = Fp8Linear(weight.detach(), bias, scale)
     if not any(isinstance(linear, MaskedLora) for linear in linears):
         return fused
     return _fuse_masked_lora(fused, linears)

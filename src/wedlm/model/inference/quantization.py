@@ -34,16 +34,22 @@ def check_quantization(quantization: Quantization | None, config: ModelConfig, d
         check_fp8_shape(config)
 
 
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether the device has tensor cores for FP8."""
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def check_fp8_device(device: torch.device) -> None:
     """ValueError unless the device multiplies FP8."""
+    if multiplies_fp8(device):
+        return
     if device.type != "cuda" or torch.version.cuda is None:
         raise ValueError(
             f"quantization is 'fp8' and the device is {device}; expected an NVIDIA GPU that multiplies FP8"
         )
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        number = ".".join(map(str, capability))
-        raise ValueError(f"quantization is 'fp8' and the GPU has compute capability {number}; expected at least 8.9")
+    number = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    raise ValueError(f"quantization is 'fp8' and the GPU has compute capability {number}; expected at least 8.9")
 
 
 def check_fp8_shape(config: ModelConfig) -> None:
@@ -78,10 +84,11 @@ class Fp8Linear(nn.Module):
 
     unit: Tensor  # the scale of all that the library is told
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
+        """``weight``: rounded here, row by row; or in e4m3 with its ``scale`` [O]."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        values, scale = quantize(weight)
+        values, scale = quantize(weight) if scale is None else (weight, scale)
         self.weight = nn.Parameter(values, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
