@@ -104,6 +104,16 @@ def test_fp8_is_another_model_whose_verified_text_is_its_ars(directory, fp8_anyw
     assert texts["verified"] == texts["auto"] == texts["autoregressive"]
 
 
+def test_the_head_in_fp8_is_another_model(tmp_path, directory, fp8_anywhere):
+    with pytest.raises(ValueError, match="the vocabulary is 104; expected a multiple of 16"):
+        LLM(directory, device="cpu", quantization="fp8", quantize_head=True)
+    both = LLM(save_tiny(tmp_path, vocab_size=112), device="cpu", quantization="fp8", quantize_head=True)
+    assert both.model.lm_head.weight.dtype == torch.float8_e4m3fn
+    assert LLM(tmp_path, device="cpu", quantization="fp8").model.lm_head.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="quantize_head is True and quantization is None; expected 'fp8'"):
+        LLM(tmp_path, device="cpu", quantize_head=True)
+
+
 def test_fp8_on_a_cpu_is_refused(directory):
     with pytest.raises(ValueError, match="quantization is 'fp8' and the device is cpu; expected an NVIDIA GPU"):
         LLM(directory, device="cpu", quantization="fp8")

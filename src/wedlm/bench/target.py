@@ -57,7 +57,7 @@ def load_target(settings: Settings) -> Target:
         max_model_len=resolve_options.read_length(given.get("max_model_len"), config),
         options=EngineOptions.of(given),
     )
-    model = random_model(config, device, dtype, given.get("quantization"))
+    model = random_model(config, device, dtype, given.get("quantization"), given.get("quantize_head", False))
     if engine_config.options.kv_cache_bytes is None:
         cache_dtype = torch.float32 if isinstance(model, NativeTransformer) else dtype
         cache_bytes = _cache_bytes(settings, engine_config, config, cache_dtype, device)

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -101,7 +102,8 @@ class Blueprint:
             steps = f"plain torch operations ({self.eager_reason})" if self.eager_reason else "plain torch operations"
         else:
             chunks = "with" if self.config.options.capture_chunks else "without"
-            steps = f"Triton kernels in CUDA graphs, {chunks} prompt chunks"
+            kernels = "deterministic Triton kernels" if self.config.options.deterministic else "Triton kernels"
+            steps = f"{kernels} in CUDA graphs, {chunks} prompt chunks"
         tokens = self.num_pages * self.page_size
         megabytes = tokens * self._bytes_per_token() / 1e6
         return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB)"
@@ -121,17 +123,24 @@ class Blueprint:
         from wedlm.engine.execution.captured_step import CapturedStep
         from wedlm.model.inference.triton_transformer import FusedTransformer
 
-        fused, mask, options = FusedTransformer(packed), self.config.mask_token_id, self.config.options
+        mask, options = self.config.mask_token_id, self.config.options
+        fused = FusedTransformer(packed, deterministic=options.deterministic)
+        plan_attention = partial(plan_paged, fixed=options.deterministic)
         windows = Windows(options.max_num_seqs, self.device, capacity=64, has_null_slot=True)
         captured = CapturedStep(fused, cache, windows, mask, self.config.max_model_len, options.capture_chunks)
-        return Runner(windows, EagerStep(fused, plan_paged, cache, windows, mask), [captured])
+        return Runner(windows, EagerStep(fused, plan_attention, cache, windows, mask), [captured])
 
 
-def prepare_model(model: Transformer, quantization: Quantization | None) -> Transformer | NativeTransformer:
+def prepare_model(
+    model: Transformer, quantization: Quantization | None, quantize_head: bool = False
+) -> Transformer | NativeTransformer:
     """The model as ``plan_engine`` wants it: native for int8 on a CPU (ValueError where that cannot be); else
-    packed, in place. A native model has weights of its own, and as many threads as torch has at this moment."""
+    packed, in place. ``quantize_head``: FP8 for the output projection, too. A native model has weights of its own, and
+    as many threads as torch has at this moment."""
+    if quantize_head and quantization != "fp8":
+        raise ValueError(f"quantize_head is True and quantization is {quantization!r}; expected 'fp8'")
     if quantization != "int8" or model.model.embed_tokens.weight.device.type != "cpu":
-        return pack_for_inference(model, quantization)
+        return pack_for_inference(model, quantization, quantize_head)
     obstacle = native_obstacle(model)
     if obstacle is not None:
         raise ValueError(f"quantization is 'int8', but {obstacle}; expected none on a CPU where it cannot run")
@@ -169,6 +178,7 @@ def plan_engine(
     if num_pages < 1:
         raise ValueError(f"kv_cache_bytes is {num_bytes}; expected at least {per_token * options.page_size}, one page")
     reason = eager_reason(options.cuda_graphs, device, shape)
+    _check_deterministic(options.deterministic, model, reason)
     if options.chunk_step_ratio is None:
         captures_chunks = reason is None and options.capture_chunks
         ratio = _CAPTURED_CHUNK_STEP_RATIO if captures_chunks else math.inf
@@ -179,6 +189,18 @@ def plan_engine(
     is_slow = reason is not None and device.type == "cuda"
     log.log(logging.WARNING if is_slow else logging.INFO, "engine: %s", blueprint.describe())
     return blueprint
+
+
+def _check_deterministic(asked: bool, model: Transformer | NativeTransformer, eager: str | None) -> None:
+    """ValueError if it is asked for where sums depend on how many rows there are."""
+    if not asked or isinstance(model, NativeTransformer):
+        return
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    if eager is not None or dtype == "float32":
+        why = f"steps run as plain torch operations ({eager})" if eager is not None else f"the dtype is {dtype}"
+        raise ValueError(
+            f"deterministic is True, but {why}; expected bfloat16, float16 or FP8 on a GPU's kernels, or int8 on a CPU"
+        )
 
 
 def _weight_bytes(model: Transformer | NativeTransformer) -> int:

@@ -54,7 +54,7 @@ class LLM:
         if chosen.adapter is not None:
             apply_adapter(transformer, chosen.adapter)
             self.model_config = adapted_config(self.model_config, chosen.adapter)
-        self.model = prepare_model(transformer, chosen.quantization)
+        self.model = prepare_model(transformer, chosen.quantization, chosen.quantize_head)
         del transformer  # a native model has weights of its own
         config = EngineConfig(
             vocab_size=self.model_config.vocab_size,

@@ -2,10 +2,10 @@
 """Matrix products of few rows, bound by reading the weight: x [T, K] · weight [N, K]ᵀ.
 
 Weights in FP8 (``model/inference/quantization.py``) are half as many bytes, and meet inputs in FP8 in the tensor cores.
-The order of a row's sums does not depend on T.
+The order of a row's sums does not depend on T, nor on how rows and outputs are tiled.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -17,6 +17,7 @@ from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 
 # The library's product is faster at more rows: whole steps on an H200, in bfloat16 and FP8 (docs/log.md, 2026-11-29).
 MAX_ROWS = 64
+_PART_DEPTH = 256  # parts of K are multiples of it, whatever the tiles: the deepest tile
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,24 @@ class Tiling:
     stages: int = 4
     warps: int = 4
     rows: int = 64
+
+
+def fixed_tiling(tiling: Tiling, num_rows: int, weight: torch.dtype = torch.bfloat16) -> Tiling:
+    """``tiling`` in tiles that suit any number of rows, adding up K in the same order: the parts of K stay, and for FP8
+    the depth between two sums in float32."""
+    if num_rows <= MAX_ROWS:
+        return tiling
+    if num_rows <= 128:
+        return replace(tiling, rows=128, stages=3)
+    if num_rows <= 256:
+        return replace(tiling, outputs=128, rows=128, stages=3, warps=8, depth=_deep(tiling, weight))
+    return replace(
+        tiling, outputs=128, rows=256, stages=3 if weight == FP8 else 4, warps=8, depth=_deep(tiling, weight)
+    )
+
+
+def _deep(tiling: Tiling, weight: torch.dtype) -> int:
+    return tiling.depth if weight == FP8 else 64
 
 
 def tiling_for(size: int, depth: int, weight: torch.dtype = torch.bfloat16) -> Tiling:
@@ -50,10 +69,24 @@ def tiling_for(size: int, depth: int, weight: torch.dtype = torch.bfloat16) -> T
 
 
 @triton.jit
+def _add_tile(
+    acc, weight, x, start, k, k_stop, inside_n, inside_m, BLOCK_K: tl.constexpr, FP8: tl.constexpr
+):  # fmt: skip
+    """acc and the product of K's tile from ``start`` on."""
+    inside_k = start + k < k_stop
+    w_tile = tl.load(weight + start, mask=inside_n & inside_k[None], other=0.0)
+    x_tile = tl.load(x + start, mask=inside_k[:, None] & inside_m, other=0.0)
+    if FP8:
+        # The tensor core adds eight-bit products in about 14 bits: each tile's sum is added up in float32.
+        return tl.dot(w_tile, x_tile, acc, max_num_imprecise_acc=BLOCK_K)
+    return tl.dot(w_tile, x_tile, acc, input_precision="ieee")
+
+
+@triton.jit
 def _rows_times_weight(
     x_ptr, x_scale_ptr, weight_ptr, scale_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT,
     BLOCKS_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, GATED: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k], FP8: · x_scale[m] · scale[n]; gated:
     silu(first half) · second half."""
@@ -73,18 +106,23 @@ def _rows_times_weight(
     pdl_wait(PDL)
     x = x_ptr + m[None].to(tl.int64) * K + k[:, None]
     inside_m = (m < num_rows)[None]
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for start in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
-        inside_k = start + k < k_stop
-        w_tile = tl.load(weight + start, mask=inside_n & inside_k[None], other=0.0)
-        x_tile = tl.load(x + start, mask=inside_k[:, None] & inside_m, other=0.0)
-        if FP8:
-            # The tensor core adds eight-bit products in about 14 bits: each tile's sum is added up in float32.
-            acc = tl.dot(w_tile, x_tile, acc, max_num_imprecise_acc=BLOCK_K)
-        else:
-            acc = tl.dot(w_tile, x_tile, acc, input_precision="ieee")
     if FP8:
-        acc = acc * tl.load(x_scale_ptr + m, mask=m < num_rows, other=0.0)[None] * scale[:, None]
+        x_scale = tl.load(x_scale_ptr + m, mask=m < num_rows, other=0.0)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if SPLITS == 1:
+        for start in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
+            acc = _add_tile(acc, weight, x, start, k, k_stop, inside_n, inside_m, BLOCK_K, FP8)
+        if FP8:
+            acc = acc * x_scale[None] * scale[:, None]
+    else:  # all parts of K here, added up as who reads them apart does
+        for part in range(SPLITS):
+            own = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            stop = tl.minimum((part + 1) * K_PER_SPLIT, K)
+            for start in tl.range(part * K_PER_SPLIT, stop, BLOCK_K, num_stages=STAGES):
+                own = _add_tile(own, weight, x, start, k, stop, inside_n, inside_m, BLOCK_K, FP8)
+            if FP8:
+                own = own * x_scale[None] * scale[:, None]
+            acc += own
     dtype = out_ptr.dtype.element_ty
     if GATED:
         pairs = tl.permute(tl.reshape(acc, (BLOCK_N // 2, 2, BLOCK_M)), (0, 2, 1))
@@ -106,12 +144,14 @@ def few_rows_product(
     gated: bool = False,
     scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    whole: bool = False,
 ) -> Tensor:
     """x [T, K] by weight [N, K]: [T, N] in ``dtype`` (None: x's); with splits float32 partial sums [P, T, N], not yet
     added.
 
     gated: silu of the first N / 2 outputs times the others, [T, N / 2]; it takes no splits. x in FP8: by a weight in
-    FP8, each row of which counts ``scale`` [N] (float32) times, and ``dtype`` is given.
+    FP8, each row of which counts ``scale`` [N] (float32) times, and ``dtype`` is given. whole: parts of K are added up
+    before they leave, as who reads them would: [T, N] in ``dtype``.
     """
     x, x_scale = x if isinstance(x, Fp8Rows) else (x, None)
     dtype = dtype or x.dtype
@@ -119,19 +159,22 @@ def few_rows_product(
     size = len(weight)
     assert not (gated and tiling.splits > 1)
     pdl = supports_pdl(x.device)
-    if tiling.splits > 1:
+    if tiling.splits > 1 and not whole:
         out = torch.empty(tiling.splits, num_rows, size, dtype=torch.float32, device=x.device)
     else:
         out = x.new_empty(num_rows, size // 2 if gated else size, dtype=dtype)
     block_m = min(max(16, triton.next_power_of_2(num_rows)), tiling.rows)
     blocks_m = triton.cdiv(num_rows, block_m)
-    per_split = triton.cdiv(triton.cdiv(depth, tiling.splits), tiling.depth) * tiling.depth
-    _rows_times_weight[(triton.cdiv(size, tiling.outputs) * blocks_m, tiling.splits)](
+    per_split = triton.cdiv(triton.cdiv(depth, tiling.splits), _PART_DEPTH) * _PART_DEPTH
+    inner, outer = (tiling.splits, 1) if whole else (1, tiling.splits)
+    # Fused into the sum, a scale's product would not be rounded as that of a part that is written.
+    exact = {"enable_fp_fusion": False} if inner > 1 and x_scale is not None and x.is_cuda else {}
+    _rows_times_weight[(triton.cdiv(size, tiling.outputs) * blocks_m, outer)](
         x, x if x_scale is None else x_scale, weight, weight if scale is None else scale, out,
         num_rows, size, depth, per_split,
         BLOCKS_M=blocks_m, BLOCK_M=block_m, BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
         STAGES=tiling.stages,
-        GATED=gated, FP8=x_scale is not None, PDL=pdl,
-        num_warps=tiling.warps, **launch_options(pdl),
+        SPLITS=inner, GATED=gated, FP8=x_scale is not None, PDL=pdl,
+        num_warps=tiling.warps, **launch_options(pdl), **exact,
     )  # fmt: skip
     return out

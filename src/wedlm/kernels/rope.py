@@ -70,12 +70,13 @@ def norm_rope_write(
     norms: tuple[Tensor, Tensor, float] | None,
     keys: Tensor,
     values: Tensor,
+    fixed: bool = False,
 ) -> Tensor:
     """Queries [T, H, D] after norm and RoPE; keys and values of the rows go to ``slots`` [T] of the layer's cache.
 
     qkv is [T, (H + 2 K) D] or partial sums of it [P, T, …], or lacks its scales. cos and sin [T, D] as
     ``RotaryEmbedding`` gives them. norms: weights of the query and key norm and epsilon. keys and values: [A, K, D],
-    written in place.
+    written in place. fixed: in one tiling at any number of rows.
     """
     product, row_scale, column_scale, scaled = parts_of(qkv)
     parts = product.shape[0] if product.ndim == 3 else 1
@@ -84,7 +85,7 @@ def norm_rope_write(
     heads = width // head_dim - 2 * kv_heads
     out = torch.empty(num_rows, heads, head_dim, dtype=keys.dtype, device=product.device)
     pdl = supports_pdl(product.device)
-    block = 8 if num_rows <= 256 else 16
+    block = 8 if fixed or num_rows <= 256 else 16
     q_weight, k_weight, eps = norms if norms is not None else (cos, cos, 0.0)
     _norm_rope_write[(num_rows, triton.cdiv(heads + 2 * kv_heads, block))](
         product, row_scale, column_scale, cos, sin, slots, q_weight, k_weight, out, keys, values, num_rows, eps,

@@ -31,7 +31,7 @@ def pack_for_inference(
         raise ValueError("the model is packed already; expected one whose q, k and v projections are separate")
     if quantization is None and has_fp8(model):
         raise ValueError("the model's layers are in FP8; expected quantization 'fp8', or weights of another type")
-    check_quantization(quantization, model.config, model.model.embed_tokens.weight.device)
+    check_quantization(quantization, model.config, model.model.embed_tokens.weight.device, quantizes_head)
     model.requires_grad_(False)
     for layer in _layers(model):
         _pack_attention(layer.self_attn, quantization)

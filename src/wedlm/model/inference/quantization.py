@@ -22,7 +22,9 @@ _LARGEST_FP8, _SMALLEST_SCALED = 448.0, 1e-30
 USE_FAST_ACCUM = False
 
 
-def check_quantization(quantization: Quantization | None, config: ModelConfig, device: torch.device) -> None:
+def check_quantization(
+    quantization: Quantization | None, config: ModelConfig, device: torch.device, quantizes_head: bool = False
+) -> None:
     """ValueError if torch and our kernels cannot have this model's weights in that type on this device."""
     if quantization == "int8":
         raise ValueError(
@@ -31,7 +33,7 @@ def check_quantization(quantization: Quantization | None, config: ModelConfig, d
         )
     if quantization == "fp8":
         check_fp8_device(device)
-        check_fp8_shape(config)
+        check_fp8_shape(config, quantizes_head)
 
 
 def multiplies_fp8(device: torch.device) -> bool:
@@ -52,8 +54,8 @@ def check_fp8_device(device: torch.device) -> None:
     raise ValueError(f"quantization is 'fp8' and the GPU has compute capability {number}; expected at least 8.9")
 
 
-def check_fp8_shape(config: ModelConfig) -> None:
-    """ValueError unless both sides of all layers' weights are multiples of 16, as FP8 products need."""
+def check_fp8_shape(config: ModelConfig, quantizes_head: bool = False) -> None:
+    """ValueError unless both sides of all weights that will be in FP8 are multiples of 16, as FP8 products need."""
     head = config.head_dim
     sizes = {
         "hidden size": config.hidden_size,
@@ -61,6 +63,8 @@ def check_fp8_shape(config: ModelConfig) -> None:
         "width of the query heads": config.num_heads * head,
         "width of all heads": (config.num_heads + 2 * config.num_kv_heads) * head,
     }
+    if quantizes_head:
+        sizes["vocabulary"] = config.vocab_size
     for name, size in sizes.items():
         if size % 16:
             raise ValueError(f"quantization is 'fp8' and the {name} is {size}; expected a multiple of 16")
