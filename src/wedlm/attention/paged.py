@@ -36,10 +36,11 @@ class PagedAttend:
         /,
     ) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        q = norm_rope_write(qkv, cos, sin, self.slots, norms, keys, values, self.fixed)
+        scales = self.cache.scales(layer)
+        q = norm_rope_write(qkv, cos, sin, self.slots, norms, keys, values, self.fixed, scales)
         out = torch.empty_like(q)
         for rows in self.groups:
-            paged_attention(q, keys, values, rows, out, self.fixed)
+            paged_attention(q, keys, values, rows, out, self.fixed, scales)
         return out
 
 

@@ -90,8 +90,8 @@ class TargetOptions:
 
 
 _ENGINE = (
-    "adapter", "dtype", "quantization", "quantize_head", "deterministic", "device", "max_num_batched_tokens",
-    "capture_chunks", "chunk_step_ratio",
+    "adapter", "dtype", "quantization", "quantize_head", "kv_cache_dtype", "deterministic", "device",
+    "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio",
 )  # fmt: skip
 
 

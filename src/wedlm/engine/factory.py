@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from wedlm.attention.base import KVCache
+from wedlm.attention.base import FP8, KVCache
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.engine import resolve_options
 from wedlm.engine.engine import Engine
@@ -25,7 +25,7 @@ from wedlm.engine.options import EngineConfig
 from wedlm.engine.pages import PagePool
 from wedlm.engine.text import TokenDecoder
 from wedlm.model import ModelConfig, Transformer, pack_for_inference
-from wedlm.model.inference.layers import Quantization
+from wedlm.model.inference.quantization import Quantization, multiplies_fp8
 from wedlm.model.lora.masked_rows import has_masked_lora
 from wedlm.native import NativeAttend, NativeTransformer, is_available
 from wedlm.native.weights import native_from_torch
@@ -88,14 +88,15 @@ class Blueprint:
         if self.device.type == "cpu":
             return self.build()
         cache = broken.runner.cache  # there is no room for a second one; zeros, because a fault may have left nan
-        cache.keys.zero_()
-        cache.values.zero_()
+        cache.clear()
         return self.build(cache)
 
     def describe(self) -> str:
         """One line for users: device, types, how steps run and why, and the cache's size."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        weights = str(self.dtype).removeprefix("torch.")
+        weights = str(_device_and_dtype(self.model)[1]).removeprefix("torch.")
+        if self.config.options.quantization == "fp8":
+            weights += " with fp8 weights"
         if isinstance(self.model, NativeTransformer):
             steps = f"native C++ forward ({self.model.path}), int8 weights, threads: {self.model.threads}"
         elif self.packed is None:
@@ -106,7 +107,8 @@ class Blueprint:
             steps = f"{kernels} in CUDA graphs, {chunks} prompt chunks"
         tokens = self.num_pages * self.page_size
         megabytes = tokens * self._bytes_per_token() / 1e6
-        return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB)"
+        kind = ", fp8" if self.dtype == FP8 else ""
+        return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB{kind})"
 
     def _bytes_per_token(self) -> int:
         shape = self.shape
@@ -165,7 +167,10 @@ def plan_engine(
     ValueError for options that cannot be.
     """
     shape, options = model.config, config.options
-    device, dtype = _device_and_cache_dtype(model)
+    device, dtype = _device_and_dtype(model)
+    if options.kv_cache_dtype == "fp8":
+        check_fp8_cache(device)
+        dtype = FP8
     per_token = KVCache.bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
     num_bytes = options.kv_cache_bytes
     if num_bytes is None:
@@ -209,7 +214,16 @@ def _weight_bytes(model: Transformer | NativeTransformer) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def _device_and_cache_dtype(model: Transformer | NativeTransformer) -> tuple[torch.device, torch.dtype]:
+def check_fp8_cache(device: torch.device) -> None:
+    """ValueError unless keys and values can be in FP8 there."""
+    if not multiplies_fp8(device):  # who cannot multiply such numbers cannot convert them at once either
+        raise ValueError(
+            f"kv_cache_dtype is 'fp8' and the device is {device}; expected an NVIDIA GPU that multiplies FP8"
+        )
+
+
+def _device_and_dtype(model: Any) -> tuple[torch.device, torch.dtype]:
+    """Where the model is, and in which type it computes."""
     if isinstance(model, NativeTransformer):
         return torch.device("cpu"), torch.float32  # whatever type the weights came in
     weight = model.model.embed_tokens.weight

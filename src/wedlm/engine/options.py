@@ -49,6 +49,13 @@ def read_quantization(name: str, value: object) -> Literal["int8", "fp8"] | None
     return value
 
 
+def read_kv_cache_dtype(name: str, value: object) -> Literal["auto", "fp8"]:
+    """ "auto" or "fp8"."""
+    if value not in ("auto", "fp8"):
+        raise ValueError(f"{name} is {value!r}; expected auto or fp8")
+    return value
+
+
 def read_decoding(name: str, value: object) -> Decoding:
     """A decoding mode; None is the default."""
     if value is None:
@@ -135,6 +142,12 @@ class EngineOptions:
         "Memory for keys and values. Default on CUDA: what gpu_memory_utilization leaves; elsewhere: four full "
         "sequences, at most a quarter of the memory and eight times the weights.",
         _or_none(read_positive_integer),
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = _option(
+        "auto",
+        "Type of keys and values in the cache: auto (the model's), or fp8 on NVIDIA GPUs: half the memory, a scale for "
+        "each head of a slot.",
+        read_kv_cache_dtype,
     )
     gpu_memory_utilization: float = _option(
         0.9, "Share of the GPU's memory that weights and cache may take together.", read_fraction

@@ -106,9 +106,10 @@ def _keys_of_tile(num_rows, cached, tile, BLOCK_M: tl.constexpr, SHARE: tl.const
 
 @triton.jit
 def _add_keys(
-    q, best, total, acc, first_key, stop, keys_ptr, values_ptr, table, kv_head, row, cached, shared, own, scale_log2,
+    q, best, total, acc, first_key, stop, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table, kv_head,
+    row, cached, shared, own, scale_log2,
     KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, GROUPS: tl.constexpr,
+    MASKED: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Softmax over the keys before, and a tile of keys from ``first_key`` on."""
     d = tl.arange(0, D)
@@ -118,12 +119,17 @@ def _add_keys(
         page = tl.load(table + key // PAGE, mask=exists, other=0).to(tl.int64)
     else:
         page = tl.load(table + key // PAGE).to(tl.int64)
-    at = ((page * PAGE + key % PAGE) * KV_HEADS + kv_head) * D
+    place = (page * PAGE + key % PAGE) * KV_HEADS + kv_head
+    at = place * D
     if MASKED:
         k = tl.load(keys_ptr + at[None] + d[:, None], mask=exists[None], other=0.0)
     else:
         k = tl.load(keys_ptr + at[None] + d[:, None])
+    if FP8:  # exact in any type that queries have
+        k = k.to(q.dtype)
     scores = tl.dot(q, k, input_precision="ieee")
+    if FP8:
+        scores *= tl.load(key_scale_ptr + place, mask=exists, other=0.0)[None]
     if MASKED:
         new = (key - cached)[None]
         visible = (new <= row[:, None]) & exists[None]
@@ -139,14 +145,18 @@ def _add_keys(
         v = tl.load(values_ptr + at[:, None] + d[None], mask=exists[:, None], other=0.0)
     else:
         v = tl.load(values_ptr + at[:, None] + d[None])
+    if FP8:
+        weights *= tl.load(value_scale_ptr + place, mask=exists, other=0.0)[None]
+        v = v.to(q.dtype)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return higher, total, acc
 
 
 @triton.jit
 def _part_of_keys(
-    q, start, stop, seen, keys_ptr, values_ptr, table, kv_head, row, cached, shared, own, scale_log2,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, GROUPS: tl.constexpr,
+    q, start, stop, seen, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table, kv_head, row, cached, shared,
+    own, scale_log2,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Softmax over keys ``start`` .. ``stop`` - 1: (maximum, sum of weights, sum of weighted values). All rows of the
@@ -159,25 +169,25 @@ def _part_of_keys(
         middle = start + tl.maximum(tl.minimum(seen, stop) - start, 0) // BLOCK_N * BLOCK_N
         for first_key in tl.range(start, middle, BLOCK_N, num_stages=STAGES):
             best, total, acc = _add_keys(
-                q, best, total, acc, first_key, stop, keys_ptr, values_ptr, table, kv_head, row, cached, shared, own,
-                scale_log2, KV_HEADS, D, PAGE, BLOCK_N, False, GROUPS,
+                q, best, total, acc, first_key, stop, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table,
+                kv_head, row, cached, shared, own, scale_log2, KV_HEADS, D, PAGE, BLOCK_N, False, GROUPS, FP8,
             )  # fmt: skip
     for first_key in tl.range(middle, stop, BLOCK_N, num_stages=STAGES):
         best, total, acc = _add_keys(
-            q, best, total, acc, first_key, stop, keys_ptr, values_ptr, table, kv_head, row, cached, shared, own,
-            scale_log2, KV_HEADS, D, PAGE, BLOCK_N, True, GROUPS,
+            q, best, total, acc, first_key, stop, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table,
+            kv_head, row, cached, shared, own, scale_log2, KV_HEADS, D, PAGE, BLOCK_N, True, GROUPS, FP8,
         )  # fmt: skip
     return best, total, acc
 
 
 @triton.jit
 def _paged_attention(
-    q_ptr, keys_ptr, values_ptr, out_ptr, part_ptr, stats_ptr,
+    q_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, out_ptr, part_ptr, stats_ptr,
     row_start_ptr, num_rows_ptr, cached_ptr, table_row_ptr, page_table_ptr, shared_ptr, own_start_ptr,
     table_width, scale_log2, num_rows_total,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
-    FIXED: tl.constexpr, PDL: tl.constexpr,
+    FP8: tl.constexpr, FIXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one sequence and key head, over one part of its keys (``_add_parts`` adds them up).
     ``FIXED``: over every ``SPLITS``th of the fixed parts, each by itself; added up here if there is one split."""
@@ -228,9 +238,9 @@ def _paged_attention(
         acc = tl.zeros((BLOCK_M, D), tl.float32)
         for part in range(0, parts):
             best_p, total_p, acc_p = _part_of_keys(
-                q, _fixed_start(part), tl.minimum(_fixed_start(part + 1), num_keys), seen, keys_ptr, values_ptr, table,
-                kv_head, row, cached, shared, own, scale_log2, KV_HEADS, D, PAGE, GROUPS,
-                BLOCK_M, BLOCK_N, HALVES, STAGES,
+                q, _fixed_start(part), tl.minimum(_fixed_start(part + 1), num_keys), seen, keys_ptr, values_ptr,
+                key_scale_ptr, value_scale_ptr, table, kv_head, row, cached, shared, own, scale_log2,
+                KV_HEADS, D, PAGE, GROUPS, FP8, BLOCK_M, BLOCK_N, HALVES, STAGES,
             )  # fmt: skip
             best, total, old, new = _merged(best, total, best_p, total_p)
             acc = tl.fma(acc, tl.broadcast_to(old[:, None], acc.shape), acc_p * new[:, None])
@@ -238,9 +248,9 @@ def _paged_attention(
     elif FIXED:
         for part in range(split, parts, SPLITS):
             best, total, acc = _part_of_keys(
-                q, _fixed_start(part), tl.minimum(_fixed_start(part + 1), num_keys), seen, keys_ptr, values_ptr, table,
-                kv_head, row, cached, shared, own, scale_log2, KV_HEADS, D, PAGE, GROUPS,
-                BLOCK_M, BLOCK_N, HALVES, STAGES,
+                q, _fixed_start(part), tl.minimum(_fixed_start(part + 1), num_keys), seen, keys_ptr, values_ptr,
+                key_scale_ptr, value_scale_ptr, table, kv_head, row, cached, shared, own, scale_log2,
+                KV_HEADS, D, PAGE, GROUPS, FP8, BLOCK_M, BLOCK_N, HALVES, STAGES,
             )  # fmt: skip
             own_part = (part * num_rows_total + first + row) * HEADS + head
             tl.store(part_ptr + own_part[:, None] * D + d[None], acc, mask=real[:, None])
@@ -248,8 +258,8 @@ def _paged_attention(
             tl.store(stats_ptr + own_part * 2 + 1, total, mask=real)
     else:
         best, total, acc = _part_of_keys(
-            q, start, stop, seen, keys_ptr, values_ptr, table, kv_head, row, cached, shared, own, scale_log2,
-            KV_HEADS, D, PAGE, GROUPS, BLOCK_M, BLOCK_N, HALVES, STAGES,
+            q, start, stop, seen, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table, kv_head, row, cached,
+            shared, own, scale_log2, KV_HEADS, D, PAGE, GROUPS, FP8, BLOCK_M, BLOCK_N, HALVES, STAGES,
         )  # fmt: skip
         if SPLITS == 1:
             tl.store(out_ptr + place[:, None] + d[None], (acc / total[:, None]).to(dtype), mask=real[:, None])
@@ -338,12 +348,18 @@ def _processor(index: int) -> tuple[int, int]:
 
 
 def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, out: Tensor | None = None, fixed: bool = False
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: PagedRows,
+    out: Tensor | None = None,
+    fixed: bool = False,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """q [T, H, D] over one layer's keys and values [A, K, D], those of the rows written already: [T, H, D].
 
     fixed: in parts that key indices alone decide, and by one instruction, so that no bit of a row's result depends on
-    what else the step holds.
+    what else the step holds. scales: of keys and values in FP8, [A, K] each.
 
     Rows of no sequence (padding, or sequences that ``rows`` does not name) come out as they were in ``out``, or in
     memory: any number.
@@ -373,12 +389,12 @@ def paged_attention(
     groups = rows.shared is not None
     shape = {"HEADS": heads, "KV_HEADS": kv_heads, "D": head_dim, "SPLITS": splits, "BLOCK_M": block}
     _paged_attention[(sequences * kv_heads, tiles, splits)](
-        q, keys, values, out, part, stats,
+        q, keys, values, *(scales or (q, q)), out, part, stats,
         rows.row_start, rows.num_rows, rows.cached, rows.table_row, rows.page_table,
         rows.shared if groups else rows.num_rows, rows.own_start if groups else rows.num_rows,
         rows.page_table.shape[1], head_dim**-0.5 * 1.4426950408889634, num_rows,
         **shape, PAGE=rows.page_size, GROUPS=groups, BLOCK_N=tile.keys, HALVES=tile.halves, STAGES=tile.stages,
-        FIXED=fixed, PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
+        FP8=scales is not None, FIXED=fixed, PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
     )  # fmt: skip
     if splits > 1:
         _add_parts[(sequences, min(rows.max_rows, num_rows) * heads)](
