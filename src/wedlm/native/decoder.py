@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wedlm.algorithm.params import DecodeParams, drafts_of
+from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.window import Emitted, RowResults, WindowState
 from wedlm.attention.base import KVCache
 from wedlm.native.library import NativeError, load
@@ -209,14 +209,16 @@ class NativeDecoder:
         self._pages[slot, first : first + len(pages)] = pages
         self._num_pages[slot] = first + len(pages)
 
-    def set_step(self, windows: Sequence[int], chunks: Sequence[Chunk], row_budget: int, num_positions: int) -> None:
-        """The next step: windows by their slots, chunks, the most rows that it leaves to adaptive windows, and an upper
-        bound of the positions."""
+    def set_step(
+        self, windows: Sequence[int], chunks: Sequence[Chunk], row_budget: int, max_drafts: int, num_positions: int
+    ) -> None:
+        """The next step: windows by their slots, chunks, the most rows and drafts that it leaves to adaptive windows,
+        and an upper bound of the positions."""
         step = self._step
         count, more = len(windows), len(chunks)
         self._slot[:count] = windows
         step.num_windows, step.num_chunks = count, more
-        step.row_limit, step.most_drafts = row_budget, drafts_of(row_budget)
+        step.row_limit, step.most_drafts = row_budget, max_drafts
         if chunks:
             self._slot[count : count + more] = [chunk.slot for chunk in chunks]
             self._chunks = (

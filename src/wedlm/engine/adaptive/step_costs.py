@@ -36,15 +36,16 @@ class StepCosts:
     def measure(self, forward: Callable[[int], None], most_rows: int, seconds: float) -> float:
         """Extend the table by twice the rows each time, the least of three calls of ``forward``, up to ``most_rows``
         and until ``seconds`` have passed; returns how many did."""
-        started = time.perf_counter()
-        while (rows := 2 * self.most_rows or 1) <= most_rows and time.perf_counter() - started < seconds:
+        started, spent = time.perf_counter(), 0.0
+        while (rows := 2 * self.most_rows or 1) <= most_rows and spent < seconds:
             best = math.inf
             for _ in range(3):
                 start = time.perf_counter()
                 forward(rows)
                 best = min(best, time.perf_counter() - start)
             self.add(rows, best)
-        return time.perf_counter() - started
+            spent = time.perf_counter() - started
+        return spent
 
     def table(self) -> list[tuple[int, float]]:
         """(rows, seconds) as measured."""

@@ -81,14 +81,14 @@ class EagerStep(Generic[A]):
         """One forward: windows' rows, then chunks' rows."""
         windows = [one for one in plan.scheduled if one.is_window]
         chunks = plan.scheduled[len(windows) :]
-        results: StepResults = [*self._run_windows(windows, chunks, plan.row_budget)] if windows else []
+        results: StepResults = [*self._run_windows(windows, chunks, plan)] if windows else []
         if not windows:
             none = torch.zeros(0, dtype=torch.long, device=self.device)
             self._forward(ExtendBatch([], [], []), chunks, none, none, none, None)
         return FinishedStep([*results, *[None] * len(chunks)])
 
     def _run_windows(
-        self, windows: list[ScheduledRequest], chunks: list[ScheduledRequest], row_budget: int
+        self, windows: list[ScheduledRequest], chunks: list[ScheduledRequest], plan: StepPlan
     ) -> list[WindowResult]:
         self.windows.load([one.request for one in windows])
         slots = [self.windows.slots[one.request.request_id] for one in windows]
@@ -122,7 +122,7 @@ class EagerStep(Generic[A]):
             results = replace(results, choice=self.force_choice(state, results, params.window))
         if constrained is not None:
             constrained.draft(results)
-        state, emitted = update_windows(state, run, results, params.limited(row_budget))
+        state, emitted = update_windows(state, run, results, params.limited(plan.row_budget, plan.max_drafts))
         if constrained is not None:
             constrained.correct(run, state, emitted)
         self.windows.state.put(index, state)

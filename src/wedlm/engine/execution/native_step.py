@@ -60,7 +60,7 @@ class NativeStep:
         self._set_step(plan)
         windows = [one for one in plan.scheduled if one.is_window]
         if windows and (self.force_choice is not None or any(_needs_logits(one.request) for one in windows)):
-            self._run_with_host(windows, plan.row_budget)
+            self._run_with_host(windows)
         else:
             self.decoder.run()
         results: StepResults = [*self._read(windows)] if windows else []
@@ -89,10 +89,10 @@ class NativeStep:
                 windows.append(slot)
             else:
                 chunks.append(Chunk(slot, one.start, request.output.tokens[one.start : stop]))
-        decoder.set_step(windows, chunks, plan.row_budget, most_positions)
+        decoder.set_step(windows, chunks, plan.row_budget, plan.max_drafts, most_positions)
 
     @torch.inference_mode()
-    def _run_with_host(self, windows: list[ScheduledRequest], row_budget: int) -> None:
+    def _run_with_host(self, windows: list[ScheduledRequest]) -> None:
         """The parts of the step, with what Python has to say between them."""
         requests = [one.request for one in windows]
         reports = any(request.params.logprobs is not None for request in requests)
