@@ -287,7 +287,8 @@ def test_spellings_are_found_in_pieces(monkeypatch: pytest.MonkeyPatch, size: in
     control = ControlTokens(BACKENDS["smollm"], ["<|im_end|>"])
     text = "ab<|im_end|><|im_end|>" * 9
     spans = [(at + start, at + start + 10) for at in range(0, len(text), 22) for start in (2, 12)]
-    assert list(control._spellings(text)) == spans
+    assert list(control._spellings(text, 0, len(text))) == spans
+    assert list(control._spellings(text, 3, len(text) - 1)) == spans[1:-1]
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "normalising"])

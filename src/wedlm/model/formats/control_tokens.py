@@ -134,8 +134,7 @@ class ControlTokens:
         def is_foreign(start: int, end: int) -> bool:
             return not marks.isdisjoint(marked[start:end])
 
-        assert self._spelling is not None
-        spelled = sum(is_foreign(*span) for span in self._spellings(text))
+        spelled = sum(is_foreign(*span) for span in self._spellings(text, 0, len(text)))
         if not self._normalized and not spelled:
             return ()
         cuts: set[int] = set()
@@ -161,15 +160,17 @@ class ControlTokens:
                     new.append(cut)
                 cuts.update(new)
                 again += list(pairwise([start, *new, end])) if new else []
-            pending = [(a, b) for a, b in again if self._normalized or self._spelling.search(text, a, b)]
+            if not self._normalized:
+                again = [one for one in again if any(is_foreign(*span) for span in self._spellings(text, *one))]
+            pending = again
         return tuple(sorted(cuts))
 
-    def _spellings(self, text: str) -> Iterator[tuple[int, int]]:
-        """Spans of ``text`` that read like a control token; they may overlap."""
+    def _spellings(self, text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Spans within ``text[start:end]`` that read like a control token; they may overlap."""
         assert self._spelling is not None
-        for start in range(0, len(text), _AT_ONCE):
-            for found in self._spelling.finditer(text, start, start + _AT_ONCE + self._longest - 1):
-                if found.start() < start + _AT_ONCE:
+        for first in range(start, end, _AT_ONCE):
+            for found in self._spelling.finditer(text, first, min(end, first + _AT_ONCE + self._longest - 1)):
+                if found.start() < first + _AT_ONCE:
                     yield found.span(1)
 
     def _spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
