@@ -22,9 +22,25 @@ from wedlm.bench.target import Target
 from wedlm.machine import cpu_name
 from wedlm.model.formats.save import write_whole
 
-_PACKAGES = ("wedlm", "torch", "triton", "transformers", "vllm", "numpy")
+_PACKAGES = ("wedlm", "torch", "triton", "transformers", "vllm", "xllamacpp", "numpy")
 # What a row is about; everything else in it was measured.
-LABELS = ("scenario", "kind", "accepted", "batch", "mode", "rows", "context", "prompt", "chunk", "requests", "load")
+LABELS = (
+    *(
+        "scenario",
+        "kind",
+        "accepted",
+        "batch",
+        "engine",
+        "mode",
+        "rows",
+        "context",
+        "prompt",
+        "chunk",
+        "requests",
+        "load",
+    ),
+    "copies",
+)
 _KEY_FIGURES = ("median_ratio", "host_ms", "step_ms", "tok_per_s")
 _FILE = "bench.json"
 
@@ -39,6 +55,7 @@ class Record:
             "command": command,
             "versions": versions(),
             "settings": asdict(settings),
+            "load_average": {"start": os.getloadavg()[0]},
             "parts": {},
         }
 
