@@ -89,10 +89,11 @@ def report(values: dict[str, Any]) -> str:
         f"engine. Load average at the start and after each part, the run's own included: {loads}. Medians of "
         f"{settings['workload']['runs']} runs, engines taking turns within each. {len(values.get('skipped', ()))} "
         "measurements were cut.",
-        f"llama.cpp: {peer['version']}, {peer['system']}. It runs {', '.join(peer['files'].values())}, and the best of "
-        "these is compared with; the prompt is not cached; everything else is as llama.cpp sets it (flash attention "
-        "where it chooses it, 512 tokens a batch of a prompt, one slot for each stream). Its times of one stream are "
-        "by its own clock, which leaves out the way to the server and back.",
+        f"llama.cpp: {peer['version']}, {peer['system']}; OpenMP's way of waiting: {peer['waiting']}, the faster one. "
+        f"It runs {', '.join(peer['files'].values())}, and the best of these is compared with; the prompt is not "
+        "cached; everything else is as llama.cpp sets it (flash attention where it chooses it, 512 tokens a batch of a "
+        "prompt, one slot for each stream). Its times of one stream are by its own clock, which leaves out the way to "
+        "the server and back.",
         f"wedlm: {values.get('target', {}).get('name')}, {settings['engine'].get('quantization')}. Its times contain "
         "everything from the request to its last token. Answers of at most "
         f"{settings['workload']['answer']} tokens; a ratio of steps is ours over llama.cpp's, so that less is better.",

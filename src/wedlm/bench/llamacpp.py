@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Serving:
     context: int = 2048
     speculation: str = ""
     binary: str = ""
-    environment: dict[str, str] = field(default_factory=dict)
+    waiting: str = ""  # OMP_WAIT_POLICY; empty: unset
 
 
 class LlamaServer:
@@ -56,7 +56,7 @@ class LlamaServer:
         way there and back."""
         request = {"temperature": 0, "cache_prompt": False, "n_predict": num_tokens, "prompt": list(prompt), **more}
         start = time.perf_counter()
-        answer = self._post("/completion", request)
+        answer = self._ask("POST", "/completion", json.dumps(request))
         wall = time.perf_counter() - start
         timings = answer["timings"]
         return {
@@ -75,22 +75,15 @@ class LlamaServer:
             answers = list(pool.map(lambda prompt: self.complete(prompt, num_tokens), prompts))
         return {"tokens": sum(one["tokens"] for one in answers), "seconds": time.perf_counter() - start}
 
-    def wait(self, deadline: float) -> None:
-        """Until it answers. ValueError past the deadline (time.monotonic)."""
-        while True:
+    def answers(self, deadline: float) -> bool:
+        """Waits until it does; False past the deadline (time.monotonic)."""
+        while time.monotonic() < deadline:
             try:
-                self._get("/health")
-                return
+                self._ask("GET", "/health", None)
+                return True
             except (OSError, http.client.HTTPException, ValueError):
-                if time.monotonic() > deadline:
-                    raise ValueError(f"llama.cpp did not answer within {_START_TIMEOUT_S:.0f} s") from None
-                time.sleep(0.1)
-
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        return self._ask("POST", path, json.dumps(body))
-
-    def _get(self, path: str) -> dict[str, Any]:
-        return self._ask("GET", path, None)
+                time.sleep(0.1)  # it still loads
+        return False
 
     def _ask(self, method: str, path: str, body: str | None) -> dict[str, Any]:
         assert self._where.hostname is not None
@@ -121,21 +114,25 @@ def _one(task: Serving) -> Iterator[LlamaServer]:
         process = subprocess.Popen(
             [sys.executable, "-m", "wedlm.bench.llamacpp_worker", json.dumps(asdict(task))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, process_group=0,
-            env={**os.environ, **task.environment},
+            env=_environment(task.waiting),
         )  # fmt: skip
         try:
             assert process.stdout is not None
             deadline = time.monotonic() + _START_TIMEOUT_S
             ready, _, _ = select.select([process.stdout], [], [], _START_TIMEOUT_S)
             line = process.stdout.readline() if ready else b""
-            if not line.startswith(b"{"):
-                raise ValueError(f"llama.cpp did not start with {task.model}: {_last_words(log, line)}")
-            about = json.loads(line)
+            about = json.loads(line) if line.startswith(b"{") else {"address": ""}
             server = LlamaServer(task, about.pop("address"), about)
-            server.wait(deadline)
+            if not about or not server.answers(deadline):
+                raise ValueError(f"llama.cpp did not start with {task.model}: {_last_words(log, line)}")
             yield server
         finally:
             _end(process)
+
+
+def _environment(waiting: str) -> dict[str, str]:
+    rest = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    return {**rest, "OMP_WAIT_POLICY": waiting} if waiting else rest
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from wedlm.bench import end_to_end, laptop, pairs, steps
-from wedlm.bench.llamacpp import base_files, check_llamacpp, serving
+from wedlm.bench.duration import expected_seconds, in_words, step_seconds
+from wedlm.bench.llamacpp import base_files, check_llamacpp
 from wedlm.bench.measure import Bench
 from wedlm.bench.record import Record
 from wedlm.bench.settings import Settings
@@ -57,13 +58,19 @@ def run_bench(
         baseline_rows=found,
         stopped=stopped,
     )
+    expected = expected_seconds(settings, step_seconds(target))
+    log(f"all parts: {in_words(expected)}; Ctrl-C ends early and keeps what is done", None)
     for part in settings.parts:
-        if not bench.past_deadline(part):
-            log(part, None)
-            record.values["parts"][part] = parts[part](bench)
-            record.values["load_average"][part] = os.getloadavg()[0]
-            record.finish(target, time.perf_counter() - started, bench.skipped)
-            record.write(directory)
+        if stopped():
+            bench.skipped.append(part)
+            continue
+        log(part, None)
+        record.values["parts"][part] = parts[part](bench)
+        record.values["load_average"][part] = os.getloadavg()[0]
+        record.finish(target, time.perf_counter() - started, bench.skipped)
+        record.write(directory)
+    record.finish(target, time.perf_counter() - started, bench.skipped)
+    record.write(directory)
     return record
 
 
@@ -89,8 +96,7 @@ def _beside(
         check_llamacpp(settings.llama_server)
         log("llama.cpp", None)
         files = {Path(name).stem: Path(name) for name in settings.gguf} or base_files()
-        peer = laptop.Peer(files, torch.get_num_threads(), settings.llama_server or "")
-        with serving(peer.serving(next(iter(files)))) as (server,):  # what fails, fails now
-            record.values["llamacpp"] = {**server.about, "files": {kind: path.name for kind, path in files.items()}}
+        peer, about = laptop.find_peer(files, torch.get_num_threads(), settings.llama_server or "")
+        record.values["llamacpp"] = {**about, "files": {kind: path.name for kind, path in files.items()}}
         parts |= {name: functools.partial(part, peer) for name, part in laptop.PARTS.items()}
     return {}

@@ -19,7 +19,7 @@ PARTS = {
     "contexts": "milliseconds a step by length of the context",
     "scenarios": "the paper's four scenarios, mode beside mode (needs a checkpoint)",
 }
-# Beside llama.cpp, and seconds of one run of each on two cores.
+# Beside llama.cpp.
 LLAMACPP_PARTS = {
     "step": "milliseconds of a step at context 256 by rows; llama.cpp's single row",
     "chat": "tok/s of 20 chats of five kinds, one stream, prompts included",
@@ -28,7 +28,6 @@ LLAMACPP_PARTS = {
     "cold": "milliseconds of a step of one row, weights not in any cache",
     "busy": "milliseconds of a step of one row while another program computes",
 }
-LLAMACPP_SECONDS = {"step": 3.0, "chat": 60.0, "streams": 40.0, "prompt": 20.0, "cold": 10.0, "busy": 10.0}
 DEFAULT_PARTS = ("latency", "throughput", "serving")
 # All of them, the most telling first, for runs whose time is limited.
 PRIORITY = ("scenarios", "steps", "accept", "prefill", "contexts", "host", "serving", "pairs", "latency", "throughput")

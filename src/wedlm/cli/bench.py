@@ -130,7 +130,8 @@ def bench(
         show_run(what.show, what.evaluation, what.plots)
         return
     settings = read_settings(what, workload, window, target, engine, modes)
-    run(settings, what.output, what.evaluation, what.plots and what.output is not None)
+    draws = what.plots and what.output is not None and what.against != "llamacpp"  # its report has tables
+    run(settings, what.output, what.evaluation, draws)
 
 
 def read_settings(
@@ -234,7 +235,7 @@ def show_run(folder: Path, evaluation: Path | None, draws: bool) -> None:
     values = read_record(folder)
     show_tables(values["parts"])
     _report(values, folder)
-    if draws:
+    if draws and "llamacpp" not in values:
         need_matplotlib()
         _draw(values, evaluation, folder)
 
