@@ -41,7 +41,7 @@ class LLM:
         self.allow_control_tokens = chosen.allow_control_tokens
         self.tokenizer: Tokenizer = load_tokenizer(model)
         loaded = load_weights(model, chosen, self.device)
-        self.model, self.model_config = loaded.model, loaded.config
+        self.model, self.model_config, chosen = loaded.model, loaded.config, loaded.options
         config = EngineConfig(
             vocab_size=self.model_config.vocab_size,
             mask_token_id=resolve_options.read_mask_token_id(chosen.mask_token_id, self.model_config, self.tokenizer),

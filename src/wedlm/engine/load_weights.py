@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a checkpoint to the model that an engine runs: in which bits its weights stay, and on what it runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,8 @@ from wedlm.engine.factory import native_obstacle, native_threads, prepare_model
 from wedlm.engine.options import EngineOptions
 from wedlm.model import ModelConfig, Transformer
 from wedlm.model.formats.checkpoint import Checkpoint, load_torch, open_checkpoint
+from wedlm.model.formats.fp8_checkpoint import has_fp8
+from wedlm.model.inference.quantization import multiplies_fp8
 from wedlm.model.lora.peft import adapted_config, apply_adapter
 from wedlm.model.packed_demo import packed_demo
 from wedlm.native import NativeTransformer
@@ -22,11 +24,14 @@ INT8_IS_CPU_DEFAULT = True
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """A model as ``plan_engine`` takes it, and its config. ``note`` says for users what was decided against, and why;
-    empty where nothing was."""
+    """A model as ``plan_engine`` takes it, its config, and the options, which may name what the checkpoint is in.
+
+    ``note`` says for users what was decided against, and why; empty where nothing was.
+    """
 
     model: Transformer | NativeTransformer
     config: ModelConfig
+    options: EngineOptions
     note: str = ""
 
 
@@ -40,14 +45,21 @@ def load_weights(path_or_id: str | Path, options: EngineOptions, device: torch.d
     if wanted is not None:
         if checkpoint.deltas:
             checkpoint = packed_demo(checkpoint)
-        model = native_from_checkpoint(checkpoint, None if wanted == "file" else wanted, threads=native_threads())
-        return LoadedWeights(model, checkpoint.config)
-    transformer = load_torch(checkpoint, resolve_options.read_dtype(options.dtype, device), device)
-    config = checkpoint.config
+        native = native_from_checkpoint(checkpoint, None if wanted == "file" else wanted, threads=native_threads())
+        return LoadedWeights(native, checkpoint.config, options)
+    # A checkpoint in FP8 stays so where it can be multiplied, unless another type is asked for or an adapter
+    # changes its weights.
+    by_itself = options.quantization == "auto" and options.dtype == "auto" and multiplies_fp8(device)
+    keeps_fp8 = options.adapter is None and (by_itself or options.quantization == "fp8")
+    dtype = resolve_options.read_dtype(options.dtype, device)
+    transformer, config = load_torch(checkpoint, dtype, device, keeps_fp8=keeps_fp8), checkpoint.config
+    if has_fp8(transformer):
+        options = replace(options, quantization="fp8")
     if options.adapter is not None:
         apply_adapter(transformer, options.adapter)
         config = adapted_config(config, options.adapter)
-    return LoadedWeights(prepare_model(transformer, options.rounded_to), config, note)
+    model = prepare_model(transformer, options.rounded_to, options.quantize_head)
+    return LoadedWeights(model, config, options, note)
 
 
 def _native_form(checkpoint: Checkpoint, options: EngineOptions, device: torch.device) -> tuple[str | None, str]:
@@ -65,10 +77,9 @@ def _native_form(checkpoint: Checkpoint, options: EngineOptions, device: torch.d
         obstacle = unsupported_type(checkpoint.gguf)
     if obstacle is None:
         return form, ""
-    return (
-        None,
-        f"weights are widened and steps take several times as long, because {obstacle}" if asked == "auto" else "",
-    )
+    if asked == "int8":
+        raise ValueError(f"quantization is 'int8', but {obstacle}; expected none on a CPU where it cannot run")
+    return None, f"weights are widened and steps take several times as long, because {obstacle}"
 
 
 def _form_of(checkpoint: Checkpoint) -> str | None:

@@ -52,8 +52,9 @@ def round_rows(weight: Tensor) -> Int8Rows:
     return Int8Rows(values, scale)
 
 
-def join_scale(origin: Path, name: str, values: Tensor, scale: Tensor | None) -> Int8Rows:
-    """A matrix as a file holds it. Raises CheckpointError for scales that are missing or do not fit."""
+def join_scale(origin: Path, name: str, values: Tensor, scales: Mapping[str, Tensor]) -> Int8Rows:
+    """A matrix of a file with its scales among ``scales``. Raises CheckpointError if they are missing or do not fit."""
+    scale = scales.get(name + SCALE)
     if scale is None:
         raise CheckpointError(f"{origin} lacks the tensor {name}{SCALE}, the scales of {name}, which is int8")
     if scale.shape != values.shape[:1] or scale.dtype != torch.float32:
