@@ -40,15 +40,10 @@ def fixed_tiling(tiling: Tiling, num_rows: int, weight: torch.dtype = torch.bflo
         return tiling
     if num_rows <= 128:
         return replace(tiling, rows=128, stages=3)
-    if num_rows <= 256:
-        return replace(tiling, outputs=128, rows=128, stages=3, warps=8, depth=_deep(tiling, weight))
-    return replace(
-        tiling, outputs=128, rows=256, stages=3 if weight == FP8 else 4, warps=8, depth=_deep(tiling, weight)
-    )
-
-
-def _deep(tiling: Tiling, weight: torch.dtype) -> int:
-    return tiling.depth if weight == FP8 else 64
+    if weight == FP8:  # sums are held twice, and with parts of K three times
+        return replace(tiling, outputs=128, rows=128, stages=3, warps=8)
+    rows = 256 if num_rows > 256 and tiling.splits == 1 else 128
+    return replace(tiling, outputs=128, depth=64, rows=rows, stages=4, warps=8)
 
 
 def tiling_for(size: int, depth: int, weight: torch.dtype = torch.bfloat16) -> Tiling:
