@@ -4,7 +4,8 @@
     python benchmarks/cpu_step.py --threads 2 --out benchmarks/results/cpu_step
 
 A step is all of it: scheduling, forward, choice of tokens, commit, text. Rows: 1 is AR decoding; R is streaming
-decoding that fills one position a step. Variants and transformers take turns within every repetition, because shared machines drift.
+decoding that fills one position a step. Variants and transformers take turns within every repetition, because shared
+machines drift.
 """
 
 import argparse
