@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--warm", type=int, default=0, help="first answer so many of the questions, unread and untimed")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--quantization", help="int8")
+    parser.add_argument("--quantization", help="int8 on a CPU, fp8 on a GPU")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--kv-cache-gb", type=float, default=0.0, help="0: the engine decides")

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLM's own options, chat, warnings, and what a small or a warm cache does."""
 
-import logging
-
 import pytest
 import torch
 
@@ -89,20 +87,10 @@ def test_defaults(directory, tmp_path):
     assert LLM(directory, device="cpu", dtype="bfloat16").generate("a", SHORT)[0].stats.num_tokens == 12
 
 
-def test_without_the_library_torch_runs_and_says_why(directory, monkeypatch, caplog):
+def test_int8_without_the_library_is_refused(directory, monkeypatch):
     monkeypatch.setattr(factory, "is_available", lambda: False)
-    with caplog.at_level(logging.WARNING, "wedlm.engine.factory"):
-        llm = LLM(directory, device="cpu", quantization="int8")
-    said = "int8 slowly (the native library was not built: no C++ compiler)"
-    assert said in llm.describe()
-    assert said in caplog.text
-    layer = llm.model.model.layers[0].self_attn
-    assert layer.qkv_proj.weight.dtype == layer.o_proj.weight.dtype == torch.int8
-    found = [
-        [one.token_ids for one in llm.generate(PROMPTS[:3], SamplingParams(max_tokens=20, decoding=name))]
-        for name in ("autoregressive", "verified", "auto")
-    ]
-    assert found[0] == found[1] == found[2]
+    with pytest.raises(ValueError, match="quantization is 'int8', but the native library was not built: no C"):
+        LLM(directory, device="cpu", quantization="int8")
 
 
 def test_fp8_is_another_model_whose_verified_text_is_its_ars(directory, fp8_anywhere):
@@ -114,6 +102,16 @@ def test_fp8_is_another_model_whose_verified_text_is_its_ars(directory, fp8_anyw
         for name in ("autoregressive", "verified", "auto")
     }
     assert texts["verified"] == texts["auto"] == texts["autoregressive"]
+
+
+def test_the_head_in_fp8_is_another_model(tmp_path, directory, fp8_anywhere):
+    with pytest.raises(ValueError, match="the vocabulary is 104; expected a multiple of 16"):
+        LLM(directory, device="cpu", quantization="fp8", quantize_head=True)
+    both = LLM(save_tiny(tmp_path, vocab_size=112), device="cpu", quantization="fp8", quantize_head=True)
+    assert both.model.lm_head.weight.dtype == torch.float8_e4m3fn
+    assert LLM(tmp_path, device="cpu", quantization="fp8").model.lm_head.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="quantize_head is True and quantization is None; expected 'fp8'"):
+        LLM(tmp_path, device="cpu", quantize_head=True)
 
 
 def test_fp8_on_a_cpu_is_refused(directory):

@@ -99,7 +99,10 @@ class TargetOptions:
     threads: Threads = None
 
 
-_ENGINE = ("adapter", "dtype", "quantization", "device", "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio")
+_ENGINE = (
+    "adapter", "dtype", "quantization", "quantize_head", "kv_cache_dtype", "deterministic", "device",
+    "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio",
+)  # fmt: skip
 
 
 @command

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer, load_model, load_tokenizer
+from wedlm.model.formats.fp8_checkpoint import has_fp8
 from wedlm.model.formats.tokenizer import check_unicode
+from wedlm.model.inference.quantization import multiplies_fp8
 from wedlm.model.lora.peft import adapted_config, apply_adapter
 
 Message = Mapping[str, Any]
@@ -41,11 +44,17 @@ class LLM:
         dtype = resolve_options.read_dtype(chosen.dtype, self.device)
         self.allow_control_tokens = chosen.allow_control_tokens
         self.tokenizer: Tokenizer = load_tokenizer(model)
-        transformer, self.model_config = load_model(model, dtype, self.device)
+        # A checkpoint in FP8 stays so where it can be multiplied, unless another type is asked for or an adapter
+        # changes its weights.
+        by_itself = chosen.quantization is None and chosen.dtype == "auto" and multiplies_fp8(self.device)
+        keeps_fp8 = chosen.adapter is None and (by_itself or chosen.quantization == "fp8")
+        transformer, self.model_config = load_model(model, dtype, self.device, keeps_fp8=keeps_fp8)
+        if has_fp8(transformer):
+            chosen = replace(chosen, quantization="fp8")
         if chosen.adapter is not None:
             apply_adapter(transformer, chosen.adapter)
             self.model_config = adapted_config(self.model_config, chosen.adapter)
-        self.model = prepare_model(transformer, chosen.quantization)
+        self.model = prepare_model(transformer, chosen.quantization, chosen.quantize_head)
         del transformer  # a native model has weights of its own
         config = EngineConfig(
             vocab_size=self.model_config.vocab_size,

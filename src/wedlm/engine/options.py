@@ -49,6 +49,13 @@ def read_quantization(name: str, value: object) -> Literal["int8", "fp8"] | None
     return value
 
 
+def read_kv_cache_dtype(name: str, value: object) -> Literal["auto", "fp8"]:
+    """ "auto" or "fp8"."""
+    if value not in ("auto", "fp8"):
+        raise ValueError(f"{name} is {value!r}; expected auto or fp8")
+    return value
+
+
 def read_decoding(name: str, value: object) -> Decoding:
     """A decoding mode; None is the default."""
     if value is None:
@@ -97,9 +104,14 @@ class EngineOptions:
     )
     quantization: Literal["int8", "fp8"] | None = _option(
         None,
-        "Weights in eight bits: int8, on a CPU all (by the native forward), on GPUs the layers'; fp8, inputs too, on "
-        "NVIDIA GPUs that multiply such numbers.",
+        "Weights in eight bits: int8 (on a CPU, by the native forward) all of them; fp8 the layers', and their "
+        "inputs, on NVIDIA GPUs that multiply such numbers.",
         read_quantization,
+    )
+    quantize_head: bool = _option(
+        False,
+        "With quantization fp8: the output projection, too. A little faster, at a further cost in quality.",
+        read_flag,
     )
     device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...", _text)
     adapter: str | None = _option(
@@ -131,6 +143,12 @@ class EngineOptions:
         "sequences, at most a quarter of the memory and eight times the weights.",
         _or_none(read_positive_integer),
     )
+    kv_cache_dtype: Literal["auto", "fp8"] = _option(
+        "auto",
+        "Type of keys and values in the cache: auto (the model's), or fp8 on NVIDIA GPUs: half the memory, a scale for "
+        "each head of a slot.",
+        read_kv_cache_dtype,
+    )
     gpu_memory_utilization: float = _option(
         0.9, "Share of the GPU's memory that weights and cache may take together.", read_fraction
     )
@@ -141,6 +159,11 @@ class EngineOptions:
     )
     capture_chunks: bool = _option(
         True, "Where steps are CUDA graphs, capture those with prompt chunks, too.", read_flag
+    )
+    deterministic: bool = _option(
+        False,
+        "On a GPU in bfloat16, float16 or FP8: no bit of an answer depends on what else runs, at some cost in speed.",
+        read_flag,
     )
     chunk_step_ratio: float | None = _option(
         None,

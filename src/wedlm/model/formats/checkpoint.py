@@ -7,8 +7,9 @@ model in the wanted dtype plus the largest tensor.
 
 import dataclasses
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from wedlm.model.config import SUPPORTED_DTYPES, ModelConfig, read_token_ids
 from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_DELTAS, DEMO_MASK_TOKEN_ID
 from wedlm.model.errors import CheckpointError, reading
+from wedlm.model.formats.fp8_checkpoint import FP8, SCALE, is_scale, is_unused, with_scales
 from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_model import gguf_shapes, read_gguf_config, read_gguf_tensors
 from wedlm.model.formats.json_file import read_json_object
@@ -30,18 +32,26 @@ from wedlm.model.lora.masked_rows import has_masked_lora
 from wedlm.model.lora.weight_delta import apply_delta
 from wedlm.model.transformer import Transformer
 
+log = logging.getLogger(__name__)
+
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
 def load_model(
-    path_or_id: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path_or_id: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    keeps_fp8: bool = False,
 ) -> tuple[Transformer, ModelConfig]:
     """The model, in evaluation mode, and its config.
 
     ``path_or_id``: a Hugging Face directory, a ``.gguf`` file, a hub id, "demo" or "demo-base". ``dtype`` None means
-    the one the config records. The config's end tokens are those of ``generation_config.json`` where that file has
+    the one the config records. Weights in FP8 are widened to it, with a warning; ``keeps_fp8`` leaves layers as they
+    are where each output has one scale, for ``pack_for_inference`` alone. The config's end tokens are those of
+    ``generation_config.json`` where that file has
     any. Raises CheckpointError, or DemoModelError if the demo model cannot be fetched.
     """
     path = locate(path_or_id)
@@ -60,7 +70,7 @@ def load_model(
     _check_sizes(config, _shapes(files) if file is None else gguf_shapes(file), path)
     with torch.device("meta"):
         model = Transformer(config)
-    tensors = _read_files(files, config) if file is None else read_gguf_tensors(file, config)
+    tensors = _read_tensors(files, config, keeps_fp8, path) if file is None else read_gguf_tensors(file, config)
     if path_or_id == DEMO_NAME:
         for delta in DEMO_DELTAS:
             tensors = apply_delta(tensors, delta)
@@ -125,6 +135,9 @@ def _fill(
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     loaded: set[str] = set()
     for name, tensor in tensors:
+        if name.removesuffix(SCALE) + "weight" in expected and name.endswith(SCALE):
+            model.get_submodule(name.rpartition(".")[0]).register_buffer(SCALE, tensor.to(device))
+            continue
         if name not in expected:
             raise CheckpointError(
                 f"{origin} holds the tensor {name}, which a {model.config.model_type} model of this "
@@ -134,11 +147,15 @@ def _fill(
             raise CheckpointError(
                 f"{origin}: tensor {name} has shape {list(tensor.shape)}; expected {list(expected[name])} by the config"
             )
-        if str(tensor.dtype).removeprefix("torch.") not in SUPPORTED_DTYPES:
+        if str(tensor.dtype).removeprefix("torch.") not in (*SUPPORTED_DTYPES, "float8_e4m3fn"):
             raise CheckpointError(
                 f"{origin}: tensor {name} has dtype {tensor.dtype}; expected one of {', '.join(SUPPORTED_DTYPES)}"
             )
         owner, _, leaf = name.rpartition(".")
+        if tensor.dtype == FP8:  # its scale came before it
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, copy=True), requires_grad=False))
+            loaded.add(name)
+            continue
         # A copy even if nothing changes: the tensor may be a view of a mapped file that is about to be closed.
         value = tensor.to(device=device, dtype=dtype, copy=True)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
@@ -152,8 +169,12 @@ def _fill(
 
 
 def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Tensors that old checkpoints carry although they follow from the config or from another tensor."""
-    return name.endswith(".rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+    """Tensors that checkpoints carry although they follow from the config or from another tensor, or are not used."""
+    return (
+        is_unused(name)
+        or name.endswith(".rotary_emb.inv_freq")
+        or (config.tie_word_embeddings and name == "lm_head.weight")
+    )
 
 
 def _check_sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], origin: Path) -> None:
@@ -200,17 +221,38 @@ def _safetensors(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is a corrupt or truncated safetensors file: {error}") from error
 
 
-def _read_files(files: Iterable[Path], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor in safetensors files that is not redundant, one at a time."""
+def _read_files(
+    files: Iterable[Path], config: ModelConfig, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every wanted tensor in safetensors files that is not redundant, one at a time."""
     for path in files:
         with _safetensors(path):
             with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if not _is_redundant(name, config)]  # noqa: SIM118
+                names = [name for name in file.keys() if wanted(name) and not _is_redundant(name, config)]  # noqa: SIM118
             for name in names:
                 # Opened anew for each tensor: closing unmaps the pages read, which otherwise count as a second copy.
                 with safe_open(path, framework="pt") as file:
                     tensor = file.get_tensor(name)
                     yield name, tensor
+
+
+def _read_tensors(
+    files: list[Path], config: ModelConfig, keeps_fp8: bool, origin: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """``_read_files``, what is in FP8 by ``with_scales``."""
+    scales = dict(_read_files(files, config, is_scale))
+    tensors = _read_files(files, config, lambda name: not is_scale(name))
+    if not scales:
+        yield from tensors
+        return
+    blocks = any(scale.ndim == 2 and scale.shape[1] > 1 for scale in scales.values())
+    if blocks or not keeps_fp8:
+        kind = " by blocks of 128 x 128" if blocks else ""
+        log.warning("%s: weights in FP8%s are widened; quantization 'fp8' rounds them again, by output", origin, kind)
+    try:
+        yield from with_scales(tensors, scales, keeps_fp8)
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
 
 
 def _weight_files(directory: Path) -> list[Path]:
