@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLM's own options, chat, warnings, and what a small or a warm cache does."""
 
+import re
+
 import pytest
 import torch
 
@@ -40,8 +42,9 @@ SHORT = SamplingParams(max_tokens=12)
         ("gpu_memory_utilization", 0, "a number > 0 and <= 1"),
         ("gpu_memory_utilization", float("nan"), "a number > 0 and <= 1"),
         ("gpu_memory_utilization", "0.9", "a number > 0 and <= 1"),
-        ("quantization", "int4", "int8 or fp8, or nothing"),
-        ("quantization", True, "int8 or fp8, or nothing"),
+        ("quantization", "int4", "one of auto, none, int8, fp8"),
+        ("quantization", True, "one of auto, none, int8, fp8"),
+        ("kv_cache_bytes", 10**15, "at most"),
         ("chunk_step_ratio", 1, "a number > 1, or inf"),
         ("chunk_step_ratio", -2.0, "a number > 1, or inf"),
         ("chunk_step_ratio", float("nan"), "a number > 1, or inf"),
@@ -150,11 +153,33 @@ def test_control_tokens_in_messages(llm, directory):
 
 
 def test_no_room_for_a_mask_token(tmp_path):
+    """Text needs every id, and the model loads all the same."""
     save_tiny(tmp_path, model_type="qwen3", mask_token_id=None, vocab_size=MASK)
-    with pytest.raises(ValueError, match=r"names no mask token and its tokenizer uses all .* expected mask_token_id="):
-        LLM(tmp_path, device="cpu")
+    said = "uses all 101 ids: 100 ('<|assistant|>') stands for masked positions and is never generated"
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        llm = LLM(tmp_path, device="cpu")
+    assert llm.engine.config.mask_token_id == 100
+    assert alone(llm, "Hello", SamplingParams(max_tokens=5)).stats.decoding == "autoregressive"
     llm = LLM(tmp_path, device="cpu", mask_token_id=7)
     assert 7 not in alone(llm, "Hello", SamplingParams(max_tokens=50)).token_ids
+
+
+def test_a_checkpoint_without_a_mask_token_decodes_as_ar(tmp_path):
+    """Its masked rows predict nothing: nothing is drafted, it is said, and streaming warns once."""
+    llm = LLM(save_tiny(tmp_path, model_type="qwen3", mask_token_id=None), device="cpu")
+    assert "auto and verified decode as AR, because the checkpoint names no mask token" in llm.describe()
+    expected = alone(llm, "Hello", SamplingParams(max_tokens=12, decoding="autoregressive"))
+    for decoding in ("auto", "verified"):
+        output = alone(llm, "Hello", SamplingParams(max_tokens=12, decoding=decoding))
+        assert (output.text, output.token_steps) == (expected.text, expected.token_steps)
+        assert output.stats.decoding == "autoregressive"
+    streaming = SamplingParams(max_tokens=12, decoding="streaming")
+    with pytest.warns(UserWarning, match="was never adapted to predict masked positions, so streaming decoding"):
+        alone(llm, "Hello", streaming)
+    alone(llm, "Hello", streaming)  # once is enough: another warning would be an error
+    named = LLM(tmp_path, device="cpu", mask_token_id=MASK)  # whoever names one knows what for
+    assert "decode as AR" not in named.describe()
+    assert alone(named, "Hello", SamplingParams(max_tokens=12, decoding="verified")).stats.decoding == "verified"
 
 
 def test_chat(llm):

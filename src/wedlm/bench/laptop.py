@@ -122,7 +122,7 @@ def _told(bench: Bench, part: str, rows: list[TableRow]) -> list[TableRow]:
 
 
 def _on_torch(bench: Bench) -> dict[str, Any]:
-    return {**bench.settings.engine, "quantization": None, "kv_cache_bytes": 2**28}
+    return {**bench.settings.engine, "quantization": "none", "kv_cache_bytes": 2**28}
 
 
 def _our_step(bench: Bench, rows: int, loop: Loop | None = None) -> Callable[[int], Figures]:

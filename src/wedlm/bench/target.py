@@ -57,7 +57,8 @@ def load_target(settings: Settings) -> Target:
         max_model_len=resolve_options.read_length(given.get("max_model_len"), config),
         options=EngineOptions.of(given),
     )
-    model = random_model(config, device, dtype, given.get("quantization"), given.get("quantize_head", False))
+    options = engine_config.options
+    model = random_model(config, device, dtype, options.rounded_to, options.quantize_head)
     if engine_config.options.kv_cache_bytes is None:
         cache_dtype = torch.float32 if isinstance(model, NativeTransformer) else dtype
         cache_dtype = FP8 if engine_config.options.kv_cache_dtype == "fp8" else cache_dtype

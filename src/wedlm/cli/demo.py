@@ -133,7 +133,7 @@ def run_demo(llm: "LLM", name: str) -> None:
 
 def _introduce(llm: "LLM", name: str) -> None:
     model = "SmolLM2-135M-Instruct" if name in ("demo", "demo-base") else name
-    weights = llm.engine.config.options.quantization or _dtype(llm)
+    weights = llm.blueprint.weights
     kind = "adapted to WeDLM" if llm.model_config.is_wedlm else "AR checkpoint, not adapted"
     out.print(Text.assemble((model, "bold"), f" ({kind}), {weights} on {llm.device}\n"))
     out.print(_pairs(tuple(MODES.items()), "bold"))

@@ -29,13 +29,16 @@ from wedlm.model import ModelConfig, Transformer, pack_for_inference
 from wedlm.model.inference.quantization import Quantization, multiplies_fp8
 from wedlm.model.lora.masked_rows import has_masked_lora
 from wedlm.native import NativeAttend, NativeTransformer, is_available
-from wedlm.native.weights import native_from_torch
+from wedlm.native.library import PATH_VARIABLE, PORTABLE, chosen_path, paths
+from wedlm.native.weights import format_names, native_from_torch
 
 log = logging.getLogger(__name__)
 
 # Keeps tokens coming while prompts are read (docs/log.md). Where such steps are launched piece by piece, many short
 # chunks would cost more than they spare.
 _CAPTURED_CHUNK_STEP_RATIO = 1.8
+# For users of a checkpoint that was never adapted.
+WITHOUT_MASK = "auto and verified decode as AR, because the checkpoint names no mask token (--mask-token-id names one)"
 _LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS = 2**28, 8
 
 
@@ -70,6 +73,7 @@ class Blueprint:
     page_size: int
     tokenizer: TokenDecoder | None
     eager_reason: str | None = None  # why steps do not run on our kernels
+    note: str = ""  # what was decided against when the weights were loaded, and why
 
     def build(self, cache: KVCache | None = None, clock: Callable[[], float] = time.perf_counter) -> Engine:
         """A new engine with nothing in it. ``cache``: memory of a former one to use again."""
@@ -94,6 +98,14 @@ class Blueprint:
         cache.clear()
         return self.build(cache)
 
+    @property
+    def weights(self) -> str:
+        """For users: the bits of the weights."""
+        if isinstance(self.model, NativeTransformer):
+            return format_names(self.model)
+        dtype = str(_device_and_dtype(self.model)[1]).removeprefix("torch.")
+        return "fp8" if self.config.options.quantization == "fp8" else dtype
+
     def describe(self) -> str:
         """One line for users: device, types, how steps run and why, and the cache's size."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
@@ -101,17 +113,20 @@ class Blueprint:
         if self.config.options.quantization == "fp8":
             weights += " with fp8 weights"
         if isinstance(self.model, NativeTransformer):
-            steps = f"native C++ forward ({self.model.path}), int8 weights, threads: {self.model.threads}"
+            steps = f"native C++ forward ({self.model.path}), {self.weights} weights, threads: {self.model.threads}"
         elif self.packed is None:
             steps = f"plain torch operations ({self.eager_reason})" if self.eager_reason else "plain torch operations"
         else:
             chunks = "with" if self.config.options.capture_chunks else "without"
             kernels = "deterministic Triton kernels" if self.config.options.deterministic else "Triton kernels"
             steps = f"{kernels} in CUDA graphs, {chunks} prompt chunks"
+        if self.note:
+            steps += f" ({self.note})"
         tokens = self.num_pages * self.page_size
         megabytes = tokens * self._bytes_per_token() / 1e6
         kind = ", fp8" if self.dtype == FP8 else ""
-        return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB{kind})"
+        drafts = "" if self.config.drafts else f"; {WITHOUT_MASK}"
+        return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB{kind}){drafts}"
 
     def _bytes_per_token(self) -> int:
         shape = self.shape
@@ -149,25 +164,33 @@ def prepare_model(
     obstacle = native_obstacle(model)
     if obstacle is not None:
         raise ValueError(f"quantization is 'int8', but {obstacle}; expected none on a CPU where it cannot run")
-    threads = min(torch.get_num_threads(), os.cpu_count() or 1)  # more than there are would only wait for each other
-    return native_from_torch(model, quantization, threads=threads)
+    return native_from_torch(model, quantization, threads=native_threads())
 
 
-def native_obstacle(model: Transformer) -> str | None:
-    """Why this model cannot run on the native forward of CPUs; None if it can."""
+def native_threads() -> int:
+    """Threads of a native model made now: as many as torch has, at most one a processor, since more would only wait for
+    each other."""
+    return min(torch.get_num_threads(), os.cpu_count() or 1)
+
+
+def native_obstacle(model: Transformer | None = None) -> str | None:
+    """Why this model, or any, cannot run on the native forward of CPUs; None if it can."""
     if not is_available():
         return "the native library was not built: no C++ compiler"
-    if has_masked_lora(model):
+    if chosen_path() == PORTABLE and not os.environ.get(PATH_VARIABLE):
+        needs = "; or ".join(path.needs for path in paths() if path.name != PORTABLE)
+        return f"this processor has none of the instruction sets that the native library needs ({needs})"
+    if model is not None and has_masked_lora(model):
         return "the native library does not run adapters of masked rows"
     return None
 
 
 def plan_engine(
-    model: Transformer | NativeTransformer, config: EngineConfig, tokenizer: TokenDecoder | None
+    model: Transformer | NativeTransformer, config: EngineConfig, tokenizer: TokenDecoder | None, note: str = ""
 ) -> Blueprint:
     """Every choice for an engine around a model of ``prepare_model``, by ``config.options``; logs what was chosen.
 
-    ValueError for options that cannot be.
+    ``note``: what users should know of the choice of the model. ValueError for options that cannot be.
     """
     shape, options = model.config, config.options
     device, dtype = _device_and_dtype(model)
@@ -182,6 +205,8 @@ def plan_engine(
         weights = _weight_bytes(model)
         needed = min(needed, max(_LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS * weights))
         num_bytes = resolve_options.default_cache_bytes(device, needed, options.gpu_memory_utilization)
+    else:
+        resolve_options.check_cache_bytes(device, num_bytes)
     num_pages = num_bytes // (per_token * options.page_size)
     if num_pages < 1:
         raise ValueError(f"kv_cache_bytes is {num_bytes}; expected at least {per_token * options.page_size}, one page")
@@ -193,8 +218,8 @@ def plan_engine(
         config = replace(config, options=replace(options, chunk_step_ratio=ratio))
     packed = model if reason is None and isinstance(model, Transformer) else None
     sizes = num_pages, options.page_size
-    blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason)
-    is_slow = reason is not None and device.type == "cuda"
+    blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason, note)
+    is_slow = bool(note) or (reason is not None and device.type == "cuda")
     log.log(logging.WARNING if is_slow else logging.INFO, "engine: %s", blueprint.describe())
     return blueprint
 

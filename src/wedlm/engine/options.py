@@ -7,10 +7,11 @@ fields. This module must not import torch, because ``wedlm --help`` reads it.
 
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from wedlm.algorithm.params import DECODINGS, DecodeParams, Decoding
 
+WeightBits = Literal["auto", "none", "int8", "fp8"]
 Check = Callable[[str, Any], Any]  # (name, value) -> the value to keep; ValueError naming the option
 
 
@@ -42,11 +43,13 @@ def read_flag(name: str, value: object) -> bool:
     return value
 
 
-def read_quantization(name: str, value: object) -> Literal["int8", "fp8"] | None:
-    """None keeps the weights in the type that was asked for."""
-    if value not in (None, "int8", "fp8"):
-        raise ValueError(f"{name} is {value!r}; expected int8 or fp8, or nothing")
-    return value
+def read_quantization(name: str, value: object) -> WeightBits:
+    """None is the default."""
+    if value is None:
+        return "auto"
+    if value not in get_args(WeightBits):
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(get_args(WeightBits))}")
+    return value  # type: ignore[return-value]
 
 
 def read_kv_cache_dtype(name: str, value: object) -> Literal["auto", "fp8"]:
@@ -102,10 +105,11 @@ class EngineOptions:
         "bfloat16 or float16.",
         read_dtype_name,
     )
-    quantization: Literal["int8", "fp8"] | None = _option(
-        None,
-        "Weights in eight bits: int8 (on a CPU, by the native forward) all of them; fp8 the layers', and their "
-        "inputs, on NVIDIA GPUs that multiply such numbers.",
+    quantization: WeightBits = _option(  # noqa: RUF009
+        "auto",
+        "Bits of the weights: auto (unless dtype is given, few bits stay as a file has them if those can run, and on a "
+        "CPU 16 bits become int8), none (the dtype's), int8 (all, by a CPU's native forward), fp8 (the layers', and "
+        "their inputs, on NVIDIA GPUs that multiply such numbers).",
         read_quantization,
     )
     quantize_head: bool = _option(
@@ -181,6 +185,12 @@ class EngineOptions:
         for one in fields(self):
             object.__setattr__(self, one.name, one.metadata["check"](one.name, getattr(self, one.name)))
 
+    @property
+    def rounded_to(self) -> Literal["int8", "fp8"] | None:
+        """The bits that were asked for by name."""
+        asked = self.quantization
+        return None if asked == "auto" or asked == "none" else asked
+
     @classmethod
     def of(cls, given: dict[str, Any]) -> "EngineOptions":
         """The options of these names. TypeError for a name that is not an option."""
@@ -200,6 +210,7 @@ class EngineConfig:
     eos_token_ids: tuple[int, ...]
     max_model_len: int
     options: EngineOptions = EngineOptions()
+    drafts: bool = True  # False: masked rows predict nothing, so auto and verified decode as AR, whose text they give
 
 
 def option_fields() -> dict[str, Field]:

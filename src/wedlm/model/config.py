@@ -34,6 +34,8 @@ _ROPE_KEYS = {
     ),
 }
 _ROPE_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
+# How a checkpoint in eight bits (``formats/int8_rows.py``) says so: a reader that does not know it refuses.
+QUANTIZATION_CONFIG = {"quant_method": "wedlm-int8"}
 # What no size of an honest model comes near; the positions that float32, in which RoPE counts, still tells apart.
 _MAX_INTEGER, MAX_POSITIONS = 2**31 - 1, 2**24
 _LEAST_NUMBER, _MOST_NUMBER = 1e-30, 1e15
@@ -277,7 +279,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     if act != "silu":
         raise ValueError(f"hidden_act is {act!r}; expected 'silu'")
     quantization = config.get("quantization_config")
-    if quantization is not None:
+    if quantization not in (None, QUANTIZATION_CONFIG):
         if not isinstance(quantization, Mapping):
             raise ValueError(f"quantization_config is {quantization!r}; expected an object")
         check_quantization_config(quantization)
