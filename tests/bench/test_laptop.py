@@ -182,21 +182,31 @@ def test_a_server_ends_with_its_block(stand_in):
         server.complete([1], 1)
 
 
-def test_a_server_does_not_outlive_us(stand_in):
+@pytest.mark.parametrize("when", ["serving", "starting"])
+def test_a_server_does_not_outlive_us(stand_in, when):
+    """Also if we die before it has said where it is, when telling us fails."""
+    (stand_in / "xllamacpp.py").write_text("import time; time.sleep(1.0)\n" + STAND_IN)
     code = (
-        "import os, sys\nfrom wedlm.bench.llamacpp import *\n"
-        f"with serving(Serving({str(stand_in / 'Q4.gguf')!r}, 1)) as (server,):\n"
-        "    print(server._where.port, flush=True)\n    os._exit(1)\n"
+        "import json, subprocess, sys, time\n"
+        "from dataclasses import asdict\nfrom wedlm.bench.llamacpp import Serving\n"
+        f"task = json.dumps(asdict(Serving({str(stand_in / 'Q4.gguf')!r}, 1)))\n"
+        "one = subprocess.Popen([sys.executable, '-m', 'wedlm.bench.llamacpp_worker', task], stdin=subprocess.PIPE,"
+        " stdout=subprocess.PIPE)\nprint(one.pid, flush=True)\n"
+        f"if {when == 'serving'}: one.stdout.readline()\nimport os\nos._exit(1)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    server = llamacpp.LlamaServer(Serving("", 1), f"http://127.0.0.1:{int(done.stdout)}", {})
-    for _ in range(100):
-        try:
-            server.complete([1], 1)
-        except OSError:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    for _ in range(200):
+        if not os.path.exists(f"/proc/{int(done.stdout)}"):
             return
         time.sleep(0.1)
-    pytest.fail("the server still answers ten seconds after its owner died")
+    pytest.fail("the server is still there twenty seconds after its owner died")
 
 
 @pytest.mark.parametrize(
