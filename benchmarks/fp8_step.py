@@ -34,7 +34,7 @@ from wedlm.bench.steps import FixedRows
 from wedlm.bench.target import load_target
 from wedlm.engine import factory
 from wedlm.engine.adaptive.controller import Controller
-from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, DraftBudget
+from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, Budget, DraftBudget
 from wedlm.engine.engine import Engine
 from wedlm.engine.execution.captured_step import CapturedStep
 from wedlm.engine.sampling_params import SamplingParams
@@ -475,7 +475,7 @@ def auto(run: Run) -> None:
                 costs = engine.controller.costs
                 for row_budget in ROW_BUDGETS:  # capture all that it may choose
                     if row_budget <= requests[0].decode.row_budget:
-                        engine.controller.draft_budget = FixedRows(costs, row_budget)
+                        engine.controller.draft_budget = FixedRows(costs, Budget.of(row_budget))
                         loop.steps(requests, 3)
                 loop.end(requests)
                 engine.controller.draft_budget = DraftBudget(costs)

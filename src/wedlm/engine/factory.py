@@ -17,8 +17,9 @@ from wedlm.attention.base import FP8, KVCache
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.engine import resolve_options
 from wedlm.engine.engine import Engine
-from wedlm.engine.execution.base import PlanAttention, RowsModel
+from wedlm.engine.execution.base import PlanAttention, RowsModel, StepExecutor
 from wedlm.engine.execution.eager_step import EagerStep
+from wedlm.engine.execution.native_step import NativeStep
 from wedlm.engine.execution.runner import Runner
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.options import EngineConfig
@@ -74,11 +75,13 @@ class Blueprint:
         """A new engine with nothing in it. ``cache``: memory of a former one to use again."""
         cache = self._new_cache() if cache is None else cache
         if self.packed is None:
-            windows = Windows(self.config.options.max_num_seqs, self.device)
-            plan_attention: PlanAttention[Any] = (
-                NativeAttend if isinstance(self.model, NativeTransformer) else PagedSdpa
-            )
-            runner = Runner(windows, EagerStep(self.model, plan_attention, cache, windows, self.config.mask_token_id))
+            windows, mask = Windows(self.config.options.max_num_seqs, self.device), self.config.mask_token_id
+            plan_attention: PlanAttention[Any] = PagedSdpa
+            preferred: list[StepExecutor] = []
+            if isinstance(self.model, NativeTransformer):
+                plan_attention = NativeAttend
+                preferred = [NativeStep(self.model, cache, windows, mask, self.config.max_model_len)]
+            runner = Runner(windows, EagerStep(self.model, plan_attention, cache, windows, mask), preferred)
         else:
             runner = self._runner_on_kernels(self.packed, cache)
         return Engine(self.config, runner, PagePool(self.num_pages, self.page_size), self.tokenizer, clock)

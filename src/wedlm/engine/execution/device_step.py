@@ -80,9 +80,9 @@ class DeviceTables:
         self.page_table = torch.zeros(num_slots, num_pages, dtype=torch.long, device=windows.device)
         self.row_budget, self.max_drafts = params.window.row_budget.clone(), params.window.max_drafts.clone()
 
-    def limit(self, row_budget: int) -> None:
-        """Let adaptive windows have at most ``row_budget`` rows from the next launch on."""
-        limited = self.params.limited(row_budget)
+    def limit(self, row_budget: int, max_drafts: int) -> None:
+        """Let adaptive windows have at most ``row_budget`` rows and ``max_drafts`` drafts from the next launch on."""
+        limited = self.params.limited(row_budget, max_drafts)
         self.row_budget.copy_(limited.row_budget)
         self.max_drafts.copy_(limited.max_drafts)
 
