@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 
 from wedlm.bench.stats import Figures
 from wedlm.model.demo import default_cache_dir, demo_model_path
-from wedlm.model.quantize_checkpoint import quantize_checkpoint
 
 KINDS = ("Q4_1", "Q8_0", "F16")  # of the base model; the best of them is compared with
 SPECULATION = "ngram_mod"
@@ -172,5 +171,7 @@ def base_files() -> dict[str, Path]:
     for kind in KINDS[1:]:
         files[kind] = default_cache_dir() / source.name.replace(KINDS[0], kind)
         if not files[kind].exists():
+            from wedlm.model.quantize_checkpoint import quantize_checkpoint  # loads gguf, which only this needs
+
             quantize_checkpoint("demo-base", files[kind], to="gguf", type=kind.lower())
     return files

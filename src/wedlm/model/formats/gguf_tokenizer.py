@@ -7,16 +7,18 @@ those of the models' own ``tokenizer.json``.
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGUFWriter
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from wedlm.model.config import ModelConfig
 from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.gguf_file import GGUFFile
+
+if TYPE_CHECKING:  # most checkpoints are in other files, and need not load it
+    from gguf import GGUFWriter
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -114,7 +116,7 @@ def _token_id(file: GGUFFile, kind: str, tokens: list[str]) -> int | None:
 
 
 def write_gguf_tokenizer(
-    writer: GGUFWriter,
+    writer: "GGUFWriter",
     tokenizer: Tokenizer,
     special_tokens: Mapping[str, str],
     chat_templates: Mapping[str, str],
