@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from wedlm.native.library import paths
+
 ROOT = Path(__file__).parents[2]
 SOURCES = [*sorted((ROOT / "src/wedlm/native/csrc").glob("*.cpp")), Path(__file__).with_name("selfcheck.cpp")]
 STRICT = ["-Wall", "-Wextra", "-Werror"]
@@ -29,6 +31,8 @@ def build(directory: Path, compiler: str, machine: str, extra: list[str]) -> Pat
     def compile_one(source: Path) -> Path:
         out = directory / f"{source.stem}.o"
         own = unit_flags.get(source.name, [])
+        if "-DWEDLM_EVEX_VNNI" in extra and source.name == "kernels_avxvnni.cpp":
+            own = [*own, "-mavx512vl", "-mavx512vnni"]
         command = [compiler, *flags, *STRICT, *own, *extra, f"-I{SOURCES[0].parent}", "-c", str(source), "-o", str(out)]
         subprocess.run(command, check=True)
         return out
@@ -53,17 +57,28 @@ def hashes(command: list[str], first: int, count: int) -> tuple[list[str], str]:
 @pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++")
 def test_500_shapes_here_and_on_arm(tmp_path, record_property):
     (tmp_path / "here").mkdir()
-    ours, paths = hashes([str(build(tmp_path / "here", "g++", platform.machine(), []))], 0, 500)
-    record_property("here", paths)
+    ours, ran = hashes([str(build(tmp_path / "here", "g++", platform.machine(), []))], 0, 500)
+    record_property("here", ran)
     cross = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if None in cross or platform.machine() == "aarch64":
         pytest.skip("the shapes are equal here; there is no aarch64-linux-gnu-g++ or no qemu-aarch64")
     (tmp_path / "arm").mkdir()
     program = build(tmp_path / "arm", "aarch64-linux-gnu-g++", "aarch64", ["-static"])
-    theirs, paths = hashes([str(cross[1]), str(program)], 0, 500)
-    record_property("arm", paths)
-    assert "neon" in paths
+    theirs, ran = hashes([str(cross[1]), str(program)], 0, 500)
+    record_property("arm", ran)
+    assert "neon" in ran
     assert theirs == ours
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++")
+def test_avx_vnni_by_avx512(tmp_path, record_property):
+    """The AVX-VNNI unit on a processor without AVX-VNNI: AVX-512's encoding of its dot product is all that differs."""
+    if "avx512-vnni" not in [path.name for path in paths() if path.runs]:
+        pytest.skip("the processor has no AVX-512 VNNI")
+    _, ran = hashes([str(build(tmp_path, "g++", platform.machine(), ["-DWEDLM_EVEX_VNNI"]))], 0, 100)
+    record_property("paths", ran)
+    assert "avx-vnni" in ran
 
 
 @pytest.mark.long

@@ -49,6 +49,9 @@ struct Cpu {
     constexpr unsigned kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31, kAll = kF | kDq | kBw | kVl;
     avx512 = avx2 && (low & 0xe0) == 0xe0 && (b & kAll) == kAll && (c >> 11 & 1);
     if (sub_leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avxvnni = avx2 && (a >> 4 & 1);
+#ifdef WEDLM_EVEX_VNNI
+    avxvnni = avx512;
+#endif
   }
 };
 #elif defined(__aarch64__)

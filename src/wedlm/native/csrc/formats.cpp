@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 namespace wedlm {
 
@@ -263,17 +262,6 @@ void clear_bytes(Matrix& matrix, int64_t first_panel, int64_t end_panel) {
   std::memset(matrix.data + first_panel * matrix.panel_bytes, 128, static_cast<size_t>((end_panel - first_panel) * matrix.panel_bytes));
 }
 
-void element_row(int32_t format, const uint8_t* source, int64_t row, int64_t cols, float* out) {
-  if (format == F32) {
-    std::memcpy(out, source + row * cols * 4, static_cast<size_t>(cols) * 4);
-    return;
-  }
-  for (int64_t k = 0; k < cols; k++) {
-    uint16_t bits = read_u16(source + (row * cols + k) * 2);
-    out[k] = format == F16 ? half_to_float(bits) : bits_float(static_cast<uint32_t>(bits) << 16);
-  }
-}
-
 }  // namespace
 
 const FormatInfo* format_info(int32_t format) {
@@ -318,27 +306,6 @@ void pack(Matrix& matrix, const uint8_t* source, int32_t first_panel, int32_t en
     case Q4_K: return pack_blocks<PackedQ4_K>(matrix, source, info, first, end);
     case Q5_K: return pack_blocks<PackedQ5_K>(matrix, source, info, first, end);
     case Q6_K: return pack_blocks<PackedQ6_K>(matrix, source, info, first, end);
-  }
-}
-
-void round_and_pack(Matrix& matrix, int32_t format, const uint8_t* source, int32_t first_panel, int32_t end_panel) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
-  auto cols = static_cast<size_t>(matrix.cols);
-  std::vector<float> values(cols);
-  std::vector<uint8_t> bytes(cols);
-  clear_bytes(matrix, first_panel, end_panel);
-  for (int32_t row = first_panel * kPanel; row < std::min(matrix.rows, end_panel * kPanel); row++) {
-    element_row(format, source, row, matrix.cols, values.data());
-    float most = 1.17549435e-38f;
-    for (float x : values) {
-      float size = x < 0 ? -x : x;
-      most = size > most ? size : most;
-    }
-    float scale = most / 127.0f;
-    for (size_t k = 0; k < cols; k++)
-      bytes[k] = static_cast<uint8_t>(float_bits(values[k] / scale + kMagic) - float_bits(kMagic));
-    matrix.scale[row] = scale;
-    pack_bytes(matrix, row, bytes.data());
   }
 }
 

@@ -62,9 +62,6 @@ int64_t source_bytes(int32_t format, int64_t rows, int64_t cols);
 // byte a weight, in -127..127.
 void pack(Matrix& matrix, const uint8_t* source, int32_t first, int32_t end);
 
-// The same for INT8 from rows of F32, F16 or BF16, `format`: each row's scale is its largest absolute value / 127.
-void round_and_pack(Matrix& matrix, int32_t format, const uint8_t* source, int32_t first, int32_t end);
-
 // Row `row` as float32 [cols]; equal to the dequantised source, operation by operation of the gguf package.
 void unpack_row(const Matrix& matrix, int32_t row, float* out);
 

@@ -103,8 +103,6 @@ class Model {
   Model(const WedlmShape& shape, const Kernels& kernels, int threads);
 
   void set_matrix(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale);
-  // In eight bits, rounded from `format` F32, F16 or BF16.
-  void set_matrix_rounded(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols, const void* data);
   void set_vector(int32_t layer, int32_t which, int64_t size, const float* data);
   void tie() { tied_ = true; }
   int64_t bytes() const;
@@ -114,9 +112,6 @@ class Model {
  private:
   struct Rows;  // some rows of a step that run together
 
-  Matrix& new_matrix(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols);
-  template <class Pack>
-  void pack_panels(int32_t panels, const Pack& pack);
   Weights& matrix_of(int32_t layer, int32_t which, int32_t& rows, int32_t& cols);
   Buffer<float>& vector_of(int32_t layer, int32_t which, int64_t& size, bool*& present);
   const Weights& head() const { return tied_ ? embedding_ : head_; }

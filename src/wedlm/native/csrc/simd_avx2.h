@@ -115,9 +115,14 @@ inline __m256i four_bytes(const int8_t* x) {
 }
 #ifdef WEDLM_AVX_VNNI
 constexpr int kByteBiasBits = 7;
+#ifdef WEDLM_EVEX_VNNI  // for tests: AVX-512's encoding of the same instruction, where AVX-VNNI's is missing
+inline __m256i dot_lanes(__m256i acc, __m256i w, __m256i x) { return _mm256_dpbusd_epi32(acc, w, x); }
+#else
+inline __m256i dot_lanes(__m256i acc, __m256i w, __m256i x) { return _mm256_dpbusd_avx_epi32(acc, w, x); }
+#endif
 inline I dot_small(I acc, B w, const int8_t* x) {
   __m256i v = four_bytes(x);
-  return {_mm256_dpbusd_avx_epi32(acc.a, w.a, v), _mm256_dpbusd_avx_epi32(acc.b, w.b, v)};
+  return {dot_lanes(acc.a, w.a, v), dot_lanes(acc.b, w.b, v)};
 }
 inline I dot_bytes(I acc, B w, const int8_t* x) { return dot_small(acc, w, x); }
 #else
