@@ -107,7 +107,7 @@ def check_engine(engine: Engine, model: NativeModel | None = None) -> None:
     scheduler, windows = engine.scheduler, engine.runner.windows
     running, waiting = scheduler.running, list(scheduler.waiting)
     assert sorted(r.request_id for r in [*running, *waiting]) == sorted(engine.requests)
-    assert [r.arrival for r in waiting] == sorted(r.arrival for r in waiting)
+    assert [r.order for r in waiting] == sorted(r.order for r in waiting)
     assert set(engine.pool._tables) == {r.request_id for r in running}
     assert set(windows.slots) <= {r.request_id for r in running}
     assert sorted([*windows.free_slots, *windows.slots.values()]) == list(range(windows.num_slots))

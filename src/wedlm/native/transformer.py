@@ -7,6 +7,7 @@ Shape suffixes as in ``wedlm.model.transformer``.
 import ctypes
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,7 @@ class NativeTransformer:
         self._rotary = RotaryEmbedding(config)
         self._cos = self._sin = np.zeros((0, config.head_dim // 2), dtype=np.float32)
         self._own_cache: KVCache | None = None
+        self.matrix_bytes: Counter[int] = Counter()  # of the matrices in each format, as in their source
 
     def close(self) -> None:
         """Free the weights and end the threads. The model cannot be called afterwards."""
@@ -108,6 +110,7 @@ class NativeTransformer:
     ) -> None:
         """Pack matrix ``which`` of ``layer`` from contiguous rows in the source's format (``wedlm.native.weights``)."""
         rows, cols = shape
+        self.matrix_bytes[format] += data.nbytes
         at = None if scale is None else scale.ctypes.data
         self._check(
             self._library.wedlm_model_set_matrix, self.handle, layer, which, format, rows, cols, data.ctypes.data, at

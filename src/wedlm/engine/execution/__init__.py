@@ -10,6 +10,6 @@ preference. Each step goes to the first that takes its plan:
 
 To add a way, write a class with the methods of ``StepExecutor`` and name it in ``wedlm.engine.factory``; nothing else
 changes. Ranks of tensor parallelism are such a class: one around an executor that sends the plan to the other ranks
-before it launches its own share. ``takes`` reads the plan alone, so every rank decides alike. A mere forward is a model for
-``EagerStep``.
+before it launches its own share. ``takes`` reads the plan alone, so every rank decides alike. A mere forward is a
+model for ``EagerStep``.
 """
