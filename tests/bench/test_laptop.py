@@ -8,15 +8,13 @@ import sys
 import time
 from dataclasses import replace
 
-import gguf
-import numpy as np
 import pytest
 
 from tests.bench.conftest import WORKLOAD, settings
 from wedlm.bench import laptop, llamacpp
 from wedlm.bench.duration import expected_seconds, in_words
 from wedlm.bench.laptop_report import headline, report
-from wedlm.bench.llamacpp import Serving, rewrite_gguf, serving
+from wedlm.bench.llamacpp import Serving, serving
 from wedlm.bench.record import read_record
 from wedlm.bench.run import run_bench
 from wedlm.bench.settings import LLAMACPP_PARTS
@@ -182,21 +180,31 @@ def test_a_server_ends_with_its_block(stand_in):
         server.complete([1], 1)
 
 
-def test_a_server_does_not_outlive_us(stand_in):
+@pytest.mark.parametrize("when", ["serving", "starting"])
+def test_a_server_does_not_outlive_us(stand_in, when):
+    """Also if we die before it has said where it is, when telling us fails."""
+    (stand_in / "xllamacpp.py").write_text("import time; time.sleep(1.0)\n" + STAND_IN)
     code = (
-        "import os, sys\nfrom wedlm.bench.llamacpp import *\n"
-        f"with serving(Serving({str(stand_in / 'Q4.gguf')!r}, 1)) as (server,):\n"
-        "    print(server._where.port, flush=True)\n    os._exit(1)\n"
+        "import json, subprocess, sys, time\n"
+        "from dataclasses import asdict\nfrom wedlm.bench.llamacpp import Serving\n"
+        f"task = json.dumps(asdict(Serving({str(stand_in / 'Q4.gguf')!r}, 1)))\n"
+        "one = subprocess.Popen([sys.executable, '-m', 'wedlm.bench.llamacpp_worker', task], stdin=subprocess.PIPE,"
+        " stdout=subprocess.PIPE)\nprint(one.pid, flush=True)\n"
+        f"if {when == 'serving'}: one.stdout.readline()\nimport os\nos._exit(1)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    server = llamacpp.LlamaServer(Serving("", 1), f"http://127.0.0.1:{int(done.stdout)}", {})
-    for _ in range(100):
-        try:
-            server.complete([1], 1)
-        except OSError:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    for _ in range(200):
+        if not os.path.exists(f"/proc/{int(done.stdout)}"):
             return
         time.sleep(0.1)
-    pytest.fail("the server still answers ten seconds after its owner died")
+    pytest.fail("the server is still there twenty seconds after its owner died")
 
 
 @pytest.mark.parametrize(
@@ -250,30 +258,16 @@ def test_a_busy_core_is_let_go():
     assert running() == 0
 
 
-def test_weights_written_in_another_kind(tmp_path):
-    values = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
-    writer.add_context_length(77)
-    writer.add_token_list(["a", "b"])
-    writer.add_array("some.numbers", [1, 2, 3])
-    writer.add_tensor("blk.0.ffn_up.weight", values)
-    writer.add_tensor("blk.0.ffn_norm.weight", values[0])
-    for write in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        write()
-    rewrite_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", gguf.GGMLQuantizationType.Q8_0)
-    old, new = gguf.GGUFReader(tmp_path / "a.gguf"), gguf.GGUFReader(tmp_path / "b.gguf")
-    kept = [name for name in old.fields if not name.startswith("GGUF.")]
-    assert {name: new.fields[name].contents() for name in kept} == {name: old.fields[name].contents() for name in kept}
-    matrix, norm = new.tensors
-    assert (matrix.tensor_type.name, norm.tensor_type.name) == ("Q8_0", "F32")
-    assert np.array_equal(norm.data, values[0])
-    widened = gguf.quants.dequantize(matrix.data, matrix.tensor_type)
-    assert np.abs(widened - values).max() <= np.abs(values).max() / 127
+@pytest.mark.demo_model
+def test_files_of_the_base_model(tmp_path, monkeypatch):
+    """Asked for by name; what ``wedlm quantize`` writes has its own tests."""
+    asked = []
+    monkeypatch.setattr(llamacpp, "default_cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(llamacpp, "quantize_checkpoint", lambda *where, **how: asked.append((*where, how)))
+    files = llamacpp.base_files()
+    assert list(files) == ["Q4_1", "Q8_0", "F16"]
+    expected = [("demo-base", files[kind], {"to": "gguf", "type": kind.lower()}) for kind in ("Q8_0", "F16")]
+    assert asked == expected
 
 
 def test_how_long_it_will_take():

@@ -11,11 +11,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import traceback
 from typing import Any
 
 
 def serve_wheel(task: dict[str, Any]) -> Any:
-    """A server of the wheel ``xllamacpp``. It lives as long as the object that this returns last."""
+    """A server of the wheel ``xllamacpp``. It lives as long as the object that this returns."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -32,8 +34,8 @@ def serve_wheel(task: dict[str, Any]) -> Any:
     return server
 
 
-def serve_binary(task: dict[str, Any]) -> "subprocess.Popen[bytes]":
-    """A ``llama-server`` that the user has built; its address answers once the weights are loaded."""
+def serve_binary(task: dict[str, Any], children: "list[subprocess.Popen[bytes]]") -> None:
+    """A ``llama-server`` that the user has built, noted in ``children``; it answers once the weights are loaded."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -46,9 +48,8 @@ def serve_binary(task: dict[str, Any]) -> "subprocess.Popen[bytes]":
     ]
     version = subprocess.run([task["binary"], "--version"], capture_output=True, text=True, check=False, timeout=20)
     lines = [line for line in version.stderr.splitlines() if line.startswith("version")]
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    children.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr))
     tell(f"http://127.0.0.1:{port}", "a build of your own", (lines or ["llama-server"])[0])
-    return server
 
 
 def tell(address: str, system: str, version: str) -> None:
@@ -56,16 +57,33 @@ def tell(address: str, system: str, version: str) -> None:
     print(json.dumps({"address": address, "system": system.strip(), "version": version}), flush=True)
 
 
-def main() -> None:
-    task = json.loads(sys.argv[1])
-    server = (serve_binary if task["binary"] else serve_wheel)(task)
+def end_with_input(children: "list[subprocess.Popen[bytes]]") -> None:
+    """Ends the process, at whatever it is, when standard input does; the wheel's server has threads that nothing else
+    ends."""
     try:
         sys.stdin.buffer.read()
     finally:
-        if isinstance(server, subprocess.Popen):
-            server.kill()
-            server.wait()
-        os._exit(0)  # the wheel's server has threads that nothing ends
+        for child in children:
+            child.kill()
+            child.wait()
+        os._exit(0)
+
+
+def main() -> None:
+    task, children = json.loads(sys.argv[1]), []  # type: ignore[var-annotated]
+    watch = threading.Thread(target=end_with_input, args=(children,))
+    watch.start()
+    try:
+        if task["binary"]:
+            serve_binary(task, children)
+        else:
+            kept = serve_wheel(task)  # noqa: F841
+    except BaseException:
+        traceback.print_exc()
+        for child in children:
+            child.kill()
+        os._exit(1)
+    watch.join()
 
 
 if __name__ == "__main__":

@@ -105,7 +105,9 @@ def run_demo(llm: "LLM", name: str) -> None:
         with status(f"Prompt {number} of {len(PROMPTS)}, {RUNS} times in each mode ..."):
             ids = llm.chat_prompt([{"role": "user", "content": prompt}])
             found = _ask(llm, ids)
-            gaps += _gap(llm, ids, found)
+            verified = found["verified"].output
+            if verified.token_ids != found["autoregressive"].output.token_ids:
+                gaps += _gap(llm.generate(ids, _params("autoregressive", logprobs=2))[0], verified)
         answers.append(found)
         out.print(Text(f"> {prompt}", style="bold"))
         out.print(Padding(_shown(found["verified"].output), _INDENT, expand=False))
@@ -115,10 +117,11 @@ def run_demo(llm: "LLM", name: str) -> None:
     best = max((found["verified"] for found in answers), key=lambda answer: _stats(answer.output).tokens_per_forward)
     output, pieces = best.output, best.pieces
     how = "a colour for each forward" if has_colours() else "a bar between forwards"
+    stats = _stats(output)
     out.print(
         f"The texts above are verified decoding's (auto, the default, gives the same), cut at {MAX_TOKENS} tokens. "
-        f"Once more the one with the most tokens a forward ({_stats(output).tokens_per_forward:.2f}, p_cache "
-        f"{_stats(output).p_cache:.2f}), {how}:"
+        f"Once more the one with the most tokens a forward ({stats.tokens_per_forward:.2f}, p_cache "
+        f"{stats.p_cache:.2f}), {how}:"
     )
     out.print(Padding(by_step(pieces), _INDENT, expand=False))
     if gaps:
@@ -197,12 +200,8 @@ def _table(prompts: list[dict[str, Answers]]) -> Table:
     return table
 
 
-def _gap(llm: "LLM", ids: list[int], found: dict[str, Answers]) -> list[float]:
+def _gap(ar: "GenerationOutput", verified: "GenerationOutput") -> list[float]:
     """How far apart, in nats, AR's two best tokens were where the texts part; empty if they do not."""
-    ar, verified = found["autoregressive"].output, found["verified"].output
-    if ar.token_ids == verified.token_ids:
-        return []
-    (ar,) = llm.generate(ids, _params("autoregressive", logprobs=2))
     assert ar.top_logprobs is not None
     for own, other, ((_, best), (_, second)) in zip(ar.token_ids, verified.token_ids, ar.top_logprobs, strict=False):
         if own != other:

@@ -6,16 +6,19 @@ large: helpers start quickly and stay small.
 """
 
 import os
+import select
 import signal
 import struct
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import IO
 
 _LENGTH = struct.Struct("<Q")
+_PIPE_BYTES = 2**16  # what a pipe holds, on most systems
+_BEHIND = 5  # steps of priority: a third of the processor time that others have, where there is none to spare
 
 
 class HelperProcess:
@@ -30,29 +33,49 @@ class HelperProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
+            bufsize=0,
         )
+        with suppress(OSError):  # on a machine of few cores this process must not wait for its helpers
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + _BEHIND)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._questions: IO[bytes] = self._process.stdin
         self._answers: IO[bytes] = self._process.stdout
+        for stream in (self._questions, self._answers):
+            os.set_blocking(stream.fileno(), False)
         self.late = False  # whether it was ended because it took too long
 
     def ask(self, question: bytes, limit_s: float) -> bytes | None:
         """The answer; None if the process ended over it, or did not give it in time. It is of no use then."""
-        timer = threading.Timer(limit_s, self._be_late)
-        timer.daemon = True
-        timer.start()
+        answer = None
         try:
-            _write(self._questions, question)
-            answer = _read(self._answers)
-        except OSError:
-            answer = None
-        finally:
-            timer.cancel()
+            answer = self._exchange(question, time.monotonic() + limit_s)
+        except TimeoutError:
+            self.late = True
+        except OSError:  # nobody reads the question
+            pass
         if answer is None:
             self._process.kill()
             self._process.wait()
         return answer
+
+    def _exchange(self, question: bytes, end: float) -> bytes | None:
+        """TimeoutError. A thread that watches the clock would be one more to wait for a processor, and for the GIL."""
+        data = memoryview(_LENGTH.pack(len(question)) + question)
+        while data:
+            _wait(self._questions, select.POLLOUT, end)
+            data = data[os.write(self._questions.fileno(), data[:_PIPE_BYTES]) :]
+        answer, size = bytearray(), None
+        while size is None or len(answer) < size:
+            _wait(self._answers, select.POLLIN, end)
+            piece = os.read(self._answers.fileno(), _PIPE_BYTES)
+            if not piece:
+                return None
+            answer += piece
+            if size is None and len(answer) >= _LENGTH.size:
+                (size,) = _LENGTH.unpack_from(answer)
+                del answer[: _LENGTH.size]
+        return bytes(answer)
 
     @property
     def pid(self) -> int:
@@ -61,7 +84,7 @@ class HelperProcess:
     @property
     def killed(self) -> bool:
         """Whether the process was ended as only others do it."""
-        return self._process.poll() == -getattr(signal, "SIGKILL", 0)
+        return self._process.poll() == -signal.SIGKILL
 
     @property
     def alive(self) -> bool:
@@ -75,32 +98,26 @@ class HelperProcess:
         self._process.kill()
         returncode = self._process.wait()
         for stream in (self._questions, self._answers):
-            with suppress(OSError):  # what was not written has no reader
-                stream.close()
+            stream.close()
         return returncode
 
-    def _be_late(self) -> None:
-        self.late = True
-        self._process.kill()
+
+def _wait(stream: IO[bytes], event: int, end: float) -> None:
+    """Until something can be read or written; TimeoutError if that is not before ``end``."""
+    poll = select.poll()
+    poll.register(stream, event)
+    if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
+        raise TimeoutError
 
 
 def answer_questions(answer: Callable[[bytes], bytes]) -> None:
     """In the helper: answer what comes until the other side closes."""
-    while (question := _read(sys.stdin.buffer)) is not None:
-        _write(sys.stdout.buffer, answer(question))
-
-
-def _write(stream: IO[bytes], message: bytes) -> None:
-    stream.write(_LENGTH.pack(len(message)))
-    stream.write(message)
-    stream.flush()
-
-
-def _read(stream: IO[bytes]) -> bytes | None:
-    """None at the end, which may come in the middle of a message."""
-    head = stream.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        return None
-    (size,) = _LENGTH.unpack(head)
-    message = stream.read(size)
-    return message if len(message) == size else None
+    while len(head := sys.stdin.buffer.read(_LENGTH.size)) == _LENGTH.size:
+        (size,) = _LENGTH.unpack(head)
+        question = sys.stdin.buffer.read(size)
+        if len(question) < size:
+            return
+        written = answer(question)
+        sys.stdout.buffer.write(_LENGTH.pack(len(written)))
+        sys.stdout.buffer.write(written)
+        sys.stdout.buffer.flush()
