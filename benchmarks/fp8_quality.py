@@ -3,8 +3,8 @@
 
     python benchmarks/fp8_quality.py wikitext2_test.txt.gz --tokens 4096 --out fp8_quality.json
 
-Perplexity, agreement of the most probable token and KL against float32, in windows of 1,024. A model of 135 M
-parameters is the worst case: larger ones forgive more.
+Perplexity, agreement of the most probable token and KL against float32, in windows of ``--context`` tokens.
+``--cache``: only of keys and values in FP8. A model of 135 M parameters is the worst case: larger ones forgive more.
 """
 
 import argparse
@@ -83,6 +83,13 @@ class Rounded(nn.Module):
         return F.linear(self.inputs(x), self.weight, self.bias)
 
 
+class RoundedCache(CausalAttend):
+    """Keys and values as a cache in FP8 holds them: a scale for each head of a token."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().__call__(layer, q, *(by_row(part.flatten(0, 1)).view(part.shape) for part in (k, v)))
+
+
 Rounding = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 ROWS: Rounding = (by_row, by_row)
 
@@ -121,11 +128,12 @@ def variants(layers: int) -> dict[str, Callable[[str], Rounding | None]]:
 
 
 @torch.inference_mode()
-def log_probs(model: nn.Module, texts: list[Tensor]) -> list[Tensor]:
-    return [
-        model(tokens, torch.arange(len(tokens), device=tokens.device), CausalAttend()).float().log_softmax(-1)
-        for tokens in texts
-    ]
+def log_probs(model: nn.Module, texts: list[Tensor], attend: CausalAttend | None = None) -> list[Tensor]:
+    found = []
+    for tokens in texts:
+        positions = torch.arange(len(tokens), device=tokens.device)
+        found.append(model(tokens, positions, attend or CausalAttend()).float().log_softmax(-1))
+    return found
 
 
 def compare(exact: list[Tensor], other: list[Tensor], texts: list[Tensor]) -> dict[str, float]:
@@ -152,6 +160,8 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--cache", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", help="variants whose name contains this")
     parser.add_argument("--out", type=Path, required=True)
@@ -159,13 +169,21 @@ def main() -> None:
     data = args.text.read_bytes()
     text = (gzip.decompress(data) if args.text.suffix == ".gz" else data).decode("utf-8")
     ids = load_tokenizer(args.model).encode(text[: args.tokens * 8], add_special_tokens=False)[: args.tokens]
-    texts = [part.to(args.device) for part in torch.tensor(ids).split(1024)]
+    texts = [part.to(args.device) for part in torch.tensor(ids).split(args.context)]
     model, config = load_model(args.model, torch.float32, args.device)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     exact = log_probs(model, texts)
-    found: dict[str, object] = {"benchmark": "fp8_quality", "model": args.model, "tokens": len(ids)}
+    found: dict[str, object] = {
+        "benchmark": "fp8_quality",
+        "model": args.model,
+        "tokens": len(ids),
+        "context": args.context,
+    }
     found["float32"] = compare(exact, exact, texts)
-    for name, rounding_of in variants(config.num_layers).items():
+    if args.cache:
+        found["cache"] = compare(exact, log_probs(model, texts, RoundedCache()), texts)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    for name, rounding_of in ({} if args.cache else variants(config.num_layers)).items():
         if args.only and args.only not in name:
             continue
         for path, linear in linears.items():

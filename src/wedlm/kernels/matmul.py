@@ -40,15 +40,10 @@ def fixed_tiling(tiling: Tiling, num_rows: int, weight: torch.dtype = torch.bflo
         return tiling
     if num_rows <= 128:
         return replace(tiling, rows=128, stages=3)
-    if num_rows <= 256:
-        return replace(tiling, outputs=128, rows=128, stages=3, warps=8, depth=_deep(tiling, weight))
-    return replace(
-        tiling, outputs=128, rows=256, stages=3 if weight == FP8 else 4, warps=8, depth=_deep(tiling, weight)
-    )
-
-
-def _deep(tiling: Tiling, weight: torch.dtype) -> int:
-    return tiling.depth if weight == FP8 else 64
+    if weight == FP8:  # sums are held twice, and with parts of K three times
+        return replace(tiling, outputs=128, rows=128, stages=3, warps=8)
+    rows = 256 if num_rows > 256 and tiling.splits == 1 else 128
+    return replace(tiling, outputs=128, depth=64, rows=rows, stages=4, warps=8)
 
 
 def tiling_for(size: int, depth: int, weight: torch.dtype = torch.bfloat16) -> Tiling:
@@ -84,14 +79,14 @@ def _add_tile(
 
 @triton.jit
 def _rows_times_weight(
-    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT,
-    BLOCKS_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT, blocks_m,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     SPLITS: tl.constexpr, GATED: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k], FP8: · x_scale[m] · scale[n]; gated:
     silu(first half) · second half."""
     # Blocks of rows that read the same weights run side by side.
-    tile_n, tile_m = tl.program_id(0) // BLOCKS_M, tl.program_id(0) % BLOCKS_M
+    tile_n, tile_m = tl.program_id(0) // blocks_m, tl.program_id(0) % blocks_m
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     m, k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
@@ -171,8 +166,8 @@ def few_rows_product(
     exact = {"enable_fp_fusion": False} if inner > 1 and x_scale is not None and x.is_cuda else {}
     _rows_times_weight[(triton.cdiv(size, tiling.outputs) * blocks_m, outer)](
         x, x if x_scale is None else x_scale, weight, weight if scale is None else scale, out,
-        num_rows, size, depth, per_split,
-        BLOCKS_M=blocks_m, BLOCK_M=block_m, BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
+        num_rows, size, depth, per_split, blocks_m,
+        BLOCK_M=block_m, BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
         STAGES=tiling.stages,
         SPLITS=inner, GATED=gated, FP8=x_scale is not None, PDL=pdl,
         num_warps=tiling.warps, **launch_options(pdl), **exact,

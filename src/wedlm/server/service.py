@@ -3,6 +3,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -211,9 +212,13 @@ class Service:
                 limit = deadline - asyncio.get_running_loop().time() + _SEND_S
                 return EventStream(self._events(job, ticket, request), close, limit, headers)
             outputs = await self._collect(job, ticket, request)
-            build = partial(answers.whole, job, outputs, self.llm.tokenizer)
             num_tokens = sum(len(output.token_ids) for output in outputs)
-            return Whole(await self._off_loop(build, num_tokens * job.entries_per_token), headers=headers)
+            left = threading.Event()
+            build = partial(answers.whole, job, outputs, self.llm.tokenizer, left.is_set)
+            try:
+                return Whole(await self._off_loop(build, num_tokens * job.entries_per_token), headers=headers)
+            finally:
+                left.set()  # the thread need not go on if this was cancelled
         except ValueError as error:
             raise _refusal(error, job.kind) from error
         finally:

@@ -110,8 +110,9 @@ class DraftBudget:
     budget: Budget = field(default_factory=lambda: Budget.of(16))
     _accepts: list[Rate] = field(default_factory=lambda: [Rate() for _ in range(8)])
     _offers: list[Rate] = field(default_factory=lambda: [Rate() for _ in range(8)])
-    # Seconds beside the forward's, by number of windows: of steps without masked rows, and of steps with some.
-    _beside: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))
+    # Seconds beside the forward's, by number of windows, then by row budget: of steps without masked rows, and of steps
+    # with some. What rows cost beyond the table (attention, choice) is learnt with the budget that ran.
+    _beside: tuple[dict[int, dict[int, float]], ...] = field(default_factory=lambda: ({}, {}))
     _since: int = 0  # steps since the last probe, or left of this one if negative
     _interval: int = _SHORTEST
     _calm: int = 0  # steps until the choice is looked at again
@@ -176,16 +177,21 @@ class DraftBudget:
 
     def observe_time(self, num_windows: int, num_rows: int, seconds: float) -> None:
         """How long a step of windows alone took, from result to result."""
-        beside = self._beside[num_rows > num_windows]
-        now, before = max(0.0, seconds - self.costs(num_rows)), beside.get(num_windows)
-        # A pause of the machine is not a cost of the step.
-        beside[num_windows] = now if before is None else before + 0.1 * (min(now, 2 * before + 1e-3) - before)
+        ran = self.budget.rows if num_rows > num_windows else 1
+        now = max(0.0, seconds - self.costs(num_rows))
+        seen = self._beside[ran > 1].get(num_windows, {})
+        before = seen[ran] if ran in seen else self._seconds_beside(num_windows, ran) if self._beside[ran > 1] else now
+        # A pause of the machine, or a capture, is not a cost of the step.
+        self._beside[ran > 1].setdefault(num_windows, {})[ran] = before + 0.1 * (min(now, 2 * before + 1e-3) - before)
 
-    def _seconds_beside(self, num_windows: int, drafting: bool) -> float:
-        """As observed with the number of windows nearest to this one. Unseen batch sizes count as free, so that they
-        get tried once."""
-        seen = self._beside[drafting] or (self._beside[0] if drafting else {})
-        return seen[min(seen, key=lambda number: abs(number - num_windows))] if seen else 0.0
+    def _seconds_beside(self, num_windows: int, row_budget: int) -> float:
+        """As observed with the number of windows nearest to this one, and of those with the nearest row budget. Unseen
+        batch sizes count as free, so that they get tried once."""
+        seen = self._beside[row_budget > 1] or (self._beside[0] if row_budget > 1 else {})
+        if not seen:
+            return 0.0
+        by_budget = seen[min(seen, key=lambda number: abs(number - num_windows))]
+        return by_budget[min(by_budget, key=lambda rows: abs(rows - row_budget))]
 
     def rates(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(accepted, offered) by depth, rounded, so that equal situations are computed once."""
@@ -206,4 +212,4 @@ class DraftBudget:
         """Tokens a second of one window."""
         tokens, rows = expected_step(budget, accepts, offers)
         rows = budget.rows if self.costs.padded else rows
-        return tokens / (self.costs(num_windows * rows) + self._seconds_beside(num_windows, budget.rows > 1))
+        return tokens / (self.costs(num_windows * rows) + self._seconds_beside(num_windows, budget.rows))
