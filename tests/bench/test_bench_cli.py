@@ -122,7 +122,7 @@ def fails(*words: str) -> str:
         (("--rate", "0"), "--rate is 0; expected a number above 0"),
         (("--chunk-step-ratio", "1"), "chunk_step_ratio is 1.0; expected a number > 1, or inf"),
         (("--shape", "tiny", "--chunk-step-ratio", "nan"), "chunk_step_ratio is nan; expected a number > 1, or inf"),
-        (("--quantization", "int4"), "quantization is 'int4'; expected int8 or fp8, or nothing"),
+        (("--quantization", "int4"), "quantization is 'int4'; expected one of auto, none, int8, fp8"),
         (("--against", "sglang"), "--against is 'sglang'; expected vllm or llamacpp"),
         (
             ("--against", "llamacpp", "latency"),

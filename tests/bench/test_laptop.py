@@ -114,7 +114,7 @@ def test_every_part(stand_in, small, tiny_checkpoint, tmp_path, capsys):
     text = report(values)
     assert headline(values) in text
     assert "STAND-IN = 1" in text
-    assert headline(values).count("\n") == 1 + 2 + 4 + 1 + 1 + 1 + 1
+    assert len([line for line in headline(values).splitlines() if line.startswith("| ")]) == 2 + 2 + 4 + 1 + 1 + 1 + 1
     show_run(tmp_path / "out", None, True)
     assert (tmp_path / "out/report.md").read_text() == text
     assert headline(values) in capsys.readouterr().out
@@ -141,14 +141,43 @@ def test_the_headline_names_gains_as_gains():
     ]
     chats = [
         row("wedlm", kind="all", mode="auto", tok_per_s=90.0),
+        *(row("wedlm", kind=kind, mode="auto", tok_per_s=9.0) for kind in ("sums", "lists")),
         row("llama.cpp Q4", kind="all", mode="autoregressive", tok_per_s=120.0),
         row("llama.cpp Q4", kind="all", mode="speculation, ngram-mod", tok_per_s=500.0),
     ]
-    lines = headline({"parts": {"step": steps, "chat": chats}}).splitlines()
+    values = {
+        "settings": {"workload": {"chats": 4, "runs": 5}},
+        "load_average": {"start": 0.3},
+        "hardware": {"threads": 2},
+        "parts": {"step": steps, "chat": chats},
+    }
+    lines = headline(values).splitlines()
     assert lines[2:] == [
         "| a step of one row (AR), context 256 | 6 ms | 4 ms | **1.50x** |",
-        "| 20 chat prompts, one stream: `auto` | 120 tok/s | 90 tok/s | 0.75x |",
+        "| 8 chat prompts, one stream: `auto` | 120 tok/s | 90 tok/s | 0.75x |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("runs", "load", "cut", "said"),
+    [
+        (5, 0.9, 0, None),
+        (1, 0.9, 0, "1 run(s) instead of 5"),
+        (5, 1.5, 0, "load average of 2"),
+        (9, 0.0, 3, "3 measurements cut"),
+    ],
+)
+def test_figures_that_may_not_be_quoted_say_so(runs, load, cut, said):
+    values = {
+        "settings": {"workload": {"chats": 4, "runs": runs}},
+        "load_average": {"start": load},
+        "hardware": {"threads": 2},
+        "skipped": ["x"] * cut,
+        "parts": {"step": [row("wedlm", rows=1, step_ms=4.0)]},
+    }
+    text = headline(values)
+    assert ("Provisional" in text) == (said is not None)
+    assert (said or "") in text
 
 
 def test_twenty_prompts_of_five_kinds():

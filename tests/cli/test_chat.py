@@ -115,7 +115,7 @@ def test_demo_says_which_checkpoint_it_is(adapted, tmp_path, monkeypatch):
     assert "Peak memory" in result.stderr
 
 
-def test_demo_shows_medians_of_runs_in_turn(model):
+def test_demo_shows_medians_of_runs_in_turn(model, monkeypatch):
     asked = []
 
     class Watched:
@@ -126,6 +126,10 @@ def test_demo_shows_medians_of_runs_in_turn(model):
     llm = LLM(model, device="cpu")
     found = demo._ask(Watched(llm), llm.chat_prompt([{"role": "user", "content": "Hello"}]))
     assert asked == list(demo.MODES) * demo.RUNS
+    asked.clear()
+    monkeypatch.setattr(demo, "ENOUGH_S", 0.0)
+    demo._ask(Watched(llm), llm.chat_prompt([{"role": "user", "content": "Hello"}]))
+    assert asked == list(demo.MODES), "a slow machine makes one run"
     found["auto"].seconds = [0.1, 9.0, 0.2, 0.3, 0.1]
     assert found["auto"].median_s == 0.2
 

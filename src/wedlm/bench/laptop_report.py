@@ -10,19 +10,34 @@ from wedlm.bench.stats import TableRow
 
 _NAMES = {"autoregressive": "AR", "auto": "`auto`", "verified": "verified", "streaming": "streaming"}
 _MISSING = ""
+_RUNS, _BUSY = 5, 0.5  # of a report that may be quoted: runs at least, load a thread at most
 Line = tuple[str, float | None, float | None, str]  # what, llama.cpp's figure, ours, unit
 
 
 def headline(values: dict[str, Any]) -> str:
     """What a newcomer wants to know, our figures beside llama.cpp's best; parts that were not measured are left out."""
     lines = ["| | llama.cpp | wedlm | |", "| --- | --- | --- | --- |"]
-    for what, theirs, ours, unit in _lines(values["parts"]):
+    for what, theirs, ours, unit in _lines(values["parts"], values["settings"]["workload"]["chats"]):
         if ours is not None:
             lines.append(f"| {what} | {_figure(theirs, unit)} | {_figure(ours, unit)} | {_gain(theirs, ours, unit)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_caveat(values)])
 
 
-def _lines(parts: dict[str, Sequence[TableRow]]) -> Iterator[Line]:
+def _caveat(values: dict[str, Any]) -> list[str]:
+    """What makes the figures provisional stands below them, wherever they are shown."""
+    runs, load = values["settings"]["workload"]["runs"], values["load_average"]["start"]
+    threads, cut = values.get("hardware", {}).get("threads", 1), len(values.get("skipped", ()))
+    reasons = [f"{runs} run(s) instead of {_RUNS}"] if runs < _RUNS else []
+    reasons += [f"{cut} measurements cut"] if cut else []
+    if load > _BUSY * threads:
+        reasons.append(
+            f"a load average of {load:.0f} before the run began, on {threads} threads: other programs slow both "
+            "engines, and one whose threads wait for each other in every product more than the other"
+        )
+    return ["", f"**Provisional, not to be quoted:** {'; '.join(reasons)}."] if reasons else []
+
+
+def _lines(parts: dict[str, Sequence[TableRow]], chats: int) -> Iterator[Line]:
     step, chat = parts.get("step", ()), [row for row in parts.get("chat", ()) if row["kind"] == "all"]
     peer = _peer(step, "step_ms")
     for count in sorted({row["rows"] for row in step}):
@@ -30,9 +45,10 @@ def _lines(parts: dict[str, Sequence[TableRow]]) -> Iterator[Line]:
         what = "a step of one row (AR), context 256" if count == 1 else f"a step of {count} rows; llama.cpp: one row"
         yield what, peer, ours, "ms"
     peer = _peer(chat, "tok_per_s")
+    count = chats * len({row["kind"] for row in parts.get("chat", ())} - {"all"})
     for mode in (AR, "verified", "auto", "streaming"):
         yield (
-            f"20 chat prompts, one stream: {_NAMES[mode]}",
+            f"{count} chat prompts, one stream: {_NAMES[mode]}",
             peer,
             _of(chat, "tok_per_s", {"engine": OURS, "mode": mode}),
             "tok/s",
