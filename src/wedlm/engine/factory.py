@@ -22,7 +22,7 @@ from wedlm.engine.execution.runner import Runner
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.options import EngineConfig
 from wedlm.engine.pages import PagePool
-from wedlm.engine.text import TokenDecoder
+from wedlm.engine.text import EngineTokenizer
 from wedlm.model import ModelConfig, Transformer, pack_for_inference
 from wedlm.model.inference.layers import Quantization
 from wedlm.model.lora.masked_rows import has_masked_lora
@@ -66,7 +66,7 @@ class Blueprint:
     config: EngineConfig
     num_pages: int
     page_size: int
-    tokenizer: TokenDecoder | None
+    tokenizer: EngineTokenizer | None
     eager_reason: str | None = None  # why steps do not run on our kernels
     torch_reason: str | None = None  # why weights in eight bits do not run on the native forward of CPUs
 
@@ -149,7 +149,7 @@ def native_obstacle(model: Transformer) -> str | None:
 
 
 def plan_engine(
-    model: Transformer | NativeTransformer, config: EngineConfig, tokenizer: TokenDecoder | None
+    model: Transformer | NativeTransformer, config: EngineConfig, tokenizer: EngineTokenizer | None
 ) -> Blueprint:
     """Every choice for an engine around a model of ``prepare_model``, by ``config.options``; logs what was chosen.
 

@@ -21,6 +21,7 @@ from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer, load_model, load_tokenizer
+from wedlm.model.formats.checkpoint import with_end_tokens
 from wedlm.model.formats.tokenizer import check_unicode
 from wedlm.model.lora.peft import adapted_config, apply_adapter
 
@@ -42,6 +43,7 @@ class LLM:
         self.allow_control_tokens = chosen.allow_control_tokens
         self.tokenizer: Tokenizer = load_tokenizer(model)
         transformer, self.model_config = load_model(model, dtype, self.device)
+        self.model_config = with_end_tokens(self.model_config, self.tokenizer.end_token_ids())
         if chosen.adapter is not None:
             apply_adapter(transformer, chosen.adapter)
             self.model_config = adapted_config(self.model_config, chosen.adapter)

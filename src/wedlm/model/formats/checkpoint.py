@@ -8,7 +8,7 @@ model in the wanted dtype plus the largest tensor.
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,9 @@ def load_model(
     """The model, in evaluation mode, and its config.
 
     ``path_or_id``: a Hugging Face directory, a ``.gguf`` file, a hub id, "demo" or "demo-base". ``dtype`` None means
-    the one the config records. The config's end tokens are those of ``generation_config.json`` where that file has
-    any. Raises CheckpointError, or DemoModelError if the demo model cannot be fetched.
+    the one the config records. The config's end tokens are those of ``generation_config.json`` and its own. Where it
+    ties the output projection to the embedding and the files have another, theirs is kept. Raises CheckpointError, or
+    DemoModelError if the demo model cannot be fetched.
     """
     path = locate(path_or_id)
     file = GGUFFile(path) if path.is_file() else None
@@ -58,6 +59,8 @@ def load_model(
     if file is not None:
         file.check_places()
     _check_sizes(config, _shapes(files) if file is None else gguf_shapes(file), path)
+    if config.tie_word_embeddings and _has_other_head(files):
+        config = dataclasses.replace(config, tie_word_embeddings=False)
     with torch.device("meta"):
         model = Transformer(config)
     tensors = _read_files(files, config) if file is None else read_gguf_tensors(file, config)
@@ -69,7 +72,7 @@ def load_model(
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """``config.json`` of a checkpoint directory, with the end tokens of ``generation_config.json`` if it has any."""
+    """``config.json`` of a checkpoint directory; the end tokens of ``generation_config.json`` come before its own."""
     values = _read_json(directory / "config.json", directory)
     with reading(directory):
         config = ModelConfig.from_hf(values)
@@ -77,8 +80,14 @@ def read_config(directory: Path) -> ModelConfig:
         if generation_file.is_file():
             generation = _read_json(generation_file, directory)
             eos = read_token_ids("generation_config.json eos_token_id", generation.get("eos_token_id"))
-            config = dataclasses.replace(config, eos_token_ids=eos or config.eos_token_ids)
+            config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys((*eos, *config.eos_token_ids))))
     return config
+
+
+def with_end_tokens(config: ModelConfig, more: Iterable[int]) -> ModelConfig:
+    """The config with further end tokens behind its own, such as a tokenizer's; those without an embedding left out."""
+    more = [token_id for token_id in more if token_id < config.vocab_size and token_id != config.mask_token_id]
+    return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
 
 
 def save_model(model: Transformer, config: ModelConfig, directory: str | Path) -> None:
@@ -154,6 +163,16 @@ def _fill(
 def _is_redundant(name: str, config: ModelConfig) -> bool:
     """Tensors that old checkpoints carry although they follow from the config or from another tensor."""
     return name.endswith(".rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+
+
+def _has_other_head(files: Sequence[Path]) -> bool:
+    """Whether safetensors files hold an output projection that is not the embedding."""
+    found: dict[str, Tensor] = {}
+    for path in files:
+        with _safetensors(path), safe_open(path, framework="pt") as file:
+            for name in {"lm_head.weight", "model.embed_tokens.weight"}.intersection(file.keys()):
+                found[name] = file.get_tensor(name)
+    return len(found) == 2 and not torch.equal(*found.values())
 
 
 def _check_sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], origin: Path) -> None:
