@@ -74,8 +74,8 @@ class Tokenizer:
         if not path.is_file():
             raise CheckpointError(f"{directory} has no tokenizer.json; expected a tokenizer in that format")
         backend = read_tokenizer_json(path)
-        config = read_tokenizer_config(directory)
         with reading(directory / "tokenizer_config.json"):
+            config = read_tokenizer_config(directory)
             named = special_tokens(config)
             add_missing_tokens(backend, config, named)
             return cls(backend, read_chat_templates(directory, config), named)
@@ -199,6 +199,10 @@ class Tokenizer:
         if allow_control_tokens:
             return ChatPrompt(render(contents))
         return self._control.prompt(render, contents, lambda: template_constants(source))
+
+    def plain_text(self, text: str) -> ChatPrompt:
+        """A text, and where to cut it so that the control tokens it spells stay text."""
+        return self._control.prompt(lambda contents: contents["text"], {"text": text}, tuple)
 
     def encode_chat(
         self,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands beside ``tokenizer.json``: names of special tokens, further added tokens and chat templates.
 
-Read as transformers reads it: ``special_tokens_map.json`` goes before ``tokenizer_config.json`` unless that has an
-``added_tokens_decoder``, and template files go before templates in the configuration.
+Read as transformers reads it: ``special_tokens_map.json`` goes before ``tokenizer_config.json``, and
+``added_tokens.json`` is read, unless that has an ``added_tokens_decoder``; template files go before templates there.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,20 @@ _MAX_TEMPLATES = 100
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
-    """``tokenizer_config.json`` with what ``special_tokens_map.json`` says instead; empty where neither exists."""
-    path, old = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
+    """``tokenizer_config.json``, with what the two older files say where it has no ``added_tokens_decoder``."""
+    path = directory / "tokenizer_config.json"
     config = read_json_object(path) if path.is_file() else {}
-    if "added_tokens_decoder" not in config and old.is_file():
-        config |= read_json_object(old)
+    if "added_tokens_decoder" in config:
+        return config
+    old = {name: directory / f"{name}.json" for name in ("special_tokens_map", "added_tokens")}
+    if old["special_tokens_map"].is_file():
+        config |= read_json_object(old["special_tokens_map"])
+    if old["added_tokens"].is_file():
+        named = set(special_tokens(config).values())
+        config["added_tokens_decoder"] = {
+            str(token_id): {"content": text, "special": text in named, "normalized": text not in named}
+            for text, token_id in read_json_object(old["added_tokens"]).items()
+        }
     return config
 
 
