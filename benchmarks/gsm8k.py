@@ -77,7 +77,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--warm", type=int, default=0, help="first answer so many of the questions, unread and untimed")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--quantization", help="int8")
+    parser.add_argument("--quantization", help="int8 on a CPU, fp8 on a GPU")
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--kv-cache-gb", type=float, default=0.0, help="0: the engine decides")
@@ -94,6 +96,8 @@ def main() -> None:
         adapter=arguments.adapter,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
+        deterministic=arguments.deterministic,
+        kv_cache_dtype=arguments.kv_cache_dtype,
         device=arguments.device,
         max_num_seqs=arguments.max_num_seqs,
         kv_cache_bytes=int(arguments.kv_cache_gb * 1e9) or None,
@@ -105,6 +109,8 @@ def main() -> None:
         "questions": len(questions),
         "dtype": arguments.dtype,
         "quantization": arguments.quantization,
+        "deterministic": arguments.deterministic,
+        "kv_cache_dtype": arguments.kv_cache_dtype,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if llm.device.type == "cuda" else "cpu",
         "max_tokens": arguments.max_tokens,

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from tests.attack.victim import Victim
+from tests.server.running import wait_until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 BODY_BYTES = 2**20 - 64  # the most that a server takes, without a few
@@ -164,6 +165,14 @@ def _all_of(bodies: list[bytes]) -> Act:
     def act(victim: Victim) -> None:
         for body in bodies:
             ask(victim, TEXT, body)
+
+    return act
+
+
+def _each(path: str, bodies: list[bytes]) -> Act:
+    def act(victim: Victim) -> None:
+        for body in bodies:
+            _patient(path, body, victim)
 
     return act
 
@@ -397,6 +406,15 @@ def _own_schemas() -> dict[str, Any]:
     }
 
 
+def nested(model: str, number: int) -> bytes:
+    """A request for a schema of references in a circle, another one for each number."""
+    schema = {**_own_schemas()["references in a circle"], "title": str(number)}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    return json.dumps(
+        {"model": model, "messages": [{"role": "user", "content": "x"}], "response_format": form}
+    ).encode()
+
+
 def _schemas(model: str) -> Iterator[Case]:
     schemas = _own_schemas()
     if find_spec("tests.attack.schemas") is not None:  # all kinds of them
@@ -414,6 +432,10 @@ def _schemas(model: str) -> Iterator[Case]:
         yield Case("schemas", name, partial(_patient, CHAT, body), quick=name == "2,000 constants")
         if name in _own_schemas():
             yield Case("schemas", f"6 times {name}", _together([partial(_patient, CHAT, body)] * 6))
+    many = [nested(model, number) for number in range(480)]
+    yield Case(
+        "schemas", "12 times 40 references in a circle", _together([_each(CHAT, many[i::12]) for i in range(12)])
+    )
 
 
 def _conversations(model: str) -> Iterator[Case]:
@@ -459,6 +481,7 @@ def _leavers(model: str) -> Iterator[Case]:
     """Each leaves while something else is at work on its request."""
     long_prompt = _filled(f'{{"model":"{model}","prompt":"'.encode(), b"word ", b'"}')
     numbers = _filled(f'{{"model":"{model}","prompt":['.encode(), b"1,", b"1]}")
+    prompts = json.dumps({"model": model, "prompt": [[number] * 2000 for number in range(64)]}).encode()
     hello = {"model": model, "messages": [{"role": "user", "content": "y" * 200}]}
     forms = {
         name: {**hello, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
@@ -469,6 +492,7 @@ def _leavers(model: str) -> Iterator[Case]:
         "validation": (TEXT, numbers),
         "template": (CHAT, json.dumps({**hello, "messages": hello["messages"] * 4000}).encode()),
         "queue and generation": (TEXT, _generation(model, n=64, max_tokens=1900)),
+        "the keys of prompts": (TEXT, prompts),
         "a stream": (TEXT, _generation(model, n=64, max_tokens=1900, stream=True)),
         "log-probabilities": (TEXT, _generation(model, n=12, max_tokens=1000, logprobs=20)),
         **{f"schema: {name}": (CHAT, json.dumps(form).encode()) for name, form in forms.items()},
@@ -478,3 +502,14 @@ def _leavers(model: str) -> Iterator[Case]:
             acts = [leave(path, body, seconds)] * 4
             quick = seconds == 0.2 and name in ("tokens", "queue and generation")
             yield Case("leavers", f"{name}, after {seconds} s", _together(acts), quick)
+    yield Case("leavers", "while the answer is written", partial(_leave_the_answer, model))
+
+
+def _leave_the_answer(model: str, victim: Victim) -> None:
+    """Once the last token is there; writing the log-probabilities takes longer than a second."""
+    body = _generation(model, n=12, max_tokens=1000, logprobs=20)
+    with victim.connect(60) as connection:
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: victim.metrics()["sequences_open"] >= 12, seconds=20)
+        wait_until(lambda: victim.metrics()["sequences_open"] <= 1, seconds=60)

@@ -70,15 +70,22 @@ def usage(job: Job, outputs: Sequence[GenerationOutput]) -> dict[str, Any]:
     }
 
 
-def whole(job: Job, outputs: Sequence[GenerationOutput], tokenizer: Tokenizer) -> bytes:
-    """The body of an answer that is not streamed."""
+class Unwanted(Exception):
+    """Whoever asked has left."""
+
+
+def whole(
+    job: Job, outputs: Sequence[GenerationOutput], tokenizer: Tokenizer, unwanted: Callable[[], bool] = lambda: False
+) -> bytes:
+    """The body of an answer that is not streamed. Raises Unwanted once ``unwanted`` says so, between two choices."""
     kind = "chat.completion" if job.kind == "chat" else "text_completion"
     head, end = _head(job, kind), {"usage": usage(job, outputs)}
-    return b'%b,"choices":[%b],%b' % (
-        _json(head)[:-1],
-        b",".join(_choice(job, index, output, tokenizer) for index, output in enumerate(outputs)),
-        _json(end)[1:],
-    )
+    choices = []
+    for index, output in enumerate(outputs):
+        if unwanted():
+            raise Unwanted
+        choices.append(_choice(job, index, output, tokenizer))
+    return b'%b,"choices":[%b],%b' % (_json(head)[:-1], b",".join(choices), _json(end)[1:])
 
 
 def _choice(job: Job, index: int, output: GenerationOutput, tokenizer: Tokenizer) -> bytes:

@@ -3,6 +3,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,9 +21,10 @@ from wedlm.engine.request_stream import EngineFault, EngineStopped, RequestStrea
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.server import answers
 from wedlm.server.answers import Job
-from wedlm.server.bodies import is_json, not_an_object, parse
+from wedlm.server.bodies import Parser, not_an_object, parse
 from wedlm.server.config import ServerConfig
 from wedlm.server.errors import ApiError, internal_error, queue_full, unavailable
+from wedlm.server.limits import is_json
 from wedlm.server.metrics import Metrics, Stopwatch
 from wedlm.server.protocol import MAX_LOGPROB_ENTRIES, ChatRequest, CompletionRequest
 from wedlm.server.sse import CutOff, Disconnected, EventStream, Whole, unless_disconnected
@@ -37,7 +39,6 @@ _LARGEST_SEED = 2**63 - 1
 _SEND_S = 10.0  # beyond the request's time, for a slow client to take the last of a stream
 _SMALL_BYTES = 2**15  # a body of up to this size does not wait for larger ones
 _MAX_WAITING = 256  # bodies to be read
-_REST_S = 0.02
 _LOOP_ENTRIES = 512  # log-probabilities that are written in the event loop; more of them elsewhere
 T = TypeVar("T")
 
@@ -52,7 +53,8 @@ class Service:
         self.metrics = Metrics()
         self.draining = False
         self.num_preparing = 0  # requests whose body has been read and which the engine has not taken yet
-        self._small, self._large = Workers("small", 2, _MAX_WAITING), Workers("large", 1, _MAX_WAITING // 4, _REST_S)
+        self._small, self._large = Workers("small", 2, _MAX_WAITING), Workers("large", 1, _MAX_WAITING // 4)
+        self.parser = Parser()  # for the thread of large bodies
         self._answers = Workers("answers", 2, _MAX_WAITING)
         self._grammars = self._load_grammars()  # now, because it holds up every thread for a fraction of a second
 
@@ -84,6 +86,7 @@ class Service:
         await self.engine.stop()
         for workers in (self._small, self._large, self._answers):
             workers.close()
+        self.parser.close()
 
     def _renew(self, broken: Engine) -> Engine:
         self.llm.engine = self.llm.blueprint.rebuild(broken)
@@ -126,10 +129,11 @@ class Service:
     async def _respond(
         self, request: Request, raw: bytes, model: type[ChatRequest] | type[CompletionRequest], deadline: float
     ) -> Response:
-        workers = self._small if len(raw) <= _SMALL_BYTES else self._large
+        is_small = len(raw) <= _SMALL_BYTES
+        workers, read = (self._small, parse) if is_small else (self._large, self.parser.parse)
         self.num_preparing += 1
         try:
-            body = await workers.run(partial(parse, raw, model))
+            body = await workers.run(partial(read, raw, model))
             if isinstance(body, ChatRequest):
                 job = await self._chat_job(body, workers)
             else:
@@ -208,9 +212,13 @@ class Service:
                 limit = deadline - asyncio.get_running_loop().time() + _SEND_S
                 return EventStream(self._events(job, ticket, request), close, limit, headers)
             outputs = await self._collect(job, ticket, request)
-            build = partial(answers.whole, job, outputs, self.llm.tokenizer)
             num_tokens = sum(len(output.token_ids) for output in outputs)
-            return Whole(await self._off_loop(build, num_tokens * job.entries_per_token), headers=headers)
+            left = threading.Event()
+            build = partial(answers.whole, job, outputs, self.llm.tokenizer, left.is_set)
+            try:
+                return Whole(await self._off_loop(build, num_tokens * job.entries_per_token), headers=headers)
+            finally:
+                left.set()  # the thread need not go on if this was cancelled
         except ValueError as error:
             raise _refusal(error, job.kind) from error
         finally:

@@ -6,10 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from wedlm.model import Tokenizer
 from wedlm.server.tool_schemas import Tool
+
+if TYPE_CHECKING:  # the process that parses bodies imports this file, and must not load torch
+    from wedlm.model import Tokenizer
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _INSTRUCTIONS = (
@@ -18,12 +20,13 @@ _INSTRUCTIONS = (
     "Its result then comes in a message."
 )
 _FORCED_OPENING = re.compile(r'\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*(?=\S)')
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 Message = dict[str, Any]
 
 
-def takes_tools(tokenizer: Tokenizer) -> bool:
+def takes_tools(tokenizer: "Tokenizer") -> bool:
     """Whether the chat template writes the tools that it is given."""
     messages = [{"role": "user", "content": "x"}]
     probe = [{"type": "function", "function": {"name": "probe_name", "description": "", "parameters": {}}}]
@@ -38,7 +41,7 @@ def in_plain_words(messages: Sequence[Message], tools: Sequence[Tool]) -> list[M
     plain = [_plain(message) for message in messages]
     if not tools:
         return plain
-    told = _INSTRUCTIONS.format(tools="\n".join(json.dumps(_described(tool), ensure_ascii=False) for tool in tools))
+    told = _INSTRUCTIONS.format(tools="\n".join(_written(_described(tool)) for tool in tools))
     if plain and plain[0]["role"] == "system":
         return [{**plain[0], "content": f"{plain[0]['content']}\n\n{told}"}, *plain[1:]]
     return [{"role": "system", "content": told}, *plain]
@@ -47,11 +50,14 @@ def in_plain_words(messages: Sequence[Message], tools: Sequence[Tool]) -> list[M
 def _plain(message: Message) -> Message:
     if message["role"] == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
-    calls = [
-        f"{OPEN}\n{json.dumps(call['function'], ensure_ascii=False)}\n{CLOSE}" for call in message.get("tool_calls", ())
-    ]
+    calls = [f"{OPEN}\n{_written(call['function'])}\n{CLOSE}" for call in message.get("tool_calls", ())]
     rest = {name: value for name, value in message.items() if name != "tool_calls"}
     return {**rest, "content": "\n".join([*([message["content"]] if message["content"] else []), *calls])}
+
+
+def _written(value: Any) -> str:
+    """JSON, piece by piece: a megabyte in one call would keep all other threads waiting."""
+    return "".join(_ENCODER.iterencode(value))
 
 
 def _described(tool: Tool) -> dict[str, Any]:

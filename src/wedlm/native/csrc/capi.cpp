@@ -65,6 +65,11 @@ int32_t wedlm_model_set_matrix(WedlmModel* model, int32_t layer, int32_t which, 
   return guarded(error, error_size, [&] { model->model.set_matrix(layer, which, format, rows, cols, data, scale); });
 }
 
+int32_t wedlm_model_set_matrix_rounded(WedlmModel* model, int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols,
+                                       const void* data, char* error, int64_t error_size) {
+  return guarded(error, error_size, [&] { model->model.set_matrix_rounded(layer, which, format, rows, cols, data); });
+}
+
 int32_t wedlm_model_set_vector(WedlmModel* model, int32_t layer, int32_t which, int64_t size, const float* data, char* error,
                                int64_t error_size) {
   return guarded(error, error_size, [&] { model->model.set_vector(layer, which, size, data); });
@@ -81,19 +86,25 @@ int32_t wedlm_model_forward(WedlmModel* model, const WedlmStep* step, char* erro
 namespace {
 
 // A packed copy for the tests of parts.
-wedlm::Weights packed(int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale) {
-  wedlm::Weights weights;
+struct Packed {
+  wedlm::Matrix matrix;
+  wedlm::Buffer<uint8_t> data;
+  wedlm::Buffer<float> scale;
+};
+
+Packed packed(int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale) {
+  Packed weights;
   wedlm::Matrix& matrix = weights.matrix;
   matrix.format = static_cast<wedlm::Format>(format);
   matrix.rows = rows;
   matrix.cols = cols;
   matrix.panel_bytes = wedlm::source_bytes(format, wedlm::kPanel, format == wedlm::INT8 ? wedlm::round_up(cols, 32) : cols);
-  weights.data.reserve(matrix.panels() * matrix.panel_bytes);
+  weights.data.reserve(matrix.bytes());
   matrix.data = weights.data.data();
   weights.scale.reserve(int64_t{matrix.panels()} * wedlm::kPanel);
   matrix.scale = weights.scale.data();
   if (scale) std::memcpy(matrix.scale, scale, static_cast<size_t>(rows) * 4);
-  wedlm::pack(matrix, static_cast<const uint8_t*>(data));
+  wedlm::pack(matrix, static_cast<const uint8_t*>(data), 0, matrix.panels());
   return weights;
 }
 
@@ -103,7 +114,7 @@ int32_t wedlm_test_product(const char* path, int32_t format, int32_t rows, int32
                            int32_t num_inputs, const float* inputs, float* outputs) {
   const wedlm::Kernels* kernels = wedlm::choose_kernels(path);
   if (!kernels) return -1;
-  wedlm::Weights weights = packed(format, rows, cols, data, scale);
+  Packed weights = packed(format, rows, cols, data, scale);
   wedlm::InputKind kind = wedlm::format_info(format)->input;
   wedlm::Inputs x;
   x.reserve(num_inputs, cols, kind == wedlm::InputKind::kFloat, kind == wedlm::InputKind::kInt8Blocks);
@@ -117,7 +128,7 @@ int32_t wedlm_test_product(const char* path, int32_t format, int32_t rows, int32
 }
 
 int32_t wedlm_test_unpack(int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale, float* out) {
-  wedlm::Weights weights = packed(format, rows, cols, data, scale);
+  Packed weights = packed(format, rows, cols, data, scale);
   for (int32_t row = 0; row < rows; row++) wedlm::unpack_row(weights.matrix, row, out + int64_t{row} * cols);
   return 0;
 }

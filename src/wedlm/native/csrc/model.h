@@ -44,9 +44,26 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-struct Weights {  // a matrix, its memory and its bias (padded to panels; empty: none)
+// Memory of many matrices, one after the other, on large pages where the system has them: small ones cost a third of the
+// speed at which a step of one row reads its weights. Zeroed; untouched memory takes no room.
+class Arena {
+ public:
+  Arena() = default;
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  uint8_t* take(int64_t bytes);
+
+ private:
+  struct Chunk {
+    uint8_t* data;
+    int64_t size, used;
+  };
+  std::vector<Chunk> chunks_;
+};
+
+struct Weights {  // a matrix and its bias (padded to panels; empty: none)
   Matrix matrix;
-  Buffer<uint8_t> data;
   Buffer<float> scale, bias;
   bool has_bias = false;
 };
@@ -61,8 +78,9 @@ struct Layer {
 class Inputs {
  public:
   void reserve(int64_t rows, int64_t cols, bool floats, bool blocks);
-  // Row `row` of `cols` values.
-  void put(const Kernels& kernels, int64_t row, const float* x);
+  // `count` values of row `row` from `first` on, a multiple of kInputBlock.
+  void put(const Kernels& kernels, int64_t row, int64_t first, int64_t count, const float* x);
+  void put(const Kernels& kernels, int64_t row, const float* x) { put(kernels, row, 0, cols_, x); }
   Input view() const;
 
  private:
@@ -73,11 +91,20 @@ class Inputs {
   Buffer<int32_t> minus32_, minus16_;
 };
 
+// Panels of a piece of work, a multiple of `step`; several for each thread, so that one that is late delays little.
+inline int32_t panels_per_piece(int32_t panels, int threads, int32_t step = 1) {
+  constexpr int32_t kPiecesPerThread = 4;
+  int32_t each = panels / (threads * kPiecesPerThread) / step * step;
+  return each < step ? step : each;
+}
+
 class Model {
  public:
   Model(const WedlmShape& shape, const Kernels& kernels, int threads);
 
   void set_matrix(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale);
+  // In eight bits, rounded from `format` F32, F16 or BF16.
+  void set_matrix_rounded(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols, const void* data);
   void set_vector(int32_t layer, int32_t which, int64_t size, const float* data);
   void tie() { tied_ = true; }
   int64_t bytes() const;
@@ -87,6 +114,9 @@ class Model {
  private:
   struct Rows;  // some rows of a step that run together
 
+  Matrix& new_matrix(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols);
+  template <class Pack>
+  void pack_panels(int32_t panels, const Pack& pack);
   Weights& matrix_of(int32_t layer, int32_t which, int32_t& rows, int32_t& cols);
   Buffer<float>& vector_of(int32_t layer, int32_t which, int64_t& size, bool*& present);
   const Weights& head() const { return tied_ ? embedding_ : head_; }
@@ -108,6 +138,7 @@ class Model {
   int threads_;
   long process_;
   std::mutex mutex_;
+  Arena arena_;
   std::vector<Layer> layers_;
   Weights embedding_, head_;
   Buffer<float> final_norm_;
