@@ -171,6 +171,19 @@ def test_params_are_not_edited(llm):
     assert params == before
 
 
+def test_a_stop_string_that_names_a_special_token_stops_at_its_id(llm):
+    """Text does not show special tokens, so it could never be found there."""
+    options = {"max_tokens": 100, "ignore_eos": True, "temperature": 5.0}
+    drawn = (llm.generate("Hello", SamplingParams(seed=seed, **options))[0] for seed in range(20))
+    special = llm.tokenizer.special_ids
+    seed, free = next((i, one) for i, one in enumerate(drawn) if not special.isdisjoint(one.token_ids))
+    token = next(one for one in free.token_ids if one in special)
+    stop = ["never there", llm.tokenizer.backend.id_to_token(token)]
+    output = llm.generate("Hello", SamplingParams(seed=seed, stop=stop, **options))[0]
+    assert output.finish_reason == "stop"
+    assert output.token_ids == free.token_ids[: free.token_ids.index(token) + 1]
+
+
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_stop_strings_end_the_text_and_are_not_in_it(llm, decoding):
     base = SamplingParams(decoding=decoding, max_tokens=40, ignore_eos=True, temperature=1.0, seed=3)

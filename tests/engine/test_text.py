@@ -294,3 +294,31 @@ def test_spaces_and_bytes_of_a_sentencepiece_tokenizer(words, data):
     ids = [backend.token_to_id(piece) for piece in pieces]
     assert stream(backend, ids) == (backend.decode(ids), False)
     assert backend.decode(ids) == "".join(words).replace("▁", " ").removeprefix(" ")
+
+
+def sentencepiece_tokenizer() -> Tokenizer:
+    """Words that begin with U+2581, as SentencePiece's models have them."""
+    vocab = {"<unk>": 0, "\u2581is": 1, "\u2581Par": 2, "is": 3, "<0xE2>": 4, "</s>": 5}
+    backend = Backend(BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize(("prompt", "text"), [([1], " Paris"), ([1, 2, 3], " Paris"), ([5], "Paris"), ([], "Paris")])
+def test_the_space_between_a_prompt_and_its_text_is_the_texts(prompt, text):
+    tokenizer = sentencepiece_tokenizer()
+    assert tokenizer.drops_first_space
+    assert not BYTE_LEVEL.drops_first_space
+    arriving = TextStream(tokenizer, (), prompt[-1:])
+    for token in (2, 3):
+        arriving.push(token)
+    assert arriving.text == text
+
+
+def test_special_tokens_are_found_by_their_text():
+    assert BYTE_LEVEL.special_token_id("<|end|>") == BYTE_LEVEL.token_id("<|end|>")
+    assert BYTE_LEVEL.special_token_id("a") is None
+    assert BYTE_LEVEL.special_token_id("no such token") is None

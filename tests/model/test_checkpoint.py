@@ -96,8 +96,8 @@ def test_loaded_weights_do_not_depend_on_the_file(saved: Path) -> None:
     assert torch.equal(logits_of(model, TOKENS), before)
 
 
-@pytest.mark.parametrize(("recorded", "expected"), [([5, 6], (5, 6)), (7, (7,)), (None, (2,))])
-def test_end_tokens_of_generation_config_win(saved: Path, recorded: object, expected: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("recorded", "expected"), [([5, 6], (5, 6, 2)), (7, (7, 2)), (None, (2,))])
+def test_end_tokens_of_generation_config_come_first(saved: Path, recorded: object, expected: tuple[int, ...]) -> None:
     (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": recorded}))
     assert load_model(saved)[1].eos_token_ids == expected
 
@@ -106,9 +106,24 @@ def test_redundant_tensors_are_ignored(tmp_path: Path) -> None:
     save_model(our_model("llama-tied"), ModelConfig.from_hf(hf_config("llama-tied")), tmp_path)
     rewrite(
         tmp_path,
-        **{"lm_head.weight": torch.zeros(97, 48), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)},
+        **{
+            "lm_head.weight": our_model("llama-tied").model.embed_tokens.weight.detach().clone(),
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+        },
     )
-    assert torch.equal(logits_of(load_model(tmp_path)[0], TOKENS), logits_of(our_model("llama-tied"), TOKENS))
+    model, config = load_model(tmp_path)
+    assert config.tie_word_embeddings
+    assert torch.equal(logits_of(model, TOKENS), logits_of(our_model("llama-tied"), TOKENS))
+
+
+def test_an_output_projection_that_is_not_the_embedding_is_kept_whatever_the_config_says(tmp_path: Path) -> None:
+    save_model(our_model("llama-tied"), ModelConfig.from_hf(hf_config("llama-tied")), tmp_path)
+    rewrite(tmp_path, **{"lm_head.weight": torch.ones(97, 48)})
+    model, config = load_model(tmp_path)
+    assert not config.tie_word_embeddings
+    assert torch.equal(model.lm_head.weight, torch.ones(97, 48))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    torch.testing.assert_close(logits_of(model, TOKENS), theirs(torch.tensor([TOKENS])).logits[0], atol=1e-4, rtol=0)
 
 
 def test_saving_a_packed_model_is_refused_and_writes_nothing(tmp_path: Path) -> None:

@@ -89,6 +89,30 @@ def test_loads_to_the_same_logits(name: str, arch: str, tmp_path: Path) -> None:
     assert config == wanted
 
 
+@pytest.mark.parametrize(
+    ("keys", "scaling"),
+    [
+        ({"rope.scale_linear": 4.0}, RopeScaling("linear", 4.0)),
+        ({"rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),  # llama.cpp's rule for a factor without a type
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
+        ({"rope.scale_linear": 1.0}, None),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+    ],
+)
+def test_every_way_of_writing_a_linear_factor_is_read(
+    keys: dict[str, Any], scaling: RopeScaling | None, tmp_path: Path
+):
+    _, config = load_model(write_gguf(tmp_path / "m.gguf", our_model("llama"), "llama", keys))
+    assert config.rope_scaling == scaling
+
+
+@pytest.mark.parametrize("key", ["rope.freq_scale", "rope.scaling.alpha", "attention.scale", "logit_scale"])
+def test_an_unknown_rope_or_scale_key_is_refused(key: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", our_model("llama"), "llama", {key: 0.5})
+    with pytest.raises(CheckpointError, match=rf"llama\.{key} is 0\.5, which is not supported"):
+        load_model(path)
+
+
 def test_unpermute_undoes_the_converter() -> None:
     rows = torch.arange(2 * 8 * 3).reshape(16, 3)
     assert torch.equal(unpermute_rows(permute_rows(rows, 2), 2), rows)
@@ -129,7 +153,10 @@ class TestErrors:
             ({"rope.dimension_count": 4}, r"rope\.dimension_count is 4; expected head_dim \(8\)"),
             ({"attention.sliding_window": 64}, "uses a sliding window"),
             ({"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "rope_type is 'longrope'"),
-            ({"rope.scaling.type": "yarn", "rope.scaling.attn_factor": 2.0}, "attn_factor is not supported"),
+            (
+                {"rope.scaling.type": "yarn", "rope.scaling.attn_factor": 2.0},
+                "attn_factor is 2.0, which is not supported",
+            ),
             ({"block_count": 4}, "num_hidden_layers is 4; expected 3"),
             ({"feed_forward_length": 81}, r"mlp\..* has shape .* expected"),
         ],

@@ -122,6 +122,7 @@ def write_gguf(path: Path, backend: Backend, kind: str, change: dict[str, Any] |
     return path
 
 
+@pytest.mark.filterwarnings("ignore:a prompt begins with <s>")  # one of the texts does
 @pytest.mark.parametrize("kind", ["smollm", "qwen2", "llama-bpe"])
 def test_directory_equals_transformers(kind: str, tmp_path: Path) -> None:
     backend = train(kind)
@@ -141,6 +142,7 @@ def test_directory_equals_transformers(kind: str, tmp_path: Path) -> None:
     assert ours.token_id("absent") is None
 
 
+@pytest.mark.filterwarnings("ignore:a prompt begins with <s>")  # one of the texts does
 @pytest.mark.parametrize("kind", ["smollm", "qwen2", "llama-bpe"])
 def test_gguf_rebuilds_the_tokenizer(kind: str, tmp_path: Path) -> None:
     original = train(kind)
@@ -199,6 +201,68 @@ def test_named_templates(tmp_path: Path) -> None:
 def test_special_tokens_may_be_objects(tmp_path: Path) -> None:
     write_directory(tmp_path, train("smollm"), bos_token={"content": "<s>", "lstrip": False}, pad_token=None)
     assert load_tokenizer(tmp_path).special_tokens == {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+
+
+def test_what_stands_beside_the_tokenizer_is_read_as_by_transformers(tmp_path: Path) -> None:
+    """A named token of special_tokens_map.json, and templates in files."""
+    write_directory(tmp_path, train("smollm"), chat_template="config")
+    old = {"eos_token": "<unk>", "pad_token": {"content": "<pad>", "lstrip": False}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(old))
+    (tmp_path / "chat_template.jinja").write_text("{{ eos_token }} plain")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.special_tokens == {"bos_token": "<s>", "eos_token": "<unk>", "pad_token": "<pad>"}
+    assert ours.special_tokens == {name: str(text) for name, text in theirs.special_tokens_map.items()}
+    assert ours.encode("a<pad>b") == theirs.encode("a<pad>b")
+    for tools in (None, [TOOL]):
+        assert ours.apply_chat_template(MESSAGES, tools=tools) == theirs.apply_chat_template(
+            MESSAGES, tools=tools, tokenize=False
+        )
+
+
+def test_tokens_that_stand_only_in_added_tokens_decoder(tmp_path: Path) -> None:
+    backend = train("smollm")
+    size = backend.get_vocab_size()
+    added = {str(size): {"content": "<extra>", "special": True}, str(size + 1): {"content": "<more>", "special": False}}
+    write_directory(tmp_path, backend, added_tokens_decoder=added)
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<unk>"}')  # not read beside the decoder
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode("a<extra>b<more>") == theirs.encode("a<extra>b<more>")
+    assert ours.token_id("<more>") == size + 1
+    assert size in ours.special_ids
+    assert ours.special_tokens["eos_token"] == "<|im_end|>" == theirs.eos_token
+    added[str(size + 5)] = added.pop(str(size))
+    write_directory(tmp_path, train("smollm"), added_tokens_decoder=added)
+    with pytest.raises(CheckpointError, match=r"added_tokens_decoder has '<more>' as \d+; expected \d+, the id that"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "ends"),
+    [
+        (CHATML, "<unk>", ["<unk>", "<|im_end|>"]),
+        (CHATML, "<|im_end|>", ["<|im_end|>"]),
+        ("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", "<unk>", ["<unk>"]),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "<unk>", ["<unk>"]),
+        ("{{ raise_exception('no') }}", "<unk>", ["<unk>"]),
+        (None, "<unk>", ["<unk>"]),
+        (CHATML, None, ["<|im_end|>"]),
+    ],
+)
+def test_a_reply_ends_at_the_end_token_and_where_the_template_ends_a_turn(
+    template: str | None, eos: str | None, ends: list[str], tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(write_directory(tmp_path, train("smollm"), chat_template=template, eos_token=eos))
+    assert tokenizer.end_token_ids() == tuple(tokenizer.token_id(text) for text in ends)
+
+
+def test_a_doubled_bos_is_warned_of_once() -> None:
+    tokenizer = Tokenizer(train("llama-bpe"), special_tokens={"bos_token": "<s>"})
+    assert tokenizer.encode("<s>hi", add_special_tokens=False)[:1] == [1]
+    with pytest.warns(UserWarning, match="a prompt begins with <s>, which the tokenizer puts in front"):
+        assert tokenizer.encode("<s>hi")[:2] == [1, 1]
+    assert tokenizer.encode("<s>hi")[:2] == [1, 1]
 
 
 def test_save_round_trip_and_transformers_reads_it(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_documents_of_one_sample_are_held_out_together(tmp_path):
 
 def test_impossible_amounts_and_repeats(cache):
     for amount in (101, 1.0, -1, 2.5):
-        with pytest.raises(ValueError, match="; expected "):
+        with pytest.raises(ValueError, match=f"validation_documents is {amount}; expected "):
             split_validation(cache, amount, seed=0)
     with pytest.raises(ValueError, match="repeats has 1 numbers; expected 2"):
         packed(cache, repeats=(1,))

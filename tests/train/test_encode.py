@@ -162,6 +162,15 @@ def test_a_template_that_does_not_end_turns():
     assert [decoded(tokenizer, encoded.tokens[a:b]) for a, b in runs(encoded)] == ["a b", "c\n<|im_end|><|im_end|>"]
 
 
+def test_control_tokens_that_a_text_spells_are_text():
+    for tokenizer in (TOKENIZER, chat_tokenizer(None)):
+        encoded = encode(Sample("f.jsonl", 1, text="one <|im_end|> two"), tokenizer, eos_token_id=END)
+        assert encoded.tokens.tolist().count(END) == 1
+        assert encoded.tokens[-1] == END
+        assert encoded.trainable[-3:].all()
+        assert tokenizer.decode(encoded.tokens[:-1].tolist(), skip_special_tokens=False).endswith("one <|im_end|> two")
+
+
 def test_text_is_learned_but_for_what_the_tokenizer_puts_before_it():
     encoded = encode(Sample("f.jsonl", 1, text="one two"), TOKENIZER, eos_token_id=END)
     assert decoded(TOKENIZER, encoded.tokens) == "<s>one two<|im_end|>"

@@ -218,10 +218,10 @@ def test_a_conversation_may_become_several_documents(tmp_path, paths):
 
 
 def test_mask_token_that_the_data_uses(tmp_path, paths, monkeypatch):
-    odd = write_lines(tmp_path / "odd.jsonl", *CHATS[:3], {"text": "a <|unused|> b <|unused|>"}, CHATS[3])
+    odd = write_lines(tmp_path / "odd.jsonl", *CHATS[:3], {"text": "a Ω b Ω"}, CHATS[3])
     cache = build([*paths, odd], tmp_path / "cache").cache
     monkeypatch.setattr(token_cache, "_BUFFER_TOKENS", 7)  # the search goes on over many buffers
-    unused = TOKENIZER.token_id("<|unused|>")
+    unused = TOKENIZER.encode("Ω", False)[0]  # the first byte of a letter that no other text has
     with pytest.raises(
         ValueError, match=rf"mask_token_id is {unused}, which 2 tokens .* first in .*odd\.jsonl line 4;"
     ):

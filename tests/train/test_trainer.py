@@ -67,6 +67,28 @@ def test_a_resumed_run_equals_an_unbroken_one(parts, unbroken, monkeypatch):
     assert metrics(directory / "resumed") == metrics(unbroken)
 
 
+def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(parts, unbroken, monkeypatch, capsys):
+    base, data, directory = parts
+    config = config_of(base, data, directory / "interrupted", save_steps=100)
+    trainer = Trainer(config)
+    step = trainer._step
+
+    def interrupted(number, batches):
+        if number == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(number, batches)
+
+    monkeypatch.setattr(trainer, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert "stopping after this step, with a checkpoint" in capsys.readouterr().err
+    assert latest_checkpoint(directory / "interrupted").name == "checkpoint-000003"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    Trainer(config).run()
+    same_weights(directory / "interrupted", unbroken)
+    assert metrics(directory / "interrupted") == metrics(unbroken)
+
+
 def test_a_killed_run_goes_on(parts, unbroken):
     base, data, directory = parts
     config = config_of(base, data, directory / "killed", save_steps=1, save_total_limit=2)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what a caller asks to a ``Request``: all checks that need no queue, and defaults filled in."""
 
+import dataclasses
 import secrets
 from collections.abc import Sequence
 
@@ -16,12 +17,12 @@ from wedlm.engine.request import (
     WindowSnapshot,
 )
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.engine.text import TextStream, TokenDecoder
+from wedlm.engine.text import EngineTokenizer, TextStream
 
 
 def make_request(  # noqa: PLR0913 - each is a fact of the request or of the engine
     config: EngineConfig,
-    tokenizer: TokenDecoder | None,
+    tokenizer: EngineTokenizer | None,
     request_id: str,
     prompt_token_ids: Sequence[int],
     params: SamplingParams,
@@ -37,8 +38,14 @@ def make_request(  # noqa: PLR0913 - each is a fact of the request or of the eng
     if params.stop and tokenizer is None:
         raise ValueError("stop is set but the engine has no tokenizer; expected stop_token_ids instead")
     decode = decode_params(config, len(prompt), params)
+    text = None
+    if tokenizer is not None:
+        # Text does not show special tokens, so a stop string that names one is found by its id.
+        named = [tokenizer.special_token_id(stop) for stop in params.stop or ()]
+        ends = dict.fromkeys([*decode.stop_token_ids, *(one for one in named if one is not None)])
+        decode = dataclasses.replace(decode, stop_token_ids=tuple(ends))
+        text = TextStream(tokenizer, params.stop or (), prompt[-1:] if tokenizer.drops_first_space else ())
     constraint = build_constraint(params, decode.stop_token_ids, config.mask_token_id, config.vocab_size, tokenizer)
-    text = None if tokenizer is None else TextStream(tokenizer, params.stop or ())
     return Request(
         request_id=request_id,
         prompt_token_ids=prompt,

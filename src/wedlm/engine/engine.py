@@ -15,7 +15,7 @@ from wedlm.engine.plan import StepPlan, StepResults, WindowResult
 from wedlm.engine.request import FinishReason, Request
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.scheduler import Scheduler, Unread, unread_of
-from wedlm.engine.text import TokenDecoder
+from wedlm.engine.text import EngineTokenizer
 
 TURN = 64  # a batch, by default
 
@@ -29,7 +29,7 @@ class Engine:
         config: EngineConfig,
         runner: Runner,
         pool: PagePool,
-        tokenizer: TokenDecoder | None,
+        tokenizer: EngineTokenizer | None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config, self.runner, self.pool, self.tokenizer, self.clock = config, runner, pool, tokenizer, clock

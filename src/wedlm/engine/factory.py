@@ -24,7 +24,7 @@ from wedlm.engine.execution.runner import Runner
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.options import EngineConfig
 from wedlm.engine.pages import PagePool
-from wedlm.engine.text import TokenDecoder
+from wedlm.engine.text import EngineTokenizer
 from wedlm.model import ModelConfig, Transformer, pack_for_inference
 from wedlm.model.inference.quantization import Quantization, multiplies_fp8
 from wedlm.model.lora.masked_rows import has_masked_lora
@@ -71,7 +71,7 @@ class Blueprint:
     config: EngineConfig
     num_pages: int
     page_size: int
-    tokenizer: TokenDecoder | None
+    tokenizer: EngineTokenizer | None
     eager_reason: str | None = None  # why steps do not run on our kernels
     note: str = ""  # what was decided against when the weights were loaded, and why
 
@@ -186,7 +186,7 @@ def native_obstacle(model: Transformer | None = None) -> str | None:
 
 
 def plan_engine(
-    model: Transformer | NativeTransformer, config: EngineConfig, tokenizer: TokenDecoder | None, note: str = ""
+    model: Transformer | NativeTransformer, config: EngineConfig, tokenizer: EngineTokenizer | None, note: str = ""
 ) -> Blueprint:
     """Every choice for an engine around a model of ``prepare_model``, by ``config.options``; logs what was chosen.
 

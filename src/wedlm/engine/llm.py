@@ -22,6 +22,7 @@ from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer, load_tokenizer
+from wedlm.model.formats.checkpoint import with_end_tokens
 from wedlm.model.formats.tokenizer import check_unicode
 
 Message = Mapping[str, Any]
@@ -42,6 +43,7 @@ class LLM:
         self.tokenizer: Tokenizer = load_tokenizer(model)
         loaded = load_weights(model, chosen, self.device)
         self.model, self.model_config, chosen = loaded.model, loaded.config, loaded.options
+        self.model_config = with_end_tokens(self.model_config, self.tokenizer.end_token_ids())
         config = EngineConfig(
             vocab_size=self.model_config.vocab_size,
             mask_token_id=resolve_options.read_mask_token_id(chosen.mask_token_id, self.model_config, self.tokenizer),

@@ -13,6 +13,17 @@ class TokenDecoder(Protocol):
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
 
 
+class EngineTokenizer(TokenDecoder, Protocol):
+    """What the engine asks of a tokenizer."""
+
+    @property
+    def drops_first_space(self) -> bool:
+        """Whether ``decode`` leaves out the space that a text's first token begins with, as SentencePiece's does."""
+
+    def special_token_id(self, text: str) -> int | None:
+        """The id of a special token, which ``decode`` leaves out, by its text."""
+
+
 class TextStream:
     """The text of one request, growing token by token.
 
@@ -21,15 +32,17 @@ class TextStream:
     ``ends[i]`` is where the text ended after token i, before any stop string was cut off.
     """
 
-    def __init__(self, tokenizer: TokenDecoder, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: TokenDecoder, stop: Sequence[str] = (), before: Sequence[int] = ()) -> None:
+        """``before``: the tokens that the text follows, where their presence changes how its first one is spelled."""
         self._tokenizer = tokenizer
         self._stop = automaton_of(tuple(stop)) if stop else None
         self._state = 0  # of the automaton after ``text``
-        self._ids: list[int] = []
+        self._ids = list(before)
         # ids[_context:_read] ended on a character's border; they are decoded again with what follows, because a
         # tokenizer may render a token by its left neighbour (leading spaces). The first _known characters of
         # ids[_context:] are in the text.
-        self._context = self._read = self._known = 0
+        self._context, self._read = 0, len(self._ids)
+        self._known = len(self._decode().rstrip("\ufffd")) if self._ids else 0
         self.text = ""
         self.ends: list[int] = []
 

@@ -32,13 +32,22 @@ def text_logprobs(
     """Of a completion: lists side by side; ``offsets``, in characters, are where the tokens' texts begin."""
     ranked: list[dict[str, float]] | None = None
     if top:
-        ranked = [{decode([other]): max(value, _LOWEST) for other, value in reversed(one)} for one in top]
+        ranked = [_by_text(one, decode) for one in top]
     return {
         "tokens": [decode([token]) for token in tokens],
         "token_logprobs": [max(logprob, _LOWEST) for logprob in logprobs],
         "top_logprobs": ranked,
         "text_offset": list(offsets),
     }
+
+
+def _by_text(top: TopLogprobs, decode: Decode) -> dict[str, float]:
+    """The likelier of two tokens that are spelled alike keeps the text; the others are "token_id:" and their id."""
+    found: dict[str, float] = {}
+    for token, value in top:
+        text = decode([token])
+        found[f"token_id:{token}" if text in found else text] = max(value, _LOWEST)
+    return found
 
 
 def _entry(token: int, logprob: float, decode: Decode) -> dict[str, Any]:

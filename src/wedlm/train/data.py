@@ -216,7 +216,7 @@ def split_validation(cache: TokenCache, amount: int | float, seed: int) -> tuple
     """
     wanted = amount if isinstance(amount, int) else round(amount * cache.num_documents)
     if amount < 0 or (isinstance(amount, float) and amount >= 1):
-        raise ValueError(f"the validation amount is {amount}; expected a number of documents, or a share >= 0 and < 1")
+        raise ValueError(f"validation_documents is {amount}; expected a number of documents, or a share >= 0 and < 1")
     is_first = np.ones(cache.num_documents, dtype=bool)
     is_first[1:] = (np.diff(cache.source) != 0) | (np.diff(cache.line) != 0)
     sample_of = np.cumsum(is_first) - 1
@@ -225,7 +225,8 @@ def split_validation(cache: TokenCache, amount: int | float, seed: int) -> tuple
     held_out = np.isin(sample_of, order[before < wanted])
     if held_out.all():
         raise ValueError(
-            f"validation takes {wanted} documents; expected fewer than the {cache.num_documents} there are"
+            f"validation_documents is {amount}; expected fewer than the {cache.num_documents} documents of train_data, "
+            f"such as {max(1, cache.num_documents // 10)} of them, or 0"
         )
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 

@@ -66,7 +66,8 @@ def encode(
 ) -> EncodedSample:
     """A sample as one document.
 
-    Text: what the tokenizer puts before a text (BOS, in models that have one; not learned), the text and one end token.
+    Text: what the tokenizer puts before a text (BOS, in models that have one; not learned), the text, in which the
+    spelling of a control token is ordinary text, and one end token.
     Chat: the conversation up to its last reply as the chat template writes it, with the tokens that inference sees: a
     prompt's, then the reply's; a control token that a message spells is ordinary text. Trainable are the replies, each
     with the token that ends its turn, which they must not spell themselves. After the last one ``eos_token_id`` is
@@ -149,19 +150,24 @@ def _one_document(
         raise ValueError(f"eos_token_id is {eos_token_id}; expected an id from 0 to {tokenizer.vocab_size - 1}")
     if sample.messages is None:
         assert sample.text is not None, "a sample has messages or text"
-        return (yield from _encode_text(sample.text, eos_token_id))
+        return (yield from _encode_text(tokenizer.plain_text(sample.text), eos_token_id))
     last = max(number for number, message in enumerate(sample.messages) if message["role"] == "assistant")
     messages = sample.messages[: last + 1]
     replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     return (yield from _encode_chat(sample.origin, messages, replies, tokenizer, num_end_tokens, eos_token_id))
 
 
-def _encode_text(text: str, eos_token_id: int) -> _Steps[EncodedSample]:
-    (encoding,) = yield _Texts([text], add_special_tokens=True)
-    tokens = encoding.ids
+def _encode_text(text: ChatPrompt, eos_token_id: int) -> _Steps[EncodedSample]:
+    first, *others = text.pieces()
+    (encoding,) = yield _Texts([first], add_special_tokens=True)
+    tokens = list(encoding.ids)
     trainable = [not added for added in encoding.special_tokens_mask]
     if tokens and tokens[-1] == eos_token_id and not trainable[-1]:  # a post-processor that adds the end itself
         tokens, trainable = tokens[:-1], trainable[:-1]
+    if others:
+        for encoding in (yield _Texts(others, add_special_tokens=False)):
+            tokens += encoding.ids
+            trainable += [True] * len(encoding.ids)
     return _document([*tokens, eos_token_id], [*trainable, True])
 
 

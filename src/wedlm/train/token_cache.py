@@ -28,6 +28,10 @@ _END, _SOURCE, _LINE, _NUM_TRAINABLE = range(4)  # columns of documents.bin
 Progress = Callable[[str, int, int], None]  # file, lines read of it, tokens so far
 
 
+# Raised with each change of encode.py that changes a document's tokens. 2: control tokens in plain text are text.
+_ENCODING = 2
+
+
 @dataclass(frozen=True, slots=True)
 class SourceCounts:
     """What one file held: ``refused`` counts skipped lines by reason, ``documents`` exceed ``samples`` where a template
@@ -149,7 +153,7 @@ def build_cache(
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """A digest of all that decides which tokens a text or a conversation becomes."""
-    parts = [tokenizer.backend.to_str(), tokenizer.chat_templates, tokenizer.special_tokens]
+    parts = [_ENCODING, tokenizer.backend.to_str(), tokenizer.chat_templates, tokenizer.special_tokens]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -19,6 +19,7 @@ from wedlm.train.batch import NUM_GROUPS, TrainBatch, collate_sequences, without
 from wedlm.train.checkpoint import latest_checkpoint, load_checkpoint, read_state, remove_unfinished, save_checkpoint
 from wedlm.train.config import RENAMED, TrainConfig
 from wedlm.train.data import prefetch
+from wedlm.train.interrupt import Interrupt
 from wedlm.train.metrics import Meter, Records, rewind
 from wedlm.train.optimizer import learning_rate, make_optimizer
 from wedlm.train.optional_deps import require
@@ -165,7 +166,8 @@ class Trainer:
         config, meter = self.config, self.meter
         last: _Done | None = None
         self.model.train()
-        with closing(prefetch(self._optimiser_batches(start), _PREFETCH)) as batches:
+        batches_ahead = closing(prefetch(self._optimiser_batches(start), _PREFETCH))
+        with Interrupt(self.accelerator.num_processes == 1) as interrupt, batches_ahead as batches:
             for step, micro_batches in enumerate(batches, start):
                 done = self._step(step, micro_batches)
                 # Looking at a loss waits for the device, so the check is one step behind.
@@ -175,7 +177,7 @@ class Trainer:
                 count = step + 1
                 ended = count == self.num_steps
                 logs = count % config.logging_steps == 0 or ended
-                saves = count % config.save_steps == 0 and not ended
+                saves = (count % config.save_steps == 0 or interrupt.asked) and not ended
                 validates = config.eval_steps and (count % config.eval_steps == 0 or ended)
                 if logs or saves or validates:
                     self._check(last)
@@ -192,6 +194,8 @@ class Trainer:
                     if saves:
                         self._save(count)
                 self.records.update_progress(count)
+                if interrupt.asked and saves:
+                    raise KeyboardInterrupt
 
     def _optimiser_batches(self, start: int) -> Iterator[list[TrainBatch]]:
         """This process's micro-batches of each step from ``start`` on. Runs in another thread."""

@@ -108,6 +108,8 @@ def checkpoint_of_files(path: Path, config: ModelConfig, files: Iterable[Path]) 
     files = tuple(files)
     shapes, is_int8 = _shapes(files)
     _check_sizes(config, shapes, path)
+    if config.tie_word_embeddings and _has_other_head(files):
+        config = dataclasses.replace(config, tie_word_embeddings=False)
     shapes = {name: shape for name, shape in shapes.items() if not (is_scale(name) or _is_redundant(name, config))}
     return Checkpoint(path, config, shapes, files=files, is_int8=is_int8)
 
@@ -124,8 +126,8 @@ def load_model(
     ``path_or_id``: a Hugging Face directory, a ``.gguf`` file, a hub id, "demo" or "demo-base". ``dtype`` None means
     the one the config records. Weights in FP8 are widened to it, with a warning; ``keeps_fp8`` leaves layers as they
     are where each output has one scale, for ``pack_for_inference`` alone. The config's end tokens are those of
-    ``generation_config.json`` where that file has
-    any. Raises CheckpointError, or DemoModelError if the demo model cannot be fetched.
+    ``generation_config.json`` and its own. Where it ties the output projection to the embedding and the files have
+    another, theirs is kept. Raises CheckpointError, or DemoModelError if the demo model cannot be fetched.
     """
     checkpoint = open_checkpoint(path_or_id)
     return load_torch(checkpoint, dtype, device, keeps_fp8=keeps_fp8), checkpoint.config
@@ -150,7 +152,7 @@ def load_torch(
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """``config.json`` of a checkpoint directory, with the end tokens of ``generation_config.json`` if it has any."""
+    """``config.json`` of a checkpoint directory; the end tokens of ``generation_config.json`` come before its own."""
     values = _read_json(directory / "config.json", directory)
     with reading(directory):
         config = ModelConfig.from_hf(values)
@@ -158,8 +160,14 @@ def read_config(directory: Path) -> ModelConfig:
         if generation_file.is_file():
             generation = _read_json(generation_file, directory)
             eos = read_token_ids("generation_config.json eos_token_id", generation.get("eos_token_id"))
-            config = dataclasses.replace(config, eos_token_ids=eos or config.eos_token_ids)
+            config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys((*eos, *config.eos_token_ids))))
     return config
+
+
+def with_end_tokens(config: ModelConfig, more: Iterable[int]) -> ModelConfig:
+    """The config with further end tokens behind its own, such as a tokenizer's; those without an embedding left out."""
+    more = [token_id for token_id in more if token_id < config.vocab_size and token_id != config.mask_token_id]
+    return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
 
 
 def save_model(model: Transformer, config: ModelConfig, directory: str | Path) -> None:
@@ -258,6 +266,20 @@ def _is_redundant(name: str, config: ModelConfig) -> bool:
         or name.endswith(".rotary_emb.inv_freq")
         or (config.tie_word_embeddings and name == "lm_head.weight")
     )
+
+
+def _has_other_head(files: Sequence[Path]) -> bool:
+    """Whether safetensors files hold an output projection that is not the embedding."""
+    found: dict[str, Tensor] = {}
+    for path in files:
+        with _safetensors(path), safe_open(path, framework="pt") as file:
+            for name in {"lm_head.weight", "model.embed_tokens.weight"}.intersection(file.keys()):
+                found[name] = file.get_tensor(name)
+    if len(found) < 2:
+        return False
+    head, embedding = found["lm_head.weight"], found["model.embed_tokens.weight"]
+    same_kind = head.dtype == embedding.dtype and head.shape == embedding.shape
+    return not (same_kind and torch.equal(head.view(torch.uint8), embedding.view(torch.uint8)))
 
 
 def _check_sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], origin: Path) -> None:

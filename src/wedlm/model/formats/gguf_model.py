@@ -32,10 +32,12 @@ _LAYER_NAMES = {
 # Ours: what a WeDLM checkpoint records beyond the AR model.
 MASK_TOKEN_KEY, BLOCK_SIZE_KEY = "wedlm.mask_token_id", "wedlm.block_size"
 _LAYER_TENSOR = re.compile(r"blk\.(\d{1,9})\.(\w+)\.(weight|bias)")
+# Keys under "rope." that are read here; any other, and any other scale, would change what the model computes.
+_SCALING_KEYS = ("type", "factor", "finetuned", "original_context_length", "yarn_beta_fast", "yarn_beta_slow")
+_ROPE_KEYS = ("dimension_count", "freq_base", "scale_linear", *(f"scaling.{key}" for key in _SCALING_KEYS))
 _HF_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.+)\.(weight|bias)")
 _LAYER_KINDS = {name: kind for kind, name in _LAYER_NAMES.items()}
 _GGUF_TOP_NAMES = {name: kind for kind, name in _TOP_NAMES.items()}
-_UNSUPPORTED_ROPE_KEYS = ("alpha", "attn_factor", "yarn_log_multiplier", "yarn_ext_factor", "yarn_attn_factor")
 
 
 def read_gguf_config(file: GGUFFile) -> ModelConfig:
@@ -146,16 +148,21 @@ def unpermute_rows(tensor: Tensor, num_heads: int) -> Tensor:
 
 
 def _rope_scaling(file: GGUFFile, arch: str) -> dict[str, object] | None:
+    for key, value in file.metadata.items():
+        is_read = key.removeprefix(f"{arch}.rope.") in _ROPE_KEYS
+        if (key.startswith(f"{arch}.rope.") or (key.startswith(f"{arch}.") and "scale" in key)) and not is_read:
+            raise CheckpointError(f"{file.path}: {key} is {value!r}, which is not supported; expected it to be absent")
     prefix = f"{arch}.rope.scaling."
-    kind = file.optional(f"{prefix}type", str) or "none"
-    if kind == "none":
+    factor = file.optional(f"{prefix}factor", float) or file.optional(f"{arch}.rope.scale_linear", float)
+    # As llama.cpp has it: a factor without a type is linear. The old key scale_linear knows no other type.
+    kind = file.optional(f"{prefix}type", str) or ("linear" if factor else "none")
+    if kind == "none" or (kind == "linear" and factor == 1):
         return None
-    for key in _UNSUPPORTED_ROPE_KEYS:
-        if f"{prefix}{key}" in file.metadata:
-            raise CheckpointError(f"{file.path}: {prefix}{key} is not supported; expected it to be absent")
+    if factor is None:
+        raise CheckpointError(f"{file.path} lacks {prefix}factor; expected it for the type {kind}")
     return {
         "rope_type": kind,
-        "factor": file.required(f"{prefix}factor", float),
+        "factor": factor,
         "original_max_position_embeddings": file.optional(f"{prefix}original_context_length", int),
         "beta_fast": file.optional(f"{prefix}yarn_beta_fast", float),
         "beta_slow": file.optional(f"{prefix}yarn_beta_slow", float),

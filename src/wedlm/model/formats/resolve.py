@@ -9,7 +9,7 @@ from wedlm.model.errors import CheckpointError
 
 # The embedded model adapted to WeDLM, and the AR checkpoint that it was made from: the same file of weights.
 DEMO_NAME, DEMO_BASE_NAME = "demo", "demo-base"
-_CONFIG_PATTERNS = ["*.json", "*.txt", "*.jinja"]
+_CONFIG_PATTERNS = ["*.json", "*.txt", "*.jinja"]  # templates beside the default are in a folder
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -41,7 +41,11 @@ def _from_hub(repo_id: str, weights: bool) -> Path:
 
     patterns = [*_CONFIG_PATTERNS, "*.safetensors"] if weights else _CONFIG_PATTERNS
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(
+                repo_id, allow_patterns=patterns, ignore_patterns=["*/*.json", "*/*.txt", "*/*.safetensors"]
+            )
+        )
     except (
         Exception
     ) as error:  # The hub client and its HTTP library raise many unrelated types; all mean "not fetched".

@@ -2,6 +2,7 @@
 """Text to token ids and back, and messages to a prompt."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -14,13 +15,19 @@ from wedlm.model.formats.chat_template import render_chat_template, template_con
 from wedlm.model.formats.control_tokens import ChatPrompt, ControlTokens
 from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_tokenizer import read_gguf_chat_template, read_gguf_tokenizer
-from wedlm.model.formats.json_file import read_json_object
 from wedlm.model.formats.resolve import locate
 from wedlm.model.formats.save import write_whole
+from wedlm.model.formats.tokenizer_config import (
+    add_missing_tokens,
+    read_chat_templates,
+    read_tokenizer_config,
+    special_tokens,
+)
 from wedlm.model.formats.tokenizer_json import read_tokenizer_json, running
 
 _Render = Callable[[Mapping[str, Any]], str]
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+# A chat by which the end of a turn is found in what the template makes of it.
+_QUESTION, _REPLY = "question", "wedlm"
 
 
 def load_tokenizer(path_or_id: str | Path) -> "Tokenizer":
@@ -51,11 +58,14 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._control = ControlTokens(backend, self.special_tokens.values())
+        # SentencePiece's words begin with U+2581, which stands for a space.
+        self.drops_first_space = _drops_first_space(backend)
+        self._warned_of_bos = False
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "Tokenizer":
-        """From ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` (the last two optional).
+        """From ``tokenizer.json`` and what stands beside it (``tokenizer_config.py``).
 
         Raises CheckpointError naming the file that is missing or malformed.
         """
@@ -64,14 +74,11 @@ class Tokenizer:
         if not path.is_file():
             raise CheckpointError(f"{directory} has no tokenizer.json; expected a tokenizer in that format")
         backend = read_tokenizer_json(path)
-        config_path = directory / "tokenizer_config.json"
-        config = read_json_object(config_path) if config_path.is_file() else {}
-        template_path = directory / "chat_template.jinja"
-        with reading(template_path):
-            template = template_path.read_text(encoding="utf-8") if template_path.is_file() else None
-        template = config.get("chat_template") if template is None else template
-        with reading(config_path):
-            return cls(backend, _named_templates(template), _special_tokens(config))
+        with reading(directory / "tokenizer_config.json"):
+            config = read_tokenizer_config(directory)
+            named = special_tokens(config)
+            add_missing_tokens(backend, config, named)
+            return cls(backend, read_chat_templates(directory, config), named)
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> "Tokenizer":
@@ -111,7 +118,26 @@ class Tokenizer:
         """``encode`` of each text, on all cores."""
         with running():  # fast: without the tokens' places in the text, which take longer than the tokens
             found = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-            return [one.ids for one in found]
+            ids = [one.ids for one in found]
+        if add_special_tokens and not self._warned_of_bos:
+            self._warn_of_doubled_bos(ids)
+        return ids
+
+    def _warn_of_doubled_bos(self, batch: Sequence[Sequence[int]]) -> None:
+        text = self.special_tokens.get("bos_token", "")
+        bos = self.token_id(text)
+        if bos is not None and any(ids[:2] == [bos, bos] for ids in batch):
+            self._warned_of_bos = True
+            warnings.warn(
+                f"a prompt begins with {text}, which the tokenizer puts in front of every prompt: the model sees it "
+                "twice; leave it out of the prompt",
+                stacklevel=4,
+            )
+
+    def special_token_id(self, text: str) -> int | None:
+        """The id of a special token, which ``decode`` leaves out, by its text; None for any other text."""
+        token_id = self.token_id(text)
+        return token_id if token_id in self.special_ids else None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; an incomplete UTF-8 sequence becomes U+FFFD, an id without a token becomes nothing."""
@@ -121,6 +147,24 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """The id of a token given by its text in the vocabulary, such as "<|im_end|>"."""
         return self.backend.token_to_id(token)
+
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Where a reply ends: the tokenizer's end token, and the control token that the chat template writes right
+        after an assistant's message. Checkpoints' configurations often name only one of the two."""
+        eos, bos = (self.token_id(self.special_tokens.get(name, "")) for name in ("eos_token", "bos_token"))
+        ends = () if eos is None else (eos,)
+        for roles in (("user", "assistant"), ("user", "assistant", "user")):
+            messages = [{"role": role, "content": _REPLY if role == "assistant" else _QUESTION} for role in roles]
+            try:
+                text = self.apply_chat_template(messages, add_generation_prompt=False)
+            except ValueError:  # no template, or one that wants other messages
+                continue
+            before = self.encode(text.partition(_QUESTION)[0], add_special_tokens=False)
+            after = self.encode(text.rpartition(_REPLY)[2].lstrip(), add_special_tokens=False)[:1]
+            opens_turn = [token_id for token_id in before if token_id in self._control.ids][-1:]
+            if self._control.ids.issuperset(after) and after and after[0] not in (bos, eos, *opens_turn):
+                return (*ends, after[0])
+        return ends
 
     @property
     def has_chat_template(self) -> bool:
@@ -155,6 +199,10 @@ class Tokenizer:
         if allow_control_tokens:
             return ChatPrompt(render(contents))
         return self._control.prompt(render, contents, lambda: template_constants(source))
+
+    def plain_text(self, text: str) -> ChatPrompt:
+        """A text, and where to cut it so that the control tokens it spells stay text."""
+        return self._control.prompt(lambda contents: contents["text"], {"text": text}, tuple)
 
     def encode_chat(
         self,
@@ -191,33 +239,18 @@ class Tokenizer:
         return source, render
 
 
+def _drops_first_space(backend: tokenizers.Tokenizer) -> bool:
+    """Whether the first token's space is lost in decoding: U+2581 stands for a space in SentencePiece's words."""
+    vocab = backend.get_vocab()
+    token_id = next((token_id for text, token_id in vocab.items() if text[:1] == "\u2581" and text[1:].isalpha()), None)
+    if token_id is None:
+        return False
+    return not backend.decode([token_id]).startswith(" ") and " " in backend.decode([token_id, token_id])
+
+
 def check_unicode(text: str) -> None:
     """Raises ValueError for half a surrogate pair."""
     try:
         text.encode()  # the library's own message for a lone surrogate tells nobody anything
     except UnicodeEncodeError as error:
         raise ValueError(f"the prompt is no Unicode text ({error.reason}); expected valid characters") from error
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Names to text; a token is written as its text or as an object with ``content``."""
-    found = {name: config[name] for name in _SPECIAL_NAMES if config.get(name)}
-    texts: dict[str, str] = {}
-    for name, token in found.items():
-        text = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(text, str):
-            raise ValueError(f"{name} is {token!r}; expected a token's text, or an object with content")
-        texts[name] = text
-    return texts
-
-
-def _named_templates(template: Any) -> dict[str, str]:
-    """One template is written as a string, several as a list of objects with ``name`` and ``template``."""
-    if template is None:
-        return {}
-    if isinstance(template, str):
-        return {"default": template}
-    try:
-        return {str(entry["name"]): str(entry["template"]) for entry in template}
-    except (TypeError, KeyError) as error:
-        raise ValueError("chat_template is neither a string nor a list of name and template") from error
