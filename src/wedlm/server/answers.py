@@ -15,7 +15,7 @@ from wedlm.engine.request import TopLogprobs
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer
 from wedlm.server.logprobs import Decode, chat_logprobs, text_logprobs
-from wedlm.server.tools import PlainReader, Reader, message
+from wedlm.server.readers import PlainReader, Reader, message
 
 _AT_ONCE = 64  # tokens
 
@@ -30,6 +30,7 @@ class Job:
     num_choices: int
     streams: bool
     wants_usage: bool
+    counts_always: bool  # each chunk has the figures so far
     watches: bool
     warning: str | None = None
     grammar: Compiled | None = None  # held until the answer has ended
@@ -58,9 +59,7 @@ def usage(job: Job, outputs: Sequence[GenerationOutput]) -> dict[str, Any]:
     tokens, forwards, rows = (sum(getattr(s, n) for s in stats) for n in ("num_tokens", "num_forwards", "num_rows"))
     cached = sum(s.num_reused_tokens for s in stats[:: job.num_choices])
     return {
-        "prompt_tokens": job.num_prompt_tokens,
-        "completion_tokens": tokens,
-        "total_tokens": job.num_prompt_tokens + tokens,
+        **_counts(job.num_prompt_tokens, tokens),
         "prompt_tokens_details": {"cached_tokens": cached},
         "forwards": forwards,
         "rows": rows,
@@ -68,6 +67,10 @@ def usage(job: Job, outputs: Sequence[GenerationOutput]) -> dict[str, Any]:
         "p_cache": tokens / rows if rows else 0.0,
         "decoding": stats[0].decoding if stats else None,
     }
+
+
+def _counts(prompt: int, completion: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def whole(job: Job, outputs: Sequence[GenerationOutput], tokenizer: Tokenizer) -> bytes:
@@ -123,7 +126,7 @@ class ChoiceStream:
 
     def __init__(self, job: Job, index: int, tokenizer: Tokenizer) -> None:
         self._job, self._index, self._tokenizer = job, index, tokenizer
-        self._reader, self._offset = job.new_reader(), 0
+        self._reader, self._offset, self._num_tokens = job.new_reader(), 0, 0
 
     def event(self, piece: StreamPiece) -> bytes:
         """The chunk of one piece. ``wedlm`` says which forward made which tokens final."""
@@ -134,6 +137,9 @@ class ChoiceStream:
             content, reason = {"delta": self._delta(piece.text, reason)}, _reason(self._reader, reason)
         logprobs = self._logprobs(piece) if job.sequences[self._index][1].logprobs is not None else None
         chunk = _chunk(job, [{"index": self._index, **content, "logprobs": logprobs, "finish_reason": reason}])
+        self._num_tokens += len(piece.token_ids)
+        if job.counts_always:
+            chunk["usage"] = _counts(len(job.sequences[self._index][0]), self._num_tokens)
         chunk["wedlm"] = {"step": piece.step, "token_ids": piece.token_ids, "tokens": piece.token_texts}
         if piece.window is not None:
             chunk["wedlm"]["window"] = _window(piece, len(job.sequences[self._index][0]), self._tokenizer.decode)

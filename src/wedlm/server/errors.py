@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from wedlm.server.protocol import EXPECTED, UNSUPPORTED
+from wedlm.server.neutral import UNSUPPORTED
+from wedlm.server.protocol import EXPECTED
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 _LONGEST = 500  # of a message, which may quote what it refuses
@@ -111,13 +112,13 @@ def explain(error: Any, body: dict[str, Any]) -> ApiError:
     names, value = _walk(error["loc"], body)
     path = names[0] + "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names[1:])
     last = next(name for name in reversed(names) if isinstance(name, str))
-    unsupported = next((name for name in names if name in UNSUPPORTED), None)
-    if error["type"] == "missing" and names[-1] != error["loc"][-1]:
+    unsupported = UNSUPPORTED.get(last) if error["type"] == "extra_forbidden" else None
+    if error["type"] == "missing" and (value is body or names[-1] != error["loc"][-1]):
         missing = str(error["loc"][-1])
         path = missing if value is body else f"{path}.{missing}"
         message, code = f"{path} is missing; expected {EXPECTED.get(missing, 'a value')}", "missing"
     elif unsupported is not None:
-        message, code = f"{path} is {_show(value)}; {UNSUPPORTED[unsupported]}", "unsupported"
+        message, code = f"{path} is {_show(value)}; {unsupported}", "unsupported"
     elif error["type"] == "extra_forbidden":
         message, code = f"{path} is {_show(value)}; this server knows no field of that name", "unknown_field"
     else:

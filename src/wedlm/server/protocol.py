@@ -1,40 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client may send. A field that has no effect here may only have the value that asks for nothing."""
+"""What a client may send. Fields that have no effect here are those of ``neutral.py``."""
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
 from wedlm.algorithm.params import Decoding
 from wedlm.engine.sampling_params import MAX_BIASES, MAX_LOGPROBS, SamplingParams
 from wedlm.server.messages import Message
-from wedlm.server.tool_schemas import MAX_FIELDS, MAX_TOOLS, NamedChoice, ResponseFormat, Strict, Tool, few
+from wedlm.server.neutral import Place
+from wedlm.server.tool_schemas import MAX_TOOLS, NamedChoice, ResponseFormat, Strict, Tool, few
 from wedlm.server.tools import call_schema
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_TOKENS, MAX_MESSAGES = 16, 256, 64, 4096
 MAX_PROMPTS = 1024
 # Log-probabilities that an answer may have: the tokens' own and their alternatives, 60 bytes each.
 MAX_LOGPROB_ENTRIES = 2**18
-_OLD_TOOLS = "the old form of tools is not supported; expected tools and tool_choice"
-_NO_MEDIA = "text alone is supported"
-# Fields that are refused, and what the refusal says.
-UNSUPPORTED = {
-    "repetition_penalty": "this penalty is not supported; expected presence_penalty or frequency_penalty, or 1",
-    "min_p": "this cut is not supported; expected top_p or top_k, or 0",
-    "functions": _OLD_TOOLS,
-    "function_call": _OLD_TOOLS,
-    "best_of": "choosing among several texts is not supported; expected nothing or 1",
-    "echo": "repeating the prompt is not supported; expected nothing or false",
-    "suffix": "text after the answer is not supported; expected nothing",
-    "audio": _NO_MEDIA,
-    "modalities": f'{_NO_MEDIA}; expected nothing or ["text"]',
-    "prediction": "predicted outputs are not supported",
-    "reasoning_effort": "grades of reasoning are not supported",
-    "verbosity": "grades of verbosity are not supported",
-    "web_search_options": "searches are not supported",
-    "store": "answers are not stored; expected nothing or false",
-    "service_tier": 'there is one tier; expected nothing, "auto" or "default"',
-}
 # What fields expect, where pydantic's own words would not tell a user.
 EXPECTED = {
     "model": "the name of a model that GET /v1/models lists",
@@ -56,7 +37,6 @@ EXPECTED = {
 }
 
 
-Nothing: TypeAlias = None
 # fail_fast: pydantic makes an error of each wrong entry, for each member of a union, and only one is ever shown.
 Strings: TypeAlias = Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
 TokenIds: TypeAlias = Annotated[list[int], Field(fail_fast=True)]
@@ -64,10 +44,12 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class StreamOptions(Strict):
-    """``include_usage``: one more chunk with the figures of all choices, before the end."""
+    """``include_usage``: one more chunk with the figures of all choices, before the end; ``continuous_usage_stats``: in
+    each chunk those of its choice so far."""
 
+    places: ClassVar[tuple[Place, ...]] = ("stream_options",)
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class _Generation(Strict):
@@ -92,10 +74,6 @@ class _Generation(Strict):
     wedlm_pos_penalty_factor: float | None = None
     wedlm_draft_entropy: float | None = None
     wedlm_trace: bool | None = None
-    # Accepted because clients send them and they ask for nothing that could be missed.
-    user: str | None = None
-    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[str, float], few(MAX_BIASES)] | None = None
@@ -107,6 +85,10 @@ class _Generation(Strict):
     @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def counts_always(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     def sampling_params(self, default_max_tokens: int) -> SamplingParams:
         """The engine's parameters; ValueError where it refuses one. OpenAI's default temperature is 1, and so is ours
@@ -158,12 +140,10 @@ def _token_id(key: str) -> int:
 class CompletionRequest(_Generation):
     """The body of POST /v1/completions."""
 
+    places: ClassVar[tuple[Place, ...]] = ("completion", "request")
     prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
     max_tokens: int | None = None
     logprobs: int | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-    echo: Literal[False] | None = None
-    suffix: Nothing = None
 
     @property
     def token_limit(self) -> int | None:
@@ -184,28 +164,16 @@ class CompletionRequest(_Generation):
 class ChatRequest(_Generation):
     """The body of POST /v1/chat/completions."""
 
+    places: ClassVar[tuple[Place, ...]] = ("chat", "request")
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    metadata: Annotated[dict[str, str], few(MAX_FIELDS)] | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
     parallel_tool_calls: bool | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
-    functions: Annotated[list[Any], Field(max_length=0)] | None = None
-    function_call: Literal["none", "auto"] | None = None
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    audio: Nothing = None
-    prediction: Nothing = None
-    reasoning_effort: Nothing = None
-    verbosity: Nothing = None
-    web_search_options: Nothing = None
 
     @property
     def token_limit(self) -> int | None:

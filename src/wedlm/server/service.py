@@ -25,9 +25,11 @@ from wedlm.server.config import ServerConfig
 from wedlm.server.errors import ApiError, internal_error, queue_full, unavailable
 from wedlm.server.metrics import Metrics, Stopwatch
 from wedlm.server.protocol import MAX_LOGPROB_ENTRIES, ChatRequest, CompletionRequest
+from wedlm.server.readers import CallReader, ForcedReader
 from wedlm.server.sse import CutOff, Disconnected, EventStream, Whole, unless_disconnected
+from wedlm.server.tool_forms import FORMS, form_of
 from wedlm.server.tool_schemas import Tool
-from wedlm.server.tools import ForcedReader, TaggedReader, for_template, in_plain_words, takes_tools
+from wedlm.server.tools import TemplateTraits, for_template, in_plain_words, without_system
 from wedlm.server.workers import Busy, Workers
 
 log = logging.getLogger("wedlm.server")
@@ -54,6 +56,9 @@ class Service:
         self.num_preparing = 0  # requests whose body has been read and which the engine has not taken yet
         self._small, self._large = Workers("small", 2, _MAX_WAITING), Workers("large", 1, _MAX_WAITING // 4, _REST_S)
         self._answers = Workers("answers", 2, _MAX_WAITING)
+        self._traits = TemplateTraits.of(llm.tokenizer)
+        template = llm.tokenizer.chat_templates.get("tool_use", llm.tokenizer.chat_templates.get("default"))
+        self._tool_form = form_of(template) if config.tool_parser == "auto" else FORMS[config.tool_parser]
         self._grammars = self._load_grammars()  # now, because it holds up every thread for a fraction of a second
 
     def _load_grammars(self) -> Grammars | str:
@@ -153,16 +158,20 @@ class Service:
         if body.forces_call:
             return replace(job, new_reader=ForcedReader)
         names, parallel = [tool.function.name for tool in tools], body.parallel_tool_calls is not False
-        return replace(job, new_reader=partial(TaggedReader, names, parallel)) if tools else job
+        return replace(job, new_reader=partial(CallReader, self._tool_form, names, parallel)) if tools else job
 
     def _chat_prompt(self, body: ChatRequest, tools: list[Tool]) -> list[int]:
         """Tools through the chat template if it takes them, otherwise in plain words."""
         messages: list[dict[str, Any]] = [message.for_template() for message in body.messages]
-        if not tools and not any(message["role"] == "tool" or "tool_calls" in message for message in messages):
-            return self.llm.chat_prompt(messages)
-        if takes_tools(self.llm.tokenizer):
-            return self.llm.chat_prompt(messages, tools=for_template(tools) or None)
-        return self.llm.chat_prompt(in_plain_words(messages, tools))
+        concerned = tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+        options: dict[str, Any] = {}
+        if concerned and self._traits.takes_tools:
+            options = {"tools": for_template(tools) or None}
+        elif concerned:
+            messages = in_plain_words(messages, tools, self._tool_form)
+        if not self._traits.takes_system:
+            messages = without_system(messages)
+        return self.llm.chat_prompt(messages, **options)
 
     async def _compile(self, params: SamplingParams, field: str) -> Compiled:
         """In a process of its own, which ends when the caller is cancelled."""
@@ -318,6 +327,7 @@ class Service:
             num_choices=count,
             streams=body.streams,
             wants_usage=body.wants_usage,
+            counts_always=body.counts_always,
             watches=bool(body.wedlm_trace),
             warning=self.llm.window_warning(params),
         )
