@@ -37,8 +37,10 @@ def make_request(  # noqa: PLR0913 - each is a fact of the request or of the eng
     if params.stop and tokenizer is None:
         raise ValueError("stop is set but the engine has no tokenizer; expected stop_token_ids instead")
     decode = decode_params(config, len(prompt), params)
-    constraint = build_constraint(params, decode.stop_token_ids, config.mask_token_id, config.vocab_size, tokenizer)
-    text = None if tokenizer is None else TextStream(tokenizer, params.stop or ())
+    known = (config.mask_token_id, config.vocab_size, tokenizer)
+    constraint = build_constraint(params, decode.stop_token_ids, *known, prompt)
+    kept = params.include_stop_str_in_output
+    text = None if tokenizer is None else TextStream(tokenizer, params.stop or (), keep_stop=kept)
     return Request(
         request_id=request_id,
         prompt_token_ids=prompt,

@@ -21,7 +21,9 @@ class TextStream:
     ``ends[i]`` is where the text ended after token i, before any stop string was cut off.
     """
 
-    def __init__(self, tokenizer: TokenDecoder, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: TokenDecoder, stop: Sequence[str] = (), *, keep_stop: bool = False) -> None:
+        """``keep_stop``: a stop string that ends the text stays in it."""
+        self._keep_stop = keep_stop
         self._tokenizer = tokenizer
         self._stop = automaton_of(tuple(stop)) if stop else None
         self._state = 0  # of the automaton after ``text``
@@ -34,7 +36,7 @@ class TextStream:
         self.ends: list[int] = []
 
     def push(self, token: int, may_stop: bool = True) -> bool:
-        """Add a token. True if a stop string is complete: ``text`` then ends just before it."""
+        """Add a token. True if a stop string is complete: ``text`` then ends just before it, or with it."""
         self._ids.append(token)
         before = len(self.text)
         whole = self._decode()
@@ -76,6 +78,7 @@ class TextStream:
             self._state = self._stop.after(self._state, self.text[end])
             length = self._stop.complete(self._state)
             if length and may_stop:
-                self.text, self._state = self.text[: end + 1 - length], 0
+                cut = end + 1 if self._keep_stop else end + 1 - length
+                self.text, self._state = self.text[:cut], 0
                 return True
         return False
