@@ -26,12 +26,9 @@ def nested(depth: int) -> dict:
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 UNSUPPORTED = [
-    (CHAT, "repetition_penalty", 1.2),
-    (TEXT, "min_p", 0.1),
     (CHAT, "functions", [{"name": "f"}]),
     (CHAT, "function_call", {"name": "f"}),
-    (TEXT, "best_of", 2),
-    (TEXT, "echo", True),
+    (CHAT, "echo", True),
     (TEXT, "suffix", "end"),
     (CHAT, "modalities", ["text", "audio"]),
     (CHAT, "audio", {"voice": "alloy", "format": "wav"}),
@@ -41,6 +38,33 @@ UNSUPPORTED = [
     (CHAT, "typical_p", True),  # which Python takes for 1
 ]
 INVALID = [
+    (CHAT, "repetition_penalty", 0),
+    (CHAT, "repetition_penalty", "1.2"),
+    (TEXT, "min_p", 1.5),
+    (TEXT, "best_of", 0),
+    (TEXT, "best_of", 65),
+    (TEXT, "prompt_logprobs", 21),
+    (TEXT, "prompt_logprobs", -1),
+    (TEXT, "echo", "yes"),
+    (TEXT, "guided_regex", "("),
+    (TEXT, "guided_regex", "x" * 70_000),
+    (CHAT, "guided_choice", []),
+    (CHAT, "guided_choice", ["a", ""]),
+    (CHAT, "guided_grammar", "start: ("),
+    (CHAT, "guided_grammar", "root ::= ("),
+    (CHAT, "guided_grammar", "root ::= " + "(" * 20_000),
+    (CHAT, "guided_json", "no JSON"),
+    (CHAT, "structured_outputs", {"regex": "["}),
+    (CHAT, "structured_outputs", {"regex": "a", "choice": ["b"]}),
+    (CHAT, "structured_outputs", {"structural_tag": "x"}),
+    (CHAT, "cache_salt", 5),
+    (CHAT, "include_stop_str_in_output", "yes"),
+    (CHAT, "reasoning_effort", "a lot"),
+    (CHAT, "chat_template_kwargs", {"allow_control_tokens": True}),
+    (CHAT, "chat_template_kwargs", {"messages": []}),
+    (CHAT, "chat_template_kwargs", {"self": 1}),
+    (CHAT, "chat_template_kwargs", {"a": nested(100)}),
+    (CHAT, "continue_final_message", True),  # after the user's
     (CHAT, "temperature", -1),
     (CHAT, "temperature", "0.5"),
     (CHAT, "temperature", True),
@@ -146,8 +170,11 @@ def test_messages_say_what_was_wrong(running):
 
 def test_contradictions(running):
     tools = [{"type": "function", "function": {"name": "f"}}]
-    error = check_error(ask(running, CHAT, tools=tools, response_format={"type": "json_object"}))
-    assert error["param"] == "response_format"
+    form = {"response_format": {"type": "json_object"}, "guided_regex": "a"}
+    assert check_error(ask(running, CHAT, **form))["param"] == "response_format"
+    assert check_error(ask(running, CHAT, tools=tools, guided_regex="a"))["param"] == "guided_regex"
+    assert check_error(ask(running, TEXT, n=3, best_of=2))["param"] == "best_of"
+    assert check_error(ask(running, TEXT, best_of=2, stream=True))["param"] == "best_of"
     choice = {"type": "function", "function": {"name": "g"}}
     assert check_error(ask(running, CHAT, tools=tools, tool_choice=choice))["param"] == "tool_choice"
     bad = [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}}}]

@@ -11,7 +11,7 @@ import typer
 from wedlm.cli.loading import load_llm
 from wedlm.cli.options import EngineOptions, ModelOptions, command, option
 from wedlm.cli.terminal import needs_extra, note
-from wedlm.server.config import TOOL_PARSERS, ServerConfig
+from wedlm.server.config import REASONING_PARSERS, TOOL_PARSERS, ServerConfig
 
 if TYPE_CHECKING:
     from socket import socket
@@ -44,6 +44,9 @@ class HttpOptions:
     tool_parser: Annotated[str, option(f"How the model writes calls: {', '.join(TOOL_PARSERS)}.", FORMS)] = _SERVER[
         "tool_parser"
     ]
+    reasoning_parser: Annotated[
+        str, option(f"Whether reasoning between <think> tags is split off: {', '.join(REASONING_PARSERS)}.", FORMS)
+    ] = _SERVER["reasoning_parser"]
     log_level: Annotated[str, option("debug, info, warning or error.", HTTP)] = "info"
 
 
@@ -101,6 +104,7 @@ def server_config(http: HttpOptions, limits: LimitOptions, model: str, key_varia
     return ServerConfig(
         model_name=model.rstrip("/").rpartition("/")[2] if http.model_name is None else http.model_name,
         tool_parser=http.tool_parser,
+        reasoning_parser=http.reasoning_parser,
         host=http.host,
         port=http.port,
         api_keys=tuple(keys),

@@ -8,7 +8,7 @@ from typing import Any
 from wedlm.engine.request import TopLogprobs
 
 Decode = Callable[[list[int]], str]
-_LOWEST = -9999.0
+LOWEST = -9999.0
 
 
 def chat_logprobs(
@@ -32,10 +32,10 @@ def text_logprobs(
     """Of a completion: lists side by side; ``offsets``, in characters, are where the tokens' texts begin."""
     ranked: list[dict[str, float]] | None = None
     if top:
-        ranked = [{decode([other]): max(value, _LOWEST) for other, value in reversed(one)} for one in top]
+        ranked = [{decode([other]): max(value, LOWEST) for other, value in reversed(one)} for one in top]
     return {
         "tokens": [decode([token]) for token in tokens],
-        "token_logprobs": [max(logprob, _LOWEST) for logprob in logprobs],
+        "token_logprobs": [max(logprob, LOWEST) for logprob in logprobs],
         "top_logprobs": ranked,
         "text_offset": list(offsets),
     }
@@ -45,6 +45,6 @@ def _entry(token: int, logprob: float, decode: Decode) -> dict[str, Any]:
     text = decode([token])
     return {
         "token": text,
-        "logprob": max(logprob, _LOWEST),
+        "logprob": max(logprob, LOWEST),
         "bytes": None if "\ufffd" in text else list(text.encode()),
     }

@@ -11,7 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Place = Literal["request", "chat", "completion", "stream_options", "message", "part", "tool", "call"]
+Place = Literal[
+    "request",
+    "chat",
+    "completion",
+    "stream_options",
+    "message",
+    "part",
+    "tool",
+    "call",
+    "responses",
+    "item",
+    "reasoning",
+    "anthropic",
+    "block",
+    "thinking",
+    "ollama",
+    "ollama_options",
+]
 ANYTHING = None  # no value can change an answer
 _WHERE = {
     "request": "a request",
@@ -22,11 +39,20 @@ _WHERE = {
     "part": "a content part",
     "tool": "a tool or its function",
     "call": "a call in a message",
+    "responses": "/v1/responses",
+    "item": "an item of its input",
+    "reasoning": "its `reasoning`",
+    "anthropic": "/v1/messages",
+    "block": "a block of a message there",
+    "thinking": "its `thinking`",
+    "ollama": "/api/chat, /api/generate",
+    "ollama_options": "`options` there",
 }
 _EMPTY: tuple[Any, ...] = ("", [], {})
 _TEXT_ONLY = "text alone is supported"
 _OLD_TOOLS = "the old form of tools is not supported; expected tools and tool_choice"
 _SPECIAL_TOKENS = "special tokens are added to a text that is continued, and not to a chat"
+_NO_SUFFIX = "text after the answer is not supported; expected nothing"
 _NOT_SAMPLED = "this way of sampling is not supported; expected temperature, top_p, top_k or min_p"
 
 
@@ -61,13 +87,7 @@ TABLE = (
         "request", "return_tokens_as_token_ids return_token_ids", (False,), "expected stream, whose chunks have ids"
     ),
     Neutral("request", "kv_transfer_params lora_path lora_adapter", (), "there is one engine and one model"),
-    Neutral("request", "echo", (False,), "repeating the prompt is not supported"),
-    Neutral("request", "best_of", (1,), "choosing among several texts is not supported"),
-    Neutral("request", "min_p", (0,), "this cut is not supported; expected top_p or top_k"),
-    Neutral("request", "repetition_penalty", (1,), "expected presence_penalty or frequency_penalty"),
-    Neutral("request", "add_generation_prompt", (True,), "an answer begins behind the prompt"),
-    Neutral("request", "continue_final_message include_stop_str_in_output", (False,), "this is not supported"),
-    Neutral("chat", "chat_template_kwargs", ({},), "variables of the template are not supported"),
+    Neutral("chat", "echo", (False,), "expected it in a completion"),
     Neutral("chat", "add_special_tokens", (False,), _SPECIAL_TOKENS),
     Neutral("chat", "prompt_logprobs", (), "expected it in a completion"),
     Neutral("chat", "documents", ([],), "documents are not supported; expected them in a message"),
@@ -78,7 +98,7 @@ TABLE = (
     Neutral("chat", "audio", (), _TEXT_ONLY),
     Neutral("chat", "verbosity", ("medium",), "grades of verbosity are not supported"),
     Neutral("chat", "web_search_options", (), "searches are not supported"),
-    Neutral("completion", "suffix", ("",), "text after the answer is not supported; expected nothing"),
+    Neutral("completion", "suffix", ("",), _NO_SUFFIX),
     Neutral("completion", "add_special_tokens", (True,), _SPECIAL_TOKENS),
     Neutral("stream_options", "include_obfuscation", ANYTHING),
     Neutral("message", "annotations parsed cache_control id reasoning_details thinking_blocks", ANYTHING),
@@ -88,8 +108,30 @@ TABLE = (
     Neutral("message", "function_call", (), _OLD_TOOLS),
     Neutral("message", "prefix partial", (False,), "expected continue_final_message in the request"),
     Neutral("part", "annotations cache_control logprobs", ANYTHING),
-    Neutral("tool", "cache_control", ANYTHING),
+    Neutral("tool", "cache_control eager_input_streaming input_examples allowed_callers", ANYTHING),
     Neutral("call", "index parsed_arguments cache_control provider_specific_fields", ANYTHING),
+    Neutral("responses", "max_tool_calls prompt_cache_options", ANYTHING),
+    Neutral("responses", "include", ([], ["reasoning.encrypted_content"]), "answers have nothing to include"),
+    Neutral("responses", "truncation", ("disabled", "auto"), "a conversation that is too long is refused"),
+    Neutral("responses", "top_logprobs", (0,), "expected /v1/chat/completions, which has them"),
+    Neutral("responses", "background", (False,), "answers are given at once"),
+    Neutral("responses", "conversation prompt", (), "expected input, or previous_response_id"),
+    Neutral("item", "id status phase annotations logprobs encrypted_content cache_control", ANYTHING),
+    Neutral("reasoning", "summary generate_summary context", ANYTHING),
+    Neutral("anthropic", "betas inference_geo", ANYTHING),
+    Neutral("block", "cache_control citations caller", ANYTHING),
+    Neutral("thinking", "budget_tokens display", ANYTHING),
+    Neutral("ollama", "context", ANYTHING),
+    Neutral("ollama", "truncate shift", ANYTHING),
+    Neutral("ollama", "suffix", ("",), _NO_SUFFIX),
+    Neutral("ollama", "template", ("",), "expected raw, with a prompt that has all of it"),
+    Neutral("ollama_options", "num_ctx num_batch num_gpu main_gpu num_thread num_keep numa use_mmap", ANYTHING),
+    Neutral(
+        "ollama_options", "use_mlock low_vram vocab_only f16_kv logits_all repeat_last_n penalize_newline", ANYTHING
+    ),
+    Neutral("ollama_options", "mirostat_tau mirostat_eta", ANYTHING),
+    Neutral("ollama_options", "mirostat", (0,), _NOT_SAMPLED),
+    Neutral("ollama_options", "tfs_z typical_p", (1,), _NOT_SAMPLED),
 )
 _BY_PLACE: dict[str, dict[str, Neutral]] = {
     place: {name: entry for entry in TABLE if entry.place == place for name in entry.names.split()} for place in _WHERE

@@ -11,19 +11,23 @@ from typing import Any, Protocol
 from wedlm.server.json_text import JsonText, NotParsed
 from wedlm.server.tool_forms import ToolForm
 
+THINK = ("<think>", "</think>")
 _FORCED_OPENING = re.compile(r'\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*(\S)')
 
 
 @dataclass(slots=True)
 class Delta:
-    """What some more text adds to a message: content, and calls (or more of their arguments) in OpenAI's form."""
+    """What some more text adds to a message: content, calls (or more of their arguments) in OpenAI's form,
+    reasoning."""
 
     content: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
+    reasoning: str = ""
 
     def add(self, other: "Delta") -> None:
         """Take over what ``other`` adds; arguments of a call that is here already are appended to it."""
         self.content += other.content
+        self.reasoning += other.reasoning
         known = {call["index"]: call for call in self.calls}
         for call in other.calls:
             if call["index"] in known:
@@ -158,6 +162,64 @@ class CallReader:
             self._delta.calls.append(_opening(self._num_calls - 1, name, arguments))
 
 
+class ThinkReader:
+    """Splits what stands between <think> and </think> at the beginning off as reasoning, without the white space around
+    it; ``inner`` reads the rest. ``inside``: the prompt has opened it. Without the closing tag all is reasoning."""
+
+    def __init__(self, inner: Reader, inside: bool) -> None:
+        self._inner, self._held = inner, ""
+        self._state = "inside" if inside else "before"
+        self._empty = True  # no reasoning yet
+
+    @property
+    def called(self) -> bool:
+        return self._inner.called
+
+    def push(self, text: str) -> Delta:
+        self._held += text
+        delta = Delta()
+        opening, closing = THINK
+        if self._state == "before":
+            begun = self._held.lstrip()
+            if begun.startswith(opening):
+                self._state, self._held = "inside", begun[len(opening) :]
+            elif not opening.startswith(begun):
+                self._state = "behind"
+        if self._state == "inside":
+            thought, found, rest = self._held.partition(closing)
+            delta.reasoning, self._held = self._thought(thought) if found else self._shown(thought)
+            if found:
+                self._state, self._held = "after", rest
+        if self._state == "after":  # white space between the two belongs to neither
+            self._held = self._held.lstrip()
+            self._state = "behind" if self._held else "after"
+        if self._state == "behind" and self._held:
+            delta.add(self._inner.push(self._held))
+            self._held = ""
+        return delta
+
+    def finish(self, reason: str) -> Delta:
+        delta = Delta()
+        if self._state == "inside":
+            delta.reasoning = self._thought(self._held)[0]
+        elif self._state == "before":
+            delta.add(self._inner.push(self._held))
+        delta.add(self._inner.finish(reason))
+        return delta
+
+    def _thought(self, text: str) -> tuple[str, str]:
+        return (text.strip() if self._empty else text.rstrip()), ""
+
+    def _shown(self, text: str) -> tuple[str, str]:
+        """What of the reasoning is sure to belong to it, and the rest: white space, or what may become the tag."""
+        text = text.lstrip() if self._empty else text
+        closing = THINK[1]
+        kept = next((size for size in range(len(closing) - 1, 0, -1) if text.endswith(closing[:size])), 0)
+        end = len(text[: len(text) - kept].rstrip())
+        self._empty = self._empty and end == 0
+        return text[:end], text[end:]
+
+
 class ForcedReader:
     """The text is one call, whose arguments are passed on as they come; a text cut before them is no call."""
 
@@ -208,4 +270,6 @@ def message(delta: Delta) -> Mapping[str, Any]:
     calls = [{name: value for name, value in call.items() if name != "index"} for call in delta.calls]
     content = None if calls and not delta.content else delta.content
     whole = {"role": "assistant", "content": content, "refusal": None}
+    if delta.reasoning:
+        whole["reasoning_content"] = delta.reasoning
     return {**whole, "tool_calls": calls} if calls else whole

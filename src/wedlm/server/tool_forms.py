@@ -23,7 +23,8 @@ _MAX_NAME = 64
 class ToolForm:
     """``grammar(emit, opening)`` reads what follows ``opening``: one of ``tags``, which may stand anywhere, or nothing
     at the beginning of the answer if the form is ``bare``; it returns a character that it has read too far. ``close``
-    is what may stand behind the last call. ``signs``: what a chat template contains that teaches this form."""
+    is what may stand behind the last call. ``signs``: what a chat template contains that teaches this form.
+    ``call_grammar``: Lark rules for ``calls`` of a rule ``call``; None if a call is no JSON."""
 
     name: str
     tags: tuple[str, ...]
@@ -33,6 +34,13 @@ class ToolForm:
     example: str
     write: Callable[[Sequence[dict[str, Any]]], str]
     signs: tuple[str, ...]
+    call_grammar: str | None = None
+
+    @property
+    def more_calls(self) -> str:
+        """The part of ``call_grammar`` that lets calls follow the first one."""
+        found = re.search(r"\(.*\)\*", self.call_grammar or "")
+        return "" if found is None else found[0]
 
 
 def _call(fields: dict[str, str]) -> tuple[str, str]:
@@ -183,6 +191,8 @@ HERMES = ToolForm(
     '<tool_call>{"name": ..., "arguments": {...}}</tool_call>',
     _write_hermes,
     ("<tool_call>",),
+    r'''calls: one (/\n?/ one)*
+one: "<tool_call>" /\n?/ call /\n?/ "</tool_call>"''',
 )
 FORMS = {
     form.name: form
@@ -197,6 +207,7 @@ FORMS = {
             '[TOOL_CALLS][{"name": ..., "arguments": {...}}]',
             _write_mistral,
             ("[TOOL_CALLS]",),
+            r'''calls: "[" call (/, ?/ call)* "]"''',
         ),
         ToolForm(
             "pythonic",
@@ -217,6 +228,7 @@ FORMS = {
             '{"name": ..., "parameters": {...}}',
             _write_llama3,
             ("<|python_tag|>", '"parameters": dictionary', '"parameters": '),
+            r"""calls: call (/; ?/ call)*""",
         ),
     )
 }
