@@ -191,7 +191,7 @@ def _choice(job: Job, index: int, output: GenerationOutput, tokenizer: Tokenizer
     if job.shows_logprobs and output.logprobs is not None:
         top, offsets = output.top_logprobs or [], output.text_offsets or []
         shown = _logprobs(job, output.token_ids, output.logprobs, top, offsets, tokenizer)
-        logprobs = _written(_behind(echo, shown, tokenizer) if echo is not None else shown)
+        logprobs = in_pieces(_behind(echo, shown, tokenizer) if echo is not None else shown)
     choice = _json({"index": index, **content, "finish_reason": reason})
     return b'%b,"logprobs":%b}' % (choice[:-1], logprobs)
 
@@ -239,11 +239,11 @@ def _listed(echo: PromptEcho, tokenizer: Tokenizer) -> list[dict[str, Any] | Non
     return found
 
 
-def _written(logprobs: dict[str, Any]) -> bytes:
-    """The JSON of log-probabilities, whose lists may have 100,000 entries, piece by piece: json.dumps lets no other
-    thread run before it is done."""
+def in_pieces(body: dict[str, Any]) -> bytes:
+    """The JSON of an object whose lists may have 100,000 entries, piece by piece: json.dumps lets no other thread run
+    before it is done."""
     fields = []
-    for name, value in logprobs.items():
+    for name, value in body.items():
         if isinstance(value, list):
             pieces = [_json(value[start : start + _AT_ONCE])[1:-1] for start in range(0, len(value), _AT_ONCE)]
             fields.append(b"%b:[%b]" % (_json(name), b",".join(pieces)))

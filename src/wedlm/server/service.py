@@ -2,7 +2,6 @@
 """From a checked body to an answer: prompts, admission, the engine, and what can go wrong on the way."""
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from wedlm.engine.llm import LLM
 from wedlm.engine.outputs import GenerationOutput
 from wedlm.engine.request_stream import EngineFault, EngineStopped, RequestStream
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.server.answers import Chat, Job, PromptEcho
+from wedlm.server.answers import Chat, Job, PromptEcho, in_pieces
 from wedlm.server.bodies import is_json, not_an_object, parse
 from wedlm.server.config import ServerConfig
 from wedlm.server.converters.responses import ResponseStore
@@ -163,7 +162,7 @@ class Service:
 
     async def _look_up(self, raw: bytes, model: type[M], work: Callable[[M], Any]) -> Response:
         def answer() -> bytes:
-            return json.dumps(work(parse(raw, model))).encode()
+            return in_pieces(work(parse(raw, model)))
 
         try:
             return Whole(await self._workers(raw).run(answer))
