@@ -1,7 +1,8 @@
 # Two commands for a newcomer: `make demo` and `make test`. Everything lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
-# The version that CI tests. Whether it is a CPU or a CUDA build is decided by your package index (README, "Install").
+# The version that CI tests. Without an NVIDIA GPU, Linux gets PyTorch's own CPU build; your package index's otherwise.
 TORCH ?= torch==2.13.0
+TORCH_CPU := https://download.pytorch.org/whl/cpu
 VENV ?= .venv
 BIN := $(VENV)/bin
 
@@ -16,9 +17,21 @@ help:
 	@echo "make format     rewrite the sources in the project's format"
 
 $(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@$(PYTHON) -m venv $(VENV)
+	@index=""; \
+	if [ "$$(uname)" != Linux ] || command -v nvidia-smi >/dev/null; then \
+	  echo "Installing $(TORCH) from your package index into $(VENV) (with CUDA 5.7 GB on disk, without it 1 GB) ..."; \
+	elif $(PYTHON) -c 'import urllib.request as r; r.urlopen("$(TORCH_CPU)/torch/", timeout=10)' 2>/dev/null; then \
+	  echo "There is no NVIDIA GPU: installing the CPU build of $(TORCH) into $(VENV) (200 MB to fetch, 1 GB on disk) ..."; \
+	  index="--extra-index-url $(TORCH_CPU)"; \
+	else \
+	  echo "There is no NVIDIA GPU, but $(TORCH_CPU) does not answer:"; \
+	  echo "installing $(TORCH) from your package index into $(VENV) (1 GB on disk; 5.7 GB if that has only the CUDA build) ..."; \
+	fi; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $$index
+	@echo "Installing wedlm and what else it needs (the native library is compiled if there is a C++ compiler) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@du -sh $(VENV) | awk '{print "Installed: " $$1 " in " $$2}'
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

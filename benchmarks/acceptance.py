@@ -17,6 +17,7 @@ import torch
 from wedlm import LLM, SamplingParams
 from wedlm.algorithm.params import drafts_of
 from wedlm.bench.steps import FixedRows
+from wedlm.engine.adaptive.draft_budget import Budget
 from wedlm.engine.adaptive.step_costs import StepCosts
 
 
@@ -24,7 +25,7 @@ class Counting(FixedRows):
     """Counts what became of drafts."""
 
     def __init__(self, rows: int) -> None:
-        super().__init__(StepCosts([(1, 1.0)], padded=False), row_budget=rows)
+        super().__init__(StepCosts([(1, 1.0)], padded=False), budget=Budget.of(rows))
         self.trials, self.accepted = [0] * drafts_of(rows), [0] * drafts_of(rows)
         self.steps = self.tokens = 0
 

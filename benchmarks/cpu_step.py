@@ -3,8 +3,9 @@
 
     python benchmarks/cpu_step.py --threads 2 --out benchmarks/results/cpu_step
 
-A step is all of it: scheduling, forward, choice of tokens, commit, text. Rows: 1 is AR decoding; R is verified decoding
-with a window of R. Variants and transformers take turns within every repetition, because shared machines drift.
+A step is all of it: scheduling, forward, choice of tokens, commit, text. Rows: 1 is AR decoding; R is streaming
+decoding that fills one position a step. Variants and transformers take turns within every repetition, because shared
+machines drift.
 """
 
 import argparse
@@ -49,12 +50,11 @@ def transformers_step_ms(model: LlamaForCausalLM, prompt: list[int]) -> list[flo
 
 
 def engine_step_ms(llm: LLM, prompt: list[int], rows: int) -> list[float]:
-    """Steps of one request whose windows have ``rows`` rows."""
-    decoding = "autoregressive" if rows == 1 else "verified"
-    # Drafts off: every step then runs the same rows at the same context, as the AR step does.
-    params = SamplingParams(
-        decoding=decoding, max_tokens=STEPS, ignore_eos=True, wedlm_window_size=rows, wedlm_draft_entropy=0.0
-    )
+    """Steps of one request that run exactly ``rows`` rows: AR's, or streaming's, whose window fills its first position
+    alone. (A verified step without drafts runs only as many masked rows as its next drafts need, 5 of 16.)"""
+    one_by_one = {"wedlm_window_size": rows - 1, "wedlm_entropy_threshold": None, "wedlm_pos_penalty_factor": 1e6}
+    decoding, options = ("autoregressive", {}) if rows == 1 else ("streaming", one_by_one)
+    params = SamplingParams(decoding=decoding, max_tokens=STEPS, ignore_eos=True, **options)
     llm.engine.add("bench", prompt, params)
     times = []
     while llm.engine.has_work:

@@ -34,15 +34,15 @@ from wedlm.bench.steps import FixedRows
 from wedlm.bench.target import load_target
 from wedlm.engine import factory
 from wedlm.engine.adaptive.controller import Controller
-from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, DraftBudget
+from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, Budget, DraftBudget
 from wedlm.engine.engine import Engine
 from wedlm.engine.execution.captured_step import CapturedStep
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.kernels import matmul
+from wedlm.kernels.attention import PagedRows, paged_attention
 from wedlm.kernels.fp8 import FP8, Fp8Rows, quantize_rows
-from wedlm.kernels.matmul import Tiling, few_rows_product, tiling_for
+from wedlm.kernels.matmul import Tiling, few_rows_product, fixed_tiling, tiling_for
 from wedlm.model import ModelConfig, load_model, load_tokenizer, pack_for_inference
-from wedlm.model.inference import quantization
+from wedlm.model.inference import quantization, triton_transformer
 from wedlm.model.inference.quantization import Fp8Linear, quantize
 
 RATES = (0.748, 0.795, 0.725)  # drafts accepted by depth: the embedded checkpoint's on GSM8K
@@ -317,8 +317,8 @@ class Engines:
         loop = self.loops["fp8"]
         fused: Any = loop.engine.runner.eager.model
         transformer = fused.model
-        before = (matmul._MAX_ROWS[FP8], fused.tiling, transformer.lm_head)
-        matmul._MAX_ROWS[FP8] = max_rows
+        before = (triton_transformer.MAX_ROWS, fused.tiling, transformer.lm_head)
+        triton_transformer.MAX_ROWS = max_rows
         if best and self.run.best:
             tilings = dict(self.run.best)
             fused.tiling = lambda n, k, dtype: tilings.get((n, k) if dtype == FP8 else None, tiling_for(n, k, dtype))
@@ -329,7 +329,7 @@ class Engines:
             with fast_accum(fast):
                 yield loop
         finally:
-            matmul._MAX_ROWS[FP8], fused.tiling, transformer.lm_head = before
+            triton_transformer.MAX_ROWS, fused.tiling, transformer.lm_head = before
             forget_steps(loop.engine)
 
 
@@ -475,7 +475,7 @@ def auto(run: Run) -> None:
                 costs = engine.controller.costs
                 for row_budget in ROW_BUDGETS:  # capture all that it may choose
                     if row_budget <= requests[0].decode.row_budget:
-                        engine.controller.draft_budget = FixedRows(costs, row_budget)
+                        engine.controller.draft_budget = FixedRows(costs, Budget.of(row_budget))
                         loop.steps(requests, 3)
                 loop.end(requests)
                 engine.controller.draft_budget = DraftBudget(costs)
@@ -550,6 +550,157 @@ def log_probs(run: Run, windows: tuple[Tensor, ...], dtype: torch.dtype, bits: A
         yield F.log_softmax(packed(tokens, positions, CausalAttend()).float(), dim=-1)
 
 
+def tilings(run: Run) -> None:
+    """Our kernel in bfloat16 at 16 rows by tiling; and deterministic products of many rows by their tiles, beside the
+    library's; ms of all layers' products of one size."""
+    found = run.values["tilings"]
+    weights = Weights(run)
+    weights.bf16 = [weights.random(*size) * 0.02 for size in weights.sizes]
+    on_gpu = run.device.type == "cuda"
+    for size in sizes_of(run.config):
+        mine = [i for i, own in enumerate(weights.sizes) if own == size]
+        layers, dense = [weights.layers[i] for i in mine], [weights.bf16[i] for i in mine]
+        table = found.setdefault("x".join(map(str, size)), {})
+
+        def timed(
+            name: str, n: int, product: Callable[[Any, Any], Any], x: Any, all_weights: list, table: Any = table
+        ) -> None:
+            try:
+                table.setdefault(name, {})[n] = run.milliseconds(lambda: [product(x, one) for one in all_weights])
+            except Exception as error:  # a tiling that does not fit is one of the answers
+                table.setdefault(name, {})[n] = str(error)[:120]
+
+        for n in (16,) if on_gpu else (2,):
+            x = weights.random(n, size[1])
+            for tiling in dict.fromkeys([tiling_for(*size, torch.bfloat16), *bf16_candidates(size[0])]):
+                timed(f"bfloat16 {tiling}", n, lambda x, w, t=tiling: few_rows_product(x, w, t), x, dense)
+        for n in (128, 256, 2048) if on_gpu else (70,):
+            if run.left < 15:
+                found["cut"] = True
+                return
+            x = weights.random(n, size[1])
+            rows = quantize_rows(x)
+            timed("bfloat16 library", n, F.linear, x, dense)
+            timed("fp8 library", n, lambda rows, layer: layer.unscaled(rows.values, torch.bfloat16), rows, layers)
+            for kind, base in (("bfloat16", tiling_for(*size, torch.bfloat16)), ("fp8", tiling_for(*size, FP8))):
+                for tiling in dict.fromkeys(
+                    [fixed_tiling(base, n, FP8 if kind == "fp8" else torch.bfloat16), *many(base, kind)]
+                ):
+                    if kind == "fp8":
+                        timed(
+                            f"fp8 {tiling}",
+                            n,
+                            lambda rows, layer, t=tiling: few_rows_product(
+                                rows, layer.weight, t, scale=layer.scale, dtype=torch.bfloat16, whole=True
+                            ),
+                            rows,
+                            layers,
+                        )
+                    else:
+                        timed(
+                            f"bfloat16 {tiling}",
+                            n,
+                            lambda x, w, t=tiling: few_rows_product(x, w, t, whole=True),
+                            x,
+                            dense,
+                        )
+        run.write()
+
+
+def bf16_candidates(size: int) -> list[Tiling]:
+    """Worth a try for N of that size at 16 rows."""
+    if size >= 8192:
+        return [
+            Tiling(64, 128, 1, 4),
+            Tiling(64, 64, 1, 6),
+            Tiling(64, 128, 1, 5),
+            Tiling(128, 64, 1, 4),
+            Tiling(128, 128, 1, 3),
+        ]
+    found = [Tiling(64, 128, splits, 4) for splits in (2, 4, 8)]
+    return [*found, *(Tiling(64, 128, splits, 6) for splits in (2, 4, 8)), Tiling(64, 64, 4, 8), Tiling(128, 64, 4, 5)]
+
+
+def many(base: Tiling, kind: str) -> list[Tiling]:
+    """Tiles of many rows that add up as ``base`` does: outputs, rows, depth, stages, warps."""
+    deep = base.depth
+    shapes = [(128, 128, deep, 2, 8), (64, 128, deep, 3, 4), (64, 256, deep, 2, 4)]
+    if kind == "bfloat16":
+        shapes = [
+            (128, 128, 64, 4, 8),
+            (128, 256, 64, 3, 8),
+            (64, 128, 128, 3, 4),
+            (64, 256, 64, 4, 4),
+            (128, 128, 64, 4, 4),
+        ]
+    return [Tiling(n, k, base.splits, stages, warps, rows) for n, rows, k, stages, warps in shapes]
+
+
+def prompt_attention(run: Run) -> None:
+    """One layer's attention of a chunk of 2,048 rows behind 0, 2,048 and 6,144 keys, and of 8,192 rows: ms and TFLOP/s
+    of whatever is at hand."""
+    found = run.values["prompt_attention"]
+    config, device = run.config, run.device
+    heads, kv, d = config.num_heads, config.num_kv_heads, config.head_dim
+    cases = ((2048, 0), (2048, 2048), (2048, 6144), (8192, 0)) if device.type == "cuda" else ((8, 8),)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for rows, cached in cases:
+        num_keys, page = rows + cached, 16
+        q = torch.randn(rows, heads, d, device=device, dtype=dtype)
+        k, v = (torch.randn(num_keys, kv, d, device=device, dtype=dtype) for _ in range(2))
+        table = torch.arange(-(-num_keys // page), device=device)[None]
+        one = partial(torch.tensor, device=device)
+        plan = PagedRows(one([0]), one([rows]), one([cached]), one([0]), table, page, rows, num_keys)
+        flops = 4 * heads * d * (rows * cached + rows * (rows + 1) / 2)
+        entry = found.setdefault(f"{rows} rows behind {cached} keys", {})
+        scale = torch.ones(num_keys, kv, device=device)
+        k8, v8 = k.to(FP8), v.to(FP8)
+        wide = [part.repeat_interleave(heads // kv, 1).transpose(0, 1)[None] for part in (k, v)]
+        queries = q.transpose(0, 1)[None]
+        ways: dict[str, Callable[[], Any]] = {
+            "ours": lambda q=q, k=k, v=v, plan=plan: paged_attention(q, k, v, plan),
+            "ours, fixed parts": lambda q=q, k=k, v=v, plan=plan: paged_attention(q, k, v, plan, None, True),
+            "ours, cache in FP8": lambda q=q, k=k8, v=v8, plan=plan, s=scale: paged_attention(
+                q, k, v, plan, None, False, (s, s)
+            ),
+        }
+        for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
+            ways[f"torch, {name}"] = partial(by_torch, name, queries, wide, rows, cached)
+        ways["FlashAttention-3 of vLLM"] = partial(by_flash_attention_3, q, k, v, table, page, num_keys)
+        for name, work in ways.items():
+            try:
+                ms = run.milliseconds(work)
+                entry[name] = {"ms": ms, "tflops": round(flops / ms / 1e9, 1)}
+            except Exception as error:
+                entry[name] = f"{type(error).__name__}: {error}"[:200]
+        run.write()
+
+
+def by_torch(name: str, q: Tensor, wide: list[Tensor], rows: int, cached: int) -> list[Tensor]:
+    """Own rows in causal order and, apart, all cached keys; not yet added up."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    k, v = wide
+    with sdpa_kernel([getattr(SDPBackend, name)]):
+        out = [F.scaled_dot_product_attention(q, k[:, :, cached:], v[:, :, cached:], is_causal=True)]
+        if cached:
+            out.append(F.scaled_dot_product_attention(q, k[:, :, :cached], v[:, :, :cached]))
+    return out
+
+
+def by_flash_attention_3(q: Tensor, k: Tensor, v: Tensor, table: Tensor, page: int, num_keys: int) -> Any:
+    """Over pages, as vLLM's package brings it."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    paged = [part.view(-1, page, *part.shape[1:]) for part in (k, v)]
+    lengths = torch.tensor([0, len(q)], dtype=torch.int32, device=q.device)
+    used = torch.tensor([num_keys], dtype=torch.int32, device=q.device)
+    return flash_attn_varlen_func(
+        q, *paged, max_seqlen_q=len(q), cu_seqlens_q=lengths, max_seqlen_k=num_keys, seqused_k=used, causal=True,
+        block_table=table.int(), fa_version=3,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write fp8.json into")
@@ -580,6 +731,8 @@ PARTS: dict[str, tuple[Callable[[Run], None], float]] = {  # with the fewest sec
     "quality": (quality, 30),
     "prefill": (prefill, 20),
     "kernels": (kernels, 15),
+    "tilings": (tilings, 30),
+    "prompt_attention": (prompt_attention, 10),
 }
 
 if __name__ == "__main__":

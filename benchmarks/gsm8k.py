@@ -10,14 +10,13 @@ import argparse
 import gzip
 import json
 import time
-from decimal import Decimal
 from pathlib import Path
 
 import torch
 
 from wedlm import LLM, SamplingParams
 from wedlm.evaluate.divergence import first_difference
-from wedlm.evaluate.scoring import final_number
+from wedlm.evaluate.final_number import same_number
 
 
 def agreeing(one: list[int], other: list[int]) -> int:
@@ -27,7 +26,7 @@ def agreeing(one: list[int], other: list[int]) -> int:
 
 
 def run_mode(
-    llm: LLM, questions: list[str], answers: list[Decimal | None], mode: str, window: int, arguments: argparse.Namespace
+    llm: LLM, questions: list[str], answers: list[str], mode: str, window: int, arguments: argparse.Namespace
 ) -> dict:
     options: dict = {}
     if mode == "streaming":
@@ -47,7 +46,7 @@ def run_mode(
     seconds = time.perf_counter() - began
     stats = [output.stats for output in outputs]
     tokens = sum(one.tokens_per_forward * one.num_forwards for one in stats)
-    right = sum(final_number(output["text"]) == answer for output, answer in zip(outputs, answers, strict=True))
+    right = sum(same_number(output["text"], answer) for output, answer in zip(outputs, answers, strict=True))
     return {
         "mode": mode,
         "settings": options,
@@ -78,7 +77,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--warm", type=int, default=0, help="first answer so many of the questions, unread and untimed")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--quantization", help="int8")
+    parser.add_argument("--quantization", help="int8 on a CPU, fp8 on a GPU")
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--kv-cache-gb", type=float, default=0.0, help="0: the engine decides")
@@ -88,13 +89,15 @@ def main() -> None:
     with gzip.open(arguments.data, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file][: arguments.limit or None]
     questions = [row["question"] for row in rows]
-    answers = [final_number(row["answer"]) for row in rows]
+    answers = [row["answer"] for row in rows]
     most_rows = max(arguments.rows, *arguments.streaming_window)
     llm = LLM(
         model=arguments.model,
         adapter=arguments.adapter,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
+        deterministic=arguments.deterministic,
+        kv_cache_dtype=arguments.kv_cache_dtype,
         device=arguments.device,
         max_num_seqs=arguments.max_num_seqs,
         kv_cache_bytes=int(arguments.kv_cache_gb * 1e9) or None,
@@ -106,6 +109,8 @@ def main() -> None:
         "questions": len(questions),
         "dtype": arguments.dtype,
         "quantization": arguments.quantization,
+        "deterministic": arguments.deterministic,
+        "kv_cache_dtype": arguments.kv_cache_dtype,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if llm.device.type == "cuda" else "cpu",
         "max_tokens": arguments.max_tokens,

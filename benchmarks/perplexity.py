@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--adapter", help="directory of a LoRA")
     parser.add_argument("--window", type=int, default=2048, help="tokens")
-    parser.add_argument("--quantization", help="int8")
+    parser.add_argument("--quantization", help="fp8, on a GPU")
     parser.add_argument("--max-tokens", type=int, default=0, help="only the first N tokens of the text")
     arguments = parser.parse_args()
 

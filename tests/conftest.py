@@ -39,6 +39,7 @@ _CHECKED = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report-long", type=Path, help="write what the tests recorded to this Markdown file")
+    parser.addoption("--report-append", action="store_true", help="and keep what it says of tests that do not run now")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
         _patch_triton_once_a_kernel()
     if config.option.report_long is not None and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(_LongReport(config.option.report_long))
+        config.pluginmanager.register(_LongReport(config.option.report_long, config.option.report_append))
 
 
 def _patch_triton_once_a_kernel() -> None:
@@ -84,19 +85,22 @@ def _patch_triton_once_a_kernel() -> None:
 class _LongReport:
     """The committed report of `make test-long`: outcome, time and recorded figures of each test."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, []
+    def __init__(self, path: Path, append: bool) -> None:
+        self.path = path
+        old = path.read_text().splitlines() if append and path.exists() else []
+        self.rows = {line.split(" | ")[0]: line for line in old if line.startswith("| tests/")}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
             figures = "; ".join(f"{name} {value}" for name, value in report.user_properties)
-            self.rows.append(f"| {report.nodeid} | {report.outcome} | {report.duration:.0f} | {figures} |")
+            row = f"| {report.nodeid} | {report.outcome} | {report.duration:.0f} | {figures} |"
+            self.rows[f"| {report.nodeid}"] = row
 
     def pytest_sessionfinish(self) -> None:
         versions = f"Python {platform.python_version()}, torch {torch.__version__}, {sys.platform}"
         head = f"# Report of `make test-long`\n\n{date.today().isoformat()}, {versions}.\n\n"
         table = "| test | outcome | s | figures |\n| --- | --- | --- | --- |\n"
-        self.path.write_text(head + table + "\n".join(sorted(self.rows)) + "\n")
+        self.path.write_text(head + table + "\n".join(sorted(self.rows.values())) + "\n")
 
 
 @pytest.fixture

@@ -4,7 +4,11 @@
 import os
 import platform
 import re
+import resource
+import sys
 from pathlib import Path
+
+_BUSY = 0.5  # of the cores
 
 
 def cpu_name() -> str:
@@ -25,3 +29,16 @@ def memory_bytes() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="ascii").strip() if limit.exists() else "max"
     return min(total, int(text)) if text.isdecimal() else total
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def busy_notice() -> str | None:
+    """A sentence for whoever is about to measure, if other programs compute; the load is the last minute's."""
+    load, cores = os.getloadavg()[0], usable_cores()
+    if load < _BUSY * cores:
+        return None
+    return f"This machine is busy (load average {load:.1f}, {cores} cores): times are longer and vary more than usual."

@@ -207,6 +207,14 @@ def _all_of(bodies: list[bytes]) -> Act:
     return act
 
 
+def _each(path: str, bodies: list[bytes]) -> Act:
+    def act(victim: Victim) -> None:
+        for body in bodies:
+            _patient(path, body, victim)
+
+    return act
+
+
 def _raw(data: bytes, wait: bool = True) -> Act:
     """Bytes as they are; whatever comes back is HTTP, or the end of the connection."""
 
@@ -436,6 +444,15 @@ def _own_schemas() -> dict[str, Any]:
     }
 
 
+def nested(model: str, number: int) -> bytes:
+    """A request for a schema of references in a circle, another one for each number."""
+    schema = {**_own_schemas()["references in a circle"], "title": str(number)}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    return json.dumps(
+        {"model": model, "messages": [{"role": "user", "content": "x"}], "response_format": form}
+    ).encode()
+
+
 def _schemas(model: str) -> Iterator[Case]:
     schemas = _own_schemas()
     if find_spec("tests.attack.schemas") is not None:  # all kinds of them
@@ -453,6 +470,10 @@ def _schemas(model: str) -> Iterator[Case]:
         yield Case("schemas", name, partial(_patient, CHAT, body), quick=name == "2,000 constants")
         if name in _own_schemas():
             yield Case("schemas", f"6 times {name}", _together([partial(_patient, CHAT, body)] * 6))
+    many = [nested(model, number) for number in range(480)]
+    yield Case(
+        "schemas", "12 times 40 references in a circle", _together([_each(CHAT, many[i::12]) for i in range(12)])
+    )
 
 
 def _conversations(model: str) -> Iterator[Case]:

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm`` with faults: after SIGUSR1 the next forward raises, after SIGUSR2 the next tokenisation.
+"""``wedlm`` with faults: after SIGUSR1 the next forward raises, after SIGUSR2 the next tokenisation, and for three
+seconds after SIGRTMIN the disk is full that the log is written to.
 
 python -m tests.attack.faulty serve ...
 """
 
+import errno
+import os
 import signal
+import sys
+import time
 from typing import Any
 
 from wedlm.cli import main
@@ -26,7 +31,20 @@ def arm(cls: type, name: str, number: signal.Signals) -> None:
     setattr(cls, name, faulty)
 
 
+def arm_disk() -> None:
+    write, full_until = os.write, [0.0]
+
+    def faulty(descriptor: int, data: bytes) -> int:
+        if descriptor == sys.stderr.fileno() and time.monotonic() < full_until[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    os.write = faulty  # type: ignore[assignment]
+    signal.signal(signal.SIGRTMIN, lambda *_: full_until.__setitem__(0, time.monotonic() + 3))
+
+
 if __name__ == "__main__":
     arm(Engine, "step", signal.SIGUSR1)
     arm(Tokenizer, "encode", signal.SIGUSR2)
+    arm_disk()
     main()

@@ -40,7 +40,10 @@ class Engine:
 
 class LLM:
     def __init__(self, *, model, load_format, skip_tokenizer_init, dtype, max_model_len, max_num_seqs,
-                 max_num_batched_tokens, gpu_memory_utilization, enable_prefix_caching):
+                 max_num_batched_tokens, gpu_memory_utilization, enable_prefix_caching, quantization,
+                 speculative_config):
+        assert quantization in (None, "fp8")
+        assert speculative_config is None or speculative_config["method"] == "ngram"
         import json, pathlib
         config = json.loads((pathlib.Path(model) / "config.json").read_text())
         if config["model_type"] not in ("qwen3", "llama"): raise ValueError(config["model_type"])
@@ -94,6 +97,19 @@ def test_a_slow_one_is_ended(stand_in):
 def test_weights_under_a_name_that_vllm_knows(stand_in, tiny_checkpoint):
     found = vllm.measure_vllm(settings(shape=None, model=str(tiny_checkpoint)), None)
     assert "error" not in found
+
+
+def test_in_bfloat16_beside_fp8_and_with_its_own_speculation_on_text(stand_in, tiny_checkpoint):
+    asked = settings(parts=("latency", "prefill"), engine={"quantization": "fp8"})
+    found = vllm.measure_vllm(asked, None)
+    assert "error" not in found
+    assert {"steps", "prefill", "latency"} <= found.keys()
+    assert {"steps", "prefill"} <= found["bfloat16"].keys()
+    assert "latency" not in found["bfloat16"]
+    assert "ngram" not in found  # random weights have no text to look up
+    on_text = vllm.measure_vllm(settings(parts=("latency",), shape=None, model=str(tiny_checkpoint)), None)
+    assert set(on_text["ngram"]) == {"versions", "latency"}
+    assert "bfloat16" not in on_text
 
 
 def test_as_autoregressive(tmp_path, tiny_checkpoint):

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """``wedlm chat`` through a pipe, ``wedlm demo``, and what terminals are shown."""
 
+import os
+
 import pytest
 from typer.testing import Result
 
 from tests.cli.command import FAST, expected, wedlm
 from tests.engine.tiny_llm import save_tiny
-from wedlm import LLM, GenerationOutput, SamplingParams
+from wedlm import LLM, GenerationOutput, SamplingParams, machine
 from wedlm.cli import demo, terminal
 
 
@@ -103,8 +105,35 @@ def test_demo_says_which_checkpoint_it_is(adapted, tmp_path, monkeypatch):
     assert ("This is the original AR checkpoint" in text) == (not adapted)
     assert "are verified decoding's" in text
     rows = [line.split() for line in result.stdout.splitlines() if line.split()[-1:] in (["yes"], ["no"])]
-    assert [row[0] for row in rows] == ["autoregressive", "verified", "streaming"] * 2
+    assert [row[0] for row in rows] == ["autoregressive", "verified", "auto", "streaming"] * 2
     assert all(row[-1] == "yes" for row in rows if row[0] != "streaming"), "float32: verified is AR's text"
+    together = result.stdout.split("All prompts together")[1].splitlines()[2:6]
+    assert [line.split()[0] for line in together] == list(demo.MODES)
+    assert together[0].split()[2] == "1.00"
+    assert all(line.endswith("2 of 2") for line in map(str.rstrip, together[:3]))
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "Peak memory" in result.stderr
+
+
+def test_demo_shows_medians_of_runs_in_turn(model):
+    asked = []
+
+    class Watched:
+        def __init__(self, llm):
+            self.generate_stream = llm.generate_stream
+            self.generate = lambda ids, params: [asked.append(params.decoding), *llm.generate(ids, params)][1:]
+
+    llm = LLM(model, device="cpu")
+    found = demo._ask(Watched(llm), llm.chat_prompt([{"role": "user", "content": "Hello"}]))
+    assert asked == list(demo.MODES) * demo.RUNS
+    found["auto"].seconds = [0.1, 9.0, 0.2, 0.3, 0.1]
+    assert found["auto"].median_s == 0.2
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.1, False), (500.0, True)])
+def test_a_busy_machine_is_said(monkeypatch, load, said):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    assert ("busy (load average 500.0" in (machine.busy_notice() or "")) == said
 
 
 def test_demo_measures_the_tie_that_it_blames():

@@ -15,6 +15,7 @@ from wedlm.attention.base import KVCache
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.engine.engine import Engine
 from wedlm.engine.execution.eager_step import EagerStep
+from wedlm.engine.execution.native_step import NativeStep
 from wedlm.engine.execution.runner import Runner
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.factory import Blueprint
@@ -27,13 +28,21 @@ from wedlm.native import NativeAttend
 CPU = torch.device("cpu")
 
 
-class LaggingStep(EagerStep):
+class _Lagging:
     """Steps are launched, and read one step late, as a GPU's are."""
 
     runs_ahead = True
 
     def takes(self, plan: StepPlan) -> bool:
         return not any(one.is_window and one.request.needs_host for one in plan.scheduled)
+
+
+class LaggingStep(_Lagging, EagerStep):
+    """The plain step, late."""
+
+
+class LaggingNativeStep(_Lagging, NativeStep):
+    """The native step, late."""
 
 
 def stub_engine(
@@ -66,9 +75,15 @@ def stub_engine(
     num_layers, *heads = model.heads
     cache = KVCache(num_layers, num_pages, page_size, *heads, torch.float32, CPU)
     windows = Windows(max_num_seqs, CPU)
-    plan = NativeAttend if isinstance(model, NativeModel) else PagedSdpa
-    eager, ahead = (one(model.runs, plan, cache, windows, model.mask_token_id) for one in (EagerStep, LaggingStep))
-    return Engine(config, Runner(windows, eager, [ahead]), PagePool(num_pages, page_size), tokenizer=None, clock=clock)
+    mask = model.mask_token_id
+    if isinstance(model, NativeModel):
+        eager = EagerStep(model.runs, NativeAttend, cache, windows, mask)
+        ways = [one(model.runs, cache, windows, mask, max_model_len) for one in (LaggingNativeStep, NativeStep)]
+        runner = Runner(windows, eager, ways)
+    else:
+        eager = EagerStep(model.runs, PagedSdpa, cache, windows, mask)
+        runner = Runner(windows, eager, [LaggingStep(model.runs, PagedSdpa, cache, windows, mask)])
+    return Engine(config, runner, PagePool(num_pages, page_size), tokenizer=None, clock=clock)
 
 
 def build(
@@ -92,7 +107,7 @@ def check_engine(engine: Engine, model: NativeModel | None = None) -> None:
     scheduler, windows = engine.scheduler, engine.runner.windows
     running, waiting = scheduler.running, list(scheduler.waiting)
     assert sorted(r.request_id for r in [*running, *waiting]) == sorted(engine.requests)
-    assert [r.arrival for r in waiting] == sorted(r.arrival for r in waiting)
+    assert [r.order for r in waiting] == sorted(r.order for r in waiting)
     assert set(engine.pool._tables) == {r.request_id for r in running}
     assert set(windows.slots) <= {r.request_id for r in running}
     assert sorted([*windows.free_slots, *windows.slots.values()]) == list(range(windows.num_slots))

@@ -129,7 +129,7 @@ def run_history(seed: int) -> dict[str, int]:
         elif action < 0.35 and engine.requests:
             engine.abort(rng.choice(list(engine.requests)))
         elif action < 0.45 and engine.scheduler.running:
-            victim = max(engine.scheduler.running, key=lambda r: r.arrival)
+            victim = max(engine.scheduler.running, key=lambda r: r.order)
             engine.scheduler.preempt(victim)
             engine._save_windows([victim])
         else:

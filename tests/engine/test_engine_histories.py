@@ -58,13 +58,14 @@ def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
     for _ in range(rng.randint(5, 40)):
         action = rng.random()
         if action < 0.3:
-            engine.add(f"r{added}", random_prompt(rng, stems, model), random_params(rng))
+            turn = rng.choice([0, 0, 1, 3])
+            engine.add(f"r{added}", random_prompt(rng, stems, model), random_params(rng), turn=turn)
             added += 1
         elif action < 0.36 and engine.requests:
             engine.abort(rng.choice(list(engine.requests)))
             aborted += 1
         elif action < 0.42 and engine.scheduler.running and engine._pending is None:
-            victim = max(engine.scheduler.running, key=lambda r: r.arrival)
+            victim = max(engine.scheduler.running, key=lambda r: r.order)
             engine.scheduler.preempt(victim)
             engine._save_windows([victim])
         else:

@@ -113,13 +113,13 @@ def test_a_killed_process_is_replaced(grammars, busy):
     """Between two trials, or during one."""
     grammars.compile(honest(3))
     worker = grammars._trials._idle[-1]  # the next to be taken
-    os.kill(worker._process.pid, signal.SIGSTOP if busy else signal.SIGKILL)
+    os.kill(worker.pid, signal.SIGSTOP if busy else signal.SIGKILL)
 
     async def ask() -> object:
         task = asyncio.create_task(grammars.compile_ahead(honest(4 + busy)))
         while busy and worker in grammars._trials._idle:
             await asyncio.sleep(0.005)
-        os.kill(worker._process.pid, signal.SIGKILL)
+        os.kill(worker.pid, signal.SIGKILL)
         return await task
 
     if busy:

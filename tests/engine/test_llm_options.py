@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLM's own options, chat, warnings, and what a small or a warm cache does."""
 
-import logging
+import re
 
 import pytest
 import torch
@@ -42,8 +42,9 @@ SHORT = SamplingParams(max_tokens=12)
         ("gpu_memory_utilization", 0, "a number > 0 and <= 1"),
         ("gpu_memory_utilization", float("nan"), "a number > 0 and <= 1"),
         ("gpu_memory_utilization", "0.9", "a number > 0 and <= 1"),
-        ("quantization", "int4", "int8 or fp8, or nothing"),
-        ("quantization", True, "int8 or fp8, or nothing"),
+        ("quantization", "int4", "one of auto, none, int8, fp8"),
+        ("quantization", True, "one of auto, none, int8, fp8"),
+        ("kv_cache_bytes", 10**15, "at most"),
         ("chunk_step_ratio", 1, "a number > 1, or inf"),
         ("chunk_step_ratio", -2.0, "a number > 1, or inf"),
         ("chunk_step_ratio", float("nan"), "a number > 1, or inf"),
@@ -89,20 +90,10 @@ def test_defaults(directory, tmp_path):
     assert LLM(directory, device="cpu", dtype="bfloat16").generate("a", SHORT)[0].stats.num_tokens == 12
 
 
-def test_without_the_library_torch_runs_and_says_why(directory, monkeypatch, caplog):
+def test_int8_without_the_library_is_refused(directory, monkeypatch):
     monkeypatch.setattr(factory, "is_available", lambda: False)
-    with caplog.at_level(logging.WARNING, "wedlm.engine.factory"):
-        llm = LLM(directory, device="cpu", quantization="int8")
-    said = "int8 slowly (the native library was not built: no C++ compiler)"
-    assert said in llm.describe()
-    assert said in caplog.text
-    layer = llm.model.model.layers[0].self_attn
-    assert layer.qkv_proj.weight.dtype == layer.o_proj.weight.dtype == torch.int8
-    found = [
-        [one.token_ids for one in llm.generate(PROMPTS[:3], SamplingParams(max_tokens=20, decoding=name))]
-        for name in ("autoregressive", "verified", "auto")
-    ]
-    assert found[0] == found[1] == found[2]
+    with pytest.raises(ValueError, match="quantization is 'int8', but the native library was not built: no C"):
+        LLM(directory, device="cpu", quantization="int8")
 
 
 def test_fp8_is_another_model_whose_verified_text_is_its_ars(directory, fp8_anywhere):
@@ -114,6 +105,16 @@ def test_fp8_is_another_model_whose_verified_text_is_its_ars(directory, fp8_anyw
         for name in ("autoregressive", "verified", "auto")
     }
     assert texts["verified"] == texts["auto"] == texts["autoregressive"]
+
+
+def test_the_head_in_fp8_is_another_model(tmp_path, directory, fp8_anywhere):
+    with pytest.raises(ValueError, match="the vocabulary is 104; expected a multiple of 16"):
+        LLM(directory, device="cpu", quantization="fp8", quantize_head=True)
+    both = LLM(save_tiny(tmp_path, vocab_size=112), device="cpu", quantization="fp8", quantize_head=True)
+    assert both.model.lm_head.weight.dtype == torch.float8_e4m3fn
+    assert LLM(tmp_path, device="cpu", quantization="fp8").model.lm_head.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="quantize_head is True and quantization is None; expected 'fp8'"):
+        LLM(tmp_path, device="cpu", quantize_head=True)
 
 
 def test_fp8_on_a_cpu_is_refused(directory):
@@ -152,11 +153,33 @@ def test_control_tokens_in_messages(llm, directory):
 
 
 def test_no_room_for_a_mask_token(tmp_path):
+    """Text needs every id, and the model loads all the same."""
     save_tiny(tmp_path, model_type="qwen3", mask_token_id=None, vocab_size=MASK)
-    with pytest.raises(ValueError, match=r"names no mask token and its tokenizer uses all .* expected mask_token_id="):
-        LLM(tmp_path, device="cpu")
+    said = "uses all 101 ids: 100 ('<|assistant|>') stands for masked positions and is never generated"
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        llm = LLM(tmp_path, device="cpu")
+    assert llm.engine.config.mask_token_id == 100
+    assert alone(llm, "Hello", SamplingParams(max_tokens=5)).stats.decoding == "autoregressive"
     llm = LLM(tmp_path, device="cpu", mask_token_id=7)
     assert 7 not in alone(llm, "Hello", SamplingParams(max_tokens=50)).token_ids
+
+
+def test_a_checkpoint_without_a_mask_token_decodes_as_ar(tmp_path):
+    """Its masked rows predict nothing: nothing is drafted, it is said, and streaming warns once."""
+    llm = LLM(save_tiny(tmp_path, model_type="qwen3", mask_token_id=None), device="cpu")
+    assert "auto and verified decode as AR, because the checkpoint names no mask token" in llm.describe()
+    expected = alone(llm, "Hello", SamplingParams(max_tokens=12, decoding="autoregressive"))
+    for decoding in ("auto", "verified"):
+        output = alone(llm, "Hello", SamplingParams(max_tokens=12, decoding=decoding))
+        assert (output.text, output.token_steps) == (expected.text, expected.token_steps)
+        assert output.stats.decoding == "autoregressive"
+    streaming = SamplingParams(max_tokens=12, decoding="streaming")
+    with pytest.warns(UserWarning, match="was never adapted to predict masked positions, so streaming decoding"):
+        alone(llm, "Hello", streaming)
+    alone(llm, "Hello", streaming)  # once is enough: another warning would be an error
+    named = LLM(tmp_path, device="cpu", mask_token_id=MASK)  # whoever names one knows what for
+    assert "decode as AR" not in named.describe()
+    assert alone(named, "Hello", SamplingParams(max_tokens=12, decoding="verified")).stats.decoding == "verified"
 
 
 def test_chat(llm):

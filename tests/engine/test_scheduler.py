@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an error leaves behind while a request is admitted: nothing. And plans as plain data."""
 
+import random
+
 import pytest
 
-from tests.engine.stub_engine import check_engine, stub_engine
+from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.stub import StubModel
 from wedlm.engine import pages
 from wedlm.engine.sampling_params import SamplingParams
@@ -62,3 +64,76 @@ def test_preempted_requests_are_part_of_the_plan():
         check_engine(engine)
     assert set(seen) == {second}
     assert (first.progress.num_preemptions, second.progress.num_preemptions) == (0, len(seen))
+
+
+def test_who_asks_for_many_keeps_nobody_out():
+    """A request's further sequences make room for one that comes later, and have the text that they have alone."""
+    engine = stub_engine(MODEL, max_num_seqs=4)
+    params = SamplingParams(decoding="autoregressive", max_tokens=30)
+    many = [engine.add(f"many {i}", [1, 2, 3, i], params, turn=i) for i in range(8)]
+    engine.step()
+    assert set(engine.scheduler.running) == set(many[:4])
+    one = engine.add("one", [4, 5], PARAMS)
+    engine.step()
+    assert set(engine.scheduler.running) == {*many[:3], one}
+    assert list(engine.scheduler.waiting) == many[3:]
+    assert one.output_token_ids or one.progress.num_cached
+    while engine.has_work:
+        engine.step()
+        check_engine(engine)
+    assert [request.progress.num_preemptions for request in (one, *many)] == [0, 0, 0, 0, 1, 0, 0, 0, 0]
+    for request in (one, *many):
+        check_outcome(MODEL, request)
+
+
+@pytest.mark.parametrize("pages", [40, 1000])
+def test_who_asks_for_many_keeps_nobody_from_pages(pages):
+    """The first request's sequences would fill 40 pages."""
+    engine = stub_engine(MODEL, max_num_seqs=8, num_pages=pages)
+    params = SamplingParams(decoding="autoregressive", max_tokens=80)
+    many = [engine.add(f"many {i}", [1, 2, 3, i], params, turn=i) for i in range(6)]
+    for _ in range(22):
+        engine.step()
+    one = engine.add("one", list(range(1, 9)) * 2, PARAMS)
+    for _ in range(20):
+        engine.step()
+        check_engine(engine)
+    assert one.finish_reason
+    assert one.progress.num_preemptions == 0
+    while engine.has_work:
+        engine.step()
+    for request in (one, *many):
+        check_outcome(MODEL, request)
+
+
+@pytest.mark.parametrize("lagging", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_those_that_run_come_first(seed, lagging):
+    """Where pages and rows suffice. Each group has one sequence or several."""
+    rng = random.Random(seed)
+    engine = stub_engine(MODEL, lagging=lagging, max_num_seqs=4, num_pages=2000, max_num_batched_tokens=1000)
+    added: list = []
+    moved = 0
+    for group in range(60):
+        for turn in range(rng.choice([1, 1, 5])):
+            params = SamplingParams(decoding=rng.choice(["autoregressive", "verified"]), max_tokens=rng.randint(1, 20))
+            prompt = [rng.randrange(MODEL.vocab_size) for _ in range(rng.randint(1, 12))]
+            added.append(engine.add(f"{group} {turn}", prompt, params, turn=turn))
+        for _ in range(rng.randint(0, 6)):
+            if engine.requests and rng.random() < 0.1:
+                engine.abort(rng.choice(list(engine.requests)))
+            before = list(engine.requests.values())
+            engine.step()
+            check_engine(engine)
+            if not lagging:  # else it shows a step later
+                first = sorted(before, key=lambda request: request.order)[:4]
+                assert {r for r in first if not r.finish_reason} == set(engine.scheduler.running)
+    while engine.has_work:
+        engine.step()
+        check_engine(engine)
+    for request in added:
+        moved += request.progress.num_preemptions
+        if request.finish_reason != "abort":
+            check_outcome(MODEL, request)
+    assert moved > 3
+    assert engine.pool.num_available == engine.pool.num_pages

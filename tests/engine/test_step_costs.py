@@ -32,7 +32,7 @@ class Counted(StubModel):
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
-    monkeypatch.setattr(eager_step, "_MEASURING_S", float("inf"))
+    monkeypatch.setattr(eager_step, "MEASURING_S", float("inf"))
 
 
 def counted_engine(**options) -> tuple[Engine, list[int]]:
@@ -105,7 +105,7 @@ def test_planning_runs_no_forward():
 
 
 def test_measuring_takes_limited_time_however_many_ask(monkeypatch):
-    monkeypatch.setattr(eager_step, "_MEASURING_S", 1e-9)
+    monkeypatch.setattr(eager_step, "MEASURING_S", 1e-9)
     engine, measured = counted_engine()
     ask(engine, *((AUTO, size) for size in (2, 3, 9, 33)))
     assert measured == [1, 1, 1]
@@ -189,5 +189,5 @@ def test_measuring_is_no_part_of_a_steps_time(monkeypatch):
     ask(engine, (AUTO, 4))
     for _ in range(2):
         step()
-    (seconds,) = engine.controller.draft_budget._beside[0].values()
-    assert seconds <= 0.01
+    (by_budget,) = engine.controller.draft_budget._beside[0].values()
+    assert max(by_budget.values()) <= 0.01

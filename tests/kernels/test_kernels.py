@@ -13,7 +13,6 @@ from wedlm.kernels.logits import greedy_rows
 from wedlm.kernels.matmul import Tiling, few_rows_product
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.kernels.rope import norm_rope_write
-from wedlm.model.inference.quantization import Int8Linear
 from wedlm.model.rope import RotaryEmbedding, rotate
 
 # Triton's interpreter has no dot of bfloat16.
@@ -115,32 +114,6 @@ def test_few_rows_product(device, dtype, num_rows, tiling):
     # A row's sums do not depend on its company.
     alone = few_rows_product(x[-1:], weight, tiling)
     assert torch.equal(alone.sum(0)[0] if tiling.splits > 1 else alone[0], out[-1])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_rows", [1, 16, 33])
-@pytest.mark.parametrize(
-    "tiling", [Tiling(32, 64), Tiling(32, 64, splits=2), Tiling(32, 64, rows=16)], ids=["one", "halves", "blocks"]
-)
-def test_few_rows_product_of_a_weight_in_eight_bits(device, dtype, num_rows, tiling):
-    torch.manual_seed(0)
-    x = summable(torch.randn(num_rows, 320, device=device, dtype=dtype), 1 / 8)
-    layer = Int8Linear(torch.randn(100, 320, device=device, dtype=dtype) / 18, None)
-    out, alone = (few_rows_product(rows, layer.weight, tiling, scale=layer.scale) for rows in (x, x[-1:]))
-    out, alone = (part.sum(0) if tiling.splits > 1 else part for part in (out, alone))
-    close(out, layer(x), dtype)
-    close(out, x.float() @ (layer.weight * layer.scale[:, None]).T, dtype)
-    assert torch.equal(alone[0], out[-1])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_few_rows_gated_product_of_a_weight_in_eight_bits(device, dtype):
-    torch.manual_seed(0)
-    x = torch.randn(20, 128, device=device, dtype=dtype)
-    layer = Int8Linear(torch.randn(2 * 72, 128, device=device, dtype=dtype) / 11, None)
-    gate, up = layer(x).chunk(2, dim=-1)
-    out = few_rows_product(x, layer.weight, Tiling(32, 64, rows=16), gated=True, scale=layer.scale)
-    close(out, F.silu(gate) * up, dtype, 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

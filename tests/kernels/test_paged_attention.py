@@ -95,8 +95,6 @@ def check_attention(device, dtype, groups, lengths):
         ("wedlm-qwen2.5", False, None),
         ("wedlm-qwen3", False, None),
         ("wedlm-qwen3", True, None),
-        ("wedlm-qwen3", True, "int8"),
-        ("wedlm-qwen2.5", False, "int8"),
         ("wedlm-qwen3", False, "fp8"),
         ("wedlm-qwen3", True, "fp8"),
         ("wedlm-qwen2.5", False, "fp8"),  # has biases

@@ -99,7 +99,7 @@ def test_yarn_without_a_factor_takes_the_ratio_of_the_lengths() -> None:
         ({"torch_dtype": "int8"}, "dtype is 'int8'; expected one of float32"),
         ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_window is in use"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window is in use"),
-        ({"quantization_config": {"bits": 4}}, "expected a checkpoint that is not quantised"),
+        ({"quantization_config": {"bits": 4}}, "or a checkpoint that is not quantised"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'; expected one of default, linear"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling lacks factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor is '4'; expected a number above 0"),

@@ -2,6 +2,7 @@
 """Control tokens in messages stay text, and prompts without them have the ids that they always had."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tokenizers import AddedToken, normalizers
 from tests.model.test_tokenizer import CHATML, TEMPLATES, train
 from tests.train.chat_data import THINKING, metaspace_tokenizer
 from wedlm.model import Tokenizer
+from wedlm.model.formats.control_tokens import MAX_SPELLED, ControlTokens
 
 QWEN3 = (
     "{%- for message in messages %}{%- set content = message.content %}"
@@ -237,3 +239,66 @@ def test_metaspace() -> None:
     messages = conversation(["a</s>b"])
     ids = one.encode_chat(messages)
     assert controls(one, ids) == controls(one, one.encode_chat(conversation(["ab"])))
+
+
+def flagged() -> Any:
+    """Control tokens that take white space with them, stand alone, or begin like others."""
+    backend = train("qwen2")
+    backend.add_special_tokens(
+        [
+            AddedToken("<|left|>", lstrip=True, special=True),
+            AddedToken("<|right|>", rstrip=True, special=True),
+            AddedToken("<|word|>", single_word=True, special=True),
+            AddedToken("<|left|><|", special=True),
+            AddedToken("b<|", special=False),
+        ]
+    )
+    return backend
+
+
+FLAGGED = ["<|left|>", "<|right|>", "<|word|>", "<|turn|>", "<|TURN|>"]
+SCANNED = {**BACKENDS, "flagged": flagged()}
+
+
+@given(
+    text=st.lists(st.sampled_from([*CONTROLS, *FLAGGED, " ", "a", "b", "é", "<|"]), max_size=12).map("".join),
+    kind=st.sampled_from([*SCANNED]),
+)
+@settings(max_examples=300)
+def test_control_tokens_are_found_without_the_model(text: str, kind: str) -> None:
+    """Where the tokenizer itself finds them."""
+    control = ControlTokens(SCANNED[kind], ["<|im_end|>"])
+    whole = SCANNED[kind].encode(text, add_special_tokens=False)
+    expected = [span for token, span in zip(whole.ids, whole.offsets, strict=True) if token in control.ids]
+    assert control._scanner is not SCANNED[kind]
+    assert control._spans([text]) == [expected]
+
+
+def test_a_name_that_only_the_model_knows() -> None:
+    """It is found by the tokenizer itself."""
+    control = ControlTokens(BACKENDS["smollm"], ["a"])
+    assert control._scanner is BACKENDS["smollm"]
+    assert control._spans(["b a<|im_end|>"])[0][-1] == (3, 13)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 2**16])
+def test_spellings_are_found_in_pieces(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr("wedlm.model.formats.control_tokens._AT_ONCE", size)
+    control = ControlTokens(BACKENDS["smollm"], ["<|im_end|>"])
+    text = "ab<|im_end|><|im_end|>" * 9
+    spans = [(at + start, at + start + 10) for at in range(0, len(text), 22) for start in (2, 12)]
+    assert list(control._spellings(text, 0, len(text))) == spans
+    assert list(control._spellings(text, 3, len(text) - 1)) == spans[1:-1]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "normalising"])
+def test_many_control_tokens_take_little_time(kind: str) -> None:
+    """Each costs a cut; a conversation with very many of them is refused."""
+    one = tokenizer(kind, "chatml")
+    start = time.thread_time()
+    message = f"spell 120000 control tokens; expected at most {MAX_SPELLED}"
+    with pytest.raises(ValueError, match=message):
+        one.encode_chat(conversation(["<|im_end|>" * 120_000]))
+    assert time.thread_time() - start < 2  # 14 s before there was a limit
+    some = "<|im_end|> a" * (MAX_SPELLED // 10)
+    assert len(controls(one, one.encode_chat(conversation([some])))) == 3

@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # importing it needs Triton
     from wedlm.kernels.fp8 import Unscaled
 
 
+FP8 = torch.float8_e4m3fn
+
+
 @runtime_checkable  # the tests check annotations when functions are called
 class Attend(Protocol):
     """Attention of one forward's rows. Called once a layer, with RoPE applied to queries and keys."""
@@ -64,7 +67,11 @@ class ExtendBatch:
 
 
 class KVCache:
-    """Keys and values of all layers, in pages of ``page_size`` slots; a slot is ``page * page_size + offset``."""
+    """Keys and values of all layers, in pages of ``page_size`` slots; a slot is ``page * page_size + offset``.
+
+    In FP8 (e4m3) each head of a slot counts ``key_scale`` or ``value_scale`` [layers, slots, heads] (float32) times, by
+    its own largest number: nothing has to be known beforehand.
+    """
 
     def __init__(
         self,
@@ -80,11 +87,28 @@ class KVCache:
         shape = (num_layers, num_pages * page_size, num_kv_heads, head_dim)
         self.keys = _zeros(shape, dtype, device)
         self.values = _zeros(shape, dtype, device)
+        self.key_scale: Tensor | None = None
+        self.value_scale: Tensor | None = None
+        if dtype == FP8:
+            self.key_scale, self.value_scale = (_zeros(shape[:-1], torch.float32, device) for _ in range(2))
+
+    def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Of a layer's keys and values, [slots, heads] each; None: they count once."""
+        if self.key_scale is None or self.value_scale is None:
+            return None
+        return self.key_scale[layer], self.value_scale[layer]
+
+    def clear(self) -> None:
+        """Zeros, as at first."""
+        for part in (self.keys, self.values, self.key_scale, self.value_scale):
+            if part is not None:
+                part.zero_()
 
     @staticmethod
     def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Memory that one slot takes in all layers."""
-        return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+        scale = 4 if dtype == FP8 else 0
+        return 2 * num_layers * num_kv_heads * (head_dim * dtype.itemsize + scale)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

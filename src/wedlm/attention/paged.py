@@ -21,10 +21,10 @@ _SHORT_ROWS = 32
 
 class PagedAttend:
     """Attention of one step's rows, each sequence in one of ``groups``. ``slots`` [T]: where each row's key goes
-    (a slot nobody reads, for padding)."""
+    (a slot nobody reads, for padding). ``fixed`` as ``paged_attention`` has it."""
 
-    def __init__(self, cache: KVCache, groups: Sequence[PagedRows], slots: Tensor) -> None:
-        self.cache, self.groups, self.slots = cache, groups, slots
+    def __init__(self, cache: KVCache, groups: Sequence[PagedRows], slots: Tensor, fixed: bool = False) -> None:
+        self.cache, self.groups, self.slots, self.fixed = cache, groups, slots, fixed
 
     def __call__(
         self,
@@ -36,14 +36,15 @@ class PagedAttend:
         /,
     ) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        q = norm_rope_write(qkv, cos, sin, self.slots, norms, keys, values)
+        scales = self.cache.scales(layer)
+        q = norm_rope_write(qkv, cos, sin, self.slots, norms, keys, values, self.fixed, scales)
         out = torch.empty_like(q)
         for rows in self.groups:
-            paged_attention(q, keys, values, rows, out)
+            paged_attention(q, keys, values, rows, out, self.fixed, scales)
         return out
 
 
-def plan_paged(cache: KVCache, batch: ExtendBatch) -> PagedAttend:
+def plan_paged(cache: KVCache, batch: ExtendBatch, fixed: bool = False) -> PagedAttend:
     """The plan of a batch that the host describes (prompt chunks, and windows beside them)."""
     device, page_size = cache.keys.device, cache.page_size
     counts, starts = torch.tensor(batch.counts), torch.tensor(batch.starts)
@@ -74,7 +75,7 @@ def plan_paged(cache: KVCache, batch: ExtendBatch) -> PagedAttend:
         for group in members
         if group
     ]
-    return PagedAttend(cache, groups, slots.to(device))
+    return PagedAttend(cache, groups, slots.to(device), fixed)
 
 
 def _sequences(batch: ExtendBatch) -> zip:

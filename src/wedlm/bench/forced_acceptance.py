@@ -45,9 +45,10 @@ def injected(engine: Engine) -> Iterator[Chances]:
     """Meanwhile verification accepts at the rates that ``set`` was last given, at first none. Auto decoding begins anew
     before and after: what it learns from one says nothing of the other."""
     chances = Chances(engine.runner.device, engine.config.vocab_size)
-    steps = [engine.runner.eager, *_device_steps(engine)]
-    eager, *captured = steps
-    eager.force_choice = lambda state, results, params: force_choices(state, results, params, chances)
+    direct: list[Any] = [one for one in engine.runner.executors if not one.runs_ahead]
+    captured = _device_steps(engine)
+    for step in direct:
+        step.force_choice = lambda state, results, params: force_choices(state, results, params, chances)
     for step in captured:
         from wedlm.bench.forced_acceptance_kernel import force_rows
 
@@ -58,7 +59,7 @@ def injected(engine: Engine) -> Iterator[Chances]:
     try:
         yield chances
     finally:
-        for step in steps:
+        for step in [*direct, *captured]:
             step.force_choice = None
         _start_over(engine)
 

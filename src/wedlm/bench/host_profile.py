@@ -11,6 +11,7 @@ import torch
 
 from wedlm.bench.stats import Figures
 from wedlm.engine.engine import Engine
+from wedlm.engine.execution.native_step import NativeStep
 from wedlm.engine.execution.pending import DeviceStepResults
 
 _STAGES = ("schedule", "rows", "launch", "replay", "fetch", "read", "deliver")
@@ -74,7 +75,11 @@ def host_work(engine: Engine, num_steps: int) -> Figures:
 def _stages(engine: Engine) -> list[tuple[Any, str, str]]:
     """(owner, method, stage) of what a step consists of."""
     device = engine.runner.device
-    wait = (torch.cuda.Event, "synchronize") if device.type == "cuda" else (engine.runner.eager, "model")
+    wait: tuple[Any, str] = (engine.runner.eager, "model")
+    if device.type == "cuda":
+        wait = torch.cuda.Event, "synchronize"
+    elif isinstance(step := engine.runner.executors[0], NativeStep):
+        wait = step.decoder, "run"
     return [
         (DeviceStepResults, "__init__", "fetch"),
         (DeviceStepResults, "wait", "read"),

@@ -22,13 +22,14 @@ class Bench:
     deadline: float | None = None  # of time.perf_counter
     baseline_rows: dict[str, list[TableRow]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)  # what the budget left no time for
+    stopped: Callable[[], bool] = lambda: False  # whether the user wants the end: what is done is kept
 
     def __post_init__(self) -> None:
         self.loop = Loop(self.target)
 
     def past_deadline(self, what: str) -> bool:
-        """Whether the budget is spent; ``what`` then counts as skipped."""
-        past = self.deadline is not None and time.perf_counter() > self.deadline
+        """Whether the budget is spent, or the user has had enough; ``what`` then counts as skipped."""
+        past = self.stopped() or (self.deadline is not None and time.perf_counter() > self.deadline)
         if past:
             self.skipped.append(what)
         return past

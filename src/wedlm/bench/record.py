@@ -5,8 +5,6 @@ import json
 import math
 import os
 import platform
-import resource
-import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,12 +17,28 @@ from wedlm.attention.base import KVCache
 from wedlm.bench.settings import Settings
 from wedlm.bench.stats import TableRow, describe, rounded
 from wedlm.bench.target import Target
-from wedlm.machine import cpu_name
+from wedlm.machine import cpu_name, peak_memory_bytes
 from wedlm.model.formats.save import write_whole
 
-_PACKAGES = ("wedlm", "torch", "triton", "transformers", "vllm", "numpy")
+_PACKAGES = ("wedlm", "torch", "triton", "transformers", "vllm", "xllamacpp", "numpy")
 # What a row is about; everything else in it was measured.
-LABELS = ("scenario", "kind", "accepted", "batch", "mode", "rows", "context", "prompt", "chunk", "requests", "load")
+LABELS = (
+    *(
+        "scenario",
+        "kind",
+        "accepted",
+        "batch",
+        "engine",
+        "mode",
+        "rows",
+        "context",
+        "prompt",
+        "chunk",
+        "requests",
+        "load",
+    ),
+    "copies",
+)
 _KEY_FIGURES = ("median_ratio", "host_ms", "step_ms", "tok_per_s")
 _FILE = "bench.json"
 
@@ -39,6 +53,7 @@ class Record:
             "command": command,
             "versions": versions(),
             "settings": asdict(settings),
+            "load_average": {"start": os.getloadavg()[0]},
             "parts": {},
         }
 
@@ -142,8 +157,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 def memory(device: torch.device) -> dict[str, float]:
     """Peaks so far, in GB; on a GPU the cache is in it, whose size is the configuration's."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    found = {"host_peak_gb": rounded(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)}
+    found = {"host_peak_gb": rounded(peak_memory_bytes() / 1e9)}
     if device.type == "cuda":
         found["device_peak_gb"] = rounded(torch.cuda.max_memory_allocated(device) / 1e9)
         free, total = torch.cuda.mem_get_info(device)

@@ -19,6 +19,15 @@ PARTS = {
     "contexts": "milliseconds a step by length of the context",
     "scenarios": "the paper's four scenarios, mode beside mode (needs a checkpoint)",
 }
+# Beside llama.cpp.
+LLAMACPP_PARTS = {
+    "step": "milliseconds of a step at context 256 by rows; llama.cpp's single row",
+    "chat": "tok/s of 20 chats of five kinds, one stream, prompts included",
+    "streams": "tok/s of 4 and 16 chats at once",
+    "prompt": "tok/s of a long prompt",
+    "cold": "milliseconds of a step of one row, weights not in any cache",
+    "busy": "milliseconds of a step of one row while another program computes",
+}
 DEFAULT_PARTS = ("latency", "throughput", "serving")
 # All of them, the most telling first, for runs whose time is limited.
 PRIORITY = ("scenarios", "steps", "accept", "prefill", "contexts", "host", "serving", "pairs", "latency", "throughput")
@@ -40,6 +49,17 @@ class Workload:
     requests: int  # that arrive
     contexts: tuple[int, ...]
     long_prompt: int
+    chats: int = 4  # of each kind, beside llama.cpp
+
+    @classmethod
+    def beside_llamacpp(cls) -> "Workload":
+        """On a CPU, some minutes for each part; streams are 4 and 16."""
+        return replace(cls.of(False, False), batches=(1, 4, 16), runs=5, steps=32, answer=64)
+
+    def quick(self) -> "Workload":
+        """To see that it works, and roughly what comes out."""
+        steps, answer, requests = min(self.steps, 8), min(self.answer, 24), min(self.requests, 4)
+        return replace(self, runs=1, pairs=2, steps=steps, answer=answer, requests=requests, chats=1)
 
     @classmethod
     def of(cls, on_gpu: bool, random_weights: bool) -> "Workload":
@@ -67,6 +87,8 @@ class Settings:
     curves: tuple[tuple[float, ...], ...] = ()
     rate: float | None = None  # requests a second; None: 0.7 of what AR (vLLM's, if measured) can serve
     against: str | None = None
+    llama_server: str | None = None  # a program instead of the wheel's
+    gguf: tuple[str, ...] = ()  # what llama.cpp runs; empty: the demo model's base in several kinds
     engine: dict[str, Any] = field(default_factory=dict)  # options of the engine that were given
     budget_s: float | None = None
 
@@ -83,8 +105,26 @@ class Settings:
         return SamplingParams(decoding=mode, max_tokens=max_tokens, **values)  # type: ignore[arg-type]
 
 
-def read_parts(names: list[str], shape: str | None) -> tuple[str, ...]:
-    """The parts in the order given; "all": every one that the target has, the most telling first."""
+def check_against(name: str | None, only_llamacpp: dict[str, Any], model: str | None) -> None:
+    """ValueError for an unknown peer, for an option that only llama.cpp has, or for a model without a file of it."""
+    if name not in (None, "vllm", "llamacpp"):
+        raise ValueError(f"--against is {name!r}; expected vllm or llamacpp")
+    for option, value in only_llamacpp.items():
+        if value and name != "llamacpp":
+            raise ValueError(f"{option} is given without --against llamacpp; expected both")
+    if name == "llamacpp" and model not in (None, "demo", "demo-base") and not only_llamacpp["--gguf"]:
+        raise ValueError(f"--model is {model}, and --gguf is missing; expected the file of it that llama.cpp can run")
+
+
+def read_parts(names: list[str], shape: str | None, against: str | None = None) -> tuple[str, ...]:
+    """The parts in the order given; "all": every one that the target has, the most telling first. Beside llama.cpp
+    there are others, and all are the default."""
+    if against == "llamacpp":
+        for name in names:
+            if name not in ("all", *LLAMACPP_PARTS):
+                known = ", ".join(LLAMACPP_PARTS)
+                raise ValueError(f"the part is {name!r}; expected, beside llama.cpp, all or some of {known}")
+        return tuple(LLAMACPP_PARTS if "all" in names else dict.fromkeys(names)) or tuple(LLAMACPP_PARTS)
     if names == ["all"]:
         return tuple(part for part in PRIORITY if part != "scenarios" or shape is None)
     for name in names:

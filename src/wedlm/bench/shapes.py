@@ -40,7 +40,11 @@ def shape_config(shape: str) -> ModelConfig:
 
 
 def random_model(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+    quantize_head: bool = False,
 ) -> Transformer | NativeTransformer:
     """Random weights, made on the device, as an engine runs them; always the same ones."""
     with torch.device("meta"):
@@ -52,4 +56,4 @@ def random_model(
         for parameter in model.parameters():
             parameter.normal_(std=0.02, generator=generator) if parameter.ndim > 1 else parameter.fill_(1.0)
     model.model.rotary.inv_freq = inverse_frequencies(config)[0].to(device)
-    return prepare_model(model, quantization)
+    return prepare_model(model, quantization, quantize_head)

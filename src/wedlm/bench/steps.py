@@ -7,7 +7,7 @@ from wedlm.bench.forced_acceptance import injected
 from wedlm.bench.host_profile import host_work
 from wedlm.bench.measure import Bench, Case, take_turns
 from wedlm.bench.stats import Figures, TableRow, make_row
-from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, DraftBudget, expected_step
+from wedlm.engine.adaptive.draft_budget import Budget, DraftBudget, expected_step
 from wedlm.engine.sampling_params import SamplingParams
 
 # However unsure: every row that the budget has; every mask filled in each step, which runs 2W rows.
@@ -103,10 +103,10 @@ def accept(bench: Bench) -> list[TableRow]:
 
 
 class FixedRows(DraftBudget):
-    """Auto decoding that keeps one row budget."""
+    """Auto decoding that keeps one budget."""
 
-    def choose(self, num_windows: int, most: int) -> int:
-        return min(self.row_budget, most)
+    def choose(self, num_windows: int, most: int) -> Budget:
+        return self.within(most)
 
 
 def _try_all_budgets(bench: Bench, prompts: list[list[int]], params: SamplingParams) -> None:
@@ -114,10 +114,9 @@ def _try_all_budgets(bench: Bench, prompts: list[list[int]], params: SamplingPar
     engine = bench.target.engine
     requests = bench.loop.start(prompts, params)
     assert engine.controller.draft_budget is not None
-    for row_budget in ROW_BUDGETS:
-        if row_budget <= requests[0].decode.row_budget:
-            engine.controller.draft_budget = FixedRows(engine.controller.costs, row_budget)
-            bench.loop.steps(requests, 3)
+    for budget in engine.controller.draft_budget.candidates(requests[0].decode.row_budget):
+        engine.controller.draft_budget = FixedRows(engine.controller.costs, budget)
+        bench.loop.steps(requests, 3)
     bench.loop.end(requests)
 
 
@@ -131,11 +130,11 @@ def _accepted(bench: Bench, label: dict[str, Any], prompts: list[list[int]], par
         runs = [bench.loop.steps(requests, workload.steps) for _ in range(workload.runs)]
     finally:
         bench.loop.end(requests)
-    return make_row(label, runs, row_budget=engine.controller.draft_budget.row_budget)
+    return make_row(label, runs, row_budget=engine.controller.draft_budget.budget.rows)
 
 
 def _tokens(rate: float) -> float:
-    return expected_step(16, (rate,) * 8, (1.0,) * 8)[0]
+    return expected_step(Budget.of(16), (rate,) * 8, (1.0,) * 8)[0]
 
 
 def _rate_for(tokens: float) -> float:

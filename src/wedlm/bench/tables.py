@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wedlm.bench.record import LABELS
-from wedlm.bench.settings import PARTS
+from wedlm.bench.settings import LLAMACPP_PARTS, PARTS
 from wedlm.bench.stats import TableRow
 
 _SHOWN = {
@@ -40,6 +40,9 @@ _SHOWN = {
     "ratio_of_means": "of means",
     "vs_ar": "x AR",
     "vs_vllm": "x vLLM AR",
+    "vs_one_row": "x one row",
+    "vs_quiet": "x quiet",
+    "vs_llamacpp": "x llama.cpp",
     "runs": "runs",
 }
 # Figures whose spread stands beside them: half of it, in percent.
@@ -52,7 +55,7 @@ def show_tables(parts: dict[str, Sequence[TableRow]]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     for part, rows in parts.items():
         if rows:
-            console.print(_table(f"{part}: {PARTS[part]}", rows))
+            console.print(_table(f"{part}: {({**PARTS, **LLAMACPP_PARTS})[part]}", rows))
             console.print()
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from wedlm.attention.base import KVCache
+from wedlm.attention.base import FP8, KVCache
 from wedlm.bench.prompts import Prompts
 from wedlm.bench.settings import Settings
 from wedlm.bench.shapes import MASK_TOKEN_ID, random_model, shape_config
@@ -57,9 +57,11 @@ def load_target(settings: Settings) -> Target:
         max_model_len=resolve_options.read_length(given.get("max_model_len"), config),
         options=EngineOptions.of(given),
     )
-    model = random_model(config, device, dtype, given.get("quantization"))
+    options = engine_config.options
+    model = random_model(config, device, dtype, options.rounded_to, options.quantize_head)
     if engine_config.options.kv_cache_bytes is None:
         cache_dtype = torch.float32 if isinstance(model, NativeTransformer) else dtype
+        cache_dtype = FP8 if engine_config.options.kv_cache_dtype == "fp8" else cache_dtype
         cache_bytes = _cache_bytes(settings, engine_config, config, cache_dtype, device)
         engine_config = replace(engine_config, options=replace(engine_config.options, kv_cache_bytes=cache_bytes))
     engine = plan_engine(model, engine_config, None).build()

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's AR decoding on the same weights, in a process of its own that has ended before our engine is made."""
+"""vLLM's AR decoding on the same weights, in processes of its own that have ended before our engine is made.
+
+In our type of weights; if that is FP8, in bfloat16, too; and on a checkpoint with its own speculation from n-grams,
+which needs no other weights.
+"""
 
 import json
 import os
@@ -22,40 +26,62 @@ from wedlm.bench.stats import TableRow
 from wedlm.engine import resolve_options
 from wedlm.model import ModelConfig, load_model, load_tokenizer, save_model
 
+_NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
 _MEASURABLE = ("latency", "throughput", "serving", "steps", "prefill")
 _TIMEOUT_S = 900.0
 _SHOWN_CHARACTERS = 400
 
 
-def check_against(name: str | None) -> None:
-    """ValueError for an unknown baseline, or one that is not installed."""
-    if name not in (None, "vllm"):
-        raise ValueError(f"--against is {name!r}; expected vllm")
-    if name == "vllm" and find_spec("vllm") is None:
+def check_vllm() -> None:
+    """ValueError where it is not installed."""
+    if find_spec("vllm") is None:
         raise ValueError("--against is vllm, which is not installed here; expected an environment that has it")
 
 
 def measure_vllm(settings: Settings, timeout_s: float | None) -> dict[str, Any]:
     """Rows by part, as far as vLLM has something to say on ours; ``versions``; ``error`` if it ended badly or took too
-    long, beside the parts that it had finished."""
+    long, beside the parts that it had finished. The same once more for each of ``variants``, under its name."""
+    others = variants(settings)
+    each = (timeout_s or _TIMEOUT_S) / (1 + len(others))
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        task, found, log = (directory / file for file in ("task.json", "found.json", "log.txt"))
-        task.write_text(json.dumps(_task(settings, directory)))
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "wedlm.bench.vllm_worker", str(task), str(found)],
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"},
-            )  # fmt: skip
-            try:
-                code = process.wait(timeout_s or _TIMEOUT_S)
-                error = None if code == 0 else f"vLLM's process ended with code {code}: {_last_words(log)}"
-            except subprocess.TimeoutExpired:
-                error = f"vLLM took longer than {timeout_s or _TIMEOUT_S:.0f} s"
-            finally:
-                _end_all(process)
-        rows: dict[str, Any] = json.loads(found.read_text()) if found.exists() else {}
+        task = _task(settings, directory)
+        found = _run(task, directory, each)
+        for other, changes in others.items():
+            found[other] = _run({**task, **changes}, directory, each)
+    return found
+
+
+def variants(settings: Settings) -> dict[str, dict[str, Any]]:
+    """What vLLM is also measured as: changes of the task, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    if settings.engine.get("quantization") == "fp8":
+        found["bfloat16"] = {"quantization": None, "parts": ["steps", "prefill"]}
+    if settings.model is not None:
+        parts = [part for part in ("latency", "throughput") if part in settings.parts]
+        found |= {"ngram": {"speculation": _NGRAM, "parts": parts}} if parts else {}
+    return found
+
+
+def _run(values: dict[str, Any], directory: Path, timeout_s: float) -> dict[str, Any]:
+    """What one process finds."""
+    task, found, log = (directory / file for file in ("task.json", "found.json", "log.txt"))
+    found.unlink(missing_ok=True)
+    task.write_text(json.dumps(values))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "wedlm.bench.vllm_worker", str(task), str(found)],
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"},
+        )  # fmt: skip
+        try:
+            code = process.wait(timeout_s)
+            error = None if code == 0 else f"vLLM's process ended with code {code}: {_last_words(log)}"
+        except subprocess.TimeoutExpired:
+            error = f"vLLM took longer than {timeout_s:.0f} s"
+        finally:
+            _end_all(process)
+    rows: dict[str, Any] = json.loads(found.read_text()) if found.exists() else {}
     return rows if error is None else {**rows, "error": error}
 
 
@@ -95,6 +121,8 @@ def _task(settings: Settings, directory: Path) -> dict[str, Any]:
         "model": str(model),
         "load_format": "auto" if settings.shape is None else "dummy",
         "dtype": str(dtype).removeprefix("torch."),
+        "quantization": settings.engine.get("quantization"),
+        "speculation": None,
         "max_model_len": min(config.max_length, max(workload.long_prompt + 16, 4096)),
         "max_num_seqs": max(workload.batches),
         "ignore_eos": settings.shape is not None,

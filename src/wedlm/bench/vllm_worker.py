@@ -28,6 +28,7 @@ class Worker:
             model=task["model"], load_format=task["load_format"], skip_tokenizer_init=True, dtype=task["dtype"],
             max_model_len=task["max_model_len"], max_num_seqs=task["max_num_seqs"], max_num_batched_tokens=8192,
             gpu_memory_utilization=0.85, enable_prefix_caching=False,
+            quantization=task["quantization"], speculative_config=task["speculation"],
         )  # fmt: skip
 
     def params(self, max_tokens: int, ignore_eos: bool) -> Any:

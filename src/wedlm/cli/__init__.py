@@ -13,6 +13,7 @@ COMMANDS = {
     "chat": "chat:chat",
     "demo": "demo:demo",
     "init": "init:init",
+    "quantize": "quantize:quantize",
     "serve": "serve:serve",
     "bench": "bench:bench",
     "report": "report:report",

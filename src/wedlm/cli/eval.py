@@ -83,7 +83,7 @@ class HostOptions:
     kv_cache_gb: KvCacheGb = None
 
 
-_ENGINE = ("adapter", "dtype", "device", "max_model_len", "max_num_seqs")
+_ENGINE = ("adapter", "dtype", "quantization", "deterministic", "device", "max_model_len", "max_num_seqs")
 
 
 @command

@@ -78,7 +78,7 @@ def generate(
     window: WindowOptions,
     answer: _Answer,
     model: ModelOptions,
-    engine: Annotated[EngineOptions, Only(*USUAL, "max_num_seqs")],
+    engine: Annotated[EngineOptions, Only(*USUAL, "max_num_seqs", "deterministic")],
 ) -> None:
     """Complete prompts: the argument, a file, or standard input.
 

@@ -130,7 +130,6 @@ def run(llm: "LLM", config: ServerConfig, log_level: str, sockets: "list[socket]
 
     set_up_logging(log_level)
     app = create_app(llm, config)
-    note(llm.describe())
     server = Server(app, lambda url: note(f"serving {config.model_name} at {url}; Ctrl-C ends it"))
     server.run(sockets)
     if server.failed:

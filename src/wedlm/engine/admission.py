@@ -26,7 +26,7 @@ def make_request(  # noqa: PLR0913 - each is a fact of the request or of the eng
     prompt_token_ids: Sequence[int],
     params: SamplingParams,
     *,
-    arrival: int,
+    order: tuple[int, int],
     arrival_time: float,
     streamed: bool,
     watched: bool,
@@ -47,7 +47,7 @@ def make_request(  # noqa: PLR0913 - each is a fact of the request or of the eng
         params=params,
         decode=decode,
         max_tokens=min(params.max_tokens, config.max_model_len - len(prompt)),
-        arrival=arrival,
+        order=order,
         streamed=streamed,
         watched=watched,
         output=RequestOutput(tokens=list(prompt), text=text, constraint=constraint),
@@ -63,8 +63,11 @@ def decode_params(config: EngineConfig, num_prompt_tokens: int, params: Sampling
     if any(token >= config.vocab_size for token in ends):
         given = list(params.stop_token_ids or ())
         raise ValueError(f"stop_token_ids is {given}; expected ids below {config.vocab_size}")
+    decoding = params.decoding or config.options.decoding
+    if not config.drafts and decoding in ("auto", "verified"):
+        decoding = "autoregressive"
     return DecodeParams(
-        decoding=params.decoding or config.options.decoding,
+        decoding=decoding,
         window_size=params.wedlm_window_size or config.options.wedlm_window_size,
         entropy_threshold=params.wedlm_entropy_threshold,
         pos_penalty=params.wedlm_pos_penalty_factor,

@@ -174,7 +174,7 @@ class AsyncEngine:
     ) -> None:
         try:
             for index, (request_id, sequence) in enumerate(zip(stream.request_ids, sequences, strict=True)):
-                request = self.engine.add(request_id, *sequence, streamed=streamed, watched=watch)
+                request = self.engine.add(request_id, *sequence, streamed=streamed, watched=watch, turn=index)
                 self._live[request_id] = _Live(request, stream, index)
         except ValueError as error:
             self._drop(stream)

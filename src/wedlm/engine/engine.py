@@ -17,6 +17,8 @@ from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.scheduler import Scheduler, Unread, unread_of
 from wedlm.engine.text import TokenDecoder
 
+TURN = 64  # a batch, by default
+
 
 class Engine:
     """Admits, runs and finishes requests. ``scheduler`` says what runs, ``controller`` with how many rows, ``runner``
@@ -49,9 +51,14 @@ class Engine:
         *,
         streamed: bool = True,
         watched: bool = False,
+        turn: int = 0,
     ) -> Request:
         """Queue a request. ValueError, with nothing changed, if it is impossible. ``streamed`` and ``watched`` as in
-        ``Request``. The first adaptive request has the costs of steps measured: up to a second."""
+        ``Request``. The first adaptive request has the costs of steps measured: up to a second.
+
+        ``turn``: how many sequences its caller has asked for before it in the same breath. For each of them it lets
+        ``TURN`` others go first, so that who asks for many does not keep out who asks for one.
+        """
         if request_id in self.requests:
             raise ValueError(f"request_id is {request_id!r}, which is running; expected a new one")
         request = make_request(
@@ -60,7 +67,7 @@ class Engine:
             request_id,
             prompt_token_ids,
             params,
-            arrival=self._arrivals,
+            order=(self._arrivals + turn * TURN, self._arrivals),
             arrival_time=self.clock(),
             streamed=streamed,
             watched=watched,

@@ -7,33 +7,38 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 
-from wedlm.attention.base import KVCache
+from wedlm.attention.base import FP8, KVCache
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.engine import resolve_options
 from wedlm.engine.engine import Engine
-from wedlm.engine.execution.base import PlanAttention, RowsModel
+from wedlm.engine.execution.base import PlanAttention, RowsModel, StepExecutor
 from wedlm.engine.execution.eager_step import EagerStep
+from wedlm.engine.execution.native_step import NativeStep
 from wedlm.engine.execution.runner import Runner
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.options import EngineConfig
 from wedlm.engine.pages import PagePool
 from wedlm.engine.text import TokenDecoder
 from wedlm.model import ModelConfig, Transformer, pack_for_inference
-from wedlm.model.inference.layers import Quantization
+from wedlm.model.inference.quantization import Quantization, multiplies_fp8
 from wedlm.model.lora.masked_rows import has_masked_lora
 from wedlm.native import NativeAttend, NativeTransformer, is_available
-from wedlm.native.weights import native_from_torch
+from wedlm.native.library import PATH_VARIABLE, PORTABLE, chosen_path, paths
+from wedlm.native.weights import format_names, native_from_torch
 
 log = logging.getLogger(__name__)
 
 # Keeps tokens coming while prompts are read (docs/log.md). Where such steps are launched piece by piece, many short
 # chunks would cost more than they spare.
 _CAPTURED_CHUNK_STEP_RATIO = 1.8
+# For users of a checkpoint that was never adapted.
+WITHOUT_MASK = "auto and verified decode as AR, because the checkpoint names no mask token (--mask-token-id names one)"
 _LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS = 2**28, 8
 
 
@@ -68,17 +73,19 @@ class Blueprint:
     page_size: int
     tokenizer: TokenDecoder | None
     eager_reason: str | None = None  # why steps do not run on our kernels
-    torch_reason: str | None = None  # why weights in eight bits do not run on the native forward of CPUs
+    note: str = ""  # what was decided against when the weights were loaded, and why
 
     def build(self, cache: KVCache | None = None, clock: Callable[[], float] = time.perf_counter) -> Engine:
         """A new engine with nothing in it. ``cache``: memory of a former one to use again."""
         cache = self._new_cache() if cache is None else cache
         if self.packed is None:
-            windows = Windows(self.config.options.max_num_seqs, self.device)
-            plan_attention: PlanAttention[Any] = (
-                NativeAttend if isinstance(self.model, NativeTransformer) else PagedSdpa
-            )
-            runner = Runner(windows, EagerStep(self.model, plan_attention, cache, windows, self.config.mask_token_id))
+            windows, mask = Windows(self.config.options.max_num_seqs, self.device), self.config.mask_token_id
+            plan_attention: PlanAttention[Any] = PagedSdpa
+            preferred: list[StepExecutor] = []
+            if isinstance(self.model, NativeTransformer):
+                plan_attention = NativeAttend
+                preferred = [NativeStep(self.model, cache, windows, mask, self.config.max_model_len)]
+            runner = Runner(windows, EagerStep(self.model, plan_attention, cache, windows, mask), preferred)
         else:
             runner = self._runner_on_kernels(self.packed, cache)
         return Engine(self.config, runner, PagePool(self.num_pages, self.page_size), self.tokenizer, clock)
@@ -88,26 +95,38 @@ class Blueprint:
         if self.device.type == "cpu":
             return self.build()
         cache = broken.runner.cache  # there is no room for a second one; zeros, because a fault may have left nan
-        cache.keys.zero_()
-        cache.values.zero_()
+        cache.clear()
         return self.build(cache)
+
+    @property
+    def weights(self) -> str:
+        """For users: the bits of the weights."""
+        if isinstance(self.model, NativeTransformer):
+            return format_names(self.model)
+        dtype = str(_device_and_dtype(self.model)[1]).removeprefix("torch.")
+        return "fp8" if self.config.options.quantization == "fp8" else dtype
 
     def describe(self) -> str:
         """One line for users: device, types, how steps run and why, and the cache's size."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        weights = str(self.dtype).removeprefix("torch.")
+        weights = str(_device_and_dtype(self.model)[1]).removeprefix("torch.")
+        if self.config.options.quantization == "fp8":
+            weights += " with fp8 weights"
         if isinstance(self.model, NativeTransformer):
-            steps = f"native C++ forward ({self.model.path}), int8 weights, threads: {self.model.threads}"
+            steps = f"native C++ forward ({self.model.path}), {self.weights} weights, threads: {self.model.threads}"
         elif self.packed is None:
             steps = f"plain torch operations ({self.eager_reason})" if self.eager_reason else "plain torch operations"
-            if self.torch_reason is not None:
-                steps += f", int8 slowly ({self.torch_reason})"
         else:
             chunks = "with" if self.config.options.capture_chunks else "without"
-            steps = f"Triton kernels in CUDA graphs, {chunks} prompt chunks"
+            kernels = "deterministic Triton kernels" if self.config.options.deterministic else "Triton kernels"
+            steps = f"{kernels} in CUDA graphs, {chunks} prompt chunks"
+        if self.note:
+            steps += f" ({self.note})"
         tokens = self.num_pages * self.page_size
         megabytes = tokens * self._bytes_per_token() / 1e6
-        return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB)"
+        kind = ", fp8" if self.dtype == FP8 else ""
+        drafts = "" if self.config.drafts else f"; {WITHOUT_MASK}"
+        return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB{kind}){drafts}"
 
     def _bytes_per_token(self) -> int:
         shape = self.shape
@@ -124,39 +143,60 @@ class Blueprint:
         from wedlm.engine.execution.captured_step import CapturedStep
         from wedlm.model.inference.triton_transformer import FusedTransformer
 
-        fused, mask, options = FusedTransformer(packed), self.config.mask_token_id, self.config.options
+        mask, options = self.config.mask_token_id, self.config.options
+        fused = FusedTransformer(packed, deterministic=options.deterministic)
+        plan_attention = partial(plan_paged, fixed=options.deterministic)
         windows = Windows(options.max_num_seqs, self.device, capacity=64, has_null_slot=True)
         captured = CapturedStep(fused, cache, windows, mask, self.config.max_model_len, options.capture_chunks)
-        return Runner(windows, EagerStep(fused, plan_paged, cache, windows, mask), [captured])
+        return Runner(windows, EagerStep(fused, plan_attention, cache, windows, mask), [captured])
 
 
-def prepare_model(model: Transformer, quantization: Quantization | None) -> Transformer | NativeTransformer:
-    """The model as ``plan_engine`` wants it: native for weights in eight bits on a CPU, if nothing prevents it; else
-    packed, in place. A native model has weights of its own, and as many threads as torch has at this moment."""
-    if quantization != "int8" or model.model.embed_tokens.weight.device.type != "cpu" or native_obstacle(model):
-        return pack_for_inference(model, quantization)
-    threads = min(torch.get_num_threads(), os.cpu_count() or 1)  # more than there are would only wait for each other
-    return native_from_torch(model, quantization, threads=threads)
+def prepare_model(
+    model: Transformer, quantization: Quantization | None, quantize_head: bool = False
+) -> Transformer | NativeTransformer:
+    """The model as ``plan_engine`` wants it: native for int8 on a CPU (ValueError where that cannot be); else
+    packed, in place. ``quantize_head``: FP8 for the output projection, too. A native model has weights of its own, and
+    as many threads as torch has at this moment."""
+    if quantize_head and quantization != "fp8":
+        raise ValueError(f"quantize_head is True and quantization is {quantization!r}; expected 'fp8'")
+    if quantization != "int8" or model.model.embed_tokens.weight.device.type != "cpu":
+        return pack_for_inference(model, quantization, quantize_head)
+    obstacle = native_obstacle(model)
+    if obstacle is not None:
+        raise ValueError(f"quantization is 'int8', but {obstacle}; expected none on a CPU where it cannot run")
+    return native_from_torch(model, quantization, threads=native_threads())
 
 
-def native_obstacle(model: Transformer) -> str | None:
-    """Why this model cannot run on the native forward of CPUs; None if it can."""
+def native_threads() -> int:
+    """Threads of a native model made now: as many as torch has, at most one a processor, since more would only wait for
+    each other."""
+    return min(torch.get_num_threads(), os.cpu_count() or 1)
+
+
+def native_obstacle(model: Transformer | None = None) -> str | None:
+    """Why this model, or any, cannot run on the native forward of CPUs; None if it can."""
     if not is_available():
         return "the native library was not built: no C++ compiler"
-    if has_masked_lora(model):
+    if chosen_path() == PORTABLE and not os.environ.get(PATH_VARIABLE):
+        needs = "; or ".join(path.needs for path in paths() if path.name != PORTABLE)
+        return f"this processor has none of the instruction sets that the native library needs ({needs})"
+    if model is not None and has_masked_lora(model):
         return "the native library does not run adapters of masked rows"
     return None
 
 
 def plan_engine(
-    model: Transformer | NativeTransformer, config: EngineConfig, tokenizer: TokenDecoder | None
+    model: Transformer | NativeTransformer, config: EngineConfig, tokenizer: TokenDecoder | None, note: str = ""
 ) -> Blueprint:
     """Every choice for an engine around a model of ``prepare_model``, by ``config.options``; logs what was chosen.
 
-    ValueError for options that cannot be.
+    ``note``: what users should know of the choice of the model. ValueError for options that cannot be.
     """
     shape, options = model.config, config.options
-    device, dtype = _device_and_cache_dtype(model)
+    device, dtype = _device_and_dtype(model)
+    if options.kv_cache_dtype == "fp8":
+        check_fp8_cache(device)
+        dtype = FP8
     per_token = KVCache.bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
     num_bytes = options.kv_cache_bytes
     if num_bytes is None:
@@ -165,23 +205,35 @@ def plan_engine(
         weights = _weight_bytes(model)
         needed = min(needed, max(_LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS * weights))
         num_bytes = resolve_options.default_cache_bytes(device, needed, options.gpu_memory_utilization)
+    else:
+        resolve_options.check_cache_bytes(device, num_bytes)
     num_pages = num_bytes // (per_token * options.page_size)
     if num_pages < 1:
         raise ValueError(f"kv_cache_bytes is {num_bytes}; expected at least {per_token * options.page_size}, one page")
     reason = eager_reason(options.cuda_graphs, device, shape)
+    _check_deterministic(options.deterministic, model, reason)
     if options.chunk_step_ratio is None:
         captures_chunks = reason is None and options.capture_chunks
         ratio = _CAPTURED_CHUNK_STEP_RATIO if captures_chunks else math.inf
         config = replace(config, options=replace(options, chunk_step_ratio=ratio))
     packed = model if reason is None and isinstance(model, Transformer) else None
-    torch_reason = None
-    if isinstance(model, Transformer) and options.quantization == "int8" and device.type == "cpu":
-        torch_reason = native_obstacle(model)
     sizes = num_pages, options.page_size
-    blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason, torch_reason)
-    is_slow = torch_reason is not None or (reason is not None and device.type == "cuda")
+    blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason, note)
+    is_slow = bool(note) or (reason is not None and device.type == "cuda")
     log.log(logging.WARNING if is_slow else logging.INFO, "engine: %s", blueprint.describe())
     return blueprint
+
+
+def _check_deterministic(asked: bool, model: Transformer | NativeTransformer, eager: str | None) -> None:
+    """ValueError if it is asked for where sums depend on how many rows there are."""
+    if not asked or isinstance(model, NativeTransformer):
+        return
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    if eager is not None or dtype == "float32":
+        why = f"steps run as plain torch operations ({eager})" if eager is not None else f"the dtype is {dtype}"
+        raise ValueError(
+            f"deterministic is True, but {why}; expected bfloat16, float16 or FP8 on a GPU's kernels, or int8 on a CPU"
+        )
 
 
 def _weight_bytes(model: Transformer | NativeTransformer) -> int:
@@ -190,7 +242,16 @@ def _weight_bytes(model: Transformer | NativeTransformer) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def _device_and_cache_dtype(model: Transformer | NativeTransformer) -> tuple[torch.device, torch.dtype]:
+def check_fp8_cache(device: torch.device) -> None:
+    """ValueError unless keys and values can be in FP8 there."""
+    if not multiplies_fp8(device):  # who cannot multiply such numbers cannot convert them at once either
+        raise ValueError(
+            f"kv_cache_dtype is 'fp8' and the device is {device}; expected an NVIDIA GPU that multiplies FP8"
+        )
+
+
+def _device_and_dtype(model: Any) -> tuple[torch.device, torch.dtype]:
+    """Where the model is, and in which type it computes."""
     if isinstance(model, NativeTransformer):
         return torch.device("cpu"), torch.float32  # whatever type the weights came in
     weight = model.model.embed_tokens.weight

@@ -15,14 +15,14 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from wedlm.engine import resolve_options
-from wedlm.engine.factory import plan_engine, prepare_model
+from wedlm.engine.factory import plan_engine
+from wedlm.engine.load_weights import load_weights
 from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.model import Tokenizer, load_model, load_tokenizer
+from wedlm.model import Tokenizer, load_tokenizer
 from wedlm.model.formats.tokenizer import check_unicode
-from wedlm.model.lora.peft import adapted_config, apply_adapter
 
 Message = Mapping[str, Any]
 Prompt = str | list[int]
@@ -38,29 +38,26 @@ class LLM:
     def __init__(self, model: str | Path = "demo", **options: Any) -> None:
         chosen = EngineOptions.of(options)
         self.device = resolve_options.read_device(chosen.device)
-        dtype = resolve_options.read_dtype(chosen.dtype, self.device)
         self.allow_control_tokens = chosen.allow_control_tokens
         self.tokenizer: Tokenizer = load_tokenizer(model)
-        transformer, self.model_config = load_model(model, dtype, self.device)
-        if chosen.adapter is not None:
-            apply_adapter(transformer, chosen.adapter)
-            self.model_config = adapted_config(self.model_config, chosen.adapter)
-        self.model = prepare_model(transformer, chosen.quantization)
-        del transformer  # a native model has weights of its own
+        loaded = load_weights(model, chosen, self.device)
+        self.model, self.model_config, chosen = loaded.model, loaded.config, loaded.options
         config = EngineConfig(
             vocab_size=self.model_config.vocab_size,
             mask_token_id=resolve_options.read_mask_token_id(chosen.mask_token_id, self.model_config, self.tokenizer),
             eos_token_ids=self.model_config.eos_token_ids,
             max_model_len=resolve_options.read_length(chosen.max_model_len, self.model_config),
             options=chosen,
+            drafts=chosen.mask_token_id is not None or self.model_config.mask_token_id is not None,
         )
-        self.blueprint = plan_engine(self.model, config, self.tokenizer)
+        self.blueprint = plan_engine(self.model, config, self.tokenizer, loaded.note)
         self.engine = self.blueprint.build()
         # Reentrant, since a stream may be closed by garbage collection in a thread that is inside the engine.
         self._lock = threading.RLock()
         self._busy = False
         self._abandoned: list[Request] = []
         self._ids = itertools.count()
+        self._warned_unadapted = False
 
     def describe(self) -> str:
         """One line: the device, how steps run and why, and the cache's size."""
@@ -172,11 +169,20 @@ class LLM:
             return self.engine.add(f"request-{next(self._ids)}", ids, params, streamed=streamed)
 
     def window_warning(self, params: SamplingParams) -> str | None:
-        """A sentence if these parameters' window meets distances that the checkpoint was not trained for."""
+        """A sentence if these parameters' window asks for what the checkpoint was not trained for: masked rows at all,
+        which is said once, or masked rows at such distances."""
         block = self.model_config.block_size
         window = params.wedlm_window_size or self.engine.config.options.wedlm_window_size
         decoding = params.decoding or self.engine.config.options.decoding
-        if block is None or window <= block or decoding not in ("streaming", "block"):
+        if decoding not in ("streaming", "block"):
+            return None
+        if not self.engine.config.drafts and not self._warned_unadapted:
+            self._warned_unadapted = True
+            return (
+                f"this checkpoint was never adapted to predict masked positions, so {decoding} decoding makes no sense "
+                "of them; auto gives its own text"
+            )
+        if block is None or window <= block:
             return None
         return (
             f"the window of {window} is wider than the noise block of {block} that this checkpoint was trained with: "

@@ -7,10 +7,11 @@ fields. This module must not import torch, because ``wedlm --help`` reads it.
 
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from wedlm.algorithm.params import DECODINGS, DecodeParams, Decoding
 
+WeightBits = Literal["auto", "none", "int8", "fp8"]
 Check = Callable[[str, Any], Any]  # (name, value) -> the value to keep; ValueError naming the option
 
 
@@ -42,10 +43,19 @@ def read_flag(name: str, value: object) -> bool:
     return value
 
 
-def read_quantization(name: str, value: object) -> Literal["int8", "fp8"] | None:
-    """None keeps the weights in the type that was asked for."""
-    if value not in (None, "int8", "fp8"):
-        raise ValueError(f"{name} is {value!r}; expected int8 or fp8, or nothing")
+def read_quantization(name: str, value: object) -> WeightBits:
+    """None is the default."""
+    if value is None:
+        return "auto"
+    if value not in get_args(WeightBits):
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(get_args(WeightBits))}")
+    return value  # type: ignore[return-value]
+
+
+def read_kv_cache_dtype(name: str, value: object) -> Literal["auto", "fp8"]:
+    """ "auto" or "fp8"."""
+    if value not in ("auto", "fp8"):
+        raise ValueError(f"{name} is {value!r}; expected auto or fp8")
     return value
 
 
@@ -95,11 +105,17 @@ class EngineOptions:
         "bfloat16 or float16.",
         read_dtype_name,
     )
-    quantization: Literal["int8", "fp8"] | None = _option(
-        None,
-        "Weights in eight bits: int8, on a CPU all (by the native forward), on GPUs the layers'; fp8, inputs too, on "
-        "NVIDIA GPUs that multiply such numbers.",
+    quantization: WeightBits = _option(  # noqa: RUF009
+        "auto",
+        "Bits of the weights: auto (unless dtype is given, few bits stay as a file has them if those can run, and on a "
+        "CPU 16 bits become int8), none (the dtype's), int8 (all, by a CPU's native forward), fp8 (the layers', and "
+        "their inputs, on NVIDIA GPUs that multiply such numbers).",
         read_quantization,
+    )
+    quantize_head: bool = _option(
+        False,
+        "With quantization fp8: the output projection, too. A little faster, at a further cost in quality.",
+        read_flag,
     )
     device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...", _text)
     adapter: str | None = _option(
@@ -131,6 +147,12 @@ class EngineOptions:
         "sequences, at most a quarter of the memory and eight times the weights.",
         _or_none(read_positive_integer),
     )
+    kv_cache_dtype: Literal["auto", "fp8"] = _option(
+        "auto",
+        "Type of keys and values in the cache: auto (the model's), or fp8 on NVIDIA GPUs: half the memory, a scale for "
+        "each head of a slot.",
+        read_kv_cache_dtype,
+    )
     gpu_memory_utilization: float = _option(
         0.9, "Share of the GPU's memory that weights and cache may take together.", read_fraction
     )
@@ -141,6 +163,11 @@ class EngineOptions:
     )
     capture_chunks: bool = _option(
         True, "Where steps are CUDA graphs, capture those with prompt chunks, too.", read_flag
+    )
+    deterministic: bool = _option(
+        False,
+        "On a GPU in bfloat16, float16 or FP8: no bit of an answer depends on what else runs, at some cost in speed.",
+        read_flag,
     )
     chunk_step_ratio: float | None = _option(
         None,
@@ -157,6 +184,12 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for one in fields(self):
             object.__setattr__(self, one.name, one.metadata["check"](one.name, getattr(self, one.name)))
+
+    @property
+    def rounded_to(self) -> Literal["int8", "fp8"] | None:
+        """The bits that were asked for by name."""
+        asked = self.quantization
+        return None if asked == "auto" or asked == "none" else asked
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "EngineOptions":
@@ -177,6 +210,7 @@ class EngineConfig:
     eos_token_ids: tuple[int, ...]
     max_model_len: int
     options: EngineOptions = EngineOptions()
+    drafts: bool = True  # False: masked rows predict nothing, so auto and verified decode as AR, whose text they give
 
 
 def option_fields() -> dict[str, Field]:

@@ -23,11 +23,13 @@ class ScheduledRequest:
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """What one forward does, windows first. ``preempted`` requests have lost their pages; their windows must be saved
-    before anything runs. ``row_budget``: the most rows that this step leaves to a window of auto decoding."""
+    before anything runs. ``row_budget`` and ``max_drafts``: the most rows that this step leaves to a window of auto
+    decoding, and the most drafts among them."""
 
     scheduled: list[ScheduledRequest]
     preempted: list[Request] = field(default_factory=list)
     row_budget: int = 1
+    max_drafts: int = 0
 
 
 @dataclass(slots=True)  # as ``ScheduledRequest``

@@ -89,7 +89,8 @@ class RequestLimits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One request from arrival to finish. ``streamed``: the caller reads the tokens as they come. ``watched``: the
+    """One request from arrival to finish. ``order``: its place in the line of all requests, the smallest first; unique
+    (``Engine.add``). ``streamed``: the caller reads the tokens as they come. ``watched``: the
     caller looks at the window after each step."""
 
     request_id: str
@@ -97,7 +98,7 @@ class Request:
     params: SamplingParams
     decode: DecodeParams
     max_tokens: int
-    arrival: int
+    order: tuple[int, int]
     streamed: bool
     watched: bool
     output: RequestOutput

@@ -4,11 +4,13 @@
 All raise ValueError naming the option."""
 
 import os
+import warnings
 
 import torch
 
 from wedlm.engine.options import read_dtype_name
 from wedlm.model import ModelConfig, Tokenizer
+from wedlm.model.init_checkpoint import choose_mask_token_id
 
 
 def read_device(name: str) -> torch.device:
@@ -44,19 +46,26 @@ def read_length(asked: int | None, config: ModelConfig) -> int:
 
 
 def read_mask_token_id(asked: int | None, config: ModelConfig, tokenizer: Tokenizer) -> int:
-    """The one asked for, the config's, or the first id that has an embedding and that the tokenizer does not use."""
+    """The one asked for, the config's, or what ``wedlm init`` would choose. Where that finds none, because text needs
+    every id, it is the last one, which is then never generated, and a warning says so."""
     if asked is not None:
         if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked < config.vocab_size:
             raise ValueError(f"mask_token_id is {asked!r}; expected an id from 0 to {config.vocab_size - 1}")
         return asked
     if config.mask_token_id is not None:
         return config.mask_token_id
-    if tokenizer.vocab_size >= config.vocab_size:
-        raise ValueError(
-            f"this checkpoint names no mask token and its tokenizer uses all {config.vocab_size} ids; "
-            "expected mask_token_id=..., an id that its text never needs"
+    try:
+        return choose_mask_token_id(config, tokenizer)
+    except ValueError:
+        ends = {*config.eos_token_ids, config.bos_token_id}
+        chosen = next(one for one in reversed(range(config.vocab_size)) if one not in ends)
+        warnings.warn(
+            f"this checkpoint names no mask token and its tokenizer uses all {config.vocab_size} ids: {chosen} "
+            f"({tokenizer.backend.id_to_token(chosen)!r}) stands for masked positions and is never generated; "
+            "mask_token_id=... names another",
+            stacklevel=3,
         )
-    return tokenizer.vocab_size
+        return chosen
 
 
 def default_cache_bytes(device: torch.device, wanted: int, utilization: float) -> int:
@@ -64,4 +73,15 @@ def default_cache_bytes(device: torch.device, wanted: int, utilization: float) -
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return int(max(0, free - (1 - utilization) * total))
-    return min(wanted, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+    return min(wanted, _memory_bytes() // 4)
+
+
+def check_cache_bytes(device: torch.device, asked: int) -> None:
+    """ValueError for a cache that the memory cannot hold."""
+    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _memory_bytes()
+    if asked > memory:
+        raise ValueError(f"kv_cache_bytes is {asked}; expected at most {memory}, the memory of {device}")
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

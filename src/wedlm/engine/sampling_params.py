@@ -11,6 +11,7 @@ from wedlm.algorithm.params import DECODINGS, DecodeParams, Decoding
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 MAX_GRAMMAR_CHARACTERS, MAX_SCHEMA_DEPTH = 65536, 64
 _MAX_SALT = 1024
 _LARGEST = 1e30  # what is multiplied with or divided by must stay finite in float32: inf · 0 and inf / inf are nan
@@ -167,7 +168,8 @@ def _schema(name: str, value: object) -> str | None:
     try:
         schema = json.loads(value) if isinstance(value, str) else value
         deep = not depth_within(schema, MAX_SCHEMA_DEPTH)
-        text = "" if deep else json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        # Piece by piece: a megabyte in one call would keep all other threads waiting.
+        text = "" if deep else "".join(_ENCODER.iterencode(schema))
     except (ValueError, TypeError, RecursionError):
         text, deep, schema = "", False, None
     if deep:

@@ -2,6 +2,7 @@
 """Which requests run in the next step, and with which pages. A function of the queues and of the budgets given to it:
 it knows no tensors, waits for nothing and calls nothing back."""
 
+from bisect import insort
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,10 +16,11 @@ Unread = Mapping[str, ScheduledRequest]  # what a launched step, not read yet, d
 
 
 class Scheduler:
-    """First come, first served, with one token budget a step for windows and prompt chunks alike.
+    """First come, first served, by the requests' ``order``, with one token budget a step for windows and prompt chunks
+    alike.
 
-    Preemption takes the latest arrival; since ``check`` refuses a request that could not run alone, the earliest one
-    always makes progress.
+    Preemption takes the last in that order; since ``check`` refuses a request that could not run alone, the first one
+    always makes progress. A request that waits, and comes before one that runs, takes its place.
     """
 
     def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -50,7 +52,7 @@ class Scheduler:
         if most < decode.max_rows:
             first = replace(decode, window_size=most)
             request.progress.window = WindowSnapshot.initial(request.prompt_token_ids, first)
-        self.waiting.append(request)
+        self._queue(request)
 
     def rows_beside_prompts(self, unread: Unread) -> int | None:
         """Rows of the windows that share the next step with prompts. None if there are no prompts, or if none of these
@@ -75,7 +77,7 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         chunk_budget = budget if prefill_rows is None else prefill_rows
         # Least recently served first, so that a budget too small for all starves no request.
-        for request in sorted(self.running, key=attrgetter("progress.last_step", "arrival")):
+        for request in sorted(self.running, key=attrgetter("progress.last_step", "order")):
             done = unread.get(request.request_id)
             if done is not None and _ends(done):
                 continue
@@ -93,16 +95,19 @@ class Scheduler:
                     break
                 if unread:
                     return None
-                victim = max(self.running, key=attrgetter("arrival"))
-                self.preempt(victim)
-                preempted.append(victim)
-                if (lost := planned.pop(victim.request_id, None)) is not None:
-                    budget += lost.count
-                    chunk_budget += 0 if lost.is_window else lost.count
-        while self.waiting and not preempted and len(self.running) < self.max_num_seqs:
+                rows, chunk_rows = self._preempt_last(planned, preempted)
+                budget, chunk_budget = budget + rows, chunk_budget + chunk_rows
+        out_of_pages = bool(preempted)
+        while self.waiting and not out_of_pages and self.waiting[0] not in preempted:
             admitted = self._admit(self.waiting[0], budget, chunk_budget)
             if admitted is None:
-                break
+                if not self._comes_before(self.waiting[0], budget, chunk_budget):
+                    break
+                if unread:
+                    return None
+                rows, chunk_rows = self._preempt_last(planned, preempted)
+                budget, chunk_budget = budget + rows, chunk_budget + chunk_rows
+                continue
             self.running.append(self.waiting.popleft())
             planned[admitted.request.request_id] = admitted
             admitted.request.progress.last_step = self._step
@@ -120,9 +125,9 @@ class Scheduler:
         return ScheduledRequest(request, is_window, count, self.pool.table(request.request_id), start)
 
     def _admit(self, request: Request, budget: int, chunk_budget: int) -> ScheduledRequest | None:
-        """Give the request a page table and plan its first chunk, if all tokens to cache and a first window would fit
-        now."""
-        if budget <= 0:
+        """Give the request a page table and plan its first chunk, if there is a place, and all tokens to cache and a
+        first window would fit now."""
+        if budget <= 0 or len(self.running) >= self.max_num_seqs:
             return None
         progress = request.progress
         progress.num_cached = self.pool.allocate(
@@ -155,13 +160,41 @@ class Scheduler:
         self.pool.free(request.request_id)
         request.progress.num_cached = 0
 
+    def _comes_before(self, request: Request, budget: int, chunk_budget: int) -> bool:
+        """Whether a request that was not admitted may take the place and the pages of one that runs. Not if it was for
+        want of budget: another step has some."""
+        if budget < _max_rows(request) or chunk_budget < 1 or not self.running:
+            return False
+        return request.order < self._last.order
+
+    def _preempt_last(self, planned: dict[str, ScheduledRequest], preempted: list[Request]) -> tuple[int, int]:
+        """Preempt one of those that run. How many rows its share of the plan had, and how many of prompt chunks."""
+        victim = self._last
+        self.preempt(victim)
+        preempted.append(victim)
+        lost = planned.pop(victim.request_id, None)
+        if lost is None:
+            return 0, 0
+        return lost.count, 0 if lost.is_window else lost.count
+
     def preempt(self, request: Request) -> None:
-        """Drop the request's keys, keep everything else, and let it be the next to resume. Whoever runs the plan must
+        """Drop the request's keys, keep everything else, and let it wait in its place. Whoever runs the plan must
         save its window (``save_window``) before any other step runs."""
         request.progress.num_preemptions += 1
         self._release(request)
         self.running.remove(request)
-        self.waiting.appendleft(request)
+        self._queue(request)
+
+    def _queue(self, request: Request) -> None:
+        if not self.waiting or self.waiting[-1].order < request.order:  # as nearly always
+            self.waiting.append(request)
+        else:
+            insort(self.waiting, request, key=attrgetter("order"))
+
+    @property
+    def _last(self) -> Request:
+        """The running request that is preempted first."""
+        return max(self.running, key=attrgetter("order"))
 
     def save_window(self, request: Request, window: WindowSnapshot) -> None:
         """Keep the window of a preempted request, the only state besides tokens that must survive."""

@@ -1,40 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """Right or wrong: generated code. Answers become whole programs for the sandbox; to end without error is right."""
 
-import re
+import ast
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from wedlm.evaluate.function_source import called_name, function_source
+
 Document = dict[str, Any]
 
-# The opening fence may be the prompt's, the closing one may have been cut off.
-_FENCE = re.compile(r"```[ \t]*(?:python|py|Python)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
-# A base model writes on after its function; the first line in column 0 that begins something else ends it.
-_NEXT_TOP_LEVEL = re.compile(r"\n(?=(?:class |def |if |print|#|@|assert |```|<))")
-
+_KINDS: dict[type, str] = {ast.List: "list", ast.Tuple: "tuple", ast.Set: "set"}
 _WALL_PER_CPU_SECOND = 6  # limits programs that wait for something; a score must not depend on the machine's load
 
-# Helpers inside the program: how results compare, and what JSON may have made of an input's tuples and complex numbers.
+# Helpers inside the program: how results compare, and how inputs get back the types that JSON does not have.
 _HELPERS = """
 import copy, itertools, re
 
 def _same(got, want, atol):
     if isinstance(want, re.Match) or isinstance(got, re.Match):
         return bool(got) == bool(want)
-    if isinstance(want, float) or isinstance(got, float) and isinstance(want, int):
+    if isinstance(want, float) or atol and isinstance(got, float) and isinstance(want, int):
         if got == want or got != got and want != want:
             return True
         return isinstance(got, (int, float)) and abs(got - want) <= max(atol, 1e-6) + 1e-7 * abs(want)
-    if isinstance(want, (list, tuple)) and isinstance(got, (list, tuple)):
-        return len(got) == len(want) and all(_same(g, w, atol) for g, w in zip(got, want))
+    for kind in (list, tuple):
+        if isinstance(want, kind):
+            return isinstance(got, kind) and len(got) == len(want) and all(_same(g, w, atol) for g, w in zip(got, want))
     if isinstance(want, dict) and isinstance(got, dict):
         return got.keys() == want.keys() and all(_same(got[k], want[k], atol) for k in want)
     return got == want
 
+def _typed(value, kinds, path, depth=0):
+    kind = kinds.get((path, depth))
+    if isinstance(value, list):
+        return (kind or list)([_typed(one, kinds, path, depth + 1) for one in value])
+    if isinstance(value, dict):
+        return {key: _typed(one, kinds, path, depth + 1) for key, one in value.items()}
+    return complex(value) if kind is complex else value
+
 def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
-def _forms(args):
+def _forms(args, kinds):
+    try:
+        yield [_typed(arg, kinds, place) for place, arg in enumerate(args)]
+    except (TypeError, ValueError):
+        pass
     yield args
     ways = [lambda x: x, _tuples, lambda x: [*map(_tuples, x)] if isinstance(x, list) else x]
     for chosen in itertools.product(ways, repeat=len(args)):
@@ -44,8 +55,8 @@ def _forms(args):
     except (TypeError, ValueError):
         pass
 
-def _first_accepted(function, args):
-    for form in _forms(args):
+def _first_accepted(function, args, kinds):
+    for form in _forms(args, kinds):
         try:
             return form, function(*copy.deepcopy(form))
         except Exception:
@@ -54,60 +65,44 @@ def _first_accepted(function, args):
 """
 
 
-def extract_code(text: str) -> str | None:
-    """The first fenced block of an answer, or None if it has no fence."""
-    found = _FENCE.search(text)
-    return found[1] if found else None
-
-
-def completed(prompt: str, text: str, entry_point: str) -> str:
-    """The source of an answer to a prompt that is the beginning of a function."""
-    block = extract_code(text)
-    if block is not None and f"def {entry_point}" in block:
-        head = prompt.partition(f"def {entry_point}")[0]  # imports and helpers that the answer may rely on
-        return f"{head}\n{block}"
-    body = block if block is not None else text
-    cut = _NEXT_TOP_LEVEL.search(body)
-    return prompt + (body[: cut.start()] if cut else body)
-
-
 def humaneval_program(doc: Document, text: str) -> str:
-    source = completed(doc["prompt"], text, doc["entry_point"])
+    source = function_source(text, doc["entry_point"], doc["prompt"])
     return f"{source}\n\n{doc['test']}\n\ncheck({doc['entry_point']})\n"
 
 
 def mbpp_program(doc: Document, text: str) -> str:
-    block = extract_code(text)
-    source = text if block is None else block
+    source = function_source(text, called_name(doc["test_list"]))
     return "\n".join([doc.get("test_setup_code") or "", source, *doc["test_list"], ""])
 
 
 def plus_program(doc: Document, text: str) -> str:
     """The answer beside the reference solution, on all inputs.
 
-    JSON has turned tuples into lists: the reference gets an input in the first form that it accepts, and the answer
-    the same; inputs that it refuses in all forms are left out. HumanEval/32 asks for some root of a polynomial: any is
-    right.
+    Results compare as by Python's ==, and only where a float is wanted is a nearby number right. JSON has turned tuples
+    into lists: inputs get the types that the set's own assertions call the function with, or else the first form that
+    the reference accepts; those that it refuses in all forms are left out. Where the question compares
+    sets, order does not count. HumanEval/32 asks for some root of a polynomial: any is right.
     """
     entry = doc["entry_point"]
-    is_humaneval = doc["task_id"].startswith("HumanEval/")
-    if is_humaneval:
-        answer = completed(doc["prompt"], text, entry)
+    if doc["task_id"].startswith("HumanEval/"):
+        answer = function_source(text, entry, doc["prompt"])
         reference = doc["prompt"] + doc["canonical_solution"]
     else:
-        block = extract_code(text)
-        answer, reference = text if block is None else block, doc["canonical_solution"]
+        answer, reference = function_source(text, entry), doc["canonical_solution"]
     right = "_same(got, want, atol)"
     if doc["task_id"] == "HumanEval/32":
         right = "abs(sum(c * got**i for i, c in enumerate(args[0]))) <= 1e-4"
+    elif f"set({entry}(" in doc.get("prompt", ""):
+        right = "set(got) == set(want)"
     return f"""{_HELPERS}
 answer, reference = {{"__name__": "answer"}}, {{"__name__": "reference"}}
 exec({answer!r}, answer)
 exec({reference!r}, reference)
 atol, ran = {doc["atol"]!r}, 0
+kinds = {_input_kinds(doc)}
 inf, nan = float("inf"), float("nan")
 for args in {[*doc["base_input"], *doc["plus_input"]]!r}:
-    args, want = _first_accepted(reference[{entry!r}], args)
+    args, want = _first_accepted(reference[{entry!r}], args, kinds)
     if args is None:
         continue
     got = answer[{entry!r}](*copy.deepcopy(args))
@@ -115,6 +110,27 @@ for args in {[*doc["base_input"], *doc["plus_input"]]!r}:
     ran += 1
 assert ran
 """
+
+
+def _input_kinds(doc: Document) -> str:
+    """Source of {(argument, depth): type} for what is not a list: what the set's own assertions write there."""
+    found: dict[tuple[int, int], set[str]] = {}
+
+    def look(node: ast.expr, place: int, depth: int) -> None:
+        kind = _KINDS.get(type(node))
+        if kind is not None:
+            found.setdefault((place, depth), set()).add(kind)
+        elif any(isinstance(getattr(part, "value", None), complex) for part in ast.walk(node)):
+            found.setdefault((place, depth), set()).add("complex")
+        for inner in node.values if isinstance(node, ast.Dict) else getattr(node, "elts", []):
+            look(inner, place, depth + 1)
+
+    for call in ast.walk(ast.parse(doc.get("assertion", ""))):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == doc["entry_point"]:
+            for place, argument in enumerate(call.args):
+                look(argument, place, 0)
+    sure = {where: kinds.pop() for where, kinds in found.items() if len(kinds) == 1 and "list" not in kinds}
+    return "{" + ", ".join(f"{where}: {kind}" for where, kind in sure.items()) + "}"
 
 
 def check_sandbox() -> None:

@@ -3,35 +3,16 @@
 
 import re
 from collections.abc import Sequence
-from decimal import Decimal
 from typing import Any
 
-_NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+from wedlm.evaluate.final_number import last_box, same_number
+
 _PARSE_SECONDS = 5  # of one expression; unusual ones can keep the symbolic algebra busy for ever
 
 
 def gsm8k_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """The harness's process_results of GSM8K."""
-    expected = final_number(doc["answer"])
-    return {"exact_match": float(expected is not None and final_number(results[0]) == expected)}
-
-
-def final_number(text: str) -> Decimal | None:
-    """The answer of a solution: the number after the first "####", in the last box, or else the last one of all.
-
-    The first, because a base model may go on with questions of its own.
-    """
-    _, mark, after = text.partition("####")
-    if mark and (found := _NUMBER.search(after)):
-        return _decimal(found[0])
-    box = last_box(text)
-    found_all = (_NUMBER.findall(box) if box is not None else []) or _NUMBER.findall(text)
-    return _decimal(found_all[-1]) if found_all else None
-
-
-def _decimal(text: str) -> Decimal:
-    return Decimal(text.replace("$", "").replace(",", "")).normalize()
+    return {"exact_match": float(same_number(results[0], doc["answer"]))}
 
 
 def math_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
@@ -50,17 +31,6 @@ def math_equal(text: str, answer: str) -> bool:
     expected = parse(f"\\boxed{{{answer}}}", parsing_timeout=_PARSE_SECONDS)
     found = parse(given, parsing_timeout=_PARSE_SECONDS)
     return bool(expected and found and verify(expected, found, timeout_seconds=_PARSE_SECONDS))
-
-
-def last_box(text: str) -> str | None:
-    """What is inside the last \\boxed{...} whose braces close, or None."""
-    for opening in reversed(list(_BOX.finditer(text))):
-        depth = 1
-        for index in range(opening.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[index], 0) if text[index - 1] != "\\" else 0
-            if depth == 0:
-                return text[opening.end() : index]
-    return None
 
 
 def _bare(latex: str) -> str:

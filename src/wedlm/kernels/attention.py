@@ -2,8 +2,8 @@
 """Attention of packed rows over paged keys: few or many rows a sequence, query heads of a key head side by side, keys
 split over programs where sequences are few.
 
-The twin is ``wedlm.attention.sdpa``. A row's result does not depend on the other rows of the step, nor on the number
-of rows; it does depend on where the keys are split, which moves only when a sequence doubles.
+The twin is ``wedlm.attention.sdpa``. A row's result depends on where the keys are split, and for few rows on which
+instruction multiplies. In fixed parts it depends on neither the other rows of the step nor the number of rows.
 """
 
 from dataclasses import dataclass
@@ -61,6 +61,35 @@ class PagedRows:
 
 
 @triton.jit
+def _fixed_start(part):
+    """First key of a fixed part: of 128 keys each up to 1,024, of 256 up to 4,096, of 1,024 beyond."""
+    short, middle = part * 128, 1024 + (part - 8) * 256
+    return tl.where(part <= 8, short, tl.where(part <= 20, middle, 4096 + (part - 20) * 1024))
+
+
+@triton.jit
+def _fixed_parts(num_keys):
+    """How many fixed parts have keys."""
+    middle, long = 8 + tl.cdiv(num_keys - 1024, 256), 20 + tl.cdiv(num_keys - 4096, 1024)
+    return tl.where(num_keys <= 1024, tl.cdiv(num_keys, 128), tl.where(num_keys <= 4096, middle, long))
+
+
+def num_fixed_parts(num_keys: int) -> int:
+    """``_fixed_parts`` on the host."""
+    if num_keys <= 1024:
+        return -(-num_keys // 128)
+    return 8 + -(-(num_keys - 1024) // 256) if num_keys <= 4096 else 20 + -(-(num_keys - 4096) // 1024)
+
+
+@triton.jit
+def _merged(best, total, best_p, total_p):
+    """Softmax over some keys and over a part: (best, total, how often what was counts, how often the part counts)."""
+    higher = tl.maximum(best, best_p)
+    old, new = tl.exp2(best - higher), tl.exp2(best_p - higher)
+    return higher, tl.fma(total, old, total_p * new), old, new
+
+
+@triton.jit
 def _part_length(num_keys, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
     """Keys of a part: a power of two of tiles, so that a key stays in its part while the sequence grows."""
     length = BLOCK_N
@@ -77,9 +106,10 @@ def _keys_of_tile(num_rows, cached, tile, BLOCK_M: tl.constexpr, SHARE: tl.const
 
 @triton.jit
 def _add_keys(
-    q, best, total, acc, first_key, stop, keys_ptr, values_ptr, table, kv_head, row, cached, shared, own, scale_log2,
+    q, best, total, acc, first_key, stop, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table, kv_head,
+    row, cached, shared, own, scale_log2,
     KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, GROUPS: tl.constexpr,
+    MASKED: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Softmax over the keys before, and a tile of keys from ``first_key`` on."""
     d = tl.arange(0, D)
@@ -89,12 +119,17 @@ def _add_keys(
         page = tl.load(table + key // PAGE, mask=exists, other=0).to(tl.int64)
     else:
         page = tl.load(table + key // PAGE).to(tl.int64)
-    at = ((page * PAGE + key % PAGE) * KV_HEADS + kv_head) * D
+    place = (page * PAGE + key % PAGE) * KV_HEADS + kv_head
+    at = place * D
     if MASKED:
         k = tl.load(keys_ptr + at[None] + d[:, None], mask=exists[None], other=0.0)
     else:
         k = tl.load(keys_ptr + at[None] + d[:, None])
+    if FP8:  # exact in any type that queries have
+        k = k.to(q.dtype)
     scores = tl.dot(q, k, input_precision="ieee")
+    if FP8:
+        scores *= tl.load(key_scale_ptr + place, mask=exists, other=0.0)[None]
     if MASKED:
         new = (key - cached)[None]
         visible = (new <= row[:, None]) & exists[None]
@@ -110,20 +145,52 @@ def _add_keys(
         v = tl.load(values_ptr + at[:, None] + d[None], mask=exists[:, None], other=0.0)
     else:
         v = tl.load(values_ptr + at[:, None] + d[None])
+    if FP8:
+        weights *= tl.load(value_scale_ptr + place, mask=exists, other=0.0)[None]
+        v = v.to(q.dtype)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return higher, total, acc
 
 
 @triton.jit
+def _part_of_keys(
+    q, start, stop, seen, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table, kv_head, row, cached, shared,
+    own, scale_log2,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Softmax over keys ``start`` .. ``stop`` - 1: (maximum, sum of weights, sum of weighted values). All rows of the
+    tile see the keys before ``seen``."""
+    best = tl.full((BLOCK_M,), _LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    middle = start
+    if HALVES:
+        middle = start + tl.maximum(tl.minimum(seen, stop) - start, 0) // BLOCK_N * BLOCK_N
+        for first_key in tl.range(start, middle, BLOCK_N, num_stages=STAGES):
+            best, total, acc = _add_keys(
+                q, best, total, acc, first_key, stop, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table,
+                kv_head, row, cached, shared, own, scale_log2, KV_HEADS, D, PAGE, BLOCK_N, False, GROUPS, FP8,
+            )  # fmt: skip
+    for first_key in tl.range(middle, stop, BLOCK_N, num_stages=STAGES):
+        best, total, acc = _add_keys(
+            q, best, total, acc, first_key, stop, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table,
+            kv_head, row, cached, shared, own, scale_log2, KV_HEADS, D, PAGE, BLOCK_N, True, GROUPS, FP8,
+        )  # fmt: skip
+    return best, total, acc
+
+
+@triton.jit
 def _paged_attention(
-    q_ptr, keys_ptr, values_ptr, out_ptr, part_ptr, stats_ptr,
+    q_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, out_ptr, part_ptr, stats_ptr,
     row_start_ptr, num_rows_ptr, cached_ptr, table_row_ptr, page_table_ptr, shared_ptr, own_start_ptr,
     table_width, scale_log2, num_rows_total,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    FP8: tl.constexpr, FIXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows of one sequence and key head, over one part of its keys (``_add_parts`` adds them up)."""
+    """One tile of rows of one sequence and key head, over one part of its keys (``_add_parts`` adds them up).
+    ``FIXED``: over every ``SPLITS``th of the fixed parts, each by itself; added up here if there is one split."""
     SHARE: tl.constexpr = HEADS // KV_HEADS
     sequence, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     # The last rows see most keys: their tiles begin first.
@@ -148,49 +215,69 @@ def _paged_attention(
         own = tl.load(own_start_ptr + first + row, mask=real, other=0).to(tl.int32)
     num_keys = _keys_of_tile(num_rows, cached, tile, BLOCK_M, SHARE)
     start, stop = 0, num_keys
-    if SPLITS > 1:
+    parts = 1
+    if FIXED:
+        parts = _fixed_parts(num_keys)
+        if split >= parts:
+            pdl_wait(PDL)
+            return
+    elif SPLITS > 1:
         length = _part_length(num_keys, BLOCK_N, SPLITS)
         start, stop = split * length, tl.minimum((split + 1) * length, num_keys)
         if start >= stop:  # _add_parts knows that there is nothing
             pdl_wait(PDL)
             return
-    best = tl.full((BLOCK_M,), _LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, D), tl.float32)
     pdl_wait(PDL)
     q = tl.load(q_ptr + place[:, None] + d[None], mask=real[:, None], other=0.0)
-    middle = start
-    if HALVES:
-        # All rows of the tile see the cached keys and, in plain order, those of the rows before the tile.
-        seen = cached if GROUPS else cached + tile * BLOCK_M // SHARE
-        middle = start + tl.maximum(tl.minimum(seen, stop) - start, 0) // BLOCK_N * BLOCK_N
-        for first_key in tl.range(start, middle, BLOCK_N, num_stages=STAGES):
-            best, total, acc = _add_keys(
-                q, best, total, acc, first_key, stop, keys_ptr, values_ptr, table, kv_head, row, cached, shared, own,
-                scale_log2, KV_HEADS, D, PAGE, BLOCK_N, False, GROUPS,
-            )  # fmt: skip
-    for first_key in tl.range(middle, stop, BLOCK_N, num_stages=STAGES):
-        best, total, acc = _add_keys(
-            q, best, total, acc, first_key, stop, keys_ptr, values_ptr, table, kv_head, row, cached, shared, own,
-            scale_log2, KV_HEADS, D, PAGE, BLOCK_N, True, GROUPS,
-        )  # fmt: skip
+    # All rows of the tile see the cached keys and, in plain order, those of the rows before the tile.
+    seen = cached if GROUPS else cached + tile * BLOCK_M // SHARE
     dtype = out_ptr.dtype.element_ty
-    if SPLITS == 1:
+    if FIXED and SPLITS == 1:
+        best = tl.full((BLOCK_M,), _LOWEST, tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, D), tl.float32)
+        for part in range(0, parts):
+            best_p, total_p, acc_p = _part_of_keys(
+                q, _fixed_start(part), tl.minimum(_fixed_start(part + 1), num_keys), seen, keys_ptr, values_ptr,
+                key_scale_ptr, value_scale_ptr, table, kv_head, row, cached, shared, own, scale_log2,
+                KV_HEADS, D, PAGE, GROUPS, FP8, BLOCK_M, BLOCK_N, HALVES, STAGES,
+            )  # fmt: skip
+            best, total, old, new = _merged(best, total, best_p, total_p)
+            acc = tl.fma(acc, tl.broadcast_to(old[:, None], acc.shape), acc_p * new[:, None])
         tl.store(out_ptr + place[:, None] + d[None], (acc / total[:, None]).to(dtype), mask=real[:, None])
+    elif FIXED:
+        for part in range(split, parts, SPLITS):
+            best, total, acc = _part_of_keys(
+                q, _fixed_start(part), tl.minimum(_fixed_start(part + 1), num_keys), seen, keys_ptr, values_ptr,
+                key_scale_ptr, value_scale_ptr, table, kv_head, row, cached, shared, own, scale_log2,
+                KV_HEADS, D, PAGE, GROUPS, FP8, BLOCK_M, BLOCK_N, HALVES, STAGES,
+            )  # fmt: skip
+            own_part = (part * num_rows_total + first + row) * HEADS + head
+            tl.store(part_ptr + own_part[:, None] * D + d[None], acc, mask=real[:, None])
+            tl.store(stats_ptr + own_part * 2, best, mask=real)
+            tl.store(stats_ptr + own_part * 2 + 1, total, mask=real)
     else:
-        own_part = split * num_rows_total * HEADS + (first + row) * HEADS + head
-        tl.store(part_ptr + own_part[:, None] * D + d[None], acc, mask=real[:, None])
-        tl.store(stats_ptr + own_part * 2, best, mask=real)
-        tl.store(stats_ptr + own_part * 2 + 1, total, mask=real)
+        best, total, acc = _part_of_keys(
+            q, start, stop, seen, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table, kv_head, row, cached,
+            shared, own, scale_log2, KV_HEADS, D, PAGE, GROUPS, FP8, BLOCK_M, BLOCK_N, HALVES, STAGES,
+        )  # fmt: skip
+        if SPLITS == 1:
+            tl.store(out_ptr + place[:, None] + d[None], (acc / total[:, None]).to(dtype), mask=real[:, None])
+        else:
+            own_part = (split * num_rows_total + first + row) * HEADS + head
+            tl.store(part_ptr + own_part[:, None] * D + d[None], acc, mask=real[:, None])
+            tl.store(stats_ptr + own_part * 2, best, mask=real)
+            tl.store(stats_ptr + own_part * 2 + 1, total, mask=real)
 
 
 @triton.jit
 def _add_parts(
     part_ptr, stats_ptr, out_ptr, row_start_ptr, num_rows_ptr, cached_ptr, num_rows_total,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row and head of a sequence: the parts that have keys, into the output."""
+    """One row and head of a sequence: the parts that have keys, into the output. ``FIXED``: one after the other, as
+    ``_paged_attention`` adds them up."""
     SHARE: tl.constexpr = HEADS // KV_HEADS
     sequence, row, head = tl.program_id(0), tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     num_rows = tl.load(num_rows_ptr + sequence).to(tl.int32)
@@ -201,17 +288,33 @@ def _add_parts(
     place = (tl.load(row_start_ptr + sequence).to(tl.int64) + row) * HEADS + head
     tile = (row * SHARE + head % SHARE) // BLOCK_M
     num_keys = _keys_of_tile(num_rows, cached, tile, BLOCK_M, SHARE)
-    part, d = tl.arange(0, SPLITS), tl.arange(0, D)
-    has_keys = part * _part_length(num_keys, BLOCK_N, SPLITS) < num_keys
-    pdl_wait(PDL)
-    index = part * num_rows_total * HEADS + place
-    best = tl.load(stats_ptr + index * 2, mask=has_keys, other=_LOWEST)
-    total = tl.load(stats_ptr + index * 2 + 1, mask=has_keys, other=0.0)
-    acc = tl.load(part_ptr + index[:, None] * D + d[None], mask=has_keys[:, None], other=0.0)
-    weight = tl.exp2(best - tl.max(best, axis=0))
-    acc = tl.sum(acc * weight[:, None], axis=0)
-    total = tl.sum(total * weight, axis=0)
-    tl.store(out_ptr + place * D + d, (acc / total).to(out_ptr.dtype.element_ty))
+    d = tl.arange(0, D)
+    dtype = out_ptr.dtype.element_ty
+    if FIXED:
+        parts = _fixed_parts(num_keys)
+        pdl_wait(PDL)
+        best = tl.full((1,), _LOWEST, tl.float32)
+        total = tl.zeros((1,), tl.float32)
+        acc = tl.zeros((D,), tl.float32)
+        for part in tl.range(0, parts, num_stages=4):
+            index = part * num_rows_total * HEADS + place + tl.arange(0, 1)
+            best_p, total_p = tl.load(stats_ptr + index * 2), tl.load(stats_ptr + index * 2 + 1)
+            acc_p = tl.load(part_ptr + (part * num_rows_total * HEADS + place) * D + d)
+            best, total, old, new = _merged(best, total, best_p, total_p)
+            acc = tl.fma(acc, tl.broadcast_to(old, acc.shape), acc_p * new)
+        tl.store(out_ptr + place * D + d, (acc / total).to(dtype))
+    else:
+        part = tl.arange(0, SPLITS)
+        has_keys = part * _part_length(num_keys, BLOCK_N, SPLITS) < num_keys
+        pdl_wait(PDL)
+        index = part * num_rows_total * HEADS + place
+        best = tl.load(stats_ptr + index * 2, mask=has_keys, other=_LOWEST)
+        total = tl.load(stats_ptr + index * 2 + 1, mask=has_keys, other=0.0)
+        acc = tl.load(part_ptr + index[:, None] * D + d[None], mask=has_keys[:, None], other=0.0)
+        weight = tl.exp2(best - tl.max(best, axis=0))
+        acc = tl.sum(acc * weight[:, None], axis=0)
+        total = tl.sum(total * weight, axis=0)
+        tl.store(out_ptr + place * D + d, (acc / total).to(dtype))
 
 
 def num_splits(num_programs: int, max_keys: int, num_processors: int, tile_keys: int) -> int:
@@ -244,8 +347,19 @@ def _processor(index: int) -> tuple[int, int]:
     return properties["multiprocessor_count"], properties["max_shared_mem"]
 
 
-def paged_attention(q: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, out: Tensor | None = None) -> Tensor:
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: PagedRows,
+    out: Tensor | None = None,
+    fixed: bool = False,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """q [T, H, D] over one layer's keys and values [A, K, D], those of the rows written already: [T, H, D].
+
+    fixed: in parts that key indices alone decide, and by one instruction, so that no bit of a row's result depends on
+    what else the step holds. scales: of keys and values in FP8, [A, K] each.
 
     Rows of no sequence (padding, or sequences that ``rows`` does not name) come out as they were in ``out``, or in
     memory: any number.
@@ -259,30 +373,33 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, ou
     processors, shared_bytes = _processor(q.device.index) if q.is_cuda else (4, 2**18)
     row_bytes = head_dim * q.dtype.itemsize
     tile = tile_for(most, kv_heads * num_rows * share, row_bytes, processors, shared_bytes)
+    if fixed and tile is LONG:  # a tile's sums are held twice
+        tile = MIDDLE
     tile = tile if q.dtype.itemsize == 2 else FLOAT32
-    block = min(tile.rows, max(16, triton.next_power_of_2(most)))
+    block = tile.rows if fixed else min(tile.rows, max(16, triton.next_power_of_2(most)))
     tiles = triton.cdiv(most, block)
     busy = min(sequences * tiles, num_rows * share // block + sequences)  # tiles that can have rows
     splits = num_splits(busy * kv_heads, rows.max_keys, processors, tile.keys)
     out = torch.empty_like(q) if out is None else out
     part = stats = out
     if splits > 1:
-        part = torch.empty(splits, num_rows, heads, head_dim, dtype=torch.float32, device=q.device)
-        stats = torch.empty(splits, num_rows, heads, 2, dtype=torch.float32, device=q.device)
+        parts = num_fixed_parts(rows.max_keys) if fixed else splits
+        part = torch.empty(parts, num_rows, heads, head_dim, dtype=torch.float32, device=q.device)
+        stats = torch.empty(parts, num_rows, heads, 2, dtype=torch.float32, device=q.device)
     groups = rows.shared is not None
     shape = {"HEADS": heads, "KV_HEADS": kv_heads, "D": head_dim, "SPLITS": splits, "BLOCK_M": block}
     _paged_attention[(sequences * kv_heads, tiles, splits)](
-        q, keys, values, out, part, stats,
+        q, keys, values, *(scales or (q, q)), out, part, stats,
         rows.row_start, rows.num_rows, rows.cached, rows.table_row, rows.page_table,
         rows.shared if groups else rows.num_rows, rows.own_start if groups else rows.num_rows,
         rows.page_table.shape[1], head_dim**-0.5 * 1.4426950408889634, num_rows,
         **shape, PAGE=rows.page_size, GROUPS=groups, BLOCK_N=tile.keys, HALVES=tile.halves, STAGES=tile.stages,
-        PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
+        FP8=scales is not None, FIXED=fixed, PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
     )  # fmt: skip
     if splits > 1:
         _add_parts[(sequences, min(rows.max_rows, num_rows) * heads)](
             part, stats, out, rows.row_start, rows.num_rows, rows.cached, num_rows,
-            **shape, BLOCK_N=tile.keys, PDL=pdl,
-            num_warps=1 if splits * head_dim <= 1024 else 4, **launch_options(pdl),
+            **shape, BLOCK_N=tile.keys, FIXED=fixed, PDL=pdl,
+            num_warps=1 if fixed or splits * head_dim <= 1024 else 4, **launch_options(pdl),
         )  # fmt: skip
     return out

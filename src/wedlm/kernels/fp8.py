@@ -47,16 +47,29 @@ def empty_rows(num_rows: int, size: int, device: torch.device) -> Fp8Rows:
 
 
 @triton.jit
-def to_fp8(x, EMULATED: tl.constexpr):
-    """(values, scale) of one row x in float32, zero where there is nothing. ``EMULATED``: round here and leave the
-    conversion nothing to round, because Triton's interpreter loses the carry into the exponent."""
-    largest = tl.maximum(tl.max(tl.abs(x), axis=0), _SMALLEST_SCALED)
-    x *= tl.math.div_rn(_LARGEST, largest)
+def _rounded(x, EMULATED: tl.constexpr):
+    """x in e4m3. ``EMULATED``: round here and leave the conversion nothing to round, because Triton's interpreter loses
+    the carry into the exponent."""
     if EMULATED:
         power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         shift = tl.maximum(power, 0.015625) * 1572864.0  # 1.5 · 2^20: leaves three bits after the first
         x = (x + shift) - shift
-    return x.to(tl.float8e4nv), tl.math.div_rn(largest, _LARGEST)
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def to_fp8(x, EMULATED: tl.constexpr):
+    """(values, scale) of one row x in float32, zero where there is nothing."""
+    largest = tl.maximum(tl.max(tl.abs(x), axis=0), _SMALLEST_SCALED)
+    return _rounded(x * tl.math.div_rn(_LARGEST, largest), EMULATED), tl.math.div_rn(largest, _LARGEST)
+
+
+@triton.jit
+def heads_to_fp8(x, EMULATED: tl.constexpr):
+    """(values, scales [H, 1]) of heads x [H, D] in float32."""
+    largest = tl.maximum(tl.max(tl.abs(x), axis=1), _SMALLEST_SCALED)[:, None]
+    top = tl.full(largest.shape, _LARGEST, tl.float32)
+    return _rounded(x * tl.math.div_rn(top, largest), EMULATED), tl.math.div_rn(largest, top)
 
 
 @triton.jit

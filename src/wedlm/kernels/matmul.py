@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products of few rows, bound by reading the weight: x [T, K] · weight [N, K]ᵀ.
 
-Weights in eight bits (``model/inference/quantization.py``) are half as many bytes; floats of eight bits meet inputs of
-eight bits in the tensor cores. The order of a row's sums does not depend on T.
+Weights in FP8 (``model/inference/quantization.py``) are half as many bytes, and meet inputs in FP8 in the tensor cores.
+The order of a row's sums does not depend on T, nor on how rows and outputs are tiled.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -15,16 +15,9 @@ from torch import Tensor
 from wedlm.kernels.fp8 import FP8, Fp8Rows
 from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 
-# The library's product is faster at more rows; for integers it needs a copy in sixteen bits at each step, which takes
-# as long as reading them several times. FP8: steps on an H200 are faster by ours up to 64 rows and by
-# the library's at 128 (docs/log.md, 2026-11-29).
-_MAX_ROWS = {torch.int8: 256, FP8: 64}
-_MAX_ROWS_OF_OTHERS = 64
-
-
-def max_rows(weight: torch.dtype) -> int:
-    """Up to how many rows the product of such a weight is ours."""
-    return _MAX_ROWS.get(weight, _MAX_ROWS_OF_OTHERS)
+# The library's product is faster at more rows: whole steps on an H200, in bfloat16 and FP8 (docs/log.md, 2026-11-29).
+MAX_ROWS = 64
+_PART_DEPTH = 256  # parts of K are multiples of it, whatever the tiles: the deepest tile
 
 
 @dataclass(frozen=True)
@@ -40,38 +33,60 @@ class Tiling:
     rows: int = 64
 
 
+def fixed_tiling(tiling: Tiling, num_rows: int, weight: torch.dtype = torch.bfloat16) -> Tiling:
+    """``tiling`` in tiles that suit any number of rows, adding up K in the same order: the parts of K stay, and for FP8
+    the depth between two sums in float32."""
+    if num_rows <= MAX_ROWS:
+        return tiling
+    if num_rows <= 128:
+        return replace(tiling, rows=128, stages=3)
+    if weight == FP8:  # sums are held twice, and with parts of K three times
+        return replace(tiling, outputs=128, rows=128, stages=3, warps=8)
+    rows = 256 if num_rows > 256 and tiling.splits == 1 else 128
+    return replace(tiling, outputs=128, depth=64, rows=rows, stages=4, warps=8)
+
+
 def tiling_for(size: int, depth: int, weight: torch.dtype = torch.bfloat16) -> Tiling:
     """Measured on an H200 (docs/log.md, 2026-11-23): as many parts as it takes to keep 128 processors reading.
 
     FP8 has the tiles of sixteen bits, twice as deep, so that each is as many bytes; of the others tried on an H200 one
     was faster at 16 rows, by 7 % of one product, and slower at 64. The number of rows may not choose, because that
-    would change the order of a row's sums (docs/log.md, 2026-11-29). int8: by two warps the tensor core takes two
-    instructions for one, but needs no tile in another order; that of four warps reads it two bytes at a time. Not
-    measured yet (docs/log.md, 2026-11-27).
+    would change the order of a row's sums (docs/log.md, 2026-11-29).
     """
     tiles = triton.cdiv(size, 64)
-    warps, programs = (2, 256) if weight == torch.int8 else (4, 128)
     tile_depth = 256 if weight == FP8 else 128
     if tiles >= 128:
-        return Tiling(64, tile_depth, 1, stages=4 if tiles >= 1024 else 3, warps=warps)
+        return Tiling(64, tile_depth, 1, stages=4 if tiles >= 1024 else 3)
     splits = 2
-    while tiles * splits < programs and splits < 8 and depth >= 256 * splits:
+    while tiles * splits < 128 and splits < 8 and depth >= 256 * splits:
         splits *= 2
-    if weight == torch.int8:
-        return Tiling(64, 128, splits, stages=4, warps=warps)
     return Tiling(64, tile_depth if tiles <= 64 else tile_depth // 2, splits, stages=6)
 
 
 @triton.jit
-def _rows_times_weight(
-    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT,
-    BLOCKS_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, SCALED: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
+def _add_tile(
+    acc, weight, x, start, k, k_stop, inside_n, inside_m, BLOCK_K: tl.constexpr, FP8: tl.constexpr
 ):  # fmt: skip
-    """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k], scaled: · scale[n]; FP8: · x_scale[m]; gated:
+    """acc and the product of K's tile from ``start`` on."""
+    inside_k = start + k < k_stop
+    w_tile = tl.load(weight + start, mask=inside_n & inside_k[None], other=0.0)
+    x_tile = tl.load(x + start, mask=inside_k[:, None] & inside_m, other=0.0)
+    if FP8:
+        # The tensor core adds eight-bit products in about 14 bits: each tile's sum is added up in float32.
+        return tl.dot(w_tile, x_tile, acc, max_num_imprecise_acc=BLOCK_K)
+    return tl.dot(w_tile, x_tile, acc, input_precision="ieee")
+
+
+@triton.jit
+def _rows_times_weight(
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT, blocks_m,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, GATED: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k], FP8: · x_scale[m] · scale[n]; gated:
     silu(first half) · second half."""
     # Blocks of rows that read the same weights run side by side.
-    tile_n, tile_m = tl.program_id(0) // BLOCKS_M, tl.program_id(0) % BLOCKS_M
+    tile_n, tile_m = tl.program_id(0) // blocks_m, tl.program_id(0) % blocks_m
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     m, k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
@@ -81,25 +96,28 @@ def _rows_times_weight(
     weight_row = (n % 2) * (N // 2) + n // 2 if GATED else n
     inside_n = (n < N)[:, None]
     weight = weight_ptr + weight_row.to(tl.int64)[:, None] * K + k[None]
-    if SCALED:
+    if FP8:
         scale = tl.load(scale_ptr + weight_row, mask=n < N, other=0.0)
     pdl_wait(PDL)
     x = x_ptr + m[None].to(tl.int64) * K + k[:, None]
     inside_m = (m < num_rows)[None]
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for start in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
-        inside_k = start + k < k_stop
-        w_tile = tl.load(weight + start, mask=inside_n & inside_k[None], other=0.0)
-        x_tile = tl.load(x + start, mask=inside_k[:, None] & inside_m, other=0.0)
-        if FP8:
-            # The tensor core adds eight-bit products in about 14 bits: each tile's sum is added up in float32.
-            acc = tl.dot(w_tile, x_tile, acc, max_num_imprecise_acc=BLOCK_K)
-        else:
-            acc = tl.dot(w_tile.to(x_tile.dtype) if SCALED else w_tile, x_tile, acc, input_precision="ieee")
     if FP8:
-        acc *= tl.load(x_scale_ptr + m, mask=m < num_rows, other=0.0)[None]
-    if SCALED:
-        acc *= scale[:, None]
+        x_scale = tl.load(x_scale_ptr + m, mask=m < num_rows, other=0.0)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if SPLITS == 1:
+        for start in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
+            acc = _add_tile(acc, weight, x, start, k, k_stop, inside_n, inside_m, BLOCK_K, FP8)
+        if FP8:
+            acc = acc * x_scale[None] * scale[:, None]
+    else:  # all parts of K here, added up as who reads them apart does
+        for part in range(SPLITS):
+            own = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            stop = tl.minimum((part + 1) * K_PER_SPLIT, K)
+            for start in tl.range(part * K_PER_SPLIT, stop, BLOCK_K, num_stages=STAGES):
+                own = _add_tile(own, weight, x, start, k, stop, inside_n, inside_m, BLOCK_K, FP8)
+            if FP8:
+                own = own * x_scale[None] * scale[:, None]
+            acc += own
     dtype = out_ptr.dtype.element_ty
     if GATED:
         pairs = tl.permute(tl.reshape(acc, (BLOCK_N // 2, 2, BLOCK_M)), (0, 2, 1))
@@ -121,12 +139,14 @@ def few_rows_product(
     gated: bool = False,
     scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    whole: bool = False,
 ) -> Tensor:
     """x [T, K] by weight [N, K]: [T, N] in ``dtype`` (None: x's); with splits float32 partial sums [P, T, N], not yet
     added.
 
-    gated: silu of the first N / 2 outputs times the others, [T, N / 2]; it takes no splits. scale: float32 [N], how
-    often each row of a weight in eight bits counts. x in eight bits: by a weight in eight bits, and ``dtype`` is given.
+    gated: silu of the first N / 2 outputs times the others, [T, N / 2]; it takes no splits. x in FP8: by a weight in
+    FP8, each row of which counts ``scale`` [N] (float32) times, and ``dtype`` is given. whole: parts of K are added up
+    before they leave, as who reads them would: [T, N] in ``dtype``.
     """
     x, x_scale = x if isinstance(x, Fp8Rows) else (x, None)
     dtype = dtype or x.dtype
@@ -134,19 +154,22 @@ def few_rows_product(
     size = len(weight)
     assert not (gated and tiling.splits > 1)
     pdl = supports_pdl(x.device)
-    if tiling.splits > 1:
+    if tiling.splits > 1 and not whole:
         out = torch.empty(tiling.splits, num_rows, size, dtype=torch.float32, device=x.device)
     else:
         out = x.new_empty(num_rows, size // 2 if gated else size, dtype=dtype)
     block_m = min(max(16, triton.next_power_of_2(num_rows)), tiling.rows)
     blocks_m = triton.cdiv(num_rows, block_m)
-    per_split = triton.cdiv(triton.cdiv(depth, tiling.splits), tiling.depth) * tiling.depth
-    _rows_times_weight[(triton.cdiv(size, tiling.outputs) * blocks_m, tiling.splits)](
+    per_split = triton.cdiv(triton.cdiv(depth, tiling.splits), _PART_DEPTH) * _PART_DEPTH
+    inner, outer = (tiling.splits, 1) if whole else (1, tiling.splits)
+    # Fused into the sum, a scale's product would not be rounded as that of a part that is written.
+    exact = {"enable_fp_fusion": False} if inner > 1 and x_scale is not None and x.is_cuda else {}
+    _rows_times_weight[(triton.cdiv(size, tiling.outputs) * blocks_m, outer)](
         x, x if x_scale is None else x_scale, weight, weight if scale is None else scale, out,
-        num_rows, size, depth, per_split,
-        BLOCKS_M=blocks_m, BLOCK_M=block_m, BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
+        num_rows, size, depth, per_split, blocks_m,
+        BLOCK_M=block_m, BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
         STAGES=tiling.stages,
-        GATED=gated, SCALED=scale is not None, FP8=x_scale is not None, PDL=pdl,
-        num_warps=tiling.warps, **launch_options(pdl),
+        SPLITS=inner, GATED=gated, FP8=x_scale is not None, PDL=pdl,
+        num_warps=tiling.warps, **launch_options(pdl), **exact,
     )  # fmt: skip
     return out

@@ -6,17 +6,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wedlm.kernels.fp8 import Unscaled, parts_of
+from wedlm.kernels.fp8 import Unscaled, heads_to_fp8, parts_of
 from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 
 
 @triton.jit
 def _norm_rope_write(
     qkv_ptr, row_scale_ptr, column_scale_ptr, cos_ptr, sin_ptr, slots_ptr, q_weight_ptr, k_weight_ptr,
-    q_out_ptr, keys_ptr, values_ptr,
+    q_out_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr,
     num_rows, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
-    NORM: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr, FP8: tl.constexpr, EMULATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -58,8 +59,16 @@ def _norm_rope_write(
     turned = (x * cos + y * sin).to(dtype)
     tl.store(q_out_ptr + row * HEADS * D + head[:, None] * D + d[None], turned, mask=inside & is_q)
     place = slot * KV_HEADS * D + (head - HEADS)[:, None] * D + d[None]
-    tl.store(keys_ptr + place, turned, mask=inside & ~is_q & ~is_v)
-    tl.store(values_ptr + place - KV_HEADS * D, raw.to(dtype), mask=inside & is_v)
+    if FP8:
+        cached, own_scale = heads_to_fp8(tl.where(is_v, raw, turned.to(tl.float32)), EMULATED)
+        own = slot * KV_HEADS + (head - HEADS)[:, None]
+        tl.store(key_scale_ptr + own, own_scale, mask=inside & ~is_q & ~is_v)
+        tl.store(value_scale_ptr + own - KV_HEADS, own_scale, mask=inside & is_v)
+        tl.store(keys_ptr + place, cached, mask=inside & ~is_q & ~is_v)
+        tl.store(values_ptr + place - KV_HEADS * D, cached, mask=inside & is_v)
+    else:
+        tl.store(keys_ptr + place, turned, mask=inside & ~is_q & ~is_v)
+        tl.store(values_ptr + place - KV_HEADS * D, raw.to(dtype), mask=inside & is_v)
 
 
 def norm_rope_write(
@@ -70,11 +79,14 @@ def norm_rope_write(
     norms: tuple[Tensor, Tensor, float] | None,
     keys: Tensor,
     values: Tensor,
+    fixed: bool = False,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Queries [T, H, D] after norm and RoPE; keys and values of the rows go to ``slots`` [T] of the layer's cache.
 
     qkv is [T, (H + 2 K) D] or partial sums of it [P, T, …], or lacks its scales. cos and sin [T, D] as
     ``RotaryEmbedding`` gives them. norms: weights of the query and key norm and epsilon. keys and values: [A, K, D],
+    written in place. fixed: in one tiling at any number of rows. scales: of keys and values in FP8, [A, K] each,
     written in place.
     """
     product, row_scale, column_scale, scaled = parts_of(qkv)
@@ -82,13 +94,15 @@ def norm_rope_write(
     num_rows, width = product.shape[-2:]
     kv_heads, head_dim = keys.shape[1:]
     heads = width // head_dim - 2 * kv_heads
-    out = torch.empty(num_rows, heads, head_dim, dtype=keys.dtype, device=product.device)
+    out = torch.empty(num_rows, heads, head_dim, dtype=cos.dtype, device=product.device)
     pdl = supports_pdl(product.device)
-    block = 8 if num_rows <= 256 else 16
+    block = 8 if fixed or num_rows <= 256 else 16
     q_weight, k_weight, eps = norms if norms is not None else (cos, cos, 0.0)
     _norm_rope_write[(num_rows, triton.cdiv(heads + 2 * kv_heads, block))](
-        product, row_scale, column_scale, cos, sin, slots, q_weight, k_weight, out, keys, values, num_rows, eps,
+        product, row_scale, column_scale, cos, sin, slots, q_weight, k_weight, out, keys, values,
+        *(scales or (cos, cos)), num_rows, eps,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, BLOCK_H=block, NORM=norms is not None, PARTS=parts,
-        SCALED=scaled, PDL=pdl, num_warps=4, **launch_options(pdl),
+        SCALED=scaled, FP8=scales is not None, EMULATED=not product.is_cuda, PDL=pdl,
+        num_warps=4, **launch_options(pdl),
     )  # fmt: skip
     return out

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from wedlm.model.formats.fp8_checkpoint import check_quantization_config
+
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "wedlm")
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
@@ -32,6 +34,8 @@ _ROPE_KEYS = {
     ),
 }
 _ROPE_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
+# How a checkpoint in eight bits (``formats/int8_rows.py``) says so: a reader that does not know it refuses.
+QUANTIZATION_CONFIG = {"quant_method": "wedlm-int8"}
 # What no size of an honest model comes near; the positions that float32, in which RoPE counts, still tells apart.
 _MAX_INTEGER, MAX_POSITIONS = 2**31 - 1, 2**24
 _LEAST_NUMBER, _MOST_NUMBER = 1e-30, 1e15
@@ -274,8 +278,11 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     act = config.get("hidden_act", "silu")
     if act != "silu":
         raise ValueError(f"hidden_act is {act!r}; expected 'silu'")
-    if config.get("quantization_config") is not None:
-        raise ValueError("quantization_config is present; expected a checkpoint that is not quantised")
+    quantization = config.get("quantization_config")
+    if quantization not in (None, QUANTIZATION_CONFIG):
+        if not isinstance(quantization, Mapping):
+            raise ValueError(f"quantization_config is {quantization!r}; expected an object")
+        check_quantization_config(quantization)
     layer_types = config.get("layer_types") or []
     if not isinstance(layer_types, list):
         raise ValueError(f"layer_types is {layer_types!r}; expected a list")

@@ -61,7 +61,7 @@ def init_checkpoint(
     """
     check_integer("block_size", block_size, minimum=1)
     output, origin = Path(output).expanduser(), locate(source)
-    _check_output(output, origin, force)
+    check_output(output, origin, force)
     tokenizer = load_tokenizer(source)
     model, config = load_model(source)
     if config.is_wedlm:
@@ -166,7 +166,8 @@ def mean_of_others(weight: Tensor, token_id: int, num_tokens: int) -> Tensor:
     return total / others.sum()
 
 
-def _check_output(output: Path, origin: Path, force: bool) -> None:
+def check_output(output: Path, origin: Path, force: bool) -> None:
+    """ValueError unless a checkpoint made from ``origin`` may be written to the directory ``output``."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; expected a directory to write to")
     if output.is_dir() and origin.is_dir() and output.samefile(origin):
@@ -177,18 +178,25 @@ def _check_output(output: Path, origin: Path, force: bool) -> None:
 
 def _write(model: Transformer, config: ModelConfig, tokenizer: Tokenizer, origin: Path, output: Path) -> None:
     """The config last: a directory that has one is complete."""
-    output.mkdir(parents=True, exist_ok=True)
-    for old in [output / name for name in ("config.json", INDEX_FILE, *_COMPANIONS)] + _old_weights(output):
-        old.unlink(missing_ok=True)
-    if origin.is_dir():
-        for name in _COMPANIONS:
-            if (origin / name).is_file():
-                shutil.copyfile(origin / name, output / name)
-    else:
-        tokenizer.save(output)
+    remove_checkpoint(output)
+    copy_companions(origin, tokenizer, output)
     save_model(model, config, output)
 
 
-def _old_weights(output: Path) -> list[Path]:
-    """Weights of an earlier checkpoint: the shards would stay beside the one file that replaces them."""
-    return [*output.glob("model-*-of-*.safetensors"), output / WEIGHTS_FILE]
+def remove_checkpoint(output: Path) -> None:
+    """Delete the files of an earlier checkpoint in ``output``, which is made if it is not there: its shards would stay
+    beside the one file that replaces them."""
+    output.mkdir(parents=True, exist_ok=True)
+    weights = [*output.glob("model-*-of-*.safetensors"), output / WEIGHTS_FILE]
+    for old in [output / name for name in ("config.json", INDEX_FILE, *_COMPANIONS)] + weights:
+        old.unlink(missing_ok=True)
+
+
+def copy_companions(origin: Path, tokenizer: Tokenizer, output: Path) -> None:
+    """What stands beside a checkpoint's weights; for a GGUF file, its tokenizer."""
+    if not origin.is_dir():
+        tokenizer.save(output)
+        return
+    for name in _COMPANIONS:
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, output / name)

@@ -14,6 +14,7 @@ _MISSING = (
     "the native CPU forward was not built: no C++ compiler (g++ or clang++) was found at installation; everything "
     "works on torch, and a step on a CPU takes several times as long"
 )
+PORTABLE = "portable"  # the reference of all instruction sets, which takes many times as long
 PATH_VARIABLE = "WEDLM_NATIVE_PATH"  # forces an instruction set
 
 

@@ -7,6 +7,7 @@ Shape suffixes as in ``wedlm.model.transformer``.
 import ctypes
 import itertools
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,10 +81,18 @@ class NativeTransformer:
         self._rotary = RotaryEmbedding(config)
         self._cos = self._sin = np.zeros((0, config.head_dim // 2), dtype=np.float32)
         self._own_cache: KVCache | None = None
+        self.matrix_bytes: Counter[int] = Counter()  # of the matrices in each format, as in their source
 
     def close(self) -> None:
         """Free the weights and end the threads. The model cannot be called afterwards."""
         self._finalizer()
+
+    @property
+    def handle(self) -> int:
+        """The library's model."""
+        if not self._finalizer.alive:
+            raise NativeError("the model was closed; expected one that is open")
+        return self._model
 
     @property
     def num_bytes(self) -> int:
@@ -101,14 +110,15 @@ class NativeTransformer:
     ) -> None:
         """Pack matrix ``which`` of ``layer`` from contiguous rows in the source's format (``wedlm.native.weights``)."""
         rows, cols = shape
+        self.matrix_bytes[format] += data.nbytes
         at = None if scale is None else scale.ctypes.data
         self._check(
-            self._library.wedlm_model_set_matrix, self._model, layer, which, format, rows, cols, data.ctypes.data, at
+            self._library.wedlm_model_set_matrix, self.handle, layer, which, format, rows, cols, data.ctypes.data, at
         )
 
     def set_vector(self, layer: int, which: int, data: np.ndarray) -> None:
         """Copy a norm's weight or a bias, float32."""
-        self._check(self._library.wedlm_model_set_vector, self._model, layer, which, data.size, data.ctypes.data)
+        self._check(self._library.wedlm_model_set_vector, self.handle, layer, which, data.size, data.ctypes.data)
 
     def __call__(
         self,
@@ -168,14 +178,7 @@ class NativeTransformer:
         elif not isinstance(attend, NativeAttend):
             raise NativeError(f"attend is a {type(attend).__name__}; expected NativeAttend or CausalAttend")
         cache, batch = attend.cache, attend.batch
-        if cache.keys.dtype not in _CACHE_TYPES or cache.keys.device.type != "cpu":
-            raise NativeError(
-                f"the cache is {cache.keys.dtype} on {cache.keys.device}; expected float32 or bfloat16 on cpu"
-            )
-        num_layers, num_slots, *heads = cache.keys.shape
-        expected = [self.config.num_kv_heads, self.config.head_dim]
-        if num_layers != self.config.num_layers or heads != expected:
-            raise NativeError(f"the cache is {[num_layers, *heads]}; expected {[self.config.num_layers, *expected]}")
+        cache_type = self.cache_type(cache)
         # Kept in variables: the library reads them by their addresses.
         tokens, positions, wanted = (_int64(part) for part in (tokens, positions, logits_rows))
         if len(positions) != len(tokens):
@@ -191,8 +194,7 @@ class NativeTransformer:
             shared, own_start = _int64(batch.visibility.shared), _int64(batch.visibility.own_start)
             if not len(shared) == len(own_start) == len(tokens):
                 raise NativeError(f"visibility is of {len(shared)} rows; expected {len(tokens)}")
-        if len(positions):
-            self._grow_tables(int(positions.max()) + 1)
+        cos, sin = self.angles(int(positions.max()) + 1 if len(positions) else 0)
         step = Step(
             num_rows=len(tokens),
             num_sequences=len(starts),
@@ -206,17 +208,34 @@ class NativeTransformer:
             own_start=None if own_start is None else own_start.data_ptr(),
             keys=cache.keys.data_ptr(),
             values=cache.values.data_ptr(),
-            cache_type=_CACHE_TYPES[cache.keys.dtype],
+            cache_type=cache_type,
             page_size=cache.page_size,
-            num_slots=num_slots,
-            cos=self._cos.ctypes.data,
-            sin=self._sin.ctypes.data,
-            num_positions=len(self._cos),
+            num_slots=cache.keys.shape[1],
+            cos=cos.ctypes.data,
+            sin=sin.ctypes.data,
+            num_positions=len(cos),
             num_logits=len(wanted),
             logits_rows=wanted.data_ptr(),
             **outputs,
         )
-        self._check(self._library.wedlm_model_forward, self._model, step)
+        self._check(self._library.wedlm_model_forward, self.handle, step)
+
+    def cache_type(self, cache: KVCache) -> int:
+        """The library's number for the cache's type. NativeError if this model cannot use the cache."""
+        if cache.keys.dtype not in _CACHE_TYPES or cache.keys.device.type != "cpu":
+            raise NativeError(
+                f"the cache is {cache.keys.dtype} on {cache.keys.device}; expected float32 or bfloat16 on cpu"
+            )
+        num_layers, _, *heads = cache.keys.shape
+        expected = [self.config.num_kv_heads, self.config.head_dim]
+        if num_layers != self.config.num_layers or heads != expected:
+            raise NativeError(f"the cache is {[num_layers, *heads]}; expected {[self.config.num_layers, *expected]}")
+        return _CACHE_TYPES[cache.keys.dtype]
+
+    def angles(self, num_positions: int) -> tuple[np.ndarray, np.ndarray]:
+        """RoPE's cosines and sines [P, D / 2], P at least ``num_positions`` as far as the model reaches."""
+        self._grow_tables(num_positions)
+        return self._cos, self._sin
 
     def _uncached(self, num_rows: int) -> NativeAttend:
         """Rows of one sequence that nothing keeps, in a cache of our own."""
@@ -237,8 +256,6 @@ class NativeTransformer:
             self._sin = np.concatenate([self._sin, *(sin[:, half:].numpy() for _, sin in parts)])
 
     def _check(self, function: Any, *arguments: Any) -> None:
-        if not self._finalizer.alive:
-            raise NativeError("the model was closed; expected one that is open")
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         if function(*arguments, error, _ERROR_BYTES):
             raise NativeError(error.value.decode())

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting weights into a ``NativeTransformer``: from a torch model, or from a GGUF file's blocks as they are."""
+"""Putting weights into a ``NativeTransformer``: from a torch model, or from a checkpoint, as they lie there."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wedlm.model import Transformer
+from wedlm.model import ModelConfig, Transformer
+from wedlm.model.formats.checkpoint import Checkpoint, checked_tensors, checkpoint_of_gguf
 from wedlm.model.formats.gguf_file import GGUFFile
-from wedlm.model.formats.gguf_model import checkpoint_name, permuted_heads, read_gguf_config, unpermute_rows
+from wedlm.model.formats.gguf_model import checkpoint_name, permuted_heads, unpermute_rows
+from wedlm.model.formats.int8_rows import Int8Rows, round_rows
 from wedlm.model.inference.layers import is_packed
 from wedlm.model.lora.masked_rows import has_masked_lora
 from wedlm.native.library import NativeError
@@ -52,6 +57,18 @@ _LAYER = {
 _TOP = {"model.embed_tokens.weight": 7, "lm_head.weight": 8, "model.norm.weight": 20}
 
 
+@dataclass(frozen=True)
+class _Blocks:
+    """A matrix of ``shape`` [O, C] in a GGUF format: uint8 [O, bytes of a row]."""
+
+    shape: tuple[int, ...]
+    format: int
+    data: np.ndarray
+
+
+_Weight = Tensor | Int8Rows | _Blocks
+
+
 def native_from_torch(
     model: Transformer, quantization: str | None = "int8", *, path: str | None = None, threads: int | None = None
 ) -> NativeTransformer:
@@ -63,47 +80,84 @@ def native_from_torch(
         raise NativeError("the model is packed for inference; expected one whose projections are separate")
     if has_masked_lora(model):
         raise NativeError("the model has an adapter of masked rows, which the native forward does not run")
-    native = NativeTransformer(model.config, path=path, threads=threads)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        layer, which = _place(name)
-        if tensor.dim() == 1:
-            native.set_vector(layer, which, tensor.float().contiguous().numpy())
-        elif quantization == "int8":
-            values, scale = int8_rows(tensor)
-            native.set_matrix(layer, which, INT8, tensor.shape, values.numpy(), scale.numpy())
-        else:
-            format, data = _as_is(tensor)
-            native.set_matrix(layer, which, format, tensor.shape, data)
-    return native
+    tied = model.config.tie_word_embeddings
+    tensors = ((name, tensor) for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight"))
+    return _filled(NativeTransformer(model.config, path=path, threads=threads), tensors, quantization == "int8")
+
+
+def native_from_checkpoint(
+    checkpoint: Checkpoint, quantization: str | None = None, *, path: str | None = None, threads: int | None = None
+) -> NativeTransformer:
+    """The model in ``checkpoint``, with no torch model made on the way.
+
+    ``quantization`` "int8": as for ``native_from_torch``; None: matrices stay as they lie in the file, be it blocks of
+    GGUF, eight bits with scales or floats. Raises CheckpointError, and NativeError for a type that is not supported.
+    """
+    file = checkpoint.gguf
+    if file is not None and quantization is None and not checkpoint.deltas:
+        tensors: Iterable[tuple[str, _Weight]] = _gguf_weights(file, checkpoint.config)
+    else:
+        tensors = checkpoint.tensors()
+    with torch.device("meta"):
+        expected = Transformer(checkpoint.config)
+    native = NativeTransformer(checkpoint.config, path=path, threads=threads)
+    return _filled(native, checked_tensors(tensors, expected, checkpoint.path), quantization == "int8")
 
 
 def native_from_gguf(file: GGUFFile, *, path: str | None = None, threads: int | None = None) -> NativeTransformer:
     """The model in ``file``, its blocks kept in their bits. Raises CheckpointError, and NativeError for a type that is
     not supported."""
-    config = read_gguf_config(file)
-    native = NativeTransformer(config, path=path, threads=threads)
+    return native_from_checkpoint(checkpoint_of_gguf(file), path=path, threads=threads)
+
+
+def format_names(native: NativeTransformer) -> str:
+    """The formats of its matrices for users, that of the most bytes first."""
+    names = [FORMATS.get(format, "int8") for format, _ in native.matrix_bytes.most_common()]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def unsupported_type(file: GGUFFile) -> str | None:
+    """A sentence about a matrix whose type the native forward does not take, None if it takes all of them."""
     for name, place in file.tensors.items():
-        layer, which = _place(checkpoint_name(name))
         if len(place.shape) == 2 and place.ggml_type not in FORMATS:
             expected = ", ".join(FORMATS.values())
-            raise NativeError(f"{file.path}: tensor {name} has type {file.type_name(name)}; expected {expected}")
-        rows = torch.from_numpy(file.blocks(name)) if len(place.shape) == 2 else file.tensor(name)
-        heads = permuted_heads(name, config)
-        data = (rows if heads is None else unpermute_rows(rows, heads)).contiguous().numpy()
-        if len(place.shape) == 2:
-            native.set_matrix(layer, which, place.ggml_type, place.shape, data)
+            return f"tensor {name} has type {file.type_name(name)}; expected one of {expected}"
+    return None
+
+
+def _gguf_weights(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, _Weight]]:
+    """Matrices as blocks, vectors as float32, one at a time."""
+    unsupported = unsupported_type(file)
+    if unsupported is not None:
+        raise NativeError(f"{file.path}: {unsupported}")
+    for name, place in file.tensors.items():
+        is_matrix = len(place.shape) == 2
+        rows = torch.from_numpy(file.blocks(name)) if is_matrix else file.tensor(name)
+        heads = permuted_heads(name, config.model_type, config)
+        rows = rows if heads is None else unpermute_rows(rows, heads)
+        yield checkpoint_name(name), _Blocks(place.shape, place.ggml_type, rows.numpy()) if is_matrix else rows
+        file.release()
+
+
+def _filled(
+    native: NativeTransformer, tensors: Iterable[tuple[str, _Weight]], in_eight_bits: bool
+) -> NativeTransformer:
+    """``native`` with its weights set."""
+    for name, weight in tensors:
+        layer, which = _place(name)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and in_eight_bits:
+            weight = round_rows(weight)
+        if isinstance(weight, Int8Rows):
+            scale = weight.scale.contiguous().numpy()
+            native.set_matrix(layer, which, INT8, weight.shape, weight.values.contiguous().numpy(), scale)
+        elif isinstance(weight, _Blocks):
+            native.set_matrix(layer, which, weight.format, weight.shape, np.ascontiguousarray(weight.data))
+        elif weight.dim() == 1:
+            native.set_vector(layer, which, weight.detach().float().contiguous().numpy())
         else:
-            native.set_vector(layer, which, data)
+            format, data = _as_is(weight)
+            native.set_matrix(layer, which, format, weight.shape, data)
     return native
-
-
-def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 values [O, C] in -127..127, float32 scale of each row [O]); weight ≈ values · scale."""
-    exact = weight.detach().float()
-    scale = exact.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return (exact / scale[:, None]).round().to(torch.int8).contiguous(), scale
 
 
 def _as_is(tensor: Tensor) -> tuple[int, np.ndarray]:

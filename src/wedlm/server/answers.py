@@ -17,7 +17,6 @@ from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer
 from wedlm.server.errors import ApiError
 from wedlm.server.logprobs import LOWEST, Decode, chat_logprobs, text_logprobs
-from wedlm.server.protocol import ChatRequest, CompletionRequest
 from wedlm.server.readers import PlainReader, Reader, message
 
 _AT_ONCE = 64  # tokens
@@ -62,14 +61,6 @@ class OpenAIForm:
 
 
 OPENAI = OpenAIForm()
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation (or a text) to be answered, and how."""
-
-    body: ChatRequest | CompletionRequest
-    form: Form = OPENAI
 
 
 @dataclass(frozen=True, slots=True)

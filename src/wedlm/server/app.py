@@ -3,7 +3,7 @@
 
 import mimetypes
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -11,11 +11,11 @@ from typing import Any
 
 from fastapi import APIRouter, Body, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.routing import APIRoute
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from wedlm.engine.llm import LLM
 from wedlm.server import errors
-from wedlm.server.bodies import RawBody
 from wedlm.server.config import ServerConfig
 from wedlm.server.converters.anthropic import CountRequest, MessagesRequest
 from wedlm.server.converters.ollama import OllamaChatRequest, OllamaGenerateRequest, now
@@ -48,6 +48,14 @@ _OWN: Any = Body(default=...)  # for the OpenAPI document; the service reads it
 _PAGE_POLICY = (
     "default-src 'self'; connect-src *; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+
+
+class RawBody(APIRoute):
+    """A route whose endpoint takes the request alone and reads the body itself. What the endpoint's signature says of
+    the body is for the OpenAPI document: ``endpoint(request, body=None)``."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return self.endpoint
 
 
 def create_app(llm: LLM, config: ServerConfig, demo: Path = DEMO) -> FastAPI:

@@ -1,42 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the bytes of a body to a checked request, in a thread: a wrong body may be as large as a right one."""
+"""From the bytes of a body to a checked request. ``python -m`` this is the process that does so with large ones: a
+wrong body may be as large as a right one, and while a library reads a megabyte nothing else of Python's can run.
+"""
 
-from collections.abc import Callable, Coroutine
-from email.message import Message
-from typing import Any, TypeVar
+import io
+import pickle
+import threading
+from typing import TypeVar
 
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
-from starlette.requests import Request
-from starlette.responses import Response
 
+from wedlm.engine.helper_process import HelperProcess, answer_questions
+from wedlm.server.converters.anthropic import CountRequest, MessagesRequest
+from wedlm.server.converters.ollama import OllamaChatRequest, OllamaGenerateRequest
+from wedlm.server.converters.responses import ResponsesRequest
+from wedlm.server.converters.tokens import DetokenizeRequest, TokenizeRequest
 from wedlm.server.errors import ApiError, explain
+from wedlm.server.protocol import ChatRequest, CompletionRequest
 
 M = TypeVar("M", bound=BaseModel)
-
-
-class RawBody(APIRoute):
-    """A route whose endpoint takes the request alone and reads the body itself. What the endpoint's signature says of
-    the body is for the OpenAPI document: ``endpoint(request, body=None)``."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        return self.endpoint
-
-
-def is_json(content_type: str) -> bool:
-    """Whether a body of this Content-Type is taken. Pages of other origins cannot send it without being asked first."""
-    message = Message()
-    message["Content-Type"] = content_type or "text/plain"
-    return message.get_content_maintype() == "application" and (
-        message.get_content_subtype() == "json" or message.get_content_subtype().endswith("+json")
-    )
+_MAX_S = 30.0  # for a megabyte, of which a tenth of a second is usual
+_MODELS: dict[bytes, type[BaseModel]] = {
+    b"C": ChatRequest,
+    b"T": CompletionRequest,
+    b"R": ResponsesRequest,
+    b"M": MessagesRequest,
+    b"N": CountRequest,
+    b"O": OllamaChatRequest,
+    b"G": OllamaGenerateRequest,
+    b"K": TokenizeRequest,
+    b"D": DetokenizeRequest,
+}
 
 
 def parse(raw: bytes, model: type[M]) -> M:
     """The request in a JSON body. Raises ApiError 400 about the first thing that is wrong."""
     try:
-        body = from_json(raw)  # half of json.loads's time, and neither lets another thread run meanwhile
+        body = from_json(raw)  # in half of json.loads's time
     except ValueError as error:
         message = f"the body is not valid JSON ({error}); expected a JSON object in UTF-8"
         raise ApiError(400, message, code="invalid_json") from None
@@ -51,3 +52,80 @@ def parse(raw: bytes, model: type[M]) -> M:
 def not_an_object() -> ApiError:
     message = "the body is no JSON object; expected one, with Content-Type: application/json"
     return ApiError(400, message, code="invalid_body")
+
+
+class Parser:
+    """``parse`` in a process of its own, for one thread. It starts with the first body, or with ``start``."""
+
+    def __init__(self) -> None:
+        self._process: HelperProcess | None = None
+        self._asking = threading.Lock()
+        self._closed = False
+
+    def start(self) -> HelperProcess:
+        """The process, which may not be ready yet."""
+        if self._process is None:
+            self._process = HelperProcess(__spec__.name)
+        return self._process
+
+    def parse(self, raw: bytes, model: type[M]) -> M:
+        """As ``parse``. RuntimeError if the process dies over it."""
+        name = next(name for name, one in _MODELS.items() if one is model)
+        body, error = pickle.Unpickler(_Frames(self._ask(name + raw))).load()
+        if error is not None:
+            raise ApiError(**error)
+        return body
+
+    def close(self) -> None:
+        """End the process, from any thread: what it is asked now fails."""
+        self._closed = True
+        if self._process is not None:
+            self._process.kill()
+        if self._asking.acquire(blocking=False):  # or else who asks sees to the rest
+            self._drop()
+            self._asking.release()
+
+    def _ask(self, question: bytes) -> bytes:
+        with self._asking:
+            for _ in range(2):  # once more if somebody else ended the process
+                process = self.start()
+                if self._closed:
+                    process.kill()
+                answer = process.ask(question, _MAX_S)
+                if answer is not None:
+                    return answer
+                self._drop()
+        raise RuntimeError("the process that parses bodies ended twice over one")
+
+    def _drop(self) -> None:
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+
+class _Frames:
+    """What an unpickler reads from. It asks for 64 KiB at a time, and as this is Python, other threads get their turn
+    each time: a megabyte in one call would hold them up for 60 ms."""
+
+    def __init__(self, data: bytes) -> None:
+        self._stream = io.BytesIO(data)
+
+    def read(self, size: int) -> bytes:
+        return self._stream.read(size)
+
+    def readline(self) -> bytes:
+        return self._stream.readline()
+
+
+def _answer(question: bytes) -> bytes:
+    """In that process: pickled, the request or else what ApiError takes."""
+    body, error = None, None
+    try:
+        body = parse(question[1:], _MODELS[question[:1]])
+    except ApiError as refusal:
+        error = {"status": refusal.status, "headers": refusal.headers, **refusal.detail.model_dump()}
+    return pickle.dumps((body, error), protocol=pickle.HIGHEST_PROTOCOL)
+
+
+if __name__ == "__main__":
+    answer_questions(_answer)

@@ -3,15 +3,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 
 from wedlm.server.neutral import UNSUPPORTED
 from wedlm.server.protocol import EXPECTED
+
+if TYPE_CHECKING:  # the process that parses bodies has no app
+    from fastapi import FastAPI
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 _LONGEST = 500  # of a message, which may quote what it refuses
@@ -113,7 +116,7 @@ def queue_full(message: str) -> ApiError:
     return ApiError(429, f"{message}, try again later", type="rate_limit_error", code="queue_full", headers=headers)
 
 
-def install(app: FastAPI) -> None:
+def install(app: "FastAPI") -> None:
     """Let the app answer its own and the framework's errors in this form."""
 
     @app.exception_handler(ApiError)

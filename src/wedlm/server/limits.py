@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import ipaddress
 from collections.abc import Sequence
+from email.message import Message as Headed
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -97,6 +98,15 @@ def _without_port(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.rpartition(":")[0].lower() if ":" in host else host.lower()
+
+
+def is_json(content_type: str) -> bool:
+    """Whether a body of this Content-Type is taken. Pages of other origins cannot send it without being asked first."""
+    message = Headed()
+    message["Content-Type"] = content_type or "text/plain"
+    return message.get_content_maintype() == "application" and (
+        message.get_content_subtype() == "json" or message.get_content_subtype().endswith("+json")
+    )
 
 
 class BodyLimit:

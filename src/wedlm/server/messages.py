@@ -29,9 +29,7 @@ class Message(Strict):
     places: ClassVar[tuple[Place, ...]] = ("message",)
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    content: Annotated[str | Annotated[list[TextPart], Field(fail_fast=True)] | None, Field(validate_default=True)] = (
-        None
-    )
+    content: Annotated[str | TextParts | None, Field(validate_default=True)] = None
     name: str | None = None
     tool_call_id: Annotated[str | None, Field(validate_default=True)] = None
     # What an earlier answer thought, by two names that servers have for it; the chat template may use it or not.

@@ -107,6 +107,7 @@ class Server(uvicorn.Server):
         watch_accept(asyncio.get_running_loop())
         if threading.current_thread() is threading.main_thread():
             self._owns_process = True
+            self.service.parser.start()
             sys.setswitchinterval(_SWITCH_S)
             gc.collect()
             gc.freeze()  # the model and the libraries stay: looking through them takes 100 ms

@@ -19,11 +19,13 @@ from wedlm.engine.llm import LLM
 from wedlm.engine.outputs import GenerationOutput
 from wedlm.engine.request_stream import EngineFault, EngineStopped, RequestStream
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.server.answers import Chat, Job, PromptEcho, in_pieces
-from wedlm.server.bodies import is_json, not_an_object, parse
+from wedlm.server.answers import OPENAI, Job, PromptEcho, in_pieces
+from wedlm.server.bodies import Parser, not_an_object, parse
 from wedlm.server.config import ServerConfig
+from wedlm.server.converters.base import Chat
 from wedlm.server.converters.responses import ResponseStore
 from wedlm.server.errors import ApiError, internal_error, queue_full, unavailable
+from wedlm.server.limits import is_json
 from wedlm.server.metrics import Metrics, Stopwatch
 from wedlm.server.prompts import Prompt, Prompts
 from wedlm.server.protocol import MAX_LOGPROB_ENTRIES, ChatRequest, CompletionRequest
@@ -38,7 +40,6 @@ _LARGEST_SEED = 2**63 - 1
 _SEND_S = 10.0  # beyond the request's time, for a slow client to take the last of a stream
 _SMALL_BYTES = 2**15  # a body of up to this size does not wait for larger ones
 _MAX_WAITING = 256  # bodies to be read
-_REST_S = 0.02
 _LOOP_ENTRIES = 512  # log-probabilities that are written in the event loop; more of them elsewhere
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -55,7 +56,8 @@ class Service:
         self.responses = ResponseStore()
         self.draining = False
         self.num_preparing = 0  # requests whose body has been read and which the engine has not taken yet
-        self._small, self._large = Workers("small", 2, _MAX_WAITING), Workers("large", 1, _MAX_WAITING // 4, _REST_S)
+        self._small, self._large = Workers("small", 2, _MAX_WAITING), Workers("large", 1, _MAX_WAITING // 4)
+        self.parser = Parser()  # for the thread of large bodies
         self._answers = Workers("answers", 2, _MAX_WAITING)
         self.prompts = Prompts(llm, config)
         self._grammars = self._load_grammars()  # now, because it holds up every thread for a fraction of a second
@@ -88,6 +90,7 @@ class Service:
         await self.engine.stop()
         for workers in (self._small, self._large, self._answers):
             workers.close()
+        self.parser.close()
 
     def _renew(self, broken: Engine) -> Engine:
         self.llm.engine = self.llm.blueprint.rebuild(broken)
@@ -132,22 +135,23 @@ class Service:
             raise _failure(error) from error
 
     async def _respond(self, request: Request, raw: bytes, model: type[BaseModel], deadline: float) -> Response:
-        workers = self._workers(raw)
+        workers, read = self._reading(raw)
         self.num_preparing += 1
         try:
-            body = await workers.run(partial(parse, raw, model))
-            own = isinstance(body, ChatRequest | CompletionRequest)
-            chat = Chat(body) if own else await workers.run(partial(self._chat, body))  # type: ignore[arg-type]
+            asked: Any = await workers.run(partial(read, raw, model))
+            own = isinstance(asked, ChatRequest | CompletionRequest)
+            chat = Chat(asked) if own else await workers.run(partial(self._chat, asked))
             if isinstance(chat.body, CompletionRequest):
                 job = await self._completion_job(chat.body, workers)
             else:
                 job = await self._chat_job(chat.body, workers)
         finally:
             self.num_preparing -= 1
-        return await self._answer(replace(job, form=chat.form), request, deadline)
+        return await self._answer(replace(job, form=chat.form or OPENAI), request, deadline)
 
-    def _workers(self, raw: bytes) -> Workers:
-        return self._small if len(raw) <= _SMALL_BYTES else self._large
+    def _reading(self, raw: bytes) -> tuple[Workers, Callable[[bytes, type[Any]], Any]]:
+        """Which threads read a body, and how."""
+        return (self._small, parse) if len(raw) <= _SMALL_BYTES else (self._large, self.parser.parse)
 
     def _chat(self, body: Any) -> Chat:
         """Another API's request as a chat."""
@@ -161,11 +165,13 @@ class Service:
         return await self._timed(request, lambda raw, _: self._look_up(raw, model, work))
 
     async def _look_up(self, raw: bytes, model: type[M], work: Callable[[M], Any]) -> Response:
+        workers, read = self._reading(raw)
+
         def answer() -> bytes:
-            return in_pieces(work(parse(raw, model)))
+            return in_pieces(work(read(raw, model)))
 
         try:
-            return Whole(await self._workers(raw).run(answer))
+            return Whole(await workers.run(answer))
         except ValueError as error:
             raise _refusal(error, "chat") from error
 

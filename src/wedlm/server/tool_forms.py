@@ -17,6 +17,7 @@ Emit = Callable[[str, str], None]  # a function's name and the JSON text of its 
 Grammar = Callable[[Emit, str], Generator[None, str, str | None]]
 _NAME = re.compile(r"[A-Za-z0-9_.-]")
 _MAX_NAME = 64
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,20 +160,21 @@ def _word(first: str) -> Generator[None, str, tuple[str, str]]:
     return word, character
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def written(value: Any) -> str:
+    """JSON, piece by piece: a megabyte in one call would keep all other threads waiting."""
+    return "".join(_ENCODER.iterencode(value))
 
 
 def _write_hermes(calls: Sequence[dict[str, Any]]) -> str:
-    return "\n".join(f"<tool_call>\n{_json(call)}\n</tool_call>" for call in calls)
+    return "\n".join(f"<tool_call>\n{written(call)}\n</tool_call>" for call in calls)
 
 
 def _write_llama3(calls: Sequence[dict[str, Any]]) -> str:
-    return "; ".join(_json({"name": call["name"], "parameters": call["arguments"]}) for call in calls)
+    return "; ".join(written({"name": call["name"], "parameters": call["arguments"]}) for call in calls)
 
 
 def _write_mistral(calls: Sequence[dict[str, Any]]) -> str:
-    return f"[TOOL_CALLS]{_json(list(calls))}"
+    return f"[TOOL_CALLS]{written(list(calls))}"
 
 
 def _write_pythonic(calls: Sequence[dict[str, Any]]) -> str:

@@ -2,14 +2,15 @@
 """What a conversation looks like to a chat template, which may know tools and a system role or not; the schema of a
 forced call."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from wedlm.model import Tokenizer
-from wedlm.server.tool_forms import HERMES, ToolForm
+from wedlm.server.tool_forms import HERMES, ToolForm, written
 from wedlm.server.tool_schemas import Tool
+
+if TYPE_CHECKING:  # the process that parses bodies imports this file, and must not load torch
+    from wedlm.model import Tokenizer
 
 _INSTRUCTIONS = (
     "You can call these tools, given as JSON, one a line:\n{tools}\n"
@@ -27,7 +28,7 @@ class TemplateTraits:
     takes_system: bool
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "TemplateTraits":
+    def of(cls, tokenizer: "Tokenizer") -> "TemplateTraits":
         user = {"role": "user", "content": "x"}
         probe = [{"type": "function", "function": {"name": "probe_name", "description": "", "parameters": {}}}]
         with_system = [{"role": "system", "content": "probe_system"}, user]
@@ -37,7 +38,7 @@ class TemplateTraits:
         )
 
 
-def _has(tokenizer: Tokenizer, word: str, messages: Sequence[Message], **variables: Any) -> bool:
+def _has(tokenizer: "Tokenizer", word: str, messages: Sequence[Message], **variables: Any) -> bool:
     try:
         return word in tokenizer.apply_chat_template(messages, **variables)
     except ValueError:
@@ -71,7 +72,7 @@ def in_plain_words(messages: Sequence[Message], tools: Sequence[Tool], form: Too
         previous = message["role"]
     if not tools:
         return plain
-    described = "\n".join(json.dumps(_described(tool), ensure_ascii=False) for tool in tools)
+    described = "\n".join(written(_described(tool)) for tool in tools)
     told = _INSTRUCTIONS.format(tools=described, example=form.example)
     if plain and plain[0]["role"] == "system":
         return [{**plain[0], "content": f"{plain[0]['content']}\n\n{told}"}, *plain[1:]]
@@ -83,8 +84,8 @@ def _plain(message: Message, form: ToolForm) -> Message:
         return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
     calls = [call["function"] for call in message.get("tool_calls", ())]
     rest = {name: value for name, value in message.items() if name != "tool_calls"}
-    written = [form.write(calls)] if calls else []
-    return {**rest, "content": "\n".join([*([message["content"]] if message["content"] else []), *written])}
+    as_text = [form.write(calls)] if calls else []
+    return {**rest, "content": "\n".join([*([message["content"]] if message["content"] else []), *as_text])}
 
 
 def _described(tool: Tool) -> dict[str, Any]:

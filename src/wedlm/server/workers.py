@@ -4,7 +4,6 @@
 import asyncio
 import queue
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,13 +15,10 @@ class Busy(Exception):
 
 
 class Workers:
-    """``num_threads`` threads, started when first needed; at most ``max_waiting`` calls wait for one of them. A thread
-    rests ``rest_s`` after each call: one call of a library's may keep the GIL for 50 ms, and many in a row would leave
-    the event loop a single turn after each."""
+    """``num_threads`` threads, started when first needed; at most ``max_waiting`` calls wait for one of them."""
 
-    def __init__(self, name: str, num_threads: int, max_waiting: int, rest_s: float = 0.0) -> None:
+    def __init__(self, name: str, num_threads: int, max_waiting: int) -> None:
         self._name, self._num_threads, self._max_waiting = name, num_threads, max_waiting
-        self._rest_s = rest_s
         self._calls: queue.SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self.num_open = 0  # calls that somebody waits for
@@ -74,7 +70,6 @@ class Workers:
                     return
                 result = error = None
             del call, future, work  # or the last one's memory stays until the next one comes
-            time.sleep(self._rest_s)
 
 
 def _settle(future: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:

@@ -63,7 +63,7 @@ class Controller:
         self.measure_costs(decode.max_rows * self._max_num_seqs)
         if self.draft_budget is None:
             self.draft_budget = DraftBudget(self.costs)
-        request.limits.max_rows = min(decode.row_budget, self.draft_budget.row_budget)
+        request.limits.max_rows = min(decode.row_budget, self.draft_budget.budget.rows)
 
     @property
     def limits_prefill(self) -> bool:
@@ -87,10 +87,10 @@ class Controller:
             return plan
         assert self.draft_budget is not None
         most = max(request.decode.row_budget for request in adaptive)
-        row_budget = self.draft_budget.choose(sum(one.is_window for one in plan.scheduled), most)
+        budget = self.draft_budget.choose(sum(one.is_window for one in plan.scheduled), most)
         for request in adaptive:
-            request.limits.max_rows = min(request.decode.row_budget, row_budget)
-        return replace(plan, row_budget=row_budget)
+            request.limits.max_rows = min(request.decode.row_budget, budget.rows)
+        return replace(plan, row_budget=budget.rows, max_drafts=budget.drafts)
 
     def observe(self, plan: StepPlan, results: StepResults) -> None:
         """Learn from a step that has just been read: what it cost, and what became of drafts."""
@@ -117,7 +117,7 @@ class Controller:
                 continue
             drafts, accepted = result.num_drafts, len(result.tokens) - 1
             outcomes[drafts, accepted, limits.longest_draft] += 1
-            most = min(plan.row_budget, decode.row_budget)
+            most = min(plan.max_drafts, decode.max_drafts)
             limits.longest_draft = longest_draft(result.num_rows, drafts, accepted, most)
         for outcome, count in outcomes.items():
             budget.observe(*outcome, num_windows, count)

@@ -8,13 +8,30 @@ it was built: tests/engine/test_draft_budget.py, docs/log.md.
 import operator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 from wedlm.algorithm.params import drafts_of
 from wedlm.engine.adaptive.step_costs import StepCosts
 
+
+class Budget(NamedTuple):
+    """What a step leaves to a window: at most so many rows, and at most so many drafts among them."""
+
+    rows: int
+    drafts: int
+
+    @classmethod
+    def of(cls, rows: int) -> "Budget":
+        """With as many drafts as so many rows sustain."""
+        return cls(rows, drafts_of(rows))
+
+
 # (k + 1)(k + 2) rows have k drafts in every step, (k + 1)² in most of them.
 ROW_BUDGETS = (1, 4, 6, 9, 12, 16, 20, 25, 30, 36)
-_PROBE = 6
+_BUDGETS = tuple(map(Budget.of, ROW_BUDGETS))
+# More drafts than the rows sustain come in every other step: one makes them, the next verifies them. That pays where
+# the first few rows are nearly free and others are not, as on a CPU.
+_BUDGETS_BY_TURNS = tuple(sorted({*_BUDGETS, Budget(4, 2), Budget(5, 2), Budget(5, 3), Budget(8, 3)}))
 _MEMORY = 100.0  # steps after which an observation counts e times less
 _HOPE = 0.85  # assumed rate of a draft never seen yet, relative to its predecessor's
 _PATIENCE = 0.02  # gain below which a budget is kept
@@ -45,25 +62,25 @@ class Rate:
 
 
 @lru_cache(maxsize=4096)
-def longest_draft(num_rows: int, num_drafts: int, num_accepted: int, row_budget: int) -> int:
-    """Most drafts that a step of ``num_rows`` rows can leave to the next one, which gets at most ``row_budget`` rows.
+def longest_draft(num_rows: int, num_drafts: int, num_accepted: int, most: int) -> int:
+    """Most drafts that a step of ``num_rows`` rows can leave to the next one, which takes at most ``most``.
 
     As ``verify`` shares rows out: the last groups have those left over; a group's first row guesses AR's own token.
     """
     size, large = divmod(num_rows - 1 - num_drafts, num_drafts + 1)
-    return max(0, min(drafts_of(row_budget), size + (num_accepted >= num_drafts + 1 - large) - 1))
+    return max(0, min(most, size + (num_accepted >= num_drafts + 1 - large) - 1))
 
 
 @lru_cache(maxsize=4096)
-def expected_step(row_budget: int, accepts: tuple[float, ...], offers: tuple[float, ...]) -> tuple[float, float]:
+def expected_step(budget: Budget, accepts: tuple[float, ...], offers: tuple[float, ...]) -> tuple[float, float]:
     """(tokens, rows) of a step in the long run, for drafts accepted at these rates by depth, given their predecessors,
     and offered (certain enough to be drafted) at those."""
-    most = drafts_of(row_budget)
+    row_budget, most = budget
     follows = [[0.0] * (most + 1) for _ in range(most + 1)]  # chance of each number of drafts after each
     for drafts, after in enumerate(follows):
         rows = min(row_budget, 1 + drafts + (drafts + 1) * (most + 1) if most else 1)
         for accepted, chance in enumerate(_accepted(drafts, accepts)):
-            longest = longest_draft(rows, drafts, accepted, row_budget)
+            longest = longest_draft(rows, drafts, accepted, most)
             for offered, probability in enumerate(_accepted(longest, offers)):
                 after[offered] += chance * probability
     share = [1.0] + [0.0] * most  # of steps, by their number of drafts
@@ -87,53 +104,64 @@ def _accepted(count: int, rates: tuple[float, ...]) -> list[float]:
 
 @dataclass
 class DraftBudget:
-    """Chooses the row budget of each step."""
+    """Chooses the budget of each step."""
 
     costs: StepCosts
-    row_budget: int = 16
+    budget: Budget = field(default_factory=lambda: Budget.of(16))
     _accepts: list[Rate] = field(default_factory=lambda: [Rate() for _ in range(8)])
     _offers: list[Rate] = field(default_factory=lambda: [Rate() for _ in range(8)])
-    # Seconds beside the forward's, by number of windows: of steps without masked rows, and of steps with some.
-    _beside: tuple[dict[int, float], dict[int, float]] = field(default_factory=lambda: ({}, {}))
+    # Seconds beside the forward's, by number of windows, then by row budget: of steps without masked rows, and of steps
+    # with some. What rows cost beyond the table (attention, choice) is learnt with the budget that ran.
+    _beside: tuple[dict[int, dict[int, float]], ...] = field(default_factory=lambda: ({}, {}))
     _since: int = 0  # steps since the last probe, or left of this one if negative
     _interval: int = _SHORTEST
     _calm: int = 0  # steps until the choice is looked at again
     _chosen_for: int = 0  # windows
 
-    def choose(self, num_windows: int, most: int) -> int:
-        """The row budget that the next step leaves to its windows, at most ``most``, for ``num_windows`` of them."""
+    def candidates(self, most: int) -> list[Budget]:
+        """All that may be chosen for windows of at most ``most`` rows: AR first."""
+        known = _BUDGETS if self.costs.padded else _BUDGETS_BY_TURNS
+        return [one for one in known if one.rows <= most and one.drafts <= drafts_of(most)]
+
+    def choose(self, num_windows: int, most: int) -> Budget:
+        """What the next step leaves to its windows, at most ``most`` rows, for ``num_windows`` of them."""
         self._since += 1
         if self._since < 0:
-            return min(self.row_budget, most)
+            return self.within(most)
         fewer, more = sorted((num_windows, self._chosen_for))
-        if self._calm > 0 and self.row_budget <= most and more < _OTHER_LOAD * fewer:
+        if self._calm > 0 and self.budget.rows <= most and more < _OTHER_LOAD * fewer:
             self._calm -= 1
             return self._maybe_probe(num_windows, most)
         self._calm, self._chosen_for = _CALM, num_windows
         rates = self.rates()
-        speeds = {b: self._speed(b, num_windows, *rates) for b in ROW_BUDGETS if b <= most}
+        speeds = {b: self._speed(b, num_windows, *rates) for b in self.candidates(most)}
         best = max(speeds, key=lambda b: speeds[b])
-        keep = self.row_budget in speeds and speeds[best] < speeds[self.row_budget] * (1 + _PATIENCE)
-        if not keep and best != self.row_budget:
-            if best > 1 and self.row_budget == 1:
+        keep = self.budget in speeds and speeds[best] < speeds[self.budget] * (1 + _PATIENCE)
+        if not keep and best != self.budget:
+            if best.rows > 1 and self.budget.rows == 1:
                 self._interval = _SHORTEST
-            self.row_budget = best
+            self.budget = best
             self._since = 0
         return self._maybe_probe(num_windows, most)
 
-    def _maybe_probe(self, num_windows: int, most: int) -> int:
+    def within(self, most: int) -> Budget:
+        """The present one, or what ``most`` rows allow if that is less."""
+        return self.budget if self.budget.rows <= most else Budget.of(most)
+
+    def _maybe_probe(self, num_windows: int, most: int) -> Budget:
         """While AR runs nothing is learnt about drafts: look now and then, unless even perfect drafts cannot pay."""
-        if self.row_budget > 1 or self._since < self._interval:
-            return self.row_budget
+        if self.budget.rows > 1 or self._since < self._interval:
+            return self.budget
         self._since = 0
-        probe = _PROBE
-        perfect = [self._speed(b, num_windows, (1.0,) * 8, (1.0,) * 8) for b in ROW_BUDGETS if b <= most]
-        if probe > most or max(perfect) <= perfect[0]:
-            return self.row_budget
+        candidates = self.candidates(most)
+        probe = next((b for b in (Budget(4, 2), Budget.of(6)) if b in candidates), None)
+        perfect = [self._speed(b, num_windows, (1.0,) * 8, (1.0,) * 8) for b in candidates]
+        if probe is None or max(perfect) <= perfect[0]:
+            return self.budget
         self._interval = min(2 * self._interval, _LONGEST)
         for rate in (*self._accepts, *self._offers):
             rate.fade(num_windows)
-        self._since, self._calm, self.row_budget = -_PROBE_STEPS, 0, probe
+        self._since, self._calm, self.budget = -_PROBE_STEPS, 0, probe
         return probe
 
     def observe(self, num_drafts: int, num_accepted: int, longest: int, num_windows: int, count: int = 1) -> None:
@@ -149,16 +177,21 @@ class DraftBudget:
 
     def observe_time(self, num_windows: int, num_rows: int, seconds: float) -> None:
         """How long a step of windows alone took, from result to result."""
-        beside = self._beside[num_rows > num_windows]
-        now, before = max(0.0, seconds - self.costs(num_rows)), beside.get(num_windows)
-        # A pause of the machine is not a cost of the step.
-        beside[num_windows] = now if before is None else before + 0.1 * (min(now, 2 * before + 1e-3) - before)
+        ran = self.budget.rows if num_rows > num_windows else 1
+        now = max(0.0, seconds - self.costs(num_rows))
+        seen = self._beside[ran > 1].get(num_windows, {})
+        before = seen[ran] if ran in seen else self._seconds_beside(num_windows, ran) if self._beside[ran > 1] else now
+        # A pause of the machine, or a capture, is not a cost of the step.
+        self._beside[ran > 1].setdefault(num_windows, {})[ran] = before + 0.1 * (min(now, 2 * before + 1e-3) - before)
 
-    def _seconds_beside(self, num_windows: int, drafting: bool) -> float:
-        """As observed with the number of windows nearest to this one. Unseen batch sizes count as free, so that they
-        get tried once."""
-        seen = self._beside[drafting] or (self._beside[0] if drafting else {})
-        return seen[min(seen, key=lambda number: abs(number - num_windows))] if seen else 0.0
+    def _seconds_beside(self, num_windows: int, row_budget: int) -> float:
+        """As observed with the number of windows nearest to this one, and of those with the nearest row budget. Unseen
+        batch sizes count as free, so that they get tried once."""
+        seen = self._beside[row_budget > 1] or (self._beside[0] if row_budget > 1 else {})
+        if not seen:
+            return 0.0
+        by_budget = seen[min(seen, key=lambda number: abs(number - num_windows))]
+        return by_budget[min(by_budget, key=lambda rows: abs(rows - row_budget))]
 
     def rates(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(accepted, offered) by depth, rounded, so that equal situations are computed once."""
@@ -174,9 +207,9 @@ class DraftBudget:
         return tuple(accepts), tuple(offers)
 
     def _speed(
-        self, row_budget: int, num_windows: int, accepts: tuple[float, ...] = (), offers: tuple[float, ...] = ()
+        self, budget: Budget, num_windows: int, accepts: tuple[float, ...] = (), offers: tuple[float, ...] = ()
     ) -> float:
         """Tokens a second of one window."""
-        tokens, rows = expected_step(row_budget, accepts, offers)
-        rows = row_budget if self.costs.padded else rows
-        return tokens / (self.costs(num_windows * rows) + self._seconds_beside(num_windows, row_budget > 1))
+        tokens, rows = expected_step(budget, accepts, offers)
+        rows = budget.rows if self.costs.padded else rows
+        return tokens / (self.costs(num_windows * rows) + self._seconds_beside(num_windows, budget.rows))

@@ -2,7 +2,9 @@
 """The table of what forwards cost, by their number of rows."""
 
 import bisect
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 
 
 class StepCosts:
@@ -30,6 +32,20 @@ class StepCosts:
         assert rows > self.most_rows
         self._rows.append(rows)
         self._seconds.append(max(seconds, self._seconds[-1] if self._seconds else 0.0))  # more never cost less
+
+    def measure(self, forward: Callable[[int], None], most_rows: int, seconds: float) -> float:
+        """Extend the table by twice the rows each time, the least of three calls of ``forward``, up to ``most_rows``
+        and until ``seconds`` have passed; returns how many did."""
+        started, spent = time.perf_counter(), 0.0
+        while (rows := 2 * self.most_rows or 1) <= most_rows and spent < seconds:
+            best = math.inf
+            for _ in range(3):
+                start = time.perf_counter()
+                forward(rows)
+                best = min(best, time.perf_counter() - start)
+            self.add(rows, best)
+            spent = time.perf_counter() - started
+        return spent
 
     def table(self) -> list[tuple[int, float]]:
         """(rows, seconds) as measured."""

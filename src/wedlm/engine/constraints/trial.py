@@ -7,17 +7,12 @@ replaced by the next trial.
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
-from typing import IO, Any
 
 from wedlm.engine.constraints import trial_worker
 from wedlm.engine.constraints.trial_worker import LIMITS, Limits, why_it_ended
+from wedlm.engine.helper_process import HelperProcess
 
 NUM_WORKERS = 2  # each holds the tables of the tokenizer
 _MAX_WALL_S = 10.0  # of a trial whose processor time is limited, on a machine with much else to do
@@ -58,7 +53,7 @@ class Trials:
 
     def __init__(self, tokenizer_json: str, vocab_size: int, limits: Limits = LIMITS) -> None:
         self._limits = limits
-        self._first = _line([tokenizer_json, vocab_size])
+        self._first = json.dumps([tokenizer_json, vocab_size]).encode()
         self._places = threading.Semaphore(NUM_WORKERS)
         self._idle: list[_Worker] = []
         self._closed = False
@@ -73,13 +68,13 @@ class Trials:
 
         TrialFailed where that could not be found out; TrialCancelled.
         """
-        question = _line([schema, grammar])
+        question = json.dumps([schema, grammar]).encode()
         with self._places:
             for _ in range(2):  # once more if somebody else ended the process
                 if cancellation.cancelled:
                     raise TrialCancelled
                 worker = self._take()
-                answer: Any = None
+                answer: bytes | None = None
                 try:
                     cancellation.guard(worker.kill)
                     answer = worker.ask(question, _MAX_WALL_S)
@@ -90,7 +85,8 @@ class Trials:
                     else:
                         self._give_back(worker)
                 if answer is not None:
-                    return answer[0], answer[1]
+                    refusal, seconds = json.loads(answer)
+                    return refusal, seconds
                 if worker.late:
                     raise TrialFailed(f"this machine did not compile it within {_MAX_WALL_S:g} s; try again later")
                 if not worker.killed:
@@ -121,77 +117,18 @@ class Trials:
             self.close()
 
 
-class _Worker:
+class _Worker(HelperProcess):
     """One process, which knows the tokenizer."""
 
     def __init__(self, first: bytes, limits: Limits) -> None:
         """TrialFailed if it does not come up."""
-        # One heap, so that the limit of memory is not taken for the address space of others.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_ARENA_MAX": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", trial_worker.__name__, str(limits.seconds), str(limits.megabytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._questions: IO[bytes] = self._process.stdin
-        self._answers: IO[bytes] = self._process.stdout
-        self.late = False
+        super().__init__(trial_worker.__name__, str(limits.seconds), str(limits.megabytes))
         try:
-            error = self.ask(first, _MAX_START_S, died="the process that compiles grammars did not start")
-            if error is not None:
+            answer = self.ask(first, _MAX_START_S)
+            if answer is None:
+                raise TrialFailed("the process that compiles grammars did not start")
+            if (error := json.loads(answer)) is not None:
                 raise TrialFailed(error)
         except BaseException:
             self.close()
             raise
-
-    def ask(self, question: bytes, limit_s: float, died: Any = None) -> Any:
-        """The answer, or ``died`` if the process ended over it."""
-        timer = threading.Timer(limit_s, self._be_late)
-        timer.daemon = True
-        timer.start()
-        try:
-            self._questions.write(question)
-            self._questions.flush()
-            answer = self._answers.readline()
-        except OSError:
-            answer = b""
-        finally:
-            timer.cancel()
-        if answer.endswith(b"\n"):
-            return json.loads(answer)
-        self._process.kill()
-        self._process.wait()
-        return died
-
-    @property
-    def killed(self) -> bool:
-        """Whether the process was ended as only others do it."""
-        return self._process.poll() == -getattr(signal, "SIGKILL", 0)
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def close(self) -> int:
-        """End the process; its return code."""
-        self._process.kill()
-        returncode = self._process.wait()
-        for stream in (self._questions, self._answers):
-            with suppress(OSError):  # what was not written has no reader
-                stream.close()
-        return returncode
-
-    def _be_late(self) -> None:
-        self.late = True
-        self._process.kill()
-
-
-def _line(value: Any) -> bytes:
-    return json.dumps(value).encode() + b"\n"

@@ -2,9 +2,9 @@
 """The process that compiles a stranger's grammar before the server does, see ``trial.py``: ``python -m`` this, with the
 limits' seconds and megabytes.
 
-Lines of JSON on the standard streams. First comes [tokenizer, vocabulary size], answered by null or a sentence; then
-grammars, [schema, grammar], each answered by [null or a sentence, seconds of processor time]. What breaks the limits
-ends the process. The time limit is one of processor time where there are interval timers (not on Windows); the memory
+It is asked in JSON. First comes [tokenizer, vocabulary size], answered by null or a sentence; then grammars,
+[schema, grammar], each answered by [null or a sentence, seconds of processor time]. What breaks the limits ends the
+process. The time limit is one of processor time where there are interval timers (not on Windows); the memory
 limit counts from what is held before, where /proc tells that (Linux).
 """
 
@@ -16,10 +16,11 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from wedlm.engine.constraints.build import build, load_tokens, sentence
 from wedlm.engine.constraints.one_of import check_one_of
+from wedlm.engine.helper_process import answer_questions
 
 
 @dataclass(frozen=True)
@@ -37,30 +38,32 @@ _STACK_BYTES = 2**20
 
 
 def main() -> None:
-    """Serve until the standard input ends."""
-    if hasattr(signal, "SIGINT"):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    """Serve until nobody can ask any more."""
     threading.stack_size(_STACK_BYTES)
-    meter = _Meter(Limits(float(sys.argv[1]), int(sys.argv[2])))
-    thread = threading.Thread(target=_serve, args=(sys.stdin.buffer, sys.stdout.buffer, meter), daemon=True)
+    trials = _Trials(Limits(float(sys.argv[1]), int(sys.argv[2])))
+    # Only the main thread may say what signals do, and only another has a stack of that size.
+    if hasattr(signal, "SIGINT"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    thread = threading.Thread(target=answer_questions, args=(trials.answer,), daemon=True)
     thread.start()
     thread.join()
 
 
-def _serve(questions: IO[bytes], answers: IO[bytes], meter: "_Meter") -> None:
-    tokens = None
-    for line in questions:
-        if tokens is None:
-            tokens, error = _load(*json.loads(line))
-            answer: Any = error
-        else:
-            started = time.process_time()
-            meter.start()
-            error = _try(tokens, *json.loads(line))
-            meter.stop()
-            answer = [error, time.process_time() - started]
-        answers.write(json.dumps(answer).encode() + b"\n")
-        answers.flush()
+class _Trials:
+    """Answers of one process."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._meter, self._tokens = _Meter(limits), None
+
+    def answer(self, question: bytes) -> bytes:
+        if self._tokens is None:
+            self._tokens, error = _load(*json.loads(question))
+            return json.dumps(error).encode()
+        started = time.process_time()
+        self._meter.start()
+        error = _try(self._tokens, *json.loads(question))
+        self._meter.stop()
+        return json.dumps([error, time.process_time() - started]).encode()
 
 
 def _load(tokenizer_json: str, vocab_size: int) -> tuple[Any, str | None]:

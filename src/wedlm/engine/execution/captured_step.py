@@ -48,7 +48,7 @@ class CapturedStep:
         self.step = DeviceStep(model, cache, windows, self.tables, mask_token_id)
         self.graphs = StepGraphs(self.step)
         self._state = windows.state  # whose tensors the captured steps hold
-        self._row_budget = 1
+        self._budget = 1, 0  # rows and drafts
         self._flags: tuple[list[DecodeParams], BatchFlags] = [], BatchFlags.of([])  # of the latest windows
         self._num_pages_sent: dict[str, int] = {}  # by request: pages that the device's table has
         self._index: dict[int, tuple[list[int], Tensor]] = {}  # by number of sequences: what it holds, static tensor
@@ -95,9 +95,10 @@ class CapturedStep:
         if self.windows.state is not self._state:  # a wider window came
             self._state = self.windows.state
             self.graphs.clear()
-        if new or plan.row_budget != self._row_budget:
-            self._row_budget = plan.row_budget
-            self.tables.limit(plan.row_budget)
+        budget = plan.row_budget, plan.max_drafts
+        if new or budget != self._budget:
+            self._budget = budget
+            self.tables.limit(*budget)
         self._send_pages(plan.scheduled)
 
     def _flags_of(self, windows: list[ScheduledRequest]) -> BatchFlags:

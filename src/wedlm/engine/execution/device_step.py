@@ -80,9 +80,9 @@ class DeviceTables:
         self.page_table = torch.zeros(num_slots, num_pages, dtype=torch.long, device=windows.device)
         self.row_budget, self.max_drafts = params.window.row_budget.clone(), params.window.max_drafts.clone()
 
-    def limit(self, row_budget: int) -> None:
-        """Let adaptive windows have at most ``row_budget`` rows from the next launch on."""
-        limited = self.params.limited(row_budget)
+    def limit(self, row_budget: int, max_drafts: int) -> None:
+        """Let adaptive windows have at most ``row_budget`` rows and ``max_drafts`` drafts from the next launch on."""
+        limited = self.params.limited(row_budget, max_drafts)
         self.row_budget.copy_(limited.row_budget)
         self.max_drafts.copy_(limited.max_drafts)
 
@@ -119,7 +119,7 @@ class DeviceStep:
         return self._streaming(shape, index, chunks)
 
     def _chunks(self, shape: StepShape, chunks: ChunkRows) -> Tensor:
-        attend = PagedAttend(self.cache, [self._plan_chunks(shape, chunks)], chunks.slots)
+        attend = self._attend([self._plan_chunks(shape, chunks)], chunks.slots)
         self.model(chunks.tokens, chunks.positions, attend, chunks.slots[:0])
         results, _ = empty_results(0, self.windows.state.tokens.shape[1], chunks.slots.device)
         return results
@@ -146,7 +146,10 @@ class DeviceStep:
             )
             groups = [replace(plan, within=shape.num_window_rows), self._plan_chunks(shape, chunks)]
             logits_indices = row[: shape.num_logits] if logits_indices is None else logits_indices
-        return self.model(tokens, positions, PagedAttend(self.cache, groups, slots), logits_indices, masked)
+        return self.model(tokens, positions, self._attend(groups, slots), logits_indices, masked)
+
+    def _attend(self, groups: list[PagedRows], slots: Tensor) -> PagedAttend:
+        return PagedAttend(self.cache, groups, slots, self.model.deterministic)
 
     def _verified(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> Tensor:
         state, tables, page_size = self.windows.state, self.tables, self.cache.page_size

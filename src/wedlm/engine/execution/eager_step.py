@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step in plain torch operations, one after the other, with exact sizes: the reference for every other way."""
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,10 +22,9 @@ from wedlm.engine.execution.rows import Report, choose_row_tokens, window_rows
 from wedlm.engine.execution.sampling_tensors import BatchParams
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.plan import ScheduledRequest, StepPlan, StepResults, WindowResult
-from wedlm.engine.request import Request, TopLogprobs
-from wedlm.engine.sampling_params import MAX_LOGPROBS
+from wedlm.engine.request import Request
 
-_MEASURING_S = 0.7  # for the table of costs
+MEASURING_S = 0.7  # for the table of costs
 
 A = TypeVar("A")
 
@@ -64,35 +61,34 @@ class EagerStep(Generic[A]):
         pass
 
     def measure_costs(self, costs: StepCosts, most_rows: int) -> None:
-        """With forwards of 1, 2, 4, ... rows, until all calls together have taken ``_MEASURING_S``."""
+        """With forwards of 1, 2, 4, ... rows, until all calls together have taken ``MEASURING_S``."""
         attend = cast(A, CausalAttend())  # only asked of models that attend so: captured steps time themselves
-        with torch.inference_mode():
-            while (num_rows := 2 * costs.most_rows or 1) <= most_rows and self._measured_s < _MEASURING_S:
-                started, best = time.perf_counter(), math.inf
-                tokens = torch.arange(num_rows, device=self.device) % 2
-                for _ in range(3):
-                    start = time.perf_counter()
-                    positions = torch.arange(num_rows, device=self.device)
-                    self.model(tokens, positions, attend, tokens, positions[1:] if num_rows > 1 else None)
-                    if self.device.type == "cuda":
-                        torch.cuda.synchronize()
-                    best = min(best, time.perf_counter() - start)
-                costs.add(num_rows, best)
-                self._measured_s += time.perf_counter() - started
+
+        @torch.inference_mode()
+        def forward(num_rows: int) -> None:
+            tokens, positions = (
+                torch.arange(num_rows, device=self.device) % 2,
+                torch.arange(num_rows, device=self.device),
+            )
+            self.model(tokens, positions, attend, tokens, positions[1:] if num_rows > 1 else None)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+
+        self._measured_s += costs.measure(forward, most_rows, MEASURING_S - self._measured_s)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> FinishedStep:
         """One forward: windows' rows, then chunks' rows."""
         windows = [one for one in plan.scheduled if one.is_window]
         chunks = plan.scheduled[len(windows) :]
-        results: StepResults = [*self._run_windows(windows, chunks, plan.row_budget)] if windows else []
+        results: StepResults = [*self._run_windows(windows, chunks, plan)] if windows else []
         if not windows:
             none = torch.zeros(0, dtype=torch.long, device=self.device)
             self._forward(ExtendBatch([], [], []), chunks, none, none, none, None)
         return FinishedStep([*results, *[None] * len(chunks)])
 
     def _run_windows(
-        self, windows: list[ScheduledRequest], chunks: list[ScheduledRequest], row_budget: int
+        self, windows: list[ScheduledRequest], chunks: list[ScheduledRequest], plan: StepPlan
     ) -> list[WindowResult]:
         self.windows.load([one.request for one in windows])
         slots = [self.windows.slots[one.request.request_id] for one in windows]
@@ -120,13 +116,13 @@ class EagerStep(Generic[A]):
             constrain=None if constrained is None else partial(constrained.apply, sequence, column),
         )  # fmt: skip
         if chosen.raw_logprobs is not None:
-            self._keep_top_logprobs(chosen.raw_logprobs, sequence, target, windows)
+            self.windows.keep_top_logprobs([one.request for one in windows], sequence, target, chosen.raw_logprobs)
         results = chosen.by_column(sequence, column, state.tokens.shape)
         if self.force_choice is not None:
             results = replace(results, choice=self.force_choice(state, results, params.window))
         if constrained is not None:
             constrained.draft(results)
-        state, emitted = update_windows(state, run, results, params.limited(row_budget))
+        state, emitted = update_windows(state, run, results, params.limited(plan.row_budget, plan.max_drafts))
         if constrained is not None:
             constrained.correct(run, state, emitted)
         self.windows.state.put(index, state)
@@ -166,24 +162,6 @@ class EagerStep(Generic[A]):
         attend = self.plan_attention(self.cache, batch)
         return self.model(torch.cat(tokens), torch.cat(positions), attend, logits_indices, masked)
 
-    def _keep_top_logprobs(
-        self, logprobs: Tensor, sequence: Tensor, target: Tensor, windows: list[ScheduledRequest]
-    ) -> None:
-        """Remember the top log-probabilities for every position that this step may fill; emission reads the last ones.
-
-        A masked position that stays masked is overwritten by the next step. When verifying, the masked row of a
-        position comes after the filled row that decides it, so the first one written for a position stands.
-        """
-        top = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[1]), dim=1)
-        items = zip(sequence.tolist(), target.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
-        written: set[tuple[int, int]] = set()
-        for s, position, tokens, values in items:
-            count = windows[s].request.params.logprobs
-            if count is not None and (s, position) not in written:
-                written.add((s, position))
-                kept = self.windows.top_logprobs[windows[s].request.request_id]
-                kept[position] = list(zip(tokens[:count], values[:count], strict=True))
-
     def _read(
         self,
         windows: list[ScheduledRequest],
@@ -198,10 +176,7 @@ class EagerStep(Generic[A]):
         widest = max(counts)
         tokens, logprobs = emitted.tokens[:, :widest].tolist(), emitted.logprobs[:, :widest].tolist()
         for s, one in enumerate(windows):
-            top: list[TopLogprobs] = []
-            if one.request.params.logprobs is not None:
-                kept, first = self.windows.top_logprobs[one.request.request_id], len(one.request.output.tokens)
-                top = [kept.pop(first + i) for i in range(counts[s])]
+            top = self.windows.pop_top_logprobs(one.request, counts[s])
             results.append(
                 WindowResult(tokens[s][: counts[s]], logprobs[s][: counts[s]], top, num_rows[s], cached[s], drafts[s])
             )

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from wedlm.algorithm.params import DecodeParams, drafts_of
+from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.sample import SamplingBatch
 from wedlm.algorithm.window import WindowParams
 
@@ -47,12 +47,12 @@ class BatchParams:
             flags=BatchFlags.of(params),
         )
 
-    def limited(self, row_budget: int) -> WindowParams:
-        """The window parameters with at most ``row_budget`` rows where they are adaptive."""
+    def limited(self, row_budget: int, max_drafts: int) -> WindowParams:
+        """The window parameters with at most ``row_budget`` rows and ``max_drafts`` drafts where they are adaptive."""
         if not self.flags.adaptive:
             return self.window
         rows = torch.where(self.is_adaptive, self.window.row_budget.clamp(max=row_budget), self.window.row_budget)
-        most = self.window.max_drafts.clamp(max=drafts_of(row_budget))
+        most = self.window.max_drafts.clamp(max=max_drafts)
         return replace(
             self.window, row_budget=rows, max_drafts=torch.where(self.is_adaptive, most, self.window.max_drafts)
         )

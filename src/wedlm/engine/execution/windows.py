@@ -4,10 +4,12 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from wedlm.algorithm.window import WindowState
 from wedlm.engine.execution.transfer import scatter_rows
 from wedlm.engine.request import Request, TopLogprobs, WindowSnapshot
+from wedlm.engine.sampling_params import MAX_LOGPROBS
 
 
 class Windows:
@@ -53,6 +55,32 @@ class Windows:
             (state.logprobs, torch.tensor([[*w.logprobs, *zeros] for w, zeros in both])),
         ]
         scatter_rows(slots, values)
+
+    def keep_top_logprobs(
+        self, requests: Sequence[Request], sequence: Tensor, target: Tensor, logprobs: Tensor
+    ) -> None:
+        """Remember the top log-probabilities for every position that this step may fill; emission reads the last ones.
+        ``sequence`` [L] and ``target`` [L]: index in ``requests`` and position of each row of ``logprobs`` [L, V].
+
+        A masked position that stays masked is overwritten by the next step. When verifying, the masked row of a
+        position comes after the filled row that decides it, so the first one written for a position stands.
+        """
+        top = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[1]), dim=1)
+        items = zip(sequence.tolist(), target.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+        written: set[tuple[int, int]] = set()
+        for s, position, tokens, values in items:
+            count = requests[s].params.logprobs
+            if count is not None and (s, position) not in written:
+                written.add((s, position))
+                kept = self.top_logprobs[requests[s].request_id]
+                kept[position] = list(zip(tokens[:count], values[:count], strict=True))
+
+    def pop_top_logprobs(self, request: Request, count: int) -> list[TopLogprobs]:
+        """Those of the next ``count`` tokens, which have become final; none if they were not asked for."""
+        if request.params.logprobs is None:
+            return []
+        kept, first = self.top_logprobs[request.request_id], len(request.output.tokens)
+        return [kept.pop(first + i) for i in range(count)]
 
     def unload(self, request: Request) -> None:
         """Free the request's slot, if it has one."""

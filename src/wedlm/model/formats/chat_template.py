@@ -91,8 +91,10 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes <, > and & for HTML, which would corrupt a prompt.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    # Jinja's own filter escapes <, > and & for HTML, which would corrupt a prompt. Piece by piece, because in one
+    # call a megabyte of tools would keep all other threads waiting.
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return "".join(encoder.iterencode(value))
 
 
 def _refuse(message: str) -> str:

@@ -7,11 +7,13 @@ model in the wanted dtype plus the largest tensor.
 
 import dataclasses
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,8 +22,10 @@ from torch import Tensor, nn
 from wedlm.model.config import SUPPORTED_DTYPES, ModelConfig, read_token_ids
 from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_DELTAS, DEMO_MASK_TOKEN_ID
 from wedlm.model.errors import CheckpointError, reading
+from wedlm.model.formats.fp8_checkpoint import FP8, SCALE, is_scale, is_unused, with_scales
 from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_model import gguf_shapes, read_gguf_config, read_gguf_tensors
+from wedlm.model.formats.int8_rows import Int8Rows, join_scale
 from wedlm.model.formats.json_file import read_json_object
 from wedlm.model.formats.resolve import DEMO_BASE_NAME, DEMO_NAME, locate
 from wedlm.model.formats.save import save_shared, write_whole
@@ -30,42 +34,119 @@ from wedlm.model.lora.masked_rows import has_masked_lora
 from wedlm.model.lora.weight_delta import apply_delta
 from wedlm.model.transformer import Transformer
 
+log = logging.getLogger(__name__)
+
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 WEIGHTS_FILE = "model.safetensors"
+_READABLE_DTYPES = (*SUPPORTED_DTYPES, "float8_e4m3fn")
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def load_model(
-    path_or_id: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> tuple[Transformer, ModelConfig]:
-    """The model, in evaluation mode, and its config.
+class _HasShape(Protocol):
+    @property
+    def shape(self) -> Sequence[int]: ...
 
-    ``path_or_id``: a Hugging Face directory, a ``.gguf`` file, a hub id, "demo" or "demo-base". ``dtype`` None means
-    the one the config records. The config's end tokens are those of ``generation_config.json`` where that file has
-    any. Raises CheckpointError, or DemoModelError if the demo model cannot be fetched.
+
+Shaped = TypeVar("Shaped", bound=_HasShape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was opened: its config, which fits its tensors' shapes, and the tensors, one at a time.
+
+    ``gguf`` or ``files`` (safetensors) hold them; ``deltas`` are added to them as they are read. ``shapes``: of all
+    tensors, by Hugging Face's names, in their order. ``is_int8``: whether matrices lie in eight bits with
+    scales (``int8_rows``).
     """
+
+    path: Path
+    config: ModelConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    gguf: GGUFFile | None = None
+    files: tuple[Path, ...] = ()
+    deltas: tuple[Path, ...] = ()
+    is_int8: bool = False
+
+    def tensors(self, keeps_fp8: bool = False) -> Iterator[tuple[str, Tensor | Int8Rows]]:
+        """(Hugging Face's name, tensor) of each; float32 where they come from blocks. ``keeps_fp8``: as ``with_scales``
+        has it."""
+        if self.gguf is None:
+            if self.is_int8:
+                return _read_int8(self.files, self.config, self.path)
+            return _read_tensors(self.files, self.config, keeps_fp8, self.path)
+        tensors = read_gguf_tensors(self.gguf, self.config)
+        for delta in self.deltas:
+            tensors = apply_delta(tensors, delta, in_place=True)
+        return iter(tensors)
+
+
+def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
+    """The checkpoint, as ``load_model`` finds it, with no tensor read. Raises as ``load_model`` does."""
     path = locate(path_or_id)
-    file = GGUFFile(path) if path.is_file() else None
-    config = read_config(path) if file is None else read_gguf_config(file)
+    if path.is_file():
+        checkpoint = checkpoint_of_gguf(GGUFFile(path))
+    else:
+        checkpoint = checkpoint_of_files(path, read_config(path), _weight_files(path))
+    config = checkpoint.config
     if path_or_id in (DEMO_NAME, DEMO_BASE_NAME):
         config = dataclasses.replace(config, mask_token_id=DEMO_MASK_TOKEN_ID)
     if path_or_id == DEMO_NAME:
         config = dataclasses.replace(config, block_size=DEMO_BLOCK_SIZE)
+    return dataclasses.replace(checkpoint, config=config, deltas=DEMO_DELTAS if path_or_id == DEMO_NAME else ())
+
+
+def checkpoint_of_gguf(file: GGUFFile) -> Checkpoint:
+    """A checkpoint in a GGUF file. Raises CheckpointError."""
+    config, shapes = read_gguf_config(file), gguf_shapes(file)
+    file.check_places()
+    _check_sizes(config, shapes, file.path)
+    return Checkpoint(file.path, config, shapes, file)
+
+
+def checkpoint_of_files(path: Path, config: ModelConfig, files: Iterable[Path]) -> Checkpoint:
+    """A checkpoint in safetensors files. Raises CheckpointError."""
+    files = tuple(files)
+    shapes, is_int8 = _shapes(files)
+    _check_sizes(config, shapes, path)
+    shapes = {name: shape for name, shape in shapes.items() if not (is_scale(name) or _is_redundant(name, config))}
+    return Checkpoint(path, config, shapes, files=files, is_int8=is_int8)
+
+
+def load_model(
+    path_or_id: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    keeps_fp8: bool = False,
+) -> tuple[Transformer, ModelConfig]:
+    """The model, in evaluation mode, and its config.
+
+    ``path_or_id``: a Hugging Face directory, a ``.gguf`` file, a hub id, "demo" or "demo-base". ``dtype`` None means
+    the one the config records. Weights in FP8 are widened to it, with a warning; ``keeps_fp8`` leaves layers as they
+    are where each output has one scale, for ``pack_for_inference`` alone. The config's end tokens are those of
+    ``generation_config.json`` where that file has
+    any. Raises CheckpointError, or DemoModelError if the demo model cannot be fetched.
+    """
+    checkpoint = open_checkpoint(path_or_id)
+    return load_torch(checkpoint, dtype, device, keeps_fp8=keeps_fp8), checkpoint.config
+
+
+def load_torch(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    keeps_fp8: bool = False,
+) -> Transformer:
+    """``load_model`` of a checkpoint that was opened."""
+    config = checkpoint.config
     dtype = getattr(torch, config.dtype) if dtype is None else dtype
     if str(dtype).removeprefix("torch.") not in SUPPORTED_DTYPES:
         raise CheckpointError(f"dtype is {dtype}; expected one of {', '.join(SUPPORTED_DTYPES)}")
-    files = _weight_files(path) if file is None else []
-    if file is not None:
-        file.check_places()
-    _check_sizes(config, _shapes(files) if file is None else gguf_shapes(file), path)
     with torch.device("meta"):
         model = Transformer(config)
-    tensors = _read_files(files, config) if file is None else read_gguf_tensors(file, config)
-    if path_or_id == DEMO_NAME:
-        for delta in DEMO_DELTAS:
-            tensors = apply_delta(tensors, delta)
-    _fill(model, tensors, dtype, torch.device(device), path)
-    return model.eval(), config
+    _fill(model, checkpoint.tensors(keeps_fp8), dtype, torch.device(device), checkpoint.path)
+    return model.eval()
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -116,44 +197,67 @@ def save_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, directory: 
 
 def _fill(
     model: Transformer,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Int8Rows]],
     dtype: torch.dtype,
     device: torch.device,
     origin: Path,
 ) -> None:
     """Replace the model's meta parameters by ``tensors``; every name and shape must match."""
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    loaded: set[str] = set()
+    for name, tensor in checked_tensors(tensors, model, origin):
+        owner, _, leaf = name.rpartition(".")
+        if leaf == SCALE:
+            assert isinstance(tensor, Tensor), "of weights that stay in FP8"
+            model.get_submodule(owner).register_buffer(SCALE, tensor.to(device))
+            continue
+        wide = tensor.widened() if isinstance(tensor, Int8Rows) else tensor
+        if wide.dtype == FP8:  # its scale came before it
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(wide.to(device, copy=True), requires_grad=False))
+            continue
+        # A copy even if nothing changes: the tensor may be a view of a mapped file that is about to be closed.
+        value = wide.to(device=device, dtype=dtype, copy=True)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+    model.tie_weights()
+    model.to(device)  # what is left: RoPE's frequencies
+
+
+def checked_tensors(
+    tensors: Iterable[tuple[str, Shaped]], model: Transformer, origin: Path
+) -> Iterator[tuple[str, Shaped]]:
+    """``tensors``, if they are the parameters of ``model`` (which may be on the meta device) by name and shape, all of
+    them. Raises CheckpointError."""
+    missing = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = dict(missing)
     for name, tensor in tensors:
+        if name.removesuffix(SCALE) + "weight" in expected and name.endswith(SCALE):
+            yield name, tensor
+            continue
         if name not in expected:
             raise CheckpointError(
                 f"{origin} holds the tensor {name}, which a {model.config.model_type} model of this "
                 "config does not have"
             )
-        if tensor.shape != expected[name]:
+        if list(tensor.shape) != expected[name]:
             raise CheckpointError(
-                f"{origin}: tensor {name} has shape {list(tensor.shape)}; expected {list(expected[name])} by the config"
+                f"{origin}: tensor {name} has shape {list(tensor.shape)}; expected {expected[name]} by the config"
             )
-        if str(tensor.dtype).removeprefix("torch.") not in SUPPORTED_DTYPES:
+        if isinstance(tensor, Tensor) and str(tensor.dtype).removeprefix("torch.") not in _READABLE_DTYPES:
             raise CheckpointError(
                 f"{origin}: tensor {name} has dtype {tensor.dtype}; expected one of {', '.join(SUPPORTED_DTYPES)}"
             )
-        owner, _, leaf = name.rpartition(".")
-        # A copy even if nothing changes: the tensor may be a view of a mapped file that is about to be closed.
-        value = tensor.to(device=device, dtype=dtype, copy=True)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
-        loaded.add(name)
-    missing = [name for name in expected if name not in loaded]
+        missing.pop(name, None)
+        yield name, tensor
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{origin} lacks the tensor {missing[0]}{others}")
-    model.tie_weights()
-    model.to(device)  # what is left: RoPE's frequencies
+        raise CheckpointError(f"{origin} lacks the tensor {next(iter(missing))}{others}")
 
 
 def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Tensors that old checkpoints carry although they follow from the config or from another tensor."""
-    return name.endswith(".rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+    """Tensors that checkpoints carry although they follow from the config or from another tensor, or are not used."""
+    return (
+        is_unused(name)
+        or name.endswith(".rotary_emb.inv_freq")
+        or (config.tie_word_embeddings and name == "lm_head.weight")
+    )
 
 
 def _check_sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], origin: Path) -> None:
@@ -183,13 +287,17 @@ def _check_sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], ori
             )
 
 
-def _shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+def _shapes(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], bool]:
+    """Shapes of all tensors, and whether some are int8."""
     shapes: dict[str, tuple[int, ...]] = {}
+    is_int8 = False
     for path in files:
         with _safetensors(path), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-    return shapes
+                part = file.get_slice(name)
+                shapes[name] = tuple(part.get_shape())
+                is_int8 = is_int8 or part.get_dtype() == "I8"
+    return shapes, is_int8
 
 
 @contextmanager
@@ -200,17 +308,46 @@ def _safetensors(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is a corrupt or truncated safetensors file: {error}") from error
 
 
-def _read_files(files: Iterable[Path], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor in safetensors files that is not redundant, one at a time."""
+def _read_files(
+    files: Iterable[Path], config: ModelConfig, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every wanted tensor in safetensors files that is not redundant, one at a time."""
     for path in files:
         with _safetensors(path):
             with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if not _is_redundant(name, config)]  # noqa: SIM118
+                names = [name for name in file.keys() if wanted(name) and not _is_redundant(name, config)]  # noqa: SIM118
             for name in names:
                 # Opened anew for each tensor: closing unmaps the pages read, which otherwise count as a second copy.
                 with safe_open(path, framework="pt") as file:
                     tensor = file.get_tensor(name)
                     yield name, tensor
+
+
+def _read_tensors(
+    files: Iterable[Path], config: ModelConfig, keeps_fp8: bool, origin: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """``_read_files``, what is in FP8 by ``with_scales``."""
+    scales = dict(_read_files(files, config, is_scale))
+    tensors = _read_files(files, config, lambda name: not is_scale(name))
+    if not scales:
+        yield from tensors
+        return
+    blocks = any(scale.ndim == 2 and scale.shape[1] > 1 for scale in scales.values())
+    if blocks or not keeps_fp8:
+        kind = " by blocks of 128 x 128" if blocks else ""
+        log.warning("%s: weights in FP8%s are widened; quantization 'fp8' rounds them again, by output", origin, kind)
+    try:
+        yield from with_scales(tensors, scales, keeps_fp8)
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+
+
+def _read_int8(files: Iterable[Path], config: ModelConfig, origin: Path) -> Iterator[tuple[str, Tensor | Int8Rows]]:
+    """``_read_files``, matrices in int8 with their scales."""
+    scales = dict(_read_files(files, config, is_scale))
+    for name, tensor in _read_files(files, config, lambda name: not is_scale(name)):
+        is_rows = tensor.dtype == torch.int8 and tensor.ndim == 2
+        yield name, join_scale(origin, name, tensor, scales) if is_rows else tensor
 
 
 def _weight_files(directory: Path) -> list[Path]:

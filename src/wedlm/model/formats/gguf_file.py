@@ -6,6 +6,7 @@ package still supplies the block formats and their dequantisation.
 """
 
 import math
+import mmap
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,8 @@ from wedlm.model.errors import CheckpointError
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
+# What messages name; the gguf package reads a few more.
+USUAL_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # The longest arrays of strings are the merges of large vocabularies, some 600,000.
 _MAX_STRINGS, _MAX_DIMENSIONS, _MAX_ALIGNMENT = 2**21, 4, 2**20
 # The least bytes that an entry takes: a key's length, type and value; a name's length, dimensions, type and place.
@@ -47,10 +50,11 @@ class GGUFFile:
         self.path = path
         with path.open("rb") as file:
             start = file.read(24)
-        if len(start) < 24 or not start.startswith(b"GGUF"):
-            raise CheckpointError(f"{path} is no GGUF file: it does not start with its signature")
-        # Mode c (private, copy on write) because torch refuses read-only arrays; nothing is ever written.
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="c").view(np.ndarray)
+            if len(start) < 24 or not start.startswith(b"GGUF"):
+                raise CheckpointError(f"{path} is no GGUF file: it does not start with its signature")
+            # Private, copy on write, because torch refuses read-only arrays; nothing is ever written.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
         try:
             self.metadata, self.tensors = _Header(self._bytes).read()
         except (struct.error, UnicodeDecodeError, _MalformedError) as error:
@@ -96,7 +100,9 @@ class GGUFFile:
         try:
             return GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.path}: tensor {name} has an unknown type {kind}") from error
+            raise CheckpointError(
+                f"{self.path}: tensor {name} has an unknown type {kind}; expected one of {', '.join(USUAL_TYPES)}"
+            ) from error
 
     def blocks(self, name: str) -> np.ndarray:
         """Tensor ``name`` as it lies in the file: uint8 [rows, bytes of a row]. Raises CheckpointError."""
@@ -108,6 +114,12 @@ class GGUFFile:
         if place.start + num_bytes > len(self._bytes):
             raise CheckpointError(f"{self.path} is truncated: tensor {name} ends past the end of the file")
         return self._bytes[place.start : place.start + num_bytes].reshape(math.prod(place.shape[:-1]), -1)
+
+    def release(self) -> None:
+        """Give back the memory of the pages that were read, which count as the process's; they are read again if
+        needed. Whoever went through a whole file would otherwise hold it twice."""
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def type_name(self, name: str) -> str:
         """The block format of tensor ``name``, as GGUF calls it. Raises CheckpointError for an unknown one."""
@@ -132,7 +144,10 @@ class GGUFFile:
         try:
             values = dequantize(data.reshape(rows, -1), quantisation)
         except NotImplementedError as error:
-            raise CheckpointError(f"{self.path}: tensor {name} has the unsupported type {quantisation.name}") from error
+            raise CheckpointError(
+                f"{self.path}: tensor {name} has the unsupported type {quantisation.name}; expected one of "
+                f"{', '.join(USUAL_TYPES)}"
+            ) from error
         return torch.from_numpy(np.asarray(values, dtype=np.float32)).reshape(place.shape)
 
 

@@ -29,7 +29,12 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Ours: what a WeDLM checkpoint records beyond the AR model.
+MASK_TOKEN_KEY, BLOCK_SIZE_KEY = "wedlm.mask_token_id", "wedlm.block_size"
 _LAYER_TENSOR = re.compile(r"blk\.(\d{1,9})\.(\w+)\.(weight|bias)")
+_HF_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.+)\.(weight|bias)")
+_LAYER_KINDS = {name: kind for kind, name in _LAYER_NAMES.items()}
+_GGUF_TOP_NAMES = {name: kind for kind, name in _TOP_NAMES.items()}
 _UNSUPPORTED_ROPE_KEYS = ("alpha", "attn_factor", "yarn_log_multiplier", "yarn_ext_factor", "yarn_attn_factor")
 
 
@@ -76,6 +81,8 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "bos_token_id": file.optional("tokenizer.ggml.bos_token_id", int),
         "eos_token_id": _end_token_ids(file),
+        "mask_token_id": file.optional(MASK_TOKEN_KEY, int),
+        "block_size": file.optional(BLOCK_SIZE_KEY, int),
         "dtype": "bfloat16",
     }
     with reading(file.path):
@@ -87,10 +94,11 @@ def read_gguf_tensors(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str
     for name in file.tensors:
         with reading(file.path):
             tensor = file.tensor(name)
-            heads = permuted_heads(name, config)
+            heads = permuted_heads(name, config.model_type, config)
             if heads is not None:
                 tensor = unpermute_rows(tensor, heads)
         yield checkpoint_name(name), tensor
+        file.release()
 
 
 def gguf_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
@@ -98,10 +106,10 @@ def gguf_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
     return {checkpoint_name(name): place.shape for name, place in file.tensors.items()}
 
 
-def permuted_heads(name: str, config: ModelConfig) -> int | None:
+def permuted_heads(name: str, arch: str, config: ModelConfig) -> int | None:
     """How many heads a tensor's rows are, where GGUF has them in llama's layout; None: they are as Hugging Face's."""
     match = _LAYER_TENSOR.fullmatch(name)
-    if match is None or config.model_type != "llama":
+    if match is None or arch != "llama":
         return None
     return {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(match[2])
 
@@ -113,6 +121,20 @@ def checkpoint_name(name: str) -> str:
         return _TOP_NAMES.get(name, name)
     layer, kind, part = match.groups()
     return f"model.layers.{layer}.{_LAYER_NAMES[kind]}.{part}"
+
+
+def gguf_name(name: str) -> str:
+    """``checkpoint_name`` undone: a tensor's name in GGUF by Hugging Face's."""
+    match = _HF_LAYER.fullmatch(name)
+    if match is None or match[2] not in _LAYER_KINDS:
+        return _GGUF_TOP_NAMES.get(name, name)
+    layer, kind, part = match.groups()
+    return f"blk.{layer}.{_LAYER_KINDS[kind]}.{part}"
+
+
+def permute_rows(tensor: Tensor, num_heads: int) -> Tensor:
+    """``unpermute_rows`` undone."""
+    return tensor.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def unpermute_rows(tensor: Tensor, num_heads: int) -> Tensor:

@@ -5,14 +5,20 @@ The file names the pre-tokenizer instead of carrying it, so each supported name 
 those of the models' own ``tokenizer.json``.
 """
 
+import json
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+from gguf import GGUFWriter
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from wedlm.model.config import ModelConfig
 from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.gguf_file import GGUFFile
 
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LETTERS, _OTHERS = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PATTERNS = {
@@ -105,3 +111,67 @@ def _token_id(file: GGUFFile, kind: str, tokens: list[str]) -> int | None:
     if token_id is not None and not 0 <= token_id < len(tokens):
         raise CheckpointError(f"{file.path}: {key} is {token_id}; expected an id from 0 to {len(tokens) - 1}")
     return token_id
+
+
+def write_gguf_tokenizer(
+    writer: GGUFWriter,
+    tokenizer: Tokenizer,
+    special_tokens: Mapping[str, str],
+    chat_templates: Mapping[str, str],
+    config: ModelConfig,
+) -> None:
+    """Add a byte-level BPE tokenizer to a file: what ``read_gguf_tokenizer`` and ``read_gguf_chat_template`` read back.
+
+    Raises ValueError for a kind that GGUF, or this package, has no name for.
+    """
+    values = json.loads(tokenizer.to_str())
+    if values["model"].get("type") != "BPE":
+        raise ValueError(f"the tokenizer is a {values['model'].get('type')}; expected byte-level BPE")
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    tokens = {token_id: token for token, token_id in vocab.items()}
+    added = {one["id"]: _CONTROL if one["special"] else _USER_DEFINED for one in values["added_tokens"]}
+    if len(tokens) != len(vocab) or max(tokens, default=0) >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids beyond the embedding's {config.vocab_size}, or twice; expected neither"
+        )
+    ids = range(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_kind_of(values))
+    writer.add_token_list([tokens.get(i, f"[PAD{i}]") for i in ids])
+    writer.add_token_types([added.get(i, _NORMAL) if i in tokens else _UNUSED for i in ids])
+    merges = values["model"]["merges"]
+    writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in merges])
+    named = {name: vocab[text] for name, text in special_tokens.items() if text in vocab}
+    ends = [named[name] for name in ("eos_token",) if name in named]
+    ends += [one for one in config.eos_token_ids if one not in ends]
+    bos = named.get("bos_token", config.bos_token_id)
+    unknown, padding = named.get("unk_token"), named.get("pad_token")
+    found = (bos, writer.add_bos_token_id), (unknown, writer.add_unk_token_id), (padding, writer.add_pad_token_id)
+    for token_id, add in (*found, *zip(ends, (writer.add_eos_token_id, writer.add_eot_token_id), strict=False)):
+        if token_id is not None:
+            add(token_id)
+    writer.add_add_bos_token(bos is not None and tokenizer.encode("").ids[:1] == [bos])
+    if set(chat_templates) == {"default"}:
+        writer.add_chat_template(chat_templates["default"])
+    elif chat_templates:
+        writer.add_chat_template([{"name": name, "template": text} for name, text in chat_templates.items()])
+
+
+def _kind_of(values: Mapping[str, Any]) -> str:
+    """The name of a tokenizer's way to cut text, by its ``tokenizer.json``. Raises ValueError."""
+    for kind in SUPPORTED_PRE_TOKENIZERS:
+        known = Tokenizer(BPE())
+        known.pre_tokenizer = _pre_tokenizer(kind)
+        is_whole = bool(values["model"].get("ignore_merges"))
+        if _steps(json.loads(known.to_str())) == _steps(values) and is_whole == (kind == "llama-bpe"):
+            return kind
+    raise ValueError(
+        f"the tokenizer cuts text in a way without a name; expected one of {', '.join(SUPPORTED_PRE_TOKENIZERS)}"
+    )
+
+
+def _steps(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Steps of the pre-tokenizer, without what changes no token."""
+    step = values["pre_tokenizer"] or {}
+    steps = step.get("pretokenizers", [step])
+    return [{key: value for key, value in one.items() if key != "trim_offsets"} for one in steps]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wedlm.model.inference.quantization import Quantization, check_quantization, quantized_linear
+from wedlm.model.formats.fp8_checkpoint import SCALE, has_fp8, widened
+from wedlm.model.inference.quantization import FP8, Fp8Linear, Quantization, check_quantization
 from wedlm.model.layers import MLP, Attention, DecoderLayer, RMSNorm
 from wedlm.model.lora.masked_rows import BlockDiagonal, MaskedLora, ZeroLora, base_layer
 from wedlm.model.transformer import Transformer
@@ -21,14 +22,16 @@ def pack_for_inference(
 
     Layer by layer, so that at most one layer's projections exist twice at any time; a tied output projection gets a
     packed copy of its own. A float16 model on the CPU becomes one of float16 weights and float32 arithmetic (its
-    embeddings, norms, activations and cache). ``quantization``: the layers' weights in eight bits, embeddings as they
-    are, the output projection as it is unless ``quantizes_head``. The ``state_dict`` no longer has the names of a
+    embeddings, norms, activations and cache). ``quantization`` "fp8": the layers' weights in eight bits, embeddings as
+    they are, the output projection as it is unless ``quantizes_head``. The ``state_dict`` no longer has the names of a
     checkpoint: save before packing. Raises ValueError if the model is packed already, or if its shape or device cannot
     be quantised so.
     """
     if is_packed(model):
         raise ValueError("the model is packed already; expected one whose q, k and v projections are separate")
-    check_quantization(quantization, model.config, model.model.embed_tokens.weight.device)
+    if quantization is None and has_fp8(model):
+        raise ValueError("the model's layers are in FP8; expected quantization 'fp8', or weights of another type")
+    check_quantization(quantization, model.config, model.model.embed_tokens.weight.device, quantizes_head)
     model.requires_grad_(False)
     for layer in _layers(model):
         _pack_attention(layer.self_attn, quantization)
@@ -72,12 +75,21 @@ def _fuse(*linears: nn.Module, quantization: Quantization | None) -> nn.Module:
     bases = [base_layer(linear) for linear in linears]
     weights: list[Tensor] = [linear.get_parameter("weight") for linear in bases]
     biases: list[Tensor] = [linear.get_parameter("bias") for linear in bases if linear.bias is not None]
+    scale = None
+    if all(weight.dtype == FP8 for weight in weights):
+        scale = torch.cat([linear.get_buffer(SCALE) for linear in bases])
+    else:
+        weights = [
+            widened(weight, linear.get_buffer(SCALE)) if weight.dtype == FP8 else weight
+            for weight, linear in zip(weights, bases, strict=True)
+        ]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     bias = torch.cat(biases).detach() if biases else None
+    fused: nn.Module
     if quantization is None:
         fused = _inference_linear(weight.detach(), bias)
     else:
-        fused = quantized_linear(quantization, weight.detach(), bias)
+        fused = Fp8Linear(weight.detach(), bias, scale)
     if not any(isinstance(linear, MaskedLora) for linear in linears):
         return fused
     return _fuse_masked_lora(fused, linears)

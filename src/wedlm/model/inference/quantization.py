@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights in eight bits: half the bytes at few rows, where reading them is what a step waits for.
+"""Weights and inputs in FP8 (e4m3), for tensor cores that multiply such numbers: half the bytes at few rows, where
+reading weights is what a step waits for, and twice the products at many.
 
-int8 rounds the weights alone; FP8 (e4m3) rounds the inputs, too, for tensor cores that multiply such numbers.
+int8 is the native forward's (``wedlm.native``), on CPUs alone.
 """
 
 from typing import Literal
@@ -14,7 +15,6 @@ from wedlm.model.config import ModelConfig
 
 Quantization = Literal["int8", "fp8"]
 FP8 = torch.float8_e4m3fn
-_LARGEST, _POWER = 127, 128
 _LARGEST_FP8, _SMALLEST_SCALED = 448.0, 1e-30
 # Whether the library's FP8 product adds up a whole row of K in the tensor core, in about 14 bits, instead of moving
 # each part to float32. On an H200 that made steps of 128 rows 1 % faster and of 288 rows 6 %, but a row's sums over
@@ -22,27 +22,40 @@ _LARGEST_FP8, _SMALLEST_SCALED = 448.0, 1e-30
 USE_FAST_ACCUM = False
 
 
-def check_quantization(quantization: Quantization | None, config: ModelConfig, device: torch.device) -> None:
-    """ValueError if this model on this device cannot have its weights in that type."""
+def check_quantization(
+    quantization: Quantization | None, config: ModelConfig, device: torch.device, quantizes_head: bool = False
+) -> None:
+    """ValueError if torch and our kernels cannot have this model's weights in that type on this device."""
+    if quantization == "int8":
+        raise ValueError(
+            f"quantization is 'int8' and the device is {device}; int8 runs on a CPU's native forward alone: expected "
+            "'fp8' on NVIDIA GPUs of compute capability 8.9 or more, or none"
+        )
     if quantization == "fp8":
         check_fp8_device(device)
-        check_fp8_shape(config)
+        check_fp8_shape(config, quantizes_head)
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether the device has tensor cores for FP8."""
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def check_fp8_device(device: torch.device) -> None:
     """ValueError unless the device multiplies FP8."""
+    if multiplies_fp8(device):
+        return
     if device.type != "cuda" or torch.version.cuda is None:
         raise ValueError(
             f"quantization is 'fp8' and the device is {device}; expected an NVIDIA GPU that multiplies FP8"
         )
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        number = ".".join(map(str, capability))
-        raise ValueError(f"quantization is 'fp8' and the GPU has compute capability {number}; expected at least 8.9")
+    number = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    raise ValueError(f"quantization is 'fp8' and the GPU has compute capability {number}; expected at least 8.9")
 
 
-def check_fp8_shape(config: ModelConfig) -> None:
-    """ValueError unless both sides of all layers' weights are multiples of 16, as FP8 products need."""
+def check_fp8_shape(config: ModelConfig, quantizes_head: bool = False) -> None:
+    """ValueError unless both sides of all weights that will be in FP8 are multiples of 16, as FP8 products need."""
     head = config.head_dim
     sizes = {
         "hidden size": config.hidden_size,
@@ -50,6 +63,8 @@ def check_fp8_shape(config: ModelConfig) -> None:
         "width of the query heads": config.num_heads * head,
         "width of all heads": (config.num_heads + 2 * config.num_kv_heads) * head,
     }
+    if quantizes_head:
+        sizes["vocabulary"] = config.vocab_size
     for name, size in sizes.items():
         if size % 16:
             raise ValueError(f"quantization is 'fp8' and the {name} is {size}; expected a multiple of 16")
@@ -73,10 +88,11 @@ class Fp8Linear(nn.Module):
 
     unit: Tensor  # the scale of all that the library is told
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
+        """``weight``: rounded here, row by row; or in e4m3 with its ``scale`` [O]."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        values, scale = quantize(weight)
+        values, scale = quantize(weight) if scale is None else (weight, scale)
         self.weight = nn.Parameter(values, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -99,41 +115,3 @@ class Fp8Linear(nn.Module):
         values, scale = quantize(x)
         y = self.unscaled(values, x.dtype).float() * scale[:, None] * self.scale
         return (y if self.bias is None else y + self.bias).to(x.dtype)
-
-
-class Int8Linear(nn.Module):
-    """A linear layer of int8 ``weight`` [O, C], each row of which counts ``scale`` [O] (float32) times.
-
-    The numbers are exact in any type that x may have, so the only error is that of rounding the weight, at most half
-    a scale: a row's largest weight over 254. On a GPU a kernel of ours reads the eight bits (``kernels/matmul.py``);
-    this is its slow twin, which also serves products of many rows.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        exact = weight.float()
-        scale = exact.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / _LARGEST
-        self.weight = nn.Parameter((exact / scale[:, None]).round().to(torch.int8), requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, power = self.weight.to(x.dtype), 1
-        if x.dtype == torch.float16:  # sums stay in range, and nothing is rounded
-            weight, power = weight / _POWER, _POWER
-        y = F.linear(x, weight).float() * (self.scale * power)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
-
-
-def scale_of(linear: nn.Module) -> Tensor | None:
-    """The scales of an int8 layer, None for any other."""
-    return linear.scale if isinstance(linear, Int8Linear) else None
-
-
-_LAYERS = {"int8": Int8Linear, "fp8": Fp8Linear}
-
-
-def quantized_linear(quantization: Quantization, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """The linear layer of ``weight`` [O, C] rounded to that type."""
-    return _LAYERS[quantization](weight, bias)

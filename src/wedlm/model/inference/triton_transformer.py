@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from wedlm.attention.base import FusedAttend, Norms
 from wedlm.kernels.embed import embed
 from wedlm.kernels.fp8 import Fp8Rows, Unscaled, multiply_scales, quantize_rows
-from wedlm.kernels.matmul import Tiling, few_rows_product, max_rows, tiling_for
+from wedlm.kernels.matmul import MAX_ROWS, Tiling, few_rows_product, fixed_tiling, tiling_for
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.model.inference.layers import is_packed
-from wedlm.model.inference.quantization import Fp8Linear, scale_of
+from wedlm.model.inference.quantization import Fp8Linear
 from wedlm.model.layers import DecoderLayer
 from wedlm.model.lora.masked_rows import MaskedLora, base_layer, has_masked_lora, put_at_masked
 from wedlm.model.transformer import Transformer
@@ -29,13 +29,19 @@ class FusedTransformer:
     By default weights of 16 or 8 bits go through our kernel: as fast or faster at few rows, and its sums do not depend
     on how many rows there are. FP8: the kernels before a product round its input, row by row, and those after it
     multiply the scales in if the library made it; our own kernel does that itself.
+
+    ``deterministic`` (16 bits and FP8): no bit of a row's result depends on how many rows there are, because all
+    products of any number of rows are ours and add up in one order. ``attend`` has to keep to that, too.
     """
 
     def __init__(
-        self, model: Transformer, tiling: Callable[[int, int, torch.dtype], Tiling | None] | None = None
+        self,
+        model: Transformer,
+        tiling: Callable[[int, int, torch.dtype], Tiling | None] | None = None,
+        deterministic: bool = False,
     ) -> None:
         assert is_packed(model), "expected a model after pack_for_inference"
-        self.model = model
+        self.model, self.deterministic = model, deterministic
         self.has_masked_lora = has_masked_lora(model)  # for masked rows
         self.dtype = model.model.embed_tokens.weight.dtype
         half = self.dtype.itemsize == 2
@@ -110,10 +116,23 @@ class FusedTransformer:
 
     def _tiling(self, num_rows: int, linear: nn.Module, splits: bool) -> Tiling | None:
         weight = _weight(linear)
-        if num_rows > max_rows(weight.dtype) or linear.bias is not None:
+        if not self.deterministic and (num_rows > MAX_ROWS or linear.bias is not None):
             return None
-        tiling = self.tiling(*weight.shape, weight.dtype)
-        return tiling if splits or tiling is None else replace(tiling, splits=1)
+        size, depth = weight.shape
+        tiling = self.tiling(size, depth, weight.dtype)
+        if tiling is None:
+            return None
+        chosen = tiling if splits else replace(tiling, splits=1)
+        return fixed_tiling(chosen, num_rows, weight.dtype) if self.deterministic else chosen
+
+    def _own_product(
+        self, x: Tensor | Fp8Rows, linear: nn.Module, tiling: Tiling, scale: Tensor | None = None
+    ) -> Tensor:
+        """By our kernel. With a bias, or at more rows than it usually takes, no parts are left to add up."""
+        num_rows = len(x.values if isinstance(x, Fp8Rows) else x)
+        whole = num_rows > MAX_ROWS or linear.bias is not None
+        out = few_rows_product(x, _weight(linear), tiling, scale=scale, dtype=self.dtype, whole=whole)
+        return out if linear.bias is None else out + linear.get_parameter("bias")
 
     def _product(
         self, x: Tensor | Fp8Rows, linear: nn.Module, masked: Tensor | None, splits: bool = True
@@ -126,7 +145,7 @@ class FusedTransformer:
         else:
             assert isinstance(x, Tensor)
             tiling = self._tiling(len(x), base, splits)
-            out = base(x) if tiling is None else few_rows_product(x, _weight(base), tiling, scale=scale_of(base))
+            out = base(x) if tiling is None else self._own_product(x, base, tiling)
         if masked is None or base is linear:
             return out
         assert isinstance(x, Tensor)
@@ -138,7 +157,7 @@ class FusedTransformer:
         rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
         tiling = self._tiling(len(rows.values), linear, splits)
         if tiling is not None:
-            return few_rows_product(rows, linear.weight, tiling, scale=linear.scale, dtype=self.dtype)
+            return self._own_product(rows, linear, tiling, linear.scale)
         product = Unscaled(linear.unscaled(rows.values, self.dtype), rows.scale, linear.scale)
         return product if linear.bias is None else multiply_scales(product, linear.bias, self.dtype)
 
@@ -153,8 +172,8 @@ class FusedTransformer:
         base = base_layer(linear)
         if isinstance(x, Tensor) and not quantizes and (masked is None or base is linear):
             tiling = self._tiling(len(x), base, splits=False)
-            if tiling is not None:
-                return few_rows_product(x, _weight(base), tiling, gated=True, scale=scale_of(base))
+            if tiling is not None and base.bias is None:
+                return few_rows_product(x, _weight(base), tiling, gated=True)
         return silu_mul(self._product(x, linear, masked, splits=False), quantizes, self.dtype)
 
 

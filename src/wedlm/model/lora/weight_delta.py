@@ -82,8 +82,12 @@ def save_delta(
     save_shared(tensors, path, {"format": _FORMAT, "note": note})
 
 
-def apply_delta(tensors: Iterable[tuple[str, Tensor]], path: Path) -> Iterator[tuple[str, Tensor]]:
+def apply_delta(
+    tensors: Iterable[tuple[str, Tensor]], path: Path, in_place: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """The (name, tensor) pairs of a base model with the delta in ``path`` added, in float32 where it is.
+
+    ``in_place``: rows of a float32 embedding are replaced in the tensor given, which saves a copy of the largest one.
 
     Raises CheckpointError if the file is damaged or made for another model.
     """
@@ -100,15 +104,16 @@ def apply_delta(tensors: Iterable[tuple[str, Tensor]], path: Path) -> Iterator[t
     for name, tensor in tensors:
         if name in stored:
             with reading(path):
-                tensor = _add(tensor, stored.pop(name))
+                tensor = _add(tensor, stored.pop(name), in_place)
         yield name, tensor
     if stored:
         raise CheckpointError(f"{path} changes {min(stored)}, which this model does not have")
 
 
-def _add(tensor: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+def _add(tensor: Tensor, parts: Mapping[str, Tensor], in_place: bool) -> Tensor:
     if "ids" in parts:
-        return tensor.float().index_copy(0, parts["ids"], parts["rows"])
+        tensor = tensor.float() if in_place else tensor.float().clone()
+        return tensor.index_copy_(0, parts["ids"], parts["rows"])
     b, a = (
         restore({key.removeprefix(f"{which}."): part for key, part in parts.items() if key.startswith(which)})
         for which in (_B, _A)

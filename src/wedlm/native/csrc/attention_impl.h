@@ -79,26 +79,67 @@ inline void add_values_of(const Cached* const* values, const float* p, float* ac
   }
 }
 
-// scores[query][16 keys] for kQueries queries, from keys laid out [dim][16].
-template <int kQueries>
-inline void score(const float* q, int64_t dim, const float* keys, float* scores) {
-  V sums[kQueries];
+// scores[query][16 * kGroups keys] for kQueries queries, from groups of keys laid out [dim][16].
+template <int kQueries, int kGroups>
+inline void score(const float* q, int64_t dim, int64_t wide, const float* keys, float* scores) {
+  V sums[kQueries][kGroups];
   WEDLM_UNROLL
-  for (int i = 0; i < kQueries; i++) sums[i] = set1(0.0f);
+  for (int i = 0; i < kQueries; i++)
+    for (int g = 0; g < kGroups; g++) sums[i][g] = set1(0.0f);
   for (int64_t d = 0; d < dim; d++) {
-    V key = load(keys + 16 * d);
+    V key[kGroups];
     WEDLM_UNROLL
-    for (int i = 0; i < kQueries; i++) sums[i] = fma(key, set1(q[i * dim + d]), sums[i]);
+    for (int g = 0; g < kGroups; g++) key[g] = load(keys + g * wide * 16 + 16 * d);
+    WEDLM_UNROLL
+    for (int i = 0; i < kQueries; i++) {
+      V one = set1(q[i * dim + d]);
+      WEDLM_UNROLL
+      for (int g = 0; g < kGroups; g++) sums[i][g] = fma(key[g], one, sums[i][g]);
+    }
   }
   WEDLM_UNROLL
-  for (int i = 0; i < kQueries; i++) store(scores + i * kKeyTile, sums[i]);
+  for (int i = 0; i < kQueries; i++)
+    for (int g = 0; g < kGroups; g++) store(scores + i * kKeyTile + 16 * g, sums[i][g]);
 }
+
+template <int kGroups>
+inline void scores_of(const float* q, int64_t queries, int64_t dim, int64_t wide, const float* keys, float* scores) {
+  int64_t i = 0;
+  for (; i + 6 <= queries; i += 6) score<6, kGroups>(q + i * dim, dim, wide, keys, scores + i * kKeyTile);
+  for (; i + 3 <= queries; i += 3) score<3, kGroups>(q + i * dim, dim, wide, keys, scores + i * kKeyTile);
+  for (; i < queries; i++) score<1, kGroups>(q + i * dim, dim, wide, keys, scores + i * kKeyTile);
+}
+
+// Where the keys and values of a tile are.
+template <class Cached>
+struct Places {
+  const Cached *keys[kKeyTile], *values[kKeyTile];
+  int count = 0;
+
+  void find(const AttentionWork& work, int64_t tile, int64_t num_keys) {
+    count = static_cast<int>(larger(0, smaller(kKeyTile, num_keys - tile)));
+    for (int j = 0; j < count; j++) {
+      int64_t key = tile + j, slot = int64_t{work.pages[key / work.page_size]} * work.page_size + key % work.page_size;
+      keys[j] = static_cast<const Cached*>(work.keys) + slot * work.slot_stride;
+      values[j] = static_cast<const Cached*>(work.values) + slot * work.slot_stride;
+    }
+  }
+  // Of one head a slot holds too little for the processor to see what comes next.
+  void fetch(int begin, int end, int64_t dim) const {
+    constexpr int64_t kLine = 64 / sizeof(Cached);
+    for (int j = begin; j < end && j < count; j++)
+      for (int64_t d = 0; d < dim; d += kLine) {
+        __builtin_prefetch(keys[j] + d, 0, 2);
+        __builtin_prefetch(values[j] + d, 0, 2);
+      }
+  }
+};
 
 template <class Cached>
 void attend(const AttentionWork& work) {
   const int64_t dim = work.head_dim, wide = round_up(dim, 16), queries = int64_t{work.num_rows} * work.share;
-  float* turned = work.scratch;               // [wide][16] keys of 16 slots
-  float* scores = turned + wide * 16;         // [queries][kKeyTile]
+  float* turned = work.scratch;               // [kKeyTile / 16][wide][16] keys
+  float* scores = turned + wide * kKeyTile;   // [queries][kKeyTile]
   float* acc = scores + queries * kKeyTile;   // [queries][wide]
   float* sums = acc + queries * wide;         // [queries][16]
   float* scaled = sums + queries * 16;        // [queries][dim]
@@ -112,28 +153,29 @@ void attend(const AttentionWork& work) {
     most[i] = kHidden;
   }
   const int64_t num_keys = work.cached + work.first_row + work.num_rows;
-  const Cached* values[kKeyTile];
-  const Cached* keys[kKeyTile];
+  Places<Cached> places[2];
+  places[0].find(work, 0, num_keys);
+  places[0].fetch(0, kKeyTile, dim);
   for (int64_t tile = 0; tile < num_keys; tile += kKeyTile) {
-    int count = static_cast<int>(smaller(kKeyTile, num_keys - tile));
-    for (int j = 0; j < count; j++) {
-      int64_t key = tile + j, slot = int64_t{work.pages[key / work.page_size]} * work.page_size + key % work.page_size;
-      keys[j] = static_cast<const Cached*>(work.keys) + slot * work.slot_stride;
-      values[j] = static_cast<const Cached*>(work.values) + slot * work.slot_stride;
-    }
+    const Places<Cached>& now = places[tile / kKeyTile % 2];
+    const Cached *const *keys = now.keys, *const *values = now.values;
+    const int count = now.count;
+    Places<Cached>& next = places[tile / kKeyTile % 2 ^ 1];
+    next.find(work, tile + kKeyTile, num_keys);
     for (int j = 0; j < count; j += 16) {
       int here = static_cast<int>(smaller(16, count - j));
       for (int64_t d = 0; d < dim; d += 16) {
         V rows[16];
         for (int i = 0; i < 16; i++)
           rows[i] = i < here ? load_cached(keys[j + i] + d, static_cast<int>(smaller(16, dim - d))) : set1(0.0f);
-        transpose(rows, turned + 16 * d);
+        transpose(rows, turned + j * wide + 16 * d);
       }
-      int64_t i = 0;
-      for (; i + 6 <= queries; i += 6) score<6>(scaled + i * dim, dim, turned, scores + i * kKeyTile + j);
-      for (; i + 3 <= queries; i += 3) score<3>(scaled + i * dim, dim, turned, scores + i * kKeyTile + j);
-      for (; i < queries; i++) score<1>(scaled + i * dim, dim, turned, scores + i * kKeyTile + j);
+      next.fetch(j, j + 16, dim);
     }
+    constexpr int kAll = kRows >= 8 ? kKeyTile / 16 : 1;  // as registers allow
+    int j = 0;
+    for (; j + 16 * (kAll - 1) < count; j += 16 * kAll) scores_of<kAll>(scaled, queries, dim, wide, turned + j * wide, scores + j);
+    for (; j < count; j += 16) scores_of<1>(scaled, queries, dim, wide, turned + j * wide, scores + j);
     for (int64_t row = 0; row < work.num_rows; row++) {
       Seen seen = seen_keys(work, row, tile);
       if (seen.common_end == 0 && seen.end == seen.own_begin) continue;
@@ -144,16 +186,16 @@ void attend(const AttentionWork& work) {
         for (int j = seen.end; j < padded; j++) p[j] = kHidden;
         V high = set1(most[i]);
         for (int j = 0; j < padded; j += 16) high = max(load(p + j), high);
-        float now = largest(high);
-        if (now > most[i]) {
-          V shrink = exp_lanes(set1(most[i] - now));
+        float peak = largest(high);
+        if (peak > most[i]) {
+          V shrink = exp_lanes(set1(most[i] - peak));
           for (int64_t d = 0; d < wide; d += 16) store(acc + i * wide + d, load(acc + i * wide + d) * shrink);
           store(sums + i * 16, load(sums + i * 16) * shrink);
-          most[i] = now;
+          most[i] = peak;
         }
         V total = load(sums + i * 16);
         for (int j = 0; j < padded; j += 16) {
-          V weight = exp_lanes(load(p + j) - set1(now));
+          V weight = exp_lanes(load(p + j) - set1(peak));
           store(p + j, weight);
           total = total + weight;
         }

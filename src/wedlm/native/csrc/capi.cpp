@@ -81,14 +81,20 @@ int32_t wedlm_model_forward(WedlmModel* model, const WedlmStep* step, char* erro
 namespace {
 
 // A packed copy for the tests of parts.
-wedlm::Weights packed(int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale) {
-  wedlm::Weights weights;
+struct Packed {
+  wedlm::Matrix matrix;
+  wedlm::Buffer<uint8_t> data;
+  wedlm::Buffer<float> scale;
+};
+
+Packed packed(int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale) {
+  Packed weights;
   wedlm::Matrix& matrix = weights.matrix;
   matrix.format = static_cast<wedlm::Format>(format);
   matrix.rows = rows;
   matrix.cols = cols;
   matrix.panel_bytes = wedlm::source_bytes(format, wedlm::kPanel, format == wedlm::INT8 ? wedlm::round_up(cols, 32) : cols);
-  weights.data.reserve(matrix.panels() * matrix.panel_bytes);
+  weights.data.reserve(matrix.bytes());
   matrix.data = weights.data.data();
   weights.scale.reserve(int64_t{matrix.panels()} * wedlm::kPanel);
   matrix.scale = weights.scale.data();
@@ -103,7 +109,7 @@ int32_t wedlm_test_product(const char* path, int32_t format, int32_t rows, int32
                            int32_t num_inputs, const float* inputs, float* outputs) {
   const wedlm::Kernels* kernels = wedlm::choose_kernels(path);
   if (!kernels) return -1;
-  wedlm::Weights weights = packed(format, rows, cols, data, scale);
+  Packed weights = packed(format, rows, cols, data, scale);
   wedlm::InputKind kind = wedlm::format_info(format)->input;
   wedlm::Inputs x;
   x.reserve(num_inputs, cols, kind == wedlm::InputKind::kFloat, kind == wedlm::InputKind::kInt8Blocks);
@@ -117,7 +123,7 @@ int32_t wedlm_test_product(const char* path, int32_t format, int32_t rows, int32
 }
 
 int32_t wedlm_test_unpack(int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale, float* out) {
-  wedlm::Weights weights = packed(format, rows, cols, data, scale);
+  Packed weights = packed(format, rows, cols, data, scale);
   for (int32_t row = 0; row < rows; row++) wedlm::unpack_row(weights.matrix, row, out + int64_t{row} * cols);
   return 0;
 }

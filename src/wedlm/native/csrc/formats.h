@@ -51,6 +51,7 @@ struct Matrix {
   uint8_t* data = nullptr;          // panels, aligned to 64 bytes
   float* scale = nullptr;           // INT8: of each output, padded to panels
   int32_t panels() const { return (rows + kPanel - 1) / kPanel; }
+  int64_t bytes() const { return panels() * panel_bytes; }
   const uint8_t* panel(int64_t p) const { return data + p * panel_bytes; }
 };
 

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "model.h"
+#include "parts.h"
 
 namespace wedlm {
 
@@ -18,8 +19,10 @@ constexpr int32_t kPiecesPerThread = 4;
 
 std::string number(int64_t n) { return std::to_string(n); }
 
-// Panels of a piece.
-int32_t panels_per_piece(int32_t panels, int threads) { return std::max(1, panels / (threads * kPiecesPerThread)); }
+// Panels of a piece, a multiple of `step`.
+int32_t panels_per_piece(int32_t panels, int threads, int32_t step = 1) {
+  return std::max(step, panels / (threads * kPiecesPerThread) / step * step);
+}
 
 // log x for x in [1, 2^40], in double: own, so that no library decides about bits. x = m 2^e with m near 1;
 // log m = 2 atanh((m - 1) / (m + 1)).
@@ -103,7 +106,7 @@ void Model::reserve(int64_t rows) {
   inputs(attended_inputs_, int64_t{shape_.num_heads} * shape_.head_dim, {&Layer::o}, nullptr);
   inputs(inner_inputs_, shape_.intermediate_size, {&Layer::down}, nullptr);
   int64_t widest = std::max({hidden_, q_width_, inner_});
-  int64_t panels = panels_per_piece(static_cast<int32_t>(widest / kPanel), threads_);
+  int64_t panels = panels_per_piece(static_cast<int32_t>(widest / kPanel), threads_, kInputBlock / kPanel);
   int64_t queries = std::max<int64_t>(kMaxQueries, shape_.num_heads / shape_.num_kv_heads);
   for (auto& scratch : scratch_)
     scratch.reserve(std::max({rows * kHeadOutputs, rows * panels * kPanel, attention_scratch(queries, shape_.head_dim)}));
@@ -151,7 +154,8 @@ void Model::add_product(const Weights& weights, const Input& x, int64_t rows) {
 }
 
 void Model::gated_product(const Layer& layer, const Input& x, int64_t rows) {
-  int32_t panels = layer.gate.matrix.panels(), each = panels_per_piece(panels, threads_);
+  constexpr int32_t kStep = kInputBlock / kPanel;  // whole blocks of the next product's inputs
+  int32_t panels = layer.gate.matrix.panels(), each = panels_per_piece(panels, threads_, kStep);
   pool_->run((panels + each - 1) / each, [&](int32_t i, int thread) {
     int32_t begin = i * each, end = std::min(begin + each, panels);
     int64_t at = int64_t{begin} * kPanel, width = int64_t{end - begin} * kPanel;
@@ -162,6 +166,7 @@ void Model::gated_product(const Layer& layer, const Input& x, int64_t rows) {
       if (layer.gate.has_bias) kernels_.add(gate + row * inner_, layer.gate.bias.data() + at, width);
       if (layer.up.has_bias) kernels_.add(up + row * width, layer.up.bias.data() + at, width);
       kernels_.silu_mul(gate + row * inner_, up + row * width, width);
+      inner_inputs_.put(kernels_, row, at, std::min(width, shape_.intermediate_size - at), gate + row * inner_);
     }
   });
 }
@@ -248,22 +253,30 @@ void Model::run_rows(const WedlmStep& step, const Rows& rows) {
     });
     return hidden_inputs_.view();
   };
-  each_row([&](int64_t row) { unpack_row(embedding_.matrix, static_cast<int32_t>(step.tokens[rows.begin + row]), x_.data() + row * hidden_); });
+  auto part = [](const char* name, auto body) {
+    Part timed(name);
+    (void)timed;
+    return body();
+  };
+  part("embedding", [&] { each_row([&](int64_t row) { unpack_row(embedding_.matrix, static_cast<int32_t>(step.tokens[rows.begin + row]), x_.data() + row * hidden_); }); });
   for (int32_t index = 0; index < shape_.num_layers; index++) {
     const Layer& layer = layers_[static_cast<size_t>(index)];
-    products({&layer.q, &layer.k, &layer.v}, {q_.data(), k_.data(), v_.data()}, normed(layer.input_norm), count);
-    each_row([&](int64_t row) { write_cache(step, rows, layer, index, row); });
-    attend(step, rows, index);
-    each_row([&](int64_t row) { attended_inputs_.put(kernels_, row, attended_.data() + row * q_width_); });
-    add_product(layer.o, attended_inputs_.view(), count);
-    gated_product(layer, normed(layer.post_norm), count);
-    each_row([&](int64_t row) { inner_inputs_.put(kernels_, row, gated_.data() + row * inner_); });
-    add_product(layer.down, inner_inputs_.view(), count);
+    Input x = part("norms and inputs", [&] { return normed(layer.input_norm); });
+    part("q, k, v", [&] { products({&layer.q, &layer.k, &layer.v}, {q_.data(), k_.data(), v_.data()}, x, count); });
+    part("RoPE and cache", [&] { each_row([&](int64_t row) { write_cache(step, rows, layer, index, row); }); });
+    part("attention", [&] { attend(step, rows, index); });
+    part("norms and inputs", [&] { each_row([&](int64_t row) { attended_inputs_.put(kernels_, row, attended_.data() + row * q_width_); }); });
+    part("o", [&] { add_product(layer.o, attended_inputs_.view(), count); });
+    x = part("norms and inputs", [&] { return normed(layer.post_norm); });
+    part("gate, up", [&] { gated_product(layer, x, count); });
+    part("down", [&] { add_product(layer.down, inner_inputs_.view(), count); });
   }
 }
 
 // Logits of the rows at `at` of those that just ran; `wanted` are their indices in the step's outputs.
 void Model::logits(const WedlmStep& step, const std::vector<int64_t>& wanted, const std::vector<int64_t>& at) {
+  Part timed("head and sums");
+  (void)timed;
   auto count = static_cast<int64_t>(wanted.size());
   for (int64_t i = 0; i < count; i++) {
     float* y = normed_.data() + i * hidden_;
@@ -293,8 +306,8 @@ void Model::logits(const WedlmStep& step, const std::vector<int64_t>& wanted, co
       kernels_.logit_sums(row, size, &own.most, &own.total, &own.weighted);
       for (int64_t b = step.banned_offsets[out]; b < step.banned_offsets[out + 1]; b++)
         if (step.banned[b] >= first && step.banned[b] < first + size) row[step.banned[b] - first] = -INFINITY;
-      own.best = kernels_.largest(row, size);
-      own.token = first + (std::find(row, row + size, own.best) - row);
+      own.best = kernels_.largest(row, size, &own.token);
+      own.token += first;
     }
   });
   for (int64_t i = 0; step.token && i < count; i++) {

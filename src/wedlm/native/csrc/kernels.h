@@ -10,8 +10,8 @@ namespace wedlm {
 // Rows of activations in the forms that products read: floats, rows `cols` rounded up to 4 apart; or eight bits.
 struct Input {
   const float* values = nullptr;
-  // Blocks of 32, the last padded with zeros: value = scale * q; that scale times the sum of its q; minus the sum of its
-  // q, and minus the sums of each 16 q.
+  // Blocks of 32, the last padded with zeros: value = scale * q; that scale times the sum of its q; -128 times the sum of
+  // its q, and of each 16 q.
   const int8_t* block_q = nullptr;
   const float* block_scale = nullptr;
   const float* block_scaled_sum = nullptr;
@@ -48,12 +48,13 @@ struct AttentionWork {
   float* scratch;        // attention_scratch floats
 };
 
+constexpr int kInputBlock = 32;        // values that share a scale
 constexpr int kKeyTile = 64;           // keys of a step of the softmax that runs along; tiles begin at key 0
 constexpr int kMaxQueries = 48;        // rows times share that one call takes, or one row's heads where those are more
 
 inline int64_t attention_scratch(int64_t queries, int64_t head_dim) {
   int64_t wide = round_up(head_dim, 16);
-  return wide * 16 + queries * (kKeyTile + wide + head_dim + 1 + 16);
+  return wide * kKeyTile + queries * (kKeyTile + wide + head_dim + 1 + 16);
 }
 
 struct Kernels {
@@ -74,7 +75,8 @@ struct Kernels {
   void (*to_bfloat)(const float* x, uint16_t* y, int64_t n);
   // Largest of the logits, sum of exp(l - largest), and sum of exp(l - largest) * (l - largest).
   void (*logit_sums)(const float* logits, int64_t n, float* largest, float* sum, float* weighted);
-  float (*largest)(const float* x, int64_t n);
+  // And the first place where it is; some place if it is not a number.
+  float (*largest)(const float* x, int64_t n, int64_t* where);
   float (*exp)(float x);
 };
 

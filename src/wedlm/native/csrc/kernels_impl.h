@@ -103,12 +103,6 @@ inline I rounded(V x, V factor) {
   return bits_of(bounded + set1(kMagic)) - bits_of(set1(kMagic));
 }
 
-inline int32_t sum_bytes(const int8_t* q, int64_t n) {
-  int32_t total = 0;
-  for (int64_t i = 0; i < n; i++) total += q[i];
-  return total;
-}
-
 // 0 for what is next to nothing: 127 / most would overflow.
 inline float inverse_scale(float most) { return most > 1e-36f ? 127.0f / most : 0.0f; }
 
@@ -122,13 +116,15 @@ void quantize_blocks(const float* x, int64_t n, int8_t* q, float* scale, float* 
     V high = rest == 32 ? load(at + 16) : rest > 16 ? load_n(at + 16, rest - 16) : set1(0.0f);
     float most = largest(max(abs(high), max(abs(low), set1(0.0f))));
     V factor = set1(inverse_scale(most));
-    store_bytes(q + 32 * b, rounded(low, factor));
-    store_bytes(q + 32 * b + 16, rounded(high, factor));
-    minus16[2 * b] = -sum_bytes(q + 32 * b, 16);
-    minus16[2 * b + 1] = -sum_bytes(q + 32 * b + 16, 16);
-    minus32[b] = minus16[2 * b] + minus16[2 * b + 1];
+    I first = rounded(low, factor), second = rounded(high, factor);
+    store_bytes(q + 32 * b, first);
+    store_bytes(q + 32 * b + 16, second);
+    int32_t sums[2] = {sum(first), sum(second)}, whole = sums[0] + sums[1];
+    minus16[2 * b] = -128 * sums[0];
+    minus16[2 * b + 1] = -128 * sums[1];
+    minus32[b] = -128 * whole;
     scale[b] = most / 127.0f;
-    scaled_sum[b] = scale[b] * static_cast<float>(-minus32[b]);
+    scaled_sum[b] = scale[b] * static_cast<float>(whole);
   }
 }
 
@@ -177,57 +173,40 @@ struct Reader<PackedQ8_0> : Plain {
     scale = d;
   }
 };
-template <>
-struct Reader<PackedQ4_0> : Plain {
-  static constexpr int kOffsetBits = 3;
-  V d;
-  explicit Reader(const PackedQ4_0& block) : d(load_half(block.d)) {}
-  void sub(const PackedQ4_0& block, int, B* quads, V& scale, V&) const {
-    nibble_quads(block.q, quads);
-    scale = d;
-  }
-};
-template <>
-struct Reader<PackedQ4_1> : Plain {
-  static constexpr bool kMinimum = true;
+// Blocks of 32 inputs of four or five bits, with an offset (a power of two) or a minimum.
+template <class Block, int offset_bits, bool has_fifth, bool has_minimum>
+struct SmallReader : Plain {
+  static constexpr int kOffsetBits = offset_bits;
+  static constexpr bool kMinimum = has_minimum;
   V d, m;
-  explicit Reader(const PackedQ4_1& block) : d(load_half(block.d)), m(load_half(block.m)) {}
-  void sub(const PackedQ4_1& block, int, B* quads, V& scale, V& minimum) const {
+  explicit SmallReader(const Block& block) : d(load_half(block.d)), m(d) {
+    if constexpr (has_minimum) m = load_half(block.m);
+  }
+  void sub(const Block& block, int, B* quads, V& scale, V& minimum) const {
     nibble_quads(block.q, quads);
+    if constexpr (has_fifth) add_fifths(block.h, quads);
     scale = d;
     minimum = m;
   }
 };
 template <>
-struct Reader<PackedQ5_0> : Plain {
-  static constexpr int kOffsetBits = 4;
-  V d;
-  explicit Reader(const PackedQ5_0& block) : d(load_half(block.d)) {}
-  void sub(const PackedQ5_0& block, int, B* quads, V& scale, V&) const {
-    nibble_quads(block.q, quads);
-    add_fifths(block.h, quads);
-    scale = d;
-  }
-};
+struct Reader<PackedQ4_0> : SmallReader<PackedQ4_0, 3, false, false> { using SmallReader::SmallReader; };
 template <>
-struct Reader<PackedQ5_1> : Plain {
-  static constexpr bool kMinimum = true;
-  V d, m;
-  explicit Reader(const PackedQ5_1& block) : d(load_half(block.d)), m(load_half(block.m)) {}
-  void sub(const PackedQ5_1& block, int, B* quads, V& scale, V& minimum) const {
-    nibble_quads(block.q, quads);
-    add_fifths(block.h, quads);
-    scale = d;
-    minimum = m;
-  }
-};
-template <class Block>
+struct Reader<PackedQ4_1> : SmallReader<PackedQ4_1, 0, false, true> { using SmallReader::SmallReader; };
+template <>
+struct Reader<PackedQ5_0> : SmallReader<PackedQ5_0, 4, true, false> { using SmallReader::SmallReader; };
+template <>
+struct Reader<PackedQ5_1> : SmallReader<PackedQ5_1, 0, true, true> { using SmallReader::SmallReader; };
+// Blocks of 256 inputs: a scale and a minimum of six bits for each 32.
+template <class Block, bool has_fifth>
 struct ScaledReader : Plain {
   static constexpr int kSubBlocks = 8;
   static constexpr bool kMinimum = true;
   V d, m;
   explicit ScaledReader(const Block& block) : d(load_half(block.d)), m(set1(0.0f) - load_half(block.m)) {}
-  void scales(const Block& block, int b, V& scale, V& minimum) const {
+  void sub(const Block& block, int b, B* quads, V& scale, V& minimum) const {
+    nibble_quads(block.q[b], quads);
+    if constexpr (has_fifth) add_fifths(block.h[b], quads);
     I high = load_int(block.s[2]);
     I s = (shift_right(load_int(block.s[0]), 4 * b) & set1_int(15)) | shift_left(shift_right(high, 2 * b) & set1_int(3), 4);
     I l = (shift_right(load_int(block.s[1]), 4 * b) & set1_int(15)) | shift_left(shift_right(high, 16 + 2 * b) & set1_int(3), 4);
@@ -236,22 +215,9 @@ struct ScaledReader : Plain {
   }
 };
 template <>
-struct Reader<PackedQ4_K> : ScaledReader<PackedQ4_K> {
-  using ScaledReader::ScaledReader;
-  void sub(const PackedQ4_K& block, int b, B* quads, V& scale, V& minimum) const {
-    nibble_quads(block.q[b], quads);
-    scales(block, b, scale, minimum);
-  }
-};
+struct Reader<PackedQ4_K> : ScaledReader<PackedQ4_K, false> { using ScaledReader::ScaledReader; };
 template <>
-struct Reader<PackedQ5_K> : ScaledReader<PackedQ5_K> {
-  using ScaledReader::ScaledReader;
-  void sub(const PackedQ5_K& block, int b, B* quads, V& scale, V& minimum) const {
-    nibble_quads(block.q[b], quads);
-    add_fifths(block.h[b], quads);
-    scales(block, b, scale, minimum);
-  }
-};
+struct Reader<PackedQ5_K> : ScaledReader<PackedQ5_K, true> { using ScaledReader::ScaledReader; };
 template <>
 struct Reader<PackedQ6_K> : Plain {
   static constexpr int kSubBlocks = 8, kOffsetBits = 5;
@@ -278,9 +244,18 @@ inline I dot(I acc, B w, const int8_t* x) {
   return kBytes ? dot_bytes(acc, w, x) : dot_small(acc, w, x);
 }
 
-// M rows, one panel. A sub-block's sum is a whole number; the sub-blocks' products are added in order.
+// What 2^bits is taken off each quant for: `minus` is -128 times the sum of the inputs.
+template <int bits>
+inline I offset(int32_t minus) {
+  if constexpr (bits == 0) return zero_int();
+  if constexpr (bits == 7) return set1_int(minus);
+  return shift_right_signed(set1_int(minus), 7 - bits);
+}
+
+// M rows, one panel. A sub-block's sum is a whole number; the sub-blocks' products are added in order. `ahead`: the
+// panel that comes next is fetched meanwhile, into the second cache, since the first is full of this one and the rows.
 template <class Block, int M>
-inline void blocks_panel(const Matrix& matrix, const Input& x, int32_t panel, float* y, int64_t stride) {
+inline void blocks_panel(const Matrix& matrix, const Input& x, int32_t panel, bool ahead, float* y, int64_t stride) {
   using R = Reader<Block>;
   int64_t sub_blocks = (int64_t{matrix.cols} + 31) / 32, num_blocks = sub_blocks / R::kSubBlocks;
   const auto* block = reinterpret_cast<const Block*>(matrix.panel(panel));
@@ -288,36 +263,55 @@ inline void blocks_panel(const Matrix& matrix, const Input& x, int32_t panel, fl
   WEDLM_UNROLL
   for (int m = 0; m < M; m++) acc[m] = set1(0.0f);
   for (int64_t i = 0; i < num_blocks; i++) {
+    if (ahead) {
+      const auto* next = reinterpret_cast<const char*>(block + i) + matrix.panel_bytes;
+      for (size_t line = 0; line < sizeof(Block); line += 64) __builtin_prefetch(next + line, 0, 2);
+    }
     R reader(block[i]);
     for (int b = 0; b < R::kSubBlocks; b++) {
       B quads[8];
       V scale = set1(1.0f), minimum = set1(0.0f);
       reader.sub(block[i], b, quads, scale, minimum);
       int64_t at = i * R::kSubBlocks + b;
-      I first_scale = zero_int(), second_scale = zero_int();
-      if constexpr (R::kHalves) first_scale = R::half_scale(block[i], 2 * b), second_scale = R::half_scale(block[i], 2 * b + 1);
-      WEDLM_UNROLL
-      for (int m = 0; m < M; m++) {
-        const int8_t* q = x.block_q + 32 * (m * sub_blocks + at);
-        I total;
-        if constexpr (R::kHalves) {
-          const int32_t* s = x.minus16 + (m * sub_blocks + at) * 2;
-          I one = shift_left(set1_int(s[0]), R::kOffsetBits), two = shift_left(set1_int(s[1]), R::kOffsetBits);
-          WEDLM_UNROLL
-          for (int j = 0; j < 4; j++) {
-            one = dot<R::kBytes>(one, quads[j], q + 4 * j);
-            two = dot<R::kBytes>(two, quads[j + 4], q + 4 * j + 16);
-          }
-          total = one * first_scale + two * second_scale;
-        } else {
-          total = zero_int();
-          if constexpr (R::kOffsetBits != 0) total = shift_left(set1_int(x.minus32[m * sub_blocks + at]), R::kOffsetBits);
-          WEDLM_UNROLL
-          for (int j = 0; j < 8; j++) total = dot<R::kBytes>(total, quads[j], q + 4 * j);
-        }
+      auto input = [&](int m) { return x.block_q + 32 * (m * sub_blocks + at); };
+      auto start = [&](int m) { return offset<R::kOffsetBits>(x.minus32[m * sub_blocks + at]); };
+      auto add = [&](int m, I total) {
         V factor = set1(x.block_scale[m * sub_blocks + at]);
         acc[m] = fma(to_float(total), R::kScaleOfOutput ? factor : scale * factor, acc[m]);
         if constexpr (R::kMinimum) acc[m] = fma(minimum, set1(x.block_scaled_sum[m * sub_blocks + at]), acc[m]);
+      };
+      if constexpr (R::kHalves) {
+        I first_scale = R::half_scale(block[i], 2 * b), second_scale = R::half_scale(block[i], 2 * b + 1);
+        WEDLM_UNROLL
+        for (int m = 0; m < M; m++) {
+          const int32_t* s = x.minus16 + (m * sub_blocks + at) * 2;
+          I one = offset<R::kOffsetBits>(s[0]), two = offset<R::kOffsetBits>(s[1]);
+          WEDLM_UNROLL
+          for (int j = 0; j < 4; j++) {
+            one = dot<R::kBytes>(one, quads[j], input(m) + 4 * j);
+            two = dot<R::kBytes>(two, quads[j + 4], input(m) + 4 * j + 16);
+          }
+          add(m, one * first_scale + two * second_scale);
+        }
+      } else if constexpr (kRows >= 8) {  // enough registers for all rows' sums: none waits for the one before
+        I total[M];
+        WEDLM_UNROLL
+        for (int m = 0; m < M; m++) total[m] = start(m);
+        WEDLM_UNROLL
+        for (int j = 0; j < 8; j++) {
+          WEDLM_UNROLL
+          for (int m = 0; m < M; m++) total[m] = dot<R::kBytes>(total[m], quads[j], input(m) + 4 * j);
+        }
+        WEDLM_UNROLL
+        for (int m = 0; m < M; m++) add(m, total[m]);
+      } else {
+        WEDLM_UNROLL
+        for (int m = 0; m < M; m++) {
+          I total = start(m);
+          WEDLM_UNROLL
+          for (int j = 0; j < 8; j++) total = dot<R::kBytes>(total, quads[j], input(m) + 4 * j);
+          add(m, total);
+        }
       }
     }
   }
@@ -366,12 +360,14 @@ template <class Panel>
 inline void in_row_blocks(const Panel& panel, const Matrix& matrix, const Input& x, int32_t rows, float* y, int64_t stride) {
   int32_t row = 0;
   auto rest = [&] { return x.from(row, matrix.cols); };
-  for (; kRows >= 8 && row + 8 <= rows; row += 8) panel.template run<(kRows >= 8 ? 8 : 1)>(rest(), y + row * stride);
-  for (; row + 4 <= rows; row += 4) panel.template run<4>(rest(), y + row * stride);
+  // A few rows are done so fast that the processor's own prefetching does better.
+  auto ahead = [&] { return row == 0 && rows > 4; };
+  for (; kRows >= 8 && row + 8 <= rows; row += 8) panel.template run<(kRows >= 8 ? 8 : 1)>(rest(), ahead(), y + row * stride);
+  for (; row + 4 <= rows; row += 4) panel.template run<4>(rest(), ahead(), y + row * stride);
   switch (rows - row) {
-    case 3: panel.template run<3>(rest(), y + row * stride); break;
-    case 2: panel.template run<2>(rest(), y + row * stride); break;
-    case 1: panel.template run<1>(rest(), y + row * stride); break;
+    case 3: panel.template run<3>(rest(), ahead(), y + row * stride); break;
+    case 2: panel.template run<2>(rest(), ahead(), y + row * stride); break;
+    case 1: panel.template run<1>(rest(), ahead(), y + row * stride); break;
     default: break;
   }
 }
@@ -382,7 +378,7 @@ struct BlockPanel {
   int32_t panel;
   int64_t stride;
   template <int M>
-  void run(const Input& x, float* y) const { blocks_panel<Block, M>(matrix, x, panel, y, stride); }
+  void run(const Input& x, bool ahead, float* y) const { blocks_panel<Block, M>(matrix, x, panel, ahead, y, stride); }
 };
 template <class Type>
 struct FloatPanel {
@@ -390,7 +386,10 @@ struct FloatPanel {
   int32_t panel;
   int64_t stride;
   template <int M>
-  void run(const Input& x, float* y) const { floats_panel<Type, (M > 4 ? 4 : M)>(matrix, x, panel, y, stride); if constexpr (M > 4) floats_panel<Type, M - 4>(matrix, x.from(4, matrix.cols), panel, y + 4 * stride, stride); }
+  void run(const Input& x, bool, float* y) const {
+    floats_panel<Type, (M > 4 ? 4 : M)>(matrix, x, panel, y, stride);
+    if constexpr (M > 4) floats_panel<Type, M - 4>(matrix, x.from(4, matrix.cols), panel, y + 4 * stride, stride);
+  }
 };
 
 template <class Panel>
@@ -445,7 +444,7 @@ void logit_sums(const float* logits, int64_t n, float* most, float* total, float
   *weighted = sum(products);
 }
 
-float largest_of(const float* x, int64_t n) {
+float largest_of(const float* x, int64_t n, int64_t* where) {
   float most = x[0];
   int64_t i = 0;
   if (n >= 16) {
@@ -454,6 +453,12 @@ float largest_of(const float* x, int64_t n) {
     most = largest(high);
   }
   for (; i < n; i++) most = x[i] > most ? x[i] : most;
+  int lane = 16;
+  for (i = 0; i + 16 <= n && (lane = first_equal(load(x + i), set1(most))) == 16;) i += 16;
+  if (lane < 16) i += lane;
+  else
+    while (i + 1 < n && x[i] != most) i++;
+  *where = i;
   return most;
 }
 

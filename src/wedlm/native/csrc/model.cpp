@@ -2,8 +2,10 @@
 // Weights: what belongs where, and packing.
 #include "model.h"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace wedlm {
@@ -13,6 +15,29 @@ namespace {
 std::string number(int64_t n) { return std::to_string(n); }
 
 }  // namespace
+
+Arena::~Arena() {
+  for (const Chunk& chunk : chunks_) munmap(chunk.data, static_cast<size_t>(chunk.size));
+}
+
+uint8_t* Arena::take(int64_t bytes) {
+  constexpr int64_t kLargePage = int64_t{2} << 20, kChunk = int64_t{64} << 20;
+  bytes = round_up(bytes, 64);
+  if (chunks_.empty() || chunks_.back().size - chunks_.back().used < bytes) {
+    int64_t size = round_up(std::max(bytes, kChunk), kLargePage) + kLargePage;
+    void* data = mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    if (data == MAP_FAILED) throw std::bad_alloc();
+    auto start = static_cast<int64_t>(reinterpret_cast<intptr_t>(data));
+#ifdef MADV_HUGEPAGE
+    madvise(data, static_cast<size_t>(size), MADV_HUGEPAGE);  // refused where there are none: nothing is lost
+#endif
+    chunks_.push_back({static_cast<uint8_t*>(data), size, round_up(start, kLargePage) - start});
+  }
+  Chunk& chunk = chunks_.back();
+  uint8_t* taken = chunk.data + chunk.used;
+  chunk.used += bytes;
+  return taken;
+}
 
 void Inputs::reserve(int64_t rows, int64_t cols, bool floats, bool blocks) {
   cols_ = cols;
@@ -29,13 +54,12 @@ void Inputs::reserve(int64_t rows, int64_t cols, bool floats, bool blocks) {
   }
 }
 
-void Inputs::put(const Kernels& kernels, int64_t row, const float* x) {
-  int64_t blocks = (cols_ + 31) / 32;
-  if (floats_) std::memcpy(values_.data() + row * round_up(cols_, 4), x, static_cast<size_t>(cols_) * 4);
+void Inputs::put(const Kernels& kernels, int64_t row, int64_t first, int64_t count, const float* x) {
+  int64_t blocks = (cols_ + 31) / 32, at = row * blocks + first / 32;
+  if (floats_) std::memcpy(values_.data() + row * round_up(cols_, 4) + first, x, static_cast<size_t>(count) * 4);
   if (blocks_)
-    kernels.quantize_blocks(x, cols_, block_q_.data() + row * 32 * blocks, block_scale_.data() + row * blocks,
-                            block_scaled_sum_.data() + row * blocks, minus32_.data() + row * blocks,
-                            minus16_.data() + row * 2 * blocks);
+    kernels.quantize_blocks(x, count, block_q_.data() + 32 * at, block_scale_.data() + at, block_scaled_sum_.data() + at,
+                            minus32_.data() + at, minus16_.data() + 2 * at);
 }
 
 Input Inputs::view() const {
@@ -124,8 +148,7 @@ void Model::set_matrix(int32_t layer, int32_t which, int32_t format, int32_t row
   matrix.rows = rows;
   matrix.cols = cols;
   matrix.panel_bytes = source_bytes(format, kPanel, format == INT8 ? round_up(cols, 32) : cols);
-  weights.data.reserve(matrix.panels() * matrix.panel_bytes);
-  matrix.data = weights.data.data();
+  matrix.data = arena_.take(matrix.bytes());
   if (format == INT8) {
     weights.scale.reserve(int64_t{matrix.panels()} * kPanel);
     matrix.scale = weights.scale.data();
@@ -146,7 +169,7 @@ void Model::set_vector(int32_t layer, int32_t which, int64_t size, const float* 
 
 int64_t Model::bytes() const {
   int64_t total = final_norm_.bytes();
-  auto add = [&](const Weights& weights) { total += weights.data.bytes() + weights.scale.bytes() + weights.bias.bytes(); };
+  auto add = [&](const Weights& weights) { total += weights.matrix.bytes() + weights.scale.bytes() + weights.bias.bytes(); };
   add(embedding_);
   add(head_);
   for (const Layer& layer : layers_) {

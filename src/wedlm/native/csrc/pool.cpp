@@ -19,6 +19,7 @@ namespace {
 
 // Long enough for the gaps between the loops of a step, too short to be seen by another process.
 constexpr std::chrono::microseconds kSpin{30};
+constexpr uint32_t kClosed = 0x7fffffff;  // a ticket's next piece while its range is being set
 
 void pause() {
 #if defined(__x86_64__)
@@ -43,7 +44,7 @@ bool spin(const Ready& ready) {
 
 }  // namespace
 
-Pool::Pool(int threads) {
+Pool::Pool(int threads) : ranges_(new Range[static_cast<size_t>(threads)]) {
   for (int thread = 1; thread < threads; thread++) workers_.emplace_back([this, thread] { work(thread); });
 }
 
@@ -62,20 +63,26 @@ void Pool::run(int32_t pieces, Function function, const void* context) {
     for (int32_t piece = 0; piece < pieces; piece++) function(context, piece, 0);
     return;
   }
-  auto job = static_cast<uint32_t>(ticket_.load() >> 32) + 1;
-  // Closed first: a thread that is late for the last job must not claim from it by what is written next.
-  ticket_ = uint64_t{job - 1} << 32 | 0x7fffffff;
+  // All pieces of the job before are done, so its tickets are used up: a thread that is late claims none of this job's
+  // until its ticket says so, and by then everything else is written.
+  uint32_t job = job_ + 1;
   function_ = function;
   context_ = context;
-  done_ = 0;
-  pieces_ = pieces;
-  ticket_ = uint64_t{job} << 32;
+  left_ = pieces;
+  for (int thread = 0; thread < threads(); thread++) {
+    Range& range = ranges_[static_cast<size_t>(thread)];
+    auto bound = [&](int64_t part) { return static_cast<uint32_t>(pieces * part / threads()); };
+    range.ticket.store(uint64_t{job} << 32 | kClosed, std::memory_order_release);
+    range.end.store(static_cast<int32_t>(bound(thread + 1)), std::memory_order_release);
+    range.ticket.store(uint64_t{job} << 32 | bound(thread), std::memory_order_release);
+  }
+  job_ = job;
   if (sleeping_ > 0) {
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
   claim(job, 0);
-  auto finished = [&] { return done_ == pieces; };
+  auto finished = [&] { return left_ == 0; };
   if (finished() || spin(finished)) return;
   std::unique_lock<std::mutex> lock(mutex_);
   caller_sleeps_ = true;
@@ -84,26 +91,31 @@ void Pool::run(int32_t pieces, Function function, const void* context) {
 }
 
 void Pool::claim(uint32_t job, int thread) {
-  for (;;) {
-    int32_t pieces = pieces_;
-    Function function = function_;
-    const void* context = context_;
-    uint64_t ticket = ticket_;
-    // What was read above belongs to this job if the ticket still does: the caller changes it only between jobs.
-    do {
-      if (ticket >> 32 != job || static_cast<int32_t>(ticket) >= pieces) return;
-    } while (!ticket_.compare_exchange_weak(ticket, ticket + 1));
-    function(context, static_cast<int32_t>(ticket), thread);
-    if (++done_ == pieces && caller_sleeps_) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      finished_.notify_one();
+  int32_t done = 0;
+  for (int i = 0; i < threads(); i++) {
+    Range& range = ranges_[static_cast<size_t>((thread + i) % threads())];
+    for (;;) {
+      uint64_t ticket = range.ticket;
+      int32_t end = range.end;
+      Function function = function_;
+      const void* context = context_;
+      auto piece = static_cast<uint32_t>(ticket);
+      if (ticket >> 32 != job || piece >= static_cast<uint32_t>(end)) break;
+      // What was read belongs to this job if the ticket still does: the caller changes it only between jobs.
+      if (!range.ticket.compare_exchange_weak(ticket, ticket + 1)) continue;
+      function(context, static_cast<int32_t>(piece), thread);
+      done++;
     }
+  }
+  if (done && (left_ -= done) == 0 && caller_sleeps_) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    finished_.notify_one();
   }
 }
 
 void Pool::work(int thread) {
   uint32_t seen = 0;
-  auto fresh = [&] { return stop_ || static_cast<uint32_t>(ticket_ >> 32) != seen; };
+  auto fresh = [&] { return stop_ || job_ != seen; };
   for (;;) {
     if (!spin(fresh)) {
       std::unique_lock<std::mutex> lock(mutex_);
@@ -112,7 +124,7 @@ void Pool::work(int thread) {
       sleeping_--;
     }
     if (stop_) return;
-    seen = static_cast<uint32_t>(ticket_ >> 32);
+    seen = job_;
     claim(seen, thread);
   }
 }

@@ -11,8 +11,9 @@
 
 namespace wedlm {
 
-// Pieces are claimed one by one, and the caller takes part: a thread that the system has set aside delays no piece but
-// the one it holds. Waiting spins for some microseconds, then sleeps. Not for two callers at once.
+// Each thread has a range of the pieces, the same from step to step, and takes from others' ranges when its own is done.
+// The caller takes part: a thread that the system has set aside delays no piece but the one it holds. Waiting spins for
+// some microseconds, then sleeps. Not for two callers at once.
 class Pool {
  public:
   explicit Pool(int threads);
@@ -32,17 +33,23 @@ class Pool {
  private:
   using Function = void (*)(const void* context, int32_t piece, int thread);
 
+  struct alignas(128) Range {  // on a cache line of its own
+    // Number of the job in the upper half, next piece to claim in the lower: a late thread cannot claim from a newer job.
+    std::atomic<uint64_t> ticket{0};
+    std::atomic<int32_t> end{0};
+  };
+
   void run(int32_t pieces, Function function, const void* context);
   void work(int thread);
   void claim(uint32_t job, int thread);
 
-  // Number of the job in the upper half, next piece to claim in the lower: a late thread cannot claim from a newer job.
-  std::atomic<uint64_t> ticket_{0};
-  std::atomic<int32_t> done_{0}, pieces_{0};
+  std::unique_ptr<Range[]> ranges_;
+  std::atomic<uint32_t> job_{0};
   std::atomic<Function> function_{nullptr};
   std::atomic<const void*> context_{nullptr};
   std::atomic<int> sleeping_{0};
   std::atomic<bool> caller_sleeps_{false}, stop_{false};
+  alignas(128) std::atomic<int32_t> left_{0};  // pieces that are not done
   std::mutex mutex_;
   std::condition_variable wake_, finished_;
   std::vector<std::thread> workers_;

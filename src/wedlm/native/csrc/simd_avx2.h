@@ -56,6 +56,10 @@ inline float largest(V x) {
   __m128 s2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
   return _mm_cvtss_f32(_mm_max_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
 }
+inline int first_equal(V x, V y) {
+  int a = _mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_EQ_OQ)), b = _mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_EQ_OQ));
+  return __builtin_ctz(static_cast<unsigned>(a | b << 8) | 1u << 16);
+}
 inline __m128i eight_halves(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 inline V load_half(const uint16_t* p) { return {_mm256_cvtph_ps(eight_halves(p)), _mm256_cvtph_ps(eight_halves(p + 8))}; }
 inline V load_bfloat(const uint16_t* p) {
@@ -74,6 +78,12 @@ inline I operator|(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si25
 inline I shift_left(I x, int n) { __m128i c = _mm_cvtsi32_si128(n); return {_mm256_sll_epi32(x.a, c), _mm256_sll_epi32(x.b, c)}; }
 inline I shift_right(I x, int n) { __m128i c = _mm_cvtsi32_si128(n); return {_mm256_srl_epi32(x.a, c), _mm256_srl_epi32(x.b, c)}; }
 inline I shift_right_signed(I x, int n) { __m128i c = _mm_cvtsi32_si128(n); return {_mm256_sra_epi32(x.a, c), _mm256_sra_epi32(x.b, c)}; }
+inline int32_t sum(I x) {
+  __m256i s8 = _mm256_add_epi32(x.a, x.b);
+  __m128i s4 = _mm_add_epi32(_mm256_castsi256_si128(s8), _mm256_extracti128_si256(s8, 1));
+  __m128i s2 = _mm_add_epi32(s4, _mm_unpackhi_epi64(s4, s4));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s2, _mm_shuffle_epi32(s2, 1)));
+}
 inline V to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline I bits_of(V x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 inline V float_of(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }

@@ -55,6 +55,7 @@ inline float largest(V a) {
   __m128 s2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
   return _mm_cvtss_f32(_mm_max_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
 }
+inline int first_equal(V a, V b) { return __builtin_ctz(static_cast<unsigned>(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)) | 1u << 16); }
 inline V load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 inline V load_bfloat(const uint16_t* p) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -72,6 +73,7 @@ inline I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline I shift_left(I a, int n) { return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 inline I shift_right(I a, int n) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 inline I shift_right_signed(I a, int n) { return {_mm512_sra_epi32(a.v, _mm_cvtsi32_si128(n))}; }
+inline int32_t sum(I a) { return _mm512_reduce_add_epi32(a.v); }
 inline V to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline I bits_of(V a) { return {_mm512_castps_si512(a.v)}; }
 inline V float_of(I a) { return {_mm512_castsi512_ps(a.v)}; }

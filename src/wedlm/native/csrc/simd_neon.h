@@ -59,6 +59,14 @@ inline float largest(V a) {
   float x = lanes[0] > lanes[2] ? lanes[0] : lanes[2], y = lanes[1] > lanes[3] ? lanes[1] : lanes[3];
   return x > y ? x : y;
 }
+inline int first_equal(V a, V b) {
+  uint16x8_t low = vcombine_u16(vmovn_u32(vceqq_f32(a.v[0], b.v[0])), vmovn_u32(vceqq_f32(a.v[1], b.v[1])));
+  uint16x8_t high = vcombine_u16(vmovn_u32(vceqq_f32(a.v[2], b.v[2])), vmovn_u32(vceqq_f32(a.v[3], b.v[3])));
+  // Four bits for each lane.
+  uint8x8_t halves = vshrn_n_u16(vreinterpretq_u16_u8(vcombine_u8(vmovn_u16(low), vmovn_u16(high))), 4);
+  uint64_t bits = vget_lane_u64(vreinterpret_u64_u8(halves), 0);
+  return bits ? __builtin_ctzll(bits) / 4 : 16;
+}
 inline V load_half(const uint16_t* p) {
   V r;
   WEDLM_QUARTERS r.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
@@ -84,6 +92,7 @@ inline I shift_right(I a, int n) {
   return a;
 }
 inline I shift_right_signed(I a, int n) { WEDLM_QUARTERS a.v[i] = vshlq_s32(a.v[i], vdupq_n_s32(-n)); return a; }
+inline int32_t sum(I a) { return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3]))); }
 inline V to_float(I a) { V r; WEDLM_QUARTERS r.v[i] = vcvtq_f32_s32(a.v[i]); return r; }
 inline I bits_of(V a) { I r; WEDLM_QUARTERS r.v[i] = vreinterpretq_s32_f32(a.v[i]); return r; }
 inline V float_of(I a) { V r; WEDLM_QUARTERS r.v[i] = vreinterpretq_f32_s32(a.v[i]); return r; }

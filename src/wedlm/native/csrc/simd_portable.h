@@ -50,6 +50,12 @@ inline float largest(V a) {
     for (int l = 0; l < width; l++) a.v[l] = a.v[l] > a.v[l + width] ? a.v[l] : a.v[l + width];
   return a.v[0];
 }
+// The first lane in which both are equal; 16 if there is none.
+inline int first_equal(V a, V b) {
+  int l = 0;
+  while (l < 16 && a.v[l] != b.v[l]) l++;
+  return l;
+}
 inline V load_half(const uint16_t* p) { V r; WEDLM_LANES r.v[l] = half_to_float(p[l]); return r; }
 inline V load_bfloat(const uint16_t* p) {
   V r;
@@ -68,6 +74,7 @@ inline I operator|(I a, I b) { WEDLM_LANES a.v[l] |= b.v[l]; return a; }
 inline I shift_left(I a, int n) { WEDLM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) << n); return a; }
 inline I shift_right(I a, int n) { WEDLM_LANES a.v[l] = static_cast<int32_t>(static_cast<uint32_t>(a.v[l]) >> n); return a; }
 inline I shift_right_signed(I a, int n) { WEDLM_LANES a.v[l] >>= n; return a; }
+inline int32_t sum(I a) { int32_t total = 0; WEDLM_LANES total += a.v[l]; return total; }
 inline V to_float(I a) { V r; WEDLM_LANES r.v[l] = static_cast<float>(a.v[l]); return r; }
 inline I bits_of(V a) { I r; std::memcpy(&r, &a, 64); return r; }
 inline V float_of(I a) { V r; std::memcpy(&r, &a, 64); return r; }

@@ -3,18 +3,20 @@
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from wedlm.engine.outputs import GenerationOutput, StreamPiece
-from wedlm.model import Tokenizer
-from wedlm.server.answers import Chat, Job, Stream
-from wedlm.server.converters.base import Answer, AnswerForm, AnswerReader, chat_request, named_event
+from wedlm.server.converters.base import Answer, AnswerForm, AnswerReader, Chat, chat_request, named_event
 from wedlm.server.errors import ApiError, anthropic_body
 from wedlm.server.neutral import Place
 from wedlm.server.protocol import MAX_MESSAGES, MAX_STOPS, StopString
 from wedlm.server.tool_schemas import MAX_TOOLS, Schema, Strict, ToolName
+
+if TYPE_CHECKING:  # the process that parses bodies imports this file, and must not load torch
+    from wedlm.engine.outputs import GenerationOutput, StreamPiece
+    from wedlm.model import Tokenizer
+    from wedlm.server.answers import Job, Stream
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -216,7 +218,7 @@ def _choice(choice: ToolChoice) -> Any:
 class MessagesForm(AnswerForm):
     """The answer as a message of Anthropic's."""
 
-    def body(self, job: Job, answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
+    def body(self, job: "Job", answer: Answer, tokenizer: "Tokenizer") -> dict[str, Any]:
         content: list[dict[str, Any]] = []
         if answer.said.reasoning:
             content.append({"type": "thinking", "thinking": answer.said.reasoning, "signature": ""})
@@ -226,7 +228,7 @@ class MessagesForm(AnswerForm):
             content.append({"type": "tool_use", "id": name, "name": function, "input": _input(arguments)})
         return {**_message(job, content), **_end(answer), "usage": _usage(answer)}
 
-    def stream(self, job: Job, tokenizer: Tokenizer) -> Stream:
+    def stream(self, job: "Job", tokenizer: "Tokenizer") -> "Stream":
         return MessagesStream(job)
 
 
@@ -237,7 +239,7 @@ def _input(arguments: str) -> Any:
         return {}
 
 
-def _message(job: Job, content: list[dict[str, Any]]) -> dict[str, Any]:
+def _message(job: "Job", content: list[dict[str, Any]]) -> dict[str, Any]:
     head = {"id": f"msg_{job.id.rpartition('-')[2]}", "type": "message", "role": "assistant", "model": job.model}
     return {**head, "content": content, "stop_reason": None, "stop_sequence": None}
 
@@ -257,7 +259,7 @@ def _usage(answer: Answer) -> dict[str, Any]:
 class MessagesStream:
     """Anthropic's events: blocks one after the other, each begun, continued and ended."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: "Job") -> None:
         self._job, self._reader = job, AnswerReader(job)
         self._index, self._open = -1, ""
 
@@ -265,7 +267,7 @@ class MessagesStream:
         usage = {"input_tokens": self._job.num_prompt_tokens, "output_tokens": 0}
         return named_event("message_start", {"message": {**_message(self._job, []), "usage": usage}})
 
-    def pieces(self, news: Sequence[tuple[int, StreamPiece]]) -> bytes:
+    def pieces(self, news: "Sequence[tuple[int, StreamPiece]]") -> bytes:
         events = b""
         for _, piece in news:
             delta = self._reader.read(piece)
@@ -282,7 +284,7 @@ class MessagesStream:
                     events += self._delta("input_json_delta", "partial_json", call["function"]["arguments"])
         return events
 
-    def closing(self, outputs: Sequence[GenerationOutput]) -> bytes:
+    def closing(self, outputs: "Sequence[GenerationOutput]") -> bytes:
         answer = self._reader.answer
         return (
             self._close()

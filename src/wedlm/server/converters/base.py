@@ -4,16 +4,26 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from wedlm.engine.outputs import GenerationOutput, StreamPiece
-from wedlm.model import Tokenizer
-from wedlm.server.answers import Job
 from wedlm.server.errors import explain
-from wedlm.server.protocol import ChatRequest
+from wedlm.server.protocol import ChatRequest, CompletionRequest
 from wedlm.server.readers import Delta
+
+if TYPE_CHECKING:  # the process that parses bodies imports this file, and must not load torch
+    from wedlm.engine.outputs import GenerationOutput, StreamPiece
+    from wedlm.model import Tokenizer
+    from wedlm.server.answers import Form, Job
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation (or a text) to be answered, and how; None: in OpenAI's form."""
+
+    body: ChatRequest | CompletionRequest
+    form: "Form | None" = None
 
 
 def chat_request(fields: Mapping[str, Any]) -> ChatRequest:
@@ -33,7 +43,7 @@ class Answer:
     said: Delta = field(default_factory=Delta)
     reason: str = ""
     stop: str | None = None
-    output: GenerationOutput | None = None
+    output: "GenerationOutput | None" = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -57,19 +67,19 @@ class Answer:
 class AnswerReader:
     """Reads the pieces of a job's only sequence."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: "Job") -> None:
         self._reader, self._params = job.new_reader(), job.sequences[0][1]
         self.answer = Answer()
 
-    def read(self, piece: StreamPiece) -> Delta:
+    def read(self, piece: "StreamPiece") -> Delta:
         """What the piece adds."""
         return self._add(piece.text, piece.output)
 
-    def read_whole(self, output: GenerationOutput) -> Answer:
+    def read_whole(self, output: "GenerationOutput") -> Answer:
         self._add(output.text, output)
         return self.answer
 
-    def _add(self, text: str, output: GenerationOutput | None) -> Delta:
+    def _add(self, text: str, output: "GenerationOutput | None") -> Delta:
         answer = self.answer
         if output is not None and output.finish_reason == "stop" and self._params.include_stop_str_in_output:
             stops = self._params.stop or ()
@@ -94,10 +104,10 @@ class AnswerForm:
 
     stream_type = "text/event-stream"
 
-    def whole(self, job: Job, outputs: Sequence[GenerationOutput], tokenizer: Tokenizer) -> bytes:
+    def whole(self, job: "Job", outputs: "Sequence[GenerationOutput]", tokenizer: "Tokenizer") -> bytes:
         return to_json(self.body(job, AnswerReader(job).read_whole(outputs[0]), tokenizer))
 
-    def body(self, job: Job, answer: Answer, tokenizer: Tokenizer) -> Any:
+    def body(self, job: "Job", answer: Answer, tokenizer: "Tokenizer") -> Any:
         raise NotImplementedError
 
 

@@ -5,19 +5,21 @@ import json
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from wedlm.engine.outputs import GenerationOutput, StreamPiece
-from wedlm.model import Tokenizer
-from wedlm.server.answers import Chat, Job, Stream
-from wedlm.server.converters.base import Answer, AnswerForm, AnswerReader, chat_request, to_json
+from wedlm.server.converters.base import Answer, AnswerForm, AnswerReader, Chat, chat_request, to_json
 from wedlm.server.errors import ApiError, ollama_body
 from wedlm.server.neutral import Place
 from wedlm.server.protocol import MAX_MESSAGES, MAX_STOPS, CompletionRequest, StopString
 from wedlm.server.readers import Delta
 from wedlm.server.tool_schemas import MAX_TOOLS, Schema, Strict, Tool
+
+if TYPE_CHECKING:  # the process that parses bodies imports this file, and must not load torch
+    from wedlm.engine.outputs import GenerationOutput, StreamPiece
+    from wedlm.model import Tokenizer
+    from wedlm.server.answers import Job, Stream
 
 # Ollama's own defaults, which its clients rely on.
 _DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
@@ -168,10 +170,10 @@ class OllamaForm(AnswerForm):
     def __init__(self, kind: Literal["chat", "generate"], model: str) -> None:
         self._kind, self._model, self._start = kind, model, time.perf_counter()
 
-    def body(self, job: Job, answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
+    def body(self, job: "Job", answer: Answer, tokenizer: "Tokenizer") -> dict[str, Any]:
         return {**self.part(answer.said), **self.end(answer)}
 
-    def stream(self, job: Job, tokenizer: Tokenizer) -> Stream:
+    def stream(self, job: "Job", tokenizer: "Tokenizer") -> "Stream":
         return OllamaStream(self, job)
 
     def part(self, said: Delta) -> dict[str, Any]:
@@ -212,13 +214,13 @@ def _called(function: dict[str, Any]) -> dict[str, Any]:
 class OllamaStream:
     """A line for each piece that adds something. Calls, whose arguments are objects, come whole at the end."""
 
-    def __init__(self, form: OllamaForm, job: Job) -> None:
+    def __init__(self, form: OllamaForm, job: "Job") -> None:
         self._form, self._reader = form, AnswerReader(job)
 
     def opening(self) -> bytes:
         return b""
 
-    def pieces(self, news: Sequence[tuple[int, StreamPiece]]) -> bytes:
+    def pieces(self, news: "Sequence[tuple[int, StreamPiece]]") -> bytes:
         lines = b""
         for _, piece in news:
             delta = self._reader.read(piece)
@@ -226,7 +228,7 @@ class OllamaStream:
                 lines += to_json(self._form.part(Delta(delta.content, [], delta.reasoning))) + b"\n"
         return lines
 
-    def closing(self, outputs: Sequence[GenerationOutput]) -> bytes:
+    def closing(self, outputs: "Sequence[GenerationOutput]") -> bytes:
         answer = self._reader.answer
         lines = to_json(self._form.part(Delta("", answer.said.calls))) + b"\n" if answer.said.calls else b""
         return lines + to_json({**self._form.part(Delta()), **self._form.end(answer)}) + b"\n"

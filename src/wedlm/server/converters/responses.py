@@ -7,19 +7,22 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from secrets import token_hex
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
-from wedlm.engine.outputs import GenerationOutput, StreamPiece
-from wedlm.model import Tokenizer
-from wedlm.server.answers import Chat, Job, Stream
-from wedlm.server.converters.base import Answer, AnswerForm, AnswerReader, chat_request, named_event, to_json
+from wedlm.server.converters.base import Answer, AnswerForm, AnswerReader, Chat, chat_request, named_event, to_json
 from wedlm.server.errors import ApiError
 from wedlm.server.neutral import Place
 from wedlm.server.protocol import MAX_MESSAGES, SHARED_FIELDS, Generation
 from wedlm.server.tool_schemas import MAX_TOOLS, Schema, Strict, ToolName
 
+if TYPE_CHECKING:  # the process that parses bodies imports this file, and must not load torch
+    from wedlm.engine.outputs import GenerationOutput, StreamPiece
+    from wedlm.model import Tokenizer
+    from wedlm.server.answers import Job, Stream
+
+_MAX_CONVERSATION_BYTES = 2**21
 Item = dict[str, Any]  # of a conversation, in the API's form
 
 
@@ -294,6 +297,8 @@ class ResponseStore:
 
     def put(self, name: str, stored: Stored) -> None:
         size = stored.num_bytes
+        if size > _MAX_CONVERSATION_BYTES:  # no model here reads so much, and each request would go through all of it
+            return
         with self._lock:
             self._stored[name] = stored, size
             self._owner.update((item["id"], name) for item in stored.items if "id" in item and item["of"] == name)
@@ -344,17 +349,17 @@ class ResponsesForm(AnswerForm):
     def __init__(self, head: bytes, items: list[Item], store: ResponseStore | None) -> None:
         self._head, self._items, self._store = head, items, store
 
-    def whole(self, job: Job, outputs: Sequence[GenerationOutput], tokenizer: Tokenizer) -> bytes:
+    def whole(self, job: "Job", outputs: "Sequence[GenerationOutput]", tokenizer: "Tokenizer") -> bytes:
         answer = AnswerReader(job).read_whole(outputs[0])
         output = _output(answer)
         body = self.response(job, answer, output, tokenizer)
         self.keep(job, output, body)
         return body
 
-    def stream(self, job: Job, tokenizer: Tokenizer) -> Stream:
+    def stream(self, job: "Job", tokenizer: "Tokenizer") -> "Stream":
         return ResponsesStream(self, job, tokenizer)
 
-    def response(self, job: Job, answer: Answer | None, output: list[Item], tokenizer: Tokenizer) -> bytes:
+    def response(self, job: "Job", answer: Answer | None, output: list[Item], tokenizer: "Tokenizer") -> bytes:
         """The object ``response``; without an answer it has just begun."""
         cut = answer is not None and answer.reason == "length"
         done = {
@@ -368,7 +373,7 @@ class ResponsesForm(AnswerForm):
         }
         return b"{%b,%b" % (self._head, to_json(done)[1:])
 
-    def keep(self, job: Job, output: list[Item], body: bytes) -> None:
+    def keep(self, job: "Job", output: list[Item], body: bytes) -> None:
         """Store the answer, if it may be."""
         if self._store is None:
             return
@@ -376,7 +381,7 @@ class ResponsesForm(AnswerForm):
         self._store.put(name_of(job), Stored([*self._items, *new], body))
 
 
-def name_of(job: Job) -> str:
+def name_of(job: "Job") -> str:
     return f"resp_{job.id.rpartition('-')[2]}"
 
 
@@ -389,7 +394,7 @@ def _stored(item: Item) -> Item:
     return {name: item[name] for name in ("type", "call_id", "name", "arguments")}
 
 
-def _usage(answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
+def _usage(answer: Answer, tokenizer: "Tokenizer") -> dict[str, Any]:
     """The tokens of the reasoning are counted by encoding it once more."""
     prompt, made, cached = answer.num_prompt_tokens, answer.num_tokens, answer.num_cached
     thought = answer.said.reasoning
@@ -433,7 +438,7 @@ def _output(answer: Answer) -> list[Item]:
 class ResponsesStream:
     """The Responses API's events: items one after the other, each added, continued and done."""
 
-    def __init__(self, form: ResponsesForm, job: Job, tokenizer: Tokenizer) -> None:
+    def __init__(self, form: ResponsesForm, job: "Job", tokenizer: "Tokenizer") -> None:
         self._form, self._job, self._tokenizer = form, job, tokenizer
         self._reader = AnswerReader(job)
         self._number = 0
@@ -444,7 +449,7 @@ class ResponsesStream:
         begun = self._form.response(self._job, None, [], self._tokenizer)
         return b"".join(self._about("response." + name, begun) for name in ("created", "in_progress"))
 
-    def pieces(self, news: Sequence[tuple[int, StreamPiece]]) -> bytes:
+    def pieces(self, news: "Sequence[tuple[int, StreamPiece]]") -> bytes:
         events = b""
         for _, piece in news:
             delta = self._reader.read(piece)
@@ -459,7 +464,7 @@ class ResponsesStream:
                 events += self._arguments(call["function"]["arguments"])
         return events
 
-    def closing(self, outputs: Sequence[GenerationOutput]) -> bytes:
+    def closing(self, outputs: "Sequence[GenerationOutput]") -> bytes:
         answer = self._reader.answer
         cut = answer.reason == "length"
         events = b""

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's ``POST /tokenize`` and ``/detokenize``; llama.cpp's ``content`` is read, too."""
 
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from wedlm.server.converters.base import chat_request
 from wedlm.server.neutral import Place
-from wedlm.server.prompts import Prompts
 from wedlm.server.protocol import MAX_MESSAGES, TemplateVariables, TokenIds
 from wedlm.server.tool_schemas import MAX_TOOLS, Strict, Tool
+
+if TYPE_CHECKING:  # the process that parses bodies imports this file, and must not load torch
+    from wedlm.server.prompts import Prompts
 
 
 class TokenizeRequest(Strict):
@@ -26,7 +28,7 @@ class TokenizeRequest(Strict):
     chat_template_kwargs: TemplateVariables | None = None
     return_token_strs: bool | None = None
 
-    def answer(self, prompts: Prompts) -> dict[str, Any]:
+    def answer(self, prompts: "Prompts") -> dict[str, Any]:
         """In a thread. ValueError, ApiError."""
         given = [name for name in ("prompt", "content", "messages") if getattr(self, name) is not None]
         if len(given) != 1:
@@ -53,7 +55,7 @@ class DetokenizeRequest(Strict):
     model: str | None = None
     tokens: TokenIds
 
-    def answer(self, prompts: Prompts) -> dict[str, Any]:
+    def answer(self, prompts: "Prompts") -> dict[str, Any]:
         """In a thread. ValueError for an id that the model does not have."""
         if any(not 0 <= token < prompts.vocab_size for token in self.tokens):
             raise ValueError(f"tokens has an id that is no token; expected ids from 0 to {prompts.vocab_size - 1}")

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""llama.cpp's server beside our engine: the same base model, prompts and threads; one process for each server."""
+
+import http.client
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import gguf
+
+from wedlm.bench.stats import Figures
+from wedlm.model.demo import default_cache_dir, demo_model_path
+from wedlm.model.formats.save import write_whole
+
+KINDS = ("Q4_1", "Q8_0", "F16")  # of the base model; the best of them is compared with
+SPECULATION = "ngram_mod"
+_START_TIMEOUT_S, _ANSWER_TIMEOUT_S = 60.0, 120.0
+_SHOWN_CHARACTERS = 400
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One server: ``context`` tokens for each of ``slots``; ``speculation`` names a way of llama.cpp's to draft."""
+
+    model: str
+    threads: int
+    slots: int = 1
+    context: int = 2048
+    speculation: str = ""
+    binary: str = ""
+    waiting: str = ""  # OMP_WAIT_POLICY; empty: unset
+
+
+class LlamaServer:
+    """A running server. Every question has a time limit."""
+
+    def __init__(self, serving: Serving, address: str, about: dict[str, str]) -> None:
+        self.serving, self.about, self._where = serving, about, urlsplit(address)
+
+    def complete(self, prompt: Sequence[int], num_tokens: int, **more: Any) -> Figures:
+        """An answer at temperature 0, nothing of the prompt cached unless ``more`` says so. llama.cpp's own clock:
+        ``prompt_ms``, ``step_ms`` for each token after the first; ``seconds`` are the sum; ``wall_s`` contains the
+        way there and back."""
+        request = {"temperature": 0, "cache_prompt": False, "n_predict": num_tokens, "prompt": list(prompt), **more}
+        start = time.perf_counter()
+        answer = self._ask("POST", "/completion", json.dumps(request))
+        wall = time.perf_counter() - start
+        timings = answer["timings"]
+        return {
+            "prompt_ms": timings["prompt_ms"],
+            "prompt_tokens": timings["prompt_n"],
+            "step_ms": timings["predicted_ms"] / max(1, timings["predicted_n"] - 1),
+            "tokens": timings["predicted_n"],
+            "seconds": (timings["prompt_ms"] + timings["predicted_ms"]) / 1e3,
+            "wall_s": wall,
+        }
+
+    def complete_all(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Figures:
+        """All at once: tokens, and seconds until the last has ended."""
+        start = time.perf_counter()
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            answers = list(pool.map(lambda prompt: self.complete(prompt, num_tokens), prompts))
+        return {"tokens": sum(one["tokens"] for one in answers), "seconds": time.perf_counter() - start}
+
+    def answers(self, deadline: float) -> bool:
+        """Waits until it does; False past the deadline (time.monotonic)."""
+        while time.monotonic() < deadline:
+            try:
+                self._ask("GET", "/health", None)
+                return True
+            except (OSError, http.client.HTTPException, ValueError):
+                time.sleep(0.1)  # it still loads
+        return False
+
+    def _ask(self, method: str, path: str, body: str | None) -> dict[str, Any]:
+        assert self._where.hostname is not None
+        connection = http.client.HTTPConnection(self._where.hostname, self._where.port, timeout=_ANSWER_TIMEOUT_S)
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = response.read()
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise ValueError(f"llama.cpp answered {response.status}: {answer[:_SHOWN_CHARACTERS].decode()}")
+        return json.loads(answer)
+
+
+@contextmanager
+def serving(*all_of: Serving) -> Iterator[list[LlamaServer]]:
+    """Servers, up and warm, that end with the block. ValueError if one does not come up."""
+    with ExitStack() as stack:
+        servers = [stack.enter_context(_one(one)) for one in all_of]
+        yield servers
+
+
+@contextmanager
+def _one(task: Serving) -> Iterator[LlamaServer]:
+    with tempfile.TemporaryFile() as log:
+        # Its own group, so that all of it can be ended; the same session, so that it has our share of the machine.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "wedlm.bench.llamacpp_worker", json.dumps(asdict(task))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, process_group=0,
+            env=_environment(task.waiting),
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            deadline = time.monotonic() + _START_TIMEOUT_S
+            ready, _, _ = select.select([process.stdout], [], [], _START_TIMEOUT_S)
+            line = process.stdout.readline() if ready else b""
+            about = json.loads(line) if line.startswith(b"{") else {"address": ""}
+            server = LlamaServer(task, about.pop("address"), about)
+            if not about or not server.answers(deadline):
+                raise ValueError(f"llama.cpp did not start with {task.model}: {_last_words(log, line)}")
+            yield server
+        finally:
+            _end(process)
+
+
+def _environment(waiting: str) -> dict[str, str]:
+    rest = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    return {**rest, "OMP_WAIT_POLICY": waiting} if waiting else rest
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """It ends by itself when its input does; after five seconds, or whatever is left of its group, by force."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    process.stdout.close()
+
+
+def _last_words(log: Any, line: bytes) -> str:
+    log.seek(0)
+    text = (log.read() + line).decode(errors="replace")
+    lines = [one.strip() for one in text.splitlines() if one.strip()]
+    return ([one for one in lines if "rror" in one] or lines or ["(no output)"])[-1][-_SHOWN_CHARACTERS:]
+
+
+def check_llamacpp(binary: str | None) -> None:
+    """ValueError if there is nothing to compare with."""
+    if binary is None and find_spec("xllamacpp") is None:
+        raise ValueError(
+            "--against is llamacpp, whose wheel is not installed here; expected pip install 'wedlm[llamacpp]' first, "
+            "or --llama-server with the path of a llama-server"
+        )
+    if binary is not None and not os.access(binary, os.X_OK):
+        raise ValueError(f"--llama-server is {binary}; expected the path of a program llama-server")
+
+
+def base_files() -> dict[str, Path]:
+    """The demo model before its adaptation, by kind of weights: as it is published, and what is written from that
+    into the cache once."""
+    source = demo_model_path()
+    files = {KINDS[0]: source}
+    for kind in KINDS[1:]:
+        files[kind] = default_cache_dir() / source.name.replace(KINDS[0], kind)
+        if not files[kind].exists():
+            with write_whole(files[kind]) as temporary:
+                rewrite_gguf(source, temporary, gguf.GGMLQuantizationType[kind])
+    return files
+
+
+def rewrite_gguf(source: Path, target: Path, kind: gguf.GGMLQuantizationType) -> None:
+    """The same model with its matrices in another kind of weights: widened to float32, then rounded once."""
+    reader = gguf.GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(target, architecture)
+    for name, one in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            element = one.types[-1] if len(one.types) > 1 else None
+            writer.add_key_value(name, one.contents(), one.types[0], element)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        wanted = kind if len(tensor.shape) > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(tensor.name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint to the model that an engine runs: in which bits its weights stay, and on what it runs."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from wedlm.engine import resolve_options
+from wedlm.engine.factory import native_obstacle, native_threads, prepare_model
+from wedlm.engine.options import EngineOptions
+from wedlm.model import ModelConfig, Transformer
+from wedlm.model.formats.checkpoint import Checkpoint, load_torch, open_checkpoint
+from wedlm.model.formats.fp8_checkpoint import has_fp8
+from wedlm.model.inference.quantization import multiplies_fp8
+from wedlm.model.lora.peft import adapted_config, apply_adapter
+from wedlm.model.packed_demo import packed_demo
+from wedlm.native import NativeTransformer
+from wedlm.native.weights import native_from_checkpoint, unsupported_type
+
+# Whether weights of 16 bits run in eight on a CPU with the native forward, unless --quantization says otherwise.
+INT8_IS_CPU_DEFAULT = True
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """A model as ``plan_engine`` takes it, its config, and the options, which may name what the checkpoint is in.
+
+    ``note`` says for users what was decided against, and why; empty where nothing was.
+    """
+
+    model: Transformer | NativeTransformer
+    config: ModelConfig
+    options: EngineOptions
+    note: str = ""
+
+
+def load_weights(path_or_id: str | Path, options: EngineOptions, device: torch.device) -> LoadedWeights:
+    """The model of a checkpoint, by ``quantization``, ``dtype`` and ``adapter`` of ``options``.
+
+    A native model has as many threads as torch has at this moment. Raises ValueError.
+    """
+    checkpoint = open_checkpoint(path_or_id)
+    wanted, note = _native_form(checkpoint, options, device)
+    if wanted is not None:
+        if checkpoint.deltas:
+            checkpoint = packed_demo(checkpoint)
+        native = native_from_checkpoint(checkpoint, None if wanted == "file" else wanted, threads=native_threads())
+        return LoadedWeights(native, checkpoint.config, options)
+    # A checkpoint in FP8 stays so where it can be multiplied, unless another type is asked for or an adapter
+    # changes its weights.
+    by_itself = options.quantization == "auto" and options.dtype == "auto" and multiplies_fp8(device)
+    keeps_fp8 = options.adapter is None and (by_itself or options.quantization == "fp8")
+    dtype = resolve_options.read_dtype(options.dtype, device)
+    transformer, config = load_torch(checkpoint, dtype, device, keeps_fp8=keeps_fp8), checkpoint.config
+    if has_fp8(transformer):
+        options = replace(options, quantization="fp8")
+    if options.adapter is not None:
+        apply_adapter(transformer, options.adapter)
+        config = adapted_config(config, options.adapter)
+    model = prepare_model(transformer, options.rounded_to, options.quantize_head)
+    return LoadedWeights(model, config, options, note)
+
+
+def _native_form(checkpoint: Checkpoint, options: EngineOptions, device: torch.device) -> tuple[str | None, str]:
+    """("file" or "int8": what the native forward gets straight from the checkpoint; None: torch loads it; why not)."""
+    asked = options.quantization
+    if device.type != "cpu" or options.adapter is not None or asked in ("none", "fp8"):
+        return None, ""
+    form = _form_of(checkpoint) if asked == "auto" and options.dtype == "auto" else None
+    if asked == "int8":
+        form = "int8"
+    if form is None:
+        return None, ""
+    obstacle = native_obstacle()
+    if obstacle is None and form == "file" and checkpoint.gguf is not None:
+        obstacle = unsupported_type(checkpoint.gguf)
+    if obstacle is None:
+        return form, ""
+    if asked == "int8":
+        raise ValueError(f"quantization is 'int8', but {obstacle}; expected none on a CPU where it cannot run")
+    return None, f"weights are widened and steps take several times as long, because {obstacle}"
+
+
+def _form_of(checkpoint: Checkpoint) -> str | None:
+    """What ``auto`` makes of a checkpoint on a CPU: "file" as it lies there, "int8", or None for wide weights."""
+    if (checkpoint.gguf is not None and not checkpoint.deltas) or checkpoint.is_int8:
+        return "file"
+    is_narrow = checkpoint.config.dtype in ("bfloat16", "float16")
+    return "int8" if is_narrow and INT8_IS_CPU_DEFAULT else None

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// The token of one row of logits: the largest, or a random one by the row's key.
+#pragma once
+#include <cstdint>
+
+#include "decode.h"
+
+namespace wedlm {
+
+// As algorithm/sample.py's choose_tokens: `params` says how, the noise is a function of its seed, `position` and the
+// token. Of equal tokens the lowest.
+int64_t choose_token(const float* logits, int32_t vocab_size, const WedlmWindowParams& params, int64_t position);
+
+}  // namespace wedlm
