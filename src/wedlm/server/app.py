@@ -91,9 +91,19 @@ def create_app(llm: LLM, config: ServerConfig, demo: Path = DEMO) -> FastAPI:
     app.add_middleware(RequestLog, metrics=service.metrics)
     _add_api(app, service)
     _add_operations(app, service)
+    _add_heads(app)
     if (demo / "index.html").is_file():
         _add_page(app, demo)
     return app
+
+
+def _add_heads(app: FastAPI) -> None:
+    """HEAD wherever GET is: load balancers ask so."""
+    for route in list(app.routes):
+        if isinstance(route, APIRoute) and route.methods == {"GET"}:
+            app.add_api_route(
+                route.path, route.endpoint, methods=["HEAD"], include_in_schema=False, response_model=None
+            )
 
 
 def _add_api(app: FastAPI, service: Service) -> None:
@@ -204,8 +214,6 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         """200 while requests are served."""
         status = service.status
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
-
-    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
 
     @app.get("/version")
     async def show_version() -> dict[str, str]:
