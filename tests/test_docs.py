@@ -10,6 +10,8 @@ import pytest
 import typer
 from nbclient import NotebookClient
 
+from wedlm.bench.laptop_report import headline, report
+from wedlm.bench.record import read_record
 from wedlm.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +36,15 @@ def test_python_blocks_run(capsys):
     for where, code in python:
         exec(compile(code, where, "exec"), spaces.setdefault(where.split(":")[0], {"__name__": "docs"}))
     assert capsys.readouterr().out
+
+
+def test_the_laptop_table_is_that_of_the_report():
+    """Made by one command, which docs/benchmarks.md names; the report beside it is of the same run."""
+    folder = ROOT / "benchmarks/results/laptop"
+    values = read_record(folder)
+    shown = (ROOT / "README.md").read_text().split("<!-- laptop: ")[1].split("-->\n")[1].split("<!-- end")[0]
+    assert shown.strip() == headline(values)
+    assert (folder / "report.md").read_text() == report(values)
 
 
 def test_shell_lines_name_options_that_exist():

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from tests.attack.victim import Victim
+from tests.server.running import wait_until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 BODY_BYTES = 2**20 - 64  # the most that a server takes, without a few
@@ -519,6 +520,7 @@ def _leavers(model: str) -> Iterator[Case]:
     """Each leaves while something else is at work on its request."""
     long_prompt = _filled(f'{{"model":"{model}","prompt":"'.encode(), b"word ", b'"}')
     numbers = _filled(f'{{"model":"{model}","prompt":['.encode(), b"1,", b"1]}")
+    prompts = json.dumps({"model": model, "prompt": [[number] * 2000 for number in range(64)]}).encode()
     hello = {"model": model, "messages": [{"role": "user", "content": "y" * 200}]}
     forms = {
         name: {**hello, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
@@ -529,6 +531,7 @@ def _leavers(model: str) -> Iterator[Case]:
         "validation": (TEXT, numbers),
         "template": (CHAT, json.dumps({**hello, "messages": hello["messages"] * 4000}).encode()),
         "queue and generation": (TEXT, _generation(model, n=64, max_tokens=1900)),
+        "the keys of prompts": (TEXT, prompts),
         "a stream": (TEXT, _generation(model, n=64, max_tokens=1900, stream=True)),
         "log-probabilities": (TEXT, _generation(model, n=12, max_tokens=1000, logprobs=20)),
         **{f"schema: {name}": (CHAT, json.dumps(form).encode()) for name, form in forms.items()},
@@ -538,3 +541,14 @@ def _leavers(model: str) -> Iterator[Case]:
             acts = [leave(path, body, seconds)] * 4
             quick = seconds == 0.2 and name in ("tokens", "queue and generation")
             yield Case("leavers", f"{name}, after {seconds} s", _together(acts), quick)
+    yield Case("leavers", "while the answer is written", partial(_leave_the_answer, model))
+
+
+def _leave_the_answer(model: str, victim: Victim) -> None:
+    """Once the last token is there; writing the log-probabilities takes longer than a second."""
+    body = _generation(model, n=12, max_tokens=1000, logprobs=20)
+    with victim.connect(60) as connection:
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: victim.metrics()["sequences_open"] >= 12, seconds=20)
+        wait_until(lambda: victim.metrics()["sequences_open"] <= 1, seconds=60)

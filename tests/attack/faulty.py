@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``wedlm`` with faults: after SIGUSR1 the next forward raises, after SIGUSR2 the next tokenisation, and for three
-seconds after SIGRTMIN the disk is full that the log is written to.
+seconds after SIGRTMIN the disk is full that the log is written to. After SIGRTMAX the event loop hangs.
 
 python -m tests.attack.faulty serve ...
 """
@@ -47,4 +47,5 @@ if __name__ == "__main__":
     arm(Engine, "step", signal.SIGUSR1)
     arm(Tokenizer, "encode", signal.SIGUSR2)
     arm_disk()
+    signal.signal(signal.SIGRTMAX, lambda *_: time.sleep(3600))
     main()

@@ -636,7 +636,8 @@ def _outcome(name: str, report: str, status: int, elapsed: float) -> Outcome:
 
 
 def main() -> None:
-    """``python -m tests.attack.files WHAT WORKERS``: outcomes as JSON lines. WHAT: a count, "found" or a case."""
+    """``python -m tests.attack.files WHAT WORKERS``: outcomes as JSON lines. WHAT: counts, "found" or cases, with
+    commas between them."""
     import sys
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -649,8 +650,11 @@ def main() -> None:
 
     assert wedlm.LLM is not None
     torch.set_num_threads(1)
-    what = sys.argv[1]
-    names = cases(int(what)) if what.isdigit() else [f"found {name}" for name in FOUND] if what == "found" else [what]
+    names: list[str] = []
+    for what in sys.argv[1].split(","):
+        names += (
+            cases(int(what)) if what.isdigit() else [f"found {one}" for one in FOUND] if what == "found" else [what]
+        )
     for outcome in run(names, int(sys.argv[2]) if len(sys.argv) > 2 else 1):
         print(json.dumps(outcome.__dict__), flush=True)
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bounds that need a server started in a way of its own: time for a head, descriptors, a log that nobody reads."""
 
+import signal
 import socket
 import time
 
 import pytest
 
 from tests.attack.cases import TEXT
-from tests.attack.victim import END_S, serving_process
+from tests.attack.victim import END_S, GRACE_S, serving_process
 from tests.engine.tiny_llm import save_tiny
 from tests.server.running import wait_until
 
@@ -81,3 +82,17 @@ def test_a_log_that_nobody_reads(model):
         for _ in range(4000):
             assert victim.get("/health") == 200
         assert victim.end() < END_S
+
+
+def test_an_end_by_force(model):
+    """The loop hangs: the process ends all the same, five seconds after its grace, and says so."""
+    with serving_process(model, probed=False, entry="tests.attack.faulty") as victim:
+        assert victim.get("/health") == 200
+        victim.process.send_signal(signal.SIGRTMAX)
+        time.sleep(0.2)
+        start = time.monotonic()
+        victim.process.send_signal(signal.SIGTERM)
+        assert victim.process.wait(30) == 1
+        assert GRACE_S + 5 <= time.monotonic() - start < GRACE_S + 10
+        wait_until(lambda: any("did not end in time" in line for line in victim.lines))
+        victim.check_log()

@@ -8,15 +8,13 @@ import sys
 import time
 from dataclasses import replace
 
-import gguf
-import numpy as np
 import pytest
 
 from tests.bench.conftest import WORKLOAD, settings
 from wedlm.bench import laptop, llamacpp
 from wedlm.bench.duration import expected_seconds, in_words
 from wedlm.bench.laptop_report import headline, report
-from wedlm.bench.llamacpp import Serving, rewrite_gguf, serving
+from wedlm.bench.llamacpp import Serving, serving
 from wedlm.bench.record import read_record
 from wedlm.bench.run import run_bench
 from wedlm.bench.settings import LLAMACPP_PARTS
@@ -260,30 +258,16 @@ def test_a_busy_core_is_let_go():
     assert running() == 0
 
 
-def test_weights_written_in_another_kind(tmp_path):
-    values = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
-    writer.add_context_length(77)
-    writer.add_token_list(["a", "b"])
-    writer.add_array("some.numbers", [1, 2, 3])
-    writer.add_tensor("blk.0.ffn_up.weight", values)
-    writer.add_tensor("blk.0.ffn_norm.weight", values[0])
-    for write in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        write()
-    rewrite_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", gguf.GGMLQuantizationType.Q8_0)
-    old, new = gguf.GGUFReader(tmp_path / "a.gguf"), gguf.GGUFReader(tmp_path / "b.gguf")
-    kept = [name for name in old.fields if not name.startswith("GGUF.")]
-    assert {name: new.fields[name].contents() for name in kept} == {name: old.fields[name].contents() for name in kept}
-    matrix, norm = new.tensors
-    assert (matrix.tensor_type.name, norm.tensor_type.name) == ("Q8_0", "F32")
-    assert np.array_equal(norm.data, values[0])
-    widened = gguf.quants.dequantize(matrix.data, matrix.tensor_type)
-    assert np.abs(widened - values).max() <= np.abs(values).max() / 127
+@pytest.mark.demo_model
+def test_files_of_the_base_model(tmp_path, monkeypatch):
+    """Asked for by name; what ``wedlm quantize`` writes has its own tests."""
+    asked = []
+    monkeypatch.setattr(llamacpp, "default_cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(llamacpp, "quantize_checkpoint", lambda *where, **how: asked.append((*where, how)))
+    files = llamacpp.base_files()
+    assert list(files) == ["Q4_1", "Q8_0", "F16"]
+    expected = [("demo-base", files[kind], {"to": "gguf", "type": kind.lower()}) for kind in ("Q8_0", "F16")]
+    assert asked == expected
 
 
 def test_how_long_it_will_take():

@@ -6,6 +6,7 @@ import torch
 
 from tests.cli.command import wedlm
 from wedlm.cli import doctor
+from wedlm.native import is_available, library
 
 
 def lines() -> dict[str, str]:
@@ -22,6 +23,18 @@ def test_every_fact_has_a_line():
     assert found["torch"].startswith(torch.__version__)
     assert "cores" in found["CPU"]
     assert " GiB" in found["memory"]
+
+
+def test_the_native_forward_says_what_it_runs_on_or_lacks(monkeypatch):
+    if is_available():
+        assert lines()["native"].startswith("The native forward runs on ")
+    monkeypatch.setattr(library, "_library_file", lambda: None)
+    library.load.cache_clear()
+    said = lines()["native"]
+    assert said.startswith("the native CPU forward was not built: no C++ compiler (g++ or clang++) was found")
+    assert said.endswith("a step on a CPU takes several times as long.")
+    assert lines()["LLM() runs on"].endswith("plain torch operations")
+    library.load.cache_clear()
 
 
 def test_what_is_chosen_without_a_gpu(monkeypatch):

@@ -95,6 +95,27 @@ def test_leaving_before_it_has_begun(grammars):
     assert grammars.compile(honest(2)) is grammars.compile(honest(2), cancellation)
 
 
+def test_leaving_while_the_process_starts(grammars, monkeypatch):
+    """It is there for the next one."""
+    started, cancellation = [], Cancellation()
+    trials = Trials(tiny_tokenizer().backend.to_str(), VOCAB)
+    take = trials._take
+
+    def take_long() -> object:
+        started.append(take())
+        cancellation.cancel()
+        return started[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "_take", take_long)
+        with pytest.raises(TrialCancelled):
+            trials.run(HOSTILE.json_schema, None, cancellation)
+    assert trials.run(honest(0).json_schema, None, Cancellation())[0] is None
+    assert [started[0]] == trials._idle
+    assert started[0].alive
+    trials.close()
+
+
 def test_only_so_many_wait(grammars, monkeypatch):
     monkeypatch.setattr(home, "_MAX_WAITING", 3)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that answer questions: of any size, in time or not, until they are killed. This file is their module, too."""
+"""Processes that answer questions: of any size, in time or not, until they are killed. This file is their module."""
 
 import os
 import signal

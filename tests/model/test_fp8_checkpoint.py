@@ -135,12 +135,12 @@ def test_an_engine_keeps_it_where_it_can(tmp_path, fp8_anywhere, monkeypatch):
     saved = save_fp8(tmp_path, "outputs")
     tiny_tokenizer().save(saved)
     widened = LLM(saved, device="cpu", mask_token_id=90)
-    assert widened.engine.config.options.quantization is None
-    monkeypatch.setattr("wedlm.engine.llm.multiplies_fp8", lambda _: True)
+    assert widened.engine.config.options.quantization == "auto"
+    monkeypatch.setattr("wedlm.engine.load_weights.multiplies_fp8", lambda _: True)
     kept = LLM(saved, device="cpu", mask_token_id=90)
     assert kept.engine.config.options.quantization == "fp8"
     assert kept.model.model.layers[0].mlp.down_proj.weight.dtype == FP8
-    assert LLM(saved, device="cpu", mask_token_id=90, dtype="float32").engine.config.options.quantization is None
+    assert LLM(saved, device="cpu", mask_token_id=90, dtype="float32").engine.config.options.quantization == "auto"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "capi.h"
+#include "decode.h"
 
 namespace {
 
@@ -78,6 +79,58 @@ void check(int32_t status, const char* error) {
 uint64_t hash(uint64_t seed, const void* data, size_t bytes) {  // FNV-1a
   for (size_t i = 0; i < bytes; i++) seed = (seed ^ static_cast<const uint8_t*>(data)[i]) * 0x100000001b3u;
   return seed;
+}
+
+// Some steps of windows in all modes over a cache of pages of 8: what they emit.
+uint64_t decode(Random& random, WedlmModel* model, const WedlmShape& shape, const float* cos, const float* sin, int64_t num_positions) {
+  constexpr int64_t kWindows = 3, kCapacity = 24, kPages = 16, kPageSize = 8;
+  std::vector<int64_t> cached, width, tokens(kWindows * kCapacity), num_pages(kWindows, kPages), slot{2, 0, 1}, stops{1, 2};
+  std::vector<uint8_t> filled(kWindows * kCapacity);
+  std::vector<float> logprobs(kWindows * kCapacity), result_logprobs(kWindows * kCapacity);
+  std::vector<int64_t> results(kWindows * (4 + kCapacity));
+  std::vector<int32_t> pages;
+  for (int32_t i = 0; i < kWindows * kPages; i++) pages.push_back(i);
+  std::vector<WedlmWindowParams> params(kWindows);
+  for (int64_t s = 0; s < kWindows; s++) {
+    WedlmWindowParams& own = params[static_cast<size_t>(s)];
+    own.is_verified = random.below(2), own.is_adaptive = own.is_verified && random.below(2), own.is_block = !own.is_verified && random.below(2);
+    own.row_budget = 1 + random.below(own.is_verified ? kCapacity : kCapacity / 2);
+    own.max_drafts = random.below(4);
+    own.max_positions = 20 + random.below(num_positions - 19);
+    own.min_eos_position = random.below(30);
+    own.threshold = random.real(), own.penalty = 0.02, own.draft_entropy = 2 + random.real();
+    own.temperature = random.below(2) ? 0.0f : 1.0f;
+    own.top_k = random.below(3) ? 0 : 5, own.top_p = random.below(3) ? 1 : 0.8;
+    own.seed = random.below(1000);
+    own.stop_tokens = stops.data(), own.num_stop_tokens = random.below(3);
+    cached.push_back(random.below(15));
+    width.push_back(own.row_budget);
+    tokens[static_cast<size_t>(s * kCapacity)] = random.below(shape.vocab_size);
+    filled[static_cast<size_t>(s * kCapacity)] = static_cast<uint8_t>(own.is_verified);
+  }
+  size_t cache_size = static_cast<size_t>(shape.num_layers * kWindows * kPages * kPageSize * shape.num_kv_heads * shape.head_dim);
+  std::vector<float> keys(cache_size), values(cache_size);
+  WedlmSlots slots{kCapacity, kPages, cached.data(), width.data(), tokens.data(), filled.data(), logprobs.data(), params.data(), pages.data(), num_pages.data()};
+  WedlmDecode step{};
+  step.slots = &slots, step.num_windows = kWindows, step.slot = slot.data();
+  step.keys = keys.data(), step.values = values.data(), step.page_size = kPageSize, step.num_slots = kWindows * kPages * kPageSize;
+  step.cos = cos, step.sin = sin, step.num_positions = num_positions;
+  step.results = results.data(), step.result_logprobs = result_logprobs.data();
+  WedlmDecoder* decoder = wedlm_decoder_new(shape.vocab_size, 0);
+  char error[512] = "";
+  uint64_t h = 0xcbf29ce484222325u;
+  for (int64_t i = 0; i < 6; i++) {
+    step.row_limit = 1 + random.below(8), step.most_drafts = random.below(3);
+    step.wants_logits = static_cast<int32_t>(random.below(3));
+    check(wedlm_decode_forward(decoder, model, &step, error, sizeof error), error);
+    wedlm_decode_choose(decoder, &step);
+    wedlm_decode_update(decoder, &step);
+    wedlm_decode_put(decoder, &step);
+    h = hash(h, results.data(), results.size() * 8);
+  }
+  wedlm_decoder_free(decoder);
+  h = hash(h, filled.data(), filled.size());
+  return hash(h, logprobs.data(), logprobs.size() * 4);
 }
 
 uint64_t run(uint64_t seed, const char* path) {
@@ -186,10 +239,11 @@ uint64_t run(uint64_t seed, const char* path) {
                  num_slots, cos.data(), sin.data(), kPositions, static_cast<int64_t>(num_logits), wanted.data(), logits.data(),
                  token.data(), token_logit.data(), entropy.data(), logsumexp.data(), banned.data(), banned_offsets.data()};
   check(wedlm_model_forward(model, &step, error, sizeof error), error);
+  uint64_t decoded = decode(random, model, shape, cos.data(), sin.data(), kPositions);
   wedlm_model_free(model);
   for (float x : logits)
     if (!(x - x == 0)) check(-1, "a logit is not finite");
-  uint64_t h = 0xcbf29ce484222325u;
+  uint64_t h = decoded;
   for (const std::vector<float>* part : {&logits, &keys, &values, &token_logit, &entropy, &logsumexp}) h = hash(h, part->data(), part->size() * 4);
   return hash(h, token.data(), token.size() * 8);
 }

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grammars that cost too much, through the server: everybody else is served meanwhile, and it still ends."""
 
+import json
 import os
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.attack.schemas import multiples, nested_references
-from tests.server.running import Running, serving
+from tests.server.running import MODEL, Running, serving, wait_until
 from tests.server.test_refusals import check_error
 from wedlm import LLM
 
@@ -54,6 +56,22 @@ def test_others_are_served_meanwhile(llm):
         answer = running.post(CHAT, asking(HONEST))
         assert answer.status_code == 200, answer.text
         running.settled()
+
+
+def test_what_was_left_behind_delays_nobody(llm):
+    """30 schemas of a second each, whose clients have gone."""
+    with serving(llm) as running:
+        assert running.post(CHAT, asking(HONEST)).status_code == 200
+        for number in range(30):
+            body = json.dumps({"model": MODEL, **hostile(2 * number + 1)}).encode()
+            with socket.create_connection(("127.0.0.1", running.port)) as connection:
+                head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                time.sleep(0.02)
+        started = time.monotonic()
+        assert running.post(CHAT, asking({**HONEST, "title": "behind them"})).status_code == 200
+        assert time.monotonic() - started < 7  # half of what the others would have taken
+        wait_until(lambda: not running.service._num_at_work(), seconds=2)
 
 
 def test_a_worker_that_dies_is_replaced(llm):

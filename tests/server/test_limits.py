@@ -120,6 +120,47 @@ def test_bodies_that_are_too_large_or_too_slow(llm):
         assert running.text("x")
 
 
+def test_only_so_many_bodies_are_on_their_way(llm):
+    """64 times the size of the largest. Their memory comes back with the end of each."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serving(llm, max_body_bytes=1000) as running:
+
+        def send() -> socket.socket:
+            connection = socket.create_connection(("127.0.0.1", running.port), timeout=10)
+            connection.sendall(head + b"Content-Length: 1000\r\n\r\n" + b" " * 999)
+            return connection
+
+        held = [send() for _ in range(64)]
+        wait_until(lambda: len(running.server.server_state.connections) >= 64)
+        time.sleep(0.2)
+        with send() as one_more:
+            assert one_more.recv(100).startswith(b"HTTP/1.1 429")
+        for connection in held:
+            connection.close()
+        wait_until(lambda: len(running.server.server_state.connections) <= 1)
+        with send() as again:
+            again.sendall(b" ")
+            assert again.recv(100).startswith(b"HTTP/1.1 400")
+        assert running.text("x")
+
+
+def test_an_answer_that_is_not_taken(llm, monkeypatch):
+    """The kernel ends its connection: nothing else would tell that the client is there no more."""
+    monkeypatch.setattr("wedlm.server.connections._STUCK_S", 1.0)
+    with serving(llm) as running:
+        body = json.dumps({"model": MODEL, **LONG, "max_tokens": 150, "n": 40, "logprobs": 20}).encode()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", running.port))
+            head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: running.service.engine.num_open > 0)
+            wait_until(lambda: running.service.engine.num_open == 0, seconds=60)
+            assert len(running.server.server_state.connections) == 1
+            wait_until(lambda: not running.server.server_state.connections, seconds=30)
+        assert running.text("x")
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("started", [True, False])
 def test_a_client_that_leaves(slow, stream, started):

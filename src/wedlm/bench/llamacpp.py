@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import gguf
-
 from wedlm.bench.stats import Figures
 from wedlm.model.demo import default_cache_dir, demo_model_path
-from wedlm.model.formats.save import write_whole
+from wedlm.model.quantize_checkpoint import quantize_checkpoint
 
 KINDS = ("Q4_1", "Q8_0", "F16")  # of the base model; the best of them is compared with
 SPECULATION = "ngram_mod"
@@ -174,25 +172,5 @@ def base_files() -> dict[str, Path]:
     for kind in KINDS[1:]:
         files[kind] = default_cache_dir() / source.name.replace(KINDS[0], kind)
         if not files[kind].exists():
-            with write_whole(files[kind]) as temporary:
-                rewrite_gguf(source, temporary, gguf.GGMLQuantizationType[kind])
+            quantize_checkpoint("demo-base", files[kind], to="gguf", type=kind.lower())
     return files
-
-
-def rewrite_gguf(source: Path, target: Path, kind: gguf.GGMLQuantizationType) -> None:
-    """The same model with its matrices in another kind of weights: widened to float32, then rounded once."""
-    reader = gguf.GGUFReader(source)
-    architecture = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(target, architecture)
-    for name, one in reader.fields.items():
-        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            element = one.types[-1] if len(one.types) > 1 else None
-            writer.add_key_value(name, one.contents(), one.types[0], element)
-    for tensor in reader.tensors:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        wanted = kind if len(tensor.shape) > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(tensor.name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

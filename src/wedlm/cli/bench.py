@@ -24,6 +24,7 @@ from wedlm.cli.options import (
     values_of,
 )
 from wedlm.cli.terminal import Interrupt, note, write
+from wedlm.machine import busy_notice
 
 if TYPE_CHECKING:
     from wedlm.bench.settings import Settings, Workload
@@ -214,6 +215,9 @@ def run(settings: "Settings", output: Path | None, evaluation: Path | None, draw
             name, value = key_figure(row)
             note(f"  {part}: {describe(label_of(row))}: {name} {value:g}")
 
+    busy = busy_notice()
+    if busy is not None:
+        note(busy, "yellow")
     with Interrupt() as interrupt:
         record = run_bench(settings, sys.argv[1:], output, log, lambda: interrupt.asked)
     show_tables(record.values["parts"])

@@ -78,6 +78,13 @@ def _cpu() -> str:
     return f"{cpu_name()}, {usable_cores()} of {os.cpu_count()} cores, {features}, {bfloat16} bfloat16 instructions"
 
 
+def _native() -> str:
+    """The instruction set of the native forward and why, or what is missing and what that costs."""
+    from wedlm.native import describe
+
+    return describe()
+
+
 def _memory() -> str:
     total = memory_bytes()
     return f"{total / _GIB:.1f} GiB, of which keys and values take at most a quarter on a CPU (--kv-cache-bytes)"
@@ -85,6 +92,7 @@ def _memory() -> str:
 
 def _choice() -> str:
     """What ``LLM()`` would run on."""
+    from wedlm.engine.factory import native_obstacle
     from wedlm.engine.resolve_options import read_device, read_dtype
 
     device = read_device("auto")
@@ -92,6 +100,10 @@ def _choice() -> str:
     reason = {"cuda": "torch can use CUDA"}.get(device.type, "torch can use no CUDA device")
     graphs = device.type == "cuda" and _installed("triton") is not None
     steps = "CUDA graphs, where heads allow it" if graphs else "plain torch operations"
+    if device.type == "cpu" and native_obstacle() is None:
+        steps = (
+            "the native forward, where weights are of 16 bits (they become int8) or of a file's fewer, else " + steps
+        )
     return f"{device.type}, because {reason}; weights in {dtype}; steps as {steps}"
 
 
@@ -146,6 +158,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "CUDA": _cuda,
     "Triton": _triton,
     "CPU": _cpu,
+    "native": _native,
     "memory": _memory,
     "LLM() runs on": _choice,
     "cache": _cache,

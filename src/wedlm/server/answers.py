@@ -43,7 +43,14 @@ class Form(Protocol):
     @property
     def stream_type(self) -> str: ...
 
-    def whole(self, job: "Job", outputs: Sequence[GenerationOutput], tokenizer: Tokenizer) -> bytes: ...
+    def whole(
+        self,
+        job: "Job",
+        outputs: Sequence[GenerationOutput],
+        tokenizer: Tokenizer,
+        unwanted: Callable[[], bool] = lambda: False,
+    ) -> bytes:
+        """Unwanted once ``unwanted`` says so, between two choices."""
 
     def stream(self, job: "Job", tokenizer: Tokenizer) -> Stream: ...
 
@@ -53,8 +60,14 @@ class OpenAIForm:
 
     stream_type = "text/event-stream"
 
-    def whole(self, job: "Job", outputs: Sequence[GenerationOutput], tokenizer: Tokenizer) -> bytes:
-        return whole(job, outputs, tokenizer)
+    def whole(
+        self,
+        job: "Job",
+        outputs: Sequence[GenerationOutput],
+        tokenizer: Tokenizer,
+        unwanted: Callable[[], bool] = lambda: False,
+    ) -> bytes:
+        return whole(job, outputs, tokenizer, unwanted)
 
     def stream(self, job: "Job", tokenizer: Tokenizer) -> Stream:
         return OpenAIStream(job, tokenizer)
@@ -144,15 +157,22 @@ def _counts(prompt: int, completion: int) -> dict[str, Any]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def whole(job: Job, outputs: Sequence[GenerationOutput], tokenizer: Tokenizer) -> bytes:
-    """The body of an answer that is not streamed."""
+class Unwanted(Exception):
+    """Whoever asked has left."""
+
+
+def whole(
+    job: Job, outputs: Sequence[GenerationOutput], tokenizer: Tokenizer, unwanted: Callable[[], bool] = lambda: False
+) -> bytes:
+    """The body of an answer that is not streamed. Raises Unwanted once ``unwanted`` says so, between two choices."""
     kind = "chat.completion" if job.kind == "chat" else "text_completion"
     head, end = _head(job, kind), {"usage": usage(job, outputs)}
-    return b'%b,"choices":[%b],%b' % (
-        _json(head)[:-1],
-        b",".join(_choice(job, index, output, tokenizer) for index, output in enumerate(_kept(job, outputs))),
-        _json(end)[1:],
-    )
+    choices = []
+    for index, output in enumerate(_kept(job, outputs)):
+        if unwanted():
+            raise Unwanted
+        choices.append(_choice(job, index, output, tokenizer))
+    return b'%b,"choices":[%b],%b' % (_json(head)[:-1], b",".join(choices), _json(end)[1:])
 
 
 def _kept(job: Job, outputs: Sequence[GenerationOutput]) -> list[GenerationOutput]:

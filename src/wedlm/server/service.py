@@ -3,6 +3,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
@@ -283,10 +284,14 @@ class Service:
                 events = self._events(job, ticket, request)
                 return EventStream(events, close, limit, headers, media_type=job.form.stream_type)
             outputs = await self._collect(job, ticket, request)
-            build = partial(job.form.whole, job, outputs, self.llm.tokenizer)
             num_tokens = sum(len(output.token_ids) for output in outputs)
             num_entries = num_tokens * job.entries_per_token + job.num_echoed
-            return Whole(await self._off_loop(build, num_entries), headers=headers)
+            left = threading.Event()
+            build = partial(job.form.whole, job, outputs, self.llm.tokenizer, left.is_set)
+            try:
+                return Whole(await self._off_loop(build, num_entries), headers=headers)
+            finally:
+                left.set()  # the thread need not go on if this was cancelled
         except ValueError as error:
             raise _refusal(error, job.kind) from error
         finally:

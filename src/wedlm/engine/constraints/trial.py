@@ -74,6 +74,9 @@ class Trials:
                 if cancellation.cancelled:
                     raise TrialCancelled
                 worker = self._take()
+                if cancellation.cancelled:  # while it started; the next one need not wait for another
+                    self._give_back(worker)
+                    raise TrialCancelled
                 answer: bytes | None = None
                 try:
                     cancellation.guard(worker.kill)

@@ -288,7 +288,7 @@ def _check_sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], ori
 
 
 def _shapes(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], bool]:
-    """Shapes of all tensors, and whether some are int8."""
+    """Shapes of all tensors, and whether weights are int8."""
     shapes: dict[str, tuple[int, ...]] = {}
     is_int8 = False
     for path in files:
@@ -296,7 +296,7 @@ def _shapes(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], bool]:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 part = file.get_slice(name)
                 shapes[name] = tuple(part.get_shape())
-                is_int8 = is_int8 or part.get_dtype() == "I8"
+                is_int8 = is_int8 or (part.get_dtype() == "I8" and not is_scale(name))
     return shapes, is_int8
 
 

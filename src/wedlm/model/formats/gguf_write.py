@@ -89,7 +89,7 @@ def write_gguf(path: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, asked: 
         writer = GGUFWriter(temporary, _architecture(config))
         try:
             writer.add_name(name)
-            _add_config(writer, config)
+            add_gguf_config(writer, config)
             special, templates = tokenizer.special_tokens, tokenizer.chat_templates
             write_gguf_tokenizer(writer, tokenizer.backend, special, templates, config)
             writer.add_file_type(GGUF_TYPES[asked][1])
@@ -135,7 +135,8 @@ def _architecture(config: ModelConfig) -> str:
     return "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
 
 
-def _add_config(writer: GGUFWriter, config: ModelConfig) -> None:
+def add_gguf_config(writer: GGUFWriter, config: ModelConfig) -> None:
+    """Add what ``read_gguf_config`` reads. Raises ValueError for RoPE that GGUF cannot hold."""
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

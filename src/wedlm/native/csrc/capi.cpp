@@ -65,6 +65,11 @@ int32_t wedlm_model_set_matrix(WedlmModel* model, int32_t layer, int32_t which, 
   return guarded(error, error_size, [&] { model->model.set_matrix(layer, which, format, rows, cols, data, scale); });
 }
 
+int32_t wedlm_model_set_matrix_rounded(WedlmModel* model, int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols,
+                                       const void* data, char* error, int64_t error_size) {
+  return guarded(error, error_size, [&] { model->model.set_matrix_rounded(layer, which, format, rows, cols, data); });
+}
+
 int32_t wedlm_model_set_vector(WedlmModel* model, int32_t layer, int32_t which, int64_t size, const float* data, char* error,
                                int64_t error_size) {
   return guarded(error, error_size, [&] { model->model.set_vector(layer, which, size, data); });
@@ -99,7 +104,7 @@ Packed packed(int32_t format, int32_t rows, int32_t cols, const void* data, cons
   weights.scale.reserve(int64_t{matrix.panels()} * wedlm::kPanel);
   matrix.scale = weights.scale.data();
   if (scale) std::memcpy(matrix.scale, scale, static_cast<size_t>(rows) * 4);
-  wedlm::pack(matrix, static_cast<const uint8_t*>(data));
+  wedlm::pack(matrix, static_cast<const uint8_t*>(data), 0, matrix.panels());
   return weights;
 }
 

@@ -61,6 +61,10 @@ WEDLM_EXPORT const char* wedlm_model_path(const WedlmModel* model);
 /* Copies and packs. `data` is the source's rows; `scale` only for INT8: [rows] floats. */
 WEDLM_EXPORT int32_t wedlm_model_set_matrix(WedlmModel* model, int32_t layer, int32_t which, int32_t format, int32_t rows,
                                             int32_t cols, const void* data, const float* scale, char* error, int64_t error_size);
+/* The same in eight bits (INT8), rounded here from `format` F32, F16 or BF16: a row's scale is its largest absolute value
+   / 127. */
+WEDLM_EXPORT int32_t wedlm_model_set_matrix_rounded(WedlmModel* model, int32_t layer, int32_t which, int32_t format, int32_t rows,
+                                                    int32_t cols, const void* data, char* error, int64_t error_size);
 WEDLM_EXPORT int32_t wedlm_model_set_vector(WedlmModel* model, int32_t layer, int32_t which, int64_t size, const float* data,
                                             char* error, int64_t error_size);
 /* The head is the embedding's matrix. */

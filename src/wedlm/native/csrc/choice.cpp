@@ -115,18 +115,26 @@ inline __attribute__((always_inline)) float exp_of(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  int32_t power = (static_cast<int32_t>(n) + 127) << 23;
+  uint32_t power = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23, all = 0u - static_cast<uint32_t>(x > -87.0f);
   float scale;
   __builtin_memcpy(&scale, &power, 4);
-  return x > -87.0f ? p * scale : 0.0f;
+  float value = p * scale;
+  __builtin_memcpy(&power, &value, 4);
+  power &= all;
+  __builtin_memcpy(&value, &power, 4);
+  return value;
 }
 
 inline __attribute__((always_inline)) double mass_of(const float* logits, int32_t n, float best) {
+  float part[kBlock];
   double lanes[16] = {};
-  int32_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int l = 0; l < 16; l++) lanes[l] += static_cast<double>(exp_of(logits[i + l] - best));
-  for (; i < n; i++) lanes[0] += static_cast<double>(exp_of(logits[i] - best));
+  for (int32_t first = 0; first < n; first += kBlock) {
+    int32_t size = n - first < kBlock ? n - first : kBlock;
+    for (int32_t i = 0; i < size; i++) part[i] = exp_of(logits[first + i] - best);
+    for (int32_t i = size; i % 16; i++) part[i] = 0;
+    for (int32_t i = 0; i < size; i += 16)
+      for (int l = 0; l < 16; l++) lanes[l] += static_cast<double>(part[i + l]);
+  }
   double total = 0;
   for (double lane : lanes) total += lane;
   return total;
@@ -151,7 +159,7 @@ struct Loops {
 WEDLM_LOOPS(plain, )
 #if defined(__x86_64__)
 WEDLM_LOOPS(wide, __attribute__((target("avx2"))))
-WEDLM_LOOPS(widest, __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512"))))
+WEDLM_LOOPS(widest, __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl"))))
 #endif
 
 const Loops& loops() {
@@ -189,7 +197,7 @@ std::vector<Candidate> kept(const float* logits, int32_t vocab_size, float best,
   // Only few are near the best: those are sorted, and more only where they do not suffice.
   double total = params.top_k > 0 ? 0 : loops().mass(logits, vocab_size, best);
   std::vector<Candidate> found;
-  for (float depth = 8;; depth *= 4) {
+  for (float depth = 4;; depth *= 2) {
     found.clear();
     for (int32_t i = 0; i < vocab_size; i++)
       if (logits[i] - best >= -depth) found.push_back({logits[i], i});

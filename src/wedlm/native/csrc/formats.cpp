@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "formats.h"
 
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 namespace wedlm {
 
@@ -219,11 +221,11 @@ void unpack_block(const PackedQ6_K& block, int o, float* out) {
 }
 
 template <class Block>
-void pack_blocks(Matrix& matrix, const uint8_t* source, const FormatInfo& info) {
+void pack_blocks(Matrix& matrix, const uint8_t* source, const FormatInfo& info, int32_t first, int32_t end) {
   int32_t blocks = matrix.cols / info.block;
   int64_t row_bytes = int64_t{blocks} * info.block_bytes;
   static_assert(sizeof(Block) % 16 == 0, "a block of 16 outputs");
-  for (int32_t row = 0; row < matrix.rows; row++) {
+  for (int32_t row = first; row < end; row++) {
     auto* panel = reinterpret_cast<Block*>(matrix.data + row / kPanel * matrix.panel_bytes);
     for (int32_t b = 0; b < blocks; b++)
       pack_block(panel[b], row % kPanel, source + row * row_bytes + int64_t{b} * info.block_bytes);
@@ -236,11 +238,40 @@ void unpack_blocks(const Matrix& matrix, int32_t row, float* out, const FormatIn
   for (int32_t b = 0; b < matrix.cols / info.block; b++) unpack_block(panel[b], row % kPanel, out + int64_t{b} * info.block);
 }
 
-void pack_elements(Matrix& matrix, const uint8_t* source, int64_t bytes) {
-  for (int64_t row = 0; row < matrix.rows; row++)
+template <class Element>
+void pack_elements(Matrix& matrix, const uint8_t* source, int64_t first, int64_t end) {
+  constexpr int64_t kBytes = sizeof(Element);
+  for (int64_t row = first; row < end; row++)
     for (int64_t k = 0; k < matrix.cols; k++)
-      std::memcpy(matrix.data + row / kPanel * matrix.panel_bytes + (k * kPanel + row % kPanel) * bytes,
-                  source + (row * matrix.cols + k) * bytes, static_cast<size_t>(bytes));
+      std::memcpy(matrix.data + row / kPanel * matrix.panel_bytes + (k * kPanel + row % kPanel) * kBytes,
+                  source + (row * matrix.cols + k) * kBytes, kBytes);
+}
+
+// Signed bytes `values` of row `row`, four at a time; weights beyond the last are 0.
+void pack_bytes(Matrix& matrix, int64_t row, const uint8_t* values) {
+  uint8_t* at = matrix.data + row / kPanel * matrix.panel_bytes + row % kPanel * 4;
+  for (int64_t k = 0; k < matrix.cols; k += 4, at += 64) {
+    uint32_t four = 0;
+    std::memcpy(&four, values + k, static_cast<size_t>(std::min<int64_t>(4, matrix.cols - k)));
+    four ^= 0x80808080u;
+    std::memcpy(at, &four, 4);
+  }
+}
+
+// All weights 0, those of padding too.
+void clear_bytes(Matrix& matrix, int64_t first_panel, int64_t end_panel) {
+  std::memset(matrix.data + first_panel * matrix.panel_bytes, 128, static_cast<size_t>((end_panel - first_panel) * matrix.panel_bytes));
+}
+
+void element_row(int32_t format, const uint8_t* source, int64_t row, int64_t cols, float* out) {
+  if (format == F32) {
+    std::memcpy(out, source + row * cols * 4, static_cast<size_t>(cols) * 4);
+    return;
+  }
+  for (int64_t k = 0; k < cols; k++) {
+    uint16_t bits = read_u16(source + (row * cols + k) * 2);
+    out[k] = format == F16 ? half_to_float(bits) : bits_float(static_cast<uint32_t>(bits) << 16);
+  }
 }
 
 }  // namespace
@@ -268,28 +299,46 @@ int64_t source_bytes(int32_t format, int64_t rows, int64_t cols) {
   return format == INT8 ? rows * cols : rows * (cols / info->block) * info->block_bytes;
 }
 
-void pack(Matrix& matrix, const uint8_t* source) {
+void pack(Matrix& matrix, const uint8_t* source, int32_t first_panel, int32_t end_panel) {
   const FormatInfo& info = *format_info(matrix.format);
+  int32_t first = first_panel * kPanel, end = std::min(matrix.rows, end_panel * kPanel);
   switch (matrix.format) {
-    case F32: return pack_elements(matrix, source, 4);
+    case F32: return pack_elements<uint32_t>(matrix, source, first, end);
     case F16:
-    case BF16: return pack_elements(matrix, source, 2);
-    case INT8: {
-      std::memset(matrix.data, 128, static_cast<size_t>(matrix.panels() * matrix.panel_bytes));
-      for (int64_t row = 0; row < matrix.rows; row++)
-        for (int64_t k = 0; k < matrix.cols; k++)
-          matrix.data[row / kPanel * matrix.panel_bytes + k / 4 * 64 + row % kPanel * 4 + k % 4] =
-              source[row * matrix.cols + k] ^ 128;
+    case BF16: return pack_elements<uint16_t>(matrix, source, first, end);
+    case INT8:
+      clear_bytes(matrix, first_panel, end_panel);
+      for (int64_t row = first; row < end; row++) pack_bytes(matrix, row, source + row * matrix.cols);
       return;
+    case Q8_0: return pack_blocks<PackedQ8_0>(matrix, source, info, first, end);
+    case Q4_0: return pack_blocks<PackedQ4_0>(matrix, source, info, first, end);
+    case Q4_1: return pack_blocks<PackedQ4_1>(matrix, source, info, first, end);
+    case Q5_0: return pack_blocks<PackedQ5_0>(matrix, source, info, first, end);
+    case Q5_1: return pack_blocks<PackedQ5_1>(matrix, source, info, first, end);
+    case Q4_K: return pack_blocks<PackedQ4_K>(matrix, source, info, first, end);
+    case Q5_K: return pack_blocks<PackedQ5_K>(matrix, source, info, first, end);
+    case Q6_K: return pack_blocks<PackedQ6_K>(matrix, source, info, first, end);
+  }
+}
+
+void round_and_pack(Matrix& matrix, int32_t format, const uint8_t* source, int32_t first_panel, int32_t end_panel) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
+  auto cols = static_cast<size_t>(matrix.cols);
+  std::vector<float> values(cols);
+  std::vector<uint8_t> bytes(cols);
+  clear_bytes(matrix, first_panel, end_panel);
+  for (int32_t row = first_panel * kPanel; row < std::min(matrix.rows, end_panel * kPanel); row++) {
+    element_row(format, source, row, matrix.cols, values.data());
+    float most = 1.17549435e-38f;
+    for (float x : values) {
+      float size = x < 0 ? -x : x;
+      most = size > most ? size : most;
     }
-    case Q8_0: return pack_blocks<PackedQ8_0>(matrix, source, info);
-    case Q4_0: return pack_blocks<PackedQ4_0>(matrix, source, info);
-    case Q4_1: return pack_blocks<PackedQ4_1>(matrix, source, info);
-    case Q5_0: return pack_blocks<PackedQ5_0>(matrix, source, info);
-    case Q5_1: return pack_blocks<PackedQ5_1>(matrix, source, info);
-    case Q4_K: return pack_blocks<PackedQ4_K>(matrix, source, info);
-    case Q5_K: return pack_blocks<PackedQ5_K>(matrix, source, info);
-    case Q6_K: return pack_blocks<PackedQ6_K>(matrix, source, info);
+    float scale = most / 127.0f;
+    for (size_t k = 0; k < cols; k++)
+      bytes[k] = static_cast<uint8_t>(float_bits(values[k] / scale + kMagic) - float_bits(kMagic));
+    matrix.scale[row] = scale;
+    pack_bytes(matrix, row, bytes.data());
   }
 }
 

@@ -58,9 +58,12 @@ struct Matrix {
 // Bytes of `rows` x `cols` in source form, row after row.
 int64_t source_bytes(int32_t format, int64_t rows, int64_t cols);
 
-// Fills `matrix.data` (zeroed, panels() * panel_bytes bytes) from the source's rows. INT8's source is one signed byte a
-// weight, in -127..127.
-void pack(Matrix& matrix, const uint8_t* source);
+// Fills panels `first` to `end` of `matrix.data` (zeroed, bytes() of it) from the source's rows. INT8's source is one signed
+// byte a weight, in -127..127.
+void pack(Matrix& matrix, const uint8_t* source, int32_t first, int32_t end);
+
+// The same for INT8 from rows of F32, F16 or BF16, `format`: each row's scale is its largest absolute value / 127.
+void round_and_pack(Matrix& matrix, int32_t format, const uint8_t* source, int32_t first, int32_t end);
 
 // Row `row` as float32 [cols]; equal to the dequantised source, operation by operation of the gguf package.
 void unpack_row(const Matrix& matrix, int32_t row, float* out);

@@ -15,14 +15,9 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 256;     // rows of a long prompt run in turns of this many; it bounds the buffers
 constexpr int32_t kHeadOutputs = 1024;   // logits of one piece; the softmax's sums are taken piece by piece, in order
-constexpr int32_t kPiecesPerThread = 4;
+constexpr int32_t kPiecesPerThread = 4;  // of rows
 
 std::string number(int64_t n) { return std::to_string(n); }
-
-// Panels of a piece, a multiple of `step`.
-int32_t panels_per_piece(int32_t panels, int threads, int32_t step = 1) {
-  return std::max(step, panels / (threads * kPiecesPerThread) / step * step);
-}
 
 // log x for x in [1, 2^40], in double: own, so that no library decides about bits. x = m 2^e with m near 1;
 // log m = 2 atanh((m - 1) / (m + 1)).

@@ -134,7 +134,7 @@ Buffer<float>& Model::vector_of(int32_t layer, int32_t which, int64_t& size, boo
   throw Error("there is no vector " + number(which) + " in layer " + number(layer));
 }
 
-void Model::set_matrix(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale) {
+Matrix& Model::new_matrix(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols) {
   int32_t expected_rows, expected_cols;
   Weights& weights = matrix_of(layer, which, expected_rows, expected_cols);
   if (rows != expected_rows || cols != expected_cols)
@@ -152,9 +152,28 @@ void Model::set_matrix(int32_t layer, int32_t which, int32_t format, int32_t row
   if (format == INT8) {
     weights.scale.reserve(int64_t{matrix.panels()} * kPanel);
     matrix.scale = weights.scale.data();
-    std::memcpy(matrix.scale, scale, static_cast<size_t>(rows) * 4);
   }
-  pack(matrix, static_cast<const uint8_t*>(data));
+  return matrix;
+}
+
+template <class Pack>
+void Model::pack_panels(int32_t panels, const Pack& pack) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  restart_after_fork();
+  int32_t each = panels_per_piece(panels, threads_);
+  pool_->run((panels + each - 1) / each, [&](int32_t i, int) { pack(i * each, std::min((i + 1) * each, panels)); });
+}
+
+void Model::set_matrix(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale) {
+  Matrix& matrix = new_matrix(layer, which, format, rows, cols);
+  if (format == INT8) std::memcpy(matrix.scale, scale, static_cast<size_t>(rows) * 4);
+  pack_panels(matrix.panels(), [&](int32_t first, int32_t end) { pack(matrix, static_cast<const uint8_t*>(data), first, end); });
+}
+
+void Model::set_matrix_rounded(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols, const void* data) {
+  if (format != F32 && format != F16 && format != BF16) throw Error("weight format " + number(format) + " cannot be rounded; expected F32, F16 or BF16");
+  Matrix& matrix = new_matrix(layer, which, INT8, rows, cols);
+  pack_panels(matrix.panels(), [&](int32_t first, int32_t end) { round_and_pack(matrix, format, static_cast<const uint8_t*>(data), first, end); });
 }
 
 void Model::set_vector(int32_t layer, int32_t which, int64_t size, const float* data) {

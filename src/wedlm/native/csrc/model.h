@@ -91,11 +91,20 @@ class Inputs {
   Buffer<int32_t> minus32_, minus16_;
 };
 
+// Panels of a piece of work, a multiple of `step`; several for each thread, so that one that is late delays little.
+inline int32_t panels_per_piece(int32_t panels, int threads, int32_t step = 1) {
+  constexpr int32_t kPiecesPerThread = 4;
+  int32_t each = panels / (threads * kPiecesPerThread) / step * step;
+  return each < step ? step : each;
+}
+
 class Model {
  public:
   Model(const WedlmShape& shape, const Kernels& kernels, int threads);
 
   void set_matrix(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale);
+  // In eight bits, rounded from `format` F32, F16 or BF16.
+  void set_matrix_rounded(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols, const void* data);
   void set_vector(int32_t layer, int32_t which, int64_t size, const float* data);
   void tie() { tied_ = true; }
   int64_t bytes() const;
@@ -105,6 +114,9 @@ class Model {
  private:
   struct Rows;  // some rows of a step that run together
 
+  Matrix& new_matrix(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols);
+  template <class Pack>
+  void pack_panels(int32_t panels, const Pack& pack);
   Weights& matrix_of(int32_t layer, int32_t which, int32_t& rows, int32_t& cols);
   Buffer<float>& vector_of(int32_t layer, int32_t which, int64_t& size, bool*& present);
   const Weights& head() const { return tied_ ? embedding_ : head_; }

@@ -2,7 +2,7 @@
 """What the converters share: an answer of one choice as content, reasoning and calls, whole or as it comes."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,13 @@ class AnswerForm:
 
     stream_type = "text/event-stream"
 
-    def whole(self, job: "Job", outputs: "Sequence[GenerationOutput]", tokenizer: "Tokenizer") -> bytes:
+    def whole(
+        self,
+        job: "Job",
+        outputs: "Sequence[GenerationOutput]",
+        tokenizer: "Tokenizer",
+        unwanted: Callable[[], bool] = lambda: False,
+    ) -> bytes:
         return to_json(self.body(job, AnswerReader(job).read_whole(outputs[0]), tokenizer))
 
     def body(self, job: "Job", answer: Answer, tokenizer: "Tokenizer") -> Any:

@@ -4,7 +4,7 @@
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from secrets import token_hex
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
@@ -349,7 +349,13 @@ class ResponsesForm(AnswerForm):
     def __init__(self, head: bytes, items: list[Item], store: ResponseStore | None) -> None:
         self._head, self._items, self._store = head, items, store
 
-    def whole(self, job: "Job", outputs: "Sequence[GenerationOutput]", tokenizer: "Tokenizer") -> bytes:
+    def whole(
+        self,
+        job: "Job",
+        outputs: "Sequence[GenerationOutput]",
+        tokenizer: "Tokenizer",
+        unwanted: Callable[[], bool] = lambda: False,
+    ) -> bytes:
         answer = AnswerReader(job).read_whole(outputs[0])
         output = _output(answer)
         body = self.response(job, answer, output, tokenizer)

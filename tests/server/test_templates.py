@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint's hostile chat template, asked for over HTTP: refused in a sentence, and others are served."""
+
+import pytest
+
+from tests.attack.files import HOSTILE_TEMPLATES
+from tests.server.running import serving
+from tests.server.test_refusals import check_error
+from wedlm import LLM
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def running(directory):
+    with serving(LLM(directory, device="cpu")) as one:
+        yield one
+
+
+@pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
+def test_hostile_templates(running, name):
+    """In the thread that renders it; the process has no more memory than before, and goes on."""
+    running.service.llm.tokenizer.chat_templates = {"default": HOSTILE_TEMPLATES[name]}
+    answer = running.post(CHAT, {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2})
+    if name == "the source":  # long, and harmless
+        message = check_error(answer, 400)["message"]
+        assert "the prompt has 0 tokens" in message
+    else:
+        message = check_error(answer, 400)["message"]
+        assert message.startswith("the chat template ")
+    assert "\n" not in message
+    assert running.http.get("/health").json() == {"status": "ok"}
+    assert running.text("abc", max_tokens=2)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Installing the package whole, into an environment of its own, with a C++ compiler and without."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.tiny_llm import save_tiny
+from wedlm.model import load_model, save_model
+
+ROOT = Path(__file__).parents[1]
+# What the installed package says of itself, on a checkpoint of 16 bits; its own folder is not on the path.
+_PROGRAM = """
+import sys, wedlm, wedlm.native
+from wedlm import LLM, SamplingParams
+assert sys.argv[2] in wedlm.__file__, wedlm.__file__
+llm = LLM(sys.argv[1], device="cpu")
+assert llm.generate("abc", SamplingParams(max_tokens=4))[0].stats.num_tokens == 4
+print(wedlm.native.is_available(), wedlm.native.describe(), llm.describe(), sep="\\n")
+"""
+
+
+def install(folder: Path, environment: dict[str, str]) -> Path:
+    """A wheel built of a copy of the sources, installed into a new environment that sees this one's packages."""
+    copy, wheels, target = folder / "source", folder / "wheels", folder / "environment"
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        copy.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "src", copy / "src", ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(copy)]
+    subprocess.run(build, env=environment, capture_output=True, text=True, check=True, timeout=900)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(target)], check=True, timeout=120)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = target / "lib" / version / "site-packages"
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (wheel,) = wheels.glob("wedlm-*.whl")
+    place = [*pip, "install", "--no-deps", "--quiet", "--target", str(packages), str(wheel)]
+    subprocess.run(place, capture_output=True, check=True, timeout=300)
+    return target
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_a_wheel(tmp_path, has_compiler):
+    """Without a compiler all works on torch, and one line says what is missing and what it costs."""
+    if has_compiler and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("no C++ compiler")
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "PYTHONPATH")}
+    environment["WEDLM_REQUIRE_NATIVE"] = "1"
+    if not has_compiler:
+        (tmp_path / "empty").mkdir()
+        environment |= {"PATH": str(tmp_path / "empty"), "WEDLM_REQUIRE_NATIVE": "0"}
+    target = install(tmp_path, environment)
+    model = save_tiny(tmp_path / "model")
+    save_model(*load_model(model, torch.bfloat16), model)
+    run = [str(target / "bin" / "python"), "-c", _PROGRAM, str(model), str(target)]
+    said = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    available, native, engine = said.stdout.splitlines()
+    assert available == str(has_compiler)
+    if has_compiler:
+        assert native.startswith("The native forward runs on ")
+        assert "native C++ forward" in engine
+        assert "int8 weights" in engine
+    else:
+        assert native.startswith("the native CPU forward was not built: no C++ compiler (g++ or clang++) was found")
+        assert "because the native library was not built: no C++ compiler" in engine
