@@ -25,6 +25,7 @@ PACKAGES = {"anthropic_messages": "anthropic", "ollama_client": "ollama", "opena
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """With room for what agents tell a model, one character a token."""
     directory = save_tiny(tmp_path_factory.mktemp("roomy"), max_position_embeddings=8192)
+    os.environ["WEDLM_CLIENTS_CHECKPOINT"] = str(directory)  # for lm_eval, which counts tokens itself
     with serving(LLM(directory, device="cpu", max_num_seqs=8)) as one:
         yield one
         one.settled()
