@@ -35,11 +35,49 @@ class Case:
 def all_cases(model: str) -> list[Case]:
     """In the order of their kinds. Those with random parts are the same in each run."""
     made = [*_bodies(model), *_heads(), *_connections(model), *_stops(model), *_sampling(model), *_answers(model)]
-    made += [*_schemas(model), *_conversations(model), *_leavers(model)]
+    made += [*_schemas(model), *_conversations(model), *_leavers(model), *_converted(model)]
     return made
 
 
-KINDS = ["bodies", "heads", "connections", "stops", "sampling", "answers", "schemas", "conversations", "leavers"]
+KINDS = [
+    "bodies",
+    "heads",
+    "connections",
+    "stops",
+    "sampling",
+    "answers",
+    "schemas",
+    "conversations",
+    "leavers",
+    "converted",
+]
+
+
+def _converted(model: str) -> Iterator[Case]:
+    """As large a body as there may be, by the other APIs, where each part of it costs something."""
+    responses = f'{{"model":"{model}","max_output_tokens":2,"input":'.encode()
+    messages = f'{{"model":"{model}","max_tokens":2,"messages":'.encode()
+    echo = f'{{"model":"{model}","echo":true,"logprobs":1,"prompt":['.encode()
+    text = b'{"role":"user","content":[{"type":"text","text":"x"}]},'
+    shapes = {
+        "empty items": ("/v1/responses", _filled(responses + b"[", b"{},", b"{}]}")),
+        "references": ("/v1/responses", _filled(responses + b"[", b'{"id":"x"},', b'{"id":"x"}]}')),
+        "messages": ("/v1/responses", _filled(responses + b"[", b'{"role":"user","content":"x"},', b'{"id":"x"}]}')),
+        "calls": ("/v1/responses", _filled(responses + b"[", b'{"type":"function_call"},', b'{"id":"x"}]}')),
+        "deep items": ("/v1/responses", _filled(responses, b"[", b"}")),
+        "blocks": ("/v1/messages", _filled(messages + b"[", text, text[:-1] + b"]}")),
+        "counted": ("/v1/messages/count_tokens", _filled(messages + b"[", text, text[:-1] + b"]}")),
+        "deep input": ("/v1/messages", _filled(messages + b'[{"role":"user","content":', b'{"a":', b"}]}")),
+        "ollama": ("/api/chat", _filled(messages + b"[", b'{"role":"user"},', b'{"role":"user"}]}')),
+        "a long text": ("/tokenize", _filled(f'{{"model":"{model}","prompt":"'.encode(), b"x ", b'"}')),
+        "strings of tokens": ("/tokenize", _filled(b'{"return_token_strs":true,"prompt":"', b"x ", b'"}')),
+        "many ids": ("/detokenize", _filled(b'{"tokens":[', b"1,", b"1]}")),
+        "echoes": (TEXT, _filled(echo, b'"x",', b'"x"]}')),
+        "choices": (CHAT, _filled(messages + b'[],"guided_choice":[', b'"x",', b'"x"]}')),
+        "EBNF": (CHAT, _filled(messages + text[:-1].join([b"[", b"]"]) + b',"guided_grammar":"root ::= ', b"(", b'"}')),
+    }
+    for name, (path, body) in shapes.items():
+        yield Case("converted", name, _post(path, body), quick=name in ("references", "deep input"))
 
 
 def ask(victim: Victim, path: str, body: bytes, timeout: float = 60.0) -> None:
@@ -47,7 +85,8 @@ def ask(victim: Victim, path: str, body: bytes, timeout: float = 60.0) -> None:
     status, answer = victim.post(path, body, timeout)
     assert status in ANSWERS, (status, answer[:300])
     if status != 200:
-        assert len(json.loads(answer)["error"]["message"]) < 1000
+        error = json.loads(answer)["error"]  # Ollama's is the sentence itself
+        assert len(error if isinstance(error, str) else error["message"]) < 1000
 
 
 def _together(acts: list[Act]) -> Act:

@@ -62,6 +62,16 @@ class TableMatcher:
         return self.accepting and not self.table[self.path[-1]]
 
 
+def penalize(logits: torch.Tensor, tokens: list[int], output: list[int], params: SamplingParams) -> None:
+    for token in set(tokens):
+        penalty = params.repetition_penalty
+        logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    for token in range(len(logits)):
+        count = output.count(token)
+        change = params.presence_penalty * (count > 0) + params.frequency_penalty * count
+        logits[token] += (params.logit_bias or {}).get(token, 0.0) - change
+
+
 def decode_constrained(
     model: StubModel,
     prompt: list[int],
@@ -75,15 +85,17 @@ def decode_constrained(
     while True:
         logits = model.rows_model(tokens, list(range(len(tokens))))[-1].clone()
         output = tokens[len(prompt) :]
-        for token in range(len(logits)):
-            count = output.count(token)
-            change = params.presence_penalty * (count > 0) + params.frequency_penalty * count
-            logits[token] += (params.logit_bias or {}).get(token, 0.0) - change
+        logits[decode.mask_token_id] = -torch.inf
+        if len(tokens) < decode.min_eos_position:
+            logits[list(decode.stop_token_ids)] = -torch.inf
+        penalize(logits, tokens, output, params)
         if grammar is not None:
             for token in range(len(logits)):
                 is_end = token in decode.stop_token_ids
                 if not (state in grammar.accepts if is_end else token in grammar.table[state]):
                     logits[token] = -torch.inf
+        if params.min_p and decode.temperature:
+            logits[torch.softmax(logits, 0) < params.min_p * torch.softmax(logits, 0).max()] = -torch.inf
         token = choose_token(logits, len(tokens), decode)
         tokens.append(token)
         if token in decode.stop_token_ids:

@@ -34,6 +34,8 @@ def random_rules(rng: random.Random, decoding: str | None = None) -> Rules:
         logprobs=rng.choice([None, 2]),
         logit_bias=rng.choice([None, {}, {2: 5.0, 4: -100.0}]),
         presence_penalty=rng.choice([0.0, 0.0, 1.5]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.5, 0.5]),
+        min_p=rng.choice([0.0, 0.0, 0.03, 0.6]),
         frequency_penalty=rng.choice([0.0, 0.0, 0.75, -0.5]),
         wedlm_window_size=rng.randint(1, 9),
         wedlm_entropy_threshold=rng.choice([None, 0.4, 1.5, 5.0]),
@@ -42,11 +44,16 @@ def random_rules(rng: random.Random, decoding: str | None = None) -> Rules:
     return [rng.randrange(VOCAB) for _ in range(rng.choice([1, 3, 9]))], params, grammar
 
 
+def free_of_rules(params: SamplingParams) -> SamplingParams:
+    none = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "min_p": 0}
+    return replace(params, logit_bias=None, **none)
+
+
 def add(engine: Engine, name: str, rules: Rules) -> Request:
     prompt, params, grammar = rules
     request = engine.add(name, prompt, params)
     if grammar is not None:
-        request.output.constraint = Constraint(params, grammar.fresh(), request.decode.stop_token_ids, MASK)
+        request.output.constraint = Constraint(params, grammar.fresh(), request.decode.stop_token_ids, MASK, prompt)
     return request
 
 
@@ -116,7 +123,7 @@ def run_history(seed: int) -> dict[str, int]:
         if action < 0.3:
             prompt, params, grammar = random_rules(rng)
             if rng.random() < 0.4:  # a neighbour without rules
-                params, grammar = replace(params, logit_bias=None, presence_penalty=0, frequency_penalty=0), None
+                params, grammar = free_of_rules(params), None
             given[f"r{len(given)}"] = (prompt, params, grammar)
             add(engine, f"r{len(given) - 1}", (prompt, params, grammar))
         elif action < 0.35 and engine.requests:

@@ -182,3 +182,15 @@ def test_500_schemas_on_the_demo_model(record_property):
         assert figures["stop"] > 450
     record_property("verified texts that are AR's", f"{same} of {len(schemas)}")
     assert same >= len(schemas) - 2  # nearly tied logits may be ordered either way by forwards of other sizes
+
+
+@pytest.mark.parametrize("decoding", ["streaming", "verified", "block", "autoregressive"])
+def test_a_grammar_whose_last_character_is_the_first_token(llm, decoding):
+    """llguidance takes token 0 for the end of the text where it knows no end token, and then refuses what it admits:
+    block decoding filled such a place for ever."""
+    assert llm.tokenizer.encode("!") == [0]
+    params = SamplingParams(grammar='start: /[a-c]{2}/ "!"', max_tokens=9, decoding=decoding, temperature=1, seed=4)
+    (output,) = llm.generate(["abc"], params, progress=False)
+    assert output.finish_reason == "stop"
+    assert len(output.text) == 3
+    assert output.text[2] == "!"

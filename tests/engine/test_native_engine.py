@@ -109,8 +109,9 @@ def test_everything_that_requests_may_ask_for(native, decoding):
         replace(asked, presence_penalty=0.5, frequency_penalty=0.5),
         replace(asked, logprobs=3),
         replace(asked, temperature=1.0, top_k=5, top_p=0.9, seed=4),
+        replace(asked, temperature=1.0, min_p=0.1, repetition_penalty=1.2, seed=4),
     ]
-    outputs = native.generate(["abc"] * 4, several, progress=False)
+    outputs = native.generate(["abc"] * len(several), several, progress=False)
     if outputs[0].finish_reason == "stop":
         assert isinstance(json.loads(outputs[0].text)["a"], int)
     assert len(set(outputs[1].token_ids)) > 1
@@ -118,7 +119,9 @@ def test_everything_that_requests_may_ask_for(native, decoding):
     pieces = list(native.generate_stream("abc", several[2]))
     assert "".join(piece.text for piece in pieces) == outputs[2].text
     if decoding in EXACT:
-        ar = native.generate(["abc"] * 4, [replace(one, decoding="autoregressive") for one in several], progress=False)
+        ar = native.generate(
+            ["abc"] * len(several), [replace(one, decoding="autoregressive") for one in several], progress=False
+        )
         assert [one.token_ids for one in outputs] == [one.token_ids for one in ar]
     check_empty(native)
 

@@ -318,3 +318,14 @@ def test_what_is_forgotten_is_not_found_and_what_is_held_stays():
     assert pool.allocate("e", others, 10) == 0
     assert pool.reserve("e", 12)
     assert pool.table("e") == [0, 1, 2]
+
+
+def test_pages_are_shared_among_requests_of_one_salt():
+    pool = PagePool(8, 4)
+    tokens = list(range(8))
+    for name, salt, found in [("a", "", 0), ("b", "x", 0), ("c", "x", 8), ("d", "", 8), ("e", "y", 0)]:
+        assert pool.allocate(name, tokens, 8, salt) == found
+        assert pool.reserve(name, 8)
+        pool.commit(name, tokens, 8)
+        pool.free(name)
+        pool.check_integrity()

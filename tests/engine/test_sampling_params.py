@@ -46,6 +46,10 @@ INVALID: list[tuple[str, Any]] = [
         for name in ("presence_penalty", "frequency_penalty")
         for value in (2.1, -2.1, NAN, None, "1", True)
     ),
+    *(("repetition_penalty", value) for value in (0, -1, 101, NAN, None, "1", True)),
+    *(("min_p", value) for value in (-0.1, 1.1, NAN, None, True)),
+    ("cache_salt", 5),
+    ("include_stop_str_in_output", 1),
     ("logit_bias", [1]),
     ("logit_bias", 5),
     ("json_schema", "no JSON"),
@@ -154,6 +158,7 @@ def test_frozen():
         {"logit_bias": {}},
         {"logit_bias": {3: -100.0, 5: 100.0}},
         {"presence_penalty": -2, "frequency_penalty": 2.0},
+        {"repetition_penalty": 0.5, "min_p": 1, "cache_salt": "x", "include_stop_str_in_output": True},
         {"json_schema": '{"type": "object"}'},
         {"grammar": "start: /a/"},
         {"max_tokens": 2**31 - 1},

@@ -185,6 +185,24 @@ def test_stop_strings_are_what_searching_finds(cut, stop, min_tokens):
 
 
 @settings(max_examples=300, deadline=None)
+@given(cut_texts("ab🙂é"), STOPS)
+def test_a_stop_string_may_stay(cut, stop):
+    """The text is then the same and one of the strings, and what was shown of it before stays true."""
+    _, pieces = cut
+    kept, cut_off = TextStream(Pieces(pieces), stop, keep_stop=True), TextStream(Pieces(pieces), stop)
+    shown = ""
+    for count in range(len(pieces)):
+        stopped = [one.push(count) for one in (kept, cut_off)]
+        assert kept.text.startswith(shown)
+        if stopped[0]:
+            assert stopped[1]
+            assert kept.text.removeprefix(cut_off.text) in stop
+            return
+        assert (kept.text, kept.stable) == (cut_off.text, cut_off.stable)
+        shown = kept.text[: kept.stable]
+
+
+@settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from("ab"), max_size=60), st.lists(st.text(st.sampled_from("ab"), min_size=1, max_size=12)))
 def test_long_stop_strings_of_few_letters(text, stop):
     """Where beginnings overlap most, a character a token, and no stop counts: all that could be held back is met."""

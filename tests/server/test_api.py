@@ -178,7 +178,7 @@ def test_models_version_health(running, client):
         client.models.retrieve("no-model")
     assert running.http.get("/version").json() == {"version": version("wedlm")}
     assert running.http.get("/health").json() == {"status": "ok"}
-    for path in ("/health", "/"):  # what load balancers ask
+    for path in ("/health", "/", "/v1/models", f"/v1/models/{MODEL}", "/metrics", "/version", "/api/tags"):
         answer = running.http.head(path)
         assert (answer.status_code, answer.content) == (200, b"")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong, unknown or not supported gets a 4xx that names the field and its value; nothing is ignored."""
+"""What is wrong, unknown or not supported gets a 4xx that names the field and its value."""
 
 import json
 
@@ -26,21 +26,45 @@ def nested(depth: int) -> dict:
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 UNSUPPORTED = [
-    (CHAT, "repetition_penalty", 1.2),
-    (TEXT, "min_p", 0.1),
     (CHAT, "functions", [{"name": "f"}]),
     (CHAT, "function_call", {"name": "f"}),
-    (TEXT, "best_of", 2),
-    (TEXT, "echo", True),
+    (CHAT, "echo", True),
     (TEXT, "suffix", "end"),
     (CHAT, "modalities", ["text", "audio"]),
     (CHAT, "audio", {"voice": "alloy", "format": "wav"}),
-    (CHAT, "prediction", {"type": "content", "content": "x"}),
-    (CHAT, "reasoning_effort", "high"),
-    (CHAT, "store", True),
-    (CHAT, "service_tier", "flex"),
+    (CHAT, "verbosity", "high"),
+    (CHAT, "web_search_options", {}),
+    (CHAT, "skip_special_tokens", False),
+    (CHAT, "typical_p", True),  # which Python takes for 1
 ]
 INVALID = [
+    (CHAT, "repetition_penalty", 0),
+    (CHAT, "repetition_penalty", "1.2"),
+    (TEXT, "min_p", 1.5),
+    (TEXT, "best_of", 0),
+    (TEXT, "best_of", 65),
+    (TEXT, "prompt_logprobs", 21),
+    (TEXT, "prompt_logprobs", -1),
+    (TEXT, "echo", "yes"),
+    (TEXT, "guided_regex", "("),
+    (TEXT, "guided_regex", "x" * 70_000),
+    (CHAT, "guided_choice", []),
+    (CHAT, "guided_choice", ["a", ""]),
+    (CHAT, "guided_grammar", "start: ("),
+    (CHAT, "guided_grammar", "root ::= ("),
+    (CHAT, "guided_grammar", "root ::= " + "(" * 20_000),
+    (CHAT, "guided_json", "no JSON"),
+    (CHAT, "structured_outputs", {"regex": "["}),
+    (CHAT, "structured_outputs", {"regex": "a", "choice": ["b"]}),
+    (CHAT, "structured_outputs", {"structural_tag": "x"}),
+    (CHAT, "cache_salt", 5),
+    (CHAT, "include_stop_str_in_output", "yes"),
+    (CHAT, "reasoning_effort", "a lot"),
+    (CHAT, "chat_template_kwargs", {"allow_control_tokens": True}),
+    (CHAT, "chat_template_kwargs", {"messages": []}),
+    (CHAT, "chat_template_kwargs", {"self": 1}),
+    (CHAT, "chat_template_kwargs", {"a": nested(100)}),
+    (CHAT, "continue_final_message", True),  # after the user's
     (CHAT, "temperature", -1),
     (CHAT, "temperature", "0.5"),
     (CHAT, "temperature", True),
@@ -65,7 +89,6 @@ INVALID = [
     (TEXT, "prompt", []),
     (TEXT, "prompt", {"a": 1}),
     (TEXT, "prompt", ["a", 1]),
-    (TEXT, "user", 5),
     (CHAT, "max_tokens", 3),  # beside another max_completion_tokens
     (CHAT, "logprobs", 3),
     (CHAT, "top_logprobs", 3),  # without logprobs
@@ -130,7 +153,7 @@ def test_field_is_refused_by_name_and_value(running, path, field, value):
     assert field in error["message"]
     if isinstance(value, int | float):
         assert str(value).lower() in error["message"].lower()
-    if (path, field, value) in UNSUPPORTED and field != "reasoning_effort":
+    if (path, field, value) in UNSUPPORTED:
         assert error["code"] == "unsupported"
 
 
@@ -147,41 +170,15 @@ def test_messages_say_what_was_wrong(running):
 
 def test_contradictions(running):
     tools = [{"type": "function", "function": {"name": "f"}}]
-    error = check_error(ask(running, CHAT, tools=tools, response_format={"type": "json_object"}))
-    assert error["param"] == "response_format"
+    form = {"response_format": {"type": "json_object"}, "guided_regex": "a"}
+    assert check_error(ask(running, CHAT, **form))["param"] == "response_format"
+    assert check_error(ask(running, CHAT, tools=tools, guided_regex="a"))["param"] == "guided_regex"
+    assert check_error(ask(running, TEXT, n=3, best_of=2))["param"] == "best_of"
+    assert check_error(ask(running, TEXT, best_of=2, stream=True))["param"] == "best_of"
     choice = {"type": "function", "function": {"name": "g"}}
     assert check_error(ask(running, CHAT, tools=tools, tool_choice=choice))["param"] == "tool_choice"
     bad = [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}}}]
     assert check_error(ask(running, CHAT, tools=bad, tool_choice="required"))["param"] == "tools"
-
-
-def test_neutral_values_are_accepted(running):
-    """What clients send by default asks for nothing that is missing."""
-    common = {"user": "u", "presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}, "n": 1, "stop": None}
-    common |= {"repetition_penalty": 1.0, "min_p": 0.0}
-    chat = {
-        "metadata": {"a": "b"},
-        "store": False,
-        "service_tier": "auto",
-        "parallel_tool_calls": True,
-        "logprobs": False,
-        "top_logprobs": None,
-        "response_format": {"type": "text"},
-        "tools": [],
-        "tool_choice": "none",
-        "modalities": ["text"],
-        "prompt_cache_key": "k",
-        "safety_identifier": "s",
-        "stream": False,
-        "stream_options": None,
-        "reasoning_effort": None,
-        "verbosity": None,
-        "web_search_options": None,
-        "max_tokens": 2,  # as max_completion_tokens
-    }
-    assert ask(running, CHAT, **common, **chat).status_code == 200
-    text = {"best_of": 1, "echo": False, "suffix": None, "logprobs": None}
-    assert ask(running, TEXT, **common, **text).status_code == 200
 
 
 @pytest.mark.parametrize(

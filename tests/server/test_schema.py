@@ -13,14 +13,22 @@ from schemathesis.generation import GenerationMode
 
 from tests.server.running import MODEL, Running
 
-OPERATIONS = 7
+OPERATIONS = 18
 FIRST, THEN = {"model": MODEL}, {"model": MODEL, "n": 1}
+USER, OLLAMA = [{"role": "user", "content": "x"}], {"num_predict": 4}
 TALK, PROMPT = {**THEN, "messages": [{"role": "user", "content": "x"}]}, {**THEN, "prompt": "x"}
 FEW = {"max_tokens": 4, "logit_bias": {}, "seed": 1}
 # What is put right in a request, one thing after another: most would only learn of the first that is wrong.
 TAME = {
     "/v1/chat/completions": [FIRST, THEN, TALK, {**TALK, **FEW, "max_completion_tokens": None}],
     "/v1/completions": [FIRST, THEN, PROMPT, {**PROMPT, **FEW}],
+    "/v1/responses": [FIRST, THEN, {**THEN, "input": "x"}, {**THEN, "input": "x", "max_output_tokens": 4}],
+    "/v1/messages": [FIRST, FIRST, {**FIRST, "messages": USER}, {**FIRST, "messages": USER, "max_tokens": 4}],
+    "/v1/messages/count_tokens": [FIRST, FIRST, FIRST, {**FIRST, "messages": USER}],
+    "/api/chat": [FIRST, FIRST, {**FIRST, "messages": USER}, {**FIRST, "messages": USER, "options": OLLAMA}],
+    "/api/generate": [FIRST, FIRST, {**FIRST, "prompt": "x"}, {**FIRST, "prompt": "x", "options": OLLAMA}],
+    "/tokenize": [FIRST, FIRST, FIRST, {"prompt": "x"}],
+    "/detokenize": [FIRST, FIRST, FIRST, {"tokens": [1]}],
 }
 
 

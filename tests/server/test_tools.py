@@ -9,20 +9,13 @@ import pytest
 
 from tests.engine.tiny_llm import save_tiny
 from tests.server.running import MODEL, Running, serving
+from tests.server.test_tool_calls import read
 from wedlm import LLM
 from wedlm.model import Tokenizer
 from wedlm.server.messages import Message
+from wedlm.server.readers import ForcedReader
 from wedlm.server.tool_schemas import Tool
-from wedlm.server.tools import (
-    Delta,
-    ForcedReader,
-    TaggedReader,
-    call_schema,
-    for_template,
-    in_plain_words,
-    message,
-    takes_tools,
-)
+from wedlm.server.tools import TemplateTraits, call_schema, for_template, in_plain_words, without_system
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 ADD = {
@@ -150,71 +143,46 @@ def test_the_prompt_in_plain_words():
     assert len(in_plain_words(messages, [])) == 3
 
 
-def test_templates_that_take_tools(reference):
-    assert not takes_tools(reference.tokenizer)
+def test_results_that_follow_each_other_are_one_turn():
+    result = {"role": "tool", "tool_call_id": "c1", "content": "3"}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        result,
+        {**result, "content": "4"},
+        {"role": "user", "content": "So?"},
+    ]
+    turns = in_plain_words(messages, [])
+    assert [turn["role"] for turn in turns] == ["user", "user"]
+    assert turns[1]["content"] == ("<tool_response>\n3\n</tool_response>\n<tool_response>\n4\n</tool_response>\nSo?")
+
+
+def template(source: str, reference: LLM) -> Tokenizer:
+    return Tokenizer(reference.tokenizer.backend, {"default": source})
+
+
+def test_what_templates_take(reference):
+    assert TemplateTraits.of(reference.tokenizer) == TemplateTraits(takes_tools=False, takes_system=True)
     source = "{% if tools %}{% for t in tools %}{{ t.function.name }},{% endfor %}{% endif %}{{ messages[0].content }}"
-    tokenizer = Tokenizer(reference.tokenizer.backend, {"default": source})
-    assert takes_tools(tokenizer)
+    tokenizer = template(source, reference)
+    assert TemplateTraits.of(tokenizer) == TemplateTraits(takes_tools=True, takes_system=True)
     assert tokenizer.apply_chat_template(MESSAGES, tools=for_template(MODELS)) == "add,stop,Hello"
+    loop = "{% for m in messages %}BODY{{ m.content }};{% endfor %}"
+    for body in (
+        "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}",
+        "{% if m.role != 'system' %}",
+    ):
+        refusing = (
+            loop.replace("BODY", body) if "raise" in body else loop.replace("BODY", body).replace(";", ";{% endif %}")
+        )
+        assert not TemplateTraits.of(template(refusing, reference)).takes_system
 
 
-def read(reader, pieces: list[str], reason: str = "stop") -> tuple[list[Delta], dict]:
-    deltas = [reader.push(piece) for piece in pieces]
-    deltas.append(reader.finish(reason))
-    whole = Delta()
-    for delta in json.loads(json.dumps([[delta.content, delta.calls] for delta in deltas])):
-        whole.add(Delta(*delta))
-    return deltas, dict(message(whole))
-
-
-TAGGED = [
-    ("Just text, a < b", ["add"], "Just text, a < b", []),
-    ('<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>', ["add"], None, [("add", '{"a": 1}')]),
-    ('I add.<tool_call>{"name": "add"}</tool_call>\n', ["add"], "I add.", [("add", "{}")]),
-    ('<tool_call>{"name": "add", "arguments": {}}', ["add"], None, [("add", "{}")]),  # an end token for the tag
-    ('<tool_call>{"name": "mul"}</tool_call>', ["add"], '<tool_call>{"name": "mul"}</tool_call>', []),
-    ("<tool_call>no JSON</tool_call>", ["add"], "<tool_call>no JSON</tool_call>", []),
-    ("<tool_call>[1]", ["add"], "<tool_call>[1]", []),
-    ("ends in <tool_", ["add"], "ends in <tool_", []),
-    (
-        '<tool_call>{"name": "a"}</tool_call>\n<tool_call>{"name": "b"}</tool_call>',
-        ["a", "b"],
-        None,
-        [("a", "{}"), ("b", "{}")],
-    ),
-]
-
-
-@pytest.mark.parametrize(("text", "names", "content", "calls"), TAGGED, ids=[text[:25] for text, *_ in TAGGED])
-def test_tagged_calls(text, names, content, calls):
-    for pieces in ([text], list(text)):
-        reader = TaggedReader(names, parallel=True)
-        deltas, whole = read(reader, pieces)
-        assert whole["content"] == content
-        found = [(call["function"]["name"], call["function"]["arguments"]) for call in whole.get("tool_calls", ())]
-        assert found == calls
-        assert reader.called == bool(calls)
-        assert not any("<tool_call" in delta.content for delta in deltas) or "<tool_call>" in (content or "")
-    if len(calls) > 1:
-        assert len(read(TaggedReader(names, parallel=False), [text])[1]["tool_calls"]) == 1
-
-
-def test_a_call_with_half_of_a_surrogate_pair():
-    """It has no UTF-8, but an escape in JSON, which is what the client gets."""
-    text = r'<tool_call>{"name": "add", "arguments": {"\udfff": "x\ud800é"}}</tool_call>'
-    (call,) = read(TaggedReader(["add"], parallel=True), [text])[1]["tool_calls"]
-    arguments = call["function"]["arguments"]
-    arguments.encode()
-    assert "é" in arguments
-    assert json.loads(arguments) == {"\udfff": "x\ud800é"}
-
-
-@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "[-1e999]"])
-def test_a_call_with_a_number_that_is_none_is_content(number):
-    text = f'<tool_call>{{"name": "add", "arguments": {{"a": {number}}}}}</tool_call>'
-    whole = read(TaggedReader(["add"], parallel=True), [text])[1]
-    assert "tool_calls" not in whole
-    assert whole["content"] == text
+def test_templates_without_a_system_role(reference):
+    system, user, assistant = ({"role": role, "content": role} for role in ("system", "user", "assistant"))
+    merged = {"role": "user", "content": "system\n\nuser"}
+    assert without_system([system, user, assistant]) == [merged, assistant]
+    assert without_system([system, assistant]) == [{"role": "user", "content": "system"}, assistant]
+    assert without_system([user]) == [user]
 
 
 @pytest.mark.parametrize(

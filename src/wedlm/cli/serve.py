@@ -11,21 +11,21 @@ import typer
 from wedlm.cli.loading import load_llm
 from wedlm.cli.options import EngineOptions, ModelOptions, command, option
 from wedlm.cli.terminal import needs_extra, note
-from wedlm.server.config import ServerConfig
+from wedlm.server.config import REASONING_PARSERS, TOOL_PARSERS, ServerConfig
 
 if TYPE_CHECKING:
     from socket import socket
 
     from wedlm import LLM
 
-HTTP, LIMITS = "Address and access", "Limits"
+HTTP, LIMITS, FORMS = "Address and access", "Limits", "What models write"
 _KEY_VARIABLE = "WEDLM_API_KEY"
 _SERVER: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HttpOptions:
-    """Where the server listens, and who may call."""
+    """Where the server listens, who may call, and how answers are read."""
 
     host: Annotated[str, option("Address to listen on; 0.0.0.0 for all.", HTTP)] = _SERVER["host"]
     port: Annotated[int, option("Port to listen on; 0 takes a free one.", HTTP)] = _SERVER["port"]
@@ -41,6 +41,12 @@ class HttpOptions:
         list[str] | None,
         option("A name by which clients may call a server without a key, beside localhost; may be repeated.", HTTP),
     ] = None
+    tool_parser: Annotated[str, option(f"How the model writes calls: {', '.join(TOOL_PARSERS)}.", FORMS)] = _SERVER[
+        "tool_parser"
+    ]
+    reasoning_parser: Annotated[
+        str, option(f"Whether reasoning between <think> tags is split off: {', '.join(REASONING_PARSERS)}.", FORMS)
+    ] = _SERVER["reasoning_parser"]
     log_level: Annotated[str, option("debug, info, warning or error.", HTTP)] = "info"
 
 
@@ -97,6 +103,8 @@ def server_config(http: HttpOptions, limits: LimitOptions, model: str, key_varia
     keys = [*(http.api_key or []), *([key_variable] if key_variable else [])]
     return ServerConfig(
         model_name=model.rstrip("/").rpartition("/")[2] if http.model_name is None else http.model_name,
+        tool_parser=http.tool_parser,
+        reasoning_parser=http.reasoning_parser,
         host=http.host,
         port=http.port,
         api_keys=tuple(keys),

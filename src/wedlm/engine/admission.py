@@ -44,8 +44,10 @@ def make_request(  # noqa: PLR0913 - each is a fact of the request or of the eng
         named = [tokenizer.special_token_id(stop) for stop in params.stop or ()]
         ends = dict.fromkeys([*decode.stop_token_ids, *(one for one in named if one is not None)])
         decode = dataclasses.replace(decode, stop_token_ids=tuple(ends))
-        text = TextStream(tokenizer, params.stop or (), prompt[-1:] if tokenizer.drops_first_space else ())
-    constraint = build_constraint(params, decode.stop_token_ids, config.mask_token_id, config.vocab_size, tokenizer)
+        before = prompt[-1:] if tokenizer.drops_first_space else ()
+        text = TextStream(tokenizer, params.stop or (), before, keep_stop=params.include_stop_str_in_output)
+    known = (config.mask_token_id, config.vocab_size, tokenizer)
+    constraint = build_constraint(params, decode.stop_token_ids, *known, prompt)
     return Request(
         request_id=request_id,
         prompt_token_ids=prompt,

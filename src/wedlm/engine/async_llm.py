@@ -6,6 +6,7 @@ import itertools
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Literal
 
 from wedlm.engine.engine import Engine
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
+from wedlm.engine.prompt_logprobs import PromptLogprobs, PromptScorer
 from wedlm.engine.request import Request
 from wedlm.engine.request_stream import EngineFault, EngineStopped, RequestStream
 from wedlm.engine.sampling_params import SamplingParams
@@ -65,6 +67,7 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count()
         self._live: dict[str, _Live] = {}
+        self._scores: deque[tuple[asyncio.Future[PromptLogprobs], PromptScorer]] = deque()
         self._reports: list[Callable[[], None]] = []
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -88,6 +91,21 @@ class AsyncEngine:
         self.num_open += stream.num_open
         self._command(partial(self._add, stream, list(sequences), watch, streamed))
         return stream
+
+    async def score_prompt(self, prompt: Sequence[int], num_top: int, salt: str = "") -> PromptLogprobs:
+        """The log-probabilities of a prompt's tokens, computed between the steps; ends when the caller is cancelled.
+
+        ValueError, EngineFault, EngineStopped.
+        """
+        if self._ended:
+            raise EngineStopped("the engine has stopped")
+        future: asyncio.Future[PromptLogprobs] = self._loop.create_future()
+        self.num_open += 1
+        self._command(partial(self._add_score, future, list(prompt), num_top, salt))
+        try:
+            return await future
+        finally:
+            self.num_open -= 1
 
     async def stop(self, timeout_s: float = 10.0) -> None:
         """End the thread after the step in progress; whatever is open fails with EngineStopped."""
@@ -128,9 +146,12 @@ class AsyncEngine:
 
     def _serve(self) -> None:
         """Commands and steps in turn until told to stop."""
-        while self._obey(wait=not self.engine.has_work):
+        while self._obey(wait=not (self.engine.has_work or self._scores)):
             self._note_load()
             self._send_reports()
+            if self._scores:
+                self._score()
+                self._send_reports()
             if self.engine.has_work:
                 self._step()
                 self._note_load()
@@ -163,6 +184,25 @@ class AsyncEngine:
             raise
         else:
             self._report(stream.accept)
+
+    def _add_score(self, future: "asyncio.Future[PromptLogprobs]", prompt: list[int], num_top: int, salt: str) -> None:
+        try:
+            self._scores.append((future, PromptScorer(self.engine, prompt, num_top, salt)))
+        except ValueError as error:
+            self._report(partial(_settle, future, error))
+
+    def _score(self) -> None:
+        """One chunk of one prompt, each prompt in its turn: who streams must not wait for long."""
+        future, scorer = self._scores[0]
+        if future.done():  # whoever asked has left
+            self._scores.popleft()
+            return
+        if not scorer.done and not scorer.advance(self.engine):
+            assert self.engine.has_work, "a prompt that fits has no pages while nothing runs"
+        self._scores.rotate(-1)
+        if scorer.done:
+            self._scores.pop()
+            self._report(partial(_settle, future, scorer.result))
 
     def _abort(self, stream: RequestStream) -> None:
         self._drop(stream)
@@ -243,6 +283,8 @@ class AsyncEngine:
         for one in self._live.values():
             self._report(partial(one.stream.fail, error))
         self._live.clear()
+        while self._scores:
+            self._report(partial(_settle, self._scores.pop()[0], error))
         self._note_load()
         self._send_reports()
 
@@ -271,6 +313,18 @@ class AsyncEngine:
             command = self._commands.get()
             if isinstance(command, partial) and command.func == self._add:
                 command.args[0].fail(EngineStopped("the engine has stopped"))
+            elif isinstance(command, partial) and command.func == self._add_score:
+                _settle(command.args[0], EngineStopped("the engine has stopped"))
+
+
+def _settle(future: "asyncio.Future[PromptLogprobs]", result: PromptLogprobs | Exception) -> None:
+    """In the loop."""
+    if future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
 
 
 def _call_all(reports: list[Callable[[], None]]) -> None:

@@ -44,11 +44,12 @@ class PagePool:
     def pages_for(self, num_slots: int) -> int:
         return -(-num_slots // self.page_size)
 
-    def allocate(self, request_id: str, tokens: Sequence[int], limit: int) -> int:
-        """Give the request a table that starts with the cached pages of ``tokens[:limit]``; returns slots reused."""
+    def allocate(self, request_id: str, tokens: Sequence[int], limit: int, salt: str = "") -> int:
+        """Give the request a table that starts with the cached pages of ``tokens[:limit]``; returns slots reused. Pages
+        are shared among requests of one ``salt``."""
         assert request_id not in self._tables
         table: list[int] = []
-        digest = self._root
+        digest = _salted(self._root, salt) if salt else self._root
         for end in range(self.page_size, limit + 1, self.page_size):
             following = _digest(digest, tokens[end - self.page_size : end])
             page = self._page_of.get(following)
@@ -135,6 +136,10 @@ class PagePool:
         assert all(page not in self._digest_of for page in self._free), "a free page is still cached"
         assert {p: d for d, p in self._page_of.items()} == self._digest_of, "digests and pages disagree"
         assert len(self._page_of) == len(self._digest_of), "a page is cached twice"
+
+
+def _salted(root: bytes, salt: str) -> bytes:
+    return hashlib.blake2b(root + b"salt" + salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _digest(parent: bytes, tokens: Sequence[int]) -> bytes:

@@ -13,6 +13,7 @@ MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 MAX_GRAMMAR_CHARACTERS, MAX_SCHEMA_DEPTH = 65536, 64
+_MAX_SALT = 1024
 _LARGEST = 1e30  # what is multiplied with or divided by must stay finite in float32: inf · 0 and inf / inf are nan
 
 
@@ -20,16 +21,21 @@ _LARGEST = 1e30  # what is multiplied with or divided by must stay finite in flo
 class SamplingParams:
     """Options of one request; every value is checked on construction (ValueError naming field, value, expectation).
 
-    temperature: 0 takes the most probable token; otherwise sampled after top_k, then top_p, then temperature.
+    temperature: 0 takes the most probable token; otherwise sampled after min_p, top_k, then top_p, then temperature.
     top_k: keep the k most probable tokens; 0 or -1 keeps all. top_p: keep the smallest set with this probability mass.
+    min_p: drop tokens whose probability is less than this share of the most probable one's.
     max_tokens: cut of the output; the model's length cuts too. min_tokens: no end before this many tokens.
-    stop: strings that end the text and are removed from it. stop_token_ids: end tokens besides the checkpoint's own.
-    ignore_eos: go on after the checkpoint's end tokens. seed: same seed, same text; None draws one.
+    stop: strings that end the text; they are removed from it, save with include_stop_str_in_output.
+    stop_token_ids: end tokens besides the checkpoint's own. ignore_eos: go on after the checkpoint's end tokens.
+    seed: same seed, same text; None draws one.
     logprobs: report the log-probability of each token and of this many most probable ones (0 to 20), always of the
-    model's own distribution, before any of the following. logit_bias: token id -> number from -100 to 100, added to its
-    logit. presence_penalty, frequency_penalty: subtracted from the logit of a token that the output has, and once for
-    each time that it has it. json_schema: a JSON schema as a dict or as text; the output is JSON that it admits.
-    grammar: a context-free grammar in llguidance's Lark syntax that the output keeps to. Both need the serve extra.
+    model's own distribution, before any of the following. repetition_penalty: the logit of a token that prompt or
+    output have is divided by it where positive, and multiplied elsewhere. logit_bias: token id -> number from -100 to
+    100, added to its logit. presence_penalty, frequency_penalty: subtracted from the logit of a token that the output
+    has, and once for each time that it has it. json_schema: a JSON schema as a dict or as text; the output is JSON that
+    it admits. grammar: a context-free grammar that the output keeps to, in llguidance's Lark syntax or as EBNF with
+    ::= (GBNF, whose first rule is root). Both need the serve extra.
+    cache_salt: keys are shared through the prefix cache only with requests of the same one.
     decoding: "auto", "streaming", "verified", "block" or "autoregressive"; None is the engine's default.
     wedlm_window_size: W of streaming and block decoding, most rows a step of verified and auto; None is the engine's.
     wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
@@ -39,9 +45,11 @@ class SamplingParams:
     temperature: float = DecodeParams.temperature
     top_p: float = DecodeParams.top_p
     top_k: int = DecodeParams.top_k
+    min_p: float = 0.0
     max_tokens: int = 256
     min_tokens: int = 0
     stop: str | tuple[str, ...] | list[str] | None = None
+    include_stop_str_in_output: bool = False
     stop_token_ids: tuple[int, ...] | list[int] | None = None
     ignore_eos: bool = False
     seed: int | None = None
@@ -49,8 +57,10 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     json_schema: str | dict | None = None
     grammar: str | None = None
+    cache_salt: str = ""
     decoding: Decoding | None = None
     wedlm_window_size: int | None = None
     wedlm_entropy_threshold: float | None = DecodeParams.entropy_threshold
@@ -69,8 +79,12 @@ class SamplingParams:
             raise ValueError(f"min_tokens is {self.min_tokens}; expected at most max_tokens, {self.max_tokens}")
         self._set("stop", _strings("stop", self.stop))
         self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos is {self.ignore_eos!r}; expected True or False")
+        self._set("min_p", _number("min_p", self.min_p, high=1.0))
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected True or False")
+        if not isinstance(self.cache_salt, str) or len(self.cache_salt) > _MAX_SALT:
+            raise ValueError(f"cache_salt is {self.cache_salt!r:.80}; expected at most {_MAX_SALT} characters")
         if self.seed is not None:
             self._set("seed", _integer("seed", self.seed, low=-(2**63), high=2**63 - 1))
         if self.logprobs is not None:
@@ -78,6 +92,7 @@ class SamplingParams:
         self._set("logit_bias", _biases("logit_bias", self.logit_bias))
         for name in ("presence_penalty", "frequency_penalty"):
             self._set(name, _number(name, getattr(self, name), low=-2.0, high=2.0))
+        self._set("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, low=0.01, high=100.0))
         self._set("json_schema", _schema("json_schema", self.json_schema))
         if self.grammar is not None and not (isinstance(self.grammar, str) and self.grammar.strip()):
             raise ValueError(f"grammar is {self.grammar!r}; expected the text of a grammar")

@@ -130,7 +130,9 @@ class Scheduler:
         if budget <= 0 or len(self.running) >= self.max_num_seqs:
             return None
         progress = request.progress
-        progress.num_cached = self.pool.allocate(request.request_id, request.output.tokens, progress.window.cached)
+        progress.num_cached = self.pool.allocate(
+            request.request_id, request.output.tokens, progress.window.cached, request.params.cache_salt
+        )
         try:
             one = self._plan_first(request, budget, chunk_budget)
         except BaseException:

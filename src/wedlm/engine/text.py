@@ -32,8 +32,17 @@ class TextStream:
     ``ends[i]`` is where the text ended after token i, before any stop string was cut off.
     """
 
-    def __init__(self, tokenizer: TokenDecoder, stop: Sequence[str] = (), before: Sequence[int] = ()) -> None:
-        """``before``: the tokens that the text follows, where their presence changes how its first one is spelled."""
+    def __init__(
+        self,
+        tokenizer: TokenDecoder,
+        stop: Sequence[str] = (),
+        before: Sequence[int] = (),
+        *,
+        keep_stop: bool = False,
+    ) -> None:
+        """``before``: the tokens that the text follows, where their presence changes how its first one is spelled.
+        ``keep_stop``: a stop string that ends the text stays in it."""
+        self._keep_stop = keep_stop
         self._tokenizer = tokenizer
         self._stop = automaton_of(tuple(stop)) if stop else None
         self._state = 0  # of the automaton after ``text``
@@ -47,7 +56,7 @@ class TextStream:
         self.ends: list[int] = []
 
     def push(self, token: int, may_stop: bool = True) -> bool:
-        """Add a token. True if a stop string is complete: ``text`` then ends just before it."""
+        """Add a token. True if a stop string is complete: ``text`` then ends just before it, or with it."""
         self._ids.append(token)
         before = len(self.text)
         whole = self._decode()
@@ -89,6 +98,7 @@ class TextStream:
             self._state = self._stop.after(self._state, self.text[end])
             length = self._stop.complete(self._state)
             if length and may_stop:
-                self.text, self._state = self.text[: end + 1 - length], 0
+                cut = end + 1 if self._keep_stop else end + 1 - length
+                self.text, self._state = self.text[:cut], 0
                 return True
         return False

@@ -7,38 +7,123 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from secrets import token_hex
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from wedlm.engine.constraints.grammar import Compiled
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
+from wedlm.engine.prompt_logprobs import PromptLogprobs
 from wedlm.engine.request import TopLogprobs
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer
-from wedlm.server.logprobs import Decode, chat_logprobs, text_logprobs
-from wedlm.server.tools import PlainReader, Reader, message
+from wedlm.server.errors import ApiError
+from wedlm.server.logprobs import LOWEST, Decode, chat_logprobs, text_logprobs
+from wedlm.server.readers import PlainReader, Reader, message
 
 _AT_ONCE = 64  # tokens
+_DONE = b"data: [DONE]\n\n"
+
+
+class Stream(Protocol):
+    """The parts of a streamed answer, in the order of its methods; ``failure`` may come at any time, and is the
+    last."""
+
+    def opening(self) -> bytes: ...
+
+    def pieces(self, news: "Sequence[tuple[int, StreamPiece]]") -> bytes:
+        """Of pieces that arrived together, each with the index of its sequence."""
+
+    def closing(self, outputs: Sequence[GenerationOutput]) -> bytes: ...
+
+    def failure(self, error: ApiError) -> bytes: ...
+
+
+class Form(Protocol):
+    """How an API writes an answer. ``stream_type`` is the media type of streams."""
+
+    @property
+    def stream_type(self) -> str: ...
+
+    def whole(
+        self,
+        job: "Job",
+        outputs: Sequence[GenerationOutput],
+        tokenizer: Tokenizer,
+        unwanted: Callable[[], bool] = lambda: False,
+    ) -> bytes:
+        """Unwanted once ``unwanted`` says so, between two choices."""
+
+    def stream(self, job: "Job", tokenizer: Tokenizer) -> Stream: ...
+
+
+class OpenAIForm:
+    """OpenAI's, of both kinds."""
+
+    stream_type = "text/event-stream"
+
+    def whole(
+        self,
+        job: "Job",
+        outputs: Sequence[GenerationOutput],
+        tokenizer: Tokenizer,
+        unwanted: Callable[[], bool] = lambda: False,
+    ) -> bytes:
+        return whole(job, outputs, tokenizer, unwanted)
+
+    def stream(self, job: "Job", tokenizer: Tokenizer) -> Stream:
+        return OpenAIStream(job, tokenizer)
+
+
+OPENAI = OpenAIForm()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEcho:
+    """What an answer tells of one prompt. ``text``: what its own text begins with, if the prompt is repeated at all.
+    ``shown``: its log-probabilities stand before those of the answer; ``listed``: they stand by themselves."""
+
+    token_ids: list[int]
+    text: str | None
+    scores: PromptLogprobs | None
+    shown: int | None
+    listed: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request, understood: its sequences in the order of its choices, ``num_choices`` for each prompt."""
+    """A request, understood: its sequences in the order of its choices, ``num_choices`` for each prompt, of which the
+    answer has the ``num_kept`` most probable ones."""
 
     kind: Literal["chat", "text"]
     model: str
     sequences: list[tuple[list[int], SamplingParams]]
     num_choices: int
+    num_kept: int
+    shows_logprobs: bool
     streams: bool
     wants_usage: bool
+    counts_always: bool  # each chunk has the figures so far
     watches: bool
     warning: str | None = None
     grammar: Compiled | None = None  # held until the answer has ended
     new_reader: Callable[[], Reader] = PlainReader
+    echoes: list[PromptEcho] = field(default_factory=list)  # of each prompt, if asked for
+    only_prompt: bool = False
+    form: Form = OPENAI
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", ("chatcmpl-" if self.kind == "chat" else "cmpl-") + token_hex(12))
+
+    def echo_of(self, index: int) -> PromptEcho | None:
+        """Of the prompt that a kept choice answers."""
+        return self.echoes[index // self.num_kept] if self.echoes else None
+
+    @property
+    def num_echoed(self) -> int:
+        """Texts and numbers that an answer has of the prompts."""
+        alternatives = [2 + max(one.shown or 0, one.listed or 0) for one in self.echoes if one.scores is not None]
+        return sum(len(one.token_ids) * most for one, most in zip(self.echoes, alternatives, strict=False))
 
     @property
     def entries_per_token(self) -> int:
@@ -58,9 +143,7 @@ def usage(job: Job, outputs: Sequence[GenerationOutput]) -> dict[str, Any]:
     tokens, forwards, rows = (sum(getattr(s, n) for s in stats) for n in ("num_tokens", "num_forwards", "num_rows"))
     cached = sum(s.num_reused_tokens for s in stats[:: job.num_choices])
     return {
-        "prompt_tokens": job.num_prompt_tokens,
-        "completion_tokens": tokens,
-        "total_tokens": job.num_prompt_tokens + tokens,
+        **_counts(job.num_prompt_tokens, tokens),
         "prompt_tokens_details": {"cached_tokens": cached},
         "forwards": forwards,
         "rows": rows,
@@ -68,6 +151,10 @@ def usage(job: Job, outputs: Sequence[GenerationOutput]) -> dict[str, Any]:
         "p_cache": tokens / rows if rows else 0.0,
         "decoding": stats[0].decoding if stats else None,
     }
+
+
+def _counts(prompt: int, completion: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 class Unwanted(Exception):
@@ -81,15 +168,30 @@ def whole(
     kind = "chat.completion" if job.kind == "chat" else "text_completion"
     head, end = _head(job, kind), {"usage": usage(job, outputs)}
     choices = []
-    for index, output in enumerate(outputs):
+    for index, output in enumerate(_kept(job, outputs)):
         if unwanted():
             raise Unwanted
         choices.append(_choice(job, index, output, tokenizer))
     return b'%b,"choices":[%b],%b' % (_json(head)[:-1], b",".join(choices), _json(end)[1:])
 
 
+def _kept(job: Job, outputs: Sequence[GenerationOutput]) -> list[GenerationOutput]:
+    """Of each prompt's choices those with the highest log-probability a token; all, in their order, if all are kept."""
+    if job.num_kept == job.num_choices:
+        return list(outputs)
+
+    def mean(output: GenerationOutput) -> float:
+        return sum(output.logprobs or ()) / max(1, len(output.logprobs or ()))
+
+    groups = (outputs[start : start + job.num_choices] for start in range(0, len(outputs), job.num_choices))
+    return [one for group in groups for one in sorted(group, key=mean, reverse=True)[: job.num_kept]]
+
+
 def _choice(job: Job, index: int, output: GenerationOutput, tokenizer: Tokenizer) -> bytes:
-    content: dict[str, Any] = {"text": output.text}
+    echo = job.echo_of(index)
+    content: dict[str, Any] = {"text": (echo.text or "" if echo else "") + output.text}
+    if echo is not None and echo.listed is not None:
+        content["prompt_logprobs"] = _listed(echo, tokenizer)
     reason: str | None = output.finish_reason
     if job.kind == "chat":
         reader = job.new_reader()
@@ -97,18 +199,62 @@ def _choice(job: Job, index: int, output: GenerationOutput, tokenizer: Tokenizer
         delta.add(reader.finish(output.finish_reason))
         content, reason = {"message": message(delta)}, _reason(reader, reason)
     logprobs = b"null"
-    if output.logprobs is not None:
+    if job.shows_logprobs and output.logprobs is not None:
         top, offsets = output.top_logprobs or [], output.text_offsets or []
-        logprobs = _written(_logprobs(job, output.token_ids, output.logprobs, top, offsets, tokenizer))
+        shown = _logprobs(job, output.token_ids, output.logprobs, top, offsets, tokenizer)
+        logprobs = in_pieces(_behind(echo, shown, tokenizer) if echo is not None else shown)
     choice = _json({"index": index, **content, "finish_reason": reason})
     return b'%b,"logprobs":%b}' % (choice[:-1], logprobs)
 
 
-def _written(logprobs: dict[str, Any]) -> bytes:
-    """The JSON of log-probabilities, whose lists may have 100,000 entries, piece by piece: json.dumps lets no other
-    thread run before it is done."""
+def _decoder(tokenizer: Tokenizer) -> Decode:
+    return partial(tokenizer.decode, skip_special_tokens=False)
+
+
+def _behind(echo: PromptEcho, answer: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """A completion's log-probabilities behind those of its prompt, whose first token has none."""
+    if echo.shown is None or echo.scores is None:
+        return answer
+    decode, ids, scores = _decoder(tokenizer), echo.token_ids, echo.scores
+    offsets, text = [], echo.text or ""
+    place = 0
+    for token in ids:
+        offsets.append(min(place, len(text)))
+        place += len(decode([token]))
+    top = [one[: echo.shown] for one in scores.top] if echo.shown else []
+    prompt = text_logprobs(ids[1:], scores.logprobs, top, offsets[1:], decode)
+    first: dict[str, list[Any]] = {"tokens": [decode(ids[:1])], "text_offset": offsets[:1]}
+    first |= {"token_logprobs": [None], "top_logprobs": [None]}
+    both = {name: [*first[name], *(prompt[name] or [])] for name in first}
+    whole = {name: [*both[name], *(answer[name] or [])] for name in first}
+    whole["text_offset"] = [*both["text_offset"], *(len(text) + offset for offset in answer["text_offset"])]
+    return whole if echo.shown else {**whole, "top_logprobs": None}
+
+
+def _listed(echo: PromptEcho, tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
+    """vLLM's ``prompt_logprobs``: by token of the prompt, ids with log-probability, rank and text."""
+    assert echo.scores is not None
+    decode = _decoder(tokenizer)
+    found: list[dict[str, Any] | None] = [None]
+    rows = zip(echo.token_ids[1:], echo.scores.logprobs, echo.scores.ranks, echo.scores.top, strict=True)
+    for token, logprob, rank, top in rows:
+        ranked = {token: (logprob, rank)} | {
+            other: (value, i) for i, (other, value) in enumerate(top[: echo.listed], 1)
+        }
+        found.append(
+            {
+                str(other): {"logprob": max(value, LOWEST), "rank": place, "decoded_token": decode([other])}
+                for other, (value, place) in ranked.items()
+            }
+        )
+    return found
+
+
+def in_pieces(body: dict[str, Any]) -> bytes:
+    """The JSON of an object whose lists may have 100,000 entries, piece by piece: json.dumps lets no other thread run
+    before it is done."""
     fields = []
-    for name, value in logprobs.items():
+    for name, value in body.items():
         if isinstance(value, list):
             pieces = [_json(value[start : start + _AT_ONCE])[1:-1] for start in range(0, len(value), _AT_ONCE)]
             fields.append(b"%b:[%b]" % (_json(name), b",".join(pieces)))
@@ -117,20 +263,12 @@ def _written(logprobs: dict[str, Any]) -> bytes:
     return b"{%b}" % b",".join(fields)
 
 
-def opening(job: Job) -> bytes:
-    """What a stream begins with: each choice of a chat names its role."""
-    if job.kind == "text":
-        return b""
-    delta = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-    return b"".join(event(_chunk(job, [{"index": index, **delta}])) for index in range(len(job.sequences)))
-
-
 class ChoiceStream:
     """The chunks of one choice."""
 
     def __init__(self, job: Job, index: int, tokenizer: Tokenizer) -> None:
         self._job, self._index, self._tokenizer = job, index, tokenizer
-        self._reader, self._offset = job.new_reader(), 0
+        self._reader, self._offset, self._num_tokens = job.new_reader(), 0, 0
 
     def event(self, piece: StreamPiece) -> bytes:
         """The chunk of one piece. ``wedlm`` says which forward made which tokens final."""
@@ -139,8 +277,11 @@ class ChoiceStream:
         content: dict[str, Any] = {"text": piece.text}
         if job.kind == "chat":
             content, reason = {"delta": self._delta(piece.text, reason)}, _reason(self._reader, reason)
-        logprobs = self._logprobs(piece) if job.sequences[self._index][1].logprobs is not None else None
+        logprobs = self._logprobs(piece) if job.shows_logprobs else None
         chunk = _chunk(job, [{"index": self._index, **content, "logprobs": logprobs, "finish_reason": reason}])
+        self._num_tokens += len(piece.token_ids)
+        if job.counts_always:
+            chunk["usage"] = _counts(len(job.sequences[self._index][0]), self._num_tokens)
         chunk["wedlm"] = {"step": piece.step, "token_ids": piece.token_ids, "tokens": piece.token_texts}
         if piece.window is not None:
             chunk["wedlm"]["window"] = _window(piece, len(job.sequences[self._index][0]), self._tokenizer.decode)
@@ -150,8 +291,9 @@ class ChoiceStream:
         delta = self._reader.push(text)
         if reason is not None:
             delta.add(self._reader.finish(reason))
-        content = {"content": delta.content} if delta.content or not delta.calls else {}
-        return {**content, "tool_calls": delta.calls} if delta.calls else content
+        changed = {"reasoning_content": delta.reasoning, "tool_calls": delta.calls}
+        content = {"content": delta.content} if delta.content or not any(changed.values()) else {}
+        return {**content, **{name: value for name, value in changed.items() if value}}
 
     def _logprobs(self, piece: StreamPiece) -> dict[str, Any]:
         offsets = [self._offset]
@@ -173,20 +315,43 @@ def _logprobs(
     offsets: Sequence[int],
     tokenizer: Tokenizer,
 ) -> dict[str, Any]:
-    decode = partial(tokenizer.decode, skip_special_tokens=False)
+    decode = _decoder(tokenizer)
     if job.kind == "chat":
         return chat_logprobs(tokens, logprobs, top, decode)
     return text_logprobs(tokens, logprobs, top, offsets, decode)
 
 
-def usage_event(job: Job, outputs: Sequence[GenerationOutput]) -> bytes:
-    """The last chunk of a stream that asked for the figures."""
-    return event({**_chunk(job, []), "usage": usage(job, outputs)})
+class OpenAIStream:
+    """The chunks of all choices, the figures if they are asked for, and OpenAI's end mark."""
 
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        self._job = job
+        self._choices = [ChoiceStream(job, index, tokenizer) for index in range(len(job.sequences))]
 
-def events(choices: Sequence[ChoiceStream], news: Sequence[tuple[int, StreamPiece]]) -> bytes:
-    """The chunks of all pieces that arrived together."""
-    return b"".join(choices[index].event(piece) for index, piece in news)
+    def opening(self) -> bytes:
+        """Each choice of a chat names its role; each of a completion repeats its prompt, if that is asked for."""
+        if self._job.kind == "text":
+            return b"".join(self._echo(index) for index in range(len(self._choices)))
+        delta = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return b"".join(event(_chunk(self._job, [{"index": index, **delta}])) for index in range(len(self._choices)))
+
+    def _echo(self, index: int) -> bytes:
+        echo = self._job.echo_of(index)
+        if echo is None:
+            return b""
+        choice = {"index": index, "text": echo.text or "", "logprobs": None, "finish_reason": None}
+        return event(_chunk(self._job, [choice]))
+
+    def pieces(self, news: Sequence[tuple[int, StreamPiece]]) -> bytes:
+        return b"".join(self._choices[index].event(piece) for index, piece in news)
+
+    def closing(self, outputs: Sequence[GenerationOutput]) -> bytes:
+        job = self._job
+        last = event({**_chunk(job, []), "usage": usage(job, outputs)}) if job.wants_usage else b""
+        return last + _DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return event(error.body) + _DONE
 
 
 def event(body: dict[str, Any]) -> bytes:
@@ -196,9 +361,6 @@ def event(body: dict[str, Any]) -> bytes:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-DONE = b"data: [DONE]\n\n"
 
 
 def _window(piece: StreamPiece, num_prompt_tokens: int, decode: Decode) -> dict[str, Any]:

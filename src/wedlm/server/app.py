@@ -17,6 +17,10 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from wedlm.engine.llm import LLM
 from wedlm.server import errors
 from wedlm.server.config import ServerConfig
+from wedlm.server.converters.anthropic import CountRequest, MessagesRequest
+from wedlm.server.converters.ollama import OllamaChatRequest, OllamaGenerateRequest, now
+from wedlm.server.converters.responses import ResponsesRequest
+from wedlm.server.converters.tokens import DetokenizeRequest, TokenizeRequest
 from wedlm.server.limits import ApiKeys, BodyLimit, KnownHosts
 from wedlm.server.logs import RequestLog
 from wedlm.server.protocol import ChatRequest, CompletionRequest
@@ -78,14 +82,28 @@ def create_app(llm: LLM, config: ServerConfig, demo: Path = DEMO) -> FastAPI:
         app.add_middleware(KnownHosts, names=names, origins=config.cors_origins)
     if config.cors_origins:
         exposed = ["X-Request-Id", "Retry-After", WARNING]
-        allow: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": exposed}
+        allow: dict[str, Any] = {
+            "allow_methods": ["GET", "POST", "DELETE"],
+            "allow_headers": ["*"],
+            "expose_headers": exposed,
+        }
         app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origins), **allow)
     app.add_middleware(RequestLog, metrics=service.metrics)
     _add_api(app, service)
     _add_operations(app, service)
+    _add_heads(app)
     if (demo / "index.html").is_file():
         _add_page(app, demo)
     return app
+
+
+def _add_heads(app: FastAPI) -> None:
+    """HEAD wherever GET is: load balancers ask so."""
+    for route in list(app.routes):
+        if isinstance(route, APIRoute) and route.methods == {"GET"}:
+            app.add_api_route(
+                route.path, route.endpoint, methods=["HEAD"], include_in_schema=False, response_model=None
+            )
 
 
 def _add_api(app: FastAPI, service: Service) -> None:
@@ -103,7 +121,20 @@ def _add_api(app: FastAPI, service: Service) -> None:
         """Continue a text."""
         return await service.respond(request, CompletionRequest)
 
+    _add_converted(generating, service)
     app.include_router(generating)
+    _add_ollama(app, service)
+
+    @app.get("/v1/responses/{name}", responses={401: _REFUSALS[401], 404: _REFUSALS[404]}, response_model=None)
+    async def stored(name: str) -> Response:
+        """An answer that is stored."""
+        return Response(service.responses.get(name).body, media_type="application/json")
+
+    @app.delete("/v1/responses/{name}", responses={401: _REFUSALS[401], 404: _REFUSALS[404]})
+    async def forget(name: str) -> dict[str, Any]:
+        """Forget an answer."""
+        service.responses.delete(name)
+        return {"id": name, "object": "response", "deleted": True}
 
     @app.get("/v1/models", responses={401: _REFUSALS[401]})
     async def models() -> dict[str, Any]:
@@ -119,14 +150,70 @@ def _add_api(app: FastAPI, service: Service) -> None:
         return model
 
 
+def _add_converted(generating: APIRouter, service: Service) -> None:
+    """The addresses of other APIs' requests."""
+
+    @generating.post("/v1/responses", **_GENERATES)
+    async def respond(request: Request, body: ResponsesRequest = _OWN) -> Response:
+        """Answer a conversation, by OpenAI's newer API."""
+        return await service.respond(request, ResponsesRequest)
+
+    @generating.post("/v1/messages", **_GENERATES)
+    async def message(request: Request, body: MessagesRequest = _OWN) -> Response:
+        """Answer a conversation, by Anthropic's API."""
+        return await service.respond(request, MessagesRequest)
+
+    @generating.post("/v1/messages/count_tokens", **_GENERATES)
+    async def count(request: Request, body: CountRequest = _OWN) -> Response:
+        """Count the tokens of a conversation."""
+        return await service.look_up(request, CountRequest, service.count)
+
+    @generating.post("/api/chat", **_GENERATES)
+    async def ollama_chat(request: Request, body: OllamaChatRequest = _OWN) -> Response:
+        """Answer a conversation, by Ollama's API."""
+        return await service.respond(request, OllamaChatRequest)
+
+    @generating.post("/api/generate", **_GENERATES)
+    async def ollama_generate(request: Request, body: OllamaGenerateRequest = _OWN) -> Response:
+        """Answer a prompt, by Ollama's API."""
+        return await service.respond(request, OllamaGenerateRequest)
+
+    @generating.post("/tokenize", **_GENERATES)
+    async def tokenize(request: Request, body: TokenizeRequest = _OWN) -> Response:
+        """The token ids of a text or of a conversation."""
+        return await service.look_up(request, TokenizeRequest, lambda asked: asked.answer(service.prompts))
+
+    @generating.post("/detokenize", **_GENERATES)
+    async def detokenize(request: Request, body: DetokenizeRequest = _OWN) -> Response:
+        """The text of token ids."""
+        return await service.look_up(request, DetokenizeRequest, lambda asked: asked.answer(service.prompts))
+
+
+def _add_ollama(app: FastAPI, service: Service) -> None:
+    """What Ollama's clients ask before they generate."""
+    name, config = service.config.model_name, service.llm.model_config
+    details = {"format": "safetensors", "family": config.model_type, "families": [config.model_type]}
+    details |= {"parent_model": "", "parameter_size": "", "quantization_level": ""}
+    started = now()
+
+    @app.get("/api/tags", responses={401: _REFUSALS[401]})
+    async def tags() -> dict[str, Any]:
+        """The one model there is, by Ollama's API."""
+        model = {"name": name, "model": name, "modified_at": started, "size": 0, "digest": "", "details": details}
+        return {"models": [model]}
+
+    @app.get("/api/version")
+    async def ollama_version() -> dict[str, str]:
+        """The version of wedlm."""
+        return {"version": version("wedlm")}
+
+
 def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/health", responses={503: {"description": "Requests are refused now"}})
     async def health() -> JSONResponse:
         """200 while requests are served."""
         status = service.status
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
-
-    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
 
     @app.get("/version")
     async def show_version() -> dict[str, str]:

@@ -12,12 +12,26 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from wedlm.engine.helper_process import HelperProcess, answer_questions
+from wedlm.server.converters.anthropic import CountRequest, MessagesRequest
+from wedlm.server.converters.ollama import OllamaChatRequest, OllamaGenerateRequest
+from wedlm.server.converters.responses import ResponsesRequest
+from wedlm.server.converters.tokens import DetokenizeRequest, TokenizeRequest
 from wedlm.server.errors import ApiError, explain
 from wedlm.server.protocol import ChatRequest, CompletionRequest
 
 M = TypeVar("M", bound=BaseModel)
 _MAX_S = 30.0  # for a megabyte, of which a tenth of a second is usual
-_MODELS: dict[bytes, type[BaseModel]] = {b"C": ChatRequest, b"T": CompletionRequest}
+_MODELS: dict[bytes, type[BaseModel]] = {
+    b"C": ChatRequest,
+    b"T": CompletionRequest,
+    b"R": ResponsesRequest,
+    b"M": MessagesRequest,
+    b"N": CountRequest,
+    b"O": OllamaChatRequest,
+    b"G": OllamaGenerateRequest,
+    b"K": TokenizeRequest,
+    b"D": DetokenizeRequest,
+}
 
 
 def parse(raw: bytes, model: type[M]) -> M:

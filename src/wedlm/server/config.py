@@ -3,21 +3,28 @@
 
 from dataclasses import dataclass, field
 
+TOOL_PARSERS = ("auto", "hermes", "llama3", "mistral", "pythonic")
+REASONING_PARSERS = ("auto", "think", "none")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """Checked on construction (ValueError). Sequences: a request for n choices of p prompts is n · p of them.
 
-    model_name: what clients call the model. api_keys: if any, one must come with each request to /v1 and /metrics.
-    cors_origins: origins whose pages may call, or "*". allowed_hosts: names that clients may call the server by while
-    it has no key, beside addresses and localhost; or "*". max_connections: open at once. header_timeout_s: for a
-    request's head to arrive, from the connection's start or the head's first byte. max_queue: sequences that may wait
-    beside those that run.
-    max_choices: sequences of one request. request_timeout_s: from the body's arrival to the answer's last byte.
-    body_timeout_s: for the body to arrive. shutdown_timeout_s: what running requests get to finish in.
+    model_name: what clients call the model. tool_parser: the form in which the model writes calls, one of
+    ``TOOL_PARSERS``; auto goes by its chat template. reasoning_parser: whether what stands between <think> tags is
+    split off; auto goes by the template, too. api_keys: if any, one must come with each request to /v1, /api and
+    /metrics. cors_origins: origins whose pages may call, or "*". allowed_hosts: names that clients may call the server
+    by while it has no key, beside addresses and localhost; or "*". max_connections: open at once. header_timeout_s: for
+    a request's head to arrive, from the connection's start or the head's first byte. max_queue: sequences that may wait
+    beside those that run. max_choices: sequences of one request. request_timeout_s: from the body's arrival to the
+    answer's last byte. body_timeout_s: for the body to arrive. shutdown_timeout_s: what running requests get to finish
+    in.
     """
 
     model_name: str
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -35,6 +42,9 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not self.model_name:
             raise ValueError("model_name is empty; expected a name for clients to use")
+        for name, known in (("tool_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; expected 0 to 65535")
         for name, low in (("max_queue", 0), ("max_choices", 1), ("max_body_bytes", 1), ("max_connections", 1)):

@@ -10,7 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from wedlm.server.protocol import EXPECTED, UNSUPPORTED
+from wedlm.server.neutral import UNSUPPORTED
+from wedlm.server.protocol import EXPECTED
 
 if TYPE_CHECKING:  # the process that parses bodies has no app
     from fastapi import FastAPI
@@ -65,10 +66,36 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         return ErrorBody(error=self.detail).model_dump()
 
-    def response(self) -> Response:
+    def response(self, path: str = "") -> Response:
+        """In the form of the API that ``path`` belongs to."""
+        body = self.body
+        if path.startswith("/v1/messages"):
+            body = anthropic_body(self.status, self.detail)
+        elif path.startswith("/api/"):
+            body = ollama_body(self.detail)
         # json.dumps escapes what is not ASCII: a message may quote half of a surrogate pair, which has no UTF-8.
-        content = json.dumps(self.body)
+        content = json.dumps(body)
         return Response(content, self.status, self.headers, media_type="application/json")
+
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def anthropic_body(status: int, detail: ErrorDetail) -> dict[str, Any]:
+    kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": detail.message}}
+
+
+def ollama_body(detail: ErrorDetail) -> dict[str, Any]:
+    return {"error": detail.message}
 
 
 def _shortened(text: str, most: int) -> str:
@@ -93,8 +120,8 @@ def install(app: "FastAPI") -> None:
     """Let the app answer its own and the framework's errors in this form."""
 
     @app.exception_handler(ApiError)
-    async def _api_error(_: Request, error: ApiError) -> Response:
-        return error.response()
+    async def _api_error(request: Request, error: ApiError) -> Response:
+        return error.response(request.url.path)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
@@ -104,7 +131,7 @@ def install(app: "FastAPI") -> None:
             message, code = "there is nothing at this address", "not_found"
         elif status == 405:
             message, code = f"the method is {request.method}; this address expects another one", "method_not_allowed"
-        return ApiError(status, message, code=code, headers=error.headers).response()
+        return ApiError(status, message, code=code, headers=error.headers).response(request.url.path)
 
 
 def explain(error: Any, body: dict[str, Any]) -> ApiError:
@@ -114,13 +141,13 @@ def explain(error: Any, body: dict[str, Any]) -> ApiError:
     names, value = _walk(error["loc"], body)
     path = names[0] + "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names[1:])
     last = next(name for name in reversed(names) if isinstance(name, str))
-    unsupported = next((name for name in names if name in UNSUPPORTED), None)
-    if error["type"] == "missing" and names[-1] != error["loc"][-1]:
+    unsupported = UNSUPPORTED.get(last) if error["type"] == "extra_forbidden" else None
+    if error["type"] == "missing" and (value is body or names[-1] != error["loc"][-1]):
         missing = str(error["loc"][-1])
         path = missing if value is body else f"{path}.{missing}"
         message, code = f"{path} is missing; expected {EXPECTED.get(missing, 'a value')}", "missing"
     elif unsupported is not None:
-        message, code = f"{path} is {_show(value)}; {UNSUPPORTED[unsupported]}", "unsupported"
+        message, code = f"{path} is {_show(value)}; {unsupported}", "unsupported"
     elif error["type"] == "extra_forbidden":
         message, code = f"{path} is {_show(value)}; this server knows no field of that name", "unknown_field"
     else:

@@ -13,21 +13,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wedlm.server.errors import ApiError, queue_full
 
-_GUARDED = ("/v1/", "/metrics")
+_GUARDED = ("/v1/", "/api/", "/metrics", "/tokenize", "/detokenize")
 _HELD = 64
 _DRAINED = 8  # how many times the limit is read and thrown away, so that the client gets to see the refusal
 
 
 class ApiKeys:
-    """Requires ``Authorization: Bearer <key>`` for /v1 and /metrics, if there are keys at all."""
+    """Requires ``Authorization: Bearer <key>`` or ``x-api-key: <key>`` for all that generates, and for /metrics, if
+    there are keys at all."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self.app, self._digests = app, [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._digests and scope["path"].startswith(_GUARDED):
-            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not self._knows(key.strip()):
+            headers = Headers(scope=scope)
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            given = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")  # Anthropic's clients
+            if given is None or not self._knows(given):
                 error = ApiError(
                     401,
                     "the API key is missing or unknown; expected one in the header Authorization: Bearer",
@@ -35,7 +38,7 @@ class ApiKeys:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-                await error.response()(scope, receive, send)
+                await error.response(scope["path"])(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -64,7 +67,7 @@ class KnownHosts:
             headers = Headers(scope=scope)
             error = self._refusal(headers.get("host", ""), headers.get("origin"))
             if error is not None:
-                await error.response()(scope, receive, send)
+                await error.response(scope["path"])(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -128,10 +131,10 @@ class BodyLimit:
         except TimeoutError:
             message = f"the body did not arrive within {self.timeout_s:g} seconds"
             error = ApiError(408, message, code="body_timeout", headers={"Connection": "close"})
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         finally:
             self._held -= sum(map(len, chunks))

@@ -8,7 +8,7 @@ from typing import Any
 from wedlm.engine.request import TopLogprobs
 
 Decode = Callable[[list[int]], str]
-_LOWEST = -9999.0
+LOWEST = -9999.0
 
 
 def chat_logprobs(
@@ -35,7 +35,7 @@ def text_logprobs(
         ranked = [_by_text(one, decode) for one in top]
     return {
         "tokens": [decode([token]) for token in tokens],
-        "token_logprobs": [max(logprob, _LOWEST) for logprob in logprobs],
+        "token_logprobs": [max(logprob, LOWEST) for logprob in logprobs],
         "top_logprobs": ranked,
         "text_offset": list(offsets),
     }
@@ -46,7 +46,7 @@ def _by_text(top: TopLogprobs, decode: Decode) -> dict[str, float]:
     found: dict[str, float] = {}
     for token, value in top:
         text = decode([token])
-        found[f"token_id:{token}" if text in found else text] = max(value, _LOWEST)
+        found[f"token_id:{token}" if text in found else text] = max(value, LOWEST)
     return found
 
 
@@ -54,6 +54,6 @@ def _entry(token: int, logprob: float, decode: Decode) -> dict[str, Any]:
     text = decode([token])
     return {
         "token": text,
-        "logprob": max(logprob, _LOWEST),
+        "logprob": max(logprob, LOWEST),
         "bytes": None if "\ufffd" in text else list(text.encode()),
     }

@@ -2,20 +2,20 @@
 """The messages of a conversation, as clients send them and as chat templates take them."""
 
 import json
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticKnownError
 
-from wedlm.engine.sampling_params import MAX_SCHEMA_DEPTH, depth_within
+from wedlm.server.json_text import NotParsed, clean_object
+from wedlm.server.neutral import Place
 from wedlm.server.tool_schemas import MAX_TOOLS, Strict, ToolCall
-
-Nothing: TypeAlias = None
 
 
 class TextPart(Strict):
     """The only kind of content part."""
 
+    places: ClassVar[tuple[Place, ...]] = ("part",)
     type: Literal["text"]
     text: str
 
@@ -26,16 +26,15 @@ TextParts: TypeAlias = Annotated[list[TextPart], Field(fail_fast=True)]
 class Message(Strict):
     """One message of a conversation; ``name`` goes to the chat template, which may use it or not."""
 
+    places: ClassVar[tuple[Place, ...]] = ("message",)
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     content: Annotated[str | TextParts | None, Field(validate_default=True)] = None
     name: str | None = None
     tool_call_id: Annotated[str | None, Field(validate_default=True)] = None
-    # What OpenAI's answers have, and clients send back.
-    refusal: Nothing = None
-    audio: Nothing = None
-    function_call: Nothing = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    # What an earlier answer thought, by two names that servers have for it; the chat template may use it or not.
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     @field_validator("tool_calls")
     @classmethod
@@ -66,6 +65,8 @@ class Message(Strict):
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         named = {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name)) is not None}
         message = {"role": "system" if self.role == "developer" else self.role, "content": content, **named}
+        if reasoning := self.reasoning_content or self.reasoning:
+            message["reasoning_content"] = reasoning
         if self.tool_calls:
             message["tool_calls"] = [_call_for_template(call) for call in self.tool_calls]
         return message
@@ -73,9 +74,7 @@ class Message(Strict):
 
 def _call_for_template(call: ToolCall) -> dict[str, Any]:
     try:
-        arguments = json.loads(call.function.arguments)
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict) or not depth_within(arguments, MAX_SCHEMA_DEPTH):
+        arguments = json.loads(clean_object(call.function.arguments.strip()))
+    except (NotParsed, ValueError):
         arguments = call.function.arguments  # as it is: what a model once wrote need not be JSON
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

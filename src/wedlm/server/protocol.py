@@ -1,40 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client may send. A field that has no effect here may only have the value that asks for nothing."""
+"""What a client may send. Fields that have no effect here are those of ``neutral.py``."""
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from wedlm.algorithm.params import Decoding
-from wedlm.engine.sampling_params import MAX_BIASES, MAX_LOGPROBS, SamplingParams
+from wedlm.engine.sampling_params import MAX_BIASES, MAX_GRAMMAR_CHARACTERS, MAX_LOGPROBS, SamplingParams
+from wedlm.server.grammars import answer_or_calls_grammar, choice_grammar, regex_grammar
 from wedlm.server.messages import Message
-from wedlm.server.tool_schemas import MAX_FIELDS, MAX_TOOLS, NamedChoice, ResponseFormat, Strict, Tool, few
+from wedlm.server.neutral import Place
+from wedlm.server.tool_forms import HERMES, ToolForm
+from wedlm.server.tool_schemas import MAX_TOOLS, NamedChoice, ResponseFormat, Schema, Strict, Tool, few
 from wedlm.server.tools import call_schema
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_TOKENS, MAX_MESSAGES = 16, 256, 64, 4096
-MAX_PROMPTS = 1024
+MAX_PROMPTS, MAX_CHOICE_TEXTS = 1024, 1024
 # Log-probabilities that an answer may have: the tokens' own and their alternatives, 60 bytes each.
 MAX_LOGPROB_ENTRIES = 2**18
-_OLD_TOOLS = "the old form of tools is not supported; expected tools and tool_choice"
-_NO_MEDIA = "text alone is supported"
-# Fields that are refused, and what the refusal says.
-UNSUPPORTED = {
-    "repetition_penalty": "this penalty is not supported; expected presence_penalty or frequency_penalty, or 1",
-    "min_p": "this cut is not supported; expected top_p or top_k, or 0",
-    "functions": _OLD_TOOLS,
-    "function_call": _OLD_TOOLS,
-    "best_of": "choosing among several texts is not supported; expected nothing or 1",
-    "echo": "repeating the prompt is not supported; expected nothing or false",
-    "suffix": "text after the answer is not supported; expected nothing",
-    "audio": _NO_MEDIA,
-    "modalities": f'{_NO_MEDIA}; expected nothing or ["text"]',
-    "prediction": "predicted outputs are not supported",
-    "reasoning_effort": "grades of reasoning are not supported",
-    "verbosity": "grades of verbosity are not supported",
-    "web_search_options": "searches are not supported",
-    "store": "answers are not stored; expected nothing or false",
-    "service_tier": 'there is one tier; expected nothing, "auto" or "default"',
-}
+# What the server itself says to the template, or to whoever renders it.
+_RESERVED_VARIABLES = {"self", "messages", "tools", "add_generation_prompt", "allow_control_tokens"}
 # What fields expect, where pydantic's own words would not tell a user.
 EXPECTED = {
     "model": "the name of a model that GET /v1/models lists",
@@ -52,25 +37,52 @@ EXPECTED = {
     "name": "1 to 64 of the characters a-z, A-Z, 0-9, _ and -",
     "prompt": f"a string, a list of strings, a list of token ids, or a list of such lists, at most {MAX_PROMPTS}",
     "stop": f"a string or a list of at most {MAX_STOPS}, each of 1 to {MAX_STOP_LENGTH} characters",
+    "reasoning_effort": "none, minimal, low, medium, high, xhigh or max",
+    "guided_choice": f"a list of 1 to {MAX_CHOICE_TEXTS} strings that are not empty",
+    "input": "a string or a list of items: messages, function_call, function_call_output, reasoning, item_reference",
+    "max_tokens": "an integer of at least 1",
     "stop_token_ids": f"a list of at most {MAX_STOP_TOKENS} token ids",
 }
 
 
-Nothing: TypeAlias = None
+def _no_reserved_names(variables: dict[str, Any]) -> dict[str, Any]:
+    taken = [name for name in variables if name in _RESERVED_VARIABLES]
+    if taken:
+        raise ValueError(f"variables of the chat template, and {taken[0]} in a field of its own")
+    return variables
+
+
+TemplateVariables: TypeAlias = Annotated[Schema, AfterValidator(_no_reserved_names)]
 # fail_fast: pydantic makes an error of each wrong entry, for each member of a union, and only one is ever shown.
 Strings: TypeAlias = Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+GrammarText: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARACTERS)]
+Choices: TypeAlias = Annotated[
+    list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICE_TEXTS, fail_fast=True)
+]
 TokenIds: TypeAlias = Annotated[list[int], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class StreamOptions(Strict):
-    """``include_usage``: one more chunk with the figures of all choices, before the end."""
+    """``include_usage``: one more chunk with the figures of all choices, before the end; ``continuous_usage_stats``: in
+    each chunk those of its choice so far."""
 
+    places: ClassVar[tuple[Place, ...]] = ("stream_options",)
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None
 
 
-class _Generation(Strict):
+class StructuredOutputs(Strict):
+    """The form of the answer as other servers have it: one of these."""
+
+    json_: Annotated[Schema | str | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: GrammarText | None = None
+    choice: Choices | None = None
+    grammar: GrammarText | None = None
+
+
+class Generation(Strict):
     """What both kinds of request share. None means the default, save for ``wedlm_entropy_threshold``."""
 
     model: str
@@ -83,6 +95,15 @@ class _Generation(Strict):
     stream_options: StreamOptions | None = None
     # Ours and other engines' additions.
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    include_stop_str_in_output: bool | None = None
+    cache_salt: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: GrammarText | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: GrammarText | None = None
     min_tokens: int | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
@@ -92,10 +113,6 @@ class _Generation(Strict):
     wedlm_pos_penalty_factor: float | None = None
     wedlm_draft_entropy: float | None = None
     wedlm_trace: bool | None = None
-    # Accepted because clients send them and they ask for nothing that could be missed.
-    user: str | None = None
-    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[str, float], few(MAX_BIASES)] | None = None
@@ -108,14 +125,23 @@ class _Generation(Strict):
     def wants_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def sampling_params(self, default_max_tokens: int) -> SamplingParams:
-        """The engine's parameters; ValueError where it refuses one. OpenAI's default temperature is 1, and so is ours
-        here; the limit of tokens may be given by the old name or the new one."""
+    @property
+    def counts_always(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+    def sampling_params(self, default_max_tokens: int, form: ToolForm | None = None) -> SamplingParams:
+        """The engine's parameters, for a model that writes calls in ``form``; ValueError where it refuses one. OpenAI's
+        default temperature is 1, and so is ours here; the limit of tokens may be given by the old name or the new
+        one."""
         names = (
             "presence_penalty",
             "frequency_penalty",
             "top_p",
             "top_k",
+            "min_p",
+            "repetition_penalty",
+            "include_stop_str_in_output",
+            "cache_salt",
             "min_tokens",
             "ignore_eos",
             "seed",
@@ -132,7 +158,8 @@ class _Generation(Strict):
         temperature = 1.0 if self.temperature is None else self.temperature
         limit = self.token_limit
         max_tokens = default_max_tokens if limit is None else limit
-        given |= {"logprobs": self.num_logprobs, "json_schema": self.schema_of_answer}
+        _, schema, grammar = self.form_of_answer(HERMES if form is None else form)
+        given |= {"logprobs": self.num_logprobs, "json_schema": schema, "grammar": grammar}
         return SamplingParams(temperature=temperature, max_tokens=max_tokens, **given)
 
     @property
@@ -144,9 +171,38 @@ class _Generation(Strict):
         """How many alternatives are to be reported beside each token's log-probability; None: not even that one."""
         raise NotImplementedError
 
-    @property
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        return None
+    def form_of_answer(self, tool_form: ToolForm) -> tuple[str, dict[str, Any] | str | None, str | None]:
+        """The field that says what the text must be, and the JSON schema or the grammar; neither if it is free.
+        ValueError where fields contradict each other."""
+        asked = self.forms_asked_for()
+        if len(asked) > 1:
+            names = " and ".join(name for name, *_ in asked)
+            raise ValueError(f"{asked[0][0]} stands beside another form of the answer ({names}); expected one of them")
+        return asked[0] if asked else ("response_format", None, None)
+
+    def forms_asked_for(self) -> list[tuple[str, dict[str, Any] | str | None, str | None]]:
+        """As ``form_of_answer``, of each field that is set."""
+        found: list[tuple[str, dict[str, Any] | str | None, str | None]] = []
+        other = self.structured_outputs or StructuredOutputs()
+        for name, schema in (("guided_json", self.guided_json), ("structured_outputs", other.json_)):
+            if schema is not None:
+                found.append((name, schema, None))
+        if other.json_object:
+            found.append(("structured_outputs", {"type": "object"}, None))
+        for name, regex in (("guided_regex", self.guided_regex), ("structured_outputs", other.regex)):
+            if regex is not None:
+                found.append((name, None, regex_grammar(regex)))
+        for name, texts in (("guided_choice", self.guided_choice), ("structured_outputs", other.choice)):
+            if texts is not None:
+                found.append((name, None, choice_grammar(texts)))
+        for name, grammar in (("guided_grammar", self.guided_grammar), ("structured_outputs", other.grammar)):
+            if grammar is not None:
+                found.append((name, None, grammar))
+        return found
+
+
+# Those that other APIs take from here, beside their own.
+SHARED_FIELDS = tuple(name for name in Generation.model_fields if name not in ("model", "n", "stream_options"))
 
 
 def _token_id(key: str) -> int:
@@ -155,23 +211,37 @@ def _token_id(key: str) -> int:
     return int(key)
 
 
-class CompletionRequest(_Generation):
+class CompletionRequest(Generation):
     """The body of POST /v1/completions."""
 
+    places: ClassVar[tuple[Place, ...]] = ("completion", "request")
+    best_of: Annotated[int, Field(ge=1)] | None = None
     prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
     max_tokens: int | None = None
     logprobs: int | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-    echo: Literal[False] | None = None
-    suffix: Nothing = None
+    echo: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
     def token_limit(self) -> int | None:
-        return self.max_tokens
+        """0 is for those who want the prompt alone; the engine makes at least one."""
+        return 1 if self.only_prompt else self.max_tokens
+
+    @property
+    def only_prompt(self) -> bool:
+        """Whether nothing is to be generated."""
+        return self.max_tokens == 0 and bool(self.echo)
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """How many alternatives are to be reported of each token of the prompt; None: not even its own."""
+        asked = [] if self.prompt_logprobs is None else [self.prompt_logprobs]
+        asked += [self.logprobs] if self.echo and self.logprobs is not None else []
+        return max(asked, default=None)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -181,31 +251,23 @@ class CompletionRequest(_Generation):
         return [self.prompt]  # type: ignore[list-item]
 
 
-class ChatRequest(_Generation):
+class ChatRequest(Generation):
     """The body of POST /v1/chat/completions."""
 
+    places: ClassVar[tuple[Place, ...]] = ("chat", "request")
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    metadata: Annotated[dict[str, str], few(MAX_FIELDS)] | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
     parallel_tool_calls: bool | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
-    functions: Annotated[list[Any], Field(max_length=0)] | None = None
-    function_call: Literal["none", "auto"] | None = None
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    audio: Nothing = None
-    prediction: Nothing = None
-    reasoning_effort: Nothing = None
-    verbosity: Nothing = None
-    web_search_options: Nothing = None
 
     @property
     def token_limit(self) -> int | None:
@@ -224,29 +286,37 @@ class ChatRequest(_Generation):
             raise ValueError(f"top_logprobs is {self.top_logprobs}; expected logprobs to be true beside it")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    @property
-    def schema_of_answer(self) -> dict[str, Any] | None:
-        """What a forced call, or else ``response_format``, makes of the text. ValueError where they contradict."""
+    def forms_asked_for(self) -> list[tuple[str, dict[str, Any] | str | None, str | None]]:
+        schema = None if self.response_format is None else self.response_format.schema_of_answer
+        found = super().forms_asked_for()
+        return found if schema is None else [("response_format", schema, None), *found]
+
+    def form_of_answer(self, tool_form: ToolForm) -> tuple[str, dict[str, Any] | str | None, str | None]:
+        """A forced call, or else what the other fields say; beside tools that may be called, that or calls."""
         offered = self.offered_tools
         if self.forces_call:
-            return call_schema(offered)
-        schema = None if self.response_format is None else self.response_format.schema_of_answer
-        if schema is not None and offered:
+            return "tools", call_schema(offered), None
+        name, schema, grammar = super().form_of_answer(tool_form)
+        if not offered or (schema is None and grammar is None):
+            return name, schema, grammar
+        if schema is None:
             raise ValueError(
-                "response_format asks for JSON beside tools that may be called; expected tool_choice to be none, "
-                "required or a tool's name beside it"
+                f"{name} is a grammar beside tools that may be called; expected a JSON schema, or no tools"
             )
-        return schema
-
-    @property
-    def schema_field(self) -> str:
-        """Where ``schema_of_answer`` comes from."""
-        return "tools" if self.forces_call else "response_format"
+        several = self.parallel_tool_calls is not False
+        return name, None, answer_or_calls_grammar(schema, call_schema(offered), tool_form, several)
 
     @property
     def forces_call(self) -> bool:
         """Whether the answer must be a call."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedChoice)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is told beside the conversation."""
+        effort = self.reasoning_effort
+        thinking = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+        return {**thinking, **(self.chat_template_kwargs or {})}
 
     @property
     def offered_tools(self) -> list[Tool]:

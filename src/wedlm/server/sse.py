@@ -57,16 +57,20 @@ class Whole(Response):
 
 
 class EventStream(StreamingResponse):
-    """Sends ``events`` as they come, for ``limit_s`` at most: a client may stop reading without leaving. ``close`` is
-    called at the end, whatever the end is."""
-
-    media_type = "text/event-stream"
+    """Sends ``events``, server-sent ones unless told otherwise, as they come, for ``limit_s`` at most: a client may
+    stop reading without leaving. ``close`` is called at the end, whatever the end is."""
 
     def __init__(
-        self, events: AsyncIterator[bytes], close: Callable[[], None], limit_s: float, headers: Mapping[str, str]
+        self,
+        events: AsyncIterator[bytes],
+        close: Callable[[], None],
+        limit_s: float,
+        headers: Mapping[str, str],
+        media_type: str = "text/event-stream",
     ) -> None:
         # The second header asks nginx not to hold events back.
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
+        super().__init__(events, headers=headers, media_type=media_type)
         self._events, self._close, self._limit_s = events, close, limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of a request that concern tools and the form of the answer."""
 
-from functools import partial
-from typing import Annotated, Any, Literal
+from functools import cache, partial
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from wedlm.engine.sampling_params import MAX_SCHEMA_DEPTH, depth_within
+from wedlm.server.neutral import Place, described, without_neutral
 
 MAX_TOOLS, MAX_FIELDS = 128, 256
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -31,15 +32,26 @@ def _flat_enough(schema: dict[str, Any]) -> dict[str, Any]:
 Schema = Annotated[dict[str, Any], AfterValidator(_flat_enough)]
 
 
-class Strict(BaseModel):
-    """Nothing unknown, nothing converted: "5" is no number."""
+def _add_neutral(schema: dict[str, Any], model: "type[Strict]") -> None:
+    schema["properties"] = {**described(model.places), **schema.get("properties", {})}
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+
+class Strict(BaseModel):
+    """Nothing unknown, nothing converted: "5" is no number. What asks for nothing is dropped (``neutral.py``)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_add_neutral)
+    places: ClassVar[tuple[Place, ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
     def _few_fields(cls, value: Any) -> Any:
-        return _at_most(MAX_FIELDS, value)
+        value = _at_most(MAX_FIELDS, value)
+        return without_neutral(cls.places, value, cls._names()) if isinstance(value, dict) else value
+
+    @classmethod
+    @cache
+    def _names(cls) -> frozenset[str]:
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
 
 def _at_most(count: int, value: Any) -> Any:
@@ -57,6 +69,7 @@ def few(count: int) -> BeforeValidator:
 class Function(Strict):
     """A tool's name, what it is for, and the JSON schema of its arguments (default: an object of any kind)."""
 
+    places: ClassVar[tuple[Place, ...]] = ("tool",)
     name: ToolName
     description: str | None = None
     parameters: Schema | None = None
@@ -66,6 +79,7 @@ class Function(Strict):
 class Tool(Strict):
     """The only kind of tool is a function."""
 
+    places: ClassVar[tuple[Place, ...]] = ("tool",)
     type: Literal["function"]
     function: Function
 
@@ -86,6 +100,7 @@ class NamedChoice(Strict):
 class CalledFunction(Strict):
     """A call in a message; ``arguments`` is JSON text."""
 
+    places: ClassVar[tuple[Place, ...]] = ("call",)
     name: str
     arguments: str
 
@@ -93,10 +108,10 @@ class CalledFunction(Strict):
 class ToolCall(Strict):
     """A call that an earlier answer made, as clients send it back."""
 
+    places: ClassVar[tuple[Place, ...]] = ("call",)
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None
 
 
 class JsonSchema(Strict):

@@ -2,6 +2,8 @@
 """Grammars through llguidance (extra ``serve``), imported when one is asked for. Shared by the server's process and the
 worker that tries a grammar first (``trial_worker.py``), so it imports nothing large."""
 
+import json
+import re
 from typing import Any
 
 # One optional space wherever JSON may have white space: a weak model cannot go on with blanks for ever. oneOf is taken
@@ -10,6 +12,7 @@ _JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?", "len
 # At 1 to 2 kB each: what a grammar may come to hold while text is generated. The steps' own limits, about 15 ms of
 # work for a mask, are llguidance's defaults.
 _MAX_LEXER_STATES = 50_000
+_EBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
 def library() -> Any:
@@ -26,7 +29,13 @@ def library() -> Any:
 def load_tokens(tokenizer_json: str, vocab_size: int) -> Any:
     """llguidance's tables of a tokenizer. ValueError if it cannot read it."""
     try:
-        return library().LLTokenizer(tokenizer_json, n_vocab=vocab_size)
+        tokens = library().LLTokenizer(tokenizer_json, n_vocab=vocab_size)
+        special = [one["id"] for one in json.loads(tokenizer_json)["added_tokens"] if one["special"]]
+        if special and tokens.eos_token not in special:
+            # It knows no end token by its name and takes the first token of all, a piece of text, which it would then
+            # both admit and refuse. Which one ends the text is our business; any that is no text will do.
+            return library().LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=special[0])
+        return tokens
     except ValueError:
         raise
     except Exception as error:  # The Rust library raises plain Exception.
@@ -34,7 +43,8 @@ def load_tokens(tokenizer_json: str, vocab_size: int) -> Any:
 
 
 def build(tokens: Any, schema: str | None, grammar: str | None) -> Any:
-    """llguidance's matcher for a JSON schema or a Lark grammar, whose first mask is known. ValueError if it is none.
+    """llguidance's matcher for a JSON schema or a grammar, in Lark's syntax or as EBNF, whose first mask is known.
+    ValueError if it is none.
 
     Takes whatever time and memory it takes: only the worker calls this with what was not tried before.
     """
@@ -42,7 +52,7 @@ def build(tokens: Any, schema: str | None, grammar: str | None) -> Any:
     if schema is not None:
         source = matchers.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
     else:
-        source = matchers.grammar_from_lark(grammar)
+        source = matchers.grammar_from_lark(_lark(grammar))
     limits = library().LLParserLimits(verbose_errors=False, max_lexer_states=_MAX_LEXER_STATES)
     matcher = matchers(tokens, source, log_level=0, limits=limits)
     if not matcher.is_error():
@@ -52,6 +62,17 @@ def build(tokens: Any, schema: str | None, grammar: str | None) -> Any:
     if matcher.is_error():
         raise ValueError(sentence(matcher.get_error()))
     return matcher
+
+
+def _lark(grammar: str | None) -> str | None:
+    if grammar is None or not _EBNF.search(grammar):
+        return grammar
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(grammar)
+    except Exception as error:
+        raise ValueError(f"it is no EBNF: {sentence(error)}") from error
 
 
 def sentence(error: object) -> str:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one request forbids and favours among its next tokens: a grammar, biases, penalties."""
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,14 +21,22 @@ class Constraint:
     """
 
     def __init__(
-        self, params: SamplingParams, matcher: Matcher | None, stop_token_ids: Iterable[int], mask_token_id: int
+        self,
+        params: SamplingParams,
+        matcher: Matcher | None,
+        stop_token_ids: Iterable[int],
+        mask_token_id: int,
+        prompt_token_ids: Sequence[int] = (),
     ) -> None:
         self.matcher = matcher
         self.counts: Counter[int] = Counter()
         self.num_accepted = 0
         self._ends, self._mask_token_id = frozenset(stop_token_ids), mask_token_id
         self._presence, self._frequency = params.presence_penalty, params.frequency_penalty
+        self._repetition, self._prompt = params.repetition_penalty, prompt_token_ids
+        self._in_prompt: Tensor | None = None  # [vocabulary], made when first needed
         self._bias = dict(params.logit_bias or {})
+        self._log_min_p = math.log(params.min_p) if _cuts(params) else -math.inf
 
     def accept(self, token: int) -> bool:
         """Note an emitted token. False: the grammar refuses it, as it does only once it has failed on its limits."""
@@ -61,6 +70,8 @@ class Constraint:
 
     def apply_penalties(self, logits: Tensor, counts: Mapping[int, int]) -> None:
         """Biases and penalties for a row of logits [V], in place; ``counts`` is of the output before its token."""
+        if self._repetition != 1:
+            self._penalize_repetition(logits, counts)
         changes = Counter(self._bias) if self._bias else Counter()
         if self._presence or self._frequency:
             for token, count in counts.items():
@@ -68,6 +79,21 @@ class Constraint:
         if changes:
             index = torch.tensor(list(changes), device=logits.device)
             logits[index] += torch.tensor(list(changes.values()), dtype=logits.dtype, device=logits.device)
+
+    def _penalize_repetition(self, logits: Tensor, counts: Mapping[int, int]) -> None:
+        if self._in_prompt is None:
+            self._in_prompt = torch.zeros_like(logits, dtype=torch.bool)
+            self._in_prompt[torch.tensor(sorted(set(self._prompt)), dtype=torch.long, device=logits.device)] = True
+        seen = self._in_prompt.clone()
+        written = [token for token, count in counts.items() if count]
+        seen[torch.tensor(written, dtype=torch.long, device=logits.device)] = True
+        changed = torch.where(logits > 0, logits / self._repetition, logits * self._repetition)
+        torch.where(seen, changed, logits, out=logits)
+
+    def apply_cut(self, logits: Tensor) -> None:
+        """Leave in a row of logits [V], in place, what ``min_p`` leaves of it."""
+        if self._log_min_p > -math.inf:
+            logits.masked_fill_(logits < logits.max() + self._log_min_p, -torch.inf)
 
     def apply_mask(self, logits: Tensor) -> bool:
         """Leave in a row of logits [V], in place, only what the grammar admits in its present state.
@@ -96,6 +122,7 @@ def build_constraint(
     mask_token_id: int,
     vocab_size: int,
     tokenizer: object,
+    prompt_token_ids: Sequence[int] = (),
 ) -> Constraint | None:
     """The constraint that ``params`` ask for, or None. ValueError if it cannot be had."""
     if params.logit_bias and (largest := max(params.logit_bias)) >= vocab_size:
@@ -105,6 +132,12 @@ def build_constraint(
         if not isinstance(tokenizer, Tokenizer):
             raise ValueError("json_schema or grammar is set but the engine has no tokenizer; expected neither")
         matcher = grammars_of(tokenizer, vocab_size).matcher(params)
-    if matcher is None and not (params.logit_bias or params.presence_penalty or params.frequency_penalty):
+    penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    if matcher is None and not (params.logit_bias or penalised or _cuts(params)):
         return None
-    return Constraint(params, matcher, stop_token_ids, mask_token_id)
+    return Constraint(params, matcher, stop_token_ids, mask_token_id, prompt_token_ids)
+
+
+def _cuts(params: SamplingParams) -> bool:
+    """Whether ``min_p`` can matter: the most probable token survives it."""
+    return params.min_p > 0 and params.temperature > 0

@@ -78,9 +78,12 @@ class ConstrainedStep:
             constraint.apply_penalties(row, counts[c])
             if known:  # otherwise the row stands after a draft that cannot be accepted
                 constraint.apply_mask(row)
+            constraint.apply_cut(row)
         constraint.rewind(tried)
         for c in range(num_filled, len(tokens)):
-            constraint.apply_penalties(logits[self._rows[s, c]], counts[self._shared[s][c] - 1])
+            row = logits[self._rows[s, c]]
+            constraint.apply_penalties(row, counts[self._shared[s][c] - 1])
+            constraint.apply_cut(row)
 
     def _apply_streaming(self, s: int, constraint: Constraint, logits: Tensor) -> None:
         tokens, filled = self._tokens[s], self._filled[s]
@@ -99,6 +102,7 @@ class ConstrainedStep:
             constraint.apply_penalties(row, counts)
             if first and known:
                 constraint.apply_mask(row)
+            constraint.apply_cut(row)
             first = False
         constraint.rewind(tried)
 
@@ -181,6 +185,7 @@ class ConstrainedStep:
         tried = sum(constraint.advance(token) for token in before)
         assert tried == len(before)
         admitted = constraint.apply_mask(logits)
+        constraint.apply_cut(logits)
         constraint.rewind(tried)
         assert self._sampling is not None
         token = int(choose_tokens(logits[None], self._sampling.row(row))[0])

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls are parsed: random ones in four forms, cut at every character, are those of the whole text and those that were
+written; and what untrusted text does to a call."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from wedlm.server.readers import CallReader, Delta, message
+from wedlm.server.tool_forms import FORMS, form_of
+
+NAMES = ["add", "get_weather", "f.g-2", "a"]
+
+
+def read(reader, pieces: list[str], reason: str = "stop") -> tuple[list[Delta], dict]:
+    deltas = [reader.push(piece) for piece in pieces]
+    deltas.append(reader.finish(reason))
+    whole = Delta()
+    for delta in json.loads(json.dumps([[delta.content, delta.calls] for delta in deltas])):
+        whole.add(Delta(*delta))
+    return deltas, dict(message(whole))
+
+
+def calls_in(form: str, pieces: list[str], names: list[str] = NAMES, parallel: bool = True) -> tuple[Any, list]:
+    """Content and calls, names with the text of their arguments."""
+    whole = read(CallReader(FORMS[form], names, parallel), pieces)[1]
+    found = [(call["function"]["name"], call["function"]["arguments"]) for call in whole.get("tool_calls", ())]
+    return whole["content"], found
+
+
+characters = st.characters(codec="utf-8") | st.sampled_from("\"'\\{}[]()<>/,:=; \n\t\x00é")
+texts = st.text(characters, max_size=12) | st.sampled_from(
+    ["</tool_call>", "<tool_call>", '"}', "[TOOL_CALLS]", "]", ")", "\\", "<|python_tag|>", "'", '{"name": "add"}']
+)
+numbers = st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+identifiers = st.sampled_from(["x", "city", "a_1", "name", "arguments"])
+plain = st.tuples(st.sampled_from(NAMES), st.dictionaries(texts | identifiers, values, max_size=4))
+keyed = st.tuples(st.sampled_from(NAMES), st.dictionaries(identifiers, values, max_size=4))
+before = st.sampled_from(["", "Let me see. ", "a < b [1] {", "\n "])
+
+
+def as_object(call: tuple[str, dict], ascii_only: bool, key: str = "arguments") -> str:
+    return json.dumps({"name": call[0], key: call[1]}, ensure_ascii=ascii_only)
+
+
+def written(form: str, calls: list[tuple[str, dict]], ascii_only: bool) -> str:
+    """As a model of that form writes them."""
+    if form == "hermes":
+        return "\n".join(f"<tool_call>\n{as_object(call, ascii_only)}\n</tool_call>" for call in calls)
+    if form == "llama3":
+        return "; ".join(as_object(call, ascii_only, "parameters") for call in calls)
+    if form == "mistral":
+        return f"[TOOL_CALLS] [{', '.join(as_object(call, ascii_only) for call in calls)}]"
+    arguments = (", ".join(f"{k}={ascii(v) if ascii_only else repr(v)}" for k, v in call[1].items()) for call in calls)
+    return "[" + ", ".join(f"{call[0]}({one})" for call, one in zip(calls, arguments, strict=True)) + "]"
+
+
+def check_random_calls(form: str, examples: int, all_cuts: bool) -> None:
+    @settings(
+        max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=[*HealthCheck]
+    )
+    @given(st.lists(keyed if form == "pythonic" else plain, min_size=1, max_size=3), before, st.booleans())
+    def check(calls, lead, ascii_only):
+        if not FORMS[form].tags[0].startswith(("<tool", "[TOOL")):
+            lead = "\n " if lead.isspace() else ""  # such calls are the whole answer
+        text = lead + written(form, calls, ascii_only)
+        content, found = whole = calls_in(form, [text])
+        assert [(name, json.loads(arguments)) for name, arguments in found] == calls
+        assert content == (lead if lead.strip() else None)
+        assert calls_in(form, list(text)) == whole
+        if all_cuts:
+            for cut in range(1, len(text)):
+                assert calls_in(form, [text[:cut], text[cut:]]) == whole
+
+    check()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_random_calls(form):
+    check_random_calls(form, 60, all_cuts=False)
+    check_random_calls(form, 5, all_cuts=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", FORMS)
+def test_1000_random_calls(form, record_property):
+    check_random_calls(form, 1000, all_cuts=False)
+    check_random_calls(form, 200, all_cuts=True)
+    record_property(form, "1,000 random answers character by character, 200 at every cut: as parsed whole")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_text_is_read_the_same_however_it_is_cut(form):
+    """Also what is no call: pieces of calls, in any order, lose nothing and depend on no cut."""
+    parts = [
+        *FORMS[form].tags,
+        "</tool_call>",
+        '{"name": ',
+        '"add"',
+        '"arguments": ',
+        "{}",
+        "}",
+        "[",
+        "]",
+        "add",
+        "(",
+        ")",
+    ]
+    pieces = st.lists(st.sampled_from([*parts, " ", "\n", ",", ";", "x", '"', "=1", "[ARGS]"]), max_size=14)
+
+    @settings(max_examples=150, deadline=None, database=None, derandomize=True)
+    @given(pieces)
+    def check(given_pieces):
+        text = "".join(given_pieces)
+        whole = calls_in(form, [text])
+        assert calls_in(form, list(text)) == whole
+        assert calls_in(form, given_pieces) == whole
+        if not whole[1]:
+            assert whole[0] == text
+
+    check()
+
+
+def hermes(inner: str) -> str:
+    return f"<tool_call>\n{inner}\n</tool_call>"
+
+
+def adding(arguments: str) -> str:
+    return hermes('{"name": "add", "arguments": ' + arguments + "}")
+
+
+READ = [
+    ("hermes", "Just text, a < b", "Just text, a < b", []),
+    ("hermes", adding('{"a": 1}'), None, [("add", '{"a": 1}')]),
+    ("hermes", 'I add.<tool_call>{"name": "add"}</tool_call>\n', "I add.", [("add", "{}")]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": {}}', None, [("add", "{}")]),  # an end token for the tag
+    ("hermes", '<tool_call>{"name": "add"}</tool_', None, [("add", "{}")]),  # cut in the tag
+    ("hermes", hermes('{"name": "mul"}'), hermes('{"name": "mul"}'), []),
+    ("hermes", "<tool_call>no JSON</tool_call>", "<tool_call>no JSON</tool_call>", []),
+    ("hermes", "<tool_call>[1]", "<tool_call>[1]", []),
+    ("hermes", "ends in <tool_", "ends in <tool_", []),
+    ("hermes", hermes('{"name": "add"}') + "\n" + hermes('{"name": "a"}'), None, [("add", "{}"), ("a", "{}")]),
+    (
+        "hermes",
+        '<tool_call>{"name": "add"}<tool_call>{"name": "a"}',
+        None,
+        [("add", "{}"), ("a", "{}")],
+    ),  # no closing tag
+    ("hermes", adding(r'{"a": "\ud83d"}'), None, [("add", '{"a": "\ufffd"}')]),
+    ("hermes", adding(r'{"a": "\ud83dx\ude00"}'), None, [("add", '{"a": "\ufffdx\ufffd"}')]),
+    ("hermes", adding(r'{"a": "\ud83d\ude00"}'), None, [("add", r'{"a": "\ud83d\ude00"}')]),
+    ("hermes", hermes('{"name": "add", "parameters": {"a": 1}}'), None, [("add", '{"a": 1}')]),
+    ("hermes", hermes('{"arguments": {"a": 1}, "name": "add"}'), None, [("add", '{"a": 1}')]),
+    ("hermes", adding(r'"{\"a\": 1}"'), None, [("add", '{"a": 1}')]),  # encoded twice
+    ("hermes", adding('""'), None, [("add", "{}")]),
+    ("hermes", adding("null"), None, [("add", "{}")]),
+    ("hermes", adding('{"a": 1e400}'), None, [("add", '{"a": 1e400}')]),  # JSON, if no float
+    ("hermes", adding('{"a": "</tool_call>"}'), None, [("add", '{"a": "</tool_call>"}')]),
+    ("hermes", adding('{"a": "x\ny"}'), None, [("add", r'{"a": "x\u000ay"}')]),  # a control character
+    ("hermes", hermes('{"type": "function", "function": {"name": "a", "arguments": "{}"}}'), None, [("a", "{}")]),
+    ("llama3", '{"name": "add", "parameters": {"a": 1}}', None, [("add", '{"a": 1}')]),
+    ("llama3", '<|python_tag|>{"name": "add"}; {"name": "a"}', None, [("add", "{}"), ("a", "{}")]),
+    ("llama3", '{"city": "Paris"}', '{"city": "Paris"}', []),
+    ("llama3", 'See {"name": "add"}', 'See {"name": "add"}', []),
+    ("mistral", '[{"name": "add", "arguments": {}}]', None, [("add", "{}")]),  # the tag is a control token
+    ("mistral", '[TOOL_CALLS]add[ARGS]{"a": 1}', None, [("add", '{"a": 1}')]),
+    ("mistral", 'add{"a": 1}[TOOL_CALLS]a{}', None, [("add", '{"a": 1}'), ("a", "{}")]),
+    ("mistral", "[1, 2]", "[1, 2]", []),
+    (
+        "pythonic",
+        "[add(a='it\\'s', b=(1, None,)), a()]",
+        None,
+        [("add", '{"a": "it\'s", "b": [1, null]}'), ("a", "{}")],
+    ),
+    ("pythonic", "[add(1)]", "[add(1)]", []),
+    ("pythonic", "[x](http://x)", "[x](http://x)", []),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "content", "calls"), READ, ids=[f"{form} {text[:25]}" for form, text, *_ in READ]
+)
+def test_what_is_read(form, text, content, calls):
+    for pieces in ([text], list(text)):
+        assert calls_in(form, pieces) == (content, calls)
+    if len(calls) > 1:
+        assert len(calls_in(form, [text], parallel=False)[1]) == 1
+
+
+@pytest.mark.parametrize(
+    "bad", ["NaN", "-Infinity", "[1,]", "01", '"\\x"', "{'a': 1}", "[" * 60 + "]" * 60, "9" * 5000, "tru"]
+)
+def test_what_is_no_json_is_content(bad):
+    text = adding(f'{{"a": {bad}}}')
+    assert calls_in("hermes", [text]) == calls_in("hermes", list(text)) == (text, [])
+
+
+def test_nested_beginnings_take_time_in_proportion():
+    """A text that is JSON from each of many beginnings, none of which ends: each character is read a few times."""
+    import sys
+
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        count += event == "call" and frame.f_code.co_name == "_string"
+        return None
+
+    unit = '<tool_call>{":":",","'
+    sys.setprofile(trace)
+    try:
+        text = unit * 400
+        content, calls = calls_in("hermes", [text])
+    finally:
+        sys.setprofile(None)
+    assert (content, calls) == (text, [])
+    assert count < 5 * len(text)
+
+
+def test_the_form_of_a_template():
+    for source, name in [
+        (None, "hermes"),
+        ("plain", "hermes"),
+        ("... <tool_call></tool_call> ...", "hermes"),
+        ("{{ '[TOOL_CALLS] [' }}", "mistral"),
+        ('Respond in the format {"name": function name, "parameters": dictionary of argument name}', "llama3"),
+        ("You SHOULD use [func_name1(params_name1=params_value1)]", "pythonic"),
+    ]:
+        assert form_of(source).name == name
