@@ -292,7 +292,8 @@ def test_files_of_the_base_model(tmp_path, monkeypatch):
     """Asked for by name; what ``wedlm quantize`` writes has its own tests."""
     asked = []
     monkeypatch.setattr(llamacpp, "default_cache_dir", lambda: tmp_path)
-    monkeypatch.setattr(llamacpp, "quantize_checkpoint", lambda *where, **how: asked.append((*where, how)))
+    target = "wedlm.model.quantize_checkpoint.quantize_checkpoint"
+    monkeypatch.setattr(target, lambda *where, **how: asked.append((*where, how)))
     files = llamacpp.base_files()
     assert list(files) == ["Q4_1", "Q8_0", "F16"]
     expected = [("demo-base", files[kind], {"to": "gguf", "type": kind.lower()}) for kind in ("Q8_0", "F16")]

@@ -74,6 +74,7 @@ class TestInitialise:
             wanted = stock(torch.tensor([[5, 6, 7]])).logits[0]
         assert (logits_of(load_model(tmp_path / "wedlm")[0], [5, 6, 7]) - wanted).abs().max() < 1e-4
 
+    @pytest.mark.filterwarnings("ignore:a prompt begins with <s>")
     @pytest.mark.parametrize("kind", ["smollm", "qwen2", "llama-bpe"])
     def test_from_gguf_the_tokenizer_is_written_so_that_all_agree(self, kind: str, tmp_path: Path) -> None:
         """One file with a model and a tokenizer; then the GGUF's ids = ours = transformers'."""

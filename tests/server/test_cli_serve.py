@@ -158,7 +158,7 @@ def test_eight_bits(directory, monkeypatch):
     assert "int8" in served[0].describe()
     result = CliRunner().invoke(app, [*words, "fp4"])
     assert (result.exit_code, len(served)) == (2, 1)
-    assert "quantization is 'fp4'; expected int8 or fp8, or nothing" in result.stderr
+    assert "quantization is 'fp4'; expected one of auto, none, int8, fp8" in result.stderr
 
 
 def test_a_wrong_option_of_the_engine(directory):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run starts from: the mask token and its embedding, the data, and what is refused before a step is paid for."""
 
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -72,12 +74,19 @@ def test_a_mask_token_that_text_needs(parts, mask, sentence):
 
 
 def test_a_mask_token_that_the_data_uses(parts):
-    used = parts[2] / "used.jsonl"
-    used.write_text('{"text": "a <|unused|> b"}\n')
-    with pytest.raises(ValueError, match=r"tokens of the training data use, first in .*used\.jsonl line 1"):
-        load(parts, train_data=str(used))
-    with pytest.raises(ValueError, match=r"used\.jsonl line 1"):
-        load(parts, validation_data=str(used))
+    """As the chat template writes it: a text that spells it has other tokens."""
+    base = save_base(parts[2] / "uses", mask_token_id=None)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    mask = "{{ '<|unu' + 'sed|>' if messages[0].content != 'x' }}"  # what no look at the template tells
+    config["chat_template"] = mask + config["chat_template"]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    plain = parts[2] / "plain.jsonl"
+    plain.write_text('{"text": "a <|unused|> b"}\n' * 4)
+    load(parts, base, mask_token_id=UNUSED, train_data=str(plain))
+    with pytest.raises(ValueError, match=r"tokens of the training data use, first in .*data\.jsonl line 1"):
+        load(parts, base, mask_token_id=UNUSED)
+    with pytest.raises(ValueError, match=r"data\.jsonl line 1"):
+        load(parts, base, mask_token_id=UNUSED, train_data=str(plain), validation_data=str(parts[1]))
 
 
 def test_ar_training_masks_nothing(parts):

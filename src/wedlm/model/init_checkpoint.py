@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an AR checkpoint to a WeDLM directory that training can start from: a mask token and a block size are added."""
 
-import contextlib
 import dataclasses
 import shutil
 from dataclasses import dataclass
@@ -135,11 +134,8 @@ def _use(token_id: int, config: ModelConfig, tokenizer: Tokenizer, written: froz
 def _written_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that the tokenizer adds to a text, and those of rendered chats: a template may join a token from pieces."""
     ids = set(tokenizer.encode(""))
-    if tokenizer.has_chat_template:
-        for roles in _PROBES:
-            messages = [{"role": role, "content": "x"} for role in roles]
-            with contextlib.suppress(ValueError):  # templates refuse roles that they do not know
-                ids.update(tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False))
+    for text in tokenizer.probe_chats([{"role": role, "content": "x"} for role in roles] for roles in _PROBES):
+        ids.update(tokenizer.encode(text, add_special_tokens=False))
     return frozenset(ids)
 
 

@@ -3,7 +3,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_tokenizer import read_gguf_chat_template, read_gguf_tokenizer
 from wedlm.model.formats.resolve import locate
 from wedlm.model.formats.save import write_whole
+from wedlm.model.formats.template_limits import ExceededError
 from wedlm.model.formats.tokenizer_config import (
     add_missing_tokens,
     read_chat_templates,
@@ -153,18 +154,27 @@ class Tokenizer:
         after an assistant's message. Checkpoints' configurations often name only one of the two."""
         eos, bos = (self.token_id(self.special_tokens.get(name, "")) for name in ("eos_token", "bos_token"))
         ends = () if eos is None else (eos,)
-        for roles in (("user", "assistant"), ("user", "assistant", "user")):
-            messages = [{"role": role, "content": _REPLY if role == "assistant" else _QUESTION} for role in roles]
-            try:
-                text = self.apply_chat_template(messages, add_generation_prompt=False)
-            except ValueError:  # no template, or one that wants other messages
-                continue
+        question, reply = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _REPLY}
+        chats = [[question, reply], [question, reply, question]]
+        for text in self.probe_chats(chats, add_generation_prompt=False):
             before = self.encode(text.partition(_QUESTION)[0], add_special_tokens=False)
             after = self.encode(text.rpartition(_REPLY)[2].lstrip(), add_special_tokens=False)[:1]
             opens_turn = [token_id for token_id in before if token_id in self._control.ids][-1:]
             if self._control.ids.issuperset(after) and after and after[0] not in (bos, eos, *opens_turn):
                 return (*ends, after[0])
         return ends
+
+    def probe_chats(
+        self, chats: Iterable[Sequence[Mapping[str, Any]]], add_generation_prompt: bool = True
+    ) -> Iterator[str]:
+        """``apply_chat_template`` of those of ``chats`` that the template takes. It ends with the first that exceeds a
+        template's limits, so that a hostile one costs its limits once."""
+        for messages in chats:
+            try:
+                yield self.apply_chat_template(messages, add_generation_prompt)
+            except ValueError as error:  # no template, or one that wants other messages
+                if isinstance(error.__cause__, ExceededError):
+                    return
 
     @property
     def has_chat_template(self) -> bool:
