@@ -159,25 +159,26 @@ def test_the_headline_names_gains_as_gains():
 
 
 @pytest.mark.parametrize(
-    ("runs", "load", "cut", "said"),
+    ("runs", "load", "skipped", "provisional", "said"),
     [
-        (5, 0.9, 0, None),
-        (1, 0.9, 0, "1 run(s) instead of 5"),
-        (5, 1.5, 0, "load average of 2"),
-        (9, 0.0, 3, "3 measurements cut"),
+        (5, 0.9, [], False, ""),
+        (1, 0.9, [], True, "a figure of 1 run(s) instead of 5"),
+        (5, 1.5, [], True, "load average of 2"),
+        (4, 0.0, ["step: wedlm, run 5"], False, "the median of 4 runs instead of 5"),
+        (9, 0.0, ["cold", "busy"], False, "Not in this run, whose time was up: cold, busy."),
     ],
 )
-def test_figures_that_may_not_be_quoted_say_so(runs, load, cut, said):
+def test_figures_that_may_not_be_quoted_say_so(runs, load, skipped, provisional, said):
     values = {
-        "settings": {"workload": {"chats": 4, "runs": runs}},
+        "settings": {"workload": {"chats": 4, "runs": 5}},
         "load_average": {"start": load},
         "hardware": {"threads": 2},
-        "skipped": ["x"] * cut,
-        "parts": {"step": [row("wedlm", rows=1, step_ms=4.0)]},
+        "skipped": skipped,
+        "parts": {"step": [row("wedlm", rows=1, step_ms=4.0, runs=runs)]},
     }
     text = headline(values)
-    assert ("Provisional" in text) == (said is not None)
-    assert (said or "") in text
+    assert ("Provisional" in text) == provisional
+    assert said in text
 
 
 def test_twenty_prompts_of_five_kinds():

@@ -10,7 +10,8 @@ from wedlm.bench.stats import TableRow
 
 _NAMES = {"autoregressive": "AR", "auto": "`auto`", "verified": "verified", "streaming": "streaming"}
 _MISSING = ""
-_RUNS, _BUSY = 5, 0.5  # of a report that may be quoted: runs at least, load a thread at most
+# Runs behind each figure of a whole report, and of one that may be quoted; load a thread at most.
+_RUNS, _FEWEST, _BUSY = 5, 3, 0.5
 Line = tuple[str, float | None, float | None, str]  # what, llama.cpp's figure, ours, unit
 
 
@@ -24,17 +25,23 @@ def headline(values: dict[str, Any]) -> str:
 
 
 def _caveat(values: dict[str, Any]) -> list[str]:
-    """What makes the figures provisional stands below them, wherever they are shown."""
-    runs, load = values["settings"]["workload"]["runs"], values["load_average"]["start"]
-    threads, cut = values.get("hardware", {}).get("threads", 1), len(values.get("skipped", ()))
-    reasons = [f"{runs} run(s) instead of {_RUNS}"] if runs < _RUNS else []
-    reasons += [f"{cut} measurements cut"] if cut else []
+    """What makes the figures provisional, or was cut, stands below them, wherever they are shown."""
+    load, threads = values["load_average"]["start"], values.get("hardware", {}).get("threads", 1)
+    asked = values["settings"]["workload"]["runs"]
+    fewest = min((row.get("runs", asked) for rows in values["parts"].values() for row in rows), default=asked)
+    reasons = [f"a figure of {fewest} run(s) instead of {_RUNS}"] if fewest < _FEWEST else []
     if load > _BUSY * threads:
         reasons.append(
             f"a load average of {load:.0f} before the run began, on {threads} threads: other programs slow both "
             "engines, and one whose threads wait for each other in every product more than the other"
         )
-    return ["", f"**Provisional, not to be quoted:** {'; '.join(reasons)}."] if reasons else []
+    said = ["", f"**Provisional, not to be quoted:** {'; '.join(reasons)}."] if reasons else []
+    if _FEWEST <= fewest < _RUNS:
+        said += ["", f"At least one figure is the median of {fewest} runs instead of {_RUNS}."]
+    missing = [part for part in values.get("skipped", ()) if ":" not in part]
+    if missing:
+        said += ["", f"Not in this run, whose time was up: {', '.join(missing)}."]
+    return said
 
 
 def _lines(parts: dict[str, Sequence[TableRow]], chats: int) -> Iterator[Line]:
