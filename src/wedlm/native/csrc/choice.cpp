@@ -8,6 +8,8 @@
 #include <limits>
 #include <vector>
 
+#include "logarithm.h"
+
 namespace wedlm {
 
 namespace {
@@ -47,28 +49,10 @@ inline __attribute__((always_inline)) float uniform(Key key, int32_t token) {
   return u < 1 - 0x1p-24f ? u : 1 - 0x1p-24f;
 }
 
-// log x of a positive x, in double.
-double log_of(double x) {
-  int e;
-  double m = std::frexp(x, &e);
-  if (m < 0.70710678118654752) m *= 2, e--;
-  double t = (m - 1) / (m + 1), t2 = t * t, power = t, total = 0;
-  for (int k = 1; k < 32; k += 2) {
-    total += power / k;
-    power *= t2;
-  }
-  return 2 * total + e * 0.69314718055994531;
-}
-
 // -log(1 - u): 1 - u would lose the digits of a small u.
 double minus_log1p(double u) {
   if (u > 0.25) return -log_of(1 - u);
-  double t = u / (2 - u), t2 = t * t, power = t, total = 0;
-  for (int k = 1; k < 32; k += 2) {
-    total += power / k;
-    power *= t2;
-  }
-  return 2 * total;
+  return twice_atanh(u / (2 - u));
 }
 
 // Standard Gumbel noise of a uniform number, rounded where torch rounds it.

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "logarithm.h"
 #include "model.h"
 #include "parts.h"
 
@@ -18,20 +19,6 @@ constexpr int32_t kHeadOutputs = 1024;   // logits of one piece; the softmax's s
 constexpr int32_t kPiecesPerThread = 4;  // of rows
 
 std::string number(int64_t n) { return std::to_string(n); }
-
-// log x for x in [1, 2^40], in double: own, so that no library decides about bits. x = m 2^e with m near 1;
-// log m = 2 atanh((m - 1) / (m + 1)).
-double log_of(double x) {
-  int e;
-  double m = std::frexp(x, &e);
-  if (m < 0.70710678118654752) m *= 2, e--;
-  double t = (m - 1) / (m + 1), t2 = t * t, power = t, total = 0;
-  for (int k = 1; k < 32; k += 2) {
-    total += power / k;
-    power *= t2;
-  }
-  return 2 * total + e * 0.69314718055994531;
-}
 
 }  // namespace
 
