@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -36,6 +37,19 @@ def running(directory: Path) -> Iterator[Running]:
     with serving(LLM(directory, device="cpu", max_num_seqs=16)) as one:
         yield one
         one.settled()
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """With room for prompts that tell of tools, one character a token; for a server of the module's own."""
+    return LLM(save_tiny(tmp_path_factory.mktemp("roomy"), max_position_embeddings=1024), device="cpu", max_num_seqs=4)
+
+
+@pytest.fixture(scope="module")
+def client(running: Running) -> Iterator[openai.OpenAI]:
+    """OpenAI's, of the module's server."""
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as one:
+        yield one
 
 
 @pytest.fixture(scope="module")

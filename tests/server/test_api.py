@@ -9,17 +9,11 @@ from importlib.metadata import version
 import openai
 import pytest
 
-from tests.server.running import MODEL, Running, events
+from tests.server.running import MODEL, events
 from wedlm import LLM, SamplingParams
 from wedlm.server.protocol import CompletionRequest
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="module")
-def client(running: Running):
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as one:
-        yield one
 
 
 def chat_text(llm: LLM, **options) -> str:

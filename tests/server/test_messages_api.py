@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engine.tiny_llm import save_tiny
 from tests.server.running import MODEL, Running, serving
 from wedlm import LLM, SamplingParams
 from wedlm.server.config import ServerConfig
@@ -27,9 +26,8 @@ ADD = {
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    directory = save_tiny(tmp_path_factory.mktemp("roomy"), max_position_embeddings=1024)
-    with serving(LLM(directory, device="cpu", max_num_seqs=4), api_keys=("secret",)) as one:
+def running(roomy: LLM) -> Iterator[Running]:
+    with serving(roomy, api_keys=("secret",)) as one:
         one.http.headers["x-api-key"] = "secret"
         yield one
         one.settled()

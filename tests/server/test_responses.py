@@ -8,7 +8,6 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from tests.engine.tiny_llm import save_tiny
 from tests.server.running import MODEL, Running, serving
 from tests.server.test_refusals import check_error
 from wedlm import LLM, SamplingParams
@@ -30,17 +29,10 @@ ADD = {
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    directory = save_tiny(tmp_path_factory.mktemp("roomy"), max_position_embeddings=1024)
-    with serving(LLM(directory, device="cpu", max_num_seqs=4)) as one:
+def running(roomy: LLM) -> Iterator[Running]:
+    with serving(roomy) as one:
         yield one
         one.settled()
-
-
-@pytest.fixture(scope="module")
-def client(running: Running):
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as one:
-        yield one
 
 
 def reply(reference: LLM, messages: list[tuple[str, str]], **options) -> str:

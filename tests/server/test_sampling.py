@@ -9,7 +9,7 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from tests.server.running import MODEL, Running, events
+from tests.server.running import MODEL, events
 from wedlm import LLM, SamplingParams
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -19,12 +19,6 @@ SCHEMA = {
     "required": ["a", "b"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def client(running: Running):
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as one:
-        yield one
 
 
 def expected(reference: LLM, **options):

@@ -4,10 +4,8 @@
 import json
 from collections.abc import Iterator
 
-import openai
 import pytest
 
-from tests.engine.tiny_llm import save_tiny
 from tests.server.running import MODEL, Running, serving
 from tests.server.test_tool_calls import read
 from wedlm import LLM
@@ -35,18 +33,10 @@ MODELS = [Tool.model_validate(tool) for tool in TOOLS]
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """With room for prompts that tell of tools, one character a token."""
-    directory = save_tiny(tmp_path_factory.mktemp("roomy"), max_position_embeddings=1024)
-    with serving(LLM(directory, device="cpu", max_num_seqs=4)) as one:
+def running(roomy: LLM) -> Iterator[Running]:
+    with serving(roomy) as one:
         yield one
         one.settled()
-
-
-@pytest.fixture(scope="module")
-def client(running: Running):
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as one:
-        yield one
 
 
 def check_call(name: str, arguments: str) -> None:
