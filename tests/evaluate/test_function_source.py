@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluate.programs import runs
 from wedlm.evaluate.function_source import Block, called_name, fenced_blocks, function_source
 
 CASES = [
@@ -24,15 +25,6 @@ def test_there_are_enough_cases():
 def test_a_function_is_what_a_person_copies(case):
     source = function_source(case["output"], case["name"], case["prompt"])
     assert runs("\n".join([source, *case["tests"]])) is case["right"], source
-
-
-def runs(program: str) -> bool:
-    """Programs written in the cases, which need no sandbox."""
-    try:
-        exec(compile(program, "program", "exec"), {"__name__": "program"})
-    except Exception:
-        return False
-    return True
 
 
 def test_blocks():

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 from tests.evaluate.eval_data import REAL, needs_data
+from tests.evaluate.programs import runs
 from wedlm.evaluate import code_tasks as code
 from wedlm.evaluate.data import load
 from wedlm.evaluate.scoring import gsm8k_results, math_equal
@@ -124,15 +125,6 @@ def test_plus_compares_sets_where_the_question_does():
     }
     assert runs(code.plus_program(doc, "def f(xs):\n    return xs[::-1]"))
     assert not runs(code.plus_program(doc, "def f(xs):\n    return xs[1:]"))
-
-
-def runs(program: str) -> bool:
-    """Programs written above, which need no sandbox."""
-    try:
-        exec(compile(program, "program", "exec"), {"__name__": "program"})
-    except Exception:
-        return False
-    return True
 
 
 @needs_data
