@@ -5,7 +5,7 @@
 
 Writes FOLDER/qwen3-8b-q4_k.gguf (about 4.8 GB of random blocks) if it is not there. What runs is a process of its own,
 whose peak memory is that of loading and decoding together, less what imports take. Random weights refuse every draft,
-so ``auto`` settles on AR; a verified step of so many rows says what rows cost.
+so ``auto`` comes to choose AR; the times of verified steps show what further rows cost.
 """
 
 import argparse
