@@ -43,9 +43,16 @@ def arm_disk() -> None:
     signal.signal(signal.SIGRTMIN, lambda *_: full_until.__setitem__(0, time.monotonic() + 3))
 
 
+def hang(*_: Any) -> None:
+    """Never return. In naps, because Python's handlers of further signals run only between them, if the system gives
+    a signal to another thread."""
+    while True:
+        time.sleep(0.1)
+
+
 if __name__ == "__main__":
     arm(Engine, "step", signal.SIGUSR1)
     arm(Tokenizer, "encode", signal.SIGUSR2)
     arm_disk()
-    signal.signal(signal.SIGRTMAX, lambda *_: time.sleep(3600))
+    signal.signal(signal.SIGRTMAX, hang)
     main()
