@@ -9,7 +9,7 @@ whole limit cuts short goes on in the next call. ``score`` scores the finished s
 generated code, compares verified with AR decoding, and writes one summary. Everything in between is in the output
 folder (``--pack`` puts it into one archive, whatever happens; unpack it there to go on).
 
-One process does not fill a GPU at this size: N of them with ``--share 0/N`` to ``--share N-1/N`` take the stages in turn,
+One process does not fill a GPU at this size: N of them with ``--share 0/N`` to ``--share N-1/N`` take turns of stages,
 each with an output folder and an archive of its own; unpacked into one folder these are scored together.
 """
 

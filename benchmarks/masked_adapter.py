@@ -5,8 +5,8 @@
         --base-answers base.json.gz --out result.json
 
 Sets are files of conversations, of which the first message is asked; a number behind a colon takes the first of them.
-The base's AR answers without the adapter are made once and kept in ``--base-answers``; AR and verified decoding with the
-adapter are compared with them token by token. Saves one JSON object; its figures are those of all answers, of
+The base's AR answers without the adapter are made once and kept in ``--base-answers``; AR and verified decoding with
+the adapter are compared with them token by token. Saves one JSON object; its figures are those of all answers, of
 those that ended by themselves (``ended``) and of those that the limit cut (``cut``).
 """
 
