@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +25,10 @@ from tests.train.test_step import (
 from tests.train.tiny_run import config_of, metrics, questions, save_base, train, weights, write_chats
 from wedlm import LLM, SamplingParams
 from wedlm.model import Transformer
+from wedlm.model.errors import CheckpointError
 from wedlm.model.formats.checkpoint import read_config
+from wedlm.model.lora.packed_adapter import pack_adapter
+from wedlm.model.lora.peft import read_adapter
 from wedlm.train import batch as batch_module
 from wedlm.train.lora import add_masked_lora
 from wedlm.train.step import TrainingModel, hidden_states
@@ -241,6 +244,51 @@ def test_the_result_is_an_adapter_of_masked_rows(runs):
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     noted, base = read_config(adapter), read_config(ar)
     assert (noted.block_size, base.block_size, base.mask_token_id) == (8, None, None)
+
+
+def test_an_adapter_in_four_bits(runs, tmp_path):
+    ar, adapter, _, _ = runs
+    size, lost = pack_adapter(adapter, tmp_path / "packed", "adapter_model.safetensors")
+    assert size < 0.25 * (adapter / "adapter_model.safetensors").stat().st_size
+    assert lost < 0.02
+    whole, packed = (read_adapter(directory) for directory in (adapter, tmp_path / "packed"))
+    assert packed.masked_rows
+    assert packed.low_rank.keys() == whole.low_rank.keys()
+    for name, delta in whole.low_rank.items():
+        for matrix, restored in ((delta.a, packed.low_rank[name].a), (delta.b, packed.low_rank[name].b)):
+            assert (restored - matrix).norm() < 0.2 * matrix.norm()
+    chats = [[{"role": "user", "content": question}] for question, _ in questions(12)]
+    base = LLM(ar, device="cpu", mask_token_id=read_config(adapter).mask_token_id)
+    adapted = LLM(ar, device="cpu", adapter=tmp_path / "packed")
+    expected, found = (
+        [one.token_ids for one in llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=20, decoding=decoding))]
+        for llm, decoding in ((base, "autoregressive"), (adapted, "verified"))
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("codes", lambda tensor: tensor[0]),
+        ("codes", lambda tensor: tensor.int()),
+        ("row", lambda tensor: tensor[:-1]),
+        ("column", lambda tensor: tensor.repeat(2)),
+        ("levels", lambda tensor: tensor[:3]),
+        ("levels", None),
+    ],
+)
+def test_a_damaged_packed_matrix_is_refused(runs, tmp_path, part, change):
+    pack_adapter(runs[1], tmp_path / "packed", "adapter_model.safetensors")
+    path = tmp_path / "packed" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(f":{part}"))
+    tensor = tensors.pop(name)
+    save_file(tensors if change is None else {**tensors, name: change(tensor).contiguous()}, path)
+    with pytest.raises(
+        CheckpointError, match=r"the packed matrix .*masked_lora_\w.weight has parts .*; expected codes"
+    ):
+        read_adapter(tmp_path / "packed")
 
 
 def test_a_resumed_run_equals_an_unbroken_one(runs):

@@ -145,9 +145,9 @@ def write_answers(
     written = left_out = 0
     with Path(target).open("w", encoding="utf-8") as file:
         for start in range(0, len(asked), settings.batch_size):
-            part = asked[start : start + settings.batch_size]
-            answers = sample_answers(model, [ids for _, ids in part], settings, generator)
-            for (messages, _), answer in zip(part, answers, strict=True):
+            together = asked[start : start + settings.batch_size]
+            answers = sample_answers(model, [ids for _, ids in together], settings, generator)
+            for (messages, _), answer in zip(together, answers, strict=True):
                 # One that ended within the limit is shorter than it: its end token is not part of it.
                 cut = answer is not None and len(answer) == settings.max_tokens
                 text = "" if answer is None else tokenizer.decode(answer)
