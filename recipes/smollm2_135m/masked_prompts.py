@@ -112,7 +112,7 @@ def main(data: Path, held_out: Path, numbers: Path, out: Path) -> None:
     code = ("mbpp_train", "gpteacher_codegen", "thealgorithms_python", "python_puzzles", "exercism_python")
     exercises = first_questions(data / "openstax_exercises.jsonl.gz")
     rng.shuffle(exercises)
-    half, third = len(headings) * 2 // 3, 4000
+    asked, summarised = len(headings) * 2 // 3, 4000  # of the first prompts
     first = [
         *first_questions(data / "gsm8k_train.jsonl.gz"),
         *changed[:7000],
@@ -120,15 +120,15 @@ def main(data: Path, held_out: Path, numbers: Path, out: Path) -> None:
         *(question for name in code for question in first_questions(data / f"{name}.jsonl.gz")),
         *(question for question in dolly if question not in set(chat)),
         *first_questions(data / "gpteacher_roleplay.jsonl.gz"),
-        *filled(ABOUT, headings[:half], rng),
-        *filled(SUMMARISE, paragraphs[:third], rng),
+        *filled(ABOUT, headings[:asked], rng),
+        *filled(SUMMARISE, paragraphs[:summarised], rng),
     ]
     more = [
-        *changed[7000:],
+        *changed[7000:20000],
         *first_questions(data / "math_train.jsonl.gz")[1::2],
-        *exercises[: len(exercises) // 2],
-        *filled(ABOUT, headings[half:], rng),
-        *filled(SUMMARISE, paragraphs[third : 2 * third], rng),
+        *exercises[:3000],
+        *filled(ABOUT, headings[asked:], rng),
+        *filled(SUMMARISE, paragraphs[summarised : 2 * summarised], rng),
     ]
     for name, prompts in (("first", first), ("more", more)):
         prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip()]
