@@ -16,6 +16,15 @@ def drafts_of(row_budget: int) -> int:
     return max(0, math.isqrt(row_budget) - 1)
 
 
+def verified_rows(num_drafts: int, row_budget: int, max_drafts: int) -> int:
+    """Rows of a verified step: the anchor, its drafts, and what ``row_budget`` leaves to masked rows, each of which can
+    become one of the next step's ``max_drafts``. The first row of a group stands at the position that AR's token takes,
+    so groups of one row each would be for nothing, and do not run."""
+    groups = num_drafts + 1
+    masked = min(row_budget - groups, groups * (max_drafts + 1) if max_drafts else 0)
+    return groups + (masked if masked > groups else 0)
+
+
 @dataclass(frozen=True)
 class DecodeParams:
     """Everything that the text of one sequence depends on, besides the model and the prompt.
@@ -63,15 +72,9 @@ class DecodeParams:
         return drafts_of(self.row_budget)
 
     def width(self, num_drafts: int, room: int) -> int:
-        """Rows at the start of a step, ``room`` positions before the model's length; streaming then extends them.
-
-        A verified step runs no masked row that cannot become a draft, or make one possible.
-        """
+        """Rows at the start of a step, ``room`` positions before the model's length; streaming then extends them."""
         budget = min(self.row_budget, room)
-        if not self.is_verified:
-            return budget
-        masked = (num_drafts + 1) * (self.max_drafts + 1) if self.max_drafts else 0
-        return min(budget, 1 + num_drafts + masked)
+        return min(room, verified_rows(num_drafts, budget, self.max_drafts)) if self.is_verified else budget
 
     @cached_property
     def max_rows(self) -> int:

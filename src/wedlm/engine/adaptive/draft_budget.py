@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from wedlm.algorithm.params import drafts_of
+from wedlm.algorithm.params import drafts_of, verified_rows
 from wedlm.engine.adaptive.step_costs import StepCosts
 
 
@@ -78,7 +78,7 @@ def expected_step(budget: Budget, accepts: tuple[float, ...], offers: tuple[floa
     row_budget, most = budget
     follows = [[0.0] * (most + 1) for _ in range(most + 1)]  # chance of each number of drafts after each
     for drafts, after in enumerate(follows):
-        rows = min(row_budget, 1 + drafts + (drafts + 1) * (most + 1) if most else 1)
+        rows = verified_rows(drafts, row_budget, most)
         for accepted, chance in enumerate(_accepted(drafts, accepts)):
             longest = longest_draft(rows, drafts, accepted, most)
             for offered, probability in enumerate(_accepted(longest, offers)):
@@ -89,8 +89,7 @@ def expected_step(budget: Budget, accepts: tuple[float, ...], offers: tuple[floa
         after = [sum(map(operator.mul, share, column)) for column in into]
         share = [(old + new) / 2 for old, new in zip(share, after, strict=True)]  # numbers of drafts may alternate
     tokens = sum(w * (1 + sum(i * p for i, p in enumerate(_accepted(k, accepts)))) for k, w in enumerate(share))
-    most_rows = sum(w * min(row_budget, 1 + k + ((k + 1) * (most + 1) if most else 0)) for k, w in enumerate(share))
-    return tokens, most_rows
+    return tokens, sum(w * verified_rows(k, row_budget, most) for k, w in enumerate(share))
 
 
 def _accepted(count: int, rates: tuple[float, ...]) -> list[float]:
