@@ -32,6 +32,8 @@ class DecodeParams:
     ``window_size`` is W, the positions a window covers, in streaming and block decoding, and R, the most rows of a
     step, in verified decoding. Autoregressive decoding is verified decoding with R=1: an anchor, no drafts, no masked
     rows. Auto is verified decoding whose R may be lowered from step to step (``row_budget`` is the most).
+    ``lookup_drafts``: most drafts of a verified step that come from the text instead of masked rows
+    (``wedlm.algorithm.lookup``). ``has_masked_rows``: whether the model predicts anything in masked rows.
     ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``max_positions`` is the model's length: no
     position at or past it exists. ``stop_token_ids`` end the text; ``min_eos_position`` is the first position at which
     one may stand (prompt length + min_tokens). What follows from the fields is kept, since each step asks for it.
@@ -42,6 +44,8 @@ class DecodeParams:
     entropy_threshold: float | None = 0.4
     pos_penalty: float = 0.02
     draft_entropy: float = 2.5
+    lookup_drafts: int = 0
+    has_masked_rows: bool = True
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -63,13 +67,20 @@ class DecodeParams:
 
     @cached_property
     def row_budget(self) -> int:
-        """R when verifying (1 for AR), W otherwise."""
-        return 1 if self.decoding == "autoregressive" else self.window_size
+        """R when verifying (1 for AR, and where no masked row is worth running), W otherwise."""
+        alone = self.decoding == "autoregressive" or (self.is_verified and not self.has_masked_rows)
+        return 1 if alone else self.window_size
 
     @cached_property
     def max_drafts(self) -> int:
         """``drafts_of`` the row budget."""
         return drafts_of(self.row_budget)
+
+    @cached_property
+    def max_lookup(self) -> int:
+        """Most drafts from the text in a step, whose rows have the same bound as any."""
+        verifies = self.is_verified and self.decoding != "autoregressive"
+        return min(self.lookup_drafts, self.window_size - 1) if verifies else 0
 
     def width(self, num_drafts: int, room: int) -> int:
         """Rows at the start of a step, ``room`` positions before the model's length; streaming then extends them."""
@@ -79,4 +90,4 @@ class DecodeParams:
     @cached_property
     def max_rows(self) -> int:
         """Upper bound of the rows of any step: a full window commits while as many masked positions join it."""
-        return self.row_budget if self.is_verified else 2 * self.window_size
+        return max(self.row_budget, 1 + self.max_lookup) if self.is_verified else 2 * self.window_size

@@ -210,7 +210,7 @@ class EngineConfig:
     eos_token_ids: tuple[int, ...]
     max_model_len: int
     options: EngineOptions = EngineOptions()
-    drafts: bool = True  # False: masked rows predict nothing, so auto and verified decode as AR, whose text they give
+    drafts: bool = True  # False: masked rows predict nothing, so auto and verified draft from the text alone
 
 
 def option_fields() -> dict[str, Field]:

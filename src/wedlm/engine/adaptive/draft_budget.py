@@ -179,13 +179,13 @@ class DraftBudget:
         ran = self.budget.rows if num_rows > num_windows else 1
         now = max(0.0, seconds - self.costs(num_rows))
         seen = self._beside[ran > 1].get(num_windows, {})
-        before = seen[ran] if ran in seen else self._seconds_beside(num_windows, ran) if self._beside[ran > 1] else now
+        before = seen[ran] if ran in seen else self.seconds_beside(num_windows, ran) if self._beside[ran > 1] else now
         # A pause of the machine, or a capture, is not a cost of the step.
         self._beside[ran > 1].setdefault(num_windows, {})[ran] = before + 0.1 * (min(now, 2 * before + 1e-3) - before)
 
-    def _seconds_beside(self, num_windows: int, row_budget: int) -> float:
-        """As observed with the number of windows nearest to this one, and of those with the nearest row budget. Unseen
-        batch sizes count as free, so that they get tried once."""
+    def seconds_beside(self, num_windows: int, row_budget: int) -> float:
+        """Of a step, beside its forward: as observed with the number of windows nearest to this one, and of those with
+        the nearest row budget. Unseen batch sizes count as free, so that they get tried once."""
         seen = self._beside[row_budget > 1] or (self._beside[0] if row_budget > 1 else {})
         if not seen:
             return 0.0
@@ -211,4 +211,4 @@ class DraftBudget:
         """Tokens a second of one window."""
         tokens, rows = expected_step(budget, accepts, offers)
         rows = budget.rows if self.costs.padded else rows
-        return tokens / (self.costs(num_windows * rows) + self._seconds_beside(num_windows, budget.rows))
+        return tokens / (self.costs(num_windows * rows) + self.seconds_beside(num_windows, budget.rows))

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wedlm.algorithm.lookup import Proposals, propose
 from wedlm.algorithm.window import WindowState
-from wedlm.engine.execution.transfer import scatter_rows
+from wedlm.engine.execution.transfer import scatter_rows, to_device_async
+from wedlm.engine.plan import StepPlan
 from wedlm.engine.request import Request, TopLogprobs, WindowSnapshot
 from wedlm.engine.sampling_params import MAX_LOGPROBS
 
@@ -55,6 +57,28 @@ class Windows:
             (state.logprobs, torch.tensor([[*w.logprobs, *zeros] for w, zeros in both])),
         ]
         scatter_rows(slots, values)
+
+    def propose(self, plan: StepPlan) -> None:
+        """Put the drafts from the text in the windows of the plan, all of them loaded, in place of their own. Nothing
+        waits for the device."""
+        proposed = [(one, one.proposal) for one in plan.scheduled if one.proposal is not None and one.proposal.most]
+        if not proposed:
+            return
+        widest = max(len(proposal.tokens) for _, proposal in proposed)
+        numbers = []
+        for one, proposal in proposed:
+            decode, tokens = one.request.decode, proposal.tokens
+            rows, drafts = decode.row_budget, decode.max_drafts
+            if decode.is_adaptive:
+                rows, drafts = min(rows, plan.row_budget), min(drafts, plan.max_drafts)
+            numbers.append([
+                self.slots[one.request.request_id], rows, drafts, decode.max_positions,
+                len(tokens), proposal.known, proposal.most, *tokens, *[0] * (widest - len(tokens)),
+            ])  # fmt: skip
+        sent = to_device_async(torch.tensor(numbers), self.device)
+        index, row_budget, max_drafts, max_positions, count, known, most = sent[:, :7].unbind(1)
+        proposals = Proposals(sent[:, 7:], count, known, most)
+        self.state.put(index, propose(self.state.take(index), row_budget, max_drafts, max_positions, proposals))
 
     def keep_top_logprobs(
         self, requests: Sequence[Request], sequence: Tensor, target: Tensor, logprobs: Tensor

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Auto decoding: how many drafts from the text a window takes in the next step, in place of its own.
+
+Whether they would be right is seen at each step, also at those that take none: what was found is compared with what
+came. So nothing has to be tried out, and a request whose text never repeats itself pays for the search alone.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from wedlm.algorithm.lookup import Proposal, TextLookup
+from wedlm.algorithm.params import verified_rows
+from wedlm.engine.adaptive.draft_budget import Rate
+from wedlm.engine.adaptive.step_costs import StepCosts
+
+# A draft's chance depends on how many tokens before it match, the accepted drafts among them.
+_LENGTHS = (3, 4, 6, 8, 12, 16, 24, 32)  # where the next class of them begins
+_PRIORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)  # by class, before anything was seen
+_MEMORY, _OWN_MEMORY = 400.0, 50.0  # drafts after which an observation counts e times less, for all and for a request
+_PATIENCE = 0.02  # gain below which a window keeps its own drafts
+_UNLIKELY = 0.02  # drafts that are reached more rarely are not weighed
+
+
+def _rates() -> list[Rate]:
+    return [Rate() for _ in _PRIORS]
+
+
+@dataclass(slots=True)
+class RequestLookup:
+    """What the text of one request has shown. ``text`` is the request's, which grows."""
+
+    lookup: TextLookup
+    rates: list[Rate] = field(default_factory=_rates)
+
+    def propose(self, text: list[int], count: int, ends: Sequence[int]) -> Proposal | None:
+        """At most ``count`` tokens that may follow, none after an end token, and none of them to be taken yet."""
+        length, source = self.lookup.find()
+        if not length:
+            return None
+        tokens = self.lookup.draft(source, count)
+        end = next((i for i, token in enumerate(tokens) if token in ends), count)
+        return Proposal(len(text), tokens[: end + 1], length, most=0)
+
+
+@dataclass(slots=True)
+class StepLoad:
+    """What a step is expected to have: rows and tokens in all, and of each window that has its own drafts.
+
+    ``row_budget`` and ``max_drafts`` are such a window's limits; ``beside``: seconds beside the forward's."""
+
+    costs: StepCosts
+    beside: float
+    num_rows: float
+    num_tokens: float
+    window_rows: float
+    window_tokens: float
+    row_budget: int
+    max_drafts: int
+
+    def speed(self, more_rows: float, more_tokens: float) -> float:
+        """Tokens a second with so many more."""
+        return (self.num_tokens + more_tokens) / (self.costs(self.num_rows + more_rows) + self.beside)
+
+
+class LookupBudget:
+    """Chooses for each window of each step, and learns from each."""
+
+    def __init__(self) -> None:
+        self._rates = _rates()
+
+    def choose(self, load: StepLoad, request: RequestLookup, proposal: Proposal, most: int) -> int:
+        """How many drafts of the proposal the window takes, at most ``most``; 0: it keeps its own. ``load`` follows."""
+        best, chosen, change = load.speed(0, 0) * (1 + _PATIENCE), 0, (0.0, 0.0)
+        expected, reached = 1.0, 1.0
+        for count in range(1, min(most, len(proposal.tokens)) + 1):
+            reached *= self._chance(request, proposal.length + count - 1)
+            if reached < _UNLIKELY:
+                break
+            expected += reached
+            rows = verified_rows(count, max(load.row_budget, count + 1), load.max_drafts)
+            # Without masked rows, a refusal leaves the step after it without drafts.
+            lost = (load.window_tokens - 1) * (1 - reached) if rows == count + 1 else 0.0
+            if load.costs.padded:
+                rows = max(load.row_budget, count + 1)
+            more = rows - load.window_rows, expected - lost - load.window_tokens
+            speed = load.speed(*more)
+            if speed > best:
+                best, chosen, change = speed, count, more
+        load.num_rows, load.num_tokens = load.num_rows + change[0], load.num_tokens + change[1]
+        return chosen
+
+    def observe(self, request: RequestLookup, proposal: Proposal, text: list[int], emitted: list[int]) -> None:
+        """The text after which the step began, and what it made final."""
+        grown = len(text) - proposal.known
+        for i, (draft, token) in enumerate(zip(proposal.left_for(text), emitted, strict=False)):
+            place = bisect_right(_LENGTHS, proposal.length + grown + i)
+            self._rates[place].add(draft == token, 1 - 1 / _MEMORY)
+            request.rates[place].add(draft == token, 1 - 1 / _OWN_MEMORY)
+            if draft != token:
+                return
+
+    def _chance(self, request: RequestLookup, length: int) -> float:
+        place = bisect_right(_LENGTHS, length)
+        return request.rates[place].value(self._rates[place].value(_PRIORS[place]))
