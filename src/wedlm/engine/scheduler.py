@@ -33,7 +33,7 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """ValueError if the request could never run, even alone."""
-        rows = request.decode.max_rows
+        rows = min(request.decode.max_rows, request.decode.max_positions)
         if rows > self.max_num_batched_tokens:
             raise ValueError(
                 f"wedlm_window_size is {request.decode.window_size}, which can take {rows} rows a step; "

@@ -68,9 +68,9 @@ class Windows:
         numbers = []
         for one, proposal in proposed:
             decode, tokens = one.request.decode, proposal.tokens
-            rows, drafts = decode.row_budget, decode.max_drafts
+            rows, drafts = min(decode.row_budget, one.count), decode.max_drafts  # as many as there are pages for
             if decode.is_adaptive:
-                rows, drafts = min(rows, plan.row_budget), min(drafts, plan.max_drafts)
+                drafts = min(drafts, plan.max_drafts)
             numbers.append([
                 self.slots[one.request.request_id], rows, drafts, decode.max_positions,
                 len(tokens), proposal.known, proposal.most, *tokens, *[0] * (widest - len(tokens)),
