@@ -13,7 +13,7 @@ from wedlm.engine.engine import Engine
 from wedlm.engine.request import Request, RequestStats
 from wedlm.engine.sampling_params import SamplingParams
 
-REPEATING = StubModel(period=4, agreement=8.0)
+REPEATING = StubModel(period=4, agreement=20.0)
 
 
 def serve(engine: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> list[Request]:
