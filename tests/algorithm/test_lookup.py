@@ -2,6 +2,7 @@
 """Drafts looked up in the text: the search against brute force, and proposals in windows against plain Python."""
 
 import random
+from dataclasses import fields
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.slow_lookup import SlowLookup, common
-from wedlm.algorithm.lookup import SHORTEST, Proposal, Proposals, TextLookup, propose
+from wedlm.algorithm.lookup import SHORTEST, Proposal, Proposals, TextLookup, propose, propose_one
 from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.window import WindowParams, WindowState
 
@@ -89,7 +90,7 @@ class _Counting(list):
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32))
 def test_proposals_in_windows(seed):
-    """As ``Proposal.left_for`` has them, whatever the text has become since; other windows stay as they are."""
+    """As plain Python has them, whatever the text has become since; other windows stay as they are."""
     rng = random.Random(seed)
     windows, capacity = rng.randint(1, 4), 16
     params = [
@@ -128,15 +129,29 @@ def test_proposals_in_windows(seed):
             torch.tensor([one.most for one in proposals]),
         ),
     )
+    before = WindowState(*(getattr(state, one.name).clone() for one in fields(state)))
     for s, (p, text, proposal) in enumerate(zip(params, texts, proposals, strict=True)):
         room = p.max_positions - int(state.cached[s])
-        drafts = proposal.left_for(text)[: min(proposal.most, room - 1)] if int(state.width[s]) else []
+        propose_one(state, s, p.row_budget, p.max_drafts, p.max_positions, proposal)
+        drafts = proposal.drafts(len(text), text[-1], p.max_positions) if int(before.width[s]) else []
+        assert drafts == drafts_of(proposal, text)[: room - 1] or not int(before.width[s])
+        expected = found if drafts else before
+        for name in ("width", "tokens", "filled", "logprobs", "cached"):
+            assert torch.equal(getattr(state, name)[s], getattr(expected, name)[s]), name
+            assert torch.equal(getattr(found, name)[s], getattr(expected, name)[s]), name
         if drafts:
             assert found.tokens[s, : len(drafts) + 1].tolist() == [text[-1], *drafts]
             assert found.filled[s].sum() == len(drafts) + 1
             assert found.filled[s, : len(drafts) + 1].all()
             assert found.width[s] == p.width(len(drafts), room) <= p.max_rows
-        else:
-            assert found.width[s] == state.width[s]
-            assert torch.equal(found.tokens[s], state.tokens[s])
-            assert torch.equal(found.filled[s], state.filled[s])
+
+
+def drafts_of(proposal: Proposal, text: list[int]) -> list[int]:
+    """What a step takes of it, as far as the model may reach."""
+    end = len(text)
+    if end == proposal.known:
+        return proposal.tokens[: proposal.most]
+    emitted = end - proposal.known
+    if len(proposal.tokens) < emitted or proposal.tokens[emitted - 1] != text[-1]:
+        return []
+    return proposal.tokens[emitted:][: proposal.most]

@@ -167,3 +167,23 @@ def test_long_prompts_beside_windows(device, monkeypatch, decodings):
     assert [one[::3] for one in actual] == [one[::3] for one in expected]
     assert any(windows and max(starts, default=0) for windows, starts in shares), "no later chunk beside windows"
     assert any(starts and not windows for windows, starts in shares)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drafts_from_the_text(device, temperature):
+    """Proposed one step late, as the host reads; the text is AR's."""
+    prompts = [[3, 4, 5, 6] * 3, [9, 8, 7, 9, 8, 7, 9], [20]]
+    texts = []
+    for decoding in ("autoregressive", "verified"):
+        one = engine(device, decoding == "verified")
+        params = SamplingParams(
+            decoding=decoding, max_tokens=14, temperature=temperature, seed=1, ignore_eos=True,
+            wedlm_window_size=9, wedlm_lookup_drafts=7, wedlm_draft_entropy=5.0,
+        )  # fmt: skip
+        done = [one.add(str(number), prompt, params) for number, prompt in enumerate(prompts)]
+        while one.has_work:
+            one.step()
+            one.pool.check_integrity()
+        texts.append([request.output_token_ids for request in done])
+    assert texts[0] == texts[1]
+    assert sum(request.counters.num_lookup_drafted for request in done) > 0

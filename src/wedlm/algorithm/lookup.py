@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from wedlm.algorithm.params import verified_rows
 from wedlm.algorithm.verify import verified_width
 from wedlm.algorithm.window import WindowState
 
@@ -104,12 +105,13 @@ class Proposal:
     length: int
     most: int
 
-    def left_for(self, text: list[int]) -> list[int]:
-        """What is left for a text that may have grown since: the tokens after its last one, if that was proposed."""
-        grown = len(text) - self.known
-        if grown > len(self.tokens) or (grown and self.tokens[grown - 1] != text[-1]):
+    def drafts(self, num_tokens: int, last: int, max_positions: int) -> list[int]:
+        """What a step takes of it for a text that may have grown to ``num_tokens`` since: the tokens after the ``last``
+        of those, if that was proposed, as far as the model reaches."""
+        grown = num_tokens - self.known
+        if grown > len(self.tokens) or (grown and self.tokens[grown - 1] != last):
             return []
-        return self.tokens[grown:]
+        return self.tokens[grown : grown + max(0, min(self.most, max_positions - num_tokens))]
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def propose(
     max_positions: Int[Tensor, " S"],
     proposals: Proposals,
 ) -> WindowState:
-    """Verified windows with what was proposed in place of their drafts, as ``Proposal.left_for`` says; those to
+    """Verified windows with what was proposed in place of their drafts, as ``Proposal.drafts`` says; those to
     which no proposal fits stay as they are. A window's text ends with its anchor; only that is compared. The masked
     rows are those that the limits leave beside so many drafts, if they leave any."""
     anchor, room = state.tokens[:, 0], max_positions - state.cached
@@ -153,3 +155,18 @@ def propose(
         filled,
         state.logprobs,
     )
+
+
+def propose_one(
+    state: WindowState, window: int, row_budget: int, max_drafts: int, max_positions: int, proposal: Proposal
+) -> None:
+    """``propose`` for one window of a state on the CPU, in place, without its many small operations."""
+    num_tokens = int(state.cached[window]) + 1
+    drafts = proposal.drafts(num_tokens, int(state.tokens[window, 0]), max_positions)
+    if not drafts or not int(state.width[window]):
+        return
+    end, room = 1 + len(drafts), max_positions - num_tokens + 1
+    state.tokens[window, 1:end] = torch.tensor(drafts)
+    state.filled[window, :end] = True
+    state.filled[window, end:] = False
+    state.width[window] = min(room, verified_rows(len(drafts), min(row_budget, room), max_drafts))

@@ -26,8 +26,8 @@ class ScheduledRequest:
         """Drafts from the text that the step verified; to be asked before its tokens are appended."""
         if self.proposal is None or not self.proposal.most:
             return 0
-        text, most = self.request.output.tokens, self.request.decode.max_positions
-        return max(0, min(len(self.proposal.left_for(text)), self.proposal.most, most - len(text)))
+        text = self.request.output.tokens
+        return len(self.proposal.drafts(len(text), text[-1], self.request.decode.max_positions))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from wedlm.algorithm.lookup import TextLookup
-from wedlm.engine.adaptive.draft_budget import DraftBudget, expected_step, longest_draft
+from wedlm.engine.adaptive.draft_budget import DraftBudget, longest_draft
 from wedlm.engine.adaptive.lookup_budget import LookupBudget, RequestLookup, StepLoad
 from wedlm.engine.adaptive.prefill_budget import PrefillBudget
 from wedlm.engine.adaptive.step_costs import StepCosts
@@ -109,7 +109,7 @@ class Controller:
             self.draft_budget.budget,
             self.draft_budget.seconds_beside(num_windows, self.draft_budget.budget.rows),
         )
-        tokens, rows = expected_step(budget, *self.draft_budget.rates())
+        tokens, rows = self.draft_budget.expected()
         rows = budget.rows if self.costs.padded else rows
         return StepLoad(self.costs, seconds, num_windows * rows, num_windows * tokens, rows, tokens, *budget)
 

@@ -116,6 +116,7 @@ class DraftBudget:
     _interval: int = _SHORTEST
     _calm: int = 0  # steps until the choice is looked at again
     _chosen_for: int = 0  # windows
+    _rates_then: tuple[tuple[float, ...], ...] | None = None  # when the choice was last looked at
 
     def candidates(self, most: int) -> list[Budget]:
         """All that may be chosen for windows of at most ``most`` rows: AR first."""
@@ -132,7 +133,7 @@ class DraftBudget:
             self._calm -= 1
             return self._maybe_probe(num_windows, most)
         self._calm, self._chosen_for = _CALM, num_windows
-        rates = self.rates()
+        rates = self._rates_then = self.rates()
         speeds = {b: self._speed(b, num_windows, *rates) for b in self.candidates(most)}
         best = max(speeds, key=lambda b: speeds[b])
         keep = self.budget in speeds and speeds[best] < speeds[self.budget] * (1 + _PATIENCE)
@@ -182,6 +183,10 @@ class DraftBudget:
         before = seen[ran] if ran in seen else self.seconds_beside(num_windows, ran) if self._beside[ran > 1] else now
         # A pause of the machine, or a capture, is not a cost of the step.
         self._beside[ran > 1].setdefault(num_windows, {})[ran] = before + 0.1 * (min(now, 2 * before + 1e-3) - before)
+
+    def expected(self) -> tuple[float, float]:
+        """(tokens, rows) of a step with the present budget."""
+        return expected_step(self.budget, *(self._rates_then or self.rates()))
 
     def seconds_beside(self, num_windows: int, row_budget: int) -> float:
         """Of a step, beside its forward: as observed with the number of windows nearest to this one, and of those with

@@ -19,6 +19,7 @@ _LENGTHS = (3, 4, 6, 8, 12, 16, 24, 32)  # where the next class of them begins
 _PRIORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)  # by class, before anything was seen
 _MEMORY, _OWN_MEMORY = 400.0, 50.0  # drafts after which an observation counts e times less, for all and for a request
 _PATIENCE = 0.02  # gain below which a window keeps its own drafts
+_COUNTS = frozenset((1, 2, 3, 5, 7, 11, 15))  # of drafts, that are weighed
 _UNLIKELY = 0.02  # drafts that are reached more rarely are not weighed
 
 
@@ -78,6 +79,8 @@ class LookupBudget:
             if reached < _UNLIKELY:
                 break
             expected += reached
+            if count not in _COUNTS and count != most:
+                continue
             rows = verified_rows(count, max(load.row_budget, count + 1), load.max_drafts)
             # Without masked rows, a refusal leaves the step after it without drafts.
             lost = (load.window_tokens - 1) * (1 - reached) if rows == count + 1 else 0.0
@@ -93,7 +96,9 @@ class LookupBudget:
     def observe(self, request: RequestLookup, proposal: Proposal, text: list[int], emitted: list[int]) -> None:
         """The text after which the step began, and what it made final."""
         grown = len(text) - proposal.known
-        for i, (draft, token) in enumerate(zip(proposal.left_for(text), emitted, strict=False)):
+        if grown and (grown > len(proposal.tokens) or proposal.tokens[grown - 1] != text[-1]):
+            return
+        for i, (draft, token) in enumerate(zip(proposal.tokens[grown:], emitted, strict=False)):
             place = bisect_right(_LENGTHS, proposal.length + grown + i)
             self._rates[place].add(draft == token, 1 - 1 / _MEMORY)
             request.rates[place].add(draft == token, 1 - 1 / _OWN_MEMORY)
