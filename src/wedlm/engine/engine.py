@@ -113,10 +113,10 @@ class Engine:
 
     def _plan(self, unread: Unread) -> StepPlan | None:
         """The next step, with its budgets; windows that it preempts are saved. None if it cannot be planned ahead."""
+        self.controller.propose(self.scheduler.decoding())
         prefill_rows = None
         if self.controller.limits_prefill:
             prefill_rows = self.controller.prefill_rows(self.scheduler.rows_beside_prompts(unread))
-        self.controller.propose(self.scheduler.decoding())
         plan = self.scheduler.schedule(prefill_rows, unread)
         if plan is None:
             return None

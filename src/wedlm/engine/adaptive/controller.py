@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from wedlm.algorithm.lookup import TextLookup
+from wedlm.algorithm.lookup import Proposal, TextLookup
 from wedlm.engine.adaptive.draft_budget import DraftBudget, longest_draft
 from wedlm.engine.adaptive.lookup_budget import LookupBudget, RequestLookup, StepLoad
 from wedlm.engine.adaptive.prefill_budget import PrefillBudget
@@ -95,12 +95,15 @@ class Controller:
             if limits.lookup is None:
                 limits.lookup = RequestLookup(TextLookup(text))
             # A step that has not been read may use up the first ones.
-            found = limits.lookup.propose(text, decode.max_rows + decode.max_lookup, decode.stop_token_ids)
-            most = min(decode.max_lookup, request.max_tokens - request.num_output_tokens - 1)
-            if found is not None and decode.is_adaptive:
+            length, tokens = limits.lookup.find(decode.max_rows + decode.max_lookup, decode.stop_token_ids)
+            if not length:
+                limits.proposal = None
+                continue
+            most = max(0, min(len(tokens), decode.max_lookup, request.max_tokens - request.num_output_tokens - 1))
+            if decode.is_adaptive:
                 load = self._load(len(requests)) if load is None else load
-                most = self._lookup_budget.choose(load, limits.lookup, found, most)
-            limits.proposal = None if found is None else replace(found, most=max(0, most))
+                most = self._lookup_budget.choose(load, limits.lookup, length, most)
+            limits.proposal = Proposal(len(text), tokens, length, most)
 
     def _load(self, num_windows: int) -> StepLoad:
         """The next step without drafts from texts."""

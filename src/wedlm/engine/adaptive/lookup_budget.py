@@ -34,14 +34,16 @@ class RequestLookup:
     lookup: TextLookup
     rates: list[Rate] = field(default_factory=_rates)
 
-    def propose(self, text: list[int], count: int, ends: Sequence[int]) -> Proposal | None:
-        """At most ``count`` tokens that may follow, none after an end token, and none of them to be taken yet."""
+    def find(self, count: int, ends: Sequence[int]) -> tuple[int, list[int]]:
+        """(length of the match, at most ``count`` tokens that may follow it, none after an end token)."""
         length, source = self.lookup.find()
         if not length:
-            return None
+            return 0, []
         tokens = self.lookup.draft(source, count)
-        end = next((i for i, token in enumerate(tokens) if token in ends), count)
-        return Proposal(len(text), tokens[: end + 1], length, most=0)
+        for i, token in enumerate(tokens):
+            if token in ends:
+                return length, tokens[: i + 1]
+        return length, tokens
 
 
 @dataclass(slots=True)
@@ -70,12 +72,13 @@ class LookupBudget:
     def __init__(self) -> None:
         self._rates = _rates()
 
-    def choose(self, load: StepLoad, request: RequestLookup, proposal: Proposal, most: int) -> int:
-        """How many drafts of the proposal the window takes, at most ``most``; 0: it keeps its own. ``load`` follows."""
+    def choose(self, load: StepLoad, request: RequestLookup, length: int, most: int) -> int:
+        """How many drafts a window takes that were found by a match of ``length`` tokens, at most ``most``; 0: it keeps
+        its own. ``load`` follows."""
         best, chosen, change = load.speed(0, 0) * (1 + _PATIENCE), 0, (0.0, 0.0)
         expected, reached = 1.0, 1.0
-        for count in range(1, min(most, len(proposal.tokens)) + 1):
-            reached *= self._chance(request, proposal.length + count - 1)
+        for count in range(1, most + 1):
+            reached *= self._chance(request, length + count - 1)
             if reached < _UNLIKELY:
                 break
             expected += reached
