@@ -76,9 +76,12 @@ class LookupBudget:
         """How many drafts a window takes that were found by a match of ``length`` tokens, at most ``most``; 0: it keeps
         its own. ``load`` follows."""
         best, chosen, change = load.speed(0, 0) * (1 + _PATIENCE), 0, (0.0, 0.0)
-        expected, reached = 1.0, 1.0
+        expected, reached, seen, chance = 1.0, 1.0, -1, 0.0
         for count in range(1, most + 1):
-            reached *= self._chance(request, length + count - 1)
+            place = bisect_right(_LENGTHS, length + count - 1)
+            if place != seen:
+                seen, chance = place, request.rates[place].value(self._rates[place].value(_PRIORS[place]))
+            reached *= chance
             if reached < _UNLIKELY:
                 break
             expected += reached
@@ -107,7 +110,3 @@ class LookupBudget:
             request.rates[place].add(draft == token, 1 - 1 / _OWN_MEMORY)
             if draft != token:
                 return
-
-    def _chance(self, request: RequestLookup, length: int) -> float:
-        place = bisect_right(_LENGTHS, length)
-        return request.rates[place].value(self._rates[place].value(_PRIORS[place]))
