@@ -103,3 +103,16 @@ def test_a_choice_is_the_next_windows_load():
             auto.observe(request, proposal, [7], [7] * 15)
     assert [auto.choose(load, request, 2, 15) for request in requests] == [15, 3]
     assert load.num_rows == 20
+
+
+def test_among_many_windows_a_fruitless_search_is_not_repeated_at_once():
+    request = RequestLookup(TextLookup([]))
+    searched = []
+    for _ in range(24):
+        searched.append(not request.rests(64))
+        if searched[-1]:
+            request.note(taken=False)
+    assert [i for i, did in enumerate(searched) if did] == [0, 2, 6, 14, 22]
+    assert not request.rests(8), "few windows are always looked up"
+    request.note(taken=True)
+    assert not request.rests(64)

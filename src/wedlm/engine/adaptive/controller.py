@@ -88,22 +88,23 @@ class Controller:
         they take."""
         load: StepLoad | None = None
         for request in requests:
-            decode, limits = request.decode, request.limits
+            decode, limits, text = request.decode, request.limits, request.output.tokens
             if not decode.max_lookup:
                 continue
-            text = request.output.tokens
             if limits.lookup is None:
                 limits.lookup = RequestLookup(TextLookup(text))
+            limits.proposal = None
+            if decode.is_adaptive and limits.lookup.rests(len(requests)):
+                continue
             # A step that has not been read may use up the first ones.
             length, tokens = limits.lookup.find(decode.max_rows + decode.max_lookup, decode.stop_token_ids)
-            if not length:
-                limits.proposal = None
-                continue
             most = max(0, min(len(tokens), decode.max_lookup, request.max_tokens - request.num_output_tokens - 1))
-            if decode.is_adaptive:
+            if length and decode.is_adaptive:
                 load = self._load(len(requests)) if load is None else load
                 most = self._lookup_budget.choose(load, limits.lookup, length, most)
-            limits.proposal = Proposal(len(text), tokens, length, most)
+            limits.lookup.note(most > 0)
+            if length:
+                limits.proposal = Proposal(len(text), tokens, length, most)
 
     def _load(self, num_windows: int) -> StepLoad:
         """The next step without drafts from texts."""

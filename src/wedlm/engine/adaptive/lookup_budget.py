@@ -20,6 +20,7 @@ _PRIORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)  # by class, before an
 _MEMORY, _OWN_MEMORY = 400.0, 50.0  # drafts after which an observation counts e times less, for all and for a request
 _PATIENCE = 0.02  # gain below which a window keeps its own drafts
 _COUNTS = frozenset((1, 2, 3, 5, 7, 11, 15))  # of drafts, that are weighed
+_FEW, _LONGEST_PAUSE = 8, 7  # windows that are looked up in every step; steps without a search
 _UNLIKELY = 0.02  # drafts that are reached more rarely are not weighed
 
 
@@ -33,6 +34,21 @@ class RequestLookup:
 
     lookup: TextLookup
     rates: list[Rate] = field(default_factory=_rates)
+    _pause: int = 0  # steps that it does not look anything up, and how many it did not last time
+    _last_pause: int = 0
+
+    def rests(self, num_windows: int) -> bool:
+        """Whether it looks nothing up in this step: searches for many windows take the host as long as a step of a
+        small model takes a GPU, so where nothing was taken for a while the next search waits."""
+        if num_windows <= _FEW or not self._pause:
+            return False
+        self._pause -= 1
+        return True
+
+    def note(self, taken: bool) -> None:
+        """Whether the window took anything of what was looked up for it."""
+        self._last_pause = 0 if taken else min(2 * self._last_pause + 1, _LONGEST_PAUSE)
+        self._pause = self._last_pause
 
     def find(self, count: int, ends: Sequence[int]) -> tuple[int, list[int]]:
         """(length of the match, at most ``count`` tokens that may follow it, none after an end token)."""
