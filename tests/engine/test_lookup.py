@@ -9,6 +9,7 @@ import pytest
 from tests.engine.native_model import NativeModel, needs_native
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.stub import StubModel
+from wedlm.algorithm.params import MOST_LOOKUP_DRAFTS
 from wedlm.engine.engine import Engine
 from wedlm.engine.request import Request, RequestStats
 from wedlm.engine.sampling_params import SamplingParams
@@ -111,6 +112,18 @@ def test_no_drafts_from_the_text_where_none_were_asked_for():
         (request,) = serve(engine, [[1, 2, 1, 2, 1, 2]], [SamplingParams(max_tokens=30, **options)])
         check_outcome(REPEATING, request)
         assert request.counters.num_lookup_drafted == 0
+
+
+def test_the_widest_window_looks_up_no_more_than_is_of_use():
+    engine = stub_engine(REPEATING, has_masked_rows=False)
+    params = SamplingParams(
+        max_tokens=20, decoding="verified", wedlm_window_size=2**31 - 1, wedlm_lookup_drafts=2**31 - 1
+    )
+    request = engine.add("one", [1, 2, 1, 2], params)
+    engine.step()
+    engine.step()
+    assert request.limits.proposal is not None
+    assert len(request.limits.proposal.tokens) == 2 * MOST_LOOKUP_DRAFTS + 1
 
 
 def test_what_a_text_has_shown_is_not_kept_for_longer_than_it_runs():

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 Decoding = Literal["auto", "streaming", "verified", "block", "autoregressive"]
 DECODINGS: tuple[str, ...] = get_args(Decoding)
+MOST_LOOKUP_DRAFTS = 63  # in a step: further ones are hardly ever right, and each is looked at by the host
 
 
 def drafts_of(row_budget: int) -> int:
@@ -78,9 +79,9 @@ class DecodeParams:
 
     @cached_property
     def max_lookup(self) -> int:
-        """Most drafts from the text in a step, whose rows have the same bound as any."""
+        """Most drafts from the text in a step: no more than R has rows for, however wide the window is."""
         verifies = self.is_verified and self.decoding != "autoregressive"
-        return min(self.lookup_drafts, self.window_size - 1) if verifies else 0
+        return min(self.lookup_drafts, self.window_size - 1, MOST_LOOKUP_DRAFTS) if verifies else 0
 
     def width(self, num_drafts: int, room: int) -> int:
         """Rows at the start of a step, ``room`` positions before the model's length; streaming then extends them."""

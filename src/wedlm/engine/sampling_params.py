@@ -42,7 +42,7 @@ class SamplingParams:
     wedlm_draft_entropy: verified decoding drafts up to the first masked row whose entropy reaches this (nats).
     wedlm_lookup_drafts: most drafts a step that come from prompt and output, where these go on as they did before: in
     verified decoding in place of masked rows' whenever there are some, in auto if they pay; 0: none. None is as many as
-    the window has rows for in auto, and in verified decoding none, unless the model has no masked rows.
+    the window has rows for in auto, and in verified decoding none, unless the model has no masked rows. Never above 63.
     """
 
     temperature: float = DecodeParams.temperature

@@ -97,7 +97,7 @@ class Controller:
             if decode.is_adaptive and limits.lookup.rests(len(requests)):
                 continue
             # A step that has not been read may use up the first ones.
-            length, tokens = limits.lookup.find(decode.max_rows + decode.max_lookup, decode.stop_token_ids)
+            length, tokens = limits.lookup.find(2 * decode.max_lookup + 1, decode.stop_token_ids)
             most = max(0, min(len(tokens), decode.max_lookup, request.max_tokens - request.num_output_tokens - 1))
             if length and decode.is_adaptive:
                 load = self._load(len(requests)) if load is None else load
