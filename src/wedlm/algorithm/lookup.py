@@ -27,7 +27,7 @@ class TextLookup:
     Each pair of tokens knows where it stood last, and each of those places the one before it, so that a search walks
     back over at most ``candidates`` places and compares at most ``longest`` tokens at each: its time has a bound that
     no text changes, and memory is linear in the text. Among equally long matches the latest counts. A match that goes
-    on as the text does is kept, which no search could beat by more than ``longest``, and often finds it no more.
+    on as the text does is kept: it grows with the text, and may lie further back than a search looks.
 
     ``text`` is the caller's, who only appends to it.
     """
@@ -132,9 +132,9 @@ def propose(
     max_positions: Int[Tensor, " S"],
     proposals: Proposals,
 ) -> WindowState:
-    """Verified windows with what was proposed in place of their drafts, as ``Proposal.drafts`` says; those to
-    which no proposal fits stay as they are. A window's text ends with its anchor; only that is compared. The masked
-    rows are those that the limits leave beside so many drafts, if they leave any."""
+    """Verified windows with what was proposed in place of their drafts, as ``Proposal.drafts`` says; those to which no
+    proposal fits stay as they are. A window's text ends with its anchor; only that is compared. The masked rows are
+    those that the limits leave beside so many drafts, if they leave any."""
     anchor, room = state.tokens[:, 0], max_positions - state.cached
     grown = state.cached + 1 - proposals.known
     last = proposals.tokens.shape[1] - 1

@@ -109,10 +109,8 @@ class Controller:
     def _load(self, num_windows: int) -> StepLoad:
         """The next step without drafts from texts."""
         assert self.draft_budget is not None
-        budget, seconds = (
-            self.draft_budget.budget,
-            self.draft_budget.seconds_beside(num_windows, self.draft_budget.budget.rows),
-        )
+        budget = self.draft_budget.budget
+        seconds = self.draft_budget.seconds_beside(num_windows, budget.rows)
         tokens, rows = self.draft_budget.expected()
         rows = budget.rows if self.costs.padded else rows
         return StepLoad(self.costs, seconds, num_windows * rows, num_windows * tokens, rows, tokens, *budget)

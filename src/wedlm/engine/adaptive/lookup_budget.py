@@ -30,7 +30,7 @@ def _rates() -> list[Rate]:
 
 @dataclass(slots=True)
 class RequestLookup:
-    """What the text of one request has shown. ``text`` is the request's, which grows."""
+    """What the text of one request has shown."""
 
     lookup: TextLookup
     rates: list[Rate] = field(default_factory=_rates)
