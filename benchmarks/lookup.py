@@ -6,7 +6,8 @@
 Four sets: code edits and extractions (``wedlm.bench.copying``), chat (``tests/data/prompts.jsonl``) and GSM8K questions
 (of DIR, without which they are left out). Each prompt runs alone, at temperature 0, with ``auto`` once with drafts from
 the text and once without, in turns as to which is first; speed is that after the first tokens. ``--verified`` also runs
-the two at a fixed number of rows, ``--check`` AR, whose text all others must have. Saves DIR/lookup.json and report.md.
+the two at a fixed number of rows, ``--check`` AR, whose text all others must have. Saves DIR/lookup.json, to which sets
+that run later are added, and report.md.
 """
 
 import argparse
@@ -134,6 +135,9 @@ def main() -> None:
         "sets": {},
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
+    saved = arguments.output / "lookup.json"
+    if saved.exists():
+        report["sets"] = json.loads(saved.read_text(encoding="utf-8"))["sets"]
     for name, prompts in prompts_of(arguments.data, arguments.limit).items():
         if arguments.sets and name not in arguments.sets:
             continue
@@ -145,7 +149,7 @@ def main() -> None:
             reference = checked["AR"]["answers"]
             found |= checked
         report["sets"][name] = {mode: figures(sums, reference) for mode, sums in found.items()}
-        (arguments.output / "lookup.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        saved.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (arguments.output / "report.md").write_text(table(report), encoding="utf-8")
     print(table(report))
     print(json.dumps(report))
