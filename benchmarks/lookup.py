@@ -4,16 +4,18 @@
     python benchmarks/lookup.py demo --data DIR --threads 2 --output benchmarks/results/lookup
 
 Four sets: code edits and extractions (``wedlm.bench.copying``), chat (``tests/data/prompts.jsonl``) and GSM8K questions
-(of DIR, without which they are left out). Each prompt runs alone, at temperature 0, with ``auto`` once with drafts from
-the text and once without, in turns as to which is first; speed is that after the first tokens. ``--verified`` also runs
-the two at a fixed number of rows, ``--check`` AR, whose text all others must have. Saves DIR/lookup.json, to which sets
-that run later are added, and report.md.
+(of DIR, without which they are left out). Each prompt runs alone, or ``--streams`` of them at once, at temperature 0,
+with ``auto`` once with drafts from the text and once without, in turns as to which is first. Speed is that after the
+first tokens; of several prompts at once that of all, prompts included. ``--verified`` also runs the two at a fixed
+number of rows, ``--check`` AR, whose text all others must have. Saves DIR/lookup.json, to which sets that run later are
+added, and report.md.
 """
 
 import argparse
 import gzip
 import json
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,30 +52,35 @@ def prompts_of(data: Path | None, limit: int) -> dict[str, list[str]]:
     return sets
 
 
-def decode_seconds(output: GenerationOutput) -> float:
-    """From the first tokens to the end."""
-    stats = output.stats
-    assert stats is not None
+def seconds_of(outputs: list[GenerationOutput], whole: float) -> float:
+    """Of one answer: from its first tokens to its end; of several at once: ``whole``, prompts included."""
+    stats = outputs[0].stats
+    if len(outputs) > 1 or stats is None:
+        return whole
     return stats.num_tokens / stats.tokens_per_second - stats.time_to_first_token_s
 
 
-def run(llm: LLM, prompts: list[str], modes: dict[str, dict[str, Any]], max_tokens: int) -> dict[str, dict[str, Any]]:
+def run(
+    llm: LLM, prompts: list[str], modes: dict[str, dict[str, Any]], max_tokens: int, streams: int
+) -> dict[str, dict[str, Any]]:
     """Sums over the prompts by mode, and each answer's tokens."""
     found: dict[str, dict[str, Any]] = {
         name: dict.fromkeys(FIELDS, 0) | {"seconds": 0.0, "answers": []} for name in modes
     }
-    for number, prompt in enumerate(prompts):
-        ids = llm.chat_prompt([{"role": "user", "content": prompt}])
-        order = list(modes.items())[:: 1 if number % 2 else -1]
+    for first in range(0, len(prompts), streams):
+        part = [[{"role": "user", "content": prompt}] for prompt in prompts[first : first + streams]]
+        order = list(modes.items())[:: 1 if first // streams % 2 else -1]
         for name, options in order:
             # A salt of its own: neither finds the other's keys.
             params = SamplingParams(max_tokens=max_tokens, cache_salt=name, **options)
-            (output,) = llm.generate([ids], params, progress=False)
+            start = time.perf_counter()
+            outputs = llm.chat(part, params, progress=False)
             sums = found[name]
-            for field in FIELDS:
-                sums[field] += getattr(output.stats, field)
-            sums["seconds"] += decode_seconds(output)
-            sums["answers"].append(output.token_ids)
+            sums["seconds"] += seconds_of(outputs, time.perf_counter() - start)
+            for output in outputs:
+                for field in FIELDS:
+                    sums[field] += getattr(output.stats, field)
+                sums["answers"].append(output.token_ids)
     return found
 
 
@@ -115,6 +122,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=50, help="prompts of each set")
     parser.add_argument("--sets", nargs="*", help="only these")
     parser.add_argument("--max-tokens", type=int, default=192)
+    parser.add_argument("--streams", type=int, default=1, help="prompts that run at once")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -132,6 +140,7 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "max_tokens": arguments.max_tokens,
+        "streams": arguments.streams,
         "sets": {},
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -141,11 +150,11 @@ def main() -> None:
     for name, prompts in prompts_of(arguments.data, arguments.limit).items():
         if arguments.sets and name not in arguments.sets:
             continue
-        run(llm, prompts[:1], modes, 16)  # what is measured or compiled once
-        found = run(llm, prompts, modes, arguments.max_tokens)
+        run(llm, prompts[:1], modes, 16, 1)  # what is measured or compiled once
+        found = run(llm, prompts, modes, arguments.max_tokens, arguments.streams)
         reference = found["masked rows alone"]["answers"]
         if arguments.check:
-            checked = run(llm, prompts, {"AR": {"decoding": "autoregressive"}}, arguments.max_tokens)
+            checked = run(llm, prompts, {"AR": {"decoding": "autoregressive"}}, arguments.max_tokens, arguments.streams)
             reference = checked["AR"]["answers"]
             found |= checked
         report["sets"][name] = {mode: figures(sums, reference) for mode, sums in found.items()}
