@@ -10,7 +10,9 @@ from tests.engine.native_model import NativeModel, needs_native
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.stub import StubModel
 from wedlm.algorithm.params import MOST_LOOKUP_DRAFTS
+from wedlm.engine.admission import decode_params
 from wedlm.engine.engine import Engine
+from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.request import Request, RequestStats
 from wedlm.engine.sampling_params import SamplingParams
 
@@ -112,6 +114,25 @@ def test_no_drafts_from_the_text_where_none_were_asked_for():
         (request,) = serve(engine, [[1, 2, 1, 2, 1, 2]], [SamplingParams(max_tokens=30, **options)])
         check_outcome(REPEATING, request)
         assert request.counters.num_lookup_drafted == 0
+
+
+def test_the_engines_number_holds_where_a_request_names_none():
+    params = SamplingParams(decoding="verified", wedlm_window_size=9)
+
+    def most(default: int | None, asked: int | None, has_masked_rows: bool = True) -> int:
+        options = EngineOptions(wedlm_lookup_drafts=default)
+        config = EngineConfig(13, 12, (), 99, options, drafts=has_masked_rows)
+        return decode_params(config, 3, replace(params, wedlm_lookup_drafts=asked)).max_lookup
+
+    assert [most(None, None), most(None, None, False), most(4, None), most(4, 2), most(0, None, False)] == [
+        0,
+        8,
+        4,
+        2,
+        0,
+    ]
+    with pytest.raises(ValueError, match="wedlm_lookup_drafts is -1; expected an integer >= 0"):
+        EngineOptions(wedlm_lookup_drafts=-1)
 
 
 def test_the_widest_window_looks_up_no_more_than_is_of_use():

@@ -72,7 +72,8 @@ def decode_params(config: EngineConfig, num_prompt_tokens: int, params: Sampling
         raise ValueError(f"stop_token_ids is {given}; expected ids below {config.vocab_size}")
     decoding = params.decoding or config.options.decoding
     window_size = params.wedlm_window_size or config.options.wedlm_window_size
-    lookup_drafts = params.wedlm_lookup_drafts
+    asked = params.wedlm_lookup_drafts
+    lookup_drafts = config.options.wedlm_lookup_drafts if asked is None else asked
     if lookup_drafts is None:  # verified takes some where it would have none otherwise
         lookup_drafts = window_size if decoding == "auto" or not config.drafts else 0
     return DecodeParams(

@@ -41,8 +41,9 @@ class SamplingParams:
     wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
     wedlm_draft_entropy: verified decoding drafts up to the first masked row whose entropy reaches this (nats).
     wedlm_lookup_drafts: most drafts a step that come from prompt and output, where these go on as they did before: in
-    verified decoding in place of masked rows' whenever there are some, in auto if they pay; 0: none. None is as many as
-    the window has rows for in auto, and in verified decoding none, unless the model has no masked rows. Never above 63.
+    verified decoding in place of masked rows' whenever there are some, in auto if they pay; 0: none. None is the
+    engine's: as many as the window has rows for in auto, and in verified decoding none, unless the model has no masked
+    rows. Never above 63.
     """
 
     temperature: float = DecodeParams.temperature
