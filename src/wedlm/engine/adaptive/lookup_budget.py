@@ -18,7 +18,7 @@ from wedlm.engine.adaptive.step_costs import StepCosts
 _LENGTHS = (3, 4, 6, 8, 12, 16, 24, 32)  # where the next class of them begins
 _PRIORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)  # by class, before anything was seen
 _MEMORY, _OWN_MEMORY = 400.0, 50.0  # drafts after which an observation counts e times less, for all and for a request
-_PATIENCE = 0.02  # gain below which a window keeps its own drafts
+_PATIENCE = 0.04  # gain below which a window keeps its own drafts
 _COUNTS = frozenset((1, 2, 3, 5, 7, 11, 15))  # of drafts, that are weighed
 _FEW, _LONGEST_PAUSE = 8, 7  # windows that are looked up in every step; steps without a search
 _UNLIKELY = 0.02  # drafts that are reached more rarely are not weighed
@@ -104,8 +104,8 @@ class LookupBudget:
             if count not in _COUNTS and count != most:
                 continue
             rows = verified_rows(count, max(load.row_budget, count + 1), load.max_drafts)
-            # Without masked rows, a refusal leaves the step after it without drafts.
-            lost = (load.window_tokens - 1) * (1 - reached) if rows == count + 1 else 0.0
+            # Without masked rows the next step has no drafts of its own, and others only if the match goes on.
+            lost = (load.window_tokens - 1) * (1 - reached * chance) if rows == count + 1 else 0.0
             if load.costs.padded:
                 rows = max(load.row_budget, count + 1)
             more = rows - load.window_rows, expected - lost - load.window_tokens
