@@ -30,18 +30,19 @@ def best_budget(costs: StepCosts, num_windows: int) -> Budget:
 
 def simulate(table: str, chance: float, num_windows: int, num_steps: int = 1500) -> tuple[float, float]:
     """Tokens a second of windows that find something in each step, right with ``chance`` for each token, and of the
-    same windows without. A window whose last step had no masked rows has no drafts of its own."""
+    same windows without. A match is longer by each token that goes on as it says, and short after one that does not. A
+    window whose last step had no masked rows has no drafts of its own."""
     rng, costs, auto = random.Random(0), StepCosts(*TABLES[table]), LookupBudget()
     budget = best_budget(costs, num_windows)
     alone = load_of(costs, budget, num_windows)
     requests = [RequestLookup(TextLookup([])) for _ in range(num_windows)]
-    left, tokens, seconds = [True] * num_windows, 0.0, 0.0
+    left, lengths, tokens, seconds = [True] * num_windows, [2] * num_windows, 0.0, 0.0
     for _ in range(num_steps // num_windows + 100):
         load = load_of(costs, budget, num_windows)
         rows = 0.0
         for i, request in enumerate(requests):
-            proposal = Proposal(1, [7] * 15, 2, 0)
-            count = auto.choose(load, request, 2, 15)
+            proposal = Proposal(1, [7] * 15, lengths[i], 0)
+            count = auto.choose(load, request, lengths[i], 15)
             right = next((n for n in range(15) if rng.random() >= chance), 15)
             if count:
                 made, ran = min(count, right) + 1, verified_rows(count, max(budget.rows, count + 1), budget.drafts)
@@ -52,6 +53,7 @@ def simulate(table: str, chance: float, num_windows: int, num_steps: int = 1500)
                 left[i] = True
             rows += max(budget.rows, count + 1) if costs.padded else ran
             tokens += made
+            lengths[i] = lengths[i] + int(made) if made <= right else 2
             auto.observe(request, proposal, [7], [7 if n < right else 0 for n in range(int(made))])
         seconds += costs(rows)
     return tokens / seconds, alone.speed(0, 0)
