@@ -150,3 +150,11 @@ def test_the_module_can_be_launched(monkeypatch, capsys):
         runpy.run_module("wedlm.train", run_name="__main__")
     assert ended.value.code == FAILED
     assert "nonsense is not a setting" in capsys.readouterr().err
+
+
+def test_the_originals_data_is_fetched(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("wedlm.train.alpaca.download", lambda: (tmp_path / "a.jsonl", 51760))
+    assert main(["--data", "alpaca", "--download"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'a.jsonl'}: 51,760 conversations\n"
+    assert main(["--data", "other"]) == FAILED
+    assert "--data other; expected --data alpaca --download" in capsys.readouterr().err
