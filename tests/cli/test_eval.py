@@ -109,7 +109,7 @@ def test_the_papers_tables(words, tmp_path):
     """A WeDLM checkpoint decodes by streaming, another by AR; a second call runs nothing again."""
     ar = save_tiny(tmp_path / "ar", model_type="qwen3", mask_token_id=None, max_position_embeddings=512)
     given = dict(zip(words[1::2], words[2::2], strict=False))
-    call = ["eval", "reproduce", "--paper-tables", *words[1:], "--output", str(tmp_path / "out"), "--limit", "2"]
+    call = ["eval", "reproduce", "--paper-tables", *words[3:], "--output", str(tmp_path / "out"), "--limit", "2"]
     call += ["--tasks", "gsm8k,arc_e", "--num-fewshot", "0", "--max-tokens", "6"]
     result = wedlm(*call, "--models", f"{given['--model']}=instruct,{ar}")
 
@@ -132,9 +132,11 @@ def test_the_papers_tables(words, tmp_path):
         (["--models", "a"], "--models is a; expected no such option beside wedlm eval without reproduce"),
         (["reproduce", "--paper-tables", "--tasks", "piqa"], "the task 'piqa' is not in the paper's tables; expected"),
         (["reproduce", "--paper-tables", "--models", "x=chat"], "--models has 'x=chat'; expected NAME"),
+        (["reproduce", "--paper-tables", "--model", "x"], "--model is x; expected no such option beside reproduce"),
+        (["reproduce", "--paper-tables", "--sweep", "seed=1,2"], "expected no such option beside reproduce"),
     ],
 )
 def test_what_cannot_be_reproduced(words, more, message):
-    result = wedlm("eval", *more, *words[1:])
+    result = wedlm("eval", *more, *words[3:])
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())

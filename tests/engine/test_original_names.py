@@ -163,8 +163,6 @@ def test_sampling_params_by_position():
         wedlm_pos_penalty_factor=0.1,
     )
     assert SamplingParams(0.0).temperature == 0
-    with pytest.raises(TypeError, match="positional"):
-        SamplingParams(0.0, 1.0, 0, 9, None, None, 0.4, 0.02, 0.0)  # type: ignore[misc]
 
 
 def test_its_engine_options(original):

@@ -104,6 +104,9 @@ _ENGINE = (
     "cuda_graphs",
 )
 
+# Options that mean nothing beside reproduce, and their defaults.
+_NOT_REPRODUCED = {"model": ModelOptions.model, "protocol": "default", "sweep": None, "answers_only": False}
+
 
 @command
 def evaluate(
@@ -133,22 +136,30 @@ def evaluate(
         if action is None:
             return
         what = replace(what, data_dir=what.download)
-
-    def evaluate_model(what: WhatOptions, params: ParamOptions, name: str) -> list[dict[str, Any]]:
-        own = replace(model, model=name)
-        return run_eval(what, params, host, lambda max_rows: _backend(what, host, own, options, max_rows))
-
     if action is None:
-        _refuse(
-            {"paper_tables": what.paper_tables or None, "models": what.models or None},
-            ("paper_tables", "models"),
-            "wedlm eval without reproduce",
-        )
-        evaluate_model(what, params, model.model)
+        given = {"paper_tables": what.paper_tables or None, "models": what.models or None}
+        _refuse(given, tuple(given), "wedlm eval without reproduce")
+        run_eval(what, params, host, lambda max_rows: _backend(what, host, model, options, max_rows))
         return
     if action != "reproduce" or not what.paper_tables:
         raise ValueError(f"the arguments begin with {action}; expected reproduce --paper-tables, or options alone")
-    reproduce_tables(what, params, evaluate_model)
+    given = {name: value for name, value in (values_of(what) | values_of(model)).items() if name in _NOT_REPRODUCED}
+    _refuse(
+        {name: value if value != _NOT_REPRODUCED[name] else None for name, value in given.items()}, tuple(given), action
+    )
+
+    def record_of(name: str, tasks: str, decoding: str | None) -> dict[str, Any]:
+        own, asked = replace(model, model=name), replace(what, tasks=tasks, protocol="paper")
+        (record,) = run_eval(
+            asked,
+            replace(params, decoding=decoding),
+            host,
+            lambda max_rows: _backend(asked, host, own, options, max_rows),
+        )
+        return record
+
+    places = (what.data_dir, what.output)
+    reproduce_tables(names_of(what.models), names_of(what.tasks), *places, params.decoding, record_of)
 
 
 def run_download(directory: Path) -> None:

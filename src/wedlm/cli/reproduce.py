@@ -2,48 +2,44 @@
 """``wedlm eval reproduce --paper-tables``: the paper's ten sets for a list of models, beside what it published."""
 
 import gc
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wedlm.cli.terminal import needs_extra, note, write
 
-if TYPE_CHECKING:
-    from wedlm.cli.eval import ParamOptions, WhatOptions
-
 FILE = "paper_tables.md"
-Evaluate = Callable[["WhatOptions", "ParamOptions", str], list[dict[str, Any]]]  # (what, params, model) -> records
+# (model, tasks with commas between, decoding or None for the protocol's) -> the run's record
+Evaluate = Callable[[str, str, str | None], dict[str, Any]]
 
 
-def reproduce_tables(what: "WhatOptions", params: "ParamOptions", evaluate: Evaluate) -> None:
-    """Evaluate each model in turn and write both tables after each. ValueError for a wrong option.
+def reproduce_tables(
+    models: Sequence[str], tasks: Sequence[str], data_dir: Path, output: Path, decoding: str | None, evaluate: Evaluate
+) -> None:
+    """Evaluate each model in turn and write both tables to ``output`` after each. ValueError for a wrong option.
 
-    WeDLM checkpoints decode as the protocol says, all others by AR, unless ``params`` names a mode.
+    No ``models`` are the paper's, no ``tasks`` all of them. WeDLM checkpoints decode as the protocol says, all others
+    by AR, unless ``decoding`` names a mode.
     """
     with needs_extra("eval"):
         from wedlm.evaluate.data import find_file
     from wedlm.evaluate.paper_tables import DEFAULT_MODELS, SETS, Column, parse_model, tables
 
-    models = [parse_model(text) for text in what.models.split(",") if text.strip()] or list(
-        map(parse_model, DEFAULT_MODELS)
-    )
-    names = [name.strip() for name in what.tasks.split(",") if name.strip()] or list(SETS)
+    chosen = [parse_model(text) for text in models or DEFAULT_MODELS]
+    names = list(tasks or SETS)
     for name in names:
         if name not in SETS:
             raise ValueError(f"the task {name!r} is not in the paper's tables; expected some of {', '.join(SETS)}")
-    if "gpqa" in names and not what.tasks and find_file(what.data_dir, "gpqa_diamond") is None:
-        note(f"gpqa is left out: {what.data_dir} has no gpqa_diamond.csv, which its authors give to who asks them")
+    if not tasks and find_file(data_dir, "gpqa_diamond") is None:
+        note(f"gpqa is left out: {data_dir} has no gpqa_diamond.csv, which its authors give to who asks them")
         names.remove("gpqa")
-    what = replace(what, tasks=",".join(names), protocol="paper")
     columns = []
-    for number, (model, kind) in enumerate(models, start=1):
-        note(f"model {number} of {len(models)}: {model}")
-        own = params if params.decoding is not None else replace(params, decoding=_decoding(model))
-        (record,) = evaluate(what, own, model)
+    for number, (model, kind) in enumerate(chosen, start=1):
+        note(f"model {number} of {len(chosen)}: {model}")
+        record = evaluate(model, ",".join(names), decoding or _decoding(model))
         columns.append(Column.of(Path(model).name if Path(model).exists() else model, kind, record))
         _free()
-        path = what.output / FILE
+        path = output / FILE
         path.write_text(tables(columns), encoding="utf-8")
         note(f"wrote {path}")
     write(tables(columns))

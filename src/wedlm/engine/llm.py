@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -161,10 +161,12 @@ class LLM:
         once nothing refers to this object."""
         self.abort()
 
-    def __getattr__(self, name: str) -> Any:
-        """What the original has and this class has not."""
-        hint = f": {METHODS[name]}" if name in METHODS else ""
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=self)
+    if not TYPE_CHECKING:  # which would take any attribute for one that is there
+
+        def __getattr__(self, name: str) -> Any:
+            """What the original has and this class has not."""
+            hint = f": {METHODS[name]}" if name in METHODS else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=self)
 
     def abort(self) -> None:
         """End every request; streams give their last piece, with what they have and ``finish_reason`` "abort"."""

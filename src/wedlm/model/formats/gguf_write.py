@@ -153,7 +153,7 @@ def add_gguf_config(writer: GGUFWriter, config: ModelConfig) -> None:
     for key, value in ((MASK_TOKEN_KEY, config.mask_token_id), (BLOCK_SIZE_KEY, config.block_size)):
         if value is not None:
             writer.add_uint32(key, value)
-    if config.default_decoding != "auto":  # the file keeps llama.cpp's name for the shape, not the model type
+    if config.decoding is not None or config.default_decoding != "auto":  # the file does not keep our model type
         writer.add_string(GGUF_DECODING_KEY, config.default_decoding)
     _add_rope_scaling(writer, config)
 
