@@ -3,7 +3,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -195,7 +194,6 @@ def run_eval(
     )
     grid = _grid(what, params, host.engine)
     with err.status("Reading the questions ..."), needs_extra("eval"):
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; before its first import
         from wedlm.evaluate.run import Evaluation, load_tasks, sweep_params
 
         runs = sweep_params(*grid)
