@@ -239,6 +239,12 @@ def test_the_last_message_is_learnt_as_there(tmp_path, messages, num_im_end):
     assert ours.tokens.tolist() != expected  # the line feed after the end, other ends, or the user's last turn
 
 
+def test_an_unfinished_reply_has_no_end_to_learn():
+    sample = Sample("a.jsonl", 3, messages=tuple(chat("one", "two")), unfinished=True)
+    with pytest.raises(ValueError, match=r"a\.jsonl:3 is unfinished; expected trainable_messages replies"):
+        encode_documents(sample, chat_tokenizer(), eos_token_id=2, last_message=True)
+
+
 class ByHand:
     """The original's step on one packed sequence, with transformers' own network and a mask for every pair of rows."""
 

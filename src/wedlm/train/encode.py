@@ -226,6 +226,11 @@ def _encode_last_message(
     """A conversation as the original's code has it: all that the template writes, a line feed after the last end, too;
     trainable from the length on that the prompt of all messages but the last has, whoever wrote that one; then
     ``num_end_tokens`` - 1 times <|im_end|>, or ``eos_token_id`` where there is no such token."""
+    if sample.unfinished:
+        raise SampleError(
+            "unfinished",
+            f"{sample.origin} is unfinished; expected trainable_messages replies, since last learns an end",
+        )
     messages = sample.messages or ()
     whole = _chat_prompt(sample.origin, messages, tokenizer, False)
     before = _chat_prompt(sample.origin, messages[:-1], tokenizer, True)

@@ -178,7 +178,7 @@ class _Recipe:
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "eos_token_id": self.eos_token_id,
             "num_end_tokens": self.num_end_tokens,
-            "last_message": self.last_message,
+            **({"last_message": True} if self.last_message else {}),  # other caches keep their keys
             "skip_bad": self.skip_bad,
         }
 

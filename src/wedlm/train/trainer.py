@@ -141,7 +141,7 @@ class Trainer:
         """What must be equal for a resumed run to equal an unbroken one, as JSON keeps it."""
         records = {"logging_steps", "save_steps", "save_total_limit", "eval_steps", "output_dir", "cache_dir", "resume"}
         speed = {"per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "compile"}
-        speed |= {"deepspeed_zero_stage"}
+        speed |= {"deepspeed_zero_stage", "trainable_messages"}  # the latter is in the data's fingerprint
         ends = {"num_train_epochs", "max_steps", "save_dtype", "merge_lora", "tensorboard", "train_data"}
         kept = self.config.model_dump(exclude=records | speed | ends)
         settings = {name: value for name, value in kept.items() if not name.startswith(("wandb", "use_wandb"))}
