@@ -81,6 +81,10 @@ def _run(arguments: list[str], speaks: bool) -> None:
 
         print("{}: {:,} conversations".format(*download()))
         return
+    if arguments[0] == "--config":  # as the original's script has it
+        arguments = arguments[1:]
+        if not arguments or arguments[0].startswith("--"):
+            raise ValueError("--config has no value; expected --config FILE")
     path, rest = (None, arguments) if arguments[0].startswith("--") else (arguments[0], arguments[1:])
     config = load_config(path, parse_overrides(rest))
     from wedlm.train.trainer import Trainer

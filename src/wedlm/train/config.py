@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from wedlm.train.original_config import translated
+from wedlm.train.original_config import FLAGS, translated
 
 # Keys of earlier versions and their present names.
 RENAMED = {"anchor_text": "distill_text", "anchor_model": "teacher_model", "certainty_weight": "entropy_weight"}
@@ -286,7 +286,9 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         if not argument.startswith("--"):
             raise ValueError(f"the argument {argument!r} stands alone; expected --key value")
         key, separator, text = argument[2:].partition("=")
-        if not separator:
+        if not separator and key in FLAGS:
+            text = "true"
+        elif not separator:
             following = next(rest, None)
             if following is None:
                 raise ValueError(f"--{key} has no value; expected --{key} value")

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+FLAGS = ("rebuild_cache",)  # which its command line takes without a value
 _MAX_EPS = 1e-7  # changes a row's weight by less than one part in 100,000
 _SPEED = (
     "offload_nvme nvme_path pin_memory overlap_comm contiguous_gradients reduce_bucket_size "
