@@ -111,7 +111,7 @@ _NOT_REPRODUCED = {"model": ModelOptions.model, "protocol": "default", "sweep": 
 def evaluate(
     *,
     action: Annotated[
-        str | None, typer.Argument(help="reproduce: the paper's tables.", metavar="[reproduce]", show_default=False)
+        str | None, typer.Argument(help="reproduce: the paper's tables.", metavar="reproduce", show_default=False)
     ] = None,
     what: WhatOptions,
     params: ParamOptions,
