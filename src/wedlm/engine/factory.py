@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 # chunks would cost more than they spare.
 _CAPTURED_CHUNK_STEP_RATIO = 1.8
 # For users of a checkpoint that was never adapted.
-WITHOUT_MASK = "auto and verified decode as AR, because the checkpoint names no mask token (--mask-token-id names one)"
+WITHOUT_MASK = "drafts come from the text alone: the checkpoint names no mask token (--mask-token-id names one)"
 _LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS = 2**28, 8
 
 
@@ -126,6 +126,8 @@ class Blueprint:
         megabytes = tokens * self._bytes_per_token() / 1e6
         kind = ", fp8" if self.dtype == FP8 else ""
         drafts = "" if self.config.drafts else f"; {WITHOUT_MASK}"
+        if self.config.model_decoding != "auto":
+            drafts += f"; decoding: {self.config.decoding}, unless a request names another"
         return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB{kind}){drafts}"
 
     def _bytes_per_token(self) -> int:

@@ -4,7 +4,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from numbers import Integral, Real
 
 from wedlm.algorithm.params import DECODINGS, DecodeParams, Decoding
@@ -17,9 +17,10 @@ _MAX_SALT = 1024
 _LARGEST = 1e30  # what is multiplied with or divided by must stay finite in float32: inf · 0 and inf / inf are nan
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Options of one request; every value is checked on construction (ValueError naming field, value, expectation).
+    The first eight, in this order, may be given by position, as in the original implementation.
 
     temperature: 0 takes the most probable token; otherwise sampled after min_p, top_k, then top_p, then temperature.
     top_k: keep the k most probable tokens; 0 or -1 keeps all. top_p: keep the smallest set with this probability mass.
@@ -40,17 +41,24 @@ class SamplingParams:
     wedlm_window_size: W of streaming and block decoding, most rows a step of verified and auto; None is the engine's.
     wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
     wedlm_draft_entropy: verified decoding drafts up to the first masked row whose entropy reaches this (nats).
+    wedlm_lookup_drafts: most drafts a step that come from prompt and output, where these go on as they did before: in
+    verified decoding in place of masked rows' whenever there are some, in auto if they pay; 0: none. None is the
+    engine's: as many as the window has rows for in auto, and in verified decoding none, unless the model has no masked
+    rows. Never above 63.
     """
 
     temperature: float = DecodeParams.temperature
     top_p: float = DecodeParams.top_p
     top_k: int = DecodeParams.top_k
-    min_p: float = 0.0
     max_tokens: int = 256
-    min_tokens: int = 0
-    stop: str | tuple[str, ...] | list[str] | None = None
-    include_stop_str_in_output: bool = False
     stop_token_ids: tuple[int, ...] | list[int] | None = None
+    stop: str | tuple[str, ...] | list[str] | None = None
+    wedlm_entropy_threshold: float | None = DecodeParams.entropy_threshold
+    wedlm_pos_penalty_factor: float = DecodeParams.pos_penalty
+    _: KW_ONLY
+    min_p: float = 0.0
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
@@ -63,9 +71,8 @@ class SamplingParams:
     cache_salt: str = ""
     decoding: Decoding | None = None
     wedlm_window_size: int | None = None
-    wedlm_entropy_threshold: float | None = DecodeParams.entropy_threshold
-    wedlm_pos_penalty_factor: float = DecodeParams.pos_penalty
     wedlm_draft_entropy: float = DecodeParams.draft_entropy
+    wedlm_lookup_drafts: int | None = None
 
     def __post_init__(self) -> None:
         self._set("temperature", _number("temperature", self.temperature, high=_LARGEST))
@@ -109,6 +116,8 @@ class SamplingParams:
         penalty = _number("wedlm_pos_penalty_factor", self.wedlm_pos_penalty_factor, high=_LARGEST)
         self._set("wedlm_pos_penalty_factor", penalty)
         self._set("wedlm_draft_entropy", _number("wedlm_draft_entropy", self.wedlm_draft_entropy))
+        if self.wedlm_lookup_drafts is not None:
+            self._set("wedlm_lookup_drafts", _integer("wedlm_lookup_drafts", self.wedlm_lookup_drafts, low=0))
 
     def _set(self, name: str, value: object) -> None:
         """Store the checked value: a plain Python number or tuple, whatever kind the user gave."""
