@@ -3,6 +3,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,13 +30,14 @@ from wedlm import LLM, SamplingParams
 from wedlm.model import Transformer
 from wedlm.model.errors import CheckpointError
 from wedlm.model.formats.checkpoint import read_config
-from wedlm.model.lora.packed_adapter import pack_adapter
+from wedlm.model.lora.packed_adapter import lower_rank, pack_adapter
 from wedlm.model.lora.peft import read_adapter
 from wedlm.train import batch as batch_module
 from wedlm.train.lora import add_masked_lora
 from wedlm.train.step import TrainingModel, hidden_states
 
 __all__ = ["transformer"]  # a fixture
+ROOT = Path(__file__).parents[2]
 LORA = {"lora_rank": 4, "lora_rows": "masked", "merge_lora": False, "enable_ar_loss": False}
 
 
@@ -265,6 +269,42 @@ def test_an_adapter_in_four_bits(runs, tmp_path):
         for llm, decoding in ((base, "autoregressive"), (adapted, "verified"))
     )
     assert found == expected
+
+
+def test_a_lower_rank_is_the_nearest(runs):
+    """No pair of that rank has a product nearer to the whole one's: what is lost are the last singular values."""
+    tensors = load_file(runs[1] / "adapter_model.safetensors")
+    for rank in (1, 5, 16, 99):
+        lower = lower_rank(tensors, rank)
+        assert lower.keys() == tensors.keys()
+        for name, a in tensors.items():
+            if name.endswith("lora_A.weight"):
+                other = name.replace("lora_A", "lora_B")
+                whole, found = tensors[other] @ a, lower[other] @ lower[name]
+                assert lower[name].shape == (min(rank, len(a)), a.shape[1])
+                left_out = torch.linalg.svdvals(whole)[rank:].square().sum().sqrt()
+                assert (found - whole).norm() <= left_out + 1e-5 * whole.norm()
+            elif not name.endswith("lora_B.weight"):
+                assert lower[name] is a
+
+
+def test_an_adapter_is_packed_in_a_lower_rank_by_one_command(runs, tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "recipes/smollm2_135m/pack_masked.py",
+        runs[1],
+        tmp_path / "packed",
+        "--rank",
+        "4",
+    ]
+    subprocess.run(list(map(str, command)), check=True)
+    whole, packed = read_adapter(runs[1]), read_adapter(tmp_path / "packed")
+    expected = lower_rank(load_file(runs[1] / "adapter_model.safetensors"), 4)
+    for name, delta in packed.low_rank.items():
+        assert len(delta.a) == 4
+        assert delta.scale == whole.low_rank[name].scale
+        key = f"base_model.model.{name.removesuffix('.weight')}.masked_lora_A.weight"
+        assert (delta.a - expected[key]).norm() < 0.2 * expected[key].norm()
 
 
 @pytest.mark.parametrize(

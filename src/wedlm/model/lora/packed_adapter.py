@@ -16,16 +16,19 @@ from wedlm.model.lora.weight_delta import quantise, restore
 
 _PARTS = {"codes": torch.uint8, "row": torch.float16, "column": torch.float16, "levels": torch.float32}
 _LEVELS = 16
+_A, _B = "lora_A.weight", "lora_B.weight"
 
 
-def pack_adapter(directory: Path, target: Path, weights_file: str) -> tuple[int, float]:
+def pack_adapter(directory: Path, target: Path, weights_file: str, rank: int | None = None) -> tuple[int, float]:
     """Write the adapter in ``directory`` to ``target`` in four bits, its other files beside it.
 
-    Returns the bytes of its weights, and the share of the matrices' energy that is lost.
+    ``rank``: write it in this rank at most (``lower_rank``); its config has to be changed in step.
+    Returns the bytes of its weights, and the share of the matrices' energy that rounding loses.
     """
     packed: dict[str, Tensor] = {}
     lost = total = 0.0
-    for name, tensor in load_file(directory / weights_file).items():
+    tensors: Mapping[str, Tensor] = unpack(load_file(directory / weights_file))
+    for name, tensor in (tensors if rank is None else lower_rank(tensors, rank)).items():
         if tensor.ndim != 2:
             packed[name] = tensor.half()
             continue
@@ -39,6 +42,21 @@ def pack_adapter(directory: Path, target: Path, weights_file: str) -> tuple[int,
             shutil.copyfile(path, target / path.name)
     save_shared(packed, target / weights_file, {"format": "pt"})
     return (target / weights_file).stat().st_size, lost / max(total, 1e-30)
+
+
+def lower_rank(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The tensors of an adapter's file with each pair A [r, I], B [O, r] replaced by the pair of at most ``rank`` whose
+    product is nearest to B A, its singular values shared out evenly between both."""
+    found = dict(tensors)
+    for name, a in tensors.items():
+        if name.endswith(_A):
+            other = name.removesuffix(_A) + _B
+            # B A = Q_b (R_b R_a') Q_a', so that the decomposition is of r x r numbers.
+            (q_b, r_b), (q_a, r_a) = (torch.linalg.qr(one.float()) for one in (tensors[other], a.T))
+            u, s, v = torch.linalg.svd(r_b @ r_a.T)
+            root = s[:rank].sqrt()
+            found[other], found[name] = q_b @ u[:, :rank] * root, root[:, None] * (v[:rank] @ q_a.T)
+    return found
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
