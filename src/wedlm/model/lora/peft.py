@@ -24,6 +24,7 @@ from wedlm.model.config import ModelConfig, check_integer, read_flag, read_integ
 from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.checkpoint import read_config
 from wedlm.model.formats.json_file import read_json_object
+from wedlm.model.formats.resolve import locate_adapter
 from wedlm.model.inference.layers import is_packed
 from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, attach_masked_lora, has_masked_lora
 from wedlm.model.lora.packed_adapter import unpack
@@ -116,9 +117,10 @@ def adapted_config(config: ModelConfig, directory: str | Path) -> ModelConfig:
 
     An adapter of another origin notes none, and the config stays as it is. Raises CheckpointError.
     """
-    if not (Path(directory) / "config.json").is_file():
+    directory = locate_adapter(directory)
+    if not (directory / "config.json").is_file():
         return config
-    noted = read_config(Path(directory))
+    noted = read_config(directory)
     if (noted.model_type, noted.hidden_size, noted.num_layers) != (
         config.model_type,
         config.hidden_size,
@@ -137,12 +139,13 @@ def _add(parameter: nn.Parameter, delta: LowRank) -> None:
 
 
 def read_adapter(directory: str | Path) -> Adapter:
-    """The adapter that peft saved in ``directory``, on the CPU; keys may come with peft's prefix or without it.
+    """The adapter that peft saved in ``directory`` (or "demo-masked"), on the CPU; keys may come with peft's prefix or
+    without it.
 
     Understood are LoRA matrices (also of embeddings, with patterns of rank and alpha, and rank-stabilised), trained
     token rows, and modules or biases saved whole. Raises CheckpointError for anything else.
     """
-    directory = Path(directory)
+    directory = locate_adapter(directory)
     with reading(directory):
         config = _read_config(directory)
         return _sort_out(_read_tensors(directory), config)
