@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from wedlm.accelerate.measure import SPEED_MODES, same_texts
 from wedlm.accelerate.settings import ADAPTER, Settings
@@ -100,6 +101,7 @@ def _blocks(facts: Facts) -> list[Block]:
         Block("table", rows=_depth_rows(facts)),
         Block("figure", plot=acceptance, file="figures/acceptance.svg"),
         Block("heading", "Training"),
+        Block("text", _about_training(facts)),
         *([] if training is None else [Block("figure", plot=training, file="figures/training.svg")]),
         Block("text", _about_data(facts)),
         Block("table", rows=_time_rows(facts)),
@@ -162,8 +164,8 @@ def _speed_rows(facts: Facts) -> tuple[tuple[str, ...], ...]:
 def _about_speed(facts: Facts) -> str:
     found = facts.parts["speed"]
     text = (
-        f"Medians of {len(found['rounds']['auto'])} rounds over {found['prompts']} of the held-out prompts, modes taking "
-        "turns, on the engine with the adapter."
+        f"Medians of {len(found['rounds']['auto'])} rounds over {found['prompts']} of the held-out prompts, modes "
+        "taking turns, on the engine with the adapter."
     )
     if "default_speed" in facts.parts:
         text += (
@@ -229,6 +231,17 @@ def _about_data(facts: Facts) -> str:
         f"{prompts['too_long']} longer than {settings.max_prompt_tokens} tokens. Of the model's own greedy answers "
         f"{answers['written']:,} were trained on ({answers['tokens']:,} tokens); {answers['cut']} that did not end "
         f"within {settings.max_tokens} tokens and {answers['unusable']} empty ones were not."
+    )
+
+
+def _about_training(facts: Facts) -> str:
+    config = yaml.safe_load((facts.settings.output / "training.yaml").read_text(encoding="utf-8"))
+    path = facts.settings.output / "training" / METRICS_FILE
+    steps = max((one["step"] for one in read_metrics(path)), default=0) if path.is_file() else 0
+    size = sum(file.stat().st_size for file in (facts.settings.output / ADAPTER).glob("*.safetensors")) / 1e6
+    return (
+        f"A LoRA of rank {config['lora_rank']} for masked rows ({', '.join(config['lora_targets'])}), blocks of "
+        f"{config['block_size']} positions, {steps:,} steps, peak rate {config['learning_rate']:g}: {size:,.1f} MB."
     )
 
 

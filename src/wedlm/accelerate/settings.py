@@ -86,11 +86,13 @@ def decisions(settings: Settings, stage: str) -> dict[str, Any]:
 def check_unchanged(stage: str, made_with: Mapping[str, Any], wanted: Mapping[str, Any], output: Path) -> None:
     """ValueError, in one sentence, naming the first option whose value is another than the stage was begun with."""
     for name, value in wanted.items():
-        if made_with.get(name) != value:
-            shown, before = (_shown(one) for one in (value, made_with.get(name)))
+        before = made_with.get(name)
+        if before != value:
+            fault = f"{_option(name)} is {_shown(value)} and was {_shown(before)}"
+            if name == "content":
+                fault = "a file of prompts is not what it was"
             raise ValueError(
-                f'{_option(name)} is {shown}, but the stage "{stage}" in {output} was begun with {before}; '
-                "expected the same, or another --output"
+                f'{fault} when the stage "{stage}" in {output} was begun; expected the same, or another --output'
             )
 
 

@@ -73,7 +73,7 @@ def training_config(
         "gradient_accumulation_steps": max(1, (16 if on_gpu else 4) // ((4 if on_gpu else 1) * processes)),
         "bf16": on_gpu,
         "seed": settings.seed,
-        "logging_steps": 10 if on_gpu else 1,
+        "logging_steps": 10 if on_gpu else 5,
         "save_steps": 100 if on_gpu else 10,
         "save_total_limit": 1,
         "save_dtype": "float32",
