@@ -60,9 +60,9 @@ def test_the_whole_run(parts):
 def test_the_adapter_drafts_and_leaves_the_text(parts):
     base, _, output, _ = parts
     measured = json.loads((output / "measurement/parts.json").read_text())
-    for part in ("before_verified", "after_ar", "after_verified"):
+    for part in ("before", "after_ar", "after"):
         assert same_texts(measured, part) == 6
-    before, after = (measured[f"{when}_verified"]["tokens_per_forward"] for when in ("before", "after"))
+    before, after = (measured[when]["tokens_per_forward"] for when in ("before", "after"))
     assert after > before + 0.1
     # As anyone would load it, on other prompts.
     chats = [[{"role": "user", "content": question}] for question in ("box a a x", "mat", "cat on mat", "two")]
@@ -80,7 +80,7 @@ def test_the_report_says_what_was_measured(parts):
     measured = json.loads((output / "measurement/parts.json").read_text())
     markdown, page = (output / "report.md").read_text(), (output / "report.html").read_text()
     for text in (markdown, page):
-        assert f"{measured['after_verified']['tokens_per_forward']:.2f} tokens a forward" in text
+        assert f"{measured['after']['tokens_per_forward']:.2f} tokens a forward" in text
         assert "6 of 6" in text
         assert str(prompts) in text
         assert f"{measured['speed']['tok_per_s']['auto']:.3g}" in text
@@ -106,7 +106,7 @@ CUTS = {
     "prompts": ("wedlm.accelerate.prompts:encode_prompt", 30),
     "answers": ("wedlm.accelerate.answers:GenerationOutput.of", 20),
     "training": ("wedlm.train.trainer:Trainer._step", 7),
-    "measurement": ("wedlm.accelerate.measure:acceptance", 2),
+    "measurement": ("wedlm.accelerate.measure:drafted", 2),
     "report": ("wedlm.accelerate.report:_markdown", 1),
 }
 
@@ -131,9 +131,9 @@ def test_killed_in_each_stage_it_goes_on(parts, tmp_path, monkeypatch):
     ours, theirs = (load_file(one / "adapter/adapter_model.safetensors") for one in (output, whole))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     measured, expected = (json.loads((one / "measurement/parts.json").read_text()) for one in (output, whole))
-    for part in ("base_ar", "after_ar", "after_verified"):
+    for part in ("base_ar", "after_ar", "after"):
         assert measured[part]["token_ids"] == expected[part]["token_ids"]
-    assert measured["after_depth"]["shares"] == expected["after_depth"]["shares"]
+    assert measured["after"]["shares"] == expected["after"]["shares"]
     assert (output / "report.md").is_file()
 
 

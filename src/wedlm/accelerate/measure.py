@@ -18,7 +18,10 @@ import torch
 from wedlm import LLM, SamplingParams
 from wedlm.accelerate.answers import each_answer
 from wedlm.engine.adaptive.fixed_rows import CountedRows
+from wedlm.engine.factory import eager_reason
 from wedlm.engine.outputs import GenerationOutput
+from wedlm.engine.resolve_options import read_device, read_dtype
+from wedlm.model.formats.checkpoint import open_checkpoint
 from wedlm.model.formats.save import write_whole
 from wedlm.native import NativeTransformer
 
@@ -33,21 +36,19 @@ _SPEED_PROMPTS, _SPEED_ROUNDS, _SPEED_TOKENS = 6, 3, 96
 def same_arithmetic(model: str, adapter: Path, options: Mapping[str, Any]) -> Values:
     """Options under which base and adapter run the same arithmetic, exact whatever runs together.
 
-    Those of the user count. On a CPU that runs the adapter natively these are the engine's defaults; elsewhere on a
-    CPU float32, and on a GPU its deterministic kernels, unless it computes in float32 anyway.
+    Those of the user count. On a GPU they are its deterministic kernels, unless it computes in float32 or without
+    them; on a CPU that runs the adapter natively the engine's defaults, on any other float32.
     """
-    chosen = dict(options)
+    device = read_device(options["device"])
+    if device.type == "cuda":
+        config = open_checkpoint(model).config
+        dtype = read_dtype(options["dtype"], device) or getattr(torch, config.dtype)
+        on_kernels = eager_reason(None, device, config) is None
+        return {**options, "deterministic": True} if on_kernels and dtype != torch.float32 else dict(options)
     by_itself = options["dtype"] == "auto" and options["quantization"] == "auto"
-    llm = LLM(model, adapter=str(adapter), **options)
-    native, device, dtype = isinstance(llm.model, NativeTransformer), llm.device, llm.blueprint.dtype
-    on_kernels = llm.blueprint.packed is not None
-    del llm
-    release()
-    if device.type == "cpu" and not native and by_itself:
-        chosen |= {"dtype": "float32", "quantization": "none"}
-    elif device.type == "cuda" and on_kernels and dtype != torch.float32:
-        chosen["deterministic"] = True
-    return chosen
+    if by_itself and not isinstance(LLM(model, adapter=str(adapter), **options).model, NativeTransformer):
+        return {**options, "dtype": "float32", "quantization": "none"}
+    return dict(options)
 
 
 def release() -> None:
@@ -81,7 +82,7 @@ class Measurement:
 def answer_all(
     llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, progress: Callable[[int], None]
 ) -> Values:
-    """All prompts together: the ids of each answer, how many were cut, and tokens by forwards and by rows."""
+    """All prompts together: the ids of each answer, its forwards and whether it ended, tokens a forward and a row."""
     outputs: dict[int, GenerationOutput] = {}
 
     def done(place: int, output: GenerationOutput) -> None:
@@ -90,56 +91,55 @@ def answer_all(
 
     progress(0)
     each_answer(llm, prompts, params, done)
-    stats = [output.stats for output in outputs.values() if output.stats is not None]
-    tokens, forwards, rows = (
-        sum(getattr(one, f"num_{what}") for one in stats) for what in ("tokens", "forwards", "rows")
-    )
+    found = [outputs[place] for place in range(len(prompts))]
+    stats = [output.stats for output in found if output.stats is not None]
+    tokens, rows = (sum(getattr(one, f"num_{what}") for one in stats) for what in ("tokens", "rows"))
+    forwards = [one.num_forwards for one in stats]
     return {
-        "token_ids": [outputs[place].token_ids for place in range(len(prompts))],
-        "cut": sum(output.finish_reason == "length" for output in outputs.values()),
-        "tokens": tokens,
+        "token_ids": [output.token_ids for output in found],
+        "ended": [output.finish_reason == "stop" for output in found],
         "forwards": forwards,
-        "tokens_per_forward": tokens / max(1, forwards),
+        "tokens_per_forward": tokens / max(1, sum(forwards)),
         "p_cache": tokens / max(1, rows),
     }
 
 
-def acceptance(
-    llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, progress: Callable[[int], None]
-) -> Values:
-    """Shares of drafts that verification accepts, by depth, every masked row drafted; tokens a step."""
+def drafted(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, progress: Callable[[int], None]) -> Values:
+    """``answer_all`` of verified decoding in which every masked row is drafted, however unsure; and the shares of drafts
+    accepted by depth, with how often each was tried. ``params`` are for auto decoding, whose rows are fixed."""
     rows = params.wedlm_window_size or llm.engine.config.options.wedlm_window_size
     controller = llm.engine.controller
     before, controller.draft_budget = controller.draft_budget, (counted := CountedRows(rows))
     try:
-        answer_all(llm, prompts, params, progress)
+        values = answer_all(llm, prompts, params, progress)
     finally:
         controller.draft_budget = before
-    return {
-        "trials": counted.trials,
-        "shares": counted.shares,
-        "tokens_per_step": counted.tokens / max(1, counted.steps),
-    }
+    return {**values, "trials": counted.trials, "shares": counted.shares}
 
 
 def speed(
     llm: LLM, prompts: Sequence[list[int]], params: Mapping[str, SamplingParams], progress: Callable[[int], None]
 ) -> Values:
-    """Tokens a second of one stream, for each mode: the median of rounds in which modes take turns, and all rounds."""
+    """Tokens a second of one stream, for each mode: the median of rounds in which modes take turns, and all rounds.
+
+    A round before them does not count: costs are measured, graphs captured, and memory touched for the first time.
+    """
     chosen = list(prompts[:_SPEED_PROMPTS])
     rates: dict[str, list[float]] = {mode: [] for mode in params}
-    for mode in params:
-        llm.generate(chosen[:1], params[mode], progress=False)  # costs, captures and first touches
-    for number in range(_SPEED_ROUNDS):
+    forwards: dict[str, float] = {}
+    for number in range(1 + _SPEED_ROUNDS):
         for mode in list(params)[:: 1 if number % 2 == 0 else -1]:
-            tokens, began = 0, time.perf_counter()
+            began, outputs = time.perf_counter(), []
             for prompt in chosen:
                 llm.engine.pool.reset_prefix_cache()
-                tokens += len(llm.generate([prompt], params[mode], progress=False)[0].token_ids)
-            rates[mode].append(tokens / (time.perf_counter() - began))
-            progress(sum(map(len, rates.values())))
+                outputs += llm.generate([prompt], params[mode], progress=False)
+            took, tokens = time.perf_counter() - began, sum(len(output.token_ids) for output in outputs)
+            forwards[mode] = tokens / max(1, sum(o.stats.num_forwards for o in outputs if o.stats is not None))
+            if number:
+                rates[mode].append(tokens / took)
+                progress(sum(map(len, rates.values())))
     medians = {mode: statistics.median(found) for mode, found in rates.items()}
-    return {"tok_per_s": medians, "rounds": rates, "prompts": len(chosen)}
+    return {"tok_per_s": medians, "rounds": rates, "tokens_per_forward": forwards, "prompts": len(chosen)}
 
 
 class Measurer:
@@ -155,10 +155,10 @@ class Measurer:
     def run(self, model: str, adapter: Path, encode: Encode, mask_token_id: int, options: Values) -> None:
         """Everything that is not there yet. ``encode`` gives an engine's prompts, ``options`` are the user's."""
         exact = self.kept.part("options", lambda: {"engine": same_arithmetic(model, adapter, options)})["engine"]
-        if self.kept.lacks("base_ar", "before_verified", "before_depth"):
+        if self.kept.lacks("base_ar", "before"):
             self._base(LLM(model, mask_token_id=mask_token_id, **exact), encode)
             release()
-        if self.kept.lacks("after_ar", "after_verified", "after_depth", "speed"):
+        if self.kept.lacks("after_ar", "after", "speed"):
             self._adapter(LLM(model, adapter=str(adapter), **exact), encode)
             release()
         if exact != options and self.kept.lacks("default_speed"):
@@ -178,17 +178,12 @@ class Measurer:
         told = self._told(f"tokens a second, {what}", len(names) * _SPEED_ROUNDS)
         self.kept.part(part, lambda: {**speed(llm, encode(llm), modes, told), "engine": llm.describe()})
 
-    def _texts(self, who: str, llm: LLM, encoded: list[list[int]], ar: str, when: str) -> None:
-        total = len(encoded)
-        told = self._told(f"{who}: AR", total)
-        self.kept.part(
-            ar, lambda: {**answer_all(llm, encoded, self.params("autoregressive"), told), "engine": llm.describe()}
-        )
-        told = self._told(f"{who}: verified", total)
-        self.kept.part(f"{when}_verified", lambda: answer_all(llm, encoded, self.params("verified"), told))
-        told = self._told(f"{who}: acceptance", total)
-        every = self.params("auto", wedlm_draft_entropy=1e9)
-        self.kept.part(f"{when}_depth", lambda: acceptance(llm, encoded, every, told))
+    def _texts(self, who: str, llm: LLM, encoded: list[list[int]], ar: str, verified: str) -> None:
+        told = self._told(f"{who}, AR", len(encoded))
+        plain, every = self.params("autoregressive"), self.params("auto", wedlm_draft_entropy=1e9)
+        self.kept.part(ar, lambda: {**answer_all(llm, encoded, plain, told), "engine": llm.describe()})
+        told = self._told(f"{who}, verified", len(encoded))
+        self.kept.part(verified, lambda: drafted(llm, encoded, every, told))
 
     def _told(self, what: str, total: int) -> Callable[[int], None]:
         return lambda done: self._progress(what, done, total)

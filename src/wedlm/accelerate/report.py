@@ -74,13 +74,19 @@ def usage(settings: Settings) -> tuple[str, str]:
 def summary(facts: Facts) -> str:
     """The gain in one sentence."""
     parts = facts.parts
-    before, after = (parts[f"{when}_verified"]["tokens_per_forward"] for when in ("before", "after"))
-    same, total = same_texts(parts, "after_verified"), len(parts["base_ar"]["token_ids"])
+    before, after = (parts[when]["tokens_per_forward"] for when in ("before", "after"))
+    same, total = same_texts(parts, "after"), len(parts["base_ar"]["token_ids"])
     rates = parts["speed"]["tok_per_s"]
     best = max(SPEED_MODES[1:], key=lambda mode: rates[mode])
+    alone = ""
+    if "default_speed" in parts:
+        alone = (
+            f"; the base by itself, in another arithmetic: {parts['default_speed']['tok_per_s']['autoregressive']:.3g}"
+        )
     return (
         f"{after:.2f} tokens a forward on {total} held-out prompts ({before:.2f} before), {same} of {total} texts "
-        f"equal to the base's; one stream: {rates[best]:.3g} tok/s ({best}) against {rates['autoregressive']:.3g} (AR)"
+        f"equal to the base's; one stream: {rates[best]:.3g} tok/s ({best}) against {rates['autoregressive']:.3g} "
+        f"(AR{alone})"
     )
 
 
@@ -113,9 +119,9 @@ def _text_rows(facts: Facts) -> tuple[tuple[str, ...], ...]:
     total = len(facts.parts["base_ar"]["token_ids"])
     names = {
         "base_ar": "base, AR",
-        "before_verified": "base, verified (before)",
+        "before": "base, verified (before)",
         "after_ar": "adapter, AR",
-        "after_verified": "adapter, verified (after)",
+        "after": "adapter, verified (after)",
     }
     rows = [
         (
@@ -123,12 +129,24 @@ def _text_rows(facts: Facts) -> tuple[tuple[str, ...], ...]:
             f"{part['tokens_per_forward']:.2f}",
             f"{part['p_cache']:.3f}",
             f"{same_texts(facts.parts, name)} of {total}",
-            str(part["cut"]),
+            str(total - sum(part["ended"])),
+            _tokens_of_ended(part),
         )
         for name, words in names.items()
         for part in [facts.parts[name]]
     ]
-    return (("", "tokens a forward", "p_cache", "the base's AR text", "answers cut"), *rows)
+    return (
+        ("", "tokens a forward", "p_cache", "the base's AR text", "answers cut", "the others: tokens a forward"),
+        *rows,
+    )
+
+
+def _tokens_of_ended(part: Values) -> str:
+    """Tokens a forward of the answers that ended by themselves."""
+    ended = [
+        (len(ids), n) for ids, n, end in zip(part["token_ids"], part["forwards"], part["ended"], strict=True) if end
+    ]
+    return f"{sum(tokens for tokens, _ in ended) / sum(n for _, n in ended):.2f}" if ended else "none"
 
 
 def _about_texts(facts: Facts) -> str:
@@ -144,21 +162,16 @@ def _about_texts(facts: Facts) -> str:
 def _speed_rows(facts: Facts) -> tuple[tuple[str, ...], ...]:
     found = facts.parts["speed"]
     ar = found["tok_per_s"]["autoregressive"]
-    rows = [
-        (
-            mode,
-            f"{rate:.3g}",
-            f"{min(found['rounds'][mode]):.3g} to {max(found['rounds'][mode]):.3g}",
-            f"{rate / ar:.2f}x",
-        )
-        for mode, rate in found["tok_per_s"].items()
-    ]
+    rows = [_speed_row(mode, found, mode, ar) for mode in found["tok_per_s"]]
     if "default_speed" in facts.parts:
-        default = facts.parts["default_speed"]
-        rate, rounds = default["tok_per_s"]["autoregressive"], default["rounds"]["autoregressive"]
-        spread = f"{min(rounds):.3g} to {max(rounds):.3g}"
-        rows.append(("AR of the base by itself", f"{rate:.3g}", spread, f"{rate / ar:.2f}x"))
-    return (("", "tok/s", "rounds", "against AR"), *rows)
+        rows.append(_speed_row("AR of the base by itself", facts.parts["default_speed"], "autoregressive", ar))
+    return (("", "tok/s", "rounds", "against AR", "tokens a forward"), *rows)
+
+
+def _speed_row(name: str, found: Values, mode: str, ar: float) -> tuple[str, ...]:
+    rate, rounds = found["tok_per_s"][mode], found["rounds"][mode]
+    spread = f"{min(rounds):.3g} to {max(rounds):.3g}"
+    return name, f"{rate:.3g}", spread, f"{rate / ar:.2f}x", f"{found['tokens_per_forward'][mode]:.2f}"
 
 
 def _about_speed(facts: Facts) -> str:
@@ -169,14 +182,14 @@ def _about_speed(facts: Facts) -> str:
     )
     if "default_speed" in facts.parts:
         text += (
-            " The last row is the base on the engine that it gets without an adapter, whose arithmetic is another: "
+            " The last row is the base on the engine that it gets by itself, without an adapter: "
             f"{facts.parts['default_speed']['engine']}."
         )
     return text
 
 
 def _depth_rows(facts: Facts) -> tuple[tuple[str, ...], ...]:
-    before, after = (facts.parts[f"{when}_depth"] for when in ("before", "after"))
+    before, after = (facts.parts[when] for when in ("before", "after"))
     depth = max(len(before["shares"]), len(after["shares"]))
 
     def cell(part: Values, index: int) -> str:
@@ -191,7 +204,7 @@ def _depth_rows(facts: Facts) -> tuple[tuple[str, ...], ...]:
 def _acceptance_plot(facts: Facts) -> Plot:
     figure, (axes,) = new_figure(1)
     for when in ("before", "after"):
-        shares = facts.parts[f"{when}_depth"]["shares"]
+        shares = facts.parts[when]["shares"]
         axes.plot(range(1, len(shares) + 1), shares, ".-", label=when)
     axes.set_xlabel("draft, by its distance from the text")
     axes.set_ylabel("share accepted")

@@ -142,7 +142,7 @@ def _launch(file: Path, device: torch.device, processes: int) -> None:
 
 def copy_adapter(final: Path, target: Path) -> None:
     """The finished adapter in one step: ``target`` is whole or not there."""
-    building = target.with_name(f".{target.name}.{os.getpid()}")
+    building = target.with_name(f".{target.name}")
     shutil.rmtree(building, ignore_errors=True)
     shutil.copytree(final, building)
     shutil.rmtree(target, ignore_errors=True)
