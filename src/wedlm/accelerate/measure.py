@@ -105,8 +105,8 @@ def answer_all(
 
 
 def drafted(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, progress: Callable[[int], None]) -> Values:
-    """``answer_all`` of verified decoding in which every masked row is drafted, however unsure; and the shares of drafts
-    accepted by depth, with how often each was tried. ``params`` are for auto decoding, whose rows are fixed."""
+    """``answer_all`` of verified decoding in which every masked row is drafted, however unsure; and the shares of
+    drafts accepted by depth, with how often each was tried. ``params`` are for auto decoding, whose rows are fixed."""
     rows = params.wedlm_window_size or llm.engine.config.options.wedlm_window_size
     controller = llm.engine.controller
     before, controller.draft_budget = controller.draft_budget, (counted := CountedRows(rows))
