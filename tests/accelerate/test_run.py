@@ -217,7 +217,8 @@ def test_conversations_and_texts(parts, tmp_path):
         (["--set", "lora_rows=all"], "--set lora_rows is given, which this command decides"),
         (["--set", "lerning_rate=1"], "lerning_rate is not a setting; expected learning_rate"),
         (["--mask-token-id", "5"], "mask_token_id is 5, which is the token"),
-        (["--num-prompts", "100000"], "expected at most"),
+        (["--num-prompts", "100000", "--max-tokens", "24"], "expected at most"),
+        (["--max-tokens", "256"], "--max-tokens is 256; expected less than the model's length, 256"),
         (["--device", "nonsense"], "device is 'nonsense'"),
     ],
 )
@@ -234,7 +235,7 @@ def test_places_and_models_that_cannot_be_used(parts, tmp_path):
     base, *_ = parts
 
     def told(*arguments: str | Path) -> str:
-        done = wedlm("accelerate", *map(str, arguments))
+        done = wedlm("accelerate", "--max-tokens", "24", *map(str, arguments))
         assert done.exit_code == 2
         return done.stderr
 

@@ -23,31 +23,42 @@ DEFAULT_PROMPTS = 2000
 _BEGINNING = 32  # tokens of a plain text that the model goes on with
 
 
-def make_prompts(settings: Settings, tokenizer: Tokenizer, training: Path, held_out: Path) -> tuple[int, int, int]:
+def make_prompts(
+    settings: Settings, tokenizer: Tokenizer, longest: int, training: Path, held_out: Path
+) -> tuple[int, int, int]:
     """Write the prompts to two files of JSON lines; (prompts to train on, held-out ones, left out because too long).
+    ``longest`` is the model's length: a prompt leaves room in it for an answer.
 
     The user's prompts are shuffled, each once, and the first ``held_out`` of them, at most a quarter, are held out.
     Raises ValueError.
     """
+    most = min(settings.max_prompt_tokens, longest - settings.max_tokens)
+    if most < 1:
+        raise ValueError(f"--max-tokens is {settings.max_tokens}; expected less than the model's length, {longest}")
+
+    def fitting(prompts: Iterable[Prompt]) -> list[Prompt]:
+        return [one for one in prompts if len(encode_prompt(one, tokenizer)) <= most]
+
     if settings.prompts or settings.data:
-        found = list({json.dumps(one, ensure_ascii=False): one for one in _given(settings, tokenizer)}.values())
+        given = {json.dumps(one, ensure_ascii=False): one for one in _given(settings, tokenizer)}
+        found = fitting(given.values())
+        too_long = len(given) - len(found)
+        random.Random(settings.seed).shuffle(found)
+        found = found[: settings.num_prompts]
+        kept = min(settings.held_out, len(found) // 4)
+        learnt, measured = found[kept:], found[:kept]
     else:
-        asked = settings.num_prompts or DEFAULT_PROMPTS
-        train_texts, held_texts = mixture(asked, settings.held_out, settings.seed)
-        found = [_asked(text, tokenizer) for text in (*held_texts, *train_texts)]
-    fits = [one for one in found if len(encode_prompt(one, tokenizer)) <= settings.max_prompt_tokens]
-    if settings.prompts or settings.data:
-        random.Random(settings.seed).shuffle(fits)
-        fits = fits[: settings.num_prompts]
-    kept = min(settings.held_out, len(fits) // 4) if settings.prompts or settings.data else len(held_texts)
-    if kept < 1:
+        made = mixture(settings.num_prompts or DEFAULT_PROMPTS, settings.held_out, settings.seed)
+        learnt, measured = (fitting(_asked(text, tokenizer) for text in texts) for texts in made)
+        too_long = sum(map(len, made)) - len(learnt) - len(measured)
+    if not (learnt and measured):
         raise ValueError(
-            f"there are {len(fits)} different prompts of at most {settings.max_prompt_tokens} tokens; expected at "
-            "least 4, one of which is held out"
+            f"there are {len(learnt) + len(measured)} different prompts of at most {most} tokens; expected at least 4, "
+            "one of which is held out"
         )
-    _write(fits[:kept], held_out)
-    _write(fits[kept:], training)
-    return len(fits) - kept, kept, len(found) - len(fits)
+    _write(learnt, training)
+    _write(measured, held_out)
+    return len(learnt), len(measured), too_long
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:

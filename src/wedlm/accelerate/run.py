@@ -23,7 +23,7 @@ from wedlm.accelerate.answers import answer_prompts, write_training_data
 from wedlm.accelerate.measure import Measurement, Measurer, release
 from wedlm.accelerate.prompts import encode_prompt, make_prompts, read_prompts
 from wedlm.accelerate.report import Facts, machine_name, write_report
-from wedlm.accelerate.settings import ADAPTER, Settings, check_unchanged, decisions
+from wedlm.accelerate.settings import ADAPTER, DECIDES, Settings, check_unchanged, decisions
 from wedlm.accelerate.training import copy_adapter, num_processes, train, training_config
 from wedlm.engine.resolve_options import read_device
 from wedlm.model import load_tokenizer
@@ -32,7 +32,6 @@ from wedlm.model.formats.save import write_whole
 from wedlm.model.init_checkpoint import check_mask_token_id, choose_mask_token_id
 from wedlm.train.config import TrainConfig
 
-STAGES = ("prompts", "answers", "training", "measurement", "report")
 _STATE = "run.json"
 _GPU_SEQUENCES = 256  # answers at once there; on a CPU the engine's default
 
@@ -60,7 +59,7 @@ class Run:
         self.settings, self.teller, self.output = settings, teller, settings.output
         self.device = read_device(settings.engine.device)
         self.state = self._read_state()
-        self.wanted = {stage: decisions(settings, stage) for stage in STAGES[:-1]}
+        self.wanted = {stage: decisions(settings, stage) for stage in DECIDES}
         self.wanted["prompts"]["content"] = [_digest(path) for path in (*settings.prompts, *settings.data)]
         for stage, made in self.state.items():
             check_unchanged(stage, made["options"], self.wanted[stage], self.output)
@@ -74,15 +73,17 @@ class Run:
 
     def run(self) -> Path:
         """All stages that are not done; returns the report's path."""
-        for number, stage in enumerate(STAGES, 1):
-            if stage == "report":
-                self.teller.stage(number, "report")
-                return write_report(self.facts())
-            with self._timed(stage) as done:
-                if done:
-                    continue
-                getattr(self, f"_{stage}")(number)
-        raise AssertionError("the last stage returns")
+        for stage, begin in (
+            ("prompts", self._prompts),
+            ("answers", self._answers),
+            ("training", self._training),
+            ("measurement", self._measurement),
+        ):
+            if not self.state.get(stage, {}).get("done"):
+                with self._begun(stage):
+                    begin()
+        self.teller.stage(5, "report")
+        return write_report(self.facts())
 
     def path(self, *parts: str) -> Path:
         """A place under the output directory; its folder is made."""
@@ -104,20 +105,21 @@ class Run:
         places = self.output / "answers" / "training.jsonl", self.output / "training"
         return training_config(self.settings, *places, self.mask_token_id, self.config.max_length, self.device)
 
-    def _prompts(self, number: int) -> None:
-        self.teller.stage(number, "prompts")
+    def _prompts(self) -> None:
+        self.teller.stage(1, "prompts")
         training, held_out, too_long = make_prompts(
             self.settings,
             self.tokenizer,
+            self.config.max_length,
             self.path("prompts", "training.jsonl"),
             self.path("prompts", "held_out.jsonl"),
         )
         self._result("prompts", training=training, held_out=held_out, too_long=too_long)
         self.teller.note(f"{training:,} prompts to train on, {held_out} held out; {too_long} were too long")
 
-    def _answers(self, number: int) -> None:
+    def _answers(self) -> None:
         prompts = read_prompts(self.path("prompts", "training.jsonl"))
-        self.teller.stage(number, f"the model's own answers to {len(prompts):,} prompts")
+        self.teller.stage(2, f"the model's own answers to {len(prompts):,} prompts")
         log = self.path("answers", "answers.jsonl")
         self._answer(prompts, log)
         release()
@@ -144,16 +146,16 @@ class Run:
         answer_prompts(llm, prompts, params, log, told)
         self.teller.finish()
 
-    def _training(self, number: int) -> None:
+    def _training(self) -> None:
         config = self.training_config()
         processes = num_processes(self.settings, self.device)
         where = f"{processes} processes" if processes > 1 else str(self.device)
-        self.teller.stage(number, f"training of a LoRA of rank {config.lora_rank} for masked rows, on {where}")
+        self.teller.stage(3, f"training of a LoRA of rank {config.lora_rank} for masked rows, on {where}")
         copy_adapter(train(config, self.path("training.yaml"), self.device, processes), self.adapter)
 
-    def _measurement(self, number: int) -> None:
+    def _measurement(self) -> None:
         prompts = read_prompts(self.path("prompts", "held_out.jsonl"))
-        self.teller.stage(number, f"measurement on {len(prompts)} held-out prompts, before and after")
+        self.teller.stage(4, f"measurement on {len(prompts)} held-out prompts, before and after")
         kept = Measurement(self.path("measurement", "parts.json"))
         measurer = Measurer(kept, self.settings.max_tokens, self.settings.rows, self.teller.progress)
 
@@ -189,23 +191,17 @@ class Run:
         self.state[stage]["result"] = values
 
     @contextmanager
-    def _timed(self, stage: str) -> Iterator[bool]:
-        """Yields whether the stage is done. Its options are on the disk before it begins, its seconds once it ends or
-        is cut by anything but a kill."""
-        if stage == "report":
-            yield False
-            return
-        known = self.state.setdefault(stage, {"options": self.wanted[stage], "seconds": 0.0, "done": False})
-        if known["done"]:
-            yield True
-            return
+    def _begun(self, stage: str) -> Iterator[None]:
+        """Around a stage: its options are on the disk before it begins, its seconds once it ends or is cut, unless by a
+        kill."""
+        made = self.state.setdefault(stage, {"options": self.wanted[stage], "seconds": 0.0, "done": False})
         self._write_state()
         began = time.perf_counter()
         try:
-            yield False
-            known["done"] = True
+            yield
+            made["done"] = True
         finally:
-            known["seconds"] = round(known["seconds"] + time.perf_counter() - began, 1)
+            made["seconds"] = round(made["seconds"] + time.perf_counter() - began, 1)
             self._write_state()
 
 
