@@ -137,6 +137,17 @@ def test_killed_in_each_stage_it_goes_on(parts, tmp_path, monkeypatch):
     assert (output / "report.md").is_file()
 
 
+@pytest.mark.long
+def test_two_processes_train_the_same(parts, tmp_path):
+    """Through accelerate's launcher; the same sequences make up each step, so weights agree up to rounding."""
+    base, prompts, whole, _ = parts
+    done = accelerate(base, tmp_path / "out", "--prompts", prompts, "--processes", "2")
+    assert done.exit_code == 0, done.stderr
+    ours, theirs = (load_file(one / "adapter/adapter_model.safetensors") for one in (tmp_path / "out", whole))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-3, msg=name)
+
+
 def test_ctrl_c_keeps_answers(parts, tmp_path, monkeypatch):
     base, prompts, _, _ = parts
     answer_prompts = run_module.answer_prompts
