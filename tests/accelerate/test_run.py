@@ -45,7 +45,7 @@ def test_the_whole_run(parts):
     assert asked == set(prompts.read_text().splitlines())
     # The training data are AR's own answers.
     llm = LLM(base, device="cpu")
-    params = SamplingParams(temperature=0.0, max_tokens=24, decoding="autoregressive")
+    params = SamplingParams(temperature=0.0, max_tokens=32, decoding="autoregressive")
     texts = [output.text for output in llm.chat([one["messages"] for one in training], params)]
     taught = {
         line["messages"][0]["content"]: line["messages"][1]["content"]
@@ -71,7 +71,7 @@ def test_the_adapter_drafts_and_leaves_the_text(parts):
         LLM(base, device="cpu", mask_token_id=mask),
         LLM(base, device="cpu", adapter=str(output / "adapter")),
     )
-    params = SamplingParams(temperature=0.0, max_tokens=24, decoding="verified")
+    params = SamplingParams(temperature=0.0, max_tokens=32, decoding="verified")
     assert [o.token_ids for o in plain.chat(chats, params)] == [o.token_ids for o in adapted.chat(chats, params)]
 
 
@@ -170,7 +170,7 @@ def test_ctrl_c_keeps_answers(parts, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        (["--max-tokens", "30"], '--max-tokens is 30 and was 24 when the stage "answers"'),
+        (["--max-tokens", "30"], '--max-tokens is 30 and was 32 when the stage "answers"'),
         (["--rank", "4"], '--rank is 4 and was 8 when the stage "training"'),
         (["--set", "save_steps=4", "--set", "weight_decay=0.1"], "--set is"),
         (["--rows", "32"], '--rows is 32 and was 16 when the stage "measurement"'),
