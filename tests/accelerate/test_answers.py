@@ -60,9 +60,11 @@ def test_what_cannot_be_learnt_is_left_out_and_counted(tmp_path):
     log.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in reversed(records)))
     prompts = [*PROMPTS[:4], {"text": "so "}]
     counts = write_training_data(prompts, log, target)
-    assert (counts.written, counts.cut, counts.unusable, counts.tokens) == (2, 1, 2, 6)
-    first, second = (json.loads(line) for line in target.read_bytes().split(b"\n") if line)
+    assert (counts.written, counts.cut, counts.unusable, counts.tokens) == (3, 1, 2, 9)
+    first, cut, second = (json.loads(line) for line in target.read_bytes().split(b"\n") if line)
     assert first["messages"][1] == {"role": "assistant", "content": "fine"}
+    assert (cut["messages"][1]["content"], cut["unfinished"]) == ("cut", True)
+    assert "unfinished" not in first
     assert second == {"text": "so line\u2028two"}
     log.write_text(json.dumps({**records[2], "prompt": 0}) + "\n")
     with pytest.raises(ValueError, match="none of the 1 answers can be trained on"):

@@ -18,7 +18,12 @@ def make_base(directory: Path) -> tuple[Path, Path]:
     """(checkpoint, file of prompts)"""
     raw = save_base(directory / "raw", hidden_size=64, mask_token_id=None)
     options = {"objective": "autoregressive", "max_steps": 50, "learning_rate": 6e-3, "max_seq_length": 128}
-    batch = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1, "warmup_ratio": 0.05, "weight_decay": 0.0}
+    batch = {
+        "per_device_train_batch_size": 6,
+        "gradient_accumulation_steps": 1,
+        "warmup_ratio": 0.05,
+        "weight_decay": 0.0,
+    }
     base = train(raw, write_chats(directory / "data.jsonl", 50), directory / "ar", **options, **batch, logging_steps=40)
     prompts = directory / "prompts.txt"
     prompts.write_text("".join(f"{question}\n" for question, _ in questions(50)))

@@ -17,8 +17,8 @@ Done = Callable[[int, GenerationOutput], None]
 
 @dataclass(frozen=True)
 class AnswerCounts:
-    """What became of the prompts. ``cut``: did not end within the limit; ``unusable``: empty, or no whole characters.
-    A conversation's answer that was cut is left out, since its end would be learnt; a text's is kept."""
+    """What became of the prompts. ``cut``: of those written, the ones that did not end within the limit; ``unusable``:
+    empty, or no whole characters."""
 
     written: int
     cut: int
@@ -94,17 +94,18 @@ def write_training_data(prompts: Sequence[Prompt], log: Path, target: Path) -> A
     lines, cut, unusable, tokens = [], 0, 0, 0
     for number, prompt in enumerate(prompts):
         record = there[number]
-        if not record["answer"].strip() or "\N{REPLACEMENT CHARACTER}" in record["answer"]:
+        ended, answer = record["ended"], record["answer"]
+        if not ended:  # perhaps within a character
+            answer = answer.rstrip("\N{REPLACEMENT CHARACTER}")
+        if not answer.strip() or "\N{REPLACEMENT CHARACTER}" in answer:
             unusable += 1
-        elif not record["ended"] and "messages" in prompt:
-            cut += 1
-        else:
-            tokens += record["tokens"]
-            lines.append(json.dumps(with_answer(prompt, record["answer"]), ensure_ascii=False) + "\n")
+            continue
+        cut, tokens = cut + (not ended), tokens + record["tokens"]
+        lines.append(json.dumps(with_answer(prompt, answer, ended), ensure_ascii=False) + "\n")
     if not lines:
         raise ValueError(
-            f"none of the {len(prompts)} answers can be trained on: {cut} did not end within --max-tokens, {unusable} "
-            "were empty; expected answers that end, so give more tokens or other prompts"
+            f"none of the {len(prompts)} answers can be trained on: all are empty, or no whole characters; expected "
+            "other prompts"
         )
     with write_whole(target) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")

@@ -68,11 +68,12 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(prompt["text"], True)
 
 
-def with_answer(prompt: Prompt, answer: str) -> dict[str, Any]:
-    """The prompt and what the model said, as a line of training data."""
-    if "messages" in prompt:
-        return {"messages": [*prompt["messages"], {"role": "assistant", "content": answer}]}
-    return {"text": prompt["text"] + answer}
+def with_answer(prompt: Prompt, answer: str, ended: bool) -> dict[str, Any]:
+    """The prompt and what the model said, as a line of training data; ``ended`` False: it was about to say more."""
+    if "messages" not in prompt:
+        return {"text": prompt["text"] + answer}
+    line: dict[str, Any] = {"messages": [*prompt["messages"], {"role": "assistant", "content": answer}]}
+    return line if ended else {**line, "unfinished": True}
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -242,8 +242,8 @@ def _about_data(facts: Facts) -> str:
     return (
         f"Prompts: {source}. {prompts['training']:,} to train on, {prompts['held_out']} held out{overlap}; "
         f"{prompts['too_long']} longer than {settings.max_prompt_tokens} tokens. Of the model's own greedy answers "
-        f"{answers['written']:,} were trained on ({answers['tokens']:,} tokens); {answers['cut']} that did not end "
-        f"within {settings.max_tokens} tokens and {answers['unusable']} empty ones were not."
+        f"{answers['written']:,} were trained on ({answers['tokens']:,} tokens), {answers['cut']} of which did not end "
+        f"within {settings.max_tokens} tokens; {answers['unusable']} empty ones were not."
     )
 
 

@@ -126,8 +126,8 @@ class Run:
         counts = write_training_data(prompts, log, self.path("answers", "training.jsonl"))
         self._result("answers", **vars(counts))
         self.teller.note(
-            f"{counts.written:,} answers, {counts.tokens:,} tokens; left out: {counts.cut} that did not end within "
-            f"{self.settings.max_tokens} tokens, {counts.unusable} empty ones"
+            f"{counts.written:,} answers, {counts.tokens:,} tokens; {counts.cut} did not end within "
+            f"{self.settings.max_tokens} tokens; {counts.unusable} empty ones were left out"
         )
 
     def _answer(self, prompts: list[dict[str, Any]], log: Path) -> None:

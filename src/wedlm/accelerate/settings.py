@@ -31,7 +31,7 @@ class Settings:
     max_prompt_tokens: int = 512
     max_tokens: int = 256
     lora_rank: int = 128
-    block_size: int = 16
+    block_size: int = 8
     learning_rate: float = 1e-3
     epochs: float | None = None
     steps: int | None = None

@@ -56,7 +56,7 @@ def training_config(
         "train_data": [str(data)],
         "mask_token_id": mask_token_id,
         "block_size": settings.block_size,
-        "suffix_noise": 0.6,
+        "suffix_noise": 1.0,
         "entropy_weight": 0.5,
         "enable_ar_loss": False,
         "lora_rank": settings.lora_rank,

@@ -43,7 +43,7 @@ class DataOptions:
     held_out: Annotated[int, option("Prompts to measure on; at most a quarter of yours.", DATA)] = 64
     max_prompt_tokens: Annotated[int, option("Longer prompts are left out.", DATA)] = 512
     max_tokens: Annotated[
-        int, option("Cut answers after so many tokens; chats that do not end are left out.", DATA)
+        int, option("Cut answers after so many tokens.", DATA)
     ] = 256
     seed: Annotated[int, option("Decides the prompts and what is held out, and the training's noise.", DATA)] = 0
 
@@ -53,7 +53,7 @@ class TrainingOptions:
     """The adapter, how long it is trained, and how it is measured."""
 
     rank: Annotated[int, option("Rank of the LoRA: more learns more and costs more a step.", TRAINING)] = 128
-    block_size: Annotated[int, option("Positions that a step looks ahead, in training.", TRAINING)] = 16
+    block_size: Annotated[int, option("Positions that a step looks ahead, in training.", TRAINING)] = 8
     learning_rate: Annotated[float, option("Peak rate of AdamW.", TRAINING)] = 1e-3
     epochs: Annotated[float | None, option("Times that training sees each answer. [CPU 3, GPU 12]", TRAINING)] = None
     steps: Annotated[int | None, option("Or so many steps.", TRAINING)] = None
