@@ -3,6 +3,8 @@
 
 import base64
 import html
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -67,8 +69,8 @@ def write_report(facts: Facts) -> Path:
 def usage(settings: Settings) -> tuple[str, str]:
     """(lines of Python, a command line) that use the result."""
     adapter = str(settings.output / ADAPTER)
-    python = f"from wedlm import LLM\nllm = LLM({settings.model!r}, adapter={adapter!r})"
-    return python, f"wedlm serve --model {settings.model} --adapter {adapter}"
+    python = f"from wedlm import LLM\n\nllm = LLM({json.dumps(settings.model)}, adapter={json.dumps(adapter)})"
+    return python, f"wedlm serve {shlex.join(['--model', settings.model, '--adapter', adapter])}"
 
 
 def summary(facts: Facts) -> str:

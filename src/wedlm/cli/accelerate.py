@@ -42,9 +42,7 @@ class DataOptions:
     )
     held_out: Annotated[int, option("Prompts to measure on; at most a quarter of yours.", DATA)] = 64
     max_prompt_tokens: Annotated[int, option("Longer prompts are left out.", DATA)] = 512
-    max_tokens: Annotated[
-        int, option("Cut answers after so many tokens.", DATA)
-    ] = 256
+    max_tokens: Annotated[int, option("Cut answers after so many tokens.", DATA)] = 256
     seed: Annotated[int, option("Decides the prompts and what is held out, and the training's noise.", DATA)] = 0
 
 
