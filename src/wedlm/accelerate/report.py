@@ -96,7 +96,7 @@ def _blocks(facts: Facts) -> list[Block]:
     python, shell = usage(facts.settings)
     acceptance, training = _acceptance_plot(facts), _training_plot(facts.settings.output)
     return [
-        Block("text", f"{summary(facts)[0].upper()}{summary(facts)[1:]}."),
+        Block("text", f"{summary(facts)}."),
         Block("code", python, file="python"),
         Block("code", shell, file="sh"),
         Block("heading", "Held-out prompts"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``wedlm accelerate``: options to a run, its progress to the terminal."""
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from wedlm.accelerate.settings import Settings
 from wedlm.cli.loading import set_threads
 from wedlm.cli.options import EngineOptions, Only, Threads, command, option, values_of
 from wedlm.cli.terminal import err, note, out, status
 
 DATA, TRAINING = "What the model is asked", "Training and measurement"
+_HOME: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
 _QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
@@ -40,26 +43,32 @@ class DataOptions:
     num_prompts: Annotated[int | None, option("At most so many prompts; of the default mixture 2,000. [all]", DATA)] = (
         None
     )
-    held_out: Annotated[int, option("Prompts to measure on; at most a quarter of yours.", DATA)] = 64
-    max_prompt_tokens: Annotated[int, option("Longer prompts are left out.", DATA)] = 512
-    max_tokens: Annotated[int, option("Cut answers after so many tokens.", DATA)] = 256
-    seed: Annotated[int, option("Decides the prompts and what is held out, and the training's noise.", DATA)] = 0
+    held_out: Annotated[int, option("Prompts to measure on; at most a quarter of yours.", DATA)] = _HOME["held_out"]
+    max_prompt_tokens: Annotated[int, option("Longer prompts are left out.", DATA)] = _HOME["max_prompt_tokens"]
+    max_tokens: Annotated[int, option("Cut answers after so many tokens.", DATA)] = _HOME["max_tokens"]
+    seed: Annotated[int, option("Decides the prompts and what is held out, and the training's noise.", DATA)] = _HOME[
+        "seed"
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """The adapter, how long it is trained, and how it is measured."""
 
-    rank: Annotated[int, option("Rank of the LoRA: more learns more and costs more a step.", TRAINING)] = 128
-    block_size: Annotated[int, option("Positions that a step looks ahead, in training.", TRAINING)] = 8
-    learning_rate: Annotated[float, option("Peak rate of AdamW.", TRAINING)] = 1e-3
+    rank: Annotated[int, option("Rank of the LoRA: more learns more and costs more a step.", TRAINING)] = _HOME[
+        "lora_rank"
+    ]
+    block_size: Annotated[int, option("Positions that a step looks ahead, in training.", TRAINING)] = _HOME[
+        "block_size"
+    ]
+    learning_rate: Annotated[float, option("Peak rate of AdamW.", TRAINING)] = _HOME["learning_rate"]
     epochs: Annotated[float | None, option("Times that training sees each answer. [CPU 3, GPU 12]", TRAINING)] = None
     steps: Annotated[int | None, option("Or so many steps.", TRAINING)] = None
     set: Annotated[
         list[str] | None, option("KEY=VALUE: any other setting of wedlm train; may be repeated.", TRAINING)
     ] = None
     processes: Annotated[int | None, option("Processes that train together. [one a GPU; CPU 1]", TRAINING)] = None
-    rows: Annotated[int, option("Most rows of a step, in the measurement.", TRAINING)] = 16
+    rows: Annotated[int, option("Most rows of a step, in the measurement.", TRAINING)] = _HOME["rows"]
     mask_token_id: Annotated[
         int | None, option("Token that stands for masked positions. [as wedlm init chooses it]", TRAINING)
     ] = None
@@ -104,7 +113,6 @@ def run_accelerate(
         need_matplotlib()
         from wedlm.accelerate.report import summary, usage
         from wedlm.accelerate.run import Run
-        from wedlm.accelerate.settings import Settings
         from wedlm.train.config import parse_overrides
     values = values_of(data, training)
     values |= {name: tuple(values[name] or ()) for name in ("prompts", "data")}
