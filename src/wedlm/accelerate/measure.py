@@ -29,7 +29,9 @@ Values = dict[str, Any]
 Progress = Callable[[str, int, int], None]
 Encode = Callable[[LLM], list[list[int]]]
 
-SPEED_MODES = ("autoregressive", "verified", "auto")
+# However unsure a masked row is, it is drafted, and no draft comes from the text so far.
+MASKED_ROWS_ALONE: dict[str, Any] = {"wedlm_draft_entropy": 1e9, "wedlm_lookup_drafts": 0}
+SPEED_MODES, BASE_MODES = ("autoregressive", "verified", "auto"), ("autoregressive", "auto")
 _SPEED_PROMPTS, _SPEED_ROUNDS, _SPEED_TOKENS = 6, 3, 96
 
 
@@ -161,9 +163,9 @@ class Measurer:
         if self.kept.lacks("after_ar", "after", "speed"):
             self._adapter(LLM(model, adapter=str(adapter), **exact), encode)
             release()
-        if exact != options and self.kept.lacks("default_speed"):
-            # What the base does as users run it, which may be another arithmetic.
-            self._speed("default_speed", LLM(model, **options), encode, SPEED_MODES[:1], "the base by itself")
+        if self.kept.lacks("base_speed"):
+            # As users run it: perhaps in another arithmetic, and with drafts from the text alone.
+            self._speed("base_speed", LLM(model, **options), encode, BASE_MODES, "the base by itself")
             release()
 
     def _base(self, llm: LLM, encode: Encode) -> None:
@@ -180,7 +182,7 @@ class Measurer:
 
     def _texts(self, who: str, llm: LLM, encoded: list[list[int]], ar: str, verified: str) -> None:
         told = self._told(f"{who}, AR", len(encoded))
-        plain, every = self.params("autoregressive"), self.params("auto", wedlm_draft_entropy=1e9)
+        plain, every = self.params("autoregressive"), self.params("auto", **MASKED_ROWS_ALONE)
         self.kept.part(ar, lambda: {**answer_all(llm, encoded, plain, told), "engine": llm.describe()})
         told = self._told(f"{who}, verified", len(encoded))
         self.kept.part(verified, lambda: drafted(llm, encoded, every, told))

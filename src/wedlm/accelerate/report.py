@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from wedlm.accelerate.measure import SPEED_MODES, same_texts
+from wedlm.accelerate.measure import BASE_MODES, SPEED_MODES, same_texts
 from wedlm.accelerate.settings import ADAPTER, Settings
 from wedlm.machine import cpu_name, usable_cores
 from wedlm.model.formats.save import write_whole
@@ -80,15 +80,11 @@ def summary(facts: Facts) -> str:
     same, total = same_texts(parts, "after"), len(parts["base_ar"]["token_ids"])
     rates = parts["speed"]["tok_per_s"]
     best = max(SPEED_MODES[1:], key=lambda mode: rates[mode])
-    alone = ""
-    if "default_speed" in parts:
-        alone = (
-            f"; the base by itself, in another arithmetic: {parts['default_speed']['tok_per_s']['autoregressive']:.3g}"
-        )
+    alone = parts["base_speed"]["tok_per_s"]
     return (
         f"{after:.2f} tokens a forward on {total} held-out prompts ({before:.2f} before), {same} of {total} texts "
         f"equal to the base's; one stream: {rates[best]:.3g} tok/s ({best}) against {rates['autoregressive']:.3g} "
-        f"(AR{alone})"
+        f"(AR); the base by itself: {alone['auto']:.3g} (auto), {alone['autoregressive']:.3g} (AR)"
     )
 
 
@@ -165,8 +161,7 @@ def _speed_rows(facts: Facts) -> tuple[tuple[str, ...], ...]:
     found = facts.parts["speed"]
     ar = found["tok_per_s"]["autoregressive"]
     rows = [_speed_row(mode, found, mode, ar) for mode in found["tok_per_s"]]
-    if "default_speed" in facts.parts:
-        rows.append(_speed_row("AR of the base by itself", facts.parts["default_speed"], "autoregressive", ar))
+    rows += [_speed_row(f"the base by itself, {mode}", facts.parts["base_speed"], mode, ar) for mode in BASE_MODES]
     return (("", "tok/s", "rounds", "against AR", "tokens a forward"), *rows)
 
 
@@ -182,12 +177,10 @@ def _about_speed(facts: Facts) -> str:
         f"Medians of {len(found['rounds']['auto'])} rounds over {found['prompts']} of the held-out prompts, modes "
         "taking turns, on the engine with the adapter."
     )
-    if "default_speed" in facts.parts:
-        text += (
-            " The last row is the base on the engine that it gets by itself, without an adapter: "
-            f"{facts.parts['default_speed']['engine']}."
-        )
-    return text
+    return (
+        f"{text} The base by itself is on the engine that it gets without an adapter, where auto drafts from the text "
+        f"alone: {facts.parts['base_speed']['engine']}."
+    )
 
 
 def _depth_rows(facts: Facts) -> tuple[tuple[str, ...], ...]:
