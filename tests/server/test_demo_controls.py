@@ -10,7 +10,7 @@ from typing import ClassVar
 from playwright.sync_api import expect
 
 from tests.engine.tiny_llm import save_tiny
-from tests.server.browsing import ask, fresh, requests, sides, tokens
+from tests.server.browsing import ask, fresh, plain, requests, sides, tokens
 from tests.server.running import serving, wait_until
 from wedlm import LLM
 
@@ -108,6 +108,7 @@ def test_the_keyboard_is_enough(page, server):
 
 def test_the_conversation_goes_on_and_can_be_reset(page):
     bodies = requests(page)
+    plain(page)
     page.get_by_label("Max tokens").fill("16")
     for text in ("one", "two"):
         ask(page, text)
@@ -158,7 +159,12 @@ def test_a_server_with_keys(browser, directory):
             expect(page.get_by_role("alert")).to_be_hidden()
             ask(page)
             expect(page.locator(".verdict")).to_be_visible()
-            assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+            page.reload()
+            expect(page.locator(".verdict")).to_be_visible()
+            expect(page.locator("#key")).to_have_value("")
+            stored = page.evaluate("JSON.stringify([{...sessionStorage}, {...localStorage}, document.cookie])")
+            assert "Hello" in stored
+            assert KEY not in stored
 
 
 def other_model(directory: Path) -> Path:
@@ -203,6 +209,7 @@ class Foreign(BaseHTTPRequestHandler):
 
 
 def test_a_server_that_is_not_ours(page):
+    plain(page)
     page.get_by_label("Opponent").select_option("Another server")
     with ThreadingHTTPServer(("127.0.0.1", 0), Foreign) as foreign:
         threading.Thread(target=foreign.serve_forever).start()
@@ -226,6 +233,7 @@ def test_a_server_that_is_not_ours(page):
 def test_another_server_as_the_opponent(page, server, tmp_path):
     """One that allows this page's origin answers; one that does not, or is none, gives a sentence."""
     llm = LLM(other_model(tmp_path), device="cpu", max_num_seqs=16)
+    plain(page)
     page.get_by_label("Opponent").select_option("Another server")
     url = page.get_by_label("Base URL")
     url.fill("nowhere")
