@@ -21,6 +21,7 @@ from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
+from wedlm.engine.turns import Turns
 from wedlm.model import Tokenizer, load_tokenizer
 from wedlm.model.formats.checkpoint import with_end_tokens
 from wedlm.model.formats.tokenizer import check_unicode
@@ -44,8 +45,9 @@ class LLM:
     @classmethod
     def together(cls, models: Mapping[str, str | Path], **options: Any) -> "dict[str, LLM]":
         """Several models by name, each as ``LLM(model, **options)``, in the memory that one would have: all weights
-        are loaded first, then the caches get equal parts of ``kv_cache_bytes``, or of what is left by default."""
-        chosen = EngineOptions.of(options)
+        are loaded first, then the caches get equal parts of ``kv_cache_bytes``, or of what is left by default. Engines
+        of theirs that run in threads take turns, a step each."""
+        chosen, turns = EngineOptions.of(options), Turns()
         llms = {name: cls.__new__(cls) for name in models}
         for name, llm in llms.items():
             llm._load(models[name], chosen)
@@ -53,6 +55,7 @@ class LLM:
             llm._plan(len(llms))
         for llm in llms.values():
             llm._build()
+            llm.turns = turns
         return llms
 
     def _load(self, model: str | Path, chosen: EngineOptions) -> None:
@@ -79,6 +82,7 @@ class LLM:
 
     def _build(self) -> None:
         self.engine = self.blueprint.build()
+        self.turns = Turns()  # held by who runs the engine in a thread
         # Reentrant, since a stream may be closed by garbage collection in a thread that is inside the engine.
         self._lock = threading.RLock()
         self._busy = False

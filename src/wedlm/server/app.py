@@ -44,11 +44,11 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 _GENERATES: dict[str, Any] = {"response_model": None, "responses": {**_REFUSALS, 422: {"description": "Never sent"}}}
 _OWN: Any = Body(default=...)  # for the OpenAPI document; the service reads it
-# The demo page has its own files and nothing else, and may talk to any server that the reader names. A text becomes HTML
-# in one place, the library that cleans it.
+# The demo page has its own files and nothing else, and may talk to any server that the reader names. One library alone
+# makes HTML of a text: the one that cleans it.
 _PAGE_POLICY = (
-    "default-src 'self'; connect-src *; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'; trusted-types dompurify"
+    "default-src 'self'; connect-src *; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify"
 )
 
 
