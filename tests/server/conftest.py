@@ -76,9 +76,9 @@ def server(directory: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def slow(server: Running) -> Iterator[None]:
-    server.service.llm.engine.runner.seconds = 0.05
+    server.model.llm.engine.runner.seconds = 0.05
     yield
-    server.service.llm.engine.runner.seconds = 0.0
+    server.model.llm.engine.runner.seconds = 0.0
 
 
 @pytest.fixture

@@ -92,14 +92,14 @@ def test_the_keyboard_is_enough(page, server):
     expect(page.locator(".verdict")).to_contain_text("tok/s")
     expect(page.locator(".turn .prompt")).to_have_text("one\ntwo")
     expect(page.get_by_label("Your message")).to_be_focused()
-    server.service.llm.engine.runner.seconds = 0.05
+    server.model.llm.engine.runner.seconds = 0.05
     page.keyboard.type("three")
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.get_by_role("button", name="Send")).to_be_visible()
-    server.service.llm.engine.runner.seconds = 0.0
-    wait_until(lambda: not server.service.engine.num_open)
+    server.model.llm.engine.runner.seconds = 0.0
+    wait_until(lambda: not server.model.engine.num_open)
     page.get_by_role("button", name="New conversation").focus()
     page.keyboard.press("Enter")
     expect(page.locator(".turn")).to_have_count(0)
@@ -239,7 +239,7 @@ def test_another_server_as_the_opponent(page, server, tmp_path):
     url.fill("nowhere")
     ask(page)
     expect(page.get_by_role("alert")).to_contain_text('The base URL is "nowhere"')
-    with serving(llm, model_name="rival", cors_origins=(server.url,), api_keys=(KEY,)) as rival:
+    with serving(llm, name="rival", cors_origins=(server.url,), api_keys=(KEY,)) as rival:
         url.fill(f"{rival.url}/v1/")
         page.get_by_label("API key, if it has one").fill(KEY)
         page.get_by_role("button", name="Send").click()

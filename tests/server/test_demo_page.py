@@ -79,7 +79,7 @@ def test_a_race_streams_and_ends_with_a_winner(page, server, slow):
     expect(right.locator(".token").nth(2)).to_be_visible()
     expect(page.get_by_role("button", name="Stop")).to_be_visible()  # both are still going
     expect(page.locator(".lap .rate").first).to_contain_text("tok/s")
-    server.service.llm.engine.runner.seconds = 0.0
+    server.model.llm.engine.runner.seconds = 0.0
     verdict = page.locator(".verdict")
     expect(verdict).to_contain_text("Both texts are the same.")
     expect(verdict).to_contain_text(re.compile(r"(Verified|Autoregressive) is \d\.\d\d× as fast|A draw"))
@@ -160,7 +160,7 @@ def test_stop_aborts_on_the_server(page, server, slow):
     expect(left.locator(".token").nth(1)).to_be_visible()
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".lap .rate").nth(1)).to_contain_text("stopped")
-    wait_until(lambda: not server.service.engine.num_open, seconds=2)  # 96 tokens would take 5 seconds
+    wait_until(lambda: not server.model.engine.num_open, seconds=2)  # 96 tokens would take 5 seconds
     server.settled()
     assert int(right.locator("[data-figure=tokens]").inner_text()) < 96
     expect(page.get_by_role("button", name="Send")).to_be_visible()

@@ -57,6 +57,7 @@ class RequestCounters:
     arrival_time: float
     num_forwards: int = 0
     num_rows: int = 0
+    start_time: float | None = None  # when its first step was planned
     first_token_time: float | None = None
     finish_time: float | None = None
 
@@ -127,7 +128,8 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class RequestStats:
     """Figures of one request. ``tokens_per_forward`` and ``p_cache`` (tokens per row run) always go together:
-    many rows may buy few tokens. Forwards and rows are those after the prompt's. Times in seconds."""
+    many rows may buy few tokens. Forwards and rows are those after the prompt's. Times in seconds: ``queue_s`` from the
+    arrival to the first step, ``elapsed_s`` to the end."""
 
     num_prompt_tokens: int
     num_reused_tokens: int
@@ -137,7 +139,9 @@ class RequestStats:
     num_preemptions: int
     tokens_per_forward: float
     p_cache: float
+    queue_s: float
     time_to_first_token_s: float
+    elapsed_s: float
     tokens_per_second: float
     decoding: str
 
@@ -148,6 +152,7 @@ class RequestStats:
         assert counters.finish_time is not None
         first = counters.finish_time if counters.first_token_time is None else counters.first_token_time
         elapsed = counters.finish_time - counters.arrival_time
+        started = counters.finish_time if counters.start_time is None else counters.start_time
         return cls(
             num_prompt_tokens=len(request.prompt_token_ids),
             num_reused_tokens=progress.num_reused,
@@ -157,7 +162,9 @@ class RequestStats:
             num_preemptions=progress.num_preemptions,
             tokens_per_forward=tokens / counters.num_forwards if counters.num_forwards else 0.0,
             p_cache=tokens / counters.num_rows if counters.num_rows else 0.0,
+            queue_s=started - counters.arrival_time,
             time_to_first_token_s=first - counters.arrival_time,
+            elapsed_s=elapsed,
             tokens_per_second=tokens / elapsed if elapsed > 0 else 0.0,
             decoding=request.decode.decoding,
         )
