@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -34,8 +35,7 @@ def certificate(tmp_path_factory):
     subprocess.run([*command.split(), *names], check=True, capture_output=True)
     lock = ["openssl", "ec", "-aes128", "-passout", "pass:x", "-in", files["key"], "-out", files["locked"]]
     subprocess.run(lock, check=True, capture_output=True)
-    with open(files["both"], "w") as both:
-        both.write(open(files["cert"]).read() + open(files["key"]).read())
+    Path(files["both"]).write_text(Path(files["cert"]).read_text() + Path(files["key"]).read_text())
     return files
 
 
@@ -69,7 +69,7 @@ def test_files_that_are_no_certificate(certificate, tmp_path):
     (tmp_path / "x.pem").write_text("no PEM")
     files = [(str(tmp_path / "x.pem"), None), (certificate["cert"], None), (str(tmp_path / "none"), certificate["key"])]
     for cert, key in [*files, (certificate["cert"], certificate["locked"])]:
-        with pytest.raises(ValueError, match="which cannot be used: .*; expected a certificate and its key in PEM"):
+        with pytest.raises(ValueError, match=r"which cannot be used: .*; expected a certificate and its key in PEM"):
             tls_context(ServerConfig(ssl_certfile=cert, ssl_keyfile=key))
     assert tls_context(ServerConfig()) is None
 
