@@ -83,11 +83,7 @@ class Tracing:
             for name, attribute in _ATTRIBUTES.items():
                 if name in fields:
                     span.set_attribute(attribute, fields[name])
+            epoch_ns = time.time_ns() - time.perf_counter_ns()  # the zero of the clock that the course is told in
             for event, moment in scope.get("wedlm.course", {}).items():
-                span.add_event(event, timestamp=_nanoseconds(moment))
+                span.add_event(event, timestamp=epoch_ns + int(moment * 1e9))
             span.end()
-
-
-def _nanoseconds(moment: float) -> int:
-    """Of a moment of ``time.perf_counter``, since the epoch."""
-    return time.time_ns() - int((time.perf_counter() - moment) * 1e9)
