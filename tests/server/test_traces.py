@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.server.running import Running, serving, wait_until
+from tests.server.test_cli_serve import app
 from tests.server.test_refusals import CHAT, TEXT
-from wedlm.server import traces
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra traces is not installed")
 
@@ -136,5 +137,6 @@ def test_without_a_collector_nothing_else_happens(llm, monkeypatch):
 
 def test_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(ValueError, match=r"is not installed; expected pip install 'wedlm\[traces\]'"):
-        traces.tracer_of("http://127.0.0.1:9")
+    result = CliRunner().invoke(app, ["--otlp-traces-endpoint", "http://127.0.0.1:9"])
+    assert result.exit_code == 2
+    assert "is not installed; expected pip install 'wedlm[traces]'" in " ".join(result.stderr.split())

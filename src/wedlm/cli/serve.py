@@ -120,6 +120,9 @@ def serve(*, http: HttpOptions, limits: LimitOptions, model: ServedOptions, engi
     with needs_extra("serve"):
         from wedlm.server.run import AddressError, listening, tls_context
     tls_context(config)
+    if config.otlp_traces_endpoint is not None:
+        with needs_extra("traces"):
+            import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401
     try:
         with listening(config) as sockets:
             run(load_llms(models, model.threads, engine), config, http.log_level, sockets)

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
+_SEND_S = 3.0  # with all attempts; the process's end waits for it, and must not be late
 # What the request's log line has, and what OpenTelemetry calls it.
 _ATTRIBUTES = {
     "request_id": "wedlm.request_id",
@@ -25,19 +26,17 @@ _ATTRIBUTES = {
 
 def tracer_of(endpoint: str) -> "Tracer":
     """Sends spans to an OTLP collector over HTTP, in a thread of the SDK's; what it does not take is dropped there.
-    ``OTEL_SERVICE_NAME`` and the SDK's other variables are heeded. ValueError without the extra."""
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; expected pip install 'wedlm[traces]'") from error
+    ``OTEL_SERVICE_NAME`` and the SDK's other variables are heeded."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
     resource = Resource.create()
-    if resource.attributes.get(SERVICE_NAME) == "unknown_service":
+    if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: "wedlm"}))
-    provider = TracerProvider(resource=resource)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+    provider = TracerProvider(resource=resource)  # sends what it has left when the process ends
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=_SEND_S)))
     return provider.get_tracer("wedlm")
 
 
