@@ -111,13 +111,14 @@ def test_both_at_once(two, alone):
     asked = []
     for seed in range(48):
         body = {"prompt": f"{generator.random()} {seed}", "max_tokens": generator.randint(1, 40), "seed": seed}
+        body["temperature"] = generator.choice((0, 0.8))
         body |= {"decoding": generator.choice(("auto", "verified", "streaming", "autoregressive"))}
         asked.append((generator.choice(NAMES), body))
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda one: two.post(TEXT, {**one[1], "model": one[0]}).json(), asked))
-    for (name, body), answer in zip(asked, answers, strict=True):
-        params = SamplingParams(max_tokens=body["max_tokens"], seed=body["seed"], decoding=body["decoding"])
-        assert answer["choices"][0]["text"] == alone[name].generate(body["prompt"], params)[0].text
+    for (model, body), answer in zip(asked, answers, strict=True):
+        params = SamplingParams(**{name: value for name, value in body.items() if name != "prompt"})
+        assert answer["choices"][0]["text"] == alone[model].generate(body["prompt"], params)[0].text
     two.settled()
 
 
