@@ -53,8 +53,8 @@ def generate(
     Prompts of different lengths are padded on either side, with ``attention_mask`` 0 there; new tokens come behind all
     of it. ``stopping_criteria`` are asked after each token of each sequence, with its tokens [1, ...] without padding
     and None for scores; what a forward made beyond is dropped. ``streamer`` gets the prompt [1, R], then each token
-    [1]; there must be one sequence. End tokens default to those of the model's generation config and its config, padding to
-    the config's or the first end token, the mask token to the config's. All else in the model's own
+    [1]; there must be one sequence. End tokens default to those of the model's generation config and its config,
+    padding to the config's or the first end token, the mask token to the config's. All else in the model's own
     ``generation_config.json`` is not used. Raises ValueError, also for options of transformers that would change the
     tokens, or the form of the answer, and have no meaning here.
     """
