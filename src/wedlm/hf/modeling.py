@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """``WeDLMForCausalLM``: the one model as a ``PreTrainedModel``."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -26,6 +28,7 @@ class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - the base class declares it so
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     generate = generate  # type: ignore[assignment]
 
     def __init__(self, config: WeDLMConfig) -> None:
@@ -98,6 +101,15 @@ class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
         hidden_TC = self.model(tokens_T, positions_T, attend, masked)
         hidden_LC = hidden_TC if logits_rows is None else hidden_TC[logits_rows]
         return self.lm_head(self.model.norm(hidden_LC))
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Tensor] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        self.gradient_checkpointing = enable  # where transformers looks
+        self.model.recompute = (gradient_checkpointing_func, every_n_layers) if enable else None
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -4,6 +4,8 @@
 Shape suffixes: T rows, L rows whose logits are wanted, C hidden size, D head dimension, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,8 @@ class DecoderStack(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
+        # Calls every n-th layer in a way of its own, torch.utils.checkpoint's for one; set by trainers.
+        self.recompute: tuple[Callable[..., Tensor], int] | None = None
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, masked: Tensor | None = None) -> Tensor:
         """Hidden states [T, C] after the last layer, before the final norm."""
@@ -36,7 +40,11 @@ class DecoderStack(nn.Module):
             x_TC = put_at_masked(x_TC, masked, self.mask_embedding)
         cos_TD, sin_TD = self.rotary(positions_T, x_TC.dtype)
         for layer, module in enumerate(self.layers):
-            x_TC = module(x_TC, cos_TD, sin_TD, attend, layer, masked)
+            rest = (x_TC, cos_TD, sin_TD, attend, layer, masked)
+            if self.recompute is None or layer % self.recompute[1]:
+                x_TC = module(*rest)
+            else:
+                x_TC = self.recompute[0](module, *rest)
         return x_TC
 
 
