@@ -173,6 +173,17 @@ def test_layers_that_are_recomputed_have_the_same_gradients(tmp_path: Path, ever
     assert len(calls) == count
 
 
+def test_the_backbone_gives_what_the_head_projects(tmp_path: Path) -> None:
+    """As trainers call it that project hidden states themselves."""
+    model = WeDLMForCausalLM.from_pretrained(save_tiny(tmp_path))
+    ids = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    assert torch.equal(model.get_output_embeddings()(hidden), model(ids, attention_mask=mask).logits)
+    with pytest.raises(ValueError, match="inputs_embeds is 1, which WeDLMModel does not support"):
+        model.base_model(input_ids=ids, inputs_embeds=1)
+
+
 def test_logits_to_keep_and_tuples(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved("wedlm-qwen3", tmp_path))
     torch.testing.assert_close(logits(model, logits_to_keep=2), logits(model)[:, -2:])
