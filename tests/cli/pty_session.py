@@ -42,7 +42,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._descriptor, keys.encode())
 
-    def wait_for(self, pattern: str, start: int = 0, seconds: float = 30) -> int:
+    def wait_for(self, pattern: str, start: int = 0, seconds: float = 60) -> int:
         """Until the pattern is there, from that place of ``shown`` on; where it ends."""
         end = time.monotonic() + seconds
         while (found := re.compile(pattern).search(self.shown, start)) is None:
