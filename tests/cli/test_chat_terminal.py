@@ -59,9 +59,9 @@ def test_keys_typed_during_an_answer_do_not_show(tmp_path):
     with terminal([*WEDLM, "chat", "--no-history", "--model", model, *words]) as talk:
         talk.wait_for(PROMPT)
         talk.type("abc abc abc\r")
-        start = talk.wait_for(r"abc abc abc\s+\S+\s+\S+")
+        start = talk.wait_for(r"abc abc abc\s+\S")
         talk.type("zqzqzq")
-        talk.wait_for(r"(\S+\s+){20}", len(talk.shown))
+        talk.wait_for(r"(?s).{80}", len(talk.shown))
         talk.type("\x03")
         stopped = talk.wait_for("stopped; autoregressive: ", start)
         assert "zqzqzq" not in talk.shown[start:stopped]
@@ -144,6 +144,20 @@ def shown_on(monkeypatch, capsys, width: int, pieces: list[str]) -> str:
         text.write(piece)
     text.end()
     return capsys.readouterr().out
+
+
+def test_a_word_without_end_shows_as_it_comes(monkeypatch, capsys):
+    monkeypatch.setattr(type(shared.out), "is_terminal", True)
+    monkeypatch.setattr(type(shared.out), "width", 10)
+    text = shared.WrappedText()
+    text.write("a ")
+    for count in range(1, 28):
+        text.write("x")
+        shown = capsys.readouterr().out
+        assert shown == {1: "a", 11: "\n" + "x" * 11}.get(count, "x" if count > 11 else "")
+    text.write(" b")
+    text.end()
+    assert capsys.readouterr().out == " b"
 
 
 @pytest.mark.parametrize(

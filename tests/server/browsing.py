@@ -10,6 +10,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, ConsoleMessage, Error, Locator, Page, expect
 
+expect.set_options(timeout=20_000)  # the machine may be busy with other work
 CHROMIUM = which("chromium") or which("chromium-browser") or which("google-chrome")
 
 

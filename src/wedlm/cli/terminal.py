@@ -81,12 +81,14 @@ def write(text: str, style: str = "") -> None:
 
 
 class WrappedText:
-    """Writes a text as it comes. On a terminal no word is cut at the right edge: a word shows once it is whole."""
+    """Writes a text as it comes. On a terminal no word is cut at the right edge, unless it is longer than a line: a
+    word shows once it is whole, or that long."""
 
     def __init__(self) -> None:
         self._column = 0  # cells of this line that are written
         self._spaces = ""  # behind them, if another word follows in this line
-        self._word: list[tuple[str, str]] = []  # text and style of its parts so far
+        self._word: list[tuple[str, str]] = []  # text and style of its parts that are not written
+        self._is_long = False  # the beginning of the word is written
 
     def write(self, text: str, style: str = "") -> None:
         """The next piece of the text."""
@@ -107,20 +109,31 @@ class WrappedText:
                 self.end()
             else:
                 self._word.append((part, style))
+                if self._is_long or self._cells > out.width:
+                    self._show()
+                    self._is_long = True
 
     def end(self) -> None:
-        """Show what is there of the last word."""
-        cells = sum(cell_len(part) for part, _ in self._word)
-        if not cells:
+        """The word so far is whole."""
+        self._show()
+        self._is_long = False
+
+    @property
+    def _cells(self) -> int:
+        return sum(cell_len(part) for part, _ in self._word)
+
+    def _show(self) -> None:
+        if not self._word:
             return
-        if self._column and self._column + len(self._spaces) + cells > out.width:
+        cells = len(self._spaces) + self._cells
+        if self._column and self._column + cells > out.width and not self._is_long:
             write("\n")
-            self._column, self._spaces = 0, ""
+            self._column, cells, self._spaces = 0, cells - len(self._spaces), ""
         write(self._spaces)
         for part, style in self._word:
             write(part, style)
-        self._column += len(self._spaces) + cells
-        if self._column > out.width:  # a word, or an indent, of more than a line; the terminal has cut it
+        self._column += cells
+        if self._column > out.width:  # the terminal has cut it
             self._column %= out.width
         self._spaces, self._word = "", []
 
