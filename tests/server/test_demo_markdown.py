@@ -4,9 +4,10 @@
 import re
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.server.browsing import ask, fresh, plain, requests, sides, stream_of, tokens
+from tests.server.running import wait_until
 
 TEXT = """# Title
 
@@ -214,33 +215,27 @@ def test_no_winner_where_texts_differ(page):
     assert page.locator(".winner, .badge:visible").count() == 0
 
 
-def test_sides_take_turns_unless_told_otherwise(page):
-    """One request at a time, the left side's first; at the same time the verdict also compares tokens a forward."""
-    running, most = 0, 0
-    order: list[str] = []
+def test_sides_take_turns_unless_told_otherwise(page, server):
+    """The right side is asked once the left one has ended; at the same time the verdict compares tokens a forward, too."""
+    seen: list[tuple[str, int]] = []
 
-    def reply(route) -> None:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        order.append(route.request.post_data_json["decoding"])
+    def note(route: Route) -> None:
+        seen.append((route.request.post_data_json["decoding"], server.model.engine.num_open))
         route.continue_()
 
-    def done(_: object) -> None:
-        nonlocal running
-        running -= 1
-
-    page.route("**/v1/chat/completions", reply)
-    page.on("requestfinished", lambda request: done(request) if request.method == "POST" else None)
+    page.route("**/v1/chat/completions", note)
     page.get_by_label("Max tokens").fill("64")
     ask(page)
     expect(page.locator(".verdict")).to_be_visible()
-    assert (order, most) == (["verified", "autoregressive"], 1)
+    assert seen == [("verified", 0), ("autoregressive", 0)]
+    page.unroute_all()
     page.get_by_label("Start").select_option("At the same time")
     expect(page.locator("#order-hint")).to_contain_text("each slows the other")
+    server.model.llm.engine.runner.seconds = 0.05
     ask(page)
+    wait_until(lambda: server.model.engine.num_open == 2)
+    server.model.llm.engine.runner.seconds = 0.0
     expect(page.locator(".verdict")).to_have_count(2)
-    assert most == 2
     expect(page.locator(".verdict").last).to_have_text(
         re.compile(r"in shared forwards, \d.* against 1\.00 tokens a forward")
     )
