@@ -216,7 +216,7 @@ def test_no_winner_where_texts_differ(page):
 
 
 def test_sides_take_turns_unless_told_otherwise(page, server):
-    """The right side is asked once the left one has ended; at the same time the verdict compares tokens a forward, too."""
+    """The right side is asked once the left one has ended; at the same time the verdict has tokens a forward, too."""
     seen: list[tuple[str, int]] = []
 
     def note(route: Route) -> None:
