@@ -53,7 +53,7 @@ def test_alt_enter_begins_a_line(model, talk):
 
 
 def test_keys_typed_during_an_answer_do_not_show(tmp_path):
-    """They wait for the prompt; Ctrl-C stops the answer as ever."""
+    """They wait for the prompt. Ctrl-C stops the answer as ever, and the terminal drops what was typed before it."""
     model = str(save_tiny(tmp_path / "long", max_position_embeddings=60000))
     words = ["--max-tokens", "50000", "--decoding", "autoregressive", *FAST]
     with terminal([*WEDLM, "chat", "--no-history", "--model", model, *words]) as talk:
@@ -66,7 +66,16 @@ def test_keys_typed_during_an_answer_do_not_show(tmp_path):
         stopped = talk.wait_for("stopped; autoregressive: ", start)
         assert "zqzqzq" not in talk.shown[start:stopped]
         assert "^C" not in talk.shown[start:stopped]
-        talk.wait_for(r">\s*zqzqzq", stopped)
+        talk.wait_for(PROMPT, stopped)
+        talk.type("/set ignore_eos true\r/set max_tokens 150\r")
+        end = talk.wait_for("max_tokens = 150", stopped)
+        talk.wait_for(PROMPT, end)
+        talk.type("abc\r")
+        start = talk.wait_for(r"(?s)abc\s+\S.{20}", end)
+        talk.type("zqzqzq")
+        end = talk.wait_for("autoregressive: 150 tokens", start)
+        assert "zqzqzq" not in talk.shown[start:end]
+        talk.wait_for(r">\s*zqzqzq", end)
 
 
 def test_ctrl_c_warns_before_it_leaves(talk):

@@ -152,7 +152,7 @@ def test_layers_that_are_recomputed_have_the_same_gradients(tmp_path: Path, ever
     ids = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
     calls: list[int] = []
     for index, layer in enumerate(model.model.layers):
-        layer.register_forward_hook(lambda *_, index=index: calls.append(index))
+        layer.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()

@@ -93,7 +93,8 @@ def _shorten(path: Path) -> None:
 
 @contextmanager
 def without_echo() -> Iterator[None]:
-    """Keys that are typed meanwhile do not show; they wait for whoever reads next. Ctrl-C works as before."""
+    """Keys that are typed meanwhile do not show; they wait for whoever reads next. Ctrl-C works as before, and drops
+    what was typed before it."""
     try:
         import termios
     except ModuleNotFoundError:  # no such terminals
