@@ -50,11 +50,11 @@ def test_requests_get_errors_and_the_engine_restarts(llm, reference, monkeypatch
         red = running.http.get("/health")
         assert (red.status_code, red.json()) == (503, {"status": "restarting"})
         assert check_error(running.post(TEXT, {"prompt": "x"}), 503)["code"] == "restarting"
-        assert "wedlm_engine_up 0.0" in running.http.get("/metrics").text
+        assert 'wedlm_engine_up{model_name="tiny"} 0.0' in running.http.get("/metrics").text
         repaired.set()
         wait_until(lambda: running.http.get("/health").status_code == 200)
         assert running.text("abc", max_tokens=20) == expected
-        assert "wedlm_engine_faults 1.0" in running.http.get("/metrics").text
+        assert 'wedlm_engine_faults{model_name="tiny"} 1.0' in running.http.get("/metrics").text
         running.settled()
 
 
