@@ -126,6 +126,8 @@ class Blueprint:
         megabytes = tokens * self._bytes_per_token() / 1e6
         kind = ", fp8" if self.dtype == FP8 else ""
         drafts = "" if self.config.drafts else f"; {WITHOUT_MASK}"
+        if self.config.model_decoding != "auto":
+            drafts += f"; decoding: {self.config.decoding}, unless a request names another"
         return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB{kind}){drafts}"
 
     def _bytes_per_token(self) -> int:

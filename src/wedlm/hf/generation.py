@@ -75,10 +75,11 @@ def generate(
         eos_token_ids=ends,
         max_model_len=config.max_length,
         options=EngineOptions(
-            decoding=arguments.decoding,  # type: ignore[arg-type]  # None is the default
+            decoding=arguments.decoding,
             wedlm_window_size=arguments.wedlm_window_size,
             max_num_seqs=min(len(prompts), _MAX_NUM_SEQS),
         ),
+        model_decoding=config.default_decoding,
     )
     if streamer is not None:
         streamer.put(input_ids.cpu())
