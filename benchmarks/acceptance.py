@@ -52,7 +52,9 @@ def main() -> None:
         questions = [json.loads(line)["question"] for line in file][: arguments.limit]
     llm = LLM(arguments.model, dtype=arguments.dtype, device=arguments.device, wedlm_window_size=arguments.rows)
     llm.engine.controller.draft_budget = counting = Counting(arguments.rows)
-    params = SamplingParams(temperature=0.0, max_tokens=arguments.max_tokens, decoding="auto", wedlm_draft_entropy=1e9)
+    params = SamplingParams(
+        max_tokens=arguments.max_tokens, decoding="auto", wedlm_draft_entropy=1e9, wedlm_lookup_drafts=0
+    )
     llm.chat([[{"role": "user", "content": question}] for question in questions], params)
     report = {
         "model": str(Path(*Path(arguments.model).parts[-2:])),

@@ -348,7 +348,7 @@ def load_prompts(run: Run, count: int, length: int = 512) -> list[list[int]]:
     return torch.randint(10, run.config.vocab_size, shape, generator=generator).tolist()
 
 
-ALL_ROWS = {"wedlm_draft_entropy": 1e9}  # however unsure a draft is
+ALL_ROWS = {"wedlm_draft_entropy": 1e9, "wedlm_lookup_drafts": 0}  # masked rows' drafts, however unsure
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp8_ours_to_64_best_tilings": {"best": True},
     "fp8_library_fast": {"max_rows": 0, "fast": True},

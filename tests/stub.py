@@ -16,15 +16,18 @@ NUM_FEATURES = 8  # head_dim of the stub: feature 0 marks position 0 and so coun
 
 class StubModel(nn.Module):
     """``forward(tokens, positions, attend, logits_rows, masked)`` as the transformer's. ``agreement`` ties masked
-    predictions to AR's: the larger, the more drafts are accepted and the lower the entropies."""
+    predictions to AR's: the larger, the more drafts are accepted and the lower the entropies. ``period``: of positions;
+    with a short one texts repeat themselves."""
 
     heads = (1, 1, NUM_FEATURES)  # layers, key heads, head dimension
 
-    def __init__(self, vocab_size: int = 13, mask_token_id: int = 12, agreement: float = 4.0, seed: int = 0) -> None:
+    def __init__(
+        self, vocab_size: int = 13, mask_token_id: int = 12, agreement: float = 4.0, seed: int = 0, period: int = 61
+    ) -> None:
         super().__init__()
         rng = torch.Generator().manual_seed(seed)
         self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
-        self.by_position = agreement * torch.randn(61, vocab_size, generator=rng)
+        self.by_position = agreement * torch.randn(period, vocab_size, generator=rng)
         self.by_context = torch.randn(4093, vocab_size, generator=rng) * 2
         self.features = torch.randint(1, 60, (vocab_size, NUM_FEATURES), generator=rng).float()
 
@@ -45,7 +48,7 @@ class StubModel(nn.Module):
         target = positions + 1
         if masked is not None:
             target[masked] -= 1
-        logits = self.by_position[target % 61] + self.by_context[context % 4093]
+        logits = self.by_position[target % len(self.by_position)] + self.by_context[context % 4093]
         return logits if logits_rows is None else logits[logits_rows]
 
     def values(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def test_drift_is_found():
 def test_decode_params():
     found = {name: default for name, default in long(defaults(DecodeParams)).items() if default is not MISSING}
     # It is made once a request is known: its mode is given, and its seed drawn.
-    check(found, {"seed": 0}, lacking=("decoding",))
+    check(found, {"seed": 0, "wedlm_lookup_drafts": 0}, lacking=("decoding",))
 
 
 def test_generate_in_transformers():

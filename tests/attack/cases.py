@@ -392,6 +392,7 @@ def _sampling(model: str) -> Iterator[Case]:
         "wedlm_entropy_threshold": [None, 0, 1e-300, 1e30, 1e308],
         "wedlm_pos_penalty_factor": [0, 1e30, -1e30],
         "wedlm_draft_entropy": [0, 1e30],
+        "wedlm_lookup_drafts": [None, 0, 1, 2**31 - 1, -1],
         "logprobs": [None, 0, 20, 21],
         "stop_token_ids": [[], [5], [10**9], list(range(64))],
         "logit_bias": [{}, {"5": 100}, {str(i): -100 for i in range(90)}],

@@ -34,17 +34,17 @@ def test_what_is_written_is_run_as_it_is(source, tmp_path, name, words, said, we
     assert said in result.stderr
     answered = generate(written, "--raw", "--json", "--max-tokens", "4", "--temperature", "0", "abc")
     (record,) = records(answered)
-    assert record["stats"]["decoding"] == "autoregressive"
+    assert record["stats"]["num_drafted"] == record["stats"]["num_lookup_drafted"]
     first = answered.stderr.splitlines()[0]
     assert "native C++ forward" in first
     assert weights in first.split("(")[1]
-    assert "auto and verified decode as AR, because the checkpoint names no mask token" in first
+    assert "drafts come from the text alone: the checkpoint names no mask token" in first
     widened = generate(written, "--raw", "--json", "--max-tokens", "4", "--dtype", "float32", "abc")
     assert widened.exit_code == 0
     assert "plain torch operations" in widened.stderr
     drafting = generate(written, "--raw", "--json", "--max-tokens", "4", "--mask-token-id", "99", "abc")
     assert json.loads(drafting.stdout)["stats"]["decoding"] == "auto"
-    assert LLM(written, device="cpu", decoding="verified").generate("a")[0].stats.decoding == "autoregressive"
+    assert not LLM(written, device="cpu").engine.config.drafts
 
 
 def test_errors_are_one_sentence(source, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tests.engine.native_model import NativeModel
+from tests.slow_lookup import SlowLookup
 from tests.stub import StubModel
 from wedlm.algorithm import reference
 from wedlm.attention.base import KVCache
@@ -55,6 +56,7 @@ def stub_engine(
     max_num_batched_tokens: int = 64,
     max_model_len: int = 200,
     eos_token_ids: tuple[int, ...] = (),
+    has_masked_rows: bool = True,
     chunk_step_ratio: float = 1.8,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Engine:
@@ -69,6 +71,7 @@ def stub_engine(
             max_num_batched_tokens=max_num_batched_tokens,
             chunk_step_ratio=chunk_step_ratio,
         ),
+        drafts=has_masked_rows,
     )
     if not lagging:
         return build(model.runs, config, page_size, num_pages, model.heads, clock=clock)
@@ -122,13 +125,17 @@ def _check_keys(engine: Engine, request: Request, model: StubModel | NativeModel
     model.check_cache(engine.runner.cache, slots, request.output.tokens[: request.progress.num_cached])
 
 
-def check_outcome(model: StubModel | NativeModel, request: Request) -> None:
-    """The finished request equals the reference, in text, in the forward of each token and in rows."""
-    expected = reference.decode(model.rows_model, request.prompt_token_ids, request.max_tokens, request.decode)
+def check_outcome(model: StubModel | NativeModel, request: Request, lagging: bool = False) -> None:
+    """The finished request equals the reference, in text, in the forward of each token and in rows.
+
+    ``lagging``: the engine's, which looks drafts up in a text that lacks the latest step's tokens."""
+    decode = request.decode
+    propose = SlowLookup(ends=decode.stop_token_ids).propose if decode.max_lookup else None
+    expected = reference.decode(model.rows_model, request.prompt_token_ids, request.max_tokens, decode, propose)
     assert request.output_token_ids == expected.tokens, request
     ended = expected.tokens[-1] in request.decode.stop_token_ids
     assert request.finish_reason == ("stop" if ended else "length")
-    if request.decode.decoding == "auto":  # how many steps it takes depends on the load
+    if decode.decoding == "auto" or (lagging and decode.max_lookup):  # how many steps it takes depends on the load
         return
     assert request.output.token_steps == expected.steps, request
     assert (request.counters.num_forwards, request.counters.num_rows) == (len(expected.rows), sum(expected.rows)), (

@@ -40,6 +40,7 @@ def random_rules(rng: random.Random, decoding: str | None = None) -> Rules:
         wedlm_window_size=rng.randint(1, 9),
         wedlm_entropy_threshold=rng.choice([None, 0.4, 1.5, 5.0]),
         wedlm_draft_entropy=rng.choice([0.5, 1.5, 5.0]),
+        wedlm_lookup_drafts=rng.choice([None, 0, 8]),
     )
     return [rng.randrange(VOCAB) for _ in range(rng.choice([1, 3, 9]))], params, grammar
 

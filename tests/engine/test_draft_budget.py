@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from wedlm.algorithm.params import verified_rows
 from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, Budget, DraftBudget, expected_step, longest_draft
 from wedlm.engine.adaptive.step_costs import StepCosts
 
@@ -35,8 +36,7 @@ def simulate(table, padded, rates, num_windows, auto, num_steps=3000, seed=0, dr
             accepted = next((i for i in range(drafts) if rng.random() >= rates[i]), drafts)
             tokens += accepted + 1
             offered = longest_draft(rows, drafts, accepted, budget.drafts)
-            more = (offered + 1) * (budget.drafts + 1) if budget.drafts else 0
-            after.append((offered, min(budget.rows, 1 + offered + more), offered))
+            after.append((offered, verified_rows(offered, *budget), offered))
             if isinstance(auto, DraftBudget):
                 auto.observe(drafts, accepted, longest, num_windows)
         if isinstance(auto, DraftBudget):
@@ -142,7 +142,7 @@ def test_drafts_by_turns():
 def test_expected_step():
     assert expected_step(Budget.of(1), (), ()) == (1.0, 1.0)
     tokens, rows = expected_step(Budget(4, 2), (1.0,) * 2, (1.0,) * 2)
-    assert (tokens, rows) == pytest.approx((2.0, 4.0))  # three tokens, and then one
+    assert (tokens, rows) == pytest.approx((2.0, 3.5))  # three tokens of three rows, and then one of four
     tokens, rows = expected_step(Budget.of(6), (1.0,), (1.0,))
     assert tokens == pytest.approx(2.0)
     assert rows == pytest.approx(6.0)

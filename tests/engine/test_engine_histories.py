@@ -29,6 +29,7 @@ def random_params(rng: random.Random) -> SamplingParams:
         wedlm_window_size=rng.randint(1, 9),
         wedlm_entropy_threshold=rng.choice([None, 0.4, 1.5]),
         wedlm_draft_entropy=rng.choice([0.5, 1.5, 5.0]),
+        wedlm_lookup_drafts=rng.choice([None, None, 0, 3, 20]),
     )
 
 
@@ -44,9 +45,11 @@ def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
     rng = random.Random(seed)
     native = model if isinstance(model, NativeModel) else None
     page_size = rng.choice([1, 1, 2, 4, 16])
+    lagging, has_masked_rows = rng.random() < 0.5, rng.random() < 0.8
     engine = stub_engine(
         model,
-        lagging=rng.random() < 0.5,
+        lagging=lagging,
+        has_masked_rows=has_masked_rows,
         page_size=page_size,
         num_pages=-(-90 // page_size) + rng.randint(0, 60 // page_size),
         max_num_seqs=rng.randint(1, 5),
@@ -54,7 +57,7 @@ def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
     )
     stems = [[rng.randrange(model.vocab_size) for _ in range(30)] for _ in range(2)]
     finished, aborted, added = [], 0, 0
-    preempted = reused = 0
+    preempted = reused = looked_up = 0
     for _ in range(rng.randint(5, 40)):
         action = rng.random()
         if action < 0.3:
@@ -77,12 +80,14 @@ def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
     assert engine.pool.num_available == engine.pool.num_pages
     assert len(finished) + aborted == added
     for request in finished:
-        check_outcome(model, request)
+        check_outcome(model, request, lagging)
+        looked_up += request.counters.num_lookup_accepted
         preempted += request.progress.num_preemptions
         reused += request.progress.num_reused
         if request.params.logprobs is not None:
             assert len(request.output.top_logprobs) == len(request.output.logprobs) == request.num_output_tokens
-    return {"finished": len(finished), "aborted": aborted, "preempted": preempted, "reused": reused}
+    counts = {"finished": len(finished), "aborted": aborted, "preempted": preempted, "reused": reused}
+    return counts | {"accepted from the text": looked_up}
 
 
 def step(engine: Engine) -> list:
@@ -100,6 +105,10 @@ def run_histories(seeds: range, model: StubModel | NativeModel = MODEL) -> dict[
 
 def test_histories():
     run_histories(range(60))
+
+
+def test_histories_of_texts_that_repeat_themselves():
+    assert run_histories(range(30), StubModel(period=4, agreement=8.0))["accepted from the text"] > 20
 
 
 @pytest.mark.long

@@ -14,17 +14,23 @@ from wedlm.engine.sampling_params import SamplingParams
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.long
-@pytest.mark.parametrize("decoding", ["autoregressive", "verified", "streaming", "block"])
+@pytest.mark.parametrize(
+    ("decoding", "lookup_drafts"),
+    [("autoregressive", None), ("verified", None), ("verified", 7), ("streaming", None), ("block", None)],
+)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_captured_steps_do_not_wait(decoding, temperature):
+def test_captured_steps_do_not_wait(decoding, lookup_drafts, temperature):
     one = engine(torch.device("cuda"), True)
     captured = one.runner.executors[0]
     plans: list[StepPlan] = []
     launch = one.runner.launch
     one.runner.launch = lambda plan: plans.append(plan) or launch(plan)
-    params = SamplingParams(decoding=decoding, max_tokens=40, temperature=temperature, seed=1, ignore_eos=True)
+    params = SamplingParams(
+        decoding=decoding, max_tokens=40, temperature=temperature, seed=1, ignore_eos=True,
+        wedlm_lookup_drafts=lookup_drafts,
+    )  # fmt: skip
     for name in "abc":
-        one.add(name, [3, 4, 5], params)
+        one.add(name, [3, 4, 5, 3, 4, 5], params)
     while one._pending is None:  # prompts, and the capture of the first step
         one.step()
     plan, pending = one._pending
@@ -32,6 +38,7 @@ def test_captured_steps_do_not_wait(decoding, temperature):
     prompts = plans[0]
     assert not any(work.is_window for work in prompts.scheduled)
     assert all(work.is_window for work in plan.scheduled)
+    assert all((work.proposal is not None) == (lookup_drafts is not None) for work in plan.scheduled)
     both = StepPlan([*plan.scheduled[:2], prompts.scheduled[2]])  # whose window stands still meanwhile
     launch(both)
     torch.cuda.synchronize()

@@ -158,26 +158,32 @@ def test_no_room_for_a_mask_token(tmp_path):
     with pytest.warns(UserWarning, match=re.escape(said)):
         llm = LLM(tmp_path, device="cpu")
     assert llm.engine.config.mask_token_id == 100
-    assert alone(llm, "Hello", SamplingParams(max_tokens=5)).stats.decoding == "autoregressive"
+    assert "drafts come from the text alone" in llm.describe()
     llm = LLM(tmp_path, device="cpu", mask_token_id=7)
     assert 7 not in alone(llm, "Hello", SamplingParams(max_tokens=50)).token_ids
 
 
-def test_a_checkpoint_without_a_mask_token_decodes_as_ar(tmp_path):
-    """Its masked rows predict nothing: nothing is drafted, it is said, and streaming warns once."""
+def test_a_checkpoint_without_a_mask_token_drafts_from_the_text_alone(tmp_path):
+    """Its masked rows predict nothing and do not run, which is said; streaming warns once."""
     llm = LLM(save_tiny(tmp_path, model_type="qwen3", mask_token_id=None), device="cpu")
-    assert "auto and verified decode as AR, because the checkpoint names no mask token" in llm.describe()
-    expected = alone(llm, "Hello", SamplingParams(max_tokens=12, decoding="autoregressive"))
+    assert "drafts come from the text alone: the checkpoint names no mask token" in llm.describe()
+    expected = alone(llm, "Hello", SamplingParams(max_tokens=40, decoding="autoregressive", ignore_eos=True))
     for decoding in ("auto", "verified"):
-        output = alone(llm, "Hello", SamplingParams(max_tokens=12, decoding=decoding))
-        assert (output.text, output.token_steps) == (expected.text, expected.token_steps)
-        assert output.stats.decoding == "autoregressive"
+        output = alone(llm, "Hello", SamplingParams(max_tokens=40, decoding=decoding, ignore_eos=True))
+        assert output.token_ids == expected.token_ids
+        stats = output.stats
+        assert stats.decoding == decoding
+        assert stats.num_drafted == stats.num_lookup_drafted
+        assert stats.num_rows == stats.num_forwards + stats.num_drafted, "an anchor and drafts alone"
+    assert 0 < stats.num_lookup_accepted < stats.num_lookup_drafted
+    none = alone(llm, "Hello", SamplingParams(max_tokens=40, ignore_eos=True, wedlm_lookup_drafts=0))
+    assert (none.token_ids, none.token_steps) == (expected.token_ids, expected.token_steps)
     streaming = SamplingParams(max_tokens=12, decoding="streaming")
     with pytest.warns(UserWarning, match="was never adapted to predict masked positions, so streaming decoding"):
         alone(llm, "Hello", streaming)
     alone(llm, "Hello", streaming)  # once is enough: another warning would be an error
     named = LLM(tmp_path, device="cpu", mask_token_id=MASK)  # whoever names one knows what for
-    assert "decode as AR" not in named.describe()
+    assert "drafts come from" not in named.describe()
     assert alone(named, "Hello", SamplingParams(max_tokens=12, decoding="verified")).stats.decoding == "verified"
 
 

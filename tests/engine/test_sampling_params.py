@@ -14,7 +14,7 @@ from wedlm.engine.sampling_params import SamplingParams
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400
 NUMBERS = ("temperature", "top_p", "wedlm_entropy_threshold", "wedlm_pos_penalty_factor", "wedlm_draft_entropy")
-INTEGERS = ("top_k", "max_tokens", "min_tokens", "seed", "logprobs", "wedlm_window_size")
+INTEGERS = ("top_k", "max_tokens", "min_tokens", "seed", "logprobs", "wedlm_window_size", "wedlm_lookup_drafts")
 INVALID: list[tuple[str, Any]] = [
     *((name, value) for name in NUMBERS for value in (NAN, -0.1, -1, -INF, True, "0.5", "nan", [0.5], (), 1j, HUGE)),
     *((name, value) for name in INTEGERS for value in (0.5, 1.0, NAN, True, False, "1", [1], 2**63)),
@@ -155,6 +155,8 @@ def test_frozen():
         {"wedlm_entropy_threshold": 0},
         {"wedlm_entropy_threshold": INF},
         {"wedlm_draft_entropy": INF},
+        {"wedlm_lookup_drafts": 0},
+        {"wedlm_lookup_drafts": None},
         {"logit_bias": {}},
         {"logit_bias": {3: -100.0, 5: 100.0}},
         {"presence_penalty": -2, "frequency_penalty": 2.0},

@@ -6,11 +6,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from wedlm import LLM, SamplingParams
+from wedlm.bench import copying
 
 _FILE = Path(__file__).parents[1] / "data/prompts.jsonl"
 PROMPTS = [json.loads(line)["prompt"] for line in _FILE.read_text().splitlines()]
@@ -25,7 +27,7 @@ def llm() -> Iterator[LLM]:
     torch.set_num_threads(threads)
 
 
-def compare(llm: LLM, prompts: list[str], params: SamplingParams) -> dict[str, object]:
+def compare(llm: LLM, prompts: list[str], params: SamplingParams) -> dict[str, Any]:
     """Texts of both modes; a divergence is excused only at a tie, and each is listed."""
     encoded = [llm.chat_prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
     ar = llm.generate(encoded, replace(params, decoding="autoregressive", logprobs=2), progress=False)
@@ -42,9 +44,16 @@ def compare(llm: LLM, prompts: list[str], params: SamplingParams) -> dict[str, o
         assert best - second < TIE, f"prompt {index} diverges at token {at}, where AR's lead is {best - second:.2e}"
         excused.append((index, at, best - second))
     tokens = sum(len(output.token_ids) for output in verified)
-    forwards = sum(output.stats.num_forwards for output in verified if output.stats is not None)
+    stats = [output.stats for output in verified if output.stats is not None]
+    forwards = sum(one.num_forwards for one in stats)
     assert tokens >= forwards
-    return {"prompts": len(prompts), "tokens": tokens, "excused": excused, "tokens/forward": f"{tokens / forwards:.3f}"}
+    figures = {
+        "prompts": len(prompts),
+        "tokens": tokens,
+        "excused": excused,
+        "tokens/forward": f"{tokens / forwards:.3f}",
+    }
+    return figures | {"drafts from the text": sum(one.num_lookup_accepted for one in stats)}
 
 
 @pytest.mark.demo_model
@@ -52,6 +61,23 @@ def compare(llm: LLM, prompts: list[str], params: SamplingParams) -> dict[str, o
 def test_verified_equals_ar(llm, temperature):
     params = SamplingParams(temperature=temperature, seed=7, max_tokens=12, wedlm_window_size=6)
     compare(llm, PROMPTS[:3] + PROMPTS[-3:], params)
+
+
+@pytest.mark.demo_model
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_from_the_text_give_ars_text(llm, temperature):
+    params = SamplingParams(temperature=temperature, seed=7, max_tokens=32, wedlm_lookup_drafts=7, wedlm_window_size=8)
+    found = compare(llm, [copying.edits()[4], copying.extractions()[2]], params)
+    assert found["drafts from the text"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.demo_model
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_from_the_text_give_ars_text_on_100_prompts(llm, temperature, record_property):
+    params = SamplingParams(temperature=temperature, seed=7, max_tokens=64, wedlm_lookup_drafts=15)
+    for name, value in compare(llm, copying.edits() + copying.extractions(), params).items():
+        record_property(name, value)
 
 
 @pytest.mark.long

@@ -167,3 +167,18 @@ def test_long_prompts_beside_windows(device, monkeypatch, decodings):
     assert [one[::3] for one in actual] == [one[::3] for one in expected]
     assert any(windows and max(starts, default=0) for windows, starts in shares), "no later chunk beside windows"
     assert any(starts and not windows for windows, starts in shares)
+
+
+def test_drafts_from_the_text(device):
+    """Proposed one step late, as the host reads; the text is AR's."""
+    prompts, texts = [[3, 4, 5, 6] * 3, [9, 8, 9, 8, 7]], []
+    for decoding in ("autoregressive", "verified"):
+        one = engine(device, graphs=decoding == "verified")
+        params = SamplingParams(decoding=decoding, max_tokens=6, wedlm_window_size=6, wedlm_lookup_drafts=4)
+        done = [one.add(str(number), prompt, params) for number, prompt in enumerate(prompts)]
+        while one.has_work:
+            one.step()
+            one.pool.check_integrity()
+        texts.append([request.output_token_ids for request in done])
+    assert texts[0] == texts[1]
+    assert sum(request.counters.num_lookup_drafted for request in done) > 0

@@ -8,12 +8,22 @@ from typing import Literal, get_args
 
 Decoding = Literal["auto", "streaming", "verified", "block", "autoregressive"]
 DECODINGS: tuple[str, ...] = get_args(Decoding)
+MOST_LOOKUP_DRAFTS = 63  # in a step: further ones are hardly ever right, and each is looked at by the host
 
 
 def drafts_of(row_budget: int) -> int:
     """Most drafts k that ``row_budget`` rows sustain: beside the anchor and k drafts stand k + 1 groups of masked rows,
     one for each number of drafts that may be accepted, and k rows in each (docs/algorithm.md, "Verified decoding")."""
     return max(0, math.isqrt(row_budget) - 1)
+
+
+def verified_rows(num_drafts: int, row_budget: int, max_drafts: int) -> int:
+    """Rows of a verified step: the anchor, its drafts, and what ``row_budget`` leaves to masked rows, each of which can
+    become one of the next step's ``max_drafts``. The first row of a group stands at the position that AR's token takes,
+    so groups of one row each would be for nothing, and do not run."""
+    groups = num_drafts + 1
+    masked = min(row_budget - groups, groups * (max_drafts + 1) if max_drafts else 0)
+    return groups + (masked if masked > groups else 0)
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,8 @@ class DecodeParams:
     ``window_size`` is W, the positions a window covers, in streaming and block decoding, and R, the most rows of a
     step, in verified decoding. Autoregressive decoding is verified decoding with R=1: an anchor, no drafts, no masked
     rows. Auto is verified decoding whose R may be lowered from step to step (``row_budget`` is the most).
+    ``lookup_drafts``: most drafts of a verified step that come from the text instead of masked rows
+    (``wedlm.algorithm.lookup``). ``has_masked_rows``: whether the model predicts anything in masked rows.
     ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``max_positions`` is the model's length: no
     position at or past it exists. ``stop_token_ids`` end the text; ``min_eos_position`` is the first position at which
     one may stand (prompt length + min_tokens). What follows from the fields is kept, since each step asks for it.
@@ -33,6 +45,8 @@ class DecodeParams:
     entropy_threshold: float | None = 0.4
     pos_penalty: float = 0.02
     draft_entropy: float = 2.5
+    lookup_drafts: int = 0
+    has_masked_rows: bool = True
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -54,26 +68,27 @@ class DecodeParams:
 
     @cached_property
     def row_budget(self) -> int:
-        """R when verifying (1 for AR), W otherwise."""
-        return 1 if self.decoding == "autoregressive" else self.window_size
+        """R when verifying (1 for AR, and where no masked row is worth running), W otherwise."""
+        alone = self.decoding == "autoregressive" or (self.is_verified and not self.has_masked_rows)
+        return 1 if alone else self.window_size
 
     @cached_property
     def max_drafts(self) -> int:
         """``drafts_of`` the row budget."""
         return drafts_of(self.row_budget)
 
-    def width(self, num_drafts: int, room: int) -> int:
-        """Rows at the start of a step, ``room`` positions before the model's length; streaming then extends them.
+    @cached_property
+    def max_lookup(self) -> int:
+        """Most drafts from the text in a step: no more than R has rows for, however wide the window is."""
+        verifies = self.is_verified and self.decoding != "autoregressive"
+        return min(self.lookup_drafts, self.window_size - 1, MOST_LOOKUP_DRAFTS) if verifies else 0
 
-        A verified step runs no masked row that cannot become a draft, or make one possible.
-        """
+    def width(self, num_drafts: int, room: int) -> int:
+        """Rows at the start of a step, ``room`` positions before the model's length; streaming then extends them."""
         budget = min(self.row_budget, room)
-        if not self.is_verified:
-            return budget
-        masked = (num_drafts + 1) * (self.max_drafts + 1) if self.max_drafts else 0
-        return min(budget, 1 + num_drafts + masked)
+        return min(room, verified_rows(num_drafts, budget, self.max_drafts)) if self.is_verified else budget
 
     @cached_property
     def max_rows(self) -> int:
         """Upper bound of the rows of any step: a full window commits while as many masked positions join it."""
-        return self.row_budget if self.is_verified else 2 * self.window_size
+        return max(self.row_budget, 1 + self.max_lookup) if self.is_verified else 2 * self.window_size

@@ -26,9 +26,16 @@ class ReferenceOutput:
     rows: list[int]
 
 
-def decode(model: RowsModel, prompt: list[int], max_tokens: int, params: DecodeParams) -> ReferenceOutput:
+def decode(
+    model: RowsModel,
+    prompt: list[int],
+    max_tokens: int,
+    params: DecodeParams,
+    propose: Callable[[list[int]], list[int]] | None = None,
+) -> ReferenceOutput:
     """Decode one sequence until an end token or ``max_tokens`` (docs/algorithm.md, "Decoding").
 
+    ``propose``: from the text so far to drafts that take the place of a verified step's own, if there are any.
     Raises ValueError if the prompt is empty or leaves no position for a token.
     """
     if not prompt or len(prompt) >= params.max_positions:
@@ -41,6 +48,10 @@ def decode(model: RowsModel, prompt: list[int], max_tokens: int, params: DecodeP
         window = [None] * params.row_budget
     out = ReferenceOutput([], [], [])
     while True:
+        if propose is not None:
+            most = min(params.max_positions - len(committed), max_tokens - len(out.tokens), params.max_lookup + 1) - 1
+            drafts = propose(prompt + out.tokens)[: max(0, most)]
+            window = [window[0], *drafts] if drafts else window
         emitted, committed, window, rows = step(model, committed, window, params)
         out.rows.append(rows)
         for token in emitted:

@@ -102,5 +102,7 @@ def verified_width(
     num_drafts: Int[Tensor, " S"], row_budget: Int[Tensor, " S"], max_drafts: Int[Tensor, " S"], room: Int[Tensor, " S"]
 ) -> Int[Tensor, " S"]:
     """``DecodeParams.width`` of verified windows."""
-    masked = torch.where(max_drafts > 0, (num_drafts + 1) * (max_drafts + 1), 0)
-    return torch.minimum(torch.minimum(row_budget, room), 1 + num_drafts + masked).clamp(min=0)
+    groups = num_drafts + 1
+    masked = torch.where(max_drafts > 0, groups * (max_drafts + 1), 0)
+    masked = torch.minimum(torch.minimum(row_budget, room) - groups, masked)
+    return torch.minimum(groups + torch.where(masked > groups, masked, 0), room).clamp(min=0)

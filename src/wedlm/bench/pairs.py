@@ -22,7 +22,7 @@ def pairs(bench: Bench) -> list[TableRow]:
         own = "random weights" if prompts.tokenizer is None else "everyday questions"
         found += _pairs(bench, {"kind": own, "batch": batch}, arrivals)
         with injected(bench.target.engine):
-            refused: dict[str, Any] = {"ignore_eos": True, "wedlm_draft_entropy": 1e9}
+            refused: dict[str, Any] = {"ignore_eos": True, "wedlm_draft_entropy": 1e9, "wedlm_lookup_drafts": 0}
             found += _pairs(bench, {"kind": "all rows drafted, all refused", "batch": batch}, arrivals, **refused)
         if prompts.tokenizer is not None:
             counting = [Arrival(0.0, prompts.counting(number), workload.answer) for number in range(batch)]

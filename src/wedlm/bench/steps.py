@@ -10,8 +10,8 @@ from wedlm.bench.stats import Figures, TableRow, make_row
 from wedlm.engine.adaptive.draft_budget import Budget, DraftBudget, expected_step
 from wedlm.engine.sampling_params import SamplingParams
 
-# However unsure: every row that the budget has; every mask filled in each step, which runs 2W rows.
-_ALL_ROWS: dict[str, Any] = {"wedlm_draft_entropy": 1e9}
+# However unsure: every row that the budget has, all of masked rows; every mask filled in each step, which runs 2W rows.
+_ALL_ROWS: dict[str, Any] = {"wedlm_draft_entropy": 1e9, "wedlm_lookup_drafts": 0}
 _ALL_MASKS: dict[str, Any] = {"wedlm_entropy_threshold": 1e9}
 _TOKENS_A_STEP = (2.0, 3.0)  # at 16 rows; what auto is measured at besides the curves given
 _AUTO_WARM_STEPS = 60  # until it knows how drafts fare

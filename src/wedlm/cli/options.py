@@ -62,6 +62,9 @@ class WindowOptions:
     draft_entropy: Annotated[float, option("Verified: draft up to the first row this uncertain (nats).", HOW)] = (
         DEFAULTS.wedlm_draft_entropy
     )
+    lookup_drafts: Annotated[
+        int | None, option("Auto, verified: most drafts a forward from the text so far; 0: none.", HOW)
+    ] = DEFAULTS.wedlm_lookup_drafts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ def make_request(  # noqa: PLR0913 - each is a fact of the request or of the eng
         output=RequestOutput(tokens=list(prompt), text=text, constraint=constraint),
         counters=RequestCounters(arrival_time),
         progress=RequestProgress(WindowSnapshot.initial(prompt, decode)),
-        limits=RequestLimits(decode.max_rows),
+        limits=RequestLimits(decode.row_budget if decode.is_verified else decode.max_rows),
     )
 
 
@@ -71,11 +71,16 @@ def decode_params(config: EngineConfig, num_prompt_tokens: int, params: Sampling
         given = list(params.stop_token_ids or ())
         raise ValueError(f"stop_token_ids is {given}; expected ids below {config.vocab_size}")
     decoding = params.decoding or config.decoding
-    if not config.drafts and decoding in ("auto", "verified"):
-        decoding = "autoregressive"
+    window_size = params.wedlm_window_size or config.options.wedlm_window_size
+    asked = params.wedlm_lookup_drafts
+    lookup_drafts = config.options.wedlm_lookup_drafts if asked is None else asked
+    if lookup_drafts is None:  # verified takes some where it would have none otherwise
+        lookup_drafts = window_size if decoding == "auto" or not config.drafts else 0
     return DecodeParams(
         decoding=decoding,
-        window_size=params.wedlm_window_size or config.options.wedlm_window_size,
+        window_size=window_size,
+        lookup_drafts=lookup_drafts,
+        has_masked_rows=config.drafts,
         entropy_threshold=params.wedlm_entropy_threshold,
         pos_penalty=params.wedlm_pos_penalty_factor,
         draft_entropy=params.wedlm_draft_entropy,

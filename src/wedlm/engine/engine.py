@@ -113,6 +113,7 @@ class Engine:
 
     def _plan(self, unread: Unread) -> StepPlan | None:
         """The next step, with its budgets; windows that it preempts are saved. None if it cannot be planned ahead."""
+        self.controller.propose(self.scheduler.decoding())
         prefill_rows = None
         if self.controller.limits_prefill:
             prefill_rows = self.controller.prefill_rows(self.scheduler.rows_beside_prompts(unread))
@@ -152,7 +153,7 @@ class Engine:
             if result is None:
                 self.scheduler.update_cached(request, one.start + one.count)
                 continue
-            reason = self._deliver(request, result)
+            reason = self._deliver(request, result, one.num_lookup_drafts())
             cached, known = result.num_cached, len(request.output.tokens)
             self.scheduler.update_cached(request, cached if cached < known else known)
             if result.tokens:
@@ -161,11 +162,17 @@ class Engine:
                 self._finish(request, reason)
         return changed
 
-    def _deliver(self, request: Request, result: WindowResult) -> FinishReason | None:
+    def _deliver(self, request: Request, result: WindowResult, num_lookup_drafts: int) -> FinishReason | None:
         """Append a window's tokens to the output. Why the request ends, or None."""
         counters = request.counters
         counters.num_forwards += 1
         counters.num_rows += result.num_rows
+        if result.num_drafts:
+            counters.num_drafted += result.num_drafts
+            counters.num_accepted += len(result.tokens) - 1
+        if num_lookup_drafts:
+            counters.num_lookup_drafted += num_lookup_drafts
+            counters.num_lookup_accepted += len(result.tokens) - 1
         if counters.first_token_time is None and result.tokens:
             counters.first_token_time = self.clock()
         return append_tokens(request, result)
@@ -173,6 +180,7 @@ class Engine:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self.scheduler.remove(request)
         self.runner.unload(request)
+        self.controller.forget(request)
         if request.output.text is not None and reason != "stop":
             request.output.text.finish()
         del self.requests[request.request_id]

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 # chunks would cost more than they spare.
 _CAPTURED_CHUNK_STEP_RATIO = 1.8
 # For users of a checkpoint that was never adapted.
-WITHOUT_MASK = "auto and verified decode as AR, because the checkpoint names no mask token (--mask-token-id names one)"
+WITHOUT_MASK = "drafts come from the text alone: the checkpoint names no mask token (--mask-token-id names one)"
 _LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS = 2**28, 8
 
 

@@ -23,6 +23,13 @@ def read_positive_integer(name: str, value: object) -> int:
     return value
 
 
+def read_count(name: str, value: object) -> int:
+    """An integer of at least 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} is {value!r}; expected an integer >= 0")
+    return value
+
+
 def read_fraction(name: str, value: object) -> float:
     """A number in (0, 1]."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
@@ -139,6 +146,12 @@ class EngineOptions:
         "and auto.",
         read_positive_integer,
     )
+    wedlm_lookup_drafts: int | None = _option(
+        None,
+        "Most drafts a step from the text, of requests that name no number; 0: none. Default: what pays in auto; in "
+        "verified none, unless the model has no masked rows.",
+        _or_none(read_count),
+    )
     max_num_seqs: int = _option(64, "Most sequences in one forward.", read_positive_integer)
     max_num_batched_tokens: int = _option(
         2048, "Most rows in one forward, of windows and prompts together.", read_positive_integer
@@ -214,7 +227,7 @@ class EngineConfig:
     eos_token_ids: tuple[int, ...]
     max_model_len: int
     options: EngineOptions = EngineOptions()
-    drafts: bool = True  # False: masked rows predict nothing, so auto and verified decode as AR, whose text they give
+    drafts: bool = True  # False: masked rows predict nothing, so auto and verified draft from the text alone
     model_decoding: Decoding = "auto"  # the checkpoint's word
 
     @property

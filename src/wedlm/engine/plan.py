@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from wedlm.algorithm.lookup import Proposal
 from wedlm.engine.request import Request, TopLogprobs
 
 
@@ -11,6 +12,7 @@ from wedlm.engine.request import Request, TopLogprobs
 class ScheduledRequest:
     """One request's share of a step: its decoding window, or a chunk of tokens to cache (``count`` of them from
     ``start`` on); for a window both are upper bounds. ``pages`` covers slots 0 .. start + count - 1.
+    ``proposal``: drafts from the text for a window.
     """
 
     request: Request
@@ -18,6 +20,14 @@ class ScheduledRequest:
     count: int
     pages: list[int]
     start: int
+    proposal: Proposal | None = None
+
+    def num_lookup_drafts(self) -> int:
+        """Drafts from the text that the step verified; to be asked before its tokens are appended."""
+        if self.proposal is None or not self.proposal.most:
+            return 0
+        text = self.request.output.tokens
+        return len(self.proposal.drafts(len(text), text[-1], self.request.decode.max_positions))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,9 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from wedlm.algorithm.lookup import Proposal
 from wedlm.algorithm.params import DecodeParams
+from wedlm.engine.adaptive.lookup_budget import RequestLookup
 from wedlm.engine.constraints.rules import Constraint
 from wedlm.engine.original_names import ByName
 from wedlm.engine.sampling_params import SamplingParams
@@ -53,11 +55,16 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class RequestCounters:
-    """Forwards and rows after the prompt's, and times in seconds of the engine's clock. Written by the engine alone."""
+    """Forwards, rows and drafts after the prompt's, and times in seconds of the engine's clock. Drafts from the text
+    (``lookup``) count among all. Written by the engine alone."""
 
     arrival_time: float
     num_forwards: int = 0
     num_rows: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_lookup_drafted: int = 0
+    num_lookup_accepted: int = 0
     start_time: float | None = None  # when its first step was planned
     first_token_time: float | None = None
     finish_time: float | None = None
@@ -79,14 +86,16 @@ class RequestProgress:
 
 @dataclass(slots=True)
 class RequestLimits:
-    """What the load leaves to an adaptive request. Written by the controller alone.
+    """What the load leaves to a request, and what its text proposes. Written by the controller alone.
 
-    ``max_rows`` of its next window step; ``longest_draft``: drafts that the next step could have, by what the last one
-    left it.
+    ``max_rows`` of its next window step, with its own drafts; ``longest_draft``: how many of those there could be, by
+    what the last one left it; ``proposal``: drafts from the text to take in their place, found by ``lookup``.
     """
 
     max_rows: int
     longest_draft: int = 0
+    proposal: Proposal | None = None
+    lookup: RequestLookup | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,8 +138,9 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class RequestStats(ByName):
     """Figures of one request. ``tokens_per_forward`` and ``p_cache`` (tokens per row run) always go together:
-    many rows may buy few tokens. Forwards and rows are those after the prompt's. Times in seconds:
-    ``queue_s`` from the arrival to the first step, ``elapsed_s`` to the end.
+    many rows may buy few tokens. Forwards, rows and drafts are those after the prompt's; drafts from the text
+    (``lookup``) count among all. Times in seconds: ``queue_s`` from the arrival to the first step, ``elapsed_s`` to
+    the end.
 
     The two speeds under the original's names are lower bounds, because a step may hold prompts and windows: prompt
     tokens until the first token, and all tokens until the end, by the time since the request came."""
@@ -148,6 +158,10 @@ class RequestStats(ByName):
     num_tokens: int
     num_forwards: int
     num_rows: int
+    num_drafted: int
+    num_accepted: int
+    num_lookup_drafted: int
+    num_lookup_accepted: int
     num_preemptions: int
     tokens_per_forward: float
     p_cache: float
@@ -171,6 +185,10 @@ class RequestStats(ByName):
             num_tokens=tokens,
             num_forwards=counters.num_forwards,
             num_rows=counters.num_rows,
+            num_drafted=counters.num_drafted,
+            num_accepted=counters.num_accepted,
+            num_lookup_drafted=counters.num_lookup_drafted,
+            num_lookup_accepted=counters.num_lookup_accepted,
             num_preemptions=progress.num_preemptions,
             tokens_per_forward=_ratio(tokens, counters.num_forwards),
             p_cache=_ratio(tokens, counters.num_rows),

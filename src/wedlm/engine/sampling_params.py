@@ -41,6 +41,10 @@ class SamplingParams:
     wedlm_window_size: W of streaming and block decoding, most rows a step of verified and auto; None is the engine's.
     wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
     wedlm_draft_entropy: verified decoding drafts up to the first masked row whose entropy reaches this (nats).
+    wedlm_lookup_drafts: most drafts a step that come from prompt and output, where these go on as they did before: in
+    verified decoding in place of masked rows' whenever there are some, in auto if they pay; 0: none. None is the
+    engine's: as many as the window has rows for in auto, and in verified decoding none, unless the model has no masked
+    rows. Never above 63.
     """
 
     temperature: float = DecodeParams.temperature
@@ -68,6 +72,7 @@ class SamplingParams:
     decoding: Decoding | None = None
     wedlm_window_size: int | None = None
     wedlm_draft_entropy: float = DecodeParams.draft_entropy
+    wedlm_lookup_drafts: int | None = None
 
     def __post_init__(self) -> None:
         self._set("temperature", _number("temperature", self.temperature, high=_LARGEST))
@@ -111,6 +116,8 @@ class SamplingParams:
         penalty = _number("wedlm_pos_penalty_factor", self.wedlm_pos_penalty_factor, high=_LARGEST)
         self._set("wedlm_pos_penalty_factor", penalty)
         self._set("wedlm_draft_entropy", _number("wedlm_draft_entropy", self.wedlm_draft_entropy))
+        if self.wedlm_lookup_drafts is not None:
+            self._set("wedlm_lookup_drafts", _integer("wedlm_lookup_drafts", self.wedlm_lookup_drafts, low=0))
 
     def _set(self, name: str, value: object) -> None:
         """Store the checked value: a plain Python number or tuple, whatever kind the user gave."""

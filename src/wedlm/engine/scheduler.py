@@ -6,6 +6,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from operator import attrgetter
 
 from wedlm.engine.pages import PagePool
@@ -32,7 +33,7 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """ValueError if the request could never run, even alone."""
-        rows = _max_rows(request)
+        rows = min(request.decode.max_rows, request.decode.max_positions)
         if rows > self.max_num_batched_tokens:
             raise ValueError(
                 f"wedlm_window_size is {request.decode.window_size}, which can take {rows} rows a step; "
@@ -49,10 +50,15 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request that ``check`` has passed. Its first window has no more rows than its limits leave."""
         decode, most = request.decode, request.limits.max_rows
-        if most < decode.max_rows:
+        if most < decode.row_budget:
             first = replace(decode, window_size=most)
             request.progress.window = WindowSnapshot.initial(request.prompt_token_ids, first)
         self._queue(request)
+
+    def decoding(self) -> list[Request]:
+        """Whose windows the next step may run: those that run, and who could be let in."""
+        places = max(1, self.max_num_seqs - len(self.running))
+        return [*self.running, *islice(self.waiting, places)]
 
     def rows_beside_prompts(self, unread: Unread) -> int | None:
         """Rows of the windows that share the next step with prompts. None if there are no prompts, or if none of these
@@ -122,7 +128,8 @@ class Scheduler:
         count = _max_rows(request) if is_window else min(missing, budget, chunk_budget)
         if count > budget or count <= 0:
             return None
-        return ScheduledRequest(request, is_window, count, self.pool.table(request.request_id), start)
+        proposal = request.limits.proposal if is_window else None
+        return ScheduledRequest(request, is_window, count, self.pool.table(request.request_id), start, proposal)
 
     def _admit(self, request: Request, budget: int, chunk_budget: int) -> ScheduledRequest | None:
         """Give the request a page table and plan its first chunk, if there is a place, and all tokens to cache and a
@@ -221,7 +228,9 @@ def unread_of(plan: StepPlan) -> Unread:
 
 def _max_rows(request: Request) -> int:
     """Upper bound of the rows of the request's next window step."""
-    most = request.limits.max_rows
+    most, proposal = request.limits.max_rows, request.limits.proposal
+    if proposal is not None and proposal.most >= most:
+        most = proposal.most + 1
     room = request.decode.max_positions - request.progress.num_cached
     return most if most < room else room
 

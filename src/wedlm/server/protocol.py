@@ -112,6 +112,7 @@ class Generation(Strict):
     wedlm_entropy_threshold: float | None = None
     wedlm_pos_penalty_factor: float | None = None
     wedlm_draft_entropy: float | None = None
+    wedlm_lookup_drafts: int | None = None
     wedlm_trace: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -149,7 +150,7 @@ class Generation(Strict):
             "stop_token_ids",
             "decoding",
         )
-        ours = ("wedlm_window_size", "wedlm_pos_penalty_factor", "wedlm_draft_entropy")
+        ours = ("wedlm_window_size", "wedlm_pos_penalty_factor", "wedlm_draft_entropy", "wedlm_lookup_drafts")
         given = {name: getattr(self, name) for name in (*names, *ours) if getattr(self, name) is not None}
         if "wedlm_entropy_threshold" in self.model_fields_set:
             given["wedlm_entropy_threshold"] = self.wedlm_entropy_threshold

@@ -3,11 +3,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from wedlm.algorithm.lookup import Proposal, TextLookup
 from wedlm.engine.adaptive.draft_budget import DraftBudget, longest_draft
+from wedlm.engine.adaptive.lookup_budget import LookupBudget, RequestLookup, StepLoad
 from wedlm.engine.adaptive.prefill_budget import PrefillBudget
 from wedlm.engine.adaptive.step_costs import StepCosts
 from wedlm.engine.options import EngineOptions
@@ -45,6 +47,7 @@ class Controller:
         self._most_rows_measured = 0
         self.prefill_budget: PrefillBudget | None = None  # since prompts and windows first met
         self.draft_budget: DraftBudget | None = None  # since the first adaptive request
+        self._lookup_budget = LookupBudget()
         self._last_read: float | None = None  # when the last step was read, if it had windows
 
     def measure_costs(self, most_rows: int) -> None:
@@ -80,6 +83,42 @@ class Controller:
             self.prefill_budget = PrefillBudget(self.costs, self.chunk_step_ratio)
         return self.prefill_budget.chunk_rows(window_rows)
 
+    def propose(self, requests: Sequence[Request]) -> None:
+        """Look up what may follow the texts of those whose windows may run in the next step, and choose how much of it
+        they take."""
+        load: StepLoad | None = None
+        for request in requests:
+            decode, limits, text = request.decode, request.limits, request.output.tokens
+            if not decode.max_lookup:
+                continue
+            if limits.lookup is None:
+                limits.lookup = RequestLookup(TextLookup(text))
+            limits.proposal = None
+            if decode.is_adaptive and limits.lookup.rests(len(requests)):
+                continue
+            # A step that has not been read may use up the first ones.
+            length, tokens = limits.lookup.find(2 * decode.max_lookup + 1, decode.stop_token_ids)
+            most = max(0, min(len(tokens), decode.max_lookup, request.max_tokens - request.num_output_tokens - 1))
+            if length and decode.is_adaptive:
+                load = self._load(len(requests)) if load is None else load
+                most = self._lookup_budget.choose(load, limits.lookup, length, most)
+            limits.lookup.note(most > 0)
+            if length:
+                limits.proposal = Proposal(len(text), tokens, length, most)
+
+    def _load(self, num_windows: int) -> StepLoad:
+        """The next step without drafts from texts."""
+        assert self.draft_budget is not None
+        budget = self.draft_budget.budget
+        seconds = self.draft_budget.seconds_beside(num_windows, budget.rows)
+        tokens, rows = self.draft_budget.expected()
+        rows = budget.rows if self.costs.padded else rows
+        return StepLoad(self.costs, seconds, num_windows * rows, num_windows * tokens, rows, tokens, *budget)
+
+    def forget(self, request: Request) -> None:
+        """The request has ended: whoever keeps it need not keep what its text has shown."""
+        request.limits.lookup = request.limits.proposal = None
+
     def set_row_budgets(self, plan: StepPlan) -> StepPlan:
         """The plan with the rows that it leaves to adaptive windows, whose limits follow."""
         adaptive = [one.request for one in plan.scheduled if one.is_window and one.request.decode.is_adaptive]
@@ -101,10 +140,11 @@ class Controller:
             return
         if last is not None and windows:
             rows = sum(result.num_rows for result in windows)
+            looked_up = any(one.num_lookup_drafts() for one in plan.scheduled)
             chunk_rows = sum(one.count for one in plan.scheduled if not one.is_window)
             if self.prefill_budget is not None:
                 self.prefill_budget.observe(rows, chunk_rows, now - last)
-            if self.draft_budget is not None and not chunk_rows:
+            if self.draft_budget is not None and not chunk_rows and not looked_up:
                 self.draft_budget.observe_time(len(windows), rows, now - last)
         if self.draft_budget is not None:
             self._observe_drafts(self.draft_budget, plan, results, len(windows))
@@ -116,7 +156,10 @@ class Controller:
             if result is None or not decode.is_adaptive:
                 continue
             drafts, accepted = result.num_drafts, len(result.tokens) - 1
-            outcomes[drafts, accepted, limits.longest_draft] += 1
+            if one.proposal is not None and limits.lookup is not None:
+                self._lookup_budget.observe(limits.lookup, one.proposal, one.request.output.tokens, result.tokens)
+            if not one.num_lookup_drafts():
+                outcomes[drafts, accepted, limits.longest_draft] += 1
             most = min(plan.max_drafts, decode.max_drafts)
             limits.longest_draft = longest_draft(result.num_rows, drafts, accepted, most)
         for outcome, count in outcomes.items():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from wedlm.algorithm.params import drafts_of
+from wedlm.algorithm.params import drafts_of, verified_rows
 from wedlm.engine.adaptive.step_costs import StepCosts
 
 
@@ -78,7 +78,7 @@ def expected_step(budget: Budget, accepts: tuple[float, ...], offers: tuple[floa
     row_budget, most = budget
     follows = [[0.0] * (most + 1) for _ in range(most + 1)]  # chance of each number of drafts after each
     for drafts, after in enumerate(follows):
-        rows = min(row_budget, 1 + drafts + (drafts + 1) * (most + 1) if most else 1)
+        rows = verified_rows(drafts, row_budget, most)
         for accepted, chance in enumerate(_accepted(drafts, accepts)):
             longest = longest_draft(rows, drafts, accepted, most)
             for offered, probability in enumerate(_accepted(longest, offers)):
@@ -89,8 +89,7 @@ def expected_step(budget: Budget, accepts: tuple[float, ...], offers: tuple[floa
         after = [sum(map(operator.mul, share, column)) for column in into]
         share = [(old + new) / 2 for old, new in zip(share, after, strict=True)]  # numbers of drafts may alternate
     tokens = sum(w * (1 + sum(i * p for i, p in enumerate(_accepted(k, accepts)))) for k, w in enumerate(share))
-    most_rows = sum(w * min(row_budget, 1 + k + ((k + 1) * (most + 1) if most else 0)) for k, w in enumerate(share))
-    return tokens, most_rows
+    return tokens, sum(w * verified_rows(k, row_budget, most) for k, w in enumerate(share))
 
 
 def _accepted(count: int, rates: tuple[float, ...]) -> list[float]:
@@ -117,6 +116,7 @@ class DraftBudget:
     _interval: int = _SHORTEST
     _calm: int = 0  # steps until the choice is looked at again
     _chosen_for: int = 0  # windows
+    _rates_then: tuple[tuple[float, ...], ...] | None = None  # when the choice was last looked at
 
     def candidates(self, most: int) -> list[Budget]:
         """All that may be chosen for windows of at most ``most`` rows: AR first."""
@@ -133,7 +133,7 @@ class DraftBudget:
             self._calm -= 1
             return self._maybe_probe(num_windows, most)
         self._calm, self._chosen_for = _CALM, num_windows
-        rates = self.rates()
+        rates = self._rates_then = self.rates()
         speeds = {b: self._speed(b, num_windows, *rates) for b in self.candidates(most)}
         best = max(speeds, key=lambda b: speeds[b])
         keep = self.budget in speeds and speeds[best] < speeds[self.budget] * (1 + _PATIENCE)
@@ -180,13 +180,17 @@ class DraftBudget:
         ran = self.budget.rows if num_rows > num_windows else 1
         now = max(0.0, seconds - self.costs(num_rows))
         seen = self._beside[ran > 1].get(num_windows, {})
-        before = seen[ran] if ran in seen else self._seconds_beside(num_windows, ran) if self._beside[ran > 1] else now
+        before = seen[ran] if ran in seen else self.seconds_beside(num_windows, ran) if self._beside[ran > 1] else now
         # A pause of the machine, or a capture, is not a cost of the step.
         self._beside[ran > 1].setdefault(num_windows, {})[ran] = before + 0.1 * (min(now, 2 * before + 1e-3) - before)
 
-    def _seconds_beside(self, num_windows: int, row_budget: int) -> float:
-        """As observed with the number of windows nearest to this one, and of those with the nearest row budget. Unseen
-        batch sizes count as free, so that they get tried once."""
+    def expected(self) -> tuple[float, float]:
+        """(tokens, rows) of a step with the present budget."""
+        return expected_step(self.budget, *(self._rates_then or self.rates()))
+
+    def seconds_beside(self, num_windows: int, row_budget: int) -> float:
+        """Of a step, beside its forward: as observed with the number of windows nearest to this one, and of those with
+        the nearest row budget. Unseen batch sizes count as free, so that they get tried once."""
         seen = self._beside[row_budget > 1] or (self._beside[0] if row_budget > 1 else {})
         if not seen:
             return 0.0
@@ -212,4 +216,4 @@ class DraftBudget:
         """Tokens a second of one window."""
         tokens, rows = expected_step(budget, accepts, offers)
         rows = budget.rows if self.costs.padded else rows
-        return tokens / (self.costs(num_windows * rows) + self._seconds_beside(num_windows, budget.rows))
+        return tokens / (self.costs(num_windows * rows) + self.seconds_beside(num_windows, budget.rows))

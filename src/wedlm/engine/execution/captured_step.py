@@ -95,6 +95,7 @@ class CapturedStep:
         if self.windows.state is not self._state:  # a wider window came
             self._state = self.windows.state
             self.graphs.clear()
+        self.windows.propose(plan)
         budget = plan.row_budget, plan.max_drafts
         if new or budget != self._budget:
             self._budget = budget

@@ -91,6 +91,7 @@ class EagerStep(Generic[A]):
         self, windows: list[ScheduledRequest], chunks: list[ScheduledRequest], plan: StepPlan
     ) -> list[WindowResult]:
         self.windows.load([one.request for one in windows])
+        self.windows.propose(plan)
         slots = [self.windows.slots[one.request.request_id] for one in windows]
         index = torch.tensor(slots, device=self.device)
         params = self._stack_params(windows)

@@ -74,6 +74,7 @@ class NativeStep:
             for request in new:
                 decoder.set_params(slots[request.request_id], request.decode)
                 self._num_pages[request.request_id] = 0
+        self.windows.propose(plan)
         decoder.attach(self.windows.state)
         windows, chunks, most_positions = [], [], 0
         for one in plan.scheduled:

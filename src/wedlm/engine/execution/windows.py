@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wedlm.algorithm.lookup import Proposals, propose, propose_one
 from wedlm.algorithm.window import WindowState
-from wedlm.engine.execution.transfer import scatter_rows
+from wedlm.engine.execution.transfer import scatter_rows, to_device_async
+from wedlm.engine.plan import ScheduledRequest, StepPlan
 from wedlm.engine.request import Request, TopLogprobs, WindowSnapshot
 from wedlm.engine.sampling_params import MAX_LOGPROBS
 
@@ -56,6 +58,28 @@ class Windows:
         ]
         scatter_rows(slots, values)
 
+    def propose(self, plan: StepPlan) -> None:
+        """Put the drafts from the text in the windows of the plan, all of them loaded, in place of their own. Nothing
+        waits for the device."""
+        proposed = [(one, one.proposal) for one in plan.scheduled if one.proposal is not None and one.proposal.most]
+        if not proposed:
+            return
+        limits = [_limits(one, plan) for one, _ in proposed]
+        slots = [self.slots[one.request.request_id] for one, _ in proposed]
+        if self.device.type == "cpu":
+            for slot, limit, (_, proposal) in zip(slots, limits, proposed, strict=True):
+                propose_one(self.state, slot, *limit, proposal)
+            return
+        widest = max(len(proposal.tokens) for _, proposal in proposed)
+        numbers = [
+            [slot, *limit, len(one.tokens), one.known, one.most, *one.tokens, *[0] * (widest - len(one.tokens))]
+            for slot, limit, (_, one) in zip(slots, limits, proposed, strict=True)
+        ]
+        sent = to_device_async(torch.tensor(numbers), self.device)
+        index, row_budget, max_drafts, max_positions, count, known, most = sent[:, :7].unbind(1)
+        proposals = Proposals(sent[:, 7:], count, known, most)
+        self.state.put(index, propose(self.state.take(index), row_budget, max_drafts, max_positions, proposals))
+
     def keep_top_logprobs(
         self, requests: Sequence[Request], sequence: Tensor, target: Tensor, logprobs: Tensor
     ) -> None:
@@ -102,3 +126,10 @@ class Windows:
             logprobs=tuple(self.state.logprobs[slot, :width].tolist()),
             top_logprobs=dict(self.top_logprobs[request.request_id]),
         )
+
+
+def _limits(one: ScheduledRequest, plan: StepPlan) -> tuple[int, int, int]:
+    """Row budget, most drafts of masked rows, and positions of a window: no more rows than there are pages for."""
+    decode = one.request.decode
+    drafts = min(decode.max_drafts, plan.max_drafts) if decode.is_adaptive else decode.max_drafts
+    return min(decode.row_budget, one.count), drafts, decode.max_positions

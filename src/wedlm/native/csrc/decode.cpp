@@ -266,8 +266,8 @@ struct WedlmDecoder {
       drafts++;
     held[0] = chosen[accepted];
     for (int64_t i = 1; i <= drafts; i++) held[i] = chosen[begin + i];
-    int64_t masked = max_drafts > 0 ? (drafts + 1) * (max_drafts + 1) : 0;
-    wide = std::max<int64_t>(0, std::min({row_budget, room, 1 + drafts + masked}));
+    int64_t needed = drafts + 1, masked = std::min(std::min(row_budget, room) - needed, max_drafts > 0 ? needed * (max_drafts + 1) : 0);
+    wide = std::max<int64_t>(0, std::min(room, needed + (masked > needed ? masked : 0)));
     for (int64_t c = 0; c < capacity; c++) is_filled[c] = c <= drafts && c < wide, logprobs[first + static_cast<size_t>(c)] = 0;
   }
 
