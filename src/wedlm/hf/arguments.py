@@ -46,6 +46,7 @@ class Arguments:
     wedlm_entropy_threshold: float | None = DecodeParams.entropy_threshold
     wedlm_pos_penalty_factor: float = DecodeParams.pos_penalty
     wedlm_draft_entropy: float = DecodeParams.draft_entropy
+    wedlm_lookup_drafts: int | None = None
 
     @classmethod
     def of(cls, generation_config: GenerationConfig | None, given: Mapping[str, Any]) -> "Arguments":
@@ -90,6 +91,7 @@ class Arguments:
             wedlm_entropy_threshold=self.wedlm_entropy_threshold,
             wedlm_pos_penalty_factor=self.wedlm_pos_penalty_factor,
             wedlm_draft_entropy=self.wedlm_draft_entropy,
+            wedlm_lookup_drafts=self.wedlm_lookup_drafts,
         )
         count = self.num_return_sequences
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
