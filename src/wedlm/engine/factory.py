@@ -188,11 +188,16 @@ def native_obstacle(model: Transformer | None = None) -> str | None:
 
 
 def plan_engine(
-    model: Transformer | NativeTransformer, config: EngineConfig, tokenizer: EngineTokenizer | None, note: str = ""
+    model: Transformer | NativeTransformer,
+    config: EngineConfig,
+    tokenizer: EngineTokenizer | None,
+    note: str = "",
+    num_sharing: int = 1,
 ) -> Blueprint:
     """Every choice for an engine around a model of ``prepare_model``, by ``config.options``; logs what was chosen.
 
-    ``note``: what users should know of the choice of the model. ValueError for options that cannot be.
+    ``note``: what users should know of the choice of the model. ``num_sharing``: how many engines, planned before any
+    of them is built, divide the memory for caches. ValueError for options that cannot be.
     """
     shape, options = model.config, config.options
     device, dtype = _device_and_dtype(model)
@@ -206,12 +211,15 @@ def plan_engine(
         # A file can claim any length: without a word from the user it gets a cache in proportion to its weights.
         weights = _weight_bytes(model)
         needed = min(needed, max(_LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS * weights))
-        num_bytes = resolve_options.default_cache_bytes(device, needed, options.gpu_memory_utilization)
+        num_bytes = resolve_options.default_cache_bytes(device, needed, options.gpu_memory_utilization, num_sharing)
     else:
         resolve_options.check_cache_bytes(device, num_bytes)
+        num_bytes //= num_sharing
     num_pages = num_bytes // (per_token * options.page_size)
     if num_pages < 1:
-        raise ValueError(f"kv_cache_bytes is {num_bytes}; expected at least {per_token * options.page_size}, one page")
+        least = num_sharing * per_token * options.page_size
+        each = " for each model" if num_sharing > 1 else ""
+        raise ValueError(f"kv_cache_bytes is {num_sharing * num_bytes}; expected at least {least}, one page{each}")
     reason = eager_reason(options.cuda_graphs, device, shape)
     _check_deterministic(options.deterministic, model, reason)
     if options.chunk_step_ratio is None:

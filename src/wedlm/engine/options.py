@@ -160,7 +160,7 @@ class EngineOptions:
     kv_cache_bytes: int | None = _option(
         None,
         "Memory for keys and values. Default on CUDA: what gpu_memory_utilization leaves; elsewhere: four full "
-        "sequences, at most a quarter of the memory and eight times the weights.",
+        "sequences, at most a quarter of the memory and eight times the weights. Several models of a server share it.",
         _or_none(read_positive_integer),
     )
     kv_cache_dtype: Literal["auto", "fp8"] = _option(
