@@ -14,13 +14,14 @@ import torch
 
 from tests.engine.native_model import NativeModel, needs_native
 from tests.engine.test_engine_histories import run_histories
-from tests.engine.test_masked_lora import random_model
-from tests.engine.tiny_llm import LENGTH, SLOT_BYTES, VOCAB, check_empty, save_tiny
+from tests.engine.test_load_weights import write_blocks
+from tests.engine.tiny_llm import LENGTH, MASK, SLOT_BYTES, VOCAB, check_empty, save_tiny
+from tests.model.test_masked_lora import write_adapter
 from wedlm import LLM, SamplingParams
 from wedlm.algorithm.params import DECODINGS
 from wedlm.attention.base import ExtendBatch
-from wedlm.engine import factory
 from wedlm.evaluate.likelihood import LikelihoodScorer
+from wedlm.model import load_model
 from wedlm.native import NativeAttend, NativeTransformer
 
 pytestmark = needs_native
@@ -93,11 +94,42 @@ def test_verified_and_auto_give_ars_text(tmp_path, family):
     assert sum(one.num_reused_tokens for one in stats) > 0
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["", "adapter"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_histories(threads):
+def test_histories(threads, adapter):
     """Random adding, aborting and preempting, in all modes: reference.py's tokens and steps, and at all times the
-    cache's bits are those of one forward."""
-    run_histories(range(12), NativeModel(min(threads, os.cpu_count() or 1)))
+    cache's bits are those of one forward (without the adapter, if there is one: no key of a masked row stays)."""
+    run_histories(range(12), NativeModel(min(threads, os.cpu_count() or 1), adapter))
+
+
+@pytest.mark.parametrize("form", ["int8", "Q8_0"])
+def test_an_adapter_of_masked_rows_changes_no_ar_text(tmp_path, form):
+    """By the path of a directory or a file, and the adapter's: alone and in batches, verified and auto decoding give the
+    text of AR without the adapter. What masked rows fill in by streaming is another text."""
+    directory = save_tiny(tmp_path / "base", hidden_size=64, intermediate_size=64, head_dim=32, num_kv_heads=1)
+    adapter = write_adapter(tmp_path / "adapter", load_model(directory)[0])
+    path, quantization = directory, "int8"
+    if form != "int8":
+        path, quantization = write_blocks(tmp_path / "m.gguf", directory, form), "auto"
+    options = {"device": "cpu", "quantization": quantization, "max_num_seqs": 8, "mask_token_id": MASK}
+    base, adapted = LLM(path, **options), LLM(path, adapter=adapter, **options)
+    assert "native C++ forward" in adapted.describe()
+    rng = random.Random(1)
+    prompts = [[rng.randrange(90) for _ in range(rng.choice([1, 3, 17, 40]))] for _ in range(8)]
+    params = [SamplingParams(max_tokens=24, temperature=i % 2, seed=i, wedlm_window_size=7) for i in range(8)]
+    expected = texts(base, prompts, params, "autoregressive", 1)
+    for decoding in EXACT:
+        assert texts(adapted, prompts, params, decoding, 1) == expected
+        assert texts(adapted, prompts, params, decoding, 8) == expected
+    streamed = [texts(llm, prompts, params, "streaming", 1) for llm in (base, adapted)]
+    assert streamed[0] != streamed[1]
+
+
+def test_an_adapter_of_another_model_is_refused(directory, tmp_path):
+    other = save_tiny(tmp_path / "other", hidden_size=64, intermediate_size=64)
+    adapter = write_adapter(tmp_path / "adapter", load_model(other)[0])
+    with pytest.raises(ValueError, match=r"the change of .* has shape .*; expected .*, the model's"):
+        native_llm(directory, adapter=adapter)
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
@@ -157,12 +189,6 @@ def test_what_is_said_and_kept(directory, dtype):
 def test_graphs_cannot_be_asked_for(directory):
     with pytest.raises(ValueError, match="cuda_graphs is True, but the device is cpu"):
         LLM(directory, device="cpu", quantization="int8", cuda_graphs=True)
-
-
-def test_an_adapter_of_masked_rows_is_an_obstacle():
-    assert factory.native_obstacle(random_model(adapter=False)) is None
-    reason = factory.native_obstacle(random_model(adapter=True))
-    assert reason == "the native library does not run adapters of masked rows"
 
 
 def test_a_wrong_instruction_set_is_refused(directory, monkeypatch):

@@ -179,6 +179,28 @@ uint64_t run(uint64_t seed, const char* path) {
       vector(layer, WEDLM_DOWN_BIAS, shape.hidden_size, 0);
     }
   }
+  auto masked = [&](int layer, int which, int rows, int cols) {  // an adapter of masked rows
+    if (random.below(3) == 0) return;
+    const int ranks[] = {1, 3, 16, 40, 64, 256};
+    int rank = ranks[random.below(6)];
+    Matrix a = random_matrix(random, rank, cols), b = random_matrix(random, rows, rank);
+    for (int i = 0; a.format != b.format; i++) {  // both in one
+      if (i % 2) a = random_matrix(random, rank, cols);
+      else b = random_matrix(random, rows, rank);
+    }
+    check(wedlm_model_set_masked(model, layer, which, a.format, rank, a.data.data(), a.scale.data(), b.data.data(), b.scale.data(), error, sizeof error), error);
+  };
+  bool adapted = random.below(2);
+  for (int layer = 0; adapted && layer < shape.num_layers; layer++) {
+    masked(layer, WEDLM_Q, q, shape.hidden_size);
+    masked(layer, WEDLM_K, kv, shape.hidden_size);
+    masked(layer, WEDLM_V, kv, shape.hidden_size);
+    masked(layer, WEDLM_O, shape.hidden_size, q);
+    masked(layer, WEDLM_GATE, shape.intermediate_size, shape.hidden_size);
+    masked(layer, WEDLM_UP, shape.intermediate_size, shape.hidden_size);
+    masked(layer, WEDLM_DOWN, shape.hidden_size, shape.intermediate_size);
+  }
+  if (adapted && random.below(2)) vector(-1, WEDLM_MASK_EMBEDDING, shape.hidden_size, 0);
   matrix(-1, WEDLM_EMBEDDING, shape.vocab_size, shape.hidden_size);
   if (tied) wedlm_model_tie(model);
   else matrix(-1, WEDLM_HEAD, shape.vocab_size, shape.hidden_size);
@@ -197,6 +219,7 @@ uint64_t run(uint64_t seed, const char* path) {
   for (size_t i = 0; i < pages.size(); i++) pages[i] = static_cast<int32_t>(i);
   for (size_t i = pages.size(); i > 1; i--) std::swap(pages[i - 1], pages[static_cast<size_t>(random.below(static_cast<int64_t>(i)))]);
   std::vector<int64_t> starts, counts, offsets{0}, tokens, positions, shared, own;
+  std::vector<uint8_t> is_masked;
   int64_t num_sequences = 1 + random.below(4);
   for (int64_t s = 0; s < num_sequences; s++) {
     int64_t longest = s == 0 && random.below(8) == 0 ? 110 : 20;
@@ -208,6 +231,7 @@ uint64_t run(uint64_t seed, const char* path) {
       positions.push_back(random.below(kPositions));
       shared.push_back(random.below(row + 1));
       own.push_back(random.below(row + 1));
+      is_masked.push_back(static_cast<uint8_t>(random.below(2)));
     }
   }
   auto num_rows = static_cast<int64_t>(tokens.size());
@@ -235,7 +259,7 @@ uint64_t run(uint64_t seed, const char* path) {
   std::vector<int64_t> token(num_logits);
   bool hides = random.below(2);
   WedlmStep step{num_rows, num_sequences, tokens.data(), positions.data(), starts.data(), counts.data(), pages.data(), offsets.data(),
-                 hides ? shared.data() : nullptr, hides ? own.data() : nullptr, keys.data(), values.data(), cache_type, page_size,
+                 hides ? shared.data() : nullptr, hides ? own.data() : nullptr, is_masked.data(), keys.data(), values.data(), cache_type, page_size,
                  num_slots, cos.data(), sin.data(), kPositions, static_cast<int64_t>(num_logits), wanted.data(), logits.data(),
                  token.data(), token_logit.data(), entropy.data(), logsumexp.data(), banned.data(), banned_offsets.data()};
   check(wedlm_model_forward(model, &step, error, sizeof error), error);

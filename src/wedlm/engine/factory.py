@@ -27,7 +27,6 @@ from wedlm.engine.pages import PagePool
 from wedlm.engine.text import EngineTokenizer
 from wedlm.model import ModelConfig, Transformer, pack_for_inference
 from wedlm.model.inference.quantization import Quantization, multiplies_fp8
-from wedlm.model.lora.masked_rows import has_masked_lora
 from wedlm.native import NativeAttend, NativeTransformer, is_available
 from wedlm.native.library import PATH_VARIABLE, PORTABLE, chosen_path, paths
 from wedlm.native.weights import format_names, native_from_torch
@@ -161,7 +160,7 @@ def prepare_model(
         raise ValueError(f"quantize_head is True and quantization is {quantization!r}; expected 'fp8'")
     if quantization != "int8" or model.model.embed_tokens.weight.device.type != "cpu":
         return pack_for_inference(model, quantization, quantize_head)
-    obstacle = native_obstacle(model)
+    obstacle = native_obstacle()
     if obstacle is not None:
         raise ValueError(f"quantization is 'int8', but {obstacle}; expected none on a CPU where it cannot run")
     return native_from_torch(model, quantization, threads=native_threads())
@@ -173,15 +172,13 @@ def native_threads() -> int:
     return min(torch.get_num_threads(), os.cpu_count() or 1)
 
 
-def native_obstacle(model: Transformer | None = None) -> str | None:
-    """Why this model, or any, cannot run on the native forward of CPUs; None if it can."""
+def native_obstacle() -> str | None:
+    """Why no model can run on the native forward of CPUs; None if they can."""
     if not is_available():
         return "the native library was not built: no C++ compiler"
     if chosen_path() == PORTABLE and not os.environ.get(PATH_VARIABLE):
         needs = "; or ".join(path.needs for path in paths() if path.name != PORTABLE)
         return f"this processor has none of the instruction sets that the native library needs ({needs})"
-    if model is not None and has_masked_lora(model):
-        return "the native library does not run adapters of masked rows"
     return None
 
 
