@@ -109,11 +109,12 @@ uint64_t decode(Random& random, WedlmModel* model, const WedlmShape& shape, cons
     filled[static_cast<size_t>(s * kCapacity)] = static_cast<uint8_t>(own.is_verified);
   }
   size_t cache_size = static_cast<size_t>(shape.num_layers * kWindows * kPages * kPageSize * shape.num_kv_heads * shape.head_dim);
-  std::vector<float> keys(cache_size), values(cache_size);
+  std::vector<float> keys(cache_size), values(cache_size), scales(2 * cache_size);
   WedlmSlots slots{kCapacity, kPages, cached.data(), width.data(), tokens.data(), filled.data(), logprobs.data(), params.data(), pages.data(), num_pages.data()};
   WedlmDecode step{};
   step.slots = &slots, step.num_windows = kWindows, step.slot = slot.data();
-  step.keys = keys.data(), step.values = values.data(), step.page_size = kPageSize, step.num_slots = kWindows * kPages * kPageSize;
+  step.keys = keys.data(), step.values = values.data(), step.key_scale = scales.data(), step.value_scale = scales.data() + cache_size;
+  step.cache_type = static_cast<int32_t>(random.below(3)), step.page_size = kPageSize, step.num_slots = kWindows * kPages * kPageSize;
   step.cos = cos, step.sin = sin, step.num_positions = num_positions;
   step.results = results.data(), step.result_logprobs = result_logprobs.data();
   WedlmDecoder* decoder = wedlm_decoder_new(shape.vocab_size, 0);
@@ -130,6 +131,7 @@ uint64_t decode(Random& random, WedlmModel* model, const WedlmShape& shape, cons
   }
   wedlm_decoder_free(decoder);
   h = hash(h, filled.data(), filled.size());
+  for (const std::vector<float>* part : {&keys, &values, &scales}) h = hash(h, part->data(), part->size() * 4);
   return hash(h, logprobs.data(), logprobs.size() * 4);
 }
 
@@ -235,11 +237,11 @@ uint64_t run(uint64_t seed, const char* path) {
     }
   }
   auto num_rows = static_cast<int64_t>(tokens.size());
-  int32_t cache_type = static_cast<int32_t>(random.below(2));
+  int32_t cache_type = static_cast<int32_t>(random.below(3));
   size_t cache_size = static_cast<size_t>(shape.num_layers) * static_cast<size_t>(num_slots) * static_cast<size_t>(kv);
   std::vector<float> keys(cache_size), values(cache_size);  // twice as long as bfloat16 needs
   for (size_t i = 0; i < cache_size; i++) keys[i] = random.real() * 0.5f, values[i] = random.real();
-  for (size_t i = 0; cache_type && i < 2 * cache_size; i++) {
+  for (size_t i = 0; cache_type == 1 && i < 2 * cache_size; i++) {
     for (std::vector<float>* cache : {&keys, &values}) {
       uint32_t bits;
       float x = random.real();
@@ -248,6 +250,8 @@ uint64_t run(uint64_t seed, const char* path) {
       std::memcpy(reinterpret_cast<char*>(cache->data()) + 2 * i, &high, 2);
     }
   }
+  std::vector<float> key_scale, value_scale;
+  for (size_t i = 0; cache_type == 2 && i < cache_size / static_cast<size_t>(shape.head_dim); i++) key_scale.push_back(random.real() * 0.01f), value_scale.push_back(random.real() * 0.01f);
   std::vector<int64_t> wanted, banned, banned_offsets{0};
   for (int64_t i = random.below(6); i >= 0; i--) {
     wanted.push_back(random.below(num_rows));
@@ -259,7 +263,7 @@ uint64_t run(uint64_t seed, const char* path) {
   std::vector<int64_t> token(num_logits);
   bool hides = random.below(2);
   WedlmStep step{num_rows, num_sequences, tokens.data(), positions.data(), starts.data(), counts.data(), pages.data(), offsets.data(),
-                 hides ? shared.data() : nullptr, hides ? own.data() : nullptr, is_masked.data(), keys.data(), values.data(), cache_type, page_size,
+                 hides ? shared.data() : nullptr, hides ? own.data() : nullptr, is_masked.data(), keys.data(), values.data(), key_scale.data(), value_scale.data(), cache_type, page_size,
                  num_slots, cos.data(), sin.data(), kPositions, static_cast<int64_t>(num_logits), wanted.data(), logits.data(),
                  token.data(), token_logit.data(), entropy.data(), logsumexp.data(), banned.data(), banned_offsets.data()};
   check(wedlm_model_forward(model, &step, error, sizeof error), error);
@@ -268,7 +272,7 @@ uint64_t run(uint64_t seed, const char* path) {
   for (float x : logits)
     if (!(x - x == 0)) check(-1, "a logit is not finite");
   uint64_t h = decoded;
-  for (const std::vector<float>* part : {&logits, &keys, &values, &token_logit, &entropy, &logsumexp}) h = hash(h, part->data(), part->size() * 4);
+  for (const std::vector<float>* part : {&logits, &keys, &values, &key_scale, &value_scale, &token_logit, &entropy, &logsumexp}) h = hash(h, part->data(), part->size() * 4);
   return hash(h, token.data(), token.size() * 8);
 }
 

@@ -123,7 +123,7 @@ class Blueprint:
             steps += f" ({self.note})"
         tokens = self.num_pages * self.page_size
         megabytes = tokens * self._bytes_per_token() / 1e6
-        kind = ", fp8" if self.dtype == FP8 else ""
+        kind = {FP8: ", fp8", torch.int8: ", int8"}.get(self.dtype, "")
         drafts = "" if self.config.drafts else f"; {WITHOUT_MASK}"
         return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB{kind}){drafts}"
 
@@ -194,6 +194,9 @@ def plan_engine(
     if options.kv_cache_dtype == "fp8":
         check_fp8_cache(device)
         dtype = FP8
+    elif options.kv_cache_dtype == "int8":
+        _check_int8_cache(model)
+        dtype = torch.int8
     per_token = KVCache.bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
     num_bytes = options.kv_cache_bytes
     if num_bytes is None:
@@ -244,6 +247,16 @@ def check_fp8_cache(device: torch.device) -> None:
     if not multiplies_fp8(device):  # who cannot multiply such numbers cannot convert them at once either
         raise ValueError(
             f"kv_cache_dtype is 'fp8' and the device is {device}; expected an NVIDIA GPU that multiplies FP8"
+        )
+
+
+def _check_int8_cache(model: Transformer | NativeTransformer) -> None:
+    """ValueError unless the model reads keys and values in int8."""
+    if not isinstance(model, NativeTransformer):
+        device, dtype = _device_and_dtype(model)
+        raise ValueError(
+            f"kv_cache_dtype is 'int8' and the model is in {str(dtype).removeprefix('torch.')} on {device}; expected "
+            "the native forward of CPUs, which quantization='int8' has"
         )
 
 

@@ -20,7 +20,7 @@ from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.window import Emitted, RowResults, WindowState
 from wedlm.attention.base import KVCache
 from wedlm.native.library import NativeError, load
-from wedlm.native.transformer import NativeTransformer
+from wedlm.native.transformer import NativeTransformer, cache_pointers
 
 _ERROR_BYTES = 512
 
@@ -84,8 +84,7 @@ class _Decode(Structure):
         ("row_limit", c_int64),
         ("most_drafts", c_int64),
         ("wants_logits", c_int32),
-        ("keys", c_void_p),
-        ("values", c_void_p),
+        *((name, c_void_p) for name in ("keys", "values", "key_scale", "value_scale")),
         ("cache_type", c_int32),
         ("page_size", c_int32),
         ("num_slots", c_int64),
@@ -167,8 +166,7 @@ class NativeDecoder:
         )
         self._step = _Decode(
             slots=ctypes.addressof(self._slots),
-            keys=cache.keys.data_ptr(),
-            values=cache.values.data_ptr(),
+            **cache_pointers(cache),
             cache_type=model.cache_type(cache),
             page_size=cache.page_size,
             num_slots=cache.keys.shape[1],

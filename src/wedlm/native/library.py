@@ -40,6 +40,8 @@ class Step(Structure):
         ("num_sequences", c_int64),
         *((name, c_void_p) for name in ("tokens", "positions", "starts", "counts", "pages", "page_offsets")),
         *((name, c_void_p) for name in ("shared", "own_start", "masked", "keys", "values")),
+        ("key_scale", c_void_p),
+        ("value_scale", c_void_p),
         ("cache_type", c_int32),
         ("page_size", c_int32),
         ("num_slots", c_int64),

@@ -25,7 +25,7 @@ from wedlm.native.library import NativeError, Shape, Step, chosen_path, load, nu
 _ERROR_BYTES = 512
 _ROPE_CHUNK = 1024  # positions; tables grow by whole chunks, each computed in one go, so that their bits never change
 PackedSource = tuple[np.ndarray, np.ndarray | None]  # contiguous rows in a source's format, and their scales
-_CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,7 @@ class NativeTransformer:
             shared=None if shared is None else shared.data_ptr(),
             own_start=None if own_start is None else own_start.data_ptr(),
             masked=None if is_masked is None else is_masked.ctypes.data,
-            keys=cache.keys.data_ptr(),
-            values=cache.values.data_ptr(),
+            **cache_pointers(cache),
             cache_type=cache_type,
             page_size=cache.page_size,
             num_slots=cache.keys.shape[1],
@@ -237,7 +236,7 @@ class NativeTransformer:
         """The library's number for the cache's type. NativeError if this model cannot use the cache."""
         if cache.keys.dtype not in _CACHE_TYPES or cache.keys.device.type != "cpu":
             raise NativeError(
-                f"the cache is {cache.keys.dtype} on {cache.keys.device}; expected float32 or bfloat16 on cpu"
+                f"the cache is {cache.keys.dtype} on {cache.keys.device}; expected float32, bfloat16 or int8 on cpu"
             )
         num_layers, _, *heads = cache.keys.shape
         expected = [self.config.num_kv_heads, self.config.head_dim]
@@ -272,6 +271,12 @@ class NativeTransformer:
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         if function(*arguments, error, _ERROR_BYTES):
             raise NativeError(error.value.decode())
+
+
+def cache_pointers(cache: KVCache) -> dict[str, int | None]:
+    """Where the library finds keys, values and their scales."""
+    parts = {"keys": cache.keys, "values": cache.values, "key_scale": cache.key_scale, "value_scale": cache.value_scale}
+    return {name: None if part is None else part.data_ptr() for name, part in parts.items()}
 
 
 def _int64(tensor: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ typedef struct {
   const int64_t *shared, *own_start;  /* [num_rows], or both null: plain causal order */
   const uint8_t* masked;              /* [num_rows], or null: none; matters to an adapter of masked rows */
   void *keys, *values;                /* [layers, num_slots, kv heads, head_dim] */
-  int32_t cache_type;                 /* 0 float32, 1 bfloat16 */
+  float *key_scale, *value_scale;     /* of each head in eight bits: [layers, num_slots, kv heads] */
+  int32_t cache_type;                 /* 0 float32, 1 bfloat16, 2 int8 */
   int32_t page_size;
   int64_t num_slots;
   const float *cos, *sin;             /* [num_positions, head_dim / 2] */

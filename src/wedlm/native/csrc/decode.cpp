@@ -197,6 +197,7 @@ struct WedlmDecoder {
     if (hides) one.shared = row_shared.data(), one.own_start = row_own.data();
     one.masked = row_masked.data();
     one.keys = step.keys, one.values = step.values;
+    one.key_scale = step.key_scale, one.value_scale = step.value_scale;
     one.cache_type = step.cache_type, one.page_size = step.page_size, one.num_slots = step.num_slots;
     one.cos = step.cos, one.sin = step.sin, one.num_positions = step.num_positions;
     one.num_logits = static_cast<int64_t>(rows);

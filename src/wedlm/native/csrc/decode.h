@@ -47,6 +47,7 @@ typedef struct {
   int64_t row_limit, most_drafts;              /* what adaptive windows are left */
   int32_t wants_logits;                        /* 1: all rows' logits are kept, to be changed before the choice; 2: as they were, too */
   void *keys, *values;                         /* as in WedlmStep */
+  float *key_scale, *value_scale;
   int32_t cache_type, page_size;
   int64_t num_slots;
   const float *cos, *sin;

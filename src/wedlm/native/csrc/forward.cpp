@@ -217,13 +217,16 @@ void Model::write_cache(const WedlmStep& step, const Rows& rows, const Layer& la
   turn(k, shape_.num_kv_heads, layer.k_norm, layer.has_k_norm);
   int64_t width = int64_t{shape_.num_kv_heads} * dim;
   int64_t at = (index * step.num_slots + rows.slot[static_cast<size_t>(row)]) * width;
-  if (step.cache_type == 0) {
-    std::memcpy(static_cast<float*>(step.keys) + at, k, static_cast<size_t>(width) * 4);
-    std::memcpy(static_cast<float*>(step.values) + at, v, static_cast<size_t>(width) * 4);
-  } else {
-    kernels_.to_bfloat(k, static_cast<uint16_t*>(step.keys) + at, width);
-    kernels_.to_bfloat(v, static_cast<uint16_t*>(step.values) + at, width);
-  }
+  auto write = [&](const float* x, void* cache, float* scale) {
+    switch (static_cast<CacheType>(step.cache_type)) {
+      case CacheType::kFloat32: std::memcpy(static_cast<float*>(cache) + at, x, static_cast<size_t>(width) * 4); return;
+      case CacheType::kBFloat16: kernels_.to_bfloat(x, static_cast<uint16_t*>(cache) + at, width); return;
+      case CacheType::kInt8:
+        for (int64_t i = 0; i < width; i += dim) kernels_.quantize_head(x + i, dim, static_cast<int8_t*>(cache) + at + i, scale + (at + i) / dim);
+    }
+  };
+  write(k, step.keys, step.key_scale);
+  write(v, step.values, step.value_scale);
 }
 
 void Model::attend(const WedlmStep& step, const Rows& rows, int32_t index) {
@@ -233,13 +236,15 @@ void Model::attend(const WedlmStep& step, const Rows& rows, int32_t index) {
     int32_t kv_head;
   };
   int32_t share = shape_.num_heads / shape_.num_kv_heads;
-  int64_t dim = shape_.head_dim, width = int64_t{shape_.num_kv_heads} * dim, size = step.cache_type == 0 ? 4 : 2;
+  int64_t dim = shape_.head_dim, heads = shape_.num_kv_heads, width = heads * dim;
+  auto type = static_cast<CacheType>(step.cache_type);
   int64_t each = std::max<int64_t>(1, kMaxQueries / share);
   std::vector<Piece> pieces;
   for (const Rows::Part& part : rows.parts)
     for (int64_t row = 0; row < part.count; row += each)
       for (int32_t h = 0; h < shape_.num_kv_heads; h++) pieces.push_back({&part, row, std::min(each, part.count - row), h});
-  auto base = [&](void* cache, int32_t h) { return static_cast<const char*>(cache) + (index * step.num_slots * width + h * dim) * size; };
+  auto base = [&](void* cache, int32_t h) { return static_cast<const char*>(cache) + (index * step.num_slots * width + h * dim) * element_bytes(type); };
+  auto scales = [&](const float* all, int32_t h) { return all ? all + index * step.num_slots * heads + h : nullptr; };
   pool_->run(static_cast<int32_t>(pieces.size()), [&](int32_t i, int thread) {
     const Piece& piece = pieces[static_cast<size_t>(i)];
     const Rows::Part& part = *piece.part;
@@ -251,10 +256,13 @@ void Model::attend(const WedlmStep& step, const Rows& rows, int32_t index) {
     work.num_rows = static_cast<int32_t>(piece.count);
     work.share = share;
     work.head_dim = shape_.head_dim;
-    work.type = static_cast<CacheType>(step.cache_type);
+    work.type = type;
     work.keys = base(step.keys, piece.kv_head);
     work.values = base(step.values, piece.kv_head);
     work.slot_stride = width;
+    work.key_scale = scales(step.key_scale, piece.kv_head);
+    work.value_scale = scales(step.value_scale, piece.kv_head);
+    work.scale_stride = heads;
     work.pages = step.pages + step.page_offsets[part.sequence];
     work.page_size = step.page_size;
     work.cached = step.starts[part.sequence];

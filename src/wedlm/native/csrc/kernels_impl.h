@@ -128,6 +128,22 @@ void quantize_blocks(const float* x, int64_t n, int8_t* q, float* scale, float* 
   }
 }
 
+void quantize_head(const float* x, int64_t n, int8_t* q, float* scale) {
+  FloatMode mode;
+  (void)mode;
+  V high = set1(0.0f);
+  auto part = [&](int64_t i) { return load_n(x + i, static_cast<int>(smaller(16, n - i))); };
+  for (int64_t i = 0; i < n; i += 16) high = max(abs(part(i)), high);
+  float most = largest(high);
+  V factor = set1(inverse_scale(most));
+  for (int64_t i = 0; i < n; i += 16) {
+    int8_t bytes[16];
+    store_bytes(bytes, rounded(part(i), factor));
+    __builtin_memcpy(q + i, bytes, static_cast<size_t>(smaller(16, n - i)));
+  }
+  *scale = most / 127.0f;
+}
+
 // ---- products: blocks with scales
 
 template <class Block>
@@ -480,7 +496,7 @@ namespace wedlm {
 namespace WEDLM_ISA {
 extern const Kernels kernels;
 const Kernels kernels{
-    WEDLM_ISA_NAME, rms_norm, quantize_blocks, product, silu_mul, add, rotate, attention, to_bfloat, logit_sums, largest_of, exp_one,
+    WEDLM_ISA_NAME, rms_norm, quantize_blocks, quantize_head, product, silu_mul, add, rotate, attention, to_bfloat, logit_sums, largest_of, exp_one,
 };
 }  // namespace WEDLM_ISA
 }  // namespace wedlm
