@@ -102,6 +102,7 @@ uint64_t decode(Random& random, WedlmModel* model, const WedlmShape& shape, cons
     own.temperature = random.below(2) ? 0.0f : 1.0f;
     own.top_k = random.below(3) ? 0 : 5, own.top_p = random.below(3) ? 1 : 0.8;
     own.seed = random.below(1000);
+    own.num_top = static_cast<int32_t>(random.below(3) ? 0 : random.below(30));
     own.stop_tokens = stops.data(), own.num_stop_tokens = random.below(3);
     cached.push_back(random.below(15));
     width.push_back(own.row_budget);
@@ -128,6 +129,8 @@ uint64_t decode(Random& random, WedlmModel* model, const WedlmShape& shape, cons
     wedlm_decode_update(decoder, &step);
     wedlm_decode_put(decoder, &step);
     h = hash(h, results.data(), results.size() * 8);
+    auto told = static_cast<size_t>(step.num_logits * step.most_top);
+    h = hash(hash(h, step.top_tokens, told * 8), step.top_logprobs, told * 4);
   }
   wedlm_decoder_free(decoder);
   h = hash(h, filled.data(), filled.size());

@@ -59,10 +59,14 @@ class NativeStep:
         """One forward: windows' rows, then chunks' rows."""
         self._set_step(plan)
         windows = [one for one in plan.scheduled if one.is_window]
-        if windows and (self.force_choice is not None or any(_needs_logits(one.request) for one in windows)):
+        has_host = self.force_choice is not None or any(one.request.output.constraint is not None for one in windows)
+        if windows and has_host:
             self._run_with_host(windows)
         else:
             self.decoder.run()
+        requests = [one.request for one in windows]
+        if any(request.params.logprobs is not None for request in requests):
+            self.windows.keep_top(requests, *self.decoder.read_top())
         results: StepResults = [*self._read(windows)] if windows else []
         return FinishedStep([*results, *[None] * (len(plan.scheduled) - len(windows))])
 
@@ -72,7 +76,7 @@ class NativeStep:
         if new:
             self.windows.load(new)
             for request in new:
-                decoder.set_params(slots[request.request_id], request.decode)
+                decoder.set_params(slots[request.request_id], request.decode, request.params.logprobs or 0)
                 self._num_pages[request.request_id] = 0
         decoder.attach(self.windows.state)
         windows, chunks, most_positions = [], [], 0
@@ -103,9 +107,6 @@ class NativeStep:
             sampling = params.sampling(step.sequence, step.target, params.flags)
             constrained.apply(step.sequence, step.column, step.logits, step.logsumexp, sampling)
         self.decoder.choose()
-        if reports:
-            logprobs = step.raw_logits - step.logsumexp[:, None]
-            self.windows.keep_top_logprobs(requests, step.sequence, step.target, logprobs)
         self._force(step, params.window)
         if constrained is not None:
             constrained.draft(step.results)
@@ -133,8 +134,3 @@ class NativeStep:
                 windows, numbers, tokens, logprobs, strict=True
             )
         ]
-
-
-def _needs_logits(request: Request) -> bool:
-    """Whether the host has to see or change the logits of the request's rows."""
-    return request.output.constraint is not None or request.params.logprobs is not None

@@ -59,7 +59,8 @@ struct WedlmDecoder {
   std::vector<int32_t> pages;
   std::vector<uint8_t> row_masked;
   std::vector<int64_t> logits_rows, sequence, column, target, token, banned, banned_offsets;
-  std::vector<float> token_logit, row_entropy, logsumexp, logits, raw;
+  std::vector<int64_t> top_tokens;
+  std::vector<float> token_logit, row_entropy, logsumexp, logits, raw, top_logprobs;
 
   const WedlmWindowParams& params(const WedlmDecode& step, int64_t s) const { return step.slots->params[step.slot[s]]; }
 
@@ -170,6 +171,27 @@ struct WedlmDecoder {
     return false;
   }
 
+  int64_t most_top(const WedlmDecode& step) const {
+    int64_t most = 0;
+    for (int64_t s = 0; s < step.num_windows; s++) most = std::max<int64_t>(most, params(step, s).num_top);
+    return std::min<int64_t>(most, vocab_size);
+  }
+
+  // The most probable tokens of the rows whose windows want them, by the logits as the model gave them.
+  void take_top(WedlmDecode& step) {
+    auto most = static_cast<size_t>(step.most_top);
+    top_tokens.assign(logits_rows.size() * most, 0);
+    top_logprobs.assign(logits_rows.size() * most, 0.0f);
+    for (size_t i = 0; most && i < logits_rows.size(); i++) {
+      int32_t count = std::min(params(step, sequence[i]).num_top, vocab_size);
+      if (count < 1) continue;
+      float* values = &top_logprobs[i * most];
+      wedlm::top_tokens(&logits[i * static_cast<size_t>(vocab_size)], vocab_size, count, &top_tokens[i * most], values);
+      for (int32_t j = 0; j < count; j++) values[j] -= logsumexp[i];
+    }
+    step.top_tokens = top_tokens.data(), step.top_logprobs = top_logprobs.data();
+  }
+
   void tell(WedlmDecode& step) {
     step.num_logits = static_cast<int64_t>(logits_rows.size());
     step.sequence = sequence.data(), step.column = column.data(), step.target = target.data();
@@ -183,7 +205,8 @@ struct WedlmDecoder {
 
   int32_t forward(WedlmModel* model, WedlmDecode& step, char* error, int64_t error_size) {
     take_windows(step);
-    bool hides = take_rows(step), keeps = step.wants_logits || is_sampled(step);
+    step.most_top = most_top(step);
+    bool hides = take_rows(step), keeps = step.wants_logits || step.most_top || is_sampled(step);
     size_t rows = logits_rows.size(), vocabulary = static_cast<size_t>(vocab_size);
     for (auto* each : {&token_logit, &row_entropy, &logsumexp}) each->resize(rows);
     token.resize(rows);
@@ -209,6 +232,7 @@ struct WedlmDecoder {
     auto began = std::chrono::steady_clock::now();
     if (wedlm_model_forward(model, &one, error, error_size)) return -1;
     step.forward_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+    take_top(step);
     if (step.wants_logits == 2) raw.assign(logits.begin(), logits.begin() + static_cast<int64_t>(rows * vocabulary));
     for (size_t i = 0; keeps && i < rows; i++)
       for (int64_t b = banned_offsets[i]; b < banned_offsets[i + 1]; b++)
@@ -364,4 +388,8 @@ int32_t wedlm_decode_step(WedlmDecoder* decoder, WedlmModel* model, WedlmDecode*
 void wedlm_choose(int32_t vocab_size, int64_t rows, const float* logits, const WedlmWindowParams* params, const int64_t* position,
                   int64_t* token) {
   for (int64_t i = 0; i < rows; i++) token[i] = wedlm::choose_token(logits + i * vocab_size, vocab_size, params[i], position[i]);
+}
+
+void wedlm_top(int32_t vocab_size, int64_t rows, const float* logits, int32_t count, int64_t* tokens, float* values) {
+  for (int64_t i = 0; i < rows; i++) wedlm::top_tokens(logits + i * vocab_size, vocab_size, count, tokens + i * count, values + i * count);
 }
