@@ -8,6 +8,9 @@
 whole limit cuts short goes on in the next call. ``score`` scores the finished stages, on any machine: it runs the
 generated code, compares verified with AR decoding, and writes one summary. Everything in between is in the output
 folder (``--pack`` puts it into one archive, whatever happens; unpack it there to go on).
+
+One process does not fill a GPU at this size: N of them with ``--share 0/N`` to ``--share N-1/N`` take turns of stages,
+each with an output folder and an archive of its own; unpacked into one folder these are scored together.
 """
 
 import argparse
@@ -139,9 +142,19 @@ class Bench:
 
 
 def finished(output: Path) -> dict[str, dict[str, Any]]:
-    """What is known of finished stages, by name."""
-    path = output / "stages.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """What is known of finished stages, of all shares, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(output.glob("stages*.json")):
+        found |= json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def read_share(text: str) -> tuple[int, int]:
+    """(i, n) of I/N."""
+    first, _, second = text.partition("/")
+    if not (first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; expected I/N with I from 0 to N - 1")
+    return int(first), int(second)
 
 
 def answer(bench: Bench, deadline: float) -> None:
@@ -149,6 +162,8 @@ def answer(bench: Bench, deadline: float) -> None:
     output = bench.arguments.output
     output.mkdir(parents=True, exist_ok=True)
     done = finished(output)
+    index, count = bench.arguments.share
+    kept = output / ("stages.json" if count == 1 else f"stages-{index}-of-{count}.json")
     for stage in [one for one in chosen(bench.arguments) if one.name not in done]:
         if deadline - time.monotonic() < 5:
             print(json.dumps({"stage": stage.name, "ended": "no time left"}), flush=True)
@@ -162,7 +177,7 @@ def answer(bench: Bench, deadline: float) -> None:
             traceback.print_exc()
             print(json.dumps({"stage": stage.name, "ended": "error"}), flush=True)
             continue
-        (output / "stages.json").write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+        kept.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
         print(json.dumps({"stage": stage.name, **done[stage.name]}), flush=True)
 
 
@@ -251,6 +266,8 @@ def same_texts(bench: Bench, ar: tuple, verified: tuple) -> dict[str, Any]:
 def chosen(arguments: argparse.Namespace) -> list[Stage]:
     """Those of the names asked for, with this run's data type and patience."""
     found = [stage for stage in stages() if arguments.only is None or arguments.only in stage.name]
+    index, count = arguments.share
+    found = found[index::count]
     return [replace(one, seconds=one.seconds * arguments.patience, dtype=arguments.dtype or one.dtype) for one in found]
 
 
@@ -270,6 +287,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results"))
     parser.add_argument("--seconds", type=float, default=560, help="answer: of everything, loading included")
     parser.add_argument("--only", help="stages with this in their names")
+    parser.add_argument("--share", type=read_share, default=(0, 1), metavar="I/N", help="every N-th stage, from I on")
     parser.add_argument("--limit", type=int, help="questions of a task, for a trial")
     parser.add_argument("--patience", type=float, default=1, help="answer: times each stage's own limit")
     parser.add_argument("--dtype", help="of all stages; by default float32, except where bfloat16 is what is measured")

@@ -77,6 +77,29 @@ def test_rows_equal_a_loop():
         assert_same_rows(columns(packing.stream), rows_by_loop(packing))
 
 
+def test_a_clean_stream_may_be_padded():
+    """Everything but the place of the prediction stream is as it was, who sees whom, too."""
+    for packing in random_packings()[:100]:
+        parts = packing.tokens, packing.positions, packing.documents, packing.trainable, packing.noise, MASK_ID
+        clean_rows = len(packing.tokens) + 3
+        num_clean = int((packing.documents != PADDING).sum())
+        rows = dual_stream(*parts, packing.num_rows + 3 + len(packing.tokens) - num_clean, clean_rows=clean_rows)
+        kept = torch.arange(len(rows.tokens))
+        kept = kept[(kept < num_clean) | (kept >= clean_rows)]
+        assert_same_rows([columns(rows)[r] for r in kept], columns(packing.stream))
+        assert torch.equal(dense_mask(rows.labels)[kept][:, kept], packing.seen)
+        assert rows.labels.document[num_clean:clean_rows].eq(PADDING).all()
+
+
+def test_the_ar_row_stands_at_the_token_before():
+    for packing in random_packings():
+        found = packing.stream.ar_row.tolist()
+        clean = {row.source: r for r, row in enumerate(packing.plain_rows) if row.stream == "clean"}
+        for r, row in enumerate(packing.plain_rows):
+            assert found[r] == (clean[row.source - 1] if row.masked and row.position else -1)
+        assert set(found[len(packing.plain_rows) :]) <= {-1}
+
+
 def test_block_labels_number_the_blocks():
     """Rows of a document share a label iff they share a block, and labels rise with the blocks."""
     for packing in random_packings():

@@ -92,7 +92,7 @@ def test_chunks_change_nothing(rows, chunk, with_entropy, distills):
     coefficient, entropy_coefficient = torch.rand(2, rows, generator=generator)
     # The other model is wider.
     other, its_projection = (torch.randn(n, WIDTH + 3, generator=generator) for n in (rows, VOCAB))
-    teacher = Teacher(other, its_projection, torch.arange(rows) % 3 == 0)
+    teacher = Teacher(other, its_projection, torch.tensor([1.0, 0.0, 0.3]).repeat(rows)[:rows])
     extra = entropy_coefficient if with_entropy else None, teacher if distills else None
     results = [
         plain_losses(hidden, projection, target, coefficient, *extra),
@@ -115,7 +115,7 @@ def test_compiling_the_softmax_changes_nothing():
     target, coefficient = torch.randint(0, VOCAB, (40,), generator=generator).to(device), torch.rand(40).to(device)
     target[::2] = (hidden @ projection.T).argmax(dim=-1)[::2]
     other, its_projection = (torch.randn(n, WIDTH + 3, device=device) for n in (40, VOCAB))
-    teacher = Teacher(other, its_projection, torch.arange(40, device=device) % 3 == 0)
+    teacher = Teacher(other, its_projection, torch.tensor([1.0, 0.0, 0.3], device=device).repeat(40)[:40])
     extra = coefficient, teacher
     found = chunked_losses(hidden, projection, target, coefficient, *extra, chunk=16, compiled=True)
     expected = plain_losses(hidden, projection, target, coefficient, *extra)
@@ -162,7 +162,7 @@ def test_entropy_counts_in_right_rows_alone():
 def test_a_distilled_row_rests_at_the_other_models_distribution():
     hidden = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(6)).requires_grad_()
     projection, one = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(7)), torch.ones(3)
-    same = Teacher(hidden.detach().clone(), projection, torch.tensor([True, True, False]))
+    same = Teacher(hidden.detach().clone(), projection, torch.tensor([1.0, 1.0, 0.0]))
     losses = plain_losses(hidden, projection, torch.arange(3), one, teacher=same)
     losses.loss.backward()
     assert hidden.grad[:2].abs().max() < 1e-5 < hidden.grad[2].abs().max()

@@ -511,6 +511,10 @@ FOUND: dict[str, tuple[Callable[[Path], str], str]] = {
         ),
         "the tokenizer",
     ),
+    "half a surrogate pair": (
+        _change_config("hf/tokenizer_config.json", chat_template="{{ messages[0]['content'] }}\ud800"),
+        "the prompt is no Unicode text",
+    ),
     **{
         f"template: {name}": (_template(source), "" if name == "the source" else "the chat template ")
         for name, source in HOSTILE_TEMPLATES.items()

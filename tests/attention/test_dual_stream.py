@@ -18,6 +18,7 @@ from wedlm.attention.dual_stream import (
     DenseAttend,
     FlexAttend,
     MagiAttend,
+    StreamPlan,
     choose_training_backend,
     flex_block_mask,
     plan_training_attention,
@@ -116,6 +117,42 @@ def test_flex_tiles_are_those_that_torch_finds():
         assert not (our_full & ~their_full).any()
         num_ours, num_theirs = num_ours + int(our_full.sum()), num_theirs + int(their_full.sum())
     assert num_ours > 0.9 * num_theirs > 100
+
+
+def test_flex_tiles_of_the_last_rows_are_those_of_all():
+    """Queries that begin at some row, in tiles that begin there."""
+    for packings in batches()[::5]:
+        ranges, seen, num_rows = ranges_of(packings), seen_by(packings), packings[0].num_rows
+        for first in {0, 1, num_rows // 2, num_rows - 1}:
+            mask = flex_block_mask(RowRanges(*(part[:, first:] for part in ranges)), 4, first)
+            sequence, query, key = torch.arange(len(packings)), torch.arange(num_rows - first), torch.arange(num_rows)
+            rule = mask.mask_mod(sequence[:, None, None], torch.tensor(0), query[:, None], key)
+            assert torch.equal(rule, seen[:, first:])
+            partial = tiles(mask.kv_num_blocks, mask.kv_indices)
+            full = tiles(mask.full_kv_num_blocks, mask.full_kv_indices)
+            pairs = [one.repeat_interleave(4, 1).repeat_interleave(4, 2) for one in (partial, full)]
+            partial, full = (pair[:, : num_rows - first, :num_rows] for pair in pairs)
+            assert torch.equal(partial & rule | full, seen[:, first:])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("backend", ["dense", "flex"])
+def test_streams_apart_attend_as_one(backend):
+    """Clean rows first, then the others over their keys: the same as all rows at once."""
+    for packings in batches()[::8]:
+        num_rows, num_sequences = packings[0].num_rows, len(packings)
+        q, k, v = heads(num_sequences * num_rows)
+        expected = expected_attention(q, k, v, seen_by(packings)).unflatten(0, (num_sequences, -1))
+        num_clean = min(sum(row.stream == "clean" for row in packing.plain_rows) for packing in packings)
+        if num_clean in (0, num_rows):
+            continue
+        plan = StreamPlan(backend, labels_of(packings), ranges_of(packings), num_clean)
+        streams = [[x.unflatten(0, (num_sequences, -1))[:, part].flatten(0, 1) for x in (q, k, v)]
+                   for part in (slice(0, num_clean), slice(num_clean, None))]  # fmt: skip
+        for attend, own, part in zip(
+            plan.layer(), streams, (expected[:, :num_clean], expected[:, num_clean:]), strict=True
+        ):
+            torch.testing.assert_close(attend(0, *own), part.flatten(0, 1), atol=1e-5, rtol=1e-5)
 
 
 def test_flex_tiles_of_long_sequences():

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from benchmarks import acceptance, gsm8k
+from benchmarks import acceptance, gsm8k, masked_adapter
 from tests.engine.tiny_llm import save_tiny
+from tests.train.tiny_run import save_base, train, write_chats
 from wedlm import LLM, SamplingParams
 
 
@@ -53,6 +54,26 @@ def test_gsm8k_compares_texts_with_ars(monkeypatch, tmp_path, checkpoint, questi
         assert (mode["same_text_as_ar"], mode["tokens_to_first_difference"]) == (3, tokens)
         assert mode["tokens_per_second"] == pytest.approx(tokens / mode["seconds"])
         assert mode["accuracy"] == 0
+
+
+def test_an_adapter_of_masked_rows_leaves_the_text_alone(monkeypatch, tmp_path):
+    base, chats = save_base(tmp_path / "base", mask_token_id=None), write_chats(tmp_path / "chats.jsonl", 6)
+    lora = {"lora_rank": 4, "lora_rows": "masked", "merge_lora": False, "enable_ar_loss": False, "max_steps": 2}
+    adapter = train(base, chats, tmp_path / "run", **lora)
+    words = (base, "--adapter", adapter, "--set", f"a={chats}", "--set", f"b={chats}:2", "--rows", "9", "16")
+    words += ("--base-answers", tmp_path / "base.json.gz", "--max-tokens", "12", "--max-num-seqs", "4")
+    report = run(masked_adapter, monkeypatch, tmp_path / "out.json", *words)
+    assert (report["sets"]["a"]["prompts"], report["sets"]["b"]["prompts"]) == (6, 2)
+    for one in report["sets"].values():
+        for mode in ("autoregressive", "verified 9", "verified 16"):
+            found = one[mode]
+            assert found["same_text_as_base"] == one["prompts"] == found["ended"]["answers"] + found["cut"]["answers"]
+            assert found["tokens"] == one["autoregressive"]["tokens"]
+            assert found["steps"][0] == 1.0
+        assert one["autoregressive"]["tokens_per_forward"] == 1.0 == one["autoregressive"]["p_cache"]
+        assert one["verified 16"]["p_cache"] < 1
+    again = run(masked_adapter, monkeypatch, tmp_path / "again.json", *words)
+    assert again["sets"] == report["sets"]  # with the kept answers of the base
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,6 @@ FAMILIES = {
     "llama, tied": {"qk_norm": False, "tie_word_embeddings": True, "num_kv_heads": 1},
     "qwen2": {"qk_norm": False, "qkv_bias": True, "num_heads": 2},
 }
-DATA = Path(__file__).parents[1] / "data/prompts.jsonl"
 
 
 @contextmanager
@@ -228,60 +227,3 @@ def test_a_wrong_instruction_set_is_refused(directory, monkeypatch):
     monkeypatch.setenv("WEDLM_NATIVE_PATH", "mmx")
     with pytest.raises(ValueError, match="instruction set is 'mmx'; expected one of"):
         LLM(directory, device="cpu", quantization="int8")
-
-
-SAMPLING = {
-    "greedy": {"temperature": 0.0},
-    "temperature 1": {"temperature": 1.0, "seed": 7},
-    "another seed": {"temperature": 1.0, "seed": 8},
-    "top-p": {"temperature": 0.8, "top_p": 0.9, "seed": 9},
-    "top-k": {"temperature": 1.0, "top_k": 40, "seed": 10},
-}
-# By 40 prompts each: windows, the batch, threads, and options that bring chunks, preemption and other pages.
-_TIGHT = 3 * 2 * 30 * 3 * 64 * 4 * 500  # key/value bytes of about three requests
-PLACES = (
-    {"batch": 1, "threads": 2},
-    {"batch": 4, "threads": 1, "max_num_batched_tokens": 48},
-    {"batch": 16, "threads": 2, "max_num_batched_tokens": 512},
-    {"batch": 16, "threads": 1, "kv_cache_bytes": _TIGHT, "page_size": 4},
-    {"batch": 7, "threads": 2, "max_num_batched_tokens": 20, "page_size": 1, "wedlm_window_size": 8},
-)
-
-
-@pytest.mark.long
-@pytest.mark.demo_model
-@pytest.mark.parametrize("sampling", SAMPLING)
-def test_1000_real_prompts(sampling, record_property):
-    """The embedded model, 200 prompts of 64 tokens in each of five ways to sample: verified and auto decoding, wherever
-    they run, give the text of AR decoding alone on one thread. No difference is excused."""
-    questions = [json.loads(line)["prompt"] for line in DATA.read_text().splitlines()]
-    options = {"max_model_len": 1024, "wedlm_window_size": 16}
-    reference = native_llm("demo", 1, **options)
-    params = SamplingParams(max_tokens=64, **SAMPLING[sampling])
-    size = len(questions) // len(PLACES)
-    counted = {"prompts": 0, "tokens": 0, "differences": 0, "preempted": 0, "forwards": 0}
-    for number, place in enumerate(PLACES):
-        chosen = {**options, "max_num_seqs": 16, **place}
-        batch, threads = int(chosen.pop("batch")), int(chosen.pop("threads"))
-        llm = native_llm("demo", min(threads, os.cpu_count() or 1), **chosen)
-        prompts = [
-            reference.chat_prompt([{"role": "user", "content": question}])
-            for question in questions[number * size : (number + 1) * size]
-        ]
-        expected = texts(reference, prompts, [params] * size, "autoregressive", 1)
-        for decoding in EXACT[1:]:
-            for first in range(0, size, batch):
-                part = slice(first, first + batch)
-                outputs = llm.generate(prompts[part], replace(params, decoding=decoding), progress=False)
-                found = [output.token_ids for output in outputs]
-                counted["differences"] += sum(a != b for a, b in zip(found, expected[part], strict=True))
-                counted["preempted"] += sum(output.stats.num_preemptions for output in outputs)
-                counted["forwards"] += sum(output.stats.num_forwards for output in outputs)
-        counted["prompts"] += size
-        counted["tokens"] += sum(map(len, expected))
-        llm.model.close()
-    for name, value in counted.items():
-        record_property(name, value)
-    assert counted["differences"] == 0
-    assert counted["preempted"] > 0
-    assert counted["forwards"] < 2 * counted["tokens"]

@@ -9,7 +9,9 @@ import torch
 from tests.train.tiny_run import questions, save_base, write_chats
 from wedlm import LLM, SamplingParams
 from wedlm.model import load_model, load_tokenizer
+from wedlm.train import answers
 from wedlm.train.answers import AnswerSettings, sample_answers, write_answers, write_continuations
+from wedlm.train.encode import encode
 from wedlm.train.sources import read_samples
 
 
@@ -55,6 +57,27 @@ def test_continuations_begin_with_their_text(base, tmp_path):
     texts = [sample.text for sample in read_samples(tmp_path / "out.jsonl", skip_bad=False)]
     assert written == len(texts) == 2
     assert all(text is not None and text.startswith("one two") for text in texts)
+
+
+def test_parts_are_the_whole_and_cut_answers_have_no_end(base, tmp_path, monkeypatch):
+    model, config = load_model(base, torch.float32)
+    tokenizer, source = load_tokenizer(base), write_chats(tmp_path / "in.jsonl", 9)
+    settings = AnswerSettings(max_tokens=3, keep_cut=True)
+    words = tokenizer.encode("it is cat", False)
+    monkeypatch.setattr(answers, "sample_answers", lambda _, prompts, *__: [words[: 2 + sum(p) % 2] for p in prompts])
+    for name, part in (("whole", (0, 1)), ("first", (0, 2)), ("second", (1, 2))):
+        write_answers(model, tokenizer, source, tmp_path / f"{name}.jsonl", settings, part)
+    whole, first, second = (list(read_samples(tmp_path / f"{name}.jsonl", skip_bad=False))
+                            for name in ("whole", "first", "second"))  # fmt: skip
+    texts = [sorted(str(sample.messages) for sample in samples) for samples in (whole, [*first, *second])]
+    assert texts[0] == texts[1]
+    assert len(first) > len(second) > 0
+    (end,) = config.eos_token_ids
+    for sample in whole:
+        document = encode(sample, tokenizer, eos_token_id=end)
+        assert document.trainable.any()
+        assert (end in document.tokens[document.trainable]) == (not sample.unfinished)
+    assert any(sample.unfinished for sample in whole)
 
 
 def test_answers_keep_their_questions(base, tmp_path):

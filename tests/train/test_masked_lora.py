@@ -1,21 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training a LoRA of masked rows: a plain loop with explicit matrices, a base that stays, and its text made faster."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from tests.train.processes import run_processes
-from tests.train.test_step import MASK, gradients, plain_loop, run, settings, transformer, two_micro_batches
+from tests.train.test_step import (
+    LENGTH,
+    MASK,
+    VOCAB,
+    gradients,
+    plain_loop,
+    run,
+    settings,
+    transformer,
+    two_micro_batches,
+)
 from tests.train.tiny_run import config_of, metrics, questions, save_base, train, weights, write_chats
 from wedlm import LLM, SamplingParams
 from wedlm.model import Transformer
+from wedlm.model.errors import CheckpointError
 from wedlm.model.formats.checkpoint import read_config
+from wedlm.model.lora.packed_adapter import pack_adapter
+from wedlm.model.lora.peft import read_adapter
+from wedlm.train import batch as batch_module
 from wedlm.train.lora import add_masked_lora
-from wedlm.train.step import TrainingModel
+from wedlm.train.step import TrainingModel, hidden_states
 
 __all__ = ["transformer"]  # a fixture
 LORA = {"lora_rank": 4, "lora_rows": "masked", "merge_lora": False, "enable_ar_loss": False}
@@ -89,23 +105,86 @@ def test_losses_and_gradients_equal_a_plain_loop_with_explicit_factors(transform
 
 def test_observed_rows_of_both_streams_are_the_bases_bit_for_bit(transformer):
     model = with_random_lora(transformer)
-    states = []
-
-    def keep(_: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
-        states.append(output.detach())
-
     for batch in two_micro_batches(settings(**LORA)):
-        states.clear()
-        for one in (transformer, model):
-            handle = one.model.register_forward_hook(keep)
-            with torch.no_grad():
-                run(TrainingModel(one, "dense", MASK, False), [batch], a=0.0)
-            handle.remove()
+        with torch.no_grad():
+            states = [hidden_states(one, batch, "dense") for one in (transformer, model)]
         masked = batch.masked.flatten()
         observed = ~masked & (batch.document.flatten() >= 0)
         assert (observed & batch.prediction.flatten()).any()
         assert torch.equal(states[0][observed], states[1][observed])
         assert (states[0][masked] != states[1][masked]).any(dim=1).all()
+
+
+def test_streams_apart_are_one_forward(transformer):
+    """The clean stream before the other and without gradients, against all rows at once."""
+    micro_batches = two_micro_batches(settings(**LORA, suffix_noise=0.5))
+    assert all(batch.num_clean_rows == LENGTH for batch in micro_batches)
+    together = [dataclasses.replace(batch, num_clean_rows=0) for batch in micro_batches]
+    results = []
+    for batches in (micro_batches, together):
+        model = with_random_lora(transformer)
+        results.append((run(TrainingModel(model, "dense", MASK, False), batches, a=0.0), trained_gradients(model)))
+    (apart, found), (whole, expected) = results
+    torch.testing.assert_close(apart.loss, whole.loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(apart.statistics, whole.statistics, rtol=1e-6, atol=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_padding_that_all_sequences_share_is_left_out(transformer, monkeypatch):
+    config = settings(**LORA)
+    whole = two_micro_batches(config)
+    monkeypatch.setattr(batch_module, "_PREDICTION_ROWS_MULTIPLE", 4)
+    cut = two_micro_batches(config)
+    assert all(batch.tokens.shape[1] == 2 * LENGTH for batch in whole)
+    for batch in cut:
+        assert LENGTH < batch.tokens.shape[1] < 2 * LENGTH
+        assert batch.prediction[:, -4:].any()
+    losses = [run(TrainingModel(with_random_lora(transformer), "dense", MASK, False), own, 0.0) for own in (whole, cut)]
+    torch.testing.assert_close(losses[0].loss, losses[1].loss)
+    torch.testing.assert_close(losses[0].statistics, losses[1].statistics)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_masked_rows_learn_the_ar_heads_distribution(transformer, share):
+    """Against the definition, masked row by masked row: the AR head is the base's, at the token before."""
+    trained, model = with_random_lora(transformer), with_random_lora(transformer)
+    micro_batches = two_micro_batches(settings(**LORA))
+    losses = run(TrainingModel(trained, "dense", MASK, False, distill_masked=share), micro_batches, a=0.0)
+    found, expected, weights = trained_gradients(trained), [], []
+    for batch in micro_batches:
+        rows = [part.flatten() for part in (batch.tokens, batch.document, batch.positions, batch.prediction)]
+        tokens, document, position, prediction = rows
+        sequence = torch.arange(len(tokens)) // batch.tokens.shape[1]
+        hidden = hidden_states(model, batch, "dense")
+        logits = model.logits(hidden)
+        for rank, row in enumerate(batch.loss_rows.tolist()):
+            weight = float(batch.weight[rank])
+            if not weight:
+                continue
+            earlier = (document == document[row]) & (sequence == sequence[row]) & ~prediction
+            (before,) = torch.nonzero(earlier & (position == position[row] - 1)).flatten().tolist()
+            token = F.one_hot(batch.target[rank], VOCAB).float()
+            goal = share * logits[before].detach().softmax(-1) + (1 - share) * token
+            expected.append(-(goal * logits[row].log_softmax(-1)).sum() * weight)
+            weights.append(weight)
+    loss = sum(expected) / sum(weights)
+    torch.testing.assert_close(losses.loss, loss, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    for name, gradient in trained_gradients(model).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_lora_of_some_layers(runs):
+    ar, _, _, directory = runs
+    options = {**LORA, "max_steps": 1, "lora_layers": [1], "distill_masked": 0.5}
+    result = train(ar, directory / "data.jsonl", directory / "layers", **options)
+    names = set(load_file(result / "adapter_model.safetensors")) - {"base_model.model.model.mask_embedding"}
+    assert len(names) == 2 * 7
+    assert all(".layers.1." in name for name in names)
+    answer = SamplingParams(temperature=0.0, max_tokens=12, decoding="verified")
+    texts = [LLM(ar, device="cpu", **extra).generate("box a", answer)[0]["text"] for extra in ({"adapter": result}, {})]
+    assert texts[0] == texts[1]
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +244,51 @@ def test_the_result_is_an_adapter_of_masked_rows(runs):
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     noted, base = read_config(adapter), read_config(ar)
     assert (noted.block_size, base.block_size, base.mask_token_id) == (8, None, None)
+
+
+def test_an_adapter_in_four_bits(runs, tmp_path):
+    ar, adapter, _, _ = runs
+    size, lost = pack_adapter(adapter, tmp_path / "packed", "adapter_model.safetensors")
+    assert size < 0.25 * (adapter / "adapter_model.safetensors").stat().st_size
+    assert lost < 0.02
+    whole, packed = (read_adapter(directory) for directory in (adapter, tmp_path / "packed"))
+    assert packed.masked_rows
+    assert packed.low_rank.keys() == whole.low_rank.keys()
+    for name, delta in whole.low_rank.items():
+        for matrix, restored in ((delta.a, packed.low_rank[name].a), (delta.b, packed.low_rank[name].b)):
+            assert (restored - matrix).norm() < 0.2 * matrix.norm()
+    chats = [[{"role": "user", "content": question}] for question, _ in questions(12)]
+    base = LLM(ar, device="cpu", mask_token_id=read_config(adapter).mask_token_id)
+    adapted = LLM(ar, device="cpu", adapter=tmp_path / "packed")
+    expected, found = (
+        [one.token_ids for one in llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=20, decoding=decoding))]
+        for llm, decoding in ((base, "autoregressive"), (adapted, "verified"))
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("codes", lambda tensor: tensor[0]),
+        ("codes", lambda tensor: tensor.int()),
+        ("row", lambda tensor: tensor[:-1]),
+        ("column", lambda tensor: tensor.repeat(2)),
+        ("levels", lambda tensor: tensor[:3]),
+        ("levels", None),
+    ],
+)
+def test_a_damaged_packed_matrix_is_refused(runs, tmp_path, part, change):
+    pack_adapter(runs[1], tmp_path / "packed", "adapter_model.safetensors")
+    path = tmp_path / "packed" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(f":{part}"))
+    tensor = tensors.pop(name)
+    save_file(tensors if change is None else {**tensors, name: change(tensor).contiguous()}, path)
+    with pytest.raises(
+        CheckpointError, match=r"the packed matrix .*masked_lora_\w.weight has parts .*; expected codes"
+    ):
+        read_adapter(tmp_path / "packed")
 
 
 def test_a_resumed_run_equals_an_unbroken_one(runs):

@@ -138,6 +138,8 @@ def test_a_lora_of_masked_rows_leaves_the_model_alone(parts):
     assert all(".q_proj.masked_lora_" in name for name in trained if name != "model.mask_embedding")
     assert torch.equal(setup.transformer.model.embed_tokens.weight, weights(parts[0])[EMBEDDING])
     assert (setup.mask_token_id, setup.model_config.block_size) == (UNUSED, 8)
+    with pytest.raises(ValueError, match="lora_layers has 7; expected numbers from 0 to 1"):
+        load(parts, **settings, lora_layers=[0, 7])
     with pytest.raises(ValueError, match="lora_targets has 'lm_head'; expected some of down_proj"):
         load(parts, **settings, lora_targets=["lm_head"])
     adapted = save_base(parts[2] / "trained-mask", block_size=4, mask_token_id=UNUSED)

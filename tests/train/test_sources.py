@@ -59,6 +59,11 @@ BAD = [
     ({"text": "a\ud800b"}, "lone surrogate", r"'text' has half a surrogate pair (\ud800)"),
     ({"messages": {"role": "user"}}, "wrong type", "'messages' is a JSON object; expected an array"),
     ([], "empty", "no messages"),
+    (
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "unfinished": 1},
+        "wrong type",
+        "'unfinished' is a JSON number; expected true or false",
+    ),
     (["hi"], "wrong type", "message 1 is a JSON string"),
     ([{"content": "x"}], "no role", "message 1 has no 'role'"),
     ([{"role": "user"}], "no content", "message 1 has no 'content'"),

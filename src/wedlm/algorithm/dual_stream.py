@@ -36,7 +36,8 @@ class DualStream:
 
     ``target`` is the token whose cross-entropy counts at a row: a masked row's own token, a clean row's next token
     (0 where ``is_ar`` and ``masked`` are both False). ``weight`` is that of the masked loss, 0 elsewhere; ``depth`` is
-    how many masked rows of its block come before a masked row; ``ratio`` its block's γ.
+    how many masked rows of its block come before a masked row; ``ratio`` its block's γ. ``ar_row`` is the clean row
+    whose AR head predicts a masked row's token, -1 for a document's first token and for rows that are not masked.
     """
 
     tokens: Int[Tensor, " R"]
@@ -48,6 +49,7 @@ class DualStream:
     weight: Float[Tensor, " R"]
     depth: Int[Tensor, " R"]
     ratio: Float[Tensor, " R"]
+    ar_row: Int[Tensor, " R"]
 
 
 def sees(
@@ -135,7 +137,7 @@ def attention_ranges(ranges: RowRanges) -> list[AttentionRange]:
     return plan
 
 
-def dual_stream(
+def dual_stream(  # noqa: PLR0913 - the text, its noise and three choices
     tokens: Int[Tensor, " L"],
     positions: Int[Tensor, " L"],
     documents: Int[Tensor, " L"],
@@ -144,8 +146,10 @@ def dual_stream(
     mask_token_id: int,
     num_rows: int,
     uniform_weights: bool = False,
+    clean_rows: int = 0,
 ) -> DualStream:
-    """The rows of one sequence, padded to ``num_rows`` (2L always suffices).
+    """The rows of one sequence, padded to ``num_rows`` (2L always suffices), of which the first ``clean_rows`` or more
+    are the clean stream, padded, too.
 
     Blocks without a masked position have no loss and are seen by nobody: they stay out of the prediction stream.
     ``documents`` is PADDING at padded positions. ``uniform_weights`` True weighs every masked row 1 instead of 1/γ.
@@ -160,12 +164,13 @@ def dual_stream(
     predicted = predicted[torch.argsort(noise.block[predicted] * 2 + masked_here[predicted].long(), stable=True)]
     clean = torch.nonzero(there).flatten()
     source = torch.cat((clean, predicted))
-    if len(source) > num_rows:
-        raise ValueError(f"num_rows is {num_rows}; expected at least {len(source)} for these documents")
-    pad = num_rows - len(source)
+    second = max(clean_rows, len(clean))  # the first row of the prediction stream
+    if second + len(predicted) > num_rows:
+        raise ValueError(f"num_rows is {num_rows}; expected at least {second + len(predicted)} for these documents")
+    place = torch.cat((torch.arange(len(clean)), second + torch.arange(len(predicted))))
 
     def rows(values: Tensor, fill: int) -> Tensor:
-        return torch.cat((values, values.new_full((pad,), fill)))
+        return values.new_full((num_rows,), fill).index_copy_(0, place, values)
 
     prediction = rows((torch.arange(len(source)) >= len(clean)).long(), 0).bool()
     masked = prediction & rows(masked_here[source].long(), 0).bool()
@@ -174,6 +179,7 @@ def dual_stream(
     follows[:-1] = (documents[1:] == documents[:-1]) & there[:-1] & trainable[1:]
     is_ar = ~prediction & rows(follows[source].long(), 0).bool()
     own, after = rows(tokens[source], 0), rows(tokens.roll(-1)[source], 0)
+    before = torch.where(positions > 0, there.long().cumsum(dim=0) - 2, -1)
     ratio = rows(noise.ratio[source], 1)
     weight = torch.ones(num_rows) if uniform_weights else 1 / ratio
     labels = RowLabels(rows(documents[source], PADDING), rows(noise.block[source], 0), prediction)
@@ -187,6 +193,7 @@ def dual_stream(
         weight=torch.where(masked, weight, 0.0),
         depth=torch.where(masked, _masked_before(masked, labels.block), 0),
         ratio=ratio,
+        ar_row=torch.where(masked, rows(before[source], -1), -1),
     )
 
 

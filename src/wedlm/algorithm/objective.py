@@ -40,15 +40,16 @@ def row_coefficients(
 
 
 class Teacher(NamedTuple):
-    """A model whose distributions replace the target tokens of the rows ``distilled``.
+    """A model whose distributions stand in for target tokens.
 
-    ``hidden`` are its hidden states, ``projection`` its output projection. The CE of such a row is
-    Σ -p_teacher · log p, its KL divergence up to a constant.
+    ``hidden`` are its hidden states, ``projection`` its output projection. A row's target is ``share`` times the
+    teacher's distribution and 1 - ``share`` times its token. The CE with a distribution, Σ -p_teacher · log p, is its
+    KL divergence up to a constant.
     """
 
     hidden: Float[Tensor, "N D"]
     projection: Float[Tensor, "V D"]
-    distilled: Bool[Tensor, " N"]
+    share: Float[Tensor, " N"]
 
 
 class RowLosses(NamedTuple):
@@ -81,7 +82,7 @@ def plain_losses(
     wanted = cross_entropy
     if teacher is not None:
         other = torch.softmax((teacher.hidden @ teacher.projection.detach().T).float(), dim=-1)
-        wanted = torch.where(teacher.distilled, -(other * log_probs).sum(dim=-1), cross_entropy)
+        wanted = torch.lerp(cross_entropy, -(other * log_probs).sum(dim=-1), teacher.share)
     loss = wanted @ coefficient
     if entropy_coefficient is not None:
         loss = loss - (log_probs.exp() * log_probs).sum(dim=-1) @ (entropy_coefficient * correct)
@@ -137,9 +138,9 @@ class _ChunkedLosses(torch.autograd.Function):
             logits = hidden[part] @ weight.T
             entropy_part = None if entropy_coefficient is None else entropy_coefficient[part]
             other = None if teacher is None else teacher.hidden[part] @ other_weight.T
-            distilled = None if teacher is None else teacher.distilled[part]
+            share = None if teacher is None else teacher.share[part]
             part_loss, cross_entropy[part], correct[part], logits_grad = softmax(
-                logits, target[part], coefficient[part], entropy_part, other, distilled
+                logits, target[part], coefficient[part], entropy_part, other, share
             )
             loss += part_loss
             if hidden_grad is not None:
@@ -166,7 +167,7 @@ def _softmax_losses(
     coefficient: Float[Tensor, " N"],
     entropy_coefficient: Float[Tensor, " N"] | None,
     other: Float[Tensor, "N V"] | None,
-    distilled: Bool[Tensor, " N"] | None,
+    share: Float[Tensor, " N"] | None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Bool[Tensor, " N"], Float[Tensor, "N V"]]:
     """(loss, cross-entropy, arg max is the target, gradient of the loss with respect to the logits)."""
     wide = logits.float()
@@ -176,9 +177,9 @@ def _softmax_losses(
     correct = wide.argmax(dim=-1) == target
     goal = (torch.arange(logits.shape[1], device=logits.device) == target[:, None]).float()
     wanted = cross_entropy
-    if other is not None and distilled is not None:
-        goal = torch.where(distilled[:, None], torch.softmax(other.float(), dim=-1), goal)
-        wanted = torch.where(distilled, -(goal * log_probs).sum(dim=-1), cross_entropy)
+    if other is not None and share is not None:
+        goal = torch.lerp(goal, torch.softmax(other.float(), dim=-1), share[:, None])
+        wanted = -(goal * log_probs).sum(dim=-1)
     gradient = (probs - goal) * coefficient[:, None]
     # No product of vectors: autocast would make that one in bfloat16.
     loss = (wanted * coefficient).sum()

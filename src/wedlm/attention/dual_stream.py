@@ -45,12 +45,66 @@ def plan_training_attention(backend: str, labels: RowLabels, ranges: RowRanges) 
 
     ``ranges`` must be those of ``labels``; kernels take them, the dense mask is made from the labels.
     """
-    num_sequences = len(labels.document)
-    if backend == "flex":
-        return FlexAttend(flex_block_mask(ranges), num_sequences)
     if backend == "magi":
         return MagiAttend(ranges)
-    return DenseAttend(dense_mask(labels)[:, None], num_sequences)
+    return _plan(backend, labels, ranges, slice(None))
+
+
+def _plan(backend: str, labels: RowLabels, ranges: RowRanges, queries: slice) -> "DenseAttend | FlexAttend":
+    """Of these rows of each sequence as queries, and all rows up to their last as keys."""
+    num_sequences, end = len(labels.document), queries.stop
+    if backend == "flex":
+        own = RowRanges(*(part[:, queries] for part in ranges))
+        return FlexAttend(flex_block_mask(own, first_row=queries.start or 0), num_sequences)
+    visible = dense_mask(RowLabels(*(label[:, :end] for label in labels)))
+    return DenseAttend(visible[:, None, queries], num_sequences)
+
+
+class StreamPlan:
+    """Attention of a batch whose clean rows, the first ``num_clean_rows`` of each sequence, are computed before the
+    others and without gradients. ``dense`` or ``flex``; arguments as those of ``plan_training_attention``."""
+
+    def __init__(self, backend: str, labels: RowLabels, ranges: RowRanges, num_clean_rows: int) -> None:
+        num_rows = labels.document.shape[1]
+        self.num_sequences = len(labels.document)
+        self.clean = _plan(backend, labels, ranges, slice(0, num_clean_rows))
+        self.prediction = _plan(backend, labels, ranges, slice(num_clean_rows, num_rows))
+
+    def layer(self) -> tuple["CleanAttend", "PredictionAttend"]:
+        """For one layer: the second sees the keys that the first was called with."""
+        clean = CleanAttend(self.clean)
+        return clean, PredictionAttend(self.prediction, clean, self.num_sequences)
+
+
+class CleanAttend:
+    """Attention of clean rows, whose keys and values it keeps."""
+
+    def __init__(self, attend: "DenseAttend | FlexAttend") -> None:
+        self.attend = attend
+        self.keys = self.values = torch.empty(0)
+
+    def __call__(
+        self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "T K D"], v: Float[Tensor, "T K D"]
+    ) -> Float[Tensor, "T H D"]:
+        self.keys, self.values = k, v
+        return self.attend(layer, q, k, v)
+
+
+class PredictionAttend:
+    """Attention of prediction rows, which see the kept keys of clean rows before their own."""
+
+    def __init__(self, attend: "DenseAttend | FlexAttend", clean: CleanAttend, num_sequences: int) -> None:
+        self.attend, self.clean, self.num_sequences = attend, clean, num_sequences
+
+    def __call__(
+        self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "T K D"], v: Float[Tensor, "T K D"]
+    ) -> Float[Tensor, "T H D"]:
+        return self.attend(layer, q, self._behind(self.clean.keys, k), self._behind(self.clean.values, v))
+
+    def _behind(self, clean: Tensor, own: Tensor) -> Tensor:
+        """Both, sequence by sequence."""
+        parts = [part.unflatten(0, (self.num_sequences, -1)) for part in (clean, own)]
+        return torch.cat(parts, dim=1).flatten(0, 1)
 
 
 def _heads_first(x: Float[Tensor, "T H D"], num_sequences: int) -> Float[Tensor, "N H R D"]:
@@ -62,42 +116,46 @@ def _rows_first(x: Float[Tensor, "N H R D"]) -> Float[Tensor, "T H D"]:
 
 
 class DenseAttend:
-    """``visible`` is the whole mask, [N, 1, query R, key R]."""
+    """``visible`` is the whole mask, [N, 1, query R, key R]. There may be other keys than queries."""
 
-    def __init__(self, visible: Bool[Tensor, "N 1 R R"], num_sequences: int) -> None:
+    def __init__(self, visible: Bool[Tensor, "N 1 Q R"], num_sequences: int) -> None:
         self.visible, self.num_sequences = visible, num_sequences
 
     def __call__(
-        self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "T K D"], v: Float[Tensor, "T K D"]
+        self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "S K D"], v: Float[Tensor, "S K D"]
     ) -> Float[Tensor, "T H D"]:
         q, k, v = (_heads_first(x, self.num_sequences) for x in (q, k, v))
         return _rows_first(F.scaled_dot_product_attention(q, k, v, attn_mask=self.visible, enable_gqa=True))
 
 
-def flex_block_mask(ranges: RowRanges, block_rows: int = 128) -> BlockMask:
+def flex_block_mask(ranges: RowRanges, block_rows: int = 128, first_row: int = 0) -> BlockMask:
     """FlexAttention's block mask: tiles of ``block_rows`` squared that are empty are skipped, full ones need no mask.
+
+    ``ranges`` are those of the query rows, of which the first is ``first_row``; the keys are those of all rows up to
+    the last of them.
 
     Tiles are sorted out here by arithmetic on the ranges, because torch's ``create_block_mask`` would look at every
     pair, and its compilation costs most of a minute. The kernel evaluates ranges, not labels: those would be six loads
     a pair, and its forward ran eight times slower than its backward.
     """
     clean_start, clean_end, own_start = (part.int() for part in ranges)
-    num_sequences, num_rows = own_start.shape
+    num_sequences, num_queries = own_start.shape
+    num_keys = first_row + num_queries
 
     # A lambda, because the tests wrap every def to check its annotations, and FlexAttention traces this one.
     rule = lambda s, _, q, k: (  # noqa: E731
-        ((k >= clean_start[s, q]) & (k < clean_end[s, q])) | ((k >= own_start[s, q]) & (k <= q))
+        ((k >= clean_start[s, q]) & (k < clean_end[s, q])) | ((k >= own_start[s, q]) & (k <= q + first_row))
     )
-    tile = torch.arange(math.ceil(num_rows / block_rows), device=own_start.device, dtype=torch.int32)
-    first_key, after_key = tile * block_rows, ((tile + 1) * block_rows).clamp(max=num_rows)
-    row = torch.arange(num_rows, device=own_start.device, dtype=torch.int32)
-    some = torch.zeros(num_sequences, num_rows, len(tile), dtype=torch.bool, device=own_start.device)
+    tile = torch.arange(math.ceil(num_keys / block_rows), device=own_start.device, dtype=torch.int32)
+    first_key, after_key = tile * block_rows, ((tile + 1) * block_rows).clamp(max=num_keys)
+    row = first_row + torch.arange(num_queries, device=own_start.device, dtype=torch.int32)
+    some = torch.zeros(num_sequences, num_queries, len(tile), dtype=torch.bool, device=own_start.device)
     full = torch.zeros_like(some)
     for start, end in ((clean_start, clean_end), (own_start, row.expand_as(own_start) + 1)):
         start, end = start[..., None], end[..., None]
         some |= (start < after_key) & (end > first_key) & (start < end)
         full |= (start <= first_key) & (end >= after_key)
-    padding = -num_rows % block_rows
+    padding = -num_queries % block_rows
     some = F.pad(some, (0, 0, 0, padding)).unflatten(1, (-1, block_rows)).any(dim=2)
     full = F.pad(full, (0, 0, 0, padding), value=True).unflatten(1, (-1, block_rows)).all(dim=2)
     partial_count, partial_index = _listed(some & ~full)
@@ -109,7 +167,7 @@ def flex_block_mask(ranges: RowRanges, block_rows: int = 128) -> BlockMask:
         full_index,
         BLOCK_SIZE=block_rows,
         mask_mod=rule,
-        seq_lengths=(num_rows, num_rows),
+        seq_lengths=(num_queries, num_keys),
     )
 
 
@@ -131,7 +189,7 @@ class FlexAttend:
         self.block_mask, self.num_sequences = block_mask, num_sequences
 
     def __call__(
-        self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "T K D"], v: Float[Tensor, "T K D"]
+        self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "S K D"], v: Float[Tensor, "S K D"]
     ) -> Float[Tensor, "T H D"]:
         q, k, v = (_heads_first(x, self.num_sequences) for x in (q, k, v))
         attend, options = flex_attention, _FLEX_OPTIONS if q.is_cuda else None

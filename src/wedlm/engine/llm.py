@@ -23,7 +23,6 @@ from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer, load_tokenizer
 from wedlm.model.formats.checkpoint import with_end_tokens
-from wedlm.model.formats.tokenizer import check_unicode
 
 Message = Mapping[str, Any]
 Prompt = str | list[int]
@@ -166,7 +165,7 @@ class LLM:
         warning = self.window_warning(params)
         if warning is not None:
             warnings.warn(warning, stacklevel=3)
-        ids = self._encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         with self._engine_alone():
             return self.engine.add(f"request-{next(self._ids)}", ids, params, streamed=streamed)
 
@@ -190,10 +189,6 @@ class LLM:
             f"the window of {window} is wider than the noise block of {block} that this checkpoint was trained with: "
             "it meets distances it never saw"
         )
-
-    def _encode(self, prompt: str, add_special_tokens: bool) -> list[int]:
-        check_unicode(prompt)
-        return self.tokenizer.encode(prompt, add_special_tokens)
 
     @contextmanager
     def _engine_alone(self) -> Iterator[None]:

@@ -31,13 +31,17 @@ class DecoderStack(nn.Module):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, masked: Tensor | None = None) -> Tensor:
         """Hidden states [T, C] after the last layer, before the final norm."""
-        x_TC = self.embed_tokens(tokens_T)
-        if masked is not None and self.mask_embedding is not None:
-            x_TC = put_at_masked(x_TC, masked, self.mask_embedding)
-        cos_TD, sin_TD = self.rotary(positions_T, x_TC.dtype)
+        x_TC, cos_TD, sin_TD = self.embed(tokens_T, positions_T, masked)
         for layer, module in enumerate(self.layers):
             x_TC = module(x_TC, cos_TD, sin_TD, attend, layer, masked)
         return x_TC
+
+    def embed(self, tokens_T: Tensor, positions_T: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the layers take: embeddings [T, C], and RoPE's cosines and sines [T, D]."""
+        x_TC = self.embed_tokens(tokens_T)
+        if masked is not None and self.mask_embedding is not None:
+            x_TC = put_at_masked(x_TC, masked, self.mask_embedding)
+        return x_TC, *self.rotary(positions_T, x_TC.dtype)
 
 
 class Transformer(nn.Module):

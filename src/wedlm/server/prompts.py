@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from wedlm.engine.llm import LLM
-from wedlm.model.formats.tokenizer import check_unicode
 from wedlm.server.config import ServerConfig
 from wedlm.server.protocol import ChatRequest
 from wedlm.server.readers import THINK
@@ -44,7 +43,7 @@ class Prompts:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """ValueError for a text that is no Unicode."""
-        return self._llm._encode(text, add_special_tokens)
+        return self._llm.tokenizer.encode(text, add_special_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._llm.tokenizer.decode(ids, skip_special_tokens=False)
@@ -71,7 +70,6 @@ class Prompts:
             **variables,
         )
         end = _end_of_last(messages[-1], prompt.text) if continues else len(prompt.text)
-        check_unicode(prompt.text)
         pieces = self._llm.tokenizer.encode_batch(prompt.pieces(0, end), add_special_tokens=False)
         thinks = self.reasons and not continues and prompt.text.rstrip().endswith(THINK[0])
         return Prompt([token for ids in pieces for token in ids], thinks)

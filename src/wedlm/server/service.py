@@ -230,7 +230,9 @@ class Service:
         several = "n" if (body.best_of or 1) <= (body.n or 1) else "best_of"
         self._admit(body.model, (getattr(body, several) or 1) * len(prompts), several)
         encoded = [
-            await self._tokens(workers, partial(self.llm._encode, one, True), "prompt") if isinstance(one, str) else one
+            await self._tokens(workers, partial(self.llm.tokenizer.encode, one), "prompt")
+            if isinstance(one, str)
+            else one
             for one in prompts
         ]
         job = await workers.run(partial(self._job, "text", body, encoded, _COMPLETION_TOKENS))

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ _KEY_STEP = 64
 @dataclass(frozen=True)
 class AnswerSettings:
     """``temperature`` 0 takes the most likely token. Answers that do not end within ``max_tokens`` are left out, unless
-    ``keep_cut``."""
+    ``keep_cut``, which marks them as unfinished."""
 
     max_prompt_tokens: int = 512
     max_tokens: int = 256
@@ -125,28 +126,38 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> T
 
 
 def write_answers(
-    model: Transformer, tokenizer: Tokenizer, source: str | Path, target: str | Path, settings: AnswerSettings
+    model: Transformer,
+    tokenizer: Tokenizer,
+    source: str | Path,
+    target: str | Path,
+    settings: AnswerSettings,
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[int, int]:
     """Answer the first question of each conversation in ``source``; write {"messages"} lines to ``target``.
 
     Returns (answers written, answers left out because they did not end or were empty). Prompts that are too long, and
-    lines of plain text, are passed over.
+    lines of plain text, are passed over. ``part`` (i, n): every n-th prompt from the i-th on, for n processes.
     """
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(settings.seed)
     asked = sorted(_questions(source, tokenizer, settings), key=lambda pair: len(pair[1]))
-    asked = [pair for pair in asked for _ in range(settings.num_samples)]
+    asked = [pair for pair in asked[part[0] :: part[1]] for _ in range(settings.num_samples)]
     written = left_out = 0
     with Path(target).open("w", encoding="utf-8") as file:
         for start in range(0, len(asked), settings.batch_size):
-            part = asked[start : start + settings.batch_size]
-            answers = sample_answers(model, [ids for _, ids in part], settings, generator)
-            for (messages, _), answer in zip(part, answers, strict=True):
+            together = asked[start : start + settings.batch_size]
+            answers = sample_answers(model, [ids for _, ids in together], settings, generator)
+            for (messages, _), answer in zip(together, answers, strict=True):
+                # One that ended within the limit is shorter than it: its end token is not part of it.
+                cut = answer is not None and len(answer) == settings.max_tokens
                 text = "" if answer is None else tokenizer.decode(answer)
+                text = text.rstrip("\N{REPLACEMENT CHARACTER}") if cut else text
                 if not text.strip() or "\N{REPLACEMENT CHARACTER}" in text:
                     left_out += 1
                     continue
-                line = {"messages": [*messages, {"role": "assistant", "content": text}]}
+                line: dict[str, Any] = {"messages": [*messages, {"role": "assistant", "content": text}]}
+                if cut:
+                    line["unfinished"] = True
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 written += 1
     return written, left_out

@@ -2,7 +2,7 @@
 """Micro-batches: packed sequences of data, noised, as the tensors that one forward takes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,6 +23,8 @@ AR_GROUP = 0
 NUM_GROUPS = 1 + NUM_DEPTHS + NUM_RATIOS
 # The rows with a loss are padded to a multiple of this, so that compiled kernels meet one shape.
 _LOSS_ROWS_MULTIPLE = 1024
+# Rows of a prediction stream of its own are cut to a multiple of this.
+_PREDICTION_ROWS_MULTIPLE = 512
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,9 @@ class TrainBatch:
     ``loss_rows`` index the N · R flattened rows. ``coefficient`` is what ``row_coefficients`` gives; until the totals
     of the optimiser batch are known it is empty. ``depth_group`` and ``ratio_group`` number the statistics a row
     counts in (NUM_GROUPS: none). ``is_text`` are AR rows of plain text, which is to learn from its beginning on.
-    ``entropy_coefficient`` is that of ``chunked_losses``, None without such a term. ``num_clean_tokens`` are those of
-    the clean stream without padding.
+    ``ar_row`` is that of ``DualStream``, as an index of the flattened rows. ``entropy_coefficient`` is that of
+    ``chunked_losses``, None without such a term. ``num_clean_tokens`` are those of the clean stream without padding.
+    ``num_clean_rows`` is 0, or the row at which all sequences' prediction streams begin.
     """
 
     tokens: Tensor  # [N, R]
@@ -50,9 +53,11 @@ class TrainBatch:
     is_text: Tensor  # [K]
     depth_group: Tensor  # [K]
     ratio_group: Tensor  # [K]
+    ar_row: Tensor  # [K]
     coefficient: Tensor  # [K]
     entropy_coefficient: Tensor | None  # [K]
     num_clean_tokens: int
+    num_clean_rows: int
 
     @property
     def labels(self) -> RowLabels:
@@ -112,7 +117,13 @@ def noised_rows(sequence: PackedSequence, index: int, config: TrainConfig, mask_
         mask_token_id,
         config.num_rows,
         uniform_weights=config.loss_weighting_scheme == "uniform",
+        clean_rows=_clean_rows(config),
     )
+
+
+def _clean_rows(config: TrainConfig) -> int:
+    """With a LoRA of masked rows no gradient reaches a clean row, so that its stream is computed apart."""
+    return config.max_seq_length if config.lora_rows == "masked" else 0
 
 
 def without_loss(sequence: PackedSequence) -> PackedSequence:
@@ -124,42 +135,58 @@ def collate_sequences(
     sequences: Sequence[PackedSequence], indices: Sequence[int], config: TrainConfig, mask: int
 ) -> TrainBatch:
     """The micro-batch of these sequences; ``indices`` are their global numbers, ``mask`` the mask token's id."""
-    return collate([noised_rows(one, index, config, mask) for one, index in zip(sequences, indices, strict=True)])
+    rows = [noised_rows(one, index, config, mask) for one, index in zip(sequences, indices, strict=True)]
+    return collate(rows, _clean_rows(config))
 
 
-def collate(sequences: list[DualStream]) -> TrainBatch:
-    """One micro-batch, without coefficients."""
-    masked, is_ar = (torch.stack([getattr(one, name) for one in sequences]) for name in ("masked", "is_ar"))
+def collate(sequences: list[DualStream], clean_rows: int = 0) -> TrainBatch:
+    """One micro-batch, without coefficients. ``clean_rows`` is that of all sequences."""
+    end = len(sequences[0].tokens)
+    if clean_rows:  # few numbers of rows occur, and little of what is padding in all sequences
+        used = max(1, *(int(one.labels.prediction.sum()) for one in sequences))
+        end = min(end, clean_rows + -(-used // _PREDICTION_ROWS_MULTIPLE) * _PREDICTION_ROWS_MULTIPLE)
 
-    def flat(name: str) -> Tensor:
-        return torch.stack([getattr(one, name) for one in sequences]).flatten()
+    def stacked(parts: Iterable[Tensor]) -> Tensor:
+        return torch.stack(list(parts), dim=-2)[..., :end]
 
+    def rows(name: str) -> Tensor:
+        return stacked(getattr(one, name) for one in sequences)
+
+    masked, is_ar = rows("masked"), rows("is_ar")
     loss_rows = torch.nonzero((masked | is_ar).flatten()).flatten()
     padding = -len(loss_rows) % _LOSS_ROWS_MULTIPLE
     loss_rows = torch.cat((loss_rows, loss_rows.new_zeros(padding)))
     real = torch.arange(len(loss_rows)) < len(loss_rows) - padding
-    is_ar = is_ar.flatten()[loss_rows] & real
-    has_masked_loss = masked.flatten()[loss_rows] & real
-    depth = 1 + flat("depth")[loss_rows].clamp(max=NUM_DEPTHS - 1)
-    tenth = (flat("ratio")[loss_rows] * NUM_RATIOS).ceil().long().clamp(1, NUM_RATIOS) - 1
+
+    def of_loss_rows(values: Tensor) -> Tensor:
+        return values.flatten()[loss_rows]
+
+    is_ar = of_loss_rows(is_ar) & real
+    has_masked_loss = of_loss_rows(masked) & real
+    depth = 1 + of_loss_rows(rows("depth")).clamp(max=NUM_DEPTHS - 1)
+    tenth = (of_loss_rows(rows("ratio")) * NUM_RATIOS).ceil().long().clamp(1, NUM_RATIOS) - 1
+    ar_row = of_loss_rows(rows("ar_row"))
+    labels = [one.labels for one in sequences]
     return TrainBatch(
-        tokens=torch.stack([one.tokens for one in sequences]),
-        positions=torch.stack([one.positions for one in sequences]),
-        document=torch.stack([one.labels.document for one in sequences]),
-        block=torch.stack([one.labels.block for one in sequences]),
-        prediction=torch.stack([one.labels.prediction for one in sequences]),
+        tokens=rows("tokens"),
+        positions=rows("positions"),
+        document=stacked(one.document for one in labels),
+        block=stacked(one.block for one in labels),
+        prediction=stacked(one.prediction for one in labels),
         masked=masked,
-        ranges=torch.stack([torch.stack(row_ranges(one.labels)) for one in sequences], dim=1).int(),
+        ranges=stacked(torch.stack(row_ranges(one)) for one in labels).int(),
         loss_rows=loss_rows,
-        target=flat("target")[loss_rows],
-        weight=torch.where(real, flat("weight")[loss_rows], 0.0),
+        target=of_loss_rows(rows("target")),
+        weight=torch.where(real, of_loss_rows(rows("weight")), 0.0),
         is_ar=is_ar,
-        is_text=torch.stack([_text_rows(one) for one in sequences]).flatten()[loss_rows] & is_ar,
+        is_text=of_loss_rows(stacked(_text_rows(one) for one in sequences)) & is_ar,
         depth_group=torch.where(is_ar, AR_GROUP, torch.where(has_masked_loss, depth, NUM_GROUPS)),
         ratio_group=torch.where(has_masked_loss, 1 + NUM_DEPTHS + tenth, NUM_GROUPS),
+        ar_row=torch.where(has_masked_loss & (ar_row >= 0), ar_row + loss_rows // end * end, -1),
         coefficient=torch.empty(0),
         entropy_coefficient=None,
-        num_clean_tokens=sum(int(((one.labels.document >= 0) & ~one.labels.prediction).sum()) for one in sequences),
+        num_clean_tokens=sum(int(((one.document >= 0) & ~one.prediction).sum()) for one in labels),
+        num_clean_rows=clean_rows,
     )
 
 

@@ -105,8 +105,12 @@ class TrainConfig(_Strict):
     """Plain text's AR targets are the distributions of teacher_model instead of its tokens."""
     teacher_model: str | None = None
     """A model of the same vocabulary; none is the base without its LoRA of all rows."""
+    distill_masked: float = Field(default=0.0, ge=0, le=1)
+    """Share of the model's own AR distribution, beside the token, in a masked row's target."""
     lora_targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    """Layers that get a LoRA."""
+    """Kinds of layers that get a LoRA."""
+    lora_layers: list[int] = []
+    """Numbers of the decoder layers that get a LoRA, from 0; empty: all of them."""
     merge_lora: bool = True
     """The result is a whole model; false leaves an adapter."""
 
@@ -188,6 +192,10 @@ class TrainConfig(_Strict):
             raise ValueError("enable_ar_loss is false with objective autoregressive; expected a loss to train on")
         if self.teacher_model is not None and not (self.distill_text and self.effective_ar_weight):
             raise ValueError("teacher_model is set; expected distill_text true and an AR loss")
+        if self.distill_masked and (self.distill_text or self.objective != "wedlm"):
+            raise ValueError(
+                f"distill_masked is {self.distill_masked}; expected objective wedlm and distill_text false with it"
+            )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate is {self.min_learning_rate}; expected at most learning_rate ({self.learning_rate})"

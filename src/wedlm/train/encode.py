@@ -70,9 +70,9 @@ def encode(
     spelling of a control token is ordinary text, and one end token.
     Chat: the conversation up to its last reply as the chat template writes it, with the tokens that inference sees: a
     prompt's, then the reply's; a control token that a message spells is ordinary text. Trainable are the replies, each
-    with the token that ends its turn, which they must not spell themselves. After the last one ``eos_token_id`` is
-    repeated until ``num_end_tokens`` (at least 1) end tokens stand there, so that rows past the end are trained, too.
-    Raises SampleError naming file and line.
+    with the token that ends its turn, which they must not spell themselves. After the last one, if it is finished,
+    ``eos_token_id`` is repeated until ``num_end_tokens`` (at least 1) end tokens stand there, so that rows past the end
+    are trained, too. Raises SampleError naming file and line.
     """
     return _alone(_one_document(sample, tokenizer, num_end_tokens, eos_token_id), tokenizer)
 
@@ -136,7 +136,9 @@ def _documents(
     documents = []
     for reply in replies:
         messages_so_far = messages[: reply + 1]
-        steps = _encode_chat(sample.origin, messages_so_far, [reply], tokenizer, num_end_tokens, eos_token_id)
+        last = reply == replies[-1]
+        ends = 0 if sample.unfinished and last else num_end_tokens
+        steps = _encode_chat(sample.origin, messages_so_far, [reply], tokenizer, ends, eos_token_id)
         documents.append((yield from steps))
     return documents
 
@@ -154,7 +156,8 @@ def _one_document(
     last = max(number for number, message in enumerate(sample.messages) if message["role"] == "assistant")
     messages = sample.messages[: last + 1]
     replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    return (yield from _encode_chat(sample.origin, messages, replies, tokenizer, num_end_tokens, eos_token_id))
+    ends = 0 if sample.unfinished else num_end_tokens
+    return (yield from _encode_chat(sample.origin, messages, replies, tokenizer, ends, eos_token_id))
 
 
 def _encode_text(text: ChatPrompt, eos_token_id: int) -> _Steps[EncodedSample]:
@@ -179,7 +182,10 @@ def _encode_chat(
     num_end_tokens: int,
     eos_token_id: int,
 ) -> _Steps[EncodedSample]:
-    """``messages`` end with a reply; ``replies`` are the indices of those to learn, the last message's included."""
+    """``messages`` end with a reply; ``replies`` are the indices of those to learn, the last message's included.
+
+    ``num_end_tokens`` 0: the last reply has no end.
+    """
     prompt, spans = _render(origin, messages, replies, tokenizer)
     borders = [border for span in spans for border in span]
     lengths = yield from _token_borders(prompt, borders)
@@ -194,7 +200,9 @@ def _encode_chat(
         if not final.isdisjoint(written) or _spells(tokenizer, prompt, span, final):
             raise SampleError("end token in a reply", f"{origin}: a reply contains an end token; expected it without")
         trainable[start:stop] = [True] * (stop - start)
-    added = num_end_tokens - closed
+    if not num_end_tokens:
+        stop = start + len(written)
+    added = max(num_end_tokens - closed, 0)
     return _document(tokens[:stop] + [eos_token_id] * added, trainable[:stop] + [True] * added)
 
 

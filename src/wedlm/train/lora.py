@@ -6,6 +6,7 @@ A LoRA for masked rows alone (``lora_rows``) is our own: peft has none.
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from wedlm.model.transformer import Transformer
 from wedlm.train.config import TrainConfig
 
 _NAME = "default"
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def scale_of(config: TrainConfig) -> float:
@@ -38,6 +40,7 @@ def lora_config(config: TrainConfig) -> Any:
         lora_alpha=scale_of(config) * config.lora_rank,  # type: ignore[arg-type]  # peft takes any number
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_targets,
+        layers_to_transform=config.lora_layers or None,
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -102,13 +105,20 @@ def without_lora(transformer: Transformer) -> Iterator[None]:
 
 
 def _targets(model: nn.Module, config: TrainConfig) -> list[str]:
-    """Names of the linear layers that get a LoRA. ValueError if a target is not one."""
+    """Names of the linear layers that get a LoRA. ValueError if a target or a layer's number names none."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     modules = {name.rpartition(".")[2] for name in names}
     for target in config.lora_targets:
         if target not in modules:
             raise ValueError(f"lora_targets has {target!r}; expected some of {', '.join(sorted(modules))}")
-    return [name for name in names if name.rpartition(".")[2] in config.lora_targets]
+    targets = [name for name in names if name.rpartition(".")[2] in config.lora_targets]
+    if not config.lora_layers:
+        return targets
+    numbers = {name: int(match[1]) for name in targets if (match := _LAYER.search(name))}
+    for layer in config.lora_layers:
+        if layer not in numbers.values():
+            raise ValueError(f"lora_layers has {layer}; expected numbers from 0 to {max(numbers.values())}")
+    return [name for name, number in numbers.items() if number in config.lora_layers]
 
 
 def add_masked_lora(transformer: Transformer, config: TrainConfig, mask_embedding: Tensor) -> None:
@@ -179,6 +189,7 @@ def _save_masked(tensors: Mapping[str, Tensor], config: TrainConfig, directory: 
         "lora_alpha": scale_of(config) * config.lora_rank,
         "lora_dropout": config.lora_dropout,
         "target_modules": config.lora_targets,
+        "layers_to_transform": config.lora_layers or None,
         "bias": "none",
         "inference_mode": True,
     }

@@ -26,12 +26,16 @@ class SampleError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A conversation (``messages``: dictionaries of role and content) or a plain ``text``; the other one is None."""
+    """A conversation (``messages``: dictionaries of role and content) or a plain ``text``; the other one is None.
+
+    ``unfinished``: the last reply goes on where the sample stops, so that no end is learned.
+    """
 
     path: str
     line: int  # from 1
     messages: tuple[dict[str, str], ...] | None = None
     text: str | None = None
+    unfinished: bool = False
 
     @property
     def characters(self) -> int:
@@ -46,9 +50,9 @@ class Sample:
 def read_samples(path: str | Path, *, skip_bad: bool, refused: Counter[str] | None = None) -> Iterator[Sample]:
     """The samples of a ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.xz`` file in its order; empty lines are passed over.
 
-    A line is an array of messages, an object with ``messages`` or one with ``text``. A malformed line raises
-    SampleError (a ValueError) with file and line, or, with ``skip_bad``, adds one to its kind in ``refused``. A file
-    that is missing, damaged or without a usable sample raises ValueError in either case.
+    A line is an array of messages, an object with ``messages`` (and perhaps ``unfinished``) or one with ``text``. A
+    malformed line raises SampleError (a ValueError) with file and line, or, with ``skip_bad``, adds one to its kind in
+    ``refused``. A file that is missing, damaged or without a usable sample raises ValueError in either case.
     """
     path = Path(path)
     found = False
@@ -150,7 +154,11 @@ def _from_object(path: Path, line: int, where: str, value: dict[str, Any]) -> Sa
         if not isinstance(value["messages"], list):
             kind = _type_name(value["messages"])
             raise SampleError("wrong type", f"{where}: 'messages' is a JSON {kind}; expected an array of messages")
-        return Sample(str(path), line, messages=_messages(where, value["messages"]))
+        unfinished = value.get("unfinished", False)
+        if not isinstance(unfinished, bool):
+            kind = _type_name(unfinished)
+            raise SampleError("wrong type", f"{where}: 'unfinished' is a JSON {kind}; expected true or false")
+        return Sample(str(path), line, messages=_messages(where, value["messages"]), unfinished=unfinished)
     text = _string(f"{where}: 'text'", value["text"])
     if not text.strip():
         raise SampleError("empty", f"{where}: 'text' is empty; expected text")

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wedlm.algorithm.objective import Teacher, chunked_losses
-from wedlm.attention.dual_stream import plan_training_attention
-from wedlm.model.layers import Attend
+from wedlm.attention.dual_stream import StreamPlan, plan_training_attention
 from wedlm.model.transformer import Transformer
 from wedlm.train.batch import NUM_GROUPS, TrainBatch
 from wedlm.train.lora import without_lora
@@ -34,7 +33,8 @@ class TrainingModel(nn.Module):
 
     ``mask_embedding`` is the mask token's embedding as a parameter of its own, for runs that train no other embedding;
     None where the embedding itself is trained. ``distill_text``: AR targets of plain text are the distributions of
-    ``teacher_model``; of the model without its LoRA if that is None.
+    ``teacher_model``; of the model without its LoRA if that is None. ``distill_masked`` is the share of the model's own
+    AR distribution in the targets of masked rows.
     """
 
     def __init__(
@@ -45,9 +45,10 @@ class TrainingModel(nn.Module):
         own_mask_embedding: bool,
         distill_text: bool = False,
         teacher_model: Transformer | None = None,
+        distill_masked: float = 0.0,
     ) -> None:
         super().__init__()
-        self.transformer, self.distill_text = transformer, distill_text
+        self.transformer, self.distill_text, self.distill_masked = transformer, distill_text, distill_masked
         # In a tuple it is not a submodule: neither trained nor sharded nor saved.
         self._teacher_model = (teacher_model,)
         self.backend, self.mask_token_id = backend, mask_token_id
@@ -67,9 +68,10 @@ class TrainingModel(nn.Module):
         return embedded.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else embedded
 
     def forward(self, batch: TrainBatch) -> StepLosses:
-        attend = plan_training_attention(self.backend, batch.labels, batch.row_ranges)
-        teacher = self._teacher(batch, attend) if self.distill_text and self.training else None
-        hidden_KC = _loss_states(self.transformer, batch, attend)
+        hidden_TC = hidden_states(self.transformer, batch, self.backend)
+        norm = self.transformer.model.norm
+        teacher = self._teacher(batch, hidden_TC) if self.training else None
+        hidden_KC = norm(hidden_TC.index_select(0, batch.loss_rows))
         # Products are made in the type of the hidden states anyway; autocast would round the sum of losses, too.
         with torch.autocast(hidden_KC.device.type, enabled=False):
             losses = chunked_losses(
@@ -88,20 +90,51 @@ class TrainingModel(nn.Module):
         return StepLosses(losses.loss, statistics[:-1])
 
     @torch.no_grad()
-    def _teacher(self, batch: TrainBatch, attend: Attend) -> Teacher:
+    def _teacher(self, batch: TrainBatch, hidden_TC: Tensor) -> Teacher | None:
+        """``hidden_TC`` are the model's own hidden states."""
+        if self.distill_masked:
+            norm, has_one = self.transformer.model.norm, batch.ar_row >= 0
+            own_KC = norm(hidden_TC.index_select(0, batch.ar_row.clamp(min=0)))
+            return Teacher(own_KC, self.transformer.lm_head.get_parameter("weight"), has_one * self.distill_masked)
+        if not self.distill_text:
+            return None
         (other,) = self._teacher_model
         with nullcontext() if other is not None else without_lora(self.transformer):
             model = self.transformer if other is None else other
-            hidden_KC = _loss_states(model, batch, attend)
-            return Teacher(hidden_KC, model.lm_head.get_parameter("weight"), batch.is_text)
+            other_TC = hidden_states(model, batch, self.backend)
+            other_KC = model.model.norm(other_TC.index_select(0, batch.loss_rows))
+            return Teacher(other_KC, model.lm_head.get_parameter("weight"), batch.is_text.float())
 
 
-def _loss_states(transformer: Transformer, batch: TrainBatch, attend: Attend) -> Tensor:
-    """Hidden states [K, C], after the final norm, of the rows with a loss."""
+def hidden_states(transformer: Transformer, batch: TrainBatch, backend: str) -> Tensor:
+    """Hidden states [T, C], before the final norm, of all rows."""
+    if batch.num_clean_rows and backend != "magi":
+        return _states_of_streams(transformer, batch, backend)
+    attend = plan_training_attention(backend, batch.labels, batch.row_ranges)
     rows = (batch.tokens.flatten(), batch.positions.flatten())
-    hidden_TC = transformer.model(*rows, attend, batch.masked.flatten())
-    hidden_KC: Tensor = transformer.model.norm(hidden_TC.index_select(0, batch.loss_rows))
-    return hidden_KC
+    hidden_TC: Tensor = transformer.model(*rows, attend, batch.masked.flatten())
+    return hidden_TC
+
+
+def _states_of_streams(transformer: Transformer, batch: TrainBatch, backend: str) -> Tensor:
+    """``hidden_states``, the clean stream apart and without gradients: it sees nothing that is trained.
+
+    Both streams go through a layer before the next, so that one layer's clean keys are held at a time.
+    """
+    decoder, end = transformer.model, batch.num_clean_rows
+    plan = StreamPlan(backend, batch.labels, batch.row_ranges, end)
+    tokens, positions, masked = batch.tokens, batch.positions, batch.masked[:, end:].flatten()
+    with torch.no_grad():
+        clean_TC, *clean_rotary = decoder.embed(tokens[:, :end].flatten(), positions[:, :end].flatten(), None)
+    predicted_TC, *rotary = decoder.embed(tokens[:, end:].flatten(), positions[:, end:].flatten(), masked)
+    for layer in decoder.layers:
+        clean_attend, attend = plan.layer()
+        # The number of a layer is for attends that serve all of them; one number means one compiled graph.
+        with torch.no_grad():
+            clean_TC = layer(clean_TC, *clean_rotary, clean_attend, 0, None)
+        predicted_TC = layer(predicted_TC, *rotary, attend, 0, masked)
+    parts = [part.unflatten(0, (len(tokens), -1)) for part in (clean_TC, predicted_TC)]
+    return torch.cat(parts, dim=1).flatten(0, 1)
 
 
 def prepare_layers(transformer: Transformer, compile_layers: bool, checkpoint_activations: bool) -> None:

@@ -80,6 +80,7 @@ class Trainer:
             own_mask,
             config.distill_text,
             teacher_model,
+            config.distill_masked,
         )
         optimizer = make_optimizer(model, config, self.device)
         if deepspeed.uses_zero(self.accelerator):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from functools import wraps
 from types import BuiltinMethodType, MethodType
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Undefined, nodes
 from jinja2.runtime import Context
@@ -24,6 +24,9 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE_CHARACTERS = 2**16
+# Jinja compiles a template in a time that grows with the levels above each of its parts, added up over all parts; those
+# of published templates add up to less than a tenth of this, which takes two seconds.
+_MAX_LEVELS = 250_000
 # What a template may use beside what it is given; of each byte of the messages it may use more.
 _STEPS, _STEPS_A_BYTE = 300_000, 4
 _MADE_BYTES, _MADE_BYTES_A_BYTE = 2**26, 100
@@ -241,6 +244,18 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             return budget.made(function(*args[:first], value, *rest, **kwargs))
 
         self.filters[name] = counted
+
+    def _parse(self, *args: Any) -> nodes.Template:
+        """Checked here and not by Python's own limit of recursion, which other libraries raise (torch's compiler)."""
+        tree = super()._parse(*args)
+        levels, depth, row = 0, 0, [cast(nodes.Node, tree)]
+        while row:
+            levels += depth * len(row)
+            if levels > _MAX_LEVELS:
+                raise ExceededError(f"is nested {depth} levels deep around {len(row)} parts; expected a simpler one")
+            row = [child for node in row for child in node.iter_child_nodes()]
+            depth += 1
+        return tree
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         counted = _Counting().visit(source)

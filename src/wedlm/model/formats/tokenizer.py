@@ -111,12 +111,14 @@ class Tokenizer:
         """Token ids; special tokens written out in ``text`` become their ids.
 
         ``add_special_tokens`` adds what the tokenizer's post-processor says (BOS, in most models that have one): pass
-        False for a rendered chat template, which already contains it.
+        False for a rendered chat template, which already contains it. Raises ValueError for half a surrogate pair.
         """
         return self.encode_batch([text], add_special_tokens)[0]  # alone it would keep the GIL: a second for a megabyte
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """``encode`` of each text, on all cores."""
+        """``encode`` of each text, on all cores. Raises ValueError for half a surrogate pair."""
+        for text in texts:
+            _check_unicode(text)
         with running():  # fast: without the tokens' places in the text, which take longer than the tokens
             found = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
             ids = [one.ids for one in found]
@@ -211,7 +213,8 @@ class Tokenizer:
         return self._control.prompt(render, contents, lambda: template_constants(source))
 
     def plain_text(self, text: str) -> ChatPrompt:
-        """A text, and where to cut it so that the control tokens it spells stay text."""
+        """A text, and where to cut it so that the control tokens it spells stay text; ValueError as in ``encode``."""
+        _check_unicode(text)
         return self._control.prompt(lambda contents: contents["text"], {"text": text}, tuple)
 
     def encode_chat(
@@ -225,7 +228,6 @@ class Tokenizer:
         """Token ids of ``chat_prompt``: those of ``encode(apply_chat_template(...), add_special_tokens=False)``, except
         that a control token in a message or in ``kwargs`` is spelled out in ordinary tokens."""
         prompt = self.chat_prompt(messages, add_generation_prompt, allow_control_tokens=allow_control_tokens, **kwargs)
-        check_unicode(prompt.text)
         return [token for ids in self.encode_batch(prompt.pieces(), add_special_tokens=False) for token in ids]
 
     def _renderer(self, kwargs: Mapping[str, Any], add_generation_prompt: bool) -> tuple[str, _Render]:
@@ -244,7 +246,9 @@ class Tokenizer:
 
         def render(contents: Mapping[str, Any]) -> str:
             variables = {**fixed, **contents, "add_generation_prompt": add_generation_prompt}
-            return render_chat_template(source, variables.pop("messages"), variables, now)
+            text = render_chat_template(source, variables.pop("messages"), variables, now)
+            _check_unicode(text)
+            return text
 
         return source, render
 
@@ -258,8 +262,7 @@ def _drops_first_space(backend: tokenizers.Tokenizer) -> bool:
     return not backend.decode([token_id]).startswith(" ") and " " in backend.decode([token_id, token_id])
 
 
-def check_unicode(text: str) -> None:
-    """Raises ValueError for half a surrogate pair."""
+def _check_unicode(text: str) -> None:
     try:
         text.encode()  # the library's own message for a lone surrogate tells nobody anything
     except UnicodeEncodeError as error:

@@ -26,6 +26,7 @@ from wedlm.model.formats.checkpoint import read_config
 from wedlm.model.formats.json_file import read_json_object
 from wedlm.model.inference.layers import is_packed
 from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, MaskedParts, attach_masked_lora, has_masked_lora
+from wedlm.model.lora.packed_adapter import unpack
 from wedlm.model.transformer import Transformer
 
 CONFIG_FILE = "adapter_config.json"
@@ -193,9 +194,10 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         found = f"only a pickle ({pickles[0]}), which can run code when read" if pickles else "no weights"
         raise ValueError(f"the directory holds {found}; expected {WEIGHTS_FILE}")
     try:
-        return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{WEIGHTS_FILE} is a corrupt or truncated safetensors file: {error}") from error
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in unpack(tensors).items()}
 
 
 # The ends of a name that say what its tensor is; what comes before them is the module's name.

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter in four bits: each matrix of its file as ``weight_delta.quantise`` stores one, under the matrix's name and
+the part's. ``read_adapter`` takes it like any other."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wedlm.model.formats.save import save_shared
+from wedlm.model.lora.weight_delta import quantise, restore
+
+_PARTS = {"codes": torch.uint8, "row": torch.float16, "column": torch.float16, "levels": torch.float32}
+_LEVELS = 16
+
+
+def pack_adapter(directory: Path, target: Path, weights_file: str) -> tuple[int, float]:
+    """Write the adapter in ``directory`` to ``target`` in four bits, its other files beside it.
+
+    Returns the bytes of its weights, and the share of the matrices' energy that is lost.
+    """
+    packed: dict[str, Tensor] = {}
+    lost = total = 0.0
+    for name, tensor in load_file(directory / weights_file).items():
+        if tensor.ndim != 2:
+            packed[name] = tensor.half()
+            continue
+        parts = quantise(tensor)
+        packed |= {f"{name}:{part}": value.contiguous() for part, value in parts.items()}
+        lost += float((restore(parts) - tensor.float()).square().sum())
+        total += float(tensor.float().square().sum())
+    target.mkdir(parents=True, exist_ok=True)
+    for path in directory.iterdir():
+        if path.is_file() and path.name != weights_file:
+            shutil.copyfile(path, target / path.name)
+    save_shared(packed, target / weights_file, {"format": "pt"})
+    return (target / weights_file).stat().st_size, lost / max(total, 1e-30)
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, packed matrices restored. ValueError names a matrix whose parts do not fit."""
+    found: dict[str, Tensor] = {}
+    packed: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        matrix, colon, part = name.rpartition(":")
+        if colon and part in _PARTS:
+            packed.setdefault(matrix, {})[part] = tensor
+        else:
+            found[name] = tensor
+    for name, parts in packed.items():
+        _check(name, parts)
+        found[name] = restore(parts)
+    return found
+
+
+def _check(name: str, parts: Mapping[str, Tensor]) -> None:
+    kinds = {part: tensor.dtype for part, tensor in parts.items()}
+    shapes = {part: list(tensor.shape) for part, tensor in parts.items()}
+    rows, half = shapes.get("codes", [0, 0]) if len(shapes.get("codes", [])) == 2 else (0, 0)
+    expected = {"codes": [rows, half], "row": [rows], "column": [2 * half], "levels": [_LEVELS]}
+    if kinds != _PARTS or shapes != expected:
+        raise ValueError(
+            f"the packed matrix {name[:128]} has parts {json.dumps(shapes)[:200]}; expected codes (uint8) [O, I / 2], "
+            f"row (float16) [O], column (float16) [I] and levels (float32) [{_LEVELS}]"
+        )
