@@ -122,7 +122,7 @@ int32_t wedlm_test_product(const char* path, int32_t format, int32_t rows, int32
   int64_t stride = int64_t{weights.matrix.panels()} * wedlm::kPanel;
   wedlm::Buffer<float> y;
   y.reserve(num_inputs * stride);
-  kernels->product(weights.matrix, x.view(), num_inputs, 0, weights.matrix.panels(), y.data(), stride);
+  kernels->product(weights.matrix, x.view(), num_inputs, 0, weights.matrix.panels(), y.data(), stride, false);
   for (int64_t i = 0; i < num_inputs; i++) std::memcpy(outputs + i * rows, y.data() + i * stride, static_cast<size_t>(rows) * 4);
   return 0;
 }

@@ -96,12 +96,11 @@ void Model::reserve(int64_t rows) {
   inputs(hidden_inputs_, shape_.hidden_size, {&Layer::q, &Layer::k, &Layer::v, &Layer::gate, &Layer::up}, &head());
   inputs(attended_inputs_, int64_t{shape_.num_heads} * shape_.head_dim, {&Layer::o}, nullptr);
   inputs(inner_inputs_, shape_.intermediate_size, {&Layer::down}, nullptr);
-  int64_t widest = std::max({hidden_, q_width_ + 2 * kv_width_, inner_});
+  int64_t widest = std::max({hidden_, q_width_, inner_});
   int64_t panels = round_up(panels_per_piece(static_cast<int32_t>(widest / kPanel), threads_), kInputBlock / kPanel);
-  int64_t outputs = rows * panels * kPanel * (most_rank_ ? 2 : 1);  // those of masked rows' part behind the others
   int64_t queries = std::max<int64_t>(kMaxQueries, shape_.num_heads / shape_.num_kv_heads);
   for (auto& scratch : scratch_)
-    scratch.reserve(std::max({rows * kHeadOutputs, outputs, rows * round_up(most_rank_, kPanel), attention_scratch(queries, shape_.head_dim)}));
+    scratch.reserve(std::max({rows * kHeadOutputs, rows * panels * kPanel, rows * round_up(most_rank_, kPanel), attention_scratch(queries, shape_.head_dim)}));
 }
 
 // A x of the masked rows among those from `begin` to `end`, for the projections that read x.
@@ -116,22 +115,18 @@ void Model::lower(std::initializer_list<const Projection*> projections, const In
       if (!projection->has_masked()) continue;
       const Matrix& a = projection->a.matrix;
       int64_t width = int64_t{a.panels()} * kPanel;
-      kernels_.product(a, x.from(first, a.cols), static_cast<int32_t>(count), 0, a.panels(), scratch, width);
+      kernels_.product(a, x.from(first, a.cols), static_cast<int32_t>(count), 0, a.panels(), scratch, width, false);
       for (int64_t i = 0; i < count; i++) to.put(kernels_, first + i, scratch + i * width);
     }
   }
 }
 
 // Adds B A x to the masked rows' outputs of panels `begin` to `end`, of which y is row 0's first.
-void Model::add_masked(const Projection& projection, const Inputs& low, const Rows& rows, int32_t begin, int32_t end, float* y, int64_t stride,
-                       float* scratch) const {
-  if (!projection.has_masked()) return;
+void Model::add_masked(const Projection& projection, const Inputs& low, const Rows& rows, int32_t begin, int32_t end, float* y, int64_t stride) const {
   const Matrix& b = projection.b.matrix;
-  int64_t width = int64_t{end - begin} * kPanel;
-  for (const Rows::Run& run : rows.masked) {
-    kernels_.product(b, low.view().from(run.begin, b.cols), static_cast<int32_t>(run.end - run.begin), begin, end, scratch, width);
-    for (int64_t row = run.begin; row < run.end; row++) kernels_.add(y + row * stride, scratch + (row - run.begin) * width, width);
-  }
+  for (const Rows::Run& run : rows.masked)
+    if (projection.has_masked())
+      kernels_.product(b, low.view().from(run.begin, b.cols), static_cast<int32_t>(run.end - run.begin), begin, end, y + run.begin * stride, stride, true);
 }
 
 void Model::products(std::initializer_list<const Projection*> projections, std::initializer_list<float*> outputs, const Input& x, const Rows& rows) {
@@ -153,14 +148,14 @@ void Model::products(std::initializer_list<const Projection*> projections, std::
     ++out;
     ++low;
   }
-  pool_->run(static_cast<int32_t>(pieces.size()), [&](int32_t i, int thread) {
+  pool_->run(static_cast<int32_t>(pieces.size()), [&](int32_t i, int) {
     const Piece& piece = pieces[static_cast<size_t>(i)];
     const Matrix& matrix = piece.projection->matrix;
     int64_t stride = int64_t{matrix.panels()} * kPanel, at = int64_t{piece.begin} * kPanel, width = int64_t{piece.end - piece.begin} * kPanel;
-    kernels_.product(matrix, x, static_cast<int32_t>(rows.count), piece.begin, piece.end, piece.out + at, stride);
+    kernels_.product(matrix, x, static_cast<int32_t>(rows.count), piece.begin, piece.end, piece.out + at, stride, false);
     if (piece.projection->has_bias)
       for (int64_t row = 0; row < rows.count; row++) kernels_.add(piece.out + row * stride + at, piece.projection->bias.data() + at, width);
-    add_masked(*piece.projection, *piece.low, rows, piece.begin, piece.end, piece.out + at, stride, scratch_[static_cast<size_t>(thread)].data());
+    add_masked(*piece.projection, *piece.low, rows, piece.begin, piece.end, piece.out + at, stride);
   });
 }
 
@@ -171,10 +166,10 @@ void Model::add_product(const Projection& projection, const Input& x, const Rows
     int32_t begin = i * each, end = std::min(begin + each, matrix.panels());
     int64_t at = int64_t{begin} * kPanel, width = int64_t{end - begin} * kPanel;
     float* y = scratch_[static_cast<size_t>(thread)].data();
-    kernels_.product(matrix, x, static_cast<int32_t>(rows.count), begin, end, y, width);
+    kernels_.product(matrix, x, static_cast<int32_t>(rows.count), begin, end, y, width, false);
     if (projection.has_bias)
       for (int64_t row = 0; row < rows.count; row++) kernels_.add(y + row * width, projection.bias.data() + at, width);
-    add_masked(projection, low_[0], rows, begin, end, y, width, y + rows.count * width);
+    add_masked(projection, low_[0], rows, begin, end, y, width);
     for (int64_t row = 0; row < rows.count; row++) kernels_.add(x_.data() + row * hidden_ + at, y + row * width, width);
   });
 }
@@ -186,14 +181,14 @@ void Model::gated_product(const Layer& layer, const Input& x, const Rows& rows) 
     int32_t begin = i * each, end = std::min(begin + each, panels);
     int64_t at = int64_t{begin} * kPanel, width = int64_t{end - begin} * kPanel;
     float *gate = gated_.data() + at, *up = scratch_[static_cast<size_t>(thread)].data();
-    kernels_.product(layer.gate.matrix, x, static_cast<int32_t>(rows.count), begin, end, gate, inner_);
-    kernels_.product(layer.up.matrix, x, static_cast<int32_t>(rows.count), begin, end, up, width);
+    kernels_.product(layer.gate.matrix, x, static_cast<int32_t>(rows.count), begin, end, gate, inner_, false);
+    kernels_.product(layer.up.matrix, x, static_cast<int32_t>(rows.count), begin, end, up, width, false);
     for (int64_t row = 0; row < rows.count; row++) {
       if (layer.gate.has_bias) kernels_.add(gate + row * inner_, layer.gate.bias.data() + at, width);
       if (layer.up.has_bias) kernels_.add(up + row * width, layer.up.bias.data() + at, width);
     }
-    add_masked(layer.gate, low_[0], rows, begin, end, gate, inner_, up + rows.count * width);
-    add_masked(layer.up, low_[1], rows, begin, end, up, width, up + rows.count * width);
+    add_masked(layer.gate, low_[0], rows, begin, end, gate, inner_);
+    add_masked(layer.up, low_[1], rows, begin, end, up, width);
     for (int64_t row = 0; row < rows.count; row++) {
       kernels_.silu_mul(gate + row * inner_, up + row * width, width);
       inner_inputs_.put(kernels_, row, at, std::min(width, shape_.intermediate_size - at), gate + row * inner_);
@@ -365,7 +360,7 @@ void Model::logits(const WedlmStep& step, const std::vector<int64_t>& wanted, co
     int32_t begin = first / kPanel, end = std::min(begin + kHeadOutputs / kPanel, matrix.panels());
     int64_t stride = int64_t{end - begin} * kPanel;
     float* y = scratch_[static_cast<size_t>(thread)].data();
-    kernels_.product(matrix, x, static_cast<int32_t>(count), begin, end, y, stride);
+    kernels_.product(matrix, x, static_cast<int32_t>(count), begin, end, y, stride, false);
     for (int64_t i = 0; i < count; i++) {
       float* row = y + i * stride;
       int64_t out = wanted[static_cast<size_t>(i)];

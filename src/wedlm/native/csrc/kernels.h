@@ -69,8 +69,8 @@ struct Kernels {
   void (*quantize_blocks)(const float* x, int64_t n, int8_t* q, float* scale, float* scaled_sum, int32_t* minus32, int32_t* minus16);
   // One head to eight bits with one scale.
   void (*quantize_head)(const float* x, int64_t n, int8_t* q, float* scale);
-  // y[row][16 (panel - first_panel) + o], all 16 outputs of each panel.
-  void (*product)(const Matrix& matrix, const Input& x, int32_t rows, int32_t first_panel, int32_t end_panel, float* y, int64_t stride);
+  // y[row][16 (panel - first_panel) + o], all 16 outputs of each panel; `adds`: to what is there.
+  void (*product)(const Matrix& matrix, const Input& x, int32_t rows, int32_t first_panel, int32_t end_panel, float* y, int64_t stride, bool adds);
   // gate = silu(gate) * up.
   void (*silu_mul)(float* gate, const float* up, int64_t n);
   // y += x.

@@ -133,8 +133,7 @@ class Model {
   void add_product(const Projection& projection, const Input& x, const Rows& rows);
   void gated_product(const Layer& layer, const Input& x, const Rows& rows);
   void lower(std::initializer_list<const Projection*> projections, const Input& x, const Rows& rows, int64_t begin, int64_t end, float* scratch);
-  void add_masked(const Projection& projection, const Inputs& low, const Rows& rows, int32_t begin, int32_t end, float* y, int64_t stride,
-                  float* scratch) const;
+  void add_masked(const Projection& projection, const Inputs& low, const Rows& rows, int32_t begin, int32_t end, float* y, int64_t stride) const;
   void write_cache(const WedlmStep& step, const Rows& rows, const Layer& layer, int32_t index, int64_t row);
   void attend(const WedlmStep& step, const Rows& rows, int32_t index);
   void logits(const WedlmStep& step, const std::vector<int64_t>& wanted, const std::vector<int64_t>& at);
