@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from wedlm.model import Transformer, load_model
 
 PLACES = {
+    "embedding": ("embed_tokens",),
     "q, k, v": ("q_proj", "k_proj", "v_proj"),
     "o": ("o_proj",),
     "gate, up": ("gate_proj", "up_proj"),
@@ -112,7 +113,7 @@ def emulated(model: Transformer, how: Rounding) -> Transformer:
             continue
         if how.weights is not None and place not in how.exact_weights:
             module.weight.copy_(rounded(module.weight, how.weights, clipped=how.clipped))
-        if how.inputs is not None and place not in how.exact_inputs:
+        if how.inputs is not None and place not in how.exact_inputs and isinstance(module, nn.Linear):
             act = partial(rounded, block=how.inputs, bits=how.input_bits)
             module.register_forward_pre_hook(lambda _, args, act=act: (act(args[0]),))
     return model
@@ -143,7 +144,8 @@ def variants(num_layers: int) -> dict[str, Rounding]:
     }
     for place in PLACES:
         others = tuple(other for other in PLACES if other != place)
-        found[f"inputs by 32 of {place} alone"] = replace(only_inputs, exact_inputs=others)
+        if place != "embedding":
+            found[f"inputs by 32 of {place} alone"] = replace(only_inputs, exact_inputs=others)
         found[f"weights by output of {place} alone"] = replace(only_weights, exact_weights=others)
     return found
 
@@ -152,12 +154,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--only", default="", help="variants whose name has this in it")
+    parser.add_argument("--only", nargs="*", default=[], help="variants by name; all")
     args = parser.parse_args()
     torch.manual_seed(0)
     model, config = load_model("demo", torch.float32)
     texts = list(contexts(args.text, args.tokens))
-    chosen = {name: how for name, how in variants(config.num_layers).items() if args.only in name}
+    chosen = {name: how for name, how in variants(config.num_layers).items() if name in args.only or not args.only}
     models: dict[str, Callable[[], Transformer]] = {name: partial(emulated, model, how) for name, how in chosen.items()}
     print("| rounding | top-1 | KL | perplexity |\n| --- | --- | --- | --- |")
     results = {}

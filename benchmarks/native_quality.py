@@ -3,8 +3,9 @@
 
     python benchmarks/native_quality.py wikitext2_test.txt.gz --tokens 8192
 
-The text is cut into contexts of 512 tokens; every position counts. In int8 the cache is float32, then int8; with
-``--types`` (GGUF types of `wedlm quantize`) or ``--gguf FILES`` also these, each against its own dequantised weights.
+The text is cut into contexts of 512 tokens; every position counts. In int8 the cache is float32, then int8, which is
+also measured beside float32 weights. ``--types`` (GGUF types of `wedlm quantize`) and ``--gguf FILES`` are measured
+against their own dequantised weights, the former against the checkpoint, too.
 """
 
 import argparse
@@ -103,15 +104,19 @@ def main() -> None:
             perplexities = f"{one['perplexity_float32']:.3f} | {one['perplexity']:.3f} | {one['change']:+.2%}"
             print(f"| {name} | {one['top1']:.2%} | {one['kl']:.5f} | {perplexities} |", flush=True)
 
-    model, _ = load_model("demo", torch.float32)
-    native = native_from_torch(model, "int8")
-    caches = {"int8": torch.float32, "int8, cache in int8": torch.int8}
-    measure(model, {name: partial(in_cache, native, dtype) for name, dtype in caches.items()})
-    measure(in_cache(native, torch.float32), {"cache in int8, against int8": partial(in_cache, native, torch.int8)})
     with tempfile.TemporaryDirectory() as folder:
         written = [Path(folder) / f"{kind}.gguf" for kind in args.types]
         for path in written:
             quantize_checkpoint("demo", path, type=path.stem)
+        model, _ = load_model("demo", torch.float32)
+        native = native_from_torch(model, "int8")
+        caches = {"int8": torch.float32, "int8, cache in int8": torch.int8}
+        others: dict[str, Callable[[], Model]] = {name: partial(in_cache, native, one) for name, one in caches.items()}
+        others["float32, cache in int8"] = lambda: in_cache(native_from_torch(model, None), torch.int8)
+        for path in written:
+            others[f"{path.stem}, against the checkpoint"] = partial(native_from_gguf, GGUFFile(path))
+        measure(model, others)
+        measure(in_cache(native, torch.float32), {"cache in int8, against int8": others["int8, cache in int8"]})
         for path in (*written, *args.gguf):
             exact, _ = load_model(path, torch.float32)
             measure(exact, {path.stem: partial(native_from_gguf, GGUFFile(path))})
