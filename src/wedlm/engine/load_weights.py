@@ -41,8 +41,9 @@ def load_weights(path_or_id: str | Path, options: EngineOptions, device: torch.d
     A native model has as many threads as torch has at this moment. Raises ValueError.
     """
     checkpoint = open_checkpoint(path_or_id)
-    masked = None if options.adapter is None else read_masked_adapter(options.adapter, checkpoint.config)
-    wanted, note = None, ""
+    masked, wanted, note = None, None, ""
+    if options.adapter is not None and device.type == "cpu":
+        masked = read_masked_adapter(options.adapter, checkpoint.config)
     if options.adapter is None or masked is not None:  # any other adapter is merged, into wide weights
         wanted, note = _native_form(checkpoint, options, device)
     if wanted is not None:

@@ -133,7 +133,8 @@ struct Places {
       values[j] = static_cast<const Cached*>(work.values) + slot * work.slot_stride;
       if constexpr (kScaled) key_scale[j] = work.key_scale[slot * work.scale_stride], value_scale[j] = work.value_scale[slot * work.scale_stride];
     }
-    for (int j = count; kScaled && j < kKeyTile; j++) key_scale[j] = value_scale[j] = 0.0f;
+    if constexpr (kScaled)
+      for (int j = count; j < kKeyTile; j++) key_scale[j] = value_scale[j] = 0.0f;
   }
   // Of one head a slot holds too little for the processor to see what comes next.
   void fetch(int begin, int end, int64_t dim) const {
