@@ -60,7 +60,10 @@ def check(found: Mapping[str, Any], on_purpose: Mapping[str, Any], lacking: tupl
     """``on_purpose``: defaults that differ; ``lacking``: names of DECODING that the place does not have."""
     assert set(found) <= set(HOME)
     assert set(DECODING) - set(found) == set(lacking)
-    meaning = {name: ENGINE[name] for name in ("decoding", "wedlm_window_size")}  # of None
+    meaning = {
+        "decoding": EngineConfig(2, 1, (), 9).decoding,
+        "wedlm_window_size": ENGINE["wedlm_window_size"],
+    }  # of None
     for name, default in found.items():
         default = meaning.get(name) if default in (None, ()) else default
         home = meaning.get(name, HOME[name]) if HOME[name] is None else HOME[name]

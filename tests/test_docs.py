@@ -2,6 +2,7 @@
 """What the documentation shows is run: Python blocks, the notebook, and `wedlm` lines' options."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def test_the_laptop_table_is_that_of_the_report():
     shown = (ROOT / "README.md").read_text().split("<!-- laptop: ")[1].split("-->\n")[1].split("<!-- end")[0]
     assert shown.strip() == headline(values)
     assert (folder / "report.md").read_text() == report(values)
+
+
+def test_the_models_page_has_what_the_script_computes():
+    path = ROOT / "benchmarks/model_memory.py"
+    values = runpy.run_path(str(path))
+    page = (ROOT / "docs/models.md").read_text()
+    for mark, table in (("memory", values["memory_table"]()), ("cards", values["card_table"]())):
+        assert page.split(f"<!-- {mark} -->\n")[1].split("\n<!-- end")[0] == table
+    eight = values["SHAPES"]["WeDLM-8B (Qwen3-8B)"]
+    assert eight.linear + eight.others == 8_190_735_360  # as Qwen3-8B's files count
 
 
 def test_shell_lines_name_options_that_exist():

@@ -24,7 +24,7 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize(("command", "default"), [("bench", "[demo]"), ("bench", "[all;"), ("chat", "[auto]")])
+@pytest.mark.parametrize(("command", "default"), [("bench", "[demo]"), ("bench", "[all;"), ("chat", "[the model's]")])
 def test_help_shows_defaults_in_brackets(command, default):
     text = wedlm(command, "--help").stdout
     assert default in text

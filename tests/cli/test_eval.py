@@ -58,7 +58,7 @@ def test_the_protocol_gives_way_to_options(words):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--tasks", "chess"], "the task 'chess' is unknown; expected some of arc_c, arc_e"),
+        (["--tasks", "chess"], "the task 'chess' is unknown; expected some of arc_c"),
         ([], "no task is given; expected some of arc_c"),
         (["--tasks", "math500"], "has no math500.jsonl.gz; expected that file there"),
         (["--tasks", "gsm8k", "--sweep", "speed=1"], "--sweep is 'speed=1'; expected key=value,value with a key of"),
@@ -102,4 +102,41 @@ def test_engines_and_workers_that_cannot_be(words, monkeypatch, options, message
     result = wedlm(*words, "--tasks", "gsm8k", *options)
 
     assert result.exit_code != 0
+    assert message in " ".join(result.stderr.split())
+
+
+def test_the_papers_tables(words, tmp_path):
+    """A WeDLM checkpoint decodes by streaming, another by AR; a second call runs nothing again."""
+    ar = save_tiny(tmp_path / "ar", model_type="qwen3", mask_token_id=None, max_position_embeddings=512)
+    given = dict(zip(words[1::2], words[2::2], strict=False))
+    call = ["eval", "reproduce", "--paper-tables", *words[3:], "--output", str(tmp_path / "out"), "--limit", "2"]
+    call += ["--tasks", "gsm8k,arc_e", "--num-fewshot", "0", "--max-tokens", "6"]
+    result = wedlm(*call, "--models", f"{given['--model']}=instruct,{ar}")
+
+    assert result.exit_code == 0, result.stderr
+    text = (tmp_path / "out" / "paper_tables.md").read_text()
+    assert text in result.stdout
+    base, instruct = text.split("## Table 2")
+    assert "**model, here (streaming)**" in instruct
+    assert "**ar, here (autoregressive)**" in base
+    assert base.count("(2) |") == instruct.count("(2) |") == 2
+    again = wedlm(*call, "--models", f"{given['--model']}=instruct,{ar}")
+    assert again.stderr.count("already") == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["reproduce"], "the arguments begin with reproduce; expected reproduce --paper-tables, or options alone"),
+        (["chess"], "the arguments begin with chess; expected reproduce --paper-tables"),
+        (["--models", "a"], "--models is a; expected no such option beside wedlm eval without reproduce"),
+        (["reproduce", "--paper-tables", "--tasks", "piqa"], "the task 'piqa' is not in the paper's tables; expected"),
+        (["reproduce", "--paper-tables", "--models", "x=chat"], "--models has 'x=chat'; expected NAME"),
+        (["reproduce", "--paper-tables", "--model", "x"], "--model is x; expected no such option beside reproduce"),
+        (["reproduce", "--paper-tables", "--sweep", "seed=1,2"], "expected no such option beside reproduce"),
+    ],
+)
+def test_what_cannot_be_reproduced(words, more, message):
+    result = wedlm("eval", *more, *words[3:])
+    assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())

@@ -150,3 +150,31 @@ def test_the_module_can_be_launched(monkeypatch, capsys):
         runpy.run_module("wedlm.train", run_name="__main__")
     assert ended.value.code == FAILED
     assert "nonsense is not a setting" in capsys.readouterr().err
+
+
+def test_the_originals_data_is_fetched(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("wedlm.train.alpaca.download", lambda: (tmp_path / "a.jsonl", 51760))
+    assert main(["--data", "alpaca", "--download"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'a.jsonl'}: 51,760 conversations\n"
+    assert main(["--data", "other"]) == FAILED
+    assert "--data other; expected --data alpaca --download" in capsys.readouterr().err
+
+
+def test_the_originals_arguments(tmp_path, monkeypatch, capsys):
+    made = []
+
+    class Stub:
+        def __init__(self, config: TrainConfig) -> None:
+            made.append(config)
+
+        def run(self) -> str:
+            return "final"
+
+    monkeypatch.setattr("wedlm.train.trainer.Trainer", Stub)
+    path = tmp_path / "example.yaml"
+    path.write_text("model_path: a\ntrain_data: b.jsonl\nblock_size: 8\n")
+    assert main(["--config", str(path), "--rebuild_cache", "--loss_weighting_scheme", "uniform"]) == 0
+    assert (made[0].block_size, made[0].loss_weighting_scheme) == (8, "uniform")
+    for arguments in (["--config"], ["--config", "--rebuild_cache"]):
+        assert main(arguments) == FAILED
+        assert "--config has no value; expected --config FILE" in capsys.readouterr().err

@@ -54,6 +54,7 @@ def save_tiny(directory: Path, chat: bool = True, **overrides: Any) -> Path:
         "qk_norm": True,
         "mask_token_id": MASK,
         "eos_token_ids": (END,),
+        "decoding": "auto",
     }
     config = ModelConfig(**{**values, **overrides})
     torch.manual_seed(0)

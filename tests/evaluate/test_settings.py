@@ -3,7 +3,7 @@
 
 import pytest
 
-from wedlm.evaluate.settings import Params, Settings, make_params, parse_sweep, task_names
+from wedlm.evaluate.settings import Params, Settings, make_params, parse_sweep, protocol_tasks, task_names
 
 
 def test_protocols():
@@ -16,6 +16,7 @@ def test_protocols():
         None,
     )
     assert (paper.temperature, paper.max_tokens, paper.seed) == (0.1, 512, 3)
+    assert make_params("paper-decoding", {"seed": 3}) == paper
 
 
 def test_a_sweep_is_a_grid():
@@ -70,4 +71,8 @@ def test_wrong_settings(tmp_path, changes, message):
 
 def test_all_tasks_are_known():
     paper = "gsm8k math500 humaneval humaneval_plus mbpp mmlu arc_c arc_e hellaswag gpqa"
-    assert set(task_names()) == {*paper.split(), "mbpp_plus", "piqa", "winogrande", "boolq"}
+    own = {*paper.split(), "mbpp_plus", "piqa", "winogrande", "boolq"}
+    twins = {f"{name}_paper" for name in paper.split()}
+    assert set(task_names()) == own | twins
+    assert protocol_tasks("paper", ["gsm8k", "mbpp_plus", "piqa"]) == ("gsm8k_paper", "mbpp_plus", "piqa")
+    assert protocol_tasks("default", ["gsm8k"]) == protocol_tasks("paper-decoding", ["gsm8k"]) == ("gsm8k",)

@@ -33,9 +33,9 @@ app = typer.Typer(
 
 \b
 Decoding modes (--decoding):
-[b]auto[/b]            verified, with as many rows as pay under the load; AR's text; the default
+[b]auto[/b]            verified, with as many rows as pay under the load; AR's text; mostly the default
 [b]verified[/b]        drafts tokens and checks them in the same forward; AR's text
-[b]streaming[/b]       fills positions as they become certain; for WeDLM checkpoints
+[b]streaming[/b]       fills positions as they become certain; the default of the paper's checkpoints
 [b]block[/b]           fills one block of positions completely, then the next
 [b]autoregressive[/b]  one token a forward; the baseline
 

@@ -147,7 +147,7 @@ class ChatSession:
     def _shown(self, option: str) -> str:
         value = getattr(self.params, _OPTIONS[option])
         if option == "decoding" and value is None:
-            return f"none (the model's: {self.llm.engine.config.options.decoding})"
+            return f"none (the model's: {self.llm.engine.config.decoding})"
         return "none" if value is None or value == () else str(value)
 
 

@@ -3,7 +3,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 
 from wedlm.cli.loading import load_llm
@@ -24,6 +24,7 @@ from wedlm.cli.options import (
     option,
     values_of,
 )
+from wedlm.cli.reproduce import reproduce_tables
 from wedlm.cli.terminal import err, needs_extra, note, out, progress_bar, write
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class WhatOptions:
     data_dir: Annotated[Path, option("Folder of the data files.", WHAT)] = Path("data")
     output: Annotated[Path, option("Folder for results; what it has already is not run again.", WHAT)] = Path("results")
     download: Annotated[Path | None, option("Fetch the public data files into this folder, and end.", WHAT)] = None
-    protocol: Annotated[str, option("default, or paper: the paper's decoding parameters.", WHAT)] = "default"
+    protocol: Annotated[str, option("default; paper: asks and decodes as it does; paper-decoding.", WHAT)] = "default"
     sweep: Annotated[list[str] | None, option("key=value,value: a run for each value; repeated: a grid.", WHAT)] = None
     limit: Annotated[int | None, option("Only the first N questions of each task.", WHAT)] = None
     num_fewshot: Annotated[int | None, option("Examples in a prompt; default: each task's own.", WHAT)] = None
@@ -50,6 +51,13 @@ class WhatOptions:
         bool, option("Ask in the model's chat template, for instruct models.", WHAT, "--chat-template")
     ] = False
     as_json: Annotated[bool, option("Print each run as one line of JSON instead of a table.", WHAT, "--json")] = False
+    paper_tables: Annotated[
+        bool, option("With reproduce: all sets of the paper's two quality tables.", WHAT, "--paper-tables")
+    ] = False
+    models: Annotated[
+        str,
+        option("With reproduce: NAME or NAME=base or NAME=instruct, commas between; default: the paper's.", WHAT),
+    ] = ""
     answers_only: Annotated[
         bool,
         option("Answer, but do not score: the same call without this does.", WHAT, "--answers-only"),
@@ -83,12 +91,28 @@ class HostOptions:
     kv_cache_gb: KvCacheGb = None
 
 
-_ENGINE = ("adapter", "dtype", "quantization", "deterministic", "device", "max_model_len", "max_num_seqs")
+_ENGINE = (
+    "adapter",
+    "dtype",
+    "quantization",
+    "deterministic",
+    "device",
+    "max_model_len",
+    "max_num_seqs",
+    "gpu_memory_utilization",
+    "cuda_graphs",
+)
+
+# Options that mean nothing beside reproduce, and their defaults.
+_NOT_REPRODUCED = {"model": ModelOptions.model, "protocol": "default", "sweep": None, "answers_only": False}
 
 
 @command
 def evaluate(
     *,
+    action: Annotated[
+        str | None, typer.Argument(help="reproduce: the paper's tables.", metavar="reproduce", show_default=False)
+    ] = None,
     what: WhatOptions,
     params: ParamOptions,
     host: HostOptions,
@@ -102,13 +126,39 @@ def evaluate(
     wedlm eval --tasks gsm8k --data-dir ./data --limit 100 --chat-template --num-fewshot 0
     wedlm eval --tasks gsm8k,math500 --sweep decoding=streaming,verified --sweep window_size=8,16
     wedlm eval --tasks arc_c,hellaswag,mmlu --model ./my-checkpoint --protocol paper
+    wedlm eval reproduce --paper-tables --data-dir ./data --workers 8
 
     Generated code runs in a sandbox. A killed run goes on where it was. docs/evaluation.md has the tasks and the files.
     """
     if what.download is not None:
         run_download(what.download)
+        if action is None:
+            return
+        what = replace(what, data_dir=what.download)
+    if action is None:
+        given = {"paper_tables": what.paper_tables or None, "models": what.models or None}
+        _refuse(given, tuple(given), "wedlm eval without reproduce")
+        run_eval(what, params, host, lambda max_rows: _backend(what, host, model, options, max_rows))
         return
-    run_eval(what, params, host, lambda max_rows: _backend(what, host, model, options, max_rows))
+    if action != "reproduce" or not what.paper_tables:
+        raise ValueError(f"the arguments begin with {action}; expected reproduce --paper-tables, or options alone")
+    given = {name: value for name, value in (values_of(what) | values_of(model)).items() if name in _NOT_REPRODUCED}
+    _refuse(
+        {name: value if value != _NOT_REPRODUCED[name] else None for name, value in given.items()}, tuple(given), action
+    )
+
+    def record_of(name: str, tasks: str, decoding: str | None) -> dict[str, Any]:
+        own, asked = replace(model, model=name), replace(what, tasks=tasks, protocol="paper")
+        (record,) = run_eval(
+            asked,
+            replace(params, decoding=decoding),
+            host,
+            lambda max_rows: _backend(asked, host, own, options, max_rows),
+        )
+        return record
+
+    places = (what.data_dir, what.output)
+    reproduce_tables(names_of(what.models), names_of(what.tasks), *places, params.decoding, record_of)
 
 
 def run_download(directory: Path) -> None:
@@ -119,15 +169,22 @@ def run_download(directory: Path) -> None:
         note(f"{directory / name} is there")
 
 
-def run_eval(what: WhatOptions, params: ParamOptions, host: HostOptions, load: Callable[[int], "Backend"]) -> None:
-    """Evaluate the runs that the output folder lacks; print all of them. ValueError for a wrong option.
+def names_of(text: str) -> list[str]:
+    """Names with commas between."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def run_eval(
+    what: WhatOptions, params: ParamOptions, host: HostOptions, load: Callable[[int], "Backend"]
+) -> list[dict[str, Any]]:
+    """Evaluate the runs that the output folder lacks; print and return all of them. ValueError for a wrong option.
 
     ``load`` makes the model, given the most rows of a sequence in a step.
     """
-    from wedlm.evaluate.settings import Settings
+    from wedlm.evaluate.settings import Settings, protocol_tasks
 
     settings = Settings(
-        tasks=tuple(name.strip() for name in what.tasks.split(",") if name.strip()),
+        tasks=protocol_tasks(what.protocol, names_of(what.tasks)),
         data_dir=what.data_dir,
         output=what.output,
         protocol=what.protocol,
@@ -137,7 +194,6 @@ def run_eval(what: WhatOptions, params: ParamOptions, host: HostOptions, load: C
     )
     grid = _grid(what, params, host.engine)
     with err.status("Reading the questions ..."), needs_extra("eval"):
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; before its first import
         from wedlm.evaluate.run import Evaluation, load_tasks, sweep_params
 
         runs = sweep_params(*grid)
@@ -156,6 +212,7 @@ def run_eval(what: WhatOptions, params: ParamOptions, host: HostOptions, load: C
             write(json.dumps(record, ensure_ascii=False) + "\n")
     if records and not what.as_json:
         out.print(table(records))
+    return records
 
 
 def _grid(what: WhatOptions, params: ParamOptions, engine: str) -> tuple["Params", list[dict[str, Any]]]:

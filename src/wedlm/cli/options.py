@@ -42,7 +42,7 @@ def option(help: str, panel: str | None, *names: str) -> Any:
     return typer.Option(*names, help=escape(help), rich_help_panel=panel)
 
 
-Decoding = Annotated[str | None, option("auto, verified, streaming, block, autoregressive. [auto]", HOW)]
+Decoding = Annotated[str | None, option("auto, verified, streaming, block, autoregressive. [the model's]", HOW)]
 MaxTokens = Annotated[int, option("Cut the answer after so many tokens.", DRAW)]
 
 

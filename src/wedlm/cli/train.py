@@ -19,6 +19,7 @@ Train a WeDLM from an AR checkpoint, go on training one, or fine-tune with the A
 wedlm train CONFIG.yaml [--KEY VALUE ...]    train, or go on from the latest checkpoint under output_dir
 wedlm train --KEY VALUE ...                  the same without a file
 wedlm train --plot DIR [DIR ...]             draw the curves of runs to the first DIR/curves.png
+wedlm train --data alpaca --download         fetch the set of the original's example to data/alpaca_cleaned_sft.jsonl
 accelerate launch -m wedlm.train CONFIG.yaml on several devices; --config_file for FSDP2, DeepSpeed
 
 Values are read as YAML: --train_data '[a.jsonl, {path: b.jsonl, repeat: 2}]'. docs/training.md explains.
@@ -73,6 +74,17 @@ def _run(arguments: list[str], speaks: bool) -> None:
 
         print(draw_curves([Path(name) for name in arguments[1:]]))
         return
+    if arguments[0] == "--data":
+        if arguments[1:] != ["alpaca", "--download"]:
+            raise ValueError(f"the arguments are {' '.join(arguments)}; expected --data alpaca --download")
+        from wedlm.train.alpaca import download
+
+        print("{}: {:,} conversations".format(*download()))
+        return
+    if arguments[0] == "--config":  # as the original's script has it
+        arguments = arguments[1:]
+        if not arguments or arguments[0].startswith("--"):
+            raise ValueError("--config has no value; expected --config FILE")
     path, rest = (None, arguments) if arguments[0].startswith("--") else (arguments[0], arguments[1:])
     config = load_config(path, parse_overrides(rest))
     from wedlm.train.trainer import Trainer

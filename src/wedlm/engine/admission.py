@@ -70,7 +70,7 @@ def decode_params(config: EngineConfig, num_prompt_tokens: int, params: Sampling
     if any(token >= config.vocab_size for token in ends):
         given = list(params.stop_token_ids or ())
         raise ValueError(f"stop_token_ids is {given}; expected ids below {config.vocab_size}")
-    decoding = params.decoding or config.options.decoding
+    decoding = params.decoding or config.decoding
     if not config.drafts and decoding in ("auto", "verified"):
         decoding = "autoregressive"
     return DecodeParams(

@@ -125,6 +125,8 @@ class Blueprint:
         megabytes = tokens * self._bytes_per_token() / 1e6
         kind = {FP8: ", fp8", torch.int8: ", int8"}.get(self.dtype, "")
         drafts = "" if self.config.drafts else f"; {WITHOUT_MASK}"
+        if self.config.model_decoding != "auto":
+            drafts += f"; decoding: {self.config.decoding}, unless a request names another"
         return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB{kind}){drafts}"
 
     def _bytes_per_token(self) -> int:

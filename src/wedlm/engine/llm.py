@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -18,6 +18,7 @@ from wedlm.engine import resolve_options
 from wedlm.engine.factory import plan_engine
 from wedlm.engine.load_weights import load_weights
 from wedlm.engine.options import EngineConfig, EngineOptions
+from wedlm.engine.original_names import METHODS
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
@@ -50,6 +51,7 @@ class LLM:
             max_model_len=resolve_options.read_length(chosen.max_model_len, self.model_config),
             options=chosen,
             drafts=chosen.mask_token_id is not None or self.model_config.mask_token_id is not None,
+            model_decoding=self.model_config.default_decoding,
         )
         self.blueprint = plan_engine(self.model, config, self.tokenizer, loaded.note)
         self.engine = self.blueprint.build()
@@ -68,14 +70,19 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | None = None,
         *,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool | None = None,
     ) -> list[GenerationOutput]:
         """Complete prompts (strings or lists of token ids); results come in the order of the prompts.
 
         ``params``: one for all, or one per prompt. A prompt that cannot run comes back with ``error`` set, and a
         warning, while the others run; ValueError if none can. ``progress`` None: a bar on a terminal for 8 or more.
+        ``sampling_params`` and ``use_tqdm`` are the names of ``params`` and ``progress`` in the original and in vLLM.
         """
+        params = _one_of("params", params, "sampling_params", sampling_params)
+        progress = _one_of("progress", progress, "use_tqdm", use_tqdm)
         prompt_list = _prompt_list(prompts)
         param_list = _param_list(params, len(prompt_list))
         outputs: dict[int, GenerationOutput] = {}
@@ -102,6 +109,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         allow_control_tokens: bool | None = None,
         **template_kwargs: Any,
     ) -> list[GenerationOutput]:
@@ -115,7 +123,7 @@ class LLM:
         conversations: Any = messages if several else [messages]
         chosen: Any = {**template_kwargs, "allow_control_tokens": allow_control_tokens}
         prompts = [self.chat_prompt(conversation, **chosen) for conversation in conversations]
-        return self.generate(prompts, params, progress=progress)
+        return self.generate(prompts, params, sampling_params=sampling_params, progress=progress)
 
     def chat_prompt(
         self, messages: Sequence[Message], *, allow_control_tokens: bool | None = None, **template_kwargs: Any
@@ -126,12 +134,39 @@ class LLM:
         allowed = self.allow_control_tokens if allow_control_tokens is None else allow_control_tokens
         return self.tokenizer.encode_chat(messages, allow_control_tokens=allowed, **template_kwargs)
 
-    def generate_stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
-        """Yield text as it becomes final. Closing the iterator aborts the request."""
-        request = self._add(prompt, _param_list(params, 1)[0])
+    def generate_stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[StreamPiece]:
+        """Yield the text of one prompt, or of a list with one, as it becomes final. Closing the iterator aborts the
+        request."""
+        params = _one_of("params", params, "sampling_params", sampling_params)
+        several = isinstance(prompt, list) and bool(prompt) and all(isinstance(one, str | list) for one in prompt)
+        prompts: Any = prompt if several else [prompt]
+        if len(prompts) > 1:
+            raise ValueError(
+                f"generate_stream got {len(prompts)} prompts; expected one: generate takes many, and AsyncEngine "
+                "streams many"
+            )
+        request = self._add(prompts[0], _param_list(params, 1)[0])
         stream = self._stream(request)
         next(stream)  # into its try: closing an iterator that was never read must abort, too
         return stream
+
+    def exit(self) -> None:
+        """The original's name for the end. There is no other process to stop: requests are aborted, and memory is free
+        once nothing refers to this object."""
+        self.abort()
+
+    if not TYPE_CHECKING:  # which would take any attribute for one that is there
+
+        def __getattr__(self, name: str) -> Any:
+            """What the original has and this class has not."""
+            hint = f": {METHODS[name]}" if name in METHODS else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=self)
 
     def abort(self) -> None:
         """End every request; streams give their last piece, with what they have and ``finish_reason`` "abort"."""
@@ -174,7 +209,7 @@ class LLM:
         which is said once, or masked rows at such distances."""
         block = self.model_config.block_size
         window = params.wedlm_window_size or self.engine.config.options.wedlm_window_size
-        decoding = params.decoding or self.engine.config.options.decoding
+        decoding = params.decoding or self.engine.config.decoding
         if decoding not in ("streaming", "block"):
             return None
         if not self.engine.config.drafts and not self._warned_unadapted:
@@ -257,6 +292,13 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or (prompts and all(isinstance(token, int) for token in prompts)):
         return [prompts if isinstance(prompts, str) else list(prompts)]  # type: ignore[arg-type]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def _one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
+    """The value that was given under either name."""
+    if value is not None and other is not None:
+        raise ValueError(f"{name} and {other_name} are both given; expected one of them")
+    return other if value is None else value
 
 
 def _param_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -10,6 +10,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from wedlm.algorithm.params import DECODINGS, DecodeParams, Decoding
+from wedlm.engine.original_names import translated
 
 WeightBits = Literal["auto", "none", "int8", "fp8"]
 CacheBits = Literal["auto", "fp8", "int8"]
@@ -61,9 +62,7 @@ def read_kv_cache_dtype(name: str, value: object) -> CacheBits:
 
 
 def read_decoding(name: str, value: object) -> Decoding:
-    """A decoding mode; None is the default."""
-    if value is None:
-        return "auto"
+    """A decoding mode."""
     if value not in DECODINGS:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(DECODINGS)}")
     return value  # type: ignore[return-value]
@@ -130,7 +129,11 @@ class EngineOptions:
     mask_token_id: int | None = _option(
         None, "Token id that stands for masked positions. Default: the checkpoint's, or an id without text.", _anything
     )
-    decoding: Decoding = _option("auto", "Decoding mode of requests that name none.", read_decoding)  # noqa: RUF009
+    decoding: Decoding | None = _option(  # noqa: RUF009
+        None,
+        "Decoding mode of requests that name none. Default: the checkpoint's: streaming for the paper's, else auto.",
+        _or_none(read_decoding),
+    )
     wedlm_window_size: int = _option(
         DecodeParams.window_size,
         "Window of requests that name none: positions in streaming and block decoding, most rows a step in verified "
@@ -194,8 +197,9 @@ class EngineOptions:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "EngineOptions":
-        """The options of these names. TypeError for a name that is not an option."""
-        names = option_fields()
+        """The options of these names, or of those that the original implementation has for them (``original_names``).
+        TypeError for a name that is not an option."""
+        names, given = option_fields(), translated(given)
         for name in given:
             if name not in names:
                 raise TypeError(f"LLM got an unexpected keyword argument {name!r}; expected one of {', '.join(names)}")
@@ -212,6 +216,12 @@ class EngineConfig:
     max_model_len: int
     options: EngineOptions = EngineOptions()
     drafts: bool = True  # False: masked rows predict nothing, so auto and verified decode as AR, whose text they give
+    model_decoding: Decoding = "auto"  # the checkpoint's word
+
+    @property
+    def decoding(self) -> Decoding:
+        """The mode of requests that name none."""
+        return self.options.decoding or self.model_decoding
 
 
 def option_fields() -> dict[str, Field]:

@@ -2,13 +2,14 @@
 """What callers get back."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
+from wedlm.engine.original_names import ByName
 from wedlm.engine.request import Request, RequestStats, TopLogprobs, WindowSnapshot
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationOutput:
+class GenerationOutput(ByName):
     """What became of one prompt; fields by attribute or by name in brackets.
 
     ``finish_reason``: "stop" (end token or stop string), "length", "abort", or "error", which ``error`` explains.
@@ -44,20 +45,22 @@ class GenerationOutput:
             text_offsets=None if asked is None else [0, *output.text.ends][: request.num_output_tokens],
         )
 
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.__slots__:
-            raise KeyError(name)
-        return getattr(self, name)
-
 
 @dataclass(frozen=True, slots=True)
-class StreamPiece:
+class StreamPiece(ByName):
     """One update of a stream: text that will not change any more, tokens, the forward that made them final.
 
     The last piece carries the whole ``output``. From an ``AsyncEngine`` only: ``token_texts``, what each token added to
     the text, stop strings not yet cut off; ``logprobs`` and ``top_logprobs`` of the tokens, if asked for; ``window``
     after the step, for requests that asked to watch it.
     """
+
+    also: ClassVar = {
+        "new_text": lambda piece: piece.text,
+        "new_token_ids": lambda piece: piece.token_ids,
+        "is_finished": lambda piece: piece.output is not None,
+        "stats": lambda piece: None if piece.output is None else piece.output.stats,
+    }
 
     text: str
     token_ids: list[int]

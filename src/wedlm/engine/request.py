@@ -2,10 +2,11 @@
 """A request: what was asked for, which never changes, and four records of its course, each written by one owner."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from wedlm.algorithm.params import DecodeParams
 from wedlm.engine.constraints.rules import Constraint
+from wedlm.engine.original_names import ByName
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.text import TextStream
 
@@ -125,9 +126,20 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestStats:
+class RequestStats(ByName):
     """Figures of one request. ``tokens_per_forward`` and ``p_cache`` (tokens per row run) always go together:
-    many rows may buy few tokens. Forwards and rows are those after the prompt's. Times in seconds."""
+    many rows may buy few tokens. Forwards and rows are those after the prompt's. Times in seconds.
+
+    The two speeds under the original's names are lower bounds, because a step may hold prompts and windows: prompt
+    tokens until the first token, and all tokens until the end, by the time since the request came."""
+
+    also: ClassVar = {
+        "prefill_tokens": lambda stats: stats.num_prompt_tokens,
+        "decode_tokens": lambda stats: stats.num_tokens,
+        "decode_forwards": lambda stats: stats.num_forwards,
+        "prefill_speed": lambda stats: _ratio(stats.num_prompt_tokens, stats.time_to_first_token_s),
+        "decode_speed": lambda stats: stats.tokens_per_second,
+    }
 
     num_prompt_tokens: int
     num_reused_tokens: int
@@ -155,9 +167,13 @@ class RequestStats:
             num_forwards=counters.num_forwards,
             num_rows=counters.num_rows,
             num_preemptions=progress.num_preemptions,
-            tokens_per_forward=tokens / counters.num_forwards if counters.num_forwards else 0.0,
-            p_cache=tokens / counters.num_rows if counters.num_rows else 0.0,
+            tokens_per_forward=_ratio(tokens, counters.num_forwards),
+            p_cache=_ratio(tokens, counters.num_rows),
             time_to_first_token_s=first - counters.arrival_time,
-            tokens_per_second=tokens / elapsed if elapsed > 0 else 0.0,
+            tokens_per_second=_ratio(tokens, elapsed),
             decoding=request.decode.decoding,
         )
+
+
+def _ratio(value: float, unit: float) -> float:
+    return value / unit if unit > 0 else 0.0

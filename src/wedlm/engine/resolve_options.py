@@ -40,9 +40,11 @@ def read_length(asked: int | None, config: ModelConfig) -> int:
     longest = config.max_length
     if asked is None:
         return longest
-    if isinstance(asked, bool) or not isinstance(asked, int) or not 2 <= asked <= longest:
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 2:
         raise ValueError(f"max_model_len is {asked!r}; expected 2 to {longest}, the length of this model")
-    return asked
+    if asked > longest:
+        warnings.warn(f"max_model_len is {asked}; the model's length, {longest}, is used instead", stacklevel=3)
+    return min(asked, longest)
 
 
 def read_mask_token_id(asked: int | None, config: ModelConfig, tokenizer: Tokenizer) -> int:

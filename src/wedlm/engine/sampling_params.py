@@ -4,7 +4,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from numbers import Integral, Real
 
 from wedlm.algorithm.params import DECODINGS, DecodeParams, Decoding
@@ -17,9 +17,10 @@ _MAX_SALT = 1024
 _LARGEST = 1e30  # what is multiplied with or divided by must stay finite in float32: inf · 0 and inf / inf are nan
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Options of one request; every value is checked on construction (ValueError naming field, value, expectation).
+    The first eight, in this order, may be given by position, as in the original implementation.
 
     temperature: 0 takes the most probable token; otherwise sampled after min_p, top_k, then top_p, then temperature.
     top_k: keep the k most probable tokens; 0 or -1 keeps all. top_p: keep the smallest set with this probability mass.
@@ -45,12 +46,15 @@ class SamplingParams:
     temperature: float = DecodeParams.temperature
     top_p: float = DecodeParams.top_p
     top_k: int = DecodeParams.top_k
-    min_p: float = 0.0
     max_tokens: int = 256
-    min_tokens: int = 0
-    stop: str | tuple[str, ...] | list[str] | None = None
-    include_stop_str_in_output: bool = False
     stop_token_ids: tuple[int, ...] | list[int] | None = None
+    stop: str | tuple[str, ...] | list[str] | None = None
+    wedlm_entropy_threshold: float | None = DecodeParams.entropy_threshold
+    wedlm_pos_penalty_factor: float = DecodeParams.pos_penalty
+    _: KW_ONLY
+    min_p: float = 0.0
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
@@ -63,8 +67,6 @@ class SamplingParams:
     cache_salt: str = ""
     decoding: Decoding | None = None
     wedlm_window_size: int | None = None
-    wedlm_entropy_threshold: float | None = DecodeParams.entropy_threshold
-    wedlm_pos_penalty_factor: float = DecodeParams.pos_penalty
     wedlm_draft_entropy: float = DecodeParams.draft_entropy
 
     def __post_init__(self) -> None:

@@ -18,8 +18,18 @@ from wedlm.evaluate.answer_log import Answer, AnswerLog
 from wedlm.evaluate.provenance import ModelProvenance
 from wedlm.model import Tokenizer
 
-# Options of a task's generation_kwargs that are understood; until_chat replaces until under a chat template.
-_GENERATION_OPTIONS = {"until", "until_chat", "max_gen_toks", "temperature", "do_sample", "top_p", "top_k"}
+# Options of a task's generation_kwargs that are understood; until_chat replaces until under a chat template, and
+# window_size is the widest window of streaming and block decoding.
+_GENERATION_OPTIONS = {
+    "until",
+    "until_chat",
+    "max_gen_toks",
+    "temperature",
+    "do_sample",
+    "top_p",
+    "top_k",
+    "window_size",
+}
 
 
 class StopEvaluation(Exception):
@@ -151,6 +161,13 @@ class CachingLM(TemplateLM):
         if "max_gen_toks" in options:
             changes["max_tokens"] = int(options["max_gen_toks"])
         changes |= {name: options[name] for name in ("top_p", "top_k") if name in options}
+        asked = self.generation.params
+        if (
+            "window_size" in options
+            and asked.decoding in ("streaming", "block")
+            and asked.wedlm_window_size is not None
+        ):
+            changes["wedlm_window_size"] = min(asked.wedlm_window_size, options["window_size"])
         return replace(self.generation.params, **changes)
 
     def pairs(self, requests: Sequence[Instance]) -> list[tuple[list[int], list[int]]]:

@@ -75,6 +75,12 @@ def mbpp_program(doc: Document, text: str) -> str:
     return "\n".join([doc.get("test_setup_code") or "", source, *doc["test_list"], ""])
 
 
+def mbpp_paper_program(doc: Document, text: str) -> str:
+    """The examples have their code in quotes before [DONE]."""
+    code = text.partition("[DONE]")[0].strip()
+    return mbpp_program(doc, code[1:-1] if len(code) > 1 and code[0] == code[-1] == "'" else code)
+
+
 def plus_program(doc: Document, text: str) -> str:
     """The answer beside the reference solution, on all inputs.
 
@@ -161,4 +167,5 @@ def _results(
 
 humaneval_results = _results(humaneval_program, 10)
 mbpp_results = _results(mbpp_program, 10)
+mbpp_paper_results = _results(mbpp_paper_program, 10)
 plus_results = _results(plus_program, 30)  # hundreds of inputs, twice

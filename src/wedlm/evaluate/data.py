@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +38,30 @@ class Documents(list[Document]):
 
 
 def load(
-    *, data_dir: str, chat: bool = False, test: str, form: str = "plain", shots: Sequence[str] = (), **_: Any
+    *,
+    data_dir: str,
+    chat: bool = False,
+    test: str,
+    form: str = "plain",
+    shots: Sequence[str] = (),
+    shots_subject: str = "",
+    skip_shots: int = 0,
+    **_: Any,
 ) -> dict[str, Documents]:
     """The split "test" from the file named ``test``. Called by the harness with a task's metadata and dataset_kwargs.
 
     ``form`` names how rows are read. ``shots``: files of examples, of which the first that exists is taken, and the
-    rows of ``test`` if none does. Every document has the field ``chat``.
+    rows of ``test`` if none does; of its examples those of ``shots_subject`` if one is named, and not the first
+    ``skip_shots``. Every document has the field ``chat``.
     """
     read = FORMS[form]
     rows = [{**read(row), "chat": chat} for row in read_rows(Path(data_dir), test)]
     for name in shots:
         if find_file(Path(data_dir), name) is not None:
             questions = {_question(row) for row in rows}
-            examples = [{**read(row), "chat": chat} for row in read_rows(Path(data_dir), name)]
+            examples = [{**read(row), "chat": chat} for row in read_rows(Path(data_dir), name)][skip_shots:]
+            if shots_subject:
+                examples = [row for row in examples if row.get("subject") == shots_subject]
             # A larger file may contain the questions themselves (MATH-500 and the test set it was drawn from).
             return {"test": Documents(rows, [row for row in examples if _question(row) not in questions], name)}
     return {"test": Documents(rows, rows, test)}
@@ -126,6 +137,12 @@ def _gpqa(row: Document) -> Document:
     return _lettered({"question": row["Question"], **lettered, "answer": "ABCD"[order.index(0)]})
 
 
+def _gpqa_explained(row: Document) -> Document:
+    """With what an example needs: the explanation of its answer."""
+    explanation = row.get("Explanation", row.get("explanation")) or ""
+    return {**_gpqa(row), "explanation": explanation.strip()}
+
+
 def _gsm8k(row: Document) -> Document:
     return {"question": row["question"], "answer": _CALCULATOR_MARK.sub("", row["answer"])}
 
@@ -138,6 +155,7 @@ FORMS: dict[str, Callable[[Document], Document]] = {
     "plain": _plain,
     "lettered": _lettered,
     "gpqa": _gpqa,
+    "gpqa_explained": _gpqa_explained,
     "gsm8k": _gsm8k,
     "mbpp": _mbpp,
 }
@@ -155,8 +173,18 @@ class FirstOthers(ContextSampler):
     def sample(self, n: int, eval_doc: Document | None = None, df: Any = None, **_: Any) -> list[Document]:
         subject = (eval_doc or {}).get("subject", "")
         others = (doc for doc in self.df if doc.get("subject", "") == subject and doc != eval_doc)
-        found = list(itertools.islice(others, n))
-        if len(found) < n:
-            of = f" of the subject {subject}" if subject else ""
-            raise ValueError(f"num_fewshot is {n}, but there are {len(found)} examples{of}; expected at most so many")
-        return found
+        return _first(others, n, f" of the subject {subject}" if subject else "")
+
+
+class First(ContextSampler):
+    """The first examples, of whatever subject, and never the question itself."""
+
+    def sample(self, n: int, eval_doc: Document | None = None, df: Any = None, **_: Any) -> list[Document]:
+        return _first((doc for doc in self.df if doc != eval_doc), n, "")
+
+
+def _first(examples: Iterable[Document], n: int, of: str) -> list[Document]:
+    found = list(itertools.islice(examples, n))
+    if len(found) < n:
+        raise ValueError(f"num_fewshot is {n}, but there are {len(found)} examples{of}; expected at most so many")
+    return found

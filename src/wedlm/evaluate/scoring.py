@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Right or wrong: answers to mathematical questions. Code is in ``wedlm.evaluate.code_tasks``."""
+"""Right or wrong: answers to mathematical questions, letters of choices. Code is in ``wedlm.evaluate.code_tasks``."""
 
 import re
 from collections.abc import Sequence
@@ -7,6 +7,12 @@ from typing import Any
 
 from wedlm.evaluate.final_number import last_box, same_number
 
+# Where a generated answer names its letter, the likeliest place first.
+_LETTER_PLACES = (
+    re.compile(r"\W*([A-J])(?![A-Za-z])"),
+    re.compile(r"(?:answer|option|choice)\W*(?:is)?\W*([A-J])\b", re.IGNORECASE),
+    re.compile(r"\b([A-J])\b"),
+)
 _PARSE_SECONDS = 5  # of one expression; unusual ones can keep the symbolic algebra busy for ever
 
 
@@ -18,6 +24,27 @@ def gsm8k_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, floa
 def math_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """The harness's process_results of MATH."""
     return {"exact_match": float(math_equal(results[0], doc["answer"]))}
+
+
+def letter_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """The harness's process_results of choices of which the answer names one by its letter."""
+    return {"exact_match": float(chosen_letter(results[0], doc["letters"]) == doc["letters"][doc["gold"]])}
+
+
+def marked_letter_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """The same where the letter stands after the last ####; an answer without the mark is wrong."""
+    _, mark, marked = results[0].rpartition("####")
+    chosen = chosen_letter(marked, doc["letters"]) if mark else None
+    return {"exact_match": float(chosen == doc["letters"][doc["gold"]])}
+
+
+def chosen_letter(text: str, letters: Sequence[str]) -> str | None:
+    """The letter that a text begins with, or calls its answer, or has alone somewhere; None without one of these."""
+    for place in _LETTER_PLACES:
+        match = place.match(text) if place is _LETTER_PLACES[0] else place.search(text)
+        if match is not None and match[1].upper() in letters:
+            return match[1].upper()
+    return None
 
 
 def math_equal(text: str, answer: str) -> bool:

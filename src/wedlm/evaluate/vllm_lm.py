@@ -22,7 +22,8 @@ _PART = 1024
 
 
 class VllmBackend:
-    """A checkpoint in vLLM. ``options``: model, dtype, max_model_len, max_num_seqs. ValueError without the package."""
+    """A checkpoint in vLLM. ``options``: model, dtype, max_model_len, max_num_seqs,
+    gpu_memory_utilization, cuda_graphs. ValueError without the package."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         try:
@@ -31,7 +32,10 @@ class VllmBackend:
             raise ValueError(
                 f"--engine is vllm, but {error.name} is not installed; expected pip install vllm"
             ) from error
-        given = {name: options[name] for name in ("dtype", "max_model_len", "max_num_seqs") if options.get(name)}
+        shared = ("dtype", "max_model_len", "max_num_seqs", "gpu_memory_utilization")
+        given = {name: options[name] for name in shared if options.get(name)}
+        if options.get("cuda_graphs") is False:
+            given["enforce_eager"] = True
         self._llm = vllm.LLM(model=str(options["model"]), seed=0, enable_prefix_caching=True, **given)
         config = self._llm.llm_engine.model_config
         self._tokenizer = load_tokenizer(options["model"])

@@ -90,10 +90,11 @@ def generate(  # noqa: PLR0913 - options of one call, as transformers' own gener
         eos_token_ids=ends,
         max_model_len=config.max_length,
         options=EngineOptions(
-            decoding=decoding,  # type: ignore[arg-type]  # None is the default
+            decoding=decoding,
             wedlm_window_size=wedlm_window_size,
             max_num_seqs=min(len(input_ids), _MAX_NUM_SEQS),
         ),
+        model_decoding=config.default_decoding,
     )
     new = _decode(self, engine_config, _prompts(input_ids, attention_mask), params)
     longest = max(len(tokens) for tokens in new)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from wedlm.algorithm.params import DECODINGS, Decoding
 from wedlm.model.formats.fp8_checkpoint import check_quantization_config
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "wedlm")
@@ -34,6 +35,8 @@ _ROPE_KEYS = {
     ),
 }
 _ROPE_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
+# Our key of a config.json, and of a GGUF file: the mode of requests that name none.
+DECODING_KEY = "wedlm_decoding"
 # How a checkpoint in eight bits (``formats/int8_rows.py``) says so: a reader that does not know it refuses.
 QUANTIZATION_CONFIG = {"quant_method": "wedlm-int8"}
 # What no size of an honest model comes near; the positions that float32, in which RoPE counts, still tells apart.
@@ -89,7 +92,8 @@ class ModelConfig:
     ``qkv_bias``, ``out_bias`` and ``mlp_bias`` say which linear layers have a bias, ``qk_norm`` whether queries and
     keys are normalised per head. ``block_size`` is the noise block B of WeDLM training in tokens, None for an AR
     checkpoint that was never adapted and where a WeDLM checkpoint does not record it. ``mask_token_id`` is None where
-    none was chosen yet. ``dtype`` names the type that the weights are stored in. Raises ValueError naming the field.
+    none was chosen yet. ``dtype`` names the type that the weights are stored in. ``decoding`` is the mode that the
+    checkpoint asks for, None where it does not say. Raises ValueError naming the field.
     """
 
     model_type: str
@@ -114,6 +118,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
+    decoding: Decoding | None = None
 
     def __post_init__(self) -> None:
         if self.model_type not in SUPPORTED_MODEL_TYPES:
@@ -137,6 +142,8 @@ class ModelConfig:
         _check_flags(self)
         if self.dtype not in SUPPORTED_DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(SUPPORTED_DTYPES)}")
+        if self.decoding is not None and self.decoding not in DECODINGS:
+            raise ValueError(f"{DECODING_KEY} is {self.decoding!r}; expected one of {', '.join(DECODINGS)}")
         _check_ids(self)
 
     @property
@@ -153,6 +160,12 @@ class ModelConfig:
     def is_wedlm(self) -> bool:
         """Whether the weights were trained as WeDLM, so that masked rows predict something."""
         return self.model_type == "wedlm" or self.block_size is not None
+
+    @property
+    def default_decoding(self) -> Decoding:
+        """The mode of requests that name none: the config's word; else streaming for the model type of the paper's
+        checkpoints, whose own code and figures know no other, and auto."""
+        return self.decoding or ("streaming" if self.model_type == "wedlm" else "auto")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -187,13 +200,15 @@ class ModelConfig:
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=read_token_ids("eos_token_id", config.get("eos_token_id")),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+            decoding=config.get(DECODING_KEY),
             **_read_flags(config),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a ``config.json`` from which ``from_hf`` rebuilds this config.
 
-        transformers 4 and 5 read the AR part; ``mask_token_id`` and ``block_size`` are extra keys to them.
+        transformers 4 and 5 read the AR part; ``mask_token_id``, ``block_size`` and
+        ``wedlm_decoding`` are extra keys to them.
         """
         scaling = None if self.rope_scaling is None else asdict(self.rope_scaling)
         eos = list(self.eos_token_ids)
@@ -228,6 +243,8 @@ class ModelConfig:
             config["mlp_bias"] = self.mlp_bias
         if self.model_type == "wedlm":
             config["qk_norm"] = self.qk_norm
+        if self.decoding is not None:
+            config[DECODING_KEY] = self.decoding
         return config
 
 

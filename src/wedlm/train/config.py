@@ -16,17 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-# Keys of the original that mean nothing here, and what to do instead.
-_ELSEWHERE = {
-    "trust_remote_code": "no code of a checkpoint is ever run",
-    "mask_eps": "round(γ · n) needs no epsilon",
-    "use_deepspeed": "give accelerate its own configuration file: accelerate launch --config_file …",
-    "deepspeed_zero_stage": "give accelerate its own configuration file: accelerate launch --config_file …",
-    "deepspeed_offload_optimizer": "give accelerate its own configuration file: accelerate launch --config_file …",
-    "deepspeed_offload_param": "give accelerate its own configuration file: accelerate launch --config_file …",
-    "wandb_key": "set the environment variable WANDB_API_KEY: secrets are never read from or written to a file",
-    "rebuild_cache": "the cache is keyed by the content of the data and rebuilds itself",
-}
+from wedlm.train.original_config import FLAGS, translated
+
 # Keys of earlier versions and their present names.
 RENAMED = {"anchor_text": "distill_text", "anchor_model": "teacher_model", "certainty_weight": "entropy_weight"}
 
@@ -80,6 +71,8 @@ class TrainConfig(_Strict):
     """Masked rows weigh 1/ratio of their block, or 1."""
     num_learnable_im_end: int = Field(default=8, ge=1)
     """End tokens after a document or reply."""
+    trainable_messages: Literal["replies", "last"] = "replies"
+    """What of a conversation is learnt: each reply with its end; last: the last message alone, as the original does."""
     entropy_weight: float = Field(default=0.0, ge=0)
     """Weight of the entropy penalty on correctly predicted masked tokens, relative to the masked loss."""
     enable_ar_loss: bool = True
@@ -145,6 +138,8 @@ class TrainConfig(_Strict):
     """Compute in bfloat16; trained weights and moments stay float32. false computes in float32."""
     compile: bool | None = None
     """torch.compile each layer; none: on CUDA."""
+    deepspeed_zero_stage: Literal[0, 1, 2] = 0
+    """On several GPUs share out moments (1), and gradients (2), by DeepSpeed; 0: as accelerate's configuration says."""
     activation_checkpointing: bool = False
     """Recompute a layer's activations in the backward pass: less memory, about a third more time."""
 
@@ -261,9 +256,8 @@ def load_config(path: str | Path | None, overrides: dict[str, Any]) -> TrainConf
         if not isinstance(values, dict):
             raise ValueError(f"the configuration {path} holds {type(values).__name__}; expected keys and values")
     values = {**values, **overrides}
+    values = translated(values)
     for key in values:
-        if key in _ELSEWHERE:
-            raise ValueError(f"{key} is not a setting here: {_ELSEWHERE[key]}")
         if key in RENAMED:
             raise ValueError(f"{key} has a new name; expected {RENAMED[key]}")
     try:
@@ -292,7 +286,9 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         if not argument.startswith("--"):
             raise ValueError(f"the argument {argument!r} stands alone; expected --key value")
         key, separator, text = argument[2:].partition("=")
-        if not separator:
+        if not separator and key in FLAGS:
+            text = "true"
+        elif not separator:
             following = next(rest, None)
             if following is None:
                 raise ValueError(f"--{key} has no value; expected --{key} value")

@@ -248,6 +248,7 @@ def load_data(
             config.cache_dir or default_cache_dir() / "tokens",
             eos_token_id=eos,
             num_end_tokens=config.num_learnable_im_end,
+            last_message=config.trainable_messages == "last",
             skip_bad=config.skip_bad,
             progress=progress,
         )

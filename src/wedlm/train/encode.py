@@ -51,14 +51,20 @@ _Steps = Generator[_Texts, Any, _T]  # is sent a list[Encoding] for each _Texts,
 
 
 def encode_documents(
-    sample: Sample, tokenizer: Tokenizer, *, num_end_tokens: int = DEFAULT_END_TOKENS, eos_token_id: int
+    sample: Sample,
+    tokenizer: Tokenizer,
+    *,
+    num_end_tokens: int = DEFAULT_END_TOKENS,
+    eos_token_id: int,
+    last_message: bool = False,
 ) -> list[EncodedSample]:
     """The documents of a sample: one, or one for each reply where the template rewrites earlier replies.
 
     Such a template shows the model another history in every turn, so that no single sequence holds them all; each of
-    those documents learns its last reply alone. Raises SampleError as ``encode`` does.
+    those documents learns its last reply alone. With ``last_message`` conversations are as the original has them
+    (``_encode_last_message``). Raises SampleError as ``encode`` does.
     """
-    return _alone(_documents(sample, tokenizer, num_end_tokens, eos_token_id), tokenizer)
+    return _alone(_documents(sample, tokenizer, num_end_tokens, eos_token_id, last_message), tokenizer)
 
 
 def encode(
@@ -78,7 +84,12 @@ def encode(
 
 
 def encode_batch(
-    samples: Sequence[Sample], tokenizer: Tokenizer, *, num_end_tokens: int = DEFAULT_END_TOKENS, eos_token_id: int
+    samples: Sequence[Sample],
+    tokenizer: Tokenizer,
+    *,
+    num_end_tokens: int = DEFAULT_END_TOKENS,
+    eos_token_id: int,
+    last_message: bool = False,
 ) -> list[list[EncodedSample] | ValueError]:
     """``encode_documents`` of each sample, or what that raises, on the cores that ``tokenizers`` may use.
 
@@ -86,7 +97,8 @@ def encode_batch(
     hundred bytes a token.
     """
     going = {
-        number: _documents(sample, tokenizer, num_end_tokens, eos_token_id) for number, sample in enumerate(samples)
+        number: _documents(sample, tokenizer, num_end_tokens, eos_token_id, last_message)
+        for number, sample in enumerate(samples)
     }
     results: dict[int, list[EncodedSample] | ValueError] = {}
     given: dict[int, list[Encoding]] = {}
@@ -126,8 +138,10 @@ def _alone(steps: _Steps[_T], tokenizer: Tokenizer) -> _T:
 
 
 def _documents(
-    sample: Sample, tokenizer: Tokenizer, num_end_tokens: int, eos_token_id: int
+    sample: Sample, tokenizer: Tokenizer, num_end_tokens: int, eos_token_id: int, last_message: bool
 ) -> _Steps[list[EncodedSample]]:
+    if last_message and sample.messages is not None:
+        return [(yield from _encode_last_message(sample, tokenizer, num_end_tokens, eos_token_id))]
     try:
         return [(yield from _one_document(sample, tokenizer, num_end_tokens, eos_token_id))]
     except TemplateRewritesError:
@@ -206,6 +220,40 @@ def _encode_chat(
     return _document(tokens[:stop] + [eos_token_id] * added, trainable[:stop] + [True] * added)
 
 
+def _encode_last_message(
+    sample: Sample, tokenizer: Tokenizer, num_end_tokens: int, eos_token_id: int
+) -> _Steps[EncodedSample]:
+    """A conversation as the original's code has it: all that the template writes, a line feed after the last end, too;
+    trainable from the length on that the prompt of all messages but the last has, whoever wrote that one; then
+    ``num_end_tokens`` - 1 times <|im_end|>, or ``eos_token_id`` where there is no such token."""
+    if sample.unfinished:
+        raise SampleError(
+            "unfinished",
+            f"{sample.origin} is unfinished; expected trainable_messages replies, since last learns an end",
+        )
+    messages = sample.messages or ()
+    whole = _chat_prompt(sample.origin, messages, tokenizer, False)
+    before = _chat_prompt(sample.origin, messages[:-1], tokenizer, True)
+    (tokens,) = yield from _ids(whole, [(0, len(whole.text))])
+    (prompt,) = yield from _ids(before, [(0, len(before.text))])
+    end = tokenizer.token_id("<|im_end|>")
+    added = [eos_token_id if end is None else end] * (num_end_tokens - 1)
+    learnt = [number >= len(prompt) for number in range(len(tokens))]
+    return _document(tokens + added, learnt + [True] * len(added))
+
+
+def _chat_prompt(origin: str, messages: Sequence[dict[str, str]], tokenizer: Tokenizer, prompt: bool) -> ChatPrompt:
+    if not tokenizer.has_chat_template:  # a fault of the run, not of the sample
+        raise ValueError(
+            f"{origin} is a conversation and this model's tokenizer has no chat template; expected plain text, or an "
+            "instruct model"
+        )
+    try:
+        return tokenizer.chat_prompt(messages, add_generation_prompt=prompt)
+    except ValueError as error:
+        raise SampleError("refused by the template", f"{origin}: {error}") from error
+
+
 def _document(tokens: Sequence[int], trainable: Sequence[bool]) -> EncodedSample:
     return EncodedSample(np.array(tokens, dtype=np.int32), np.array(trainable, dtype=np.bool_))
 
@@ -215,22 +263,13 @@ def _render(
 ) -> tuple[ChatPrompt, list[_Span]]:
     """The conversation as it is to be encoded and where in it the replies stand."""
 
-    if not tokenizer.has_chat_template:  # a fault of the run, not of the sample
-        raise ValueError(
-            f"{origin} is a conversation and this model's tokenizer has no chat template; expected plain text, or an "
-            "instruct model"
-        )
-
     def rendered(count: int, prompt: bool) -> str:
         try:
             return tokenizer.apply_chat_template(messages[:count], add_generation_prompt=prompt)
         except ValueError as error:
             raise SampleError("refused by the template", f"{origin}: {error}") from error
 
-    try:
-        whole = tokenizer.chat_prompt(messages, add_generation_prompt=False)
-    except ValueError as error:
-        raise SampleError("refused by the template", f"{origin}: {error}") from error
+    whole = _chat_prompt(origin, messages, tokenizer, False)
     text = whole.text
     spans = []
     for reply in replies:

@@ -5,7 +5,7 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -16,15 +16,16 @@ from wedlm.train.optional_deps import require
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-def make_accelerator(bf16: bool) -> Accelerator:
+def make_accelerator(bf16: bool, zero_stage: int = 0) -> Accelerator:
     """accelerate, as its launcher configured it. ValueError for a kind of parallelism that the trainer does not know.
 
     accelerate goes on without what it cannot do, and then every process would train alone, or keep whole weights; that
-    is an error here, too.
+    is an error here, too. ``zero_stage``: DeepSpeed's, on several GPUs whose launcher configured nothing of the kind.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         require("deepspeed", "accelerate's configuration")
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+    plugin = _zero_plugin(zero_stage)
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", deepspeed_plugin=plugin)
     kind = accelerator.distributed_type
     if kind not in _PLAIN and not accelerator.is_fsdp2 and not uses_zero(accelerator):
         raise ValueError(
@@ -44,6 +45,16 @@ def make_accelerator(bf16: bool) -> Accelerator:
     if accelerator.is_fsdp2:
         _adjust_fsdp(accelerator.state.fsdp_plugin, bf16)
     return accelerator
+
+
+def _zero_plugin(stage: int) -> DeepSpeedPlugin | None:
+    """None where there is nothing to share out, and where accelerate's own configuration decides."""
+    configured = any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("DEEPSPEED", "FSDP"))
+    several_gpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available()
+    if not stage or configured or not several_gpus:
+        return None
+    require("deepspeed", "deepspeed_zero_stage")
+    return DeepSpeedPlugin(zero_stage=stage)
 
 
 def _adjust_fsdp(plugin: FullyShardedDataParallelPlugin, bf16: bool) -> None:

@@ -114,6 +114,7 @@ def build_cache(
     *,
     eos_token_id: int,
     num_end_tokens: int = DEFAULT_END_TOKENS,
+    last_message: bool = False,
     skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> CacheResult:
@@ -123,7 +124,9 @@ def build_cache(
     there completely or not at all; of several processes one builds and the others wait for it; a damaged one is built
     again. Raises ValueError for what cannot be read (``read_samples``), encoded (``encode``) or written.
     """
-    recipe = _Recipe(tuple(str(path) for path in paths), tokenizer, eos_token_id, num_end_tokens, skip_bad)
+    recipe = _Recipe(
+        tuple(str(path) for path in paths), tokenizer, eos_token_id, num_end_tokens, last_message, skip_bad
+    )
     fingerprint = recipe.fingerprint()
     key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:32]
     directory = Path(directory)
@@ -165,6 +168,7 @@ class _Recipe:
     tokenizer: Tokenizer
     eos_token_id: int
     num_end_tokens: int
+    last_message: bool
     skip_bad: bool
 
     def fingerprint(self) -> dict[str, Any]:
@@ -174,14 +178,21 @@ class _Recipe:
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "eos_token_id": self.eos_token_id,
             "num_end_tokens": self.num_end_tokens,
+            **({"last_message": True} if self.last_message else {}),  # other caches keep their keys
             "skip_bad": self.skip_bad,
         }
 
     def samples(self, path: str, refused: Counter[str]) -> Iterator[tuple[int, list[EncodedSample]]]:
         """Each usable sample of a file: its line and its documents."""
-        options = {"num_end_tokens": self.num_end_tokens, "eos_token_id": self.eos_token_id}
         for batch in in_batches(read_samples(path, skip_bad=self.skip_bad, refused=refused), BATCH_CHARACTERS):
-            for sample, documents in zip(batch, encode_batch(batch, self.tokenizer, **options), strict=True):
+            encoded = encode_batch(
+                batch,
+                self.tokenizer,
+                num_end_tokens=self.num_end_tokens,
+                eos_token_id=self.eos_token_id,
+                last_message=self.last_message,
+            )
+            for sample, documents in zip(batch, encoded, strict=True):
                 if not isinstance(documents, ValueError):
                     yield sample.line, documents
                 elif self.skip_bad and isinstance(documents, SampleError):

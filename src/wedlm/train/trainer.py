@@ -59,7 +59,7 @@ class Trainer:
         self.config = config
         _check_packages(config)
         self.directory = Path(config.output_dir)
-        self.accelerator = make_accelerator(config.bf16)
+        self.accelerator = make_accelerator(config.bf16, config.deepspeed_zero_stage)
         self.device: torch.device = self.accelerator.device
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
@@ -141,6 +141,7 @@ class Trainer:
         """What must be equal for a resumed run to equal an unbroken one, as JSON keeps it."""
         records = {"logging_steps", "save_steps", "save_total_limit", "eval_steps", "output_dir", "cache_dir", "resume"}
         speed = {"per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "compile"}
+        speed |= {"deepspeed_zero_stage", "trainable_messages"}  # the latter is in the data's fingerprint
         ends = {"num_train_epochs", "max_steps", "save_dtype", "merge_lora", "tensorboard", "train_data"}
         kept = self.config.model_dump(exclude=records | speed | ends)
         settings = {name: value for name, value in kept.items() if not name.startswith(("wandb", "use_wandb"))}
@@ -158,6 +159,8 @@ class Trainer:
             f"attention {self.backend}{', compiled' if self.compiled else ''}, precision "
             f"{'bf16' if self.config.bf16 else 'float32'}, mask token {self.setup.mask_token_id}"
         )
+        if self.config.deepspeed_zero_stage and not deepspeed.uses_zero(self.accelerator):
+            self.records.log("deepspeed_zero_stage shares nothing out: that is done on several GPUs")
         for line in self.data.describe():
             self.records.log(line)
         if start:

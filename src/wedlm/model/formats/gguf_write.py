@@ -17,6 +17,7 @@ from wedlm.model.config import ModelConfig
 from wedlm.model.formats.checkpoint import Checkpoint, checked_tensors
 from wedlm.model.formats.gguf_model import (
     BLOCK_SIZE_KEY,
+    GGUF_DECODING_KEY,
     MASK_TOKEN_KEY,
     gguf_name,
     permute_rows,
@@ -152,6 +153,8 @@ def add_gguf_config(writer: GGUFWriter, config: ModelConfig) -> None:
     for key, value in ((MASK_TOKEN_KEY, config.mask_token_id), (BLOCK_SIZE_KEY, config.block_size)):
         if value is not None:
             writer.add_uint32(key, value)
+    if config.decoding is not None or config.default_decoding != "auto":  # the file does not keep our model type
+        writer.add_string(GGUF_DECODING_KEY, config.default_decoding)
     _add_rope_scaling(writer, config)
 
 
