@@ -15,26 +15,7 @@ from pathlib import Path
 import torch
 
 from wedlm import LLM, SamplingParams
-from wedlm.algorithm.params import drafts_of
-from wedlm.bench.steps import FixedRows
-from wedlm.engine.adaptive.draft_budget import Budget
-from wedlm.engine.adaptive.step_costs import StepCosts
-
-
-class Counting(FixedRows):
-    """Counts what became of drafts."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__(StepCosts([(1, 1.0)], padded=False), budget=Budget.of(rows))
-        self.trials, self.accepted = [0] * drafts_of(rows), [0] * drafts_of(rows)
-        self.steps = self.tokens = 0
-
-    def observe(self, num_drafts: int, num_accepted: int, longest: int, num_windows: int, count: int = 1) -> None:
-        self.steps += count
-        self.tokens += count * (1 + num_accepted)
-        for depth in range(min(num_drafts, num_accepted + 1)):
-            self.trials[depth] += count
-            self.accepted[depth] += count * (depth < num_accepted)
+from wedlm.engine.adaptive.fixed_rows import CountedRows
 
 
 def main() -> None:
@@ -51,7 +32,7 @@ def main() -> None:
     with gzip.open(arguments.data, "rt", encoding="utf-8") as file:
         questions = [json.loads(line)["question"] for line in file][: arguments.limit]
     llm = LLM(arguments.model, dtype=arguments.dtype, device=arguments.device, wedlm_window_size=arguments.rows)
-    llm.engine.controller.draft_budget = counting = Counting(arguments.rows)
+    llm.engine.controller.draft_budget = counting = CountedRows(arguments.rows)
     params = SamplingParams(
         max_tokens=arguments.max_tokens, decoding="auto", wedlm_draft_entropy=1e9, wedlm_lookup_drafts=0
     )
@@ -64,7 +45,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if llm.device.type == "cuda" else "cpu",
         "tokens_per_step": round(counting.tokens / counting.steps, 3),
         "drafts": counting.trials,
-        "accepted": [round(a / t, 3) for a, t in zip(counting.accepted, counting.trials, strict=True) if t],
+        "accepted": [round(share, 3) for share in counting.shares],
     }
     print(json.dumps(report))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

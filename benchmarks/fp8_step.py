@@ -30,11 +30,11 @@ from wedlm.bench.loop import Loop
 from wedlm.bench.record import hardware, versions
 from wedlm.bench.settings import Settings, Workload
 from wedlm.bench.shapes import shape_config
-from wedlm.bench.steps import FixedRows
 from wedlm.bench.target import load_target
 from wedlm.engine import factory
 from wedlm.engine.adaptive.controller import Controller
 from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, Budget, DraftBudget
+from wedlm.engine.adaptive.fixed_rows import FixedRows
 from wedlm.engine.engine import Engine
 from wedlm.engine.execution.captured_step import CapturedStep
 from wedlm.engine.sampling_params import SamplingParams

@@ -146,7 +146,7 @@ def main() -> None:
         _encode=engine.tokenizer.encode,
         window_warning=lambda params: None,
     )
-    server = Server(create_app(llm, ServerConfig(model_name="none", port=0, max_queue=1000)))
+    server = Server(create_app({"none": llm}, ServerConfig(port=0, max_queue=1000)))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

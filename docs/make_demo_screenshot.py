@@ -27,7 +27,7 @@ SIZES = {"desk": (1360, 900), "phone": (390, 844)}
 @contextmanager
 def serving(model: str) -> Iterator[str]:
     """The address of a server in a thread of this process. In float32 verified text is AR's text."""
-    server = Server(create_app(LLM(model, dtype="float32"), ServerConfig(model_name=model, port=0)))
+    server = Server(create_app({model: LLM(model, dtype="float32")}, ServerConfig(port=0)))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -20,6 +20,7 @@ class StubModel(nn.Module):
     with a short one texts repeat themselves."""
 
     heads = (1, 1, NUM_FEATURES)  # layers, key heads, head dimension
+    cache_dtype = torch.float32
 
     def __init__(
         self, vocab_size: int = 13, mask_token_id: int = 12, agreement: float = 4.0, seed: int = 0, period: int = 61

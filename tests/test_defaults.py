@@ -92,15 +92,14 @@ def test_decode_params():
 
 def test_generate_in_transformers():
     pytest.importorskip("transformers")
-    from wedlm.hf.generation import generate
+    from wedlm.hf.arguments import Arguments
 
-    parameters = inspect.signature(generate).parameters
     renamed = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
-    found = {renamed.get(name, name): parameter.default for name, parameter in parameters.items()}
+    found = {renamed.get(name, name): default for name, default in defaults(Arguments).items()}
+    assert found.pop("max_tokens") is None  # it, or max_length, must be given
     assert found["temperature"] is None  # 1 with do_sample, which transformers' users expect, and otherwise ours
     found["temperature"] = HOME["temperature"]
-    found = {name: default for name, default in found.items() if name in HOME and default is not inspect._empty}
-    check(found, {})
+    check({name: default for name, default in found.items() if name in HOME}, {})
 
 
 def test_params_of_an_evaluation():

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "wedlm").rglob("*.py"))
 # What a part may import of wedlm, besides itself. Above the engine no part imports another; what two of them need lies
-# below both, and the command line puts them together.
+# below both, and the command line puts them together, as accelerate puts training and measurement together.
 _ENGINE_AND_BELOW = {"algorithm", "kernels", "native", "attention", "model", "engine"}
 MAY_IMPORT = {
     "algorithm": set(),
@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "server": _ENGINE_AND_BELOW,
     "evaluate": _ENGINE_AND_BELOW | {"plotting", "machine"},
     "bench": _ENGINE_AND_BELOW | {"plotting", "machine"},
-    "cli": _ENGINE_AND_BELOW | {"plotting", "machine", "train", "hf", "server", "evaluate", "bench"},
+    "accelerate": _ENGINE_AND_BELOW | {"train", "plotting", "machine"},
+    "cli": _ENGINE_AND_BELOW | {"plotting", "machine", "train", "accelerate", "hf", "server", "evaluate", "bench"},
     "__init__": {"engine"},
 }
 # Folders of programs beside the package: what they may import of it, and of each other nothing.

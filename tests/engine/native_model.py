@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.native.shapes import parts_of
 from wedlm.attention.base import ExtendBatch, KVCache
-from wedlm.attention.sdpa import CausalAttend
 from wedlm.model import ModelConfig, Transformer
+from wedlm.model.lora.masked_rows import attach_masked_lora
 from wedlm.native import NativeAttend, is_available
 from wedlm.native.weights import native_from_torch
 
@@ -23,18 +24,34 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
+def attach_random(model: Transformer) -> None:
+    """A random LoRA for masked rows beside each of the layers' matrices."""
+    matrices = {
+        name: (0.3 * torch.randn(4, weight.shape[1]), 0.3 * torch.randn(weight.shape[0], 4))
+        for name, weight in model.named_parameters()
+        if name.endswith("proj.weight")
+    }
+    attach_masked_lora(model, matrices, torch.randn(model.config.hidden_size))
+
+
 class NativeModel:
-    """Weights large enough that predictions differ in confidence."""
+    """Weights large enough that predictions differ in confidence; ``adapter``: with a random one of masked rows.
+
+    ``cache_dtype``: of the caches that it is used with.
+    """
 
     vocab_size, mask_token_id = CONFIG.vocab_size, 12
     heads = (CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim)
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, adapter: bool = False, cache_dtype: torch.dtype = torch.float32) -> None:
+        self.cache_dtype = cache_dtype
         torch.manual_seed(0)
         model = Transformer(CONFIG)
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 torch.nn.init.normal_(parameter, std=0.35)
+        if adapter:
+            attach_random(model)
         self.runs = native_from_torch(model, "int8", threads=threads)
 
     def check_cache(self, cache: KVCache, slots: list[int], tokens: list[int]) -> None:
@@ -42,13 +59,18 @@ class NativeModel:
         whatever windows, chunks and company they came from."""
         if not tokens:
             return
-        own = KVCache(self.heads[0], len(tokens), 1, *self.heads[1:], torch.float32, torch.device("cpu"))
-        attend = NativeAttend(own, ExtendBatch([0], [len(tokens)], [list(range(len(tokens)))]))
+        attend = self._fresh(len(tokens))
         self.runs(torch.tensor(tokens), torch.arange(len(tokens)), attend, torch.arange(0))
-        assert torch.equal(cache.keys[:, slots], own.keys)
-        assert torch.equal(cache.values[:, slots], own.values)
+        for part, own in zip(parts_of(cache), parts_of(attend.cache), strict=True):
+            assert torch.equal(part[:, slots], own)
+
+    def _fresh(self, num_rows: int) -> NativeAttend:
+        """Rows of one sequence in a cache of their own."""
+        own = KVCache(self.heads[0], num_rows, 1, *self.heads[1:], self.cache_dtype, torch.device("cpu"))
+        return NativeAttend(own, ExtendBatch([0], [num_rows], [list(range(num_rows))]))
 
     def rows_model(self, tokens: list[int], positions: list[int], num_masked: int = 0) -> Tensor:
         """The same model as reference.py wants it."""
+        masked = torch.arange(len(tokens))[len(tokens) - num_masked :]
         with torch.inference_mode():
-            return self.runs(torch.tensor(tokens), torch.tensor(positions), CausalAttend())
+            return self.runs(torch.tensor(tokens), torch.tensor(positions), self._fresh(len(tokens)), masked=masked)

@@ -74,9 +74,9 @@ def stub_engine(
         drafts=has_masked_rows,
     )
     if not lagging:
-        return build(model.runs, config, page_size, num_pages, model.heads, clock=clock)
+        return build(model.runs, config, page_size, num_pages, model.heads, clock=clock, cache_dtype=model.cache_dtype)
     num_layers, *heads = model.heads
-    cache = KVCache(num_layers, num_pages, page_size, *heads, torch.float32, CPU)
+    cache = KVCache(num_layers, num_pages, page_size, *heads, model.cache_dtype, CPU)
     windows = Windows(max_num_seqs, CPU)
     mask = model.mask_token_id
     if isinstance(model, NativeModel):
@@ -96,10 +96,11 @@ def build(
     num_pages: int,
     heads: tuple[int, int, int],
     clock: Callable[[], float] = time.perf_counter,
+    cache_dtype: torch.dtype = torch.float32,
 ) -> Engine:
     """An engine on the CPU in float32, without a tokenizer. ``heads``: layers, key heads and head dimension."""
     shape = SimpleNamespace(**dict(zip(("num_layers", "num_kv_heads", "head_dim"), heads, strict=True)))
-    blueprint = Blueprint(model, None, shape, torch.float32, CPU, config, num_pages, page_size, tokenizer=None)
+    blueprint = Blueprint(model, None, shape, cache_dtype, CPU, config, num_pages, page_size, tokenizer=None)
     return blueprint.build(clock=clock)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.engine.native_model import attach_random
 from tests.engine.test_engine_reference import CONFIG, LENGTH, VOCAB, make_engine, requests_of
 from wedlm.algorithm import reference
 from wedlm.attention.sdpa import CausalAttend, PagedSdpa
@@ -17,7 +18,6 @@ from wedlm.engine.engine import Engine
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Transformer, pack_for_inference
-from wedlm.model.lora.masked_rows import attach_masked_lora
 
 
 def random_model(adapter: bool) -> Transformer:
@@ -28,12 +28,7 @@ def random_model(adapter: bool) -> Transformer:
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.35)
     if adapter:
-        matrices = {
-            name: (0.3 * torch.randn(4, weight.shape[1]), 0.3 * torch.randn(weight.shape[0], 4))
-            for name, weight in model.named_parameters()
-            if name.endswith("proj.weight")
-        }
-        attach_masked_lora(model, matrices, torch.randn(CONFIG.hidden_size))
+        attach_random(model)
     return pack_for_inference(model)
 
 

@@ -14,13 +14,15 @@ import torch
 
 from tests.engine.native_model import NativeModel, needs_native
 from tests.engine.test_engine_histories import run_histories
-from tests.engine.test_masked_lora import random_model
-from tests.engine.tiny_llm import LENGTH, SLOT_BYTES, VOCAB, check_empty, save_tiny
+from tests.engine.test_load_weights import write_blocks
+from tests.engine.tiny_llm import LENGTH, MASK, SLOT_BYTES, VOCAB, check_empty, save_tiny
+from tests.model.test_masked_lora import write_adapter
+from tests.native.shapes import parts_of
 from wedlm import LLM, SamplingParams
 from wedlm.algorithm.params import DECODINGS
 from wedlm.attention.base import ExtendBatch
-from wedlm.engine import factory
 from wedlm.evaluate.likelihood import LikelihoodScorer
+from wedlm.model import load_model
 from wedlm.native import NativeAttend, NativeTransformer
 
 pytestmark = needs_native
@@ -92,11 +94,43 @@ def test_verified_and_auto_give_ars_text(tmp_path, family):
     assert sum(one.num_reused_tokens for one in stats) > 0
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "adapter"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_histories(threads):
+def test_histories(threads, adapter, cache_dtype):
     """Random adding, aborting and preempting, in all modes: reference.py's tokens and steps, and at all times the
-    cache's bits are those of one forward."""
-    run_histories(range(12), NativeModel(min(threads, os.cpu_count() or 1)))
+    cache's bits are those of one forward (without the adapter, if there is one: no key of a masked row stays)."""
+    run_histories(range(12), NativeModel(min(threads, os.cpu_count() or 1), adapter, cache_dtype))
+
+
+@pytest.mark.parametrize("form", ["int8", "Q8_0"])
+def test_an_adapter_of_masked_rows_changes_no_ar_text(tmp_path, form):
+    """By the path of a directory or a file, and the adapter's: alone and in batches, verified and auto decoding give
+    AR's text without the adapter. What masked rows fill in by streaming is another text."""
+    directory = save_tiny(tmp_path / "base", hidden_size=64, intermediate_size=64, head_dim=32, num_kv_heads=1)
+    adapter = write_adapter(tmp_path / "adapter", load_model(directory)[0])
+    path, quantization = directory, "int8"
+    if form != "int8":
+        path, quantization = write_blocks(tmp_path / "m.gguf", directory, form), "auto"
+    options = {"device": "cpu", "quantization": quantization, "max_num_seqs": 8, "mask_token_id": MASK}
+    base, adapted = LLM(path, **options), LLM(path, adapter=adapter, **options)
+    assert "native C++ forward" in adapted.describe()
+    rng = random.Random(1)
+    prompts = [[rng.randrange(90) for _ in range(rng.choice([1, 3, 17, 40]))] for _ in range(8)]
+    params = [SamplingParams(max_tokens=24, temperature=i % 2, seed=i, wedlm_window_size=7) for i in range(8)]
+    expected = texts(base, prompts, params, "autoregressive", 1)
+    for decoding in EXACT:
+        assert texts(adapted, prompts, params, decoding, 1) == expected
+        assert texts(adapted, prompts, params, decoding, 8) == expected
+    streamed = [texts(llm, prompts, params, "streaming", 1) for llm in (base, adapted)]
+    assert streamed[0] != streamed[1]
+
+
+def test_an_adapter_of_another_model_is_refused(directory, tmp_path):
+    other = save_tiny(tmp_path / "other", hidden_size=64, intermediate_size=64)
+    adapter = write_adapter(tmp_path / "adapter", load_model(other)[0])
+    with pytest.raises(ValueError, match=r"the change of .* has shape .*; expected .*, the model's"):
+        native_llm(directory, adapter=adapter)
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
@@ -142,6 +176,37 @@ def _one(count: int) -> ExtendBatch:
     return ExtendBatch([0], [count], [list(range(-(-count // 16)))])
 
 
+def test_a_cache_in_eight_bits(directory):
+    """A quarter of float32's memory and the scales; verified and auto decoding give AR's text in it, which may be
+    another than with a cache in float32."""
+    options = {"max_num_seqs": 16, "page_size": 4}
+    llm = native_llm(directory, kv_cache_dtype="int8", **options)
+    wide = native_llm(directory, **options)
+    assert ", int8)" in llm.describe()
+    assert llm.engine.pool.num_pages == wide.engine.pool.num_pages
+    sizes = [sum(part.nbytes for part in parts_of(one.engine.runner.cache)) for one in (llm, wide)]
+    assert sizes[0] / sizes[1] == (16 + 4) / 64
+    assert llm.blueprint.rebuild(llm.engine).runner.cache.keys.dtype == torch.int8
+    rng = random.Random(1)
+    prompts = [[rng.randrange(VOCAB - 3) for _ in range(rng.choice([1, 3, 17, 40]))] for _ in range(16)]
+    params = [SamplingParams(max_tokens=24, temperature=i % 2, seed=i, wedlm_window_size=7) for i in range(16)]
+    expected = texts(llm, prompts, params, "autoregressive", 1)
+    tight_bytes = 2 * 2 * 2 * (16 + 4) * (LENGTH + 64)
+    tight = native_llm(
+        directory, kv_cache_dtype="int8", kv_cache_bytes=tight_bytes, max_num_batched_tokens=24, **options
+    )
+    for decoding in EXACT:
+        assert texts(llm, prompts, params, decoding, 16) == expected
+        assert texts(tight, prompts, params, decoding, 16) == expected
+    assert sum(one.stats.num_preemptions for one in tight.generate(prompts, params, progress=False)) > 0
+
+
+def test_torchs_forward_has_no_cache_in_eight_bits(directory):
+    said = "kv_cache_dtype is 'int8' and the model is in float32 on cpu; expected the native forward of CPUs"
+    with pytest.raises(ValueError, match=said):
+        LLM(directory, device="cpu", dtype="float32", kv_cache_dtype="int8")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_what_is_said_and_kept(directory, dtype):
     llm = native_llm(directory, dtype=dtype)
@@ -156,12 +221,6 @@ def test_what_is_said_and_kept(directory, dtype):
 def test_graphs_cannot_be_asked_for(directory):
     with pytest.raises(ValueError, match="cuda_graphs is True, but the device is cpu"):
         LLM(directory, device="cpu", quantization="int8", cuda_graphs=True)
-
-
-def test_an_adapter_of_masked_rows_is_an_obstacle():
-    assert factory.native_obstacle(random_model(adapter=False)) is None
-    reason = factory.native_obstacle(random_model(adapter=True))
-    assert reason == "the native library does not run adapters of masked rows"
 
 
 def test_a_wrong_instruction_set_is_refused(directory, monkeypatch):

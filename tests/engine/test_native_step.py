@@ -10,6 +10,7 @@ import torch
 from tests.engine.native_model import NativeModel, needs_native
 from tests.engine.stub_engine import stub_engine
 from tests.engine.test_engine_histories import random_params, random_prompt
+from tests.native.shapes import parts_of
 from wedlm.engine.engine import Engine
 from wedlm.engine.execution.base import StepExecutor
 from wedlm.engine.execution.native_step import NativeStep
@@ -37,14 +38,14 @@ class Both:
         new = [one.request for one in plan.scheduled]
         self.windows.load(new)
         before = self.windows.state.take(torch.arange(self.windows.num_slots))
-        keys, values = self.cache.keys.clone(), self.cache.values.clone()
+        cached = [part.clone() for part in parts_of(self.cache)]
         top = {name: {at: list(one) for at, one in kept.items()} for name, kept in self.windows.top_logprobs.items()}
         expected = self.eager.launch(plan).wait()
         after = self.windows.state.take(torch.arange(self.windows.num_slots))
-        kept = (self.cache.keys.clone(), self.cache.values.clone())
+        kept = [part.clone() for part in parts_of(self.cache)]
         self.windows.state.put(torch.arange(self.windows.num_slots), before)
-        self.cache.keys.copy_(keys)
-        self.cache.values.copy_(values)
+        for part, before_it in zip(parts_of(self.cache), cached, strict=True):
+            part.copy_(before_it)
         self.windows.top_logprobs.clear()
         self.windows.top_logprobs.update(top)
         pending = self.native.launch(plan)
@@ -70,14 +71,13 @@ class Both:
         assert not (state.filled & (column >= state.width[:, None])).any()
         assert torch.equal(state.tokens * state.filled, after.tokens * after.filled)
         assert not reports or torch.allclose(state.logprobs * state.filled, after.logprobs * after.filled, atol=1e-5)
-        assert torch.equal(self.cache.keys, kept[0])
-        assert torch.equal(self.cache.values, kept[1])
+        assert all(map(torch.equal, parts_of(self.cache), kept))
         return pending
 
 
-@pytest.fixture(scope="module")
-def model() -> NativeModel:
-    return NativeModel()
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "adapter, cache in int8"])
+def model(request) -> NativeModel:
+    return NativeModel(adapter=request.param, cache_dtype=torch.int8 if request.param else torch.float32)
 
 
 @pytest.mark.parametrize("seed", range(12))

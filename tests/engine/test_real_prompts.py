@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,13 +13,15 @@ from tests.engine.native_model import needs_native
 from tests.engine.test_native_engine import torch_threads
 from tests.engine.tiny_llm import check_empty, save_tiny
 from wedlm import LLM, SamplingParams
+from wedlm.attention.base import KVCache
 from wedlm.model.formats.tokenizer import load_tokenizer
 from wedlm.model.quantize_checkpoint import quantize_checkpoint
 from wedlm.native import NativeTransformer
 
 DATA = Path(__file__).parents[1] / "data/prompts.jsonl"
+CACHE_IN_INT8 = "int8, cache in int8"
 # Of the embedded model, and of random weights whose rows divide by 256, as blocks of k-quants must.
-EMBEDDED = ("int8", "q8_0", "q4_0", "q4_k_m")
+EMBEDDED = ("int8", "q8_0", "q4_0", "q4_k_m", CACHE_IN_INT8)
 RANDOM = ("q4_k", "q6_k")
 RANDOM_SIZES = {
     "hidden_size": 256,
@@ -65,16 +68,17 @@ def test_1000_real_prompts(tmp_path, weights, record_property):
     if weights in RANDOM:
         source = save_tiny(tmp_path / "random", **RANDOM_SIZES)
         load_tokenizer("demo").save(source)
-    if weights != "int8":
+    cache: dict[str, Any] = {"kv_cache_dtype": "int8"} if weights == CACHE_IN_INT8 else {}
+    if weights not in ("int8", CACHE_IN_INT8):
         source = quantize_checkpoint(source, tmp_path / "m.gguf", type=weights).path
     questions = [json.loads(line)["prompt"] for line in DATA.read_text().splitlines()]
-    reference = load(source, 1)
-    config = reference.model_config
-    slot_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    reference = load(source, 1, **cache)
+    config, dtype = reference.model_config, reference.engine.runner.cache.keys.dtype
+    slot_bytes = KVCache.bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
     prompts = [reference.chat_prompt([{"role": "user", "content": question}]) for question in questions]
     counted = {"prompts": 0, "tokens": 0, "differences": 0, "preempted": 0, "forwards": 0}
     for number, place in enumerate(PLACES):
-        chosen = {"max_num_seqs": 16, **place}
+        chosen = {"max_num_seqs": 16, **cache, **place}
         batch, threads, tokens = chosen.pop("batch"), chosen.pop("threads"), chosen.pop("tokens", None)
         llm = load(source, threads, kv_cache_bytes=tokens and slot_bytes * tokens, **chosen)
         here = range(number, len(questions), len(PLACES))

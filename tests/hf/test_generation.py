@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextIteratorStreamer
 
 from tests.engine.tiny_llm import END, PROMPTS, save_tiny
 from wedlm import LLM, SamplingParams
@@ -94,9 +94,16 @@ def test_weights_that_changed_are_used_and_the_mode_of_training_stays(directory:
     ("options", "sentence"),
     [
         ({"num_beams": 4}, "num_beams is 4, which this generate does not support"),
-        ({"generation_config": None}, "generation_config is None, which this generate does not support"),
-        ({"max_length": 10}, "max_length is 10"),
-        ({"streamer": 1}, "streamer is 1"),
+        ({"num_beam": None}, "num_beam is None, which this generate does not support"),
+        ({"logits_processor": [print]}, "logits_processor is .*, which this generate does not support"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate is True"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams is 2"),
+        ({"max_new_tokens": None}, "max_new_tokens is missing; expected it, or max_length"),
+        ({"max_new_tokens": None, "max_length": 3}, "max_length is 3; expected more than 3"),
+        ({"streamer": 1}, "streamer is 1; expected an object with put and end"),
+        ({"num_return_sequences": 2}, "num_return_sequences is 2 without sampling"),
+        ({"num_return_sequences": 0}, "num_return_sequences is 0"),
+        ({"stop_strings": "x"}, "stop_strings is 'x' without tokenizer"),
         ({"max_new_tokens": 0}, "max_tokens is 0"),
         ({"decoding": "beam"}, "decoding is 'beam'; expected one of auto"),
         ({"wedlm_window_size": 0}, "wedlm_window_size is 0"),
@@ -104,7 +111,7 @@ def test_weights_that_changed_are_used_and_the_mode_of_training_stays(directory:
         ({"do_sample": True, "temperature": 0.0}, "do_sample is True and temperature 0.0"),
         ({"do_sample": False, "temperature": 0.7}, "do_sample is False and temperature 0.7"),
         ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
-        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "attention_mask has padding behind tokens"),
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, "attention_mask has padding between tokens"),
         ({"attention_mask": torch.tensor([[0, 0, 0]])}, "the prompt has 0 tokens"),
         ({"attention_mask": torch.ones(1, 2)}, r"attention_mask has shape \[1, 2\]; expected \[1, 3\]"),
         ({"input_ids": torch.tensor([5, 6])}, r"input_ids has shape \[2\]; expected \[batch, rows\]"),
@@ -126,3 +133,85 @@ def test_an_ar_checkpoint_needs_a_mask_token_named(tmp_path: Path) -> None:
     output = LLM(tmp_path, device="cpu", mask_token_id=103).generate([5, 6, 7], SamplingParams(max_tokens=4))[0]
     assert output.stats.decoding == "auto"
     assert found[0, 3:].tolist() == output.token_ids
+
+
+def test_padding_may_be_on_either_side(directory: Path, model: WeDLMForCausalLM) -> None:
+    found = {}
+    for side in ("left", "right"):
+        tokenizer = AutoTokenizer.from_pretrained(directory, padding_side=side, pad_token="<|end|>")
+        batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+        rows = model.generate(**batch, max_new_tokens=9)
+        found[side] = rows[:, batch.input_ids.shape[1] :]
+        assert torch.equal(rows[:, : batch.input_ids.shape[1]], batch.input_ids)
+    assert torch.equal(found["left"], found["right"])
+
+
+def test_a_generation_config_and_neutral_options(model: WeDLMForCausalLM) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    plain = {"max_new_tokens": 9, "temperature": 0.7, "top_k": 9, "repetition_penalty": 1.2, "seed": 3}
+    wanted = model.generate(ids, **plain)
+    config = GenerationConfig(max_new_tokens=9, do_sample=True, temperature=0.7, top_k=9, repetition_penalty=1.2)
+    assert torch.equal(model.generate(ids, generation_config=config, seed=3), wanted)
+    neutral = {"num_beams": 1, "use_cache": True, "logits_processor": [], "assistant_model": None, "synced_gpus": False}
+    assert torch.equal(model.generate(input_ids=ids, **plain, **neutral), wanted)
+    assert torch.equal(model.generate(ids, **{**plain, "max_new_tokens": None}, max_length=12), wanted)
+    other = model.generate(ids, generation_config=config, seed=3, max_new_tokens=4)
+    assert torch.equal(other, wanted[:, :7]), "what is given goes before the config"
+
+
+def test_several_sequences_of_a_prompt(model: WeDLMForCausalLM) -> None:
+    """As so many calls with seeds of their own, in transformers' order."""
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    options = {"max_new_tokens": 8, "temperature": 1.0, "eos_token_id": END}
+    found = model.generate(ids, num_return_sequences=3, seed=5, **options)
+    assert found.shape == (6, 11)
+    assert torch.equal(found[:, :3], ids.repeat_interleave(3, dim=0))
+    for row in range(6):
+        prompt = ids[row // 3 : row // 3 + 1]
+        alone = model.generate(prompt, seed=5 + row % 3, **options)[0]
+        assert torch.equal(found[row, : len(alone)], alone)
+    assert len({tuple(row) for row in found.tolist()}) > 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_criteria_end_a_sequence_at_their_token(model: WeDLMForCausalLM, mode: str) -> None:
+    """Each sees every length once; tokens that a forward made beyond the end are dropped, and other rows go on."""
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    options = {"max_new_tokens": 20, "decoding": mode, "wedlm_entropy_threshold": 3.0, "eos_token_id": END}
+    whole = model.generate(ids, **options)
+    seen: dict[int, list[int]] = {5: [], 8: []}
+
+    def criterion(tokens: torch.Tensor, scores: None) -> torch.Tensor:
+        assert scores is None
+        first, length = int(tokens[0, 0]), tokens.shape[1]
+        seen[first].append(length)
+        assert torch.equal(tokens[0], whole[0 if first == 5 else 1, :length])
+        return torch.tensor([first == 5 and length == 10])
+
+    found = model.generate(ids, stopping_criteria=[criterion], pad_token_id=END, **options)
+    assert torch.equal(found[1], whole[1])
+    assert torch.equal(found[0, :10], whole[0, :10])
+    assert set(found[0, 10:].tolist()) == {END}
+    assert seen[5] == list(range(4, 11))
+    assert seen[8] == list(range(4, 24))
+
+
+def test_stop_strings_and_time(directory: Path, model: WeDLMForCausalLM) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = torch.tensor([[5, 6, 7]])
+    whole = model.generate(ids, max_new_tokens=20)[0, 3:].tolist()
+    text = tokenizer.decode(whole[5:7])
+    found = model.generate(ids, max_new_tokens=20, stop_strings=[text], tokenizer=tokenizer)[0, 3:].tolist()
+    assert found == whole[: len(found)]
+    assert tokenizer.decode(found).endswith(text)
+    assert len(model.generate(ids, max_new_tokens=90, max_time=0.0, decoding="autoregressive")[0]) == 4
+
+
+def test_a_streamer_gets_the_text(directory: Path, model: WeDLMForCausalLM) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = torch.tensor([[5, 6, 7]])
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    found = model.generate(ids, max_new_tokens=20, streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(found[0, 3:])
+    with pytest.raises(ValueError, match="streamer is given beside 2 sequences"):
+        model.generate(ids.repeat(2, 1), max_new_tokens=2, streamer=streamer)

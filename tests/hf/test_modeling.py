@@ -144,6 +144,46 @@ def test_loss_and_gradients_equal_the_twins(tmp_path: Path) -> None:
     torch.testing.assert_close(summed, twin(batch, labels=labels, num_items_in_batch=torch.tensor(2)).loss)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("every", [1, 2])
+def test_layers_that_are_recomputed_have_the_same_gradients(tmp_path: Path, every: int, reentrant: bool) -> None:
+    """As trainers of transformers ask for it; each layer concerned runs once more in the backward pass."""
+    model = WeDLMForCausalLM.from_pretrained(save_tiny(tmp_path)).train()
+    ids = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    calls: list[int] = []
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: one.grad.clone() for name, one in model.named_parameters()}
+
+    plain, count = gradients(), len(model.model.layers)
+    assert len(calls) == count
+    calls.clear()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant}, every_n_layers=every)
+    model.enable_input_require_grads()  # for the old form, where embeddings are frozen
+    for name, gradient in gradients().items():
+        assert torch.equal(gradient, plain[name]), name
+    assert sorted(calls) == sorted([*range(count), *range(0, count, every)])
+    model.activation_checkpointing_disable()
+    calls.clear()
+    gradients()
+    assert len(calls) == count
+
+
+def test_the_backbone_gives_what_the_head_projects(tmp_path: Path) -> None:
+    """As trainers call it that project hidden states themselves."""
+    model = WeDLMForCausalLM.from_pretrained(save_tiny(tmp_path))
+    ids = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    assert torch.equal(model.get_output_embeddings()(hidden), model(ids, attention_mask=mask).logits)
+    with pytest.raises(ValueError, match="inputs_embeds is 1, which WeDLMModel does not support"):
+        model.base_model(input_ids=ids, inputs_embeds=1)
+
+
 def test_logits_to_keep_and_tuples(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved("wedlm-qwen3", tmp_path))
     torch.testing.assert_close(logits(model, logits_to_keep=2), logits(model)[:, -2:])

@@ -143,7 +143,7 @@ def test_an_engine_with_them(tmp_path, monkeypatch):
     directory = save_tiny(tmp_path)
     with pytest.raises(ValueError, match="kv_cache_dtype is 'fp8' and the device is cpu; expected an NVIDIA GPU"):
         LLM(directory, device="cpu", kv_cache_dtype="fp8")
-    with pytest.raises(ValueError, match="kv_cache_dtype is 'int4'; expected auto or fp8"):
+    with pytest.raises(ValueError, match="kv_cache_dtype is 'int4'; expected auto, fp8 or int8"):
         LLM(directory, device="cpu", kv_cache_dtype="int4")
     monkeypatch.setattr("wedlm.engine.factory.check_fp8_cache", lambda _: None)
     llm = LLM(directory, device="cpu", kv_cache_dtype="fp8", dtype="float32")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.native_model import needs_native
 from wedlm import LLM, SamplingParams
 from wedlm.evaluate.provenance import provenance_of_files
 from wedlm.model import CheckpointError
@@ -55,7 +56,12 @@ def test_results_know_it_by_name_and_content():
 
 
 @pytest.mark.demo_model
-def test_text_is_that_of_the_base_alone_in_fewer_forwards():
+@pytest.mark.parametrize(
+    "weights",
+    [{"dtype": "float32"}, pytest.param({"quantization": "int8"}, marks=needs_native)],
+    ids=["torch", "native"],
+)
+def test_text_is_that_of_the_base_alone_in_fewer_forwards(weights):
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
 
     def answers(llm: LLM, decoding: str) -> tuple[list[list[int]], float]:
@@ -64,7 +70,7 @@ def test_text_is_that_of_the_base_alone_in_fewer_forwards():
         forwards = sum(one.stats.num_forwards for one in outputs if one.stats)
         return [one.token_ids for one in outputs], sum(len(one.token_ids) for one in outputs) / forwards
 
-    options = {"device": "cpu", "dtype": "float32", "kv_cache_bytes": 2**27}
+    options = {"device": "cpu", "kv_cache_bytes": 2**27, **weights}
     alone = LLM("demo-base", **options)
     expected, _ = answers(alone, "autoregressive")
     _, unaided = answers(LLM("demo-base", mask_token_id=DEMO_MASK_TOKEN_ID, **options), "verified")

@@ -102,6 +102,7 @@ uint64_t decode(Random& random, WedlmModel* model, const WedlmShape& shape, cons
     own.temperature = random.below(2) ? 0.0f : 1.0f;
     own.top_k = random.below(3) ? 0 : 5, own.top_p = random.below(3) ? 1 : 0.8;
     own.seed = random.below(1000);
+    own.num_top = static_cast<int32_t>(random.below(3) ? 0 : random.below(30));
     own.stop_tokens = stops.data(), own.num_stop_tokens = random.below(3);
     cached.push_back(random.below(15));
     width.push_back(own.row_budget);
@@ -109,11 +110,12 @@ uint64_t decode(Random& random, WedlmModel* model, const WedlmShape& shape, cons
     filled[static_cast<size_t>(s * kCapacity)] = static_cast<uint8_t>(own.is_verified);
   }
   size_t cache_size = static_cast<size_t>(shape.num_layers * kWindows * kPages * kPageSize * shape.num_kv_heads * shape.head_dim);
-  std::vector<float> keys(cache_size), values(cache_size);
+  std::vector<float> keys(cache_size), values(cache_size), scales(2 * cache_size);
   WedlmSlots slots{kCapacity, kPages, cached.data(), width.data(), tokens.data(), filled.data(), logprobs.data(), params.data(), pages.data(), num_pages.data()};
   WedlmDecode step{};
   step.slots = &slots, step.num_windows = kWindows, step.slot = slot.data();
-  step.keys = keys.data(), step.values = values.data(), step.page_size = kPageSize, step.num_slots = kWindows * kPages * kPageSize;
+  step.keys = keys.data(), step.values = values.data(), step.key_scale = scales.data(), step.value_scale = scales.data() + cache_size;
+  step.cache_type = static_cast<int32_t>(random.below(3)), step.page_size = kPageSize, step.num_slots = kWindows * kPages * kPageSize;
   step.cos = cos, step.sin = sin, step.num_positions = num_positions;
   step.results = results.data(), step.result_logprobs = result_logprobs.data();
   WedlmDecoder* decoder = wedlm_decoder_new(shape.vocab_size, 0);
@@ -127,9 +129,12 @@ uint64_t decode(Random& random, WedlmModel* model, const WedlmShape& shape, cons
     wedlm_decode_update(decoder, &step);
     wedlm_decode_put(decoder, &step);
     h = hash(h, results.data(), results.size() * 8);
+    auto told = static_cast<size_t>(step.num_logits * step.most_top);
+    h = hash(hash(h, step.top_tokens, told * 8), step.top_logprobs, told * 4);
   }
   wedlm_decoder_free(decoder);
   h = hash(h, filled.data(), filled.size());
+  for (const std::vector<float>* part : {&keys, &values, &scales}) h = hash(h, part->data(), part->size() * 4);
   return hash(h, logprobs.data(), logprobs.size() * 4);
 }
 
@@ -179,6 +184,28 @@ uint64_t run(uint64_t seed, const char* path) {
       vector(layer, WEDLM_DOWN_BIAS, shape.hidden_size, 0);
     }
   }
+  auto masked = [&](int layer, int which, int rows, int cols) {  // an adapter of masked rows
+    if (random.below(3) == 0) return;
+    const int ranks[] = {1, 3, 16, 40, 64, 256};
+    int rank = ranks[random.below(6)];
+    Matrix a = random_matrix(random, rank, cols), b = random_matrix(random, rows, rank);
+    for (int i = 0; a.format != b.format; i++) {  // both in one
+      if (i % 2) a = random_matrix(random, rank, cols);
+      else b = random_matrix(random, rows, rank);
+    }
+    check(wedlm_model_set_masked(model, layer, which, a.format, rank, a.data.data(), a.scale.data(), b.data.data(), b.scale.data(), error, sizeof error), error);
+  };
+  bool adapted = random.below(2);
+  for (int layer = 0; adapted && layer < shape.num_layers; layer++) {
+    masked(layer, WEDLM_Q, q, shape.hidden_size);
+    masked(layer, WEDLM_K, kv, shape.hidden_size);
+    masked(layer, WEDLM_V, kv, shape.hidden_size);
+    masked(layer, WEDLM_O, shape.hidden_size, q);
+    masked(layer, WEDLM_GATE, shape.intermediate_size, shape.hidden_size);
+    masked(layer, WEDLM_UP, shape.intermediate_size, shape.hidden_size);
+    masked(layer, WEDLM_DOWN, shape.hidden_size, shape.intermediate_size);
+  }
+  if (adapted && random.below(2)) vector(-1, WEDLM_MASK_EMBEDDING, shape.hidden_size, 0);
   matrix(-1, WEDLM_EMBEDDING, shape.vocab_size, shape.hidden_size);
   if (tied) wedlm_model_tie(model);
   else matrix(-1, WEDLM_HEAD, shape.vocab_size, shape.hidden_size);
@@ -197,6 +224,7 @@ uint64_t run(uint64_t seed, const char* path) {
   for (size_t i = 0; i < pages.size(); i++) pages[i] = static_cast<int32_t>(i);
   for (size_t i = pages.size(); i > 1; i--) std::swap(pages[i - 1], pages[static_cast<size_t>(random.below(static_cast<int64_t>(i)))]);
   std::vector<int64_t> starts, counts, offsets{0}, tokens, positions, shared, own;
+  std::vector<uint8_t> is_masked;
   int64_t num_sequences = 1 + random.below(4);
   for (int64_t s = 0; s < num_sequences; s++) {
     int64_t longest = s == 0 && random.below(8) == 0 ? 110 : 20;
@@ -208,14 +236,15 @@ uint64_t run(uint64_t seed, const char* path) {
       positions.push_back(random.below(kPositions));
       shared.push_back(random.below(row + 1));
       own.push_back(random.below(row + 1));
+      is_masked.push_back(static_cast<uint8_t>(random.below(2)));
     }
   }
   auto num_rows = static_cast<int64_t>(tokens.size());
-  int32_t cache_type = static_cast<int32_t>(random.below(2));
+  int32_t cache_type = static_cast<int32_t>(random.below(3));
   size_t cache_size = static_cast<size_t>(shape.num_layers) * static_cast<size_t>(num_slots) * static_cast<size_t>(kv);
   std::vector<float> keys(cache_size), values(cache_size);  // twice as long as bfloat16 needs
   for (size_t i = 0; i < cache_size; i++) keys[i] = random.real() * 0.5f, values[i] = random.real();
-  for (size_t i = 0; cache_type && i < 2 * cache_size; i++) {
+  for (size_t i = 0; cache_type == 1 && i < 2 * cache_size; i++) {
     for (std::vector<float>* cache : {&keys, &values}) {
       uint32_t bits;
       float x = random.real();
@@ -224,6 +253,8 @@ uint64_t run(uint64_t seed, const char* path) {
       std::memcpy(reinterpret_cast<char*>(cache->data()) + 2 * i, &high, 2);
     }
   }
+  std::vector<float> key_scale, value_scale;
+  for (size_t i = 0; cache_type == 2 && i < cache_size / static_cast<size_t>(shape.head_dim); i++) key_scale.push_back(random.real() * 0.01f), value_scale.push_back(random.real() * 0.01f);
   std::vector<int64_t> wanted, banned, banned_offsets{0};
   for (int64_t i = random.below(6); i >= 0; i--) {
     wanted.push_back(random.below(num_rows));
@@ -235,7 +266,7 @@ uint64_t run(uint64_t seed, const char* path) {
   std::vector<int64_t> token(num_logits);
   bool hides = random.below(2);
   WedlmStep step{num_rows, num_sequences, tokens.data(), positions.data(), starts.data(), counts.data(), pages.data(), offsets.data(),
-                 hides ? shared.data() : nullptr, hides ? own.data() : nullptr, keys.data(), values.data(), cache_type, page_size,
+                 hides ? shared.data() : nullptr, hides ? own.data() : nullptr, is_masked.data(), keys.data(), values.data(), key_scale.data(), value_scale.data(), cache_type, page_size,
                  num_slots, cos.data(), sin.data(), kPositions, static_cast<int64_t>(num_logits), wanted.data(), logits.data(),
                  token.data(), token_logit.data(), entropy.data(), logsumexp.data(), banned.data(), banned_offsets.data()};
   check(wedlm_model_forward(model, &step, error, sizeof error), error);
@@ -244,7 +275,7 @@ uint64_t run(uint64_t seed, const char* path) {
   for (float x : logits)
     if (!(x - x == 0)) check(-1, "a logit is not finite");
   uint64_t h = decoded;
-  for (const std::vector<float>* part : {&logits, &keys, &values, &token_logit, &entropy, &logsumexp}) h = hash(h, part->data(), part->size() * 4);
+  for (const std::vector<float>* part : {&logits, &keys, &values, &key_scale, &value_scale, &token_logit, &entropy, &logsumexp}) h = hash(h, part->data(), part->size() * 4);
   return hash(h, token.data(), token.size() * 8);
 }
 

@@ -48,8 +48,13 @@ def random_cache(seed: int, config: ModelConfig, num_pages: int, page_size: int,
     heads = config.num_kv_heads, config.head_dim
     cache = KVCache(config.num_layers, num_pages, page_size, *heads, dtype, device)
     generator = torch.Generator().manual_seed(seed)
-    cache.keys.copy_(torch.randn(cache.keys.shape, generator=generator))
-    cache.values.copy_(torch.randn(cache.values.shape, generator=generator))
+    for part, scale in ((cache.keys, cache.key_scale), (cache.values, cache.value_scale)):
+        exact = torch.randn(part.shape, generator=generator)
+        if scale is None:
+            part.copy_(exact)
+        else:
+            scale.copy_(exact.abs().amax(dim=-1) / 127)
+            part.copy_((exact / scale[..., None]).round())
     return cache
 
 
@@ -58,9 +63,15 @@ def copy_of(cache: KVCache) -> KVCache:
     copy = KVCache(
         num_layers, num_slots // cache.page_size, cache.page_size, *heads, cache.keys.dtype, cache.keys.device
     )
-    copy.keys.copy_(cache.keys)
-    copy.values.copy_(cache.values)
+    for part, other in zip(parts_of(copy), parts_of(cache), strict=True):
+        part.copy_(other)
     return copy
+
+
+def parts_of(cache: KVCache) -> list[Tensor]:
+    """All that it holds."""
+    parts = (cache.keys, cache.values, cache.key_scale, cache.value_scale)
+    return [part for part in parts if part is not None]
 
 
 def random_rows(rng: np.random.Generator, vocab_size: int, num_pages: int, page_size: int, hides: bool) -> Rows:

@@ -79,3 +79,22 @@ def test_logits_that_overflowed():
     for bad in (torch.nan, torch.inf, -torch.inf):
         tokens = decoder.choose_tokens(torch.full((4, 100), bad), params, torch.arange(4))
         assert ((tokens >= 0) & (tokens < 100)).all()
+
+
+@pytest.mark.parametrize(("vocab_size", "count"), [(1, 1), (7, 7), (64, 5), (1025, 20), (49152, 20)])
+def test_the_most_probable_tokens(vocab_size, count):
+    """Of equal logits those of the lowest tokens, in their order; what is not a number comes last."""
+    torch.manual_seed(vocab_size)
+    logits = torch.randn(30, vocab_size)
+    logits[::3] = logits[::3].round()
+    logits[1::3] = logits[1::3].sort().values  # each is larger than all before
+    logits[2, 0] = -torch.inf
+    tokens, values = decoder.top_tokens(logits, count)
+    expected = logits.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(tokens, expected.indices[:, :count])
+    assert torch.equal(values, expected.values[:, :count])
+    logits[0, ::2] = torch.nan
+    tokens, values = decoder.top_tokens(logits[:1], count)
+    finite = logits[0].nan_to_num(-torch.inf).sort(descending=True, stable=True)
+    assert torch.equal(values[0], finite.values[:count])
+    assert ((tokens >= 0) & (tokens < vocab_size)).all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.native.conftest import PATHS
-from tests.native.shapes import random_cache, random_rows, tiny_model
+from tests.native.shapes import parts_of, random_cache, random_rows, tiny_model
 from wedlm.algorithm.sample import entropy_and_logsumexp
 from wedlm.attention.base import ExtendBatch, KVCache
 from wedlm.native import NativeAttend, NativeError
@@ -30,29 +30,31 @@ def one_by_one(native, tokens, sizes, cache, pages):
     return torch.cat(parts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize("quantization", ["int8", None])
 @pytest.mark.parametrize("path", PATHS)
-def test_chunks_and_threads_change_no_bit(path, quantization):
+def test_chunks_and_threads_change_no_bit(path, quantization, dtype):
     model = tiny_model(5, qkv_bias=True, out_bias=True, max_position_embeddings=1024)
     tokens = torch.randint(0, 131, (300,), generator=torch.Generator().manual_seed(1))
     pages = torch.randperm(40, generator=torch.Generator().manual_seed(2)).tolist()
     results, caches = [], []
     for threads, sizes in ((1, [1] * 300), (2, [300]), (2, [7] * 50), (1, [256, 44]), (2, [3, 64, 1, 200, 32])):
         native = native_from_torch(model, quantization, path=path, threads=min(threads, os.cpu_count() or 1))
-        cache = random_cache(3, model.config, 40, PAGE, torch.float32)
+        cache = random_cache(3, model.config, 40, PAGE, dtype)
         results.append(one_by_one(native, tokens, sizes, cache, pages))
         caches.append(cache)
     for logits, cache in zip(results[1:], caches[1:], strict=True):
         assert torch.equal(logits, results[0])
-        assert torch.equal(cache.keys, caches[0].keys)
+        assert all(map(torch.equal, parts_of(cache), parts_of(caches[0])))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize("path", PATHS)
-def test_company_changes_no_bit(path):
+def test_company_changes_no_bit(path, dtype):
     """A sequence alone, and in batches of up to 32 others."""
     model = tiny_model(6)
     native = native_from_torch(model, "int8", path=path)
-    cache = random_cache(4, model.config, 200, PAGE, torch.float32)
+    cache = random_cache(4, model.config, 200, PAGE, dtype)
     rng = np.random.default_rng(5)
     tokens, positions = torch.tensor([3, 99, 7]), torch.tensor([20, 25, 21])
     alone = native(tokens, positions, NativeAttend(cache, ExtendBatch([20], [3], [[5, 0, 9]])))
@@ -71,13 +73,14 @@ def test_company_changes_no_bit(path):
         assert torch.equal(together[before : before + 3], alone)
 
 
-def test_slots_that_nobody_sees_change_no_bit():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_slots_that_nobody_sees_change_no_bit(dtype):
     model = tiny_model(7)
     native = native_from_torch(model, "int8")
-    cache = random_cache(4, model.config, 4, PAGE, torch.float32)
+    cache = random_cache(4, model.config, 4, PAGE, dtype)
     attend = NativeAttend(cache, ExtendBatch([10], [2], [[2, 1]]))
     before = native(torch.tensor([1, 2]), torch.tensor([10, 11]), attend)
-    for values in (cache.keys, cache.values):
+    for values in (part for part in parts_of(cache) if part.is_floating_point()):
         values.view(-1, 4, PAGE, *values.shape[2:])[:, 1, 4:] = torch.nan
         values.view(-1, 4, PAGE, *values.shape[2:])[:, 0] = torch.inf
     assert torch.equal(native(torch.tensor([1, 2]), torch.tensor([10, 11]), attend), before)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo page in a browser: pages that must not fail, and what tests do on them."""
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, ConsoleMessage, Error, Locator, Page, expect
 
+expect.set_options(timeout=20_000)  # the machine may be busy with other work
 CHROMIUM = which("chromium") or which("chromium-browser") or which("google-chrome")
 
 
@@ -31,16 +33,12 @@ class SlowRunner:
         return self.runner.run(plan)
 
 
-def opened(browser: Browser, **options: Any) -> Iterator[Page]:
-    """An empty tab, until the generator goes on."""
+def fresh(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
+    """The page at ``url`` in a browser of its own, until the generator goes on. It must not fail: an exception in it,
+    or a breach of its policy, fails the test."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
     context.set_default_timeout(10_000)
-    yield context.new_page()
-    context.close()
-
-
-def visit(tab: Page, url: str) -> Iterator[Page]:
-    """The page at ``url``, which must not fail: an exception in it, or a breach of its policy, fails the test."""
+    tab = context.new_page()
     failures: list[str] = []
 
     def note_breach(message: ConsoleMessage) -> None:
@@ -54,16 +52,33 @@ def visit(tab: Page, url: str) -> Iterator[Page]:
     tab.on("console", note_breach)
     tab.goto(url)
     yield tab
-    tab.remove_listener("pageerror", note_error)
-    tab.remove_listener("console", note_breach)
-    tab.unroute_all()
+    context.close()
     assert not failures
 
 
-def fresh(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """``visit`` in a tab of its own."""
-    for tab in opened(browser, **options):
-        yield from visit(tab, url)
+def plain(page: Page) -> None:
+    """Show answers as they were written, character for character."""
+    page.get_by_label("Show Markdown formatted").uncheck()
+
+
+def at_once(page: Page) -> None:
+    """Race both sides at the same time."""
+    page.get_by_label("Start").select_option("At the same time")
+
+
+def stream_of(*texts: str) -> dict[str, str]:
+    """An answer of our server in these pieces, a forward each, for ``Route.fulfill``."""
+    lines = [
+        json.dumps(
+            {
+                "choices": [{"index": 0, "delta": {"content": text}}],
+                "wedlm": {"step": step, "token_ids": [step], "tokens": [text]},
+            }
+        )
+        for step, text in enumerate(texts)
+    ]
+    body = "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"])
+    return {"content_type": "text/event-stream", "body": body}
 
 
 def ask(page: Page, text: str = "Hello") -> None:

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.engine.tiny_llm import save_tiny
-from tests.server.browsing import CHROMIUM, SlowRunner, chromium_options, opened, visit
+from tests.server.browsing import CHROMIUM, SlowRunner, chromium_options, fresh
 from tests.server.running import Running, serving
 from wedlm import LLM
 
@@ -76,17 +76,12 @@ def server(directory: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def slow(server: Running) -> Iterator[None]:
-    server.service.llm.engine.runner.seconds = 0.05
+    server.model.llm.engine.runner.seconds = 0.05
     yield
-    server.service.llm.engine.runner.seconds = 0.0
-
-
-@pytest.fixture(scope="module")
-def tab(browser: Browser) -> Iterator[Page]:
-    yield from opened(browser)
+    server.model.llm.engine.runner.seconds = 0.0
 
 
 @pytest.fixture
-def page(tab: Page, server: Running) -> Iterator[Page]:
-    """The demo page, loaded anew: it keeps nothing."""
-    yield from visit(tab, server.url)
+def page(browser: Browser, server: Running) -> Iterator[Page]:
+    """The demo page, in a browser that has not seen it before."""
+    yield from fresh(browser, server.url)

@@ -4,7 +4,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from wedlm import LLM
 from wedlm.server.app import DEMO, create_app
 from wedlm.server.config import ServerConfig
 from wedlm.server.run import Server
+from wedlm.server.served import ServedModel
 from wedlm.server.service import Service
 
 MODEL = "tiny"
@@ -27,6 +28,7 @@ class Running:
     def __init__(self, server: Server, thread: threading.Thread) -> None:
         self.server, self.thread = server, thread
         self.service: Service = server.service
+        self.model: ServedModel = next(iter(self.service.models.values()))
         self.port = server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx2.Client(base_url=self.url, timeout=60)
@@ -42,9 +44,10 @@ class Running:
 
     def settled(self) -> None:
         """Wait until nothing runs, then check that nothing is left behind."""
-        wait_until(lambda: not self.service.engine.num_open and not self.service.llm.engine.has_work)
-        check_empty(self.service.llm)
-        assert not self.service.engine._live
+        for model in self.service.models.values():
+            wait_until(lambda model=model: not model.engine.num_open and not model.llm.engine.has_work)
+            check_empty(model.llm)
+            assert not model.engine._live
 
 
 def events(answer: httpx2.Response) -> list[dict[str, Any]]:
@@ -55,6 +58,12 @@ def events(answer: httpx2.Response) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
+def figures(running: Running) -> dict[str, float]:
+    """What /metrics says, by name and labels."""
+    lines = [line for line in running.http.get("/metrics").text.split("\n") if line and line[0] != "#"]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -63,9 +72,10 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 @contextmanager
-def serving(llm: LLM, demo: Path = DEMO, **options: Any) -> Iterator[Running]:
-    """A server until the end of the block; its thread must end, too."""
-    server = Server(create_app(llm, ServerConfig(**{"model_name": MODEL, "port": 0, **options}), demo))
+def serving(llm: LLM | Mapping[str, LLM], demo: Path = DEMO, name: str = MODEL, **options: Any) -> Iterator[Running]:
+    """A server of a model, or of several, until the end of the block; its thread must end, too."""
+    models = {name: llm} if isinstance(llm, LLM) else llm
+    server = Server(create_app(models, ServerConfig(**{"port": 0, **options}), demo))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from tests.engine.tiny_llm import save_tiny
 from tests.server.running import wait_until
-from wedlm.cli.serve import HttpOptions, LimitOptions, serve, server_config
+from wedlm.cli.options import EngineOptions
+from wedlm.cli.serve import HttpOptions, LimitOptions, ServedOptions, serve, served_models, server_config
 from wedlm.server.run import AddressError, bound_sockets
 
 app = typer.Typer()
@@ -35,7 +36,7 @@ def process_of(directory: Path, *words: str) -> Iterator[tuple[subprocess.Popen,
     reader = threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")))
     reader.start()
     try:
-        pattern = re.compile(r"serving \S+ at (http://127\.0\.0\.1:\d+);")
+        pattern = re.compile(r"serving [^;]+ at (http://127\.0\.0\.1:\d+|unix:\S+);")
         wait_until(lambda: process.poll() is not None or bool(pattern.search("".join(lines))), seconds=60)
         yield process, pattern.search("".join(lines))[1], lines
     finally:
@@ -113,6 +114,10 @@ def test_every_address_of_a_host_has_a_socket_of_its_own():
     ("words", "message"),
     [
         (["--port", "70000"], "port is 70000"),
+        (["--root-path", "llm/"], "root_path is 'llm/'"),
+        (["--ssl-keyfile", "key.pem"], "ssl_keyfile is 'key.pem' without ssl_certfile"),
+        (["--ssl-certfile", "/nowhere.pem"], "are /nowhere.pem, which cannot be used: [Errno 2]"),
+        (["--otlp-traces-endpoint", "here"], "otlp_traces_endpoint is 'here'"),
         (["--max-queue", "-1"], "max_queue is -1"),
         (["--request-timeout", "0"], "request_timeout_s is 0"),
         (["--log-level", "loud"], "log_level is 'loud'"),
@@ -136,7 +141,9 @@ def test_wrong_options(words, message):
 )
 def test_options_of_prompt_chunks(directory, monkeypatch, words, expected):
     served = []
-    monkeypatch.setattr("wedlm.cli.serve.run", lambda llm, *_: served.append(llm.engine.config.options))
+    monkeypatch.setattr(
+        "wedlm.cli.serve.run", lambda models, *_: served.extend(llm.engine.config.options for llm in models.values())
+    )
     result = CliRunner().invoke(app, ["--model", str(directory), "--port", "0", "--device", "cpu", *words])
     assert result.exit_code == 0, result.stderr
     assert [(config.capture_chunks, config.chunk_step_ratio) for config in served] == [expected]
@@ -145,14 +152,14 @@ def test_options_of_prompt_chunks(directory, monkeypatch, words, expected):
 @pytest.mark.parametrize("words", [[], ["--allow-control-tokens"]])
 def test_control_tokens(directory, monkeypatch, words):
     served = []
-    monkeypatch.setattr("wedlm.cli.serve.run", lambda llm, *_: served.append(llm))
+    monkeypatch.setattr("wedlm.cli.serve.run", lambda models, *_: served.extend(models.values()))
     assert CliRunner().invoke(app, ["--model", str(directory), "--port", "0", "--device", "cpu", *words]).exit_code == 0
     assert [llm.allow_control_tokens for llm in served] == [bool(words)]
 
 
 def test_eight_bits(directory, monkeypatch):
     served = []
-    monkeypatch.setattr("wedlm.cli.serve.run", lambda llm, *_: served.append(llm))
+    monkeypatch.setattr("wedlm.cli.serve.run", lambda models, *_: served.extend(models.values()))
     words = ["--model", str(directory), "--port", "0", "--device", "cpu", "--quantization"]
     assert CliRunner().invoke(app, [*words, "int8"]).exit_code == 0
     assert "int8" in served[0].describe()
@@ -171,7 +178,40 @@ def test_a_wrong_option_of_the_engine(directory):
 
 def test_keys_of_the_environment_and_the_options():
     limits = LimitOptions()
-    config = server_config(HttpOptions(api_key=["a"]), limits, "./some/checkpoint/", "b")
-    assert config.api_keys == ("a", "b")
-    assert config.model_name == "checkpoint"
-    assert server_config(HttpOptions(), limits, "x", None).api_keys == ()
+    assert server_config(HttpOptions(api_key=["a"]), limits, "b").api_keys == ("a", "b")
+    assert server_config(HttpOptions(), limits, None).api_keys == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "expected"),
+    [
+        (None, None, {"demo": "demo"}),
+        (["./some/checkpoint/"], None, {"checkpoint": "./some/checkpoint/"}),
+        (["./some/checkpoint"], "mine", {"mine": "./some/checkpoint"}),
+        (["a=demo", "org/b=./x=y.gguf"], None, {"a": "demo", "org/b": "./x=y.gguf"}),
+        (["a=x", "./a"], None, "two models are called 'a'"),
+        (["demo", "demo"], None, "two models are called 'demo'"),
+        (["x", "y"], "mine", "two models are called 'mine'"),
+        (["a=x"], "mine", "model_name is 'mine' beside --model a=x"),
+        (["=x"], None, "model is '=x'"),
+        (["x="], None, "model is 'x='"),
+        (["x"], "", "model is 'x'"),
+    ],
+)
+def test_names_of_models(words, name, expected):
+    options = ServedOptions(model=words, model_name=name)
+    if isinstance(expected, dict):
+        assert served_models(options, EngineOptions()) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            served_models(options, EngineOptions())
+
+
+def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
+    (tmp_path / "a=b").mkdir()
+    assert served_models(ServedOptions(model=[f"{tmp_path}/a=b"]), EngineOptions()) == {"a=b": f"{tmp_path}/a=b"}
+
+
+def test_what_belongs_to_one_model():
+    with pytest.raises(ValueError, match="adapter is 'x' beside 2 models"):
+        served_models(ServedOptions(model=["a", "b"]), EngineOptions(adapter="x"))

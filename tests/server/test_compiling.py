@@ -37,7 +37,7 @@ def llm(directory) -> LLM:
 
 
 def workers(running: Running) -> list[int]:
-    return [worker.pid for worker in running.service._grammars._trials._idle]
+    return [worker.pid for worker in running.model._grammars._trials._idle]
 
 
 def test_others_are_served_meanwhile(llm):

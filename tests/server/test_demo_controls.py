@@ -10,7 +10,7 @@ from typing import ClassVar
 from playwright.sync_api import expect
 
 from tests.engine.tiny_llm import save_tiny
-from tests.server.browsing import ask, fresh, requests, sides, tokens
+from tests.server.browsing import ask, fresh, plain, requests, sides, tokens
 from tests.server.running import serving, wait_until
 from wedlm import LLM
 
@@ -92,14 +92,14 @@ def test_the_keyboard_is_enough(page, server):
     expect(page.locator(".verdict")).to_contain_text("tok/s")
     expect(page.locator(".turn .prompt")).to_have_text("one\ntwo")
     expect(page.get_by_label("Your message")).to_be_focused()
-    server.service.llm.engine.runner.seconds = 0.05
+    server.model.llm.engine.runner.seconds = 0.05
     page.keyboard.type("three")
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.get_by_role("button", name="Send")).to_be_visible()
-    server.service.llm.engine.runner.seconds = 0.0
-    wait_until(lambda: not server.service.engine.num_open)
+    server.model.llm.engine.runner.seconds = 0.0
+    wait_until(lambda: not server.model.engine.num_open)
     page.get_by_role("button", name="New conversation").focus()
     page.keyboard.press("Enter")
     expect(page.locator(".turn")).to_have_count(0)
@@ -108,6 +108,7 @@ def test_the_keyboard_is_enough(page, server):
 
 def test_the_conversation_goes_on_and_can_be_reset(page):
     bodies = requests(page)
+    plain(page)
     page.get_by_label("Max tokens").fill("16")
     for text in ("one", "two"):
         ask(page, text)
@@ -158,7 +159,12 @@ def test_a_server_with_keys(browser, directory):
             expect(page.get_by_role("alert")).to_be_hidden()
             ask(page)
             expect(page.locator(".verdict")).to_be_visible()
-            assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+            page.reload()
+            expect(page.locator(".verdict")).to_be_visible()
+            expect(page.locator("#key")).to_have_value("")
+            stored = page.evaluate("JSON.stringify([{...sessionStorage}, {...localStorage}, document.cookie])")
+            assert "Hello" in stored
+            assert KEY not in stored
 
 
 def other_model(directory: Path) -> Path:
@@ -203,6 +209,7 @@ class Foreign(BaseHTTPRequestHandler):
 
 
 def test_a_server_that_is_not_ours(page):
+    plain(page)
     page.get_by_label("Opponent").select_option("Another server")
     with ThreadingHTTPServer(("127.0.0.1", 0), Foreign) as foreign:
         threading.Thread(target=foreign.serve_forever).start()
@@ -226,12 +233,13 @@ def test_a_server_that_is_not_ours(page):
 def test_another_server_as_the_opponent(page, server, tmp_path):
     """One that allows this page's origin answers; one that does not, or is none, gives a sentence."""
     llm = LLM(other_model(tmp_path), device="cpu", max_num_seqs=16)
+    plain(page)
     page.get_by_label("Opponent").select_option("Another server")
     url = page.get_by_label("Base URL")
     url.fill("nowhere")
     ask(page)
     expect(page.get_by_role("alert")).to_contain_text('The base URL is "nowhere"')
-    with serving(llm, model_name="rival", cors_origins=(server.url,), api_keys=(KEY,)) as rival:
+    with serving(llm, name="rival", cors_origins=(server.url,), api_keys=(KEY,)) as rival:
         url.fill(f"{rival.url}/v1/")
         page.get_by_label("API key, if it has one").fill(KEY)
         page.get_by_role("button", name="Send").click()

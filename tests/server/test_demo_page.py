@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo page in a real browser, against a real server with a tiny model: races, colours, errors."""
 
+import hashlib
 import json
 import re
 from itertools import pairwise
@@ -8,11 +9,11 @@ from itertools import pairwise
 import pytest
 from playwright.sync_api import expect
 
-from tests.server.browsing import ask, sides, tokens
+from tests.server.browsing import ask, at_once, plain, sides, tokens
 from tests.server.running import wait_until
 from wedlm.server.app import DEMO
 
-FILES = sorted(path for path in DEMO.rglob("*") if path.is_file())
+FILES = sorted(path for path in DEMO.iterdir() if path.is_file())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -26,6 +27,16 @@ def test_files_are_short_and_the_pages_own(path):
     assert hosts <= {"127.0.0.1:8001", "www.w3.org"}, "only the example of an address and SVG's name"
     if path.suffix == ".html":
         assert not re.findall(r"<script(?![^>]*src=)|\son\w+=|\sstyle=|<style", text)
+
+
+def test_libraries_are_as_published():
+    """Their digests and licences; nothing else lies beside them."""
+    folder = DEMO / "vendor"
+    listed = dict(re.findall(r"^\| `([^`]+)` .*`(\w{64})` \|$", (folder / "README.md").read_text(), re.MULTILINE))
+    licences = {"markdown-it.min.js": "LICENSE.markdown-it", "purify.min.js": "LICENSE.dompurify"}
+    assert {path.name for path in folder.iterdir()} == {"README.md", *licences, *licences.values()}
+    for name in licences:
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == listed[name]
 
 
 def luminance(colour: str) -> float:
@@ -54,18 +65,21 @@ def test_the_policy_allows_the_pages_own_files_alone(server):
     assert "default-src 'self'" in policy
     assert "unsafe" not in policy
     assert "frame-ancestors 'none'" in policy
+    assert "require-trusted-types-for 'script'; trusted-types dompurify" in policy
 
 
 def test_a_race_streams_and_ends_with_a_winner(page, server, slow):
     expect(page.locator("#status-text")).to_have_text("tiny")
     page.get_by_label("Max tokens").fill("64")
+    at_once(page)
+    plain(page)
     ask(page)
     left, right = sides(page)
     expect(left.locator(".token").nth(2)).to_be_visible()
     expect(right.locator(".token").nth(2)).to_be_visible()
     expect(page.get_by_role("button", name="Stop")).to_be_visible()  # both are still going
     expect(page.locator(".lap .rate").first).to_contain_text("tok/s")
-    server.service.llm.engine.runner.seconds = 0.0
+    server.model.llm.engine.runner.seconds = 0.0
     verdict = page.locator(".verdict")
     expect(verdict).to_contain_text("Both texts are the same.")
     expect(verdict).to_contain_text(re.compile(r"(Verified|Autoregressive) is \d\.\d\d× as fast|A draw"))
@@ -93,6 +107,7 @@ def test_a_race_too_short_to_time(page):
 
 
 def test_tokens_of_a_forward_share_a_colour(page):
+    plain(page)
     page.get_by_text("Streaming", exact=True).click()
     page.get_by_label("Entropy threshold").fill("3")
     page.get_by_label("Max tokens").fill("64")
@@ -114,6 +129,7 @@ def test_tokens_of_a_forward_share_a_colour(page):
 
 def test_the_window_can_be_read_forward_by_forward(page, server):
     page.get_by_label("Max tokens").fill("32")
+    plain(page)
     ask(page)
     expect(page.locator(".verdict")).to_be_visible()
     left, _ = sides(page)
@@ -138,12 +154,13 @@ def test_the_window_can_be_read_forward_by_forward(page, server):
 
 def test_stop_aborts_on_the_server(page, server, slow):
     page.get_by_label("Max tokens").fill("96")
+    at_once(page)
     ask(page)
     left, right = sides(page)
     expect(left.locator(".token").nth(1)).to_be_visible()
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".lap .rate").nth(1)).to_contain_text("stopped")
-    wait_until(lambda: not server.service.engine.num_open, seconds=2)  # 96 tokens would take 5 seconds
+    wait_until(lambda: not server.model.engine.num_open, seconds=2)  # 96 tokens would take 5 seconds
     server.settled()
     assert int(right.locator("[data-figure=tokens]").inner_text()) < 96
     expect(page.get_by_role("button", name="Send")).to_be_visible()

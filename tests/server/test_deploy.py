@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from tests.server.running import MODEL, Running
 from wedlm.cli.serve import serve
@@ -16,6 +17,7 @@ from wedlm.server.protocol import ChatRequest, CompletionRequest, Message
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/server.md").read_text()
+IMAGE = (ROOT / "deploy/Dockerfile").read_text()
 ADDRESS = "http://127.0.0.1:8000"
 
 
@@ -67,12 +69,39 @@ def test_options_of_unit_and_image():
     parameters = typer.main.get_command(app).params
     known = {option for parameter in parameters for option in parameter.opts}
     unit = (ROOT / "deploy/wedlm.service").read_text()
-    image = (ROOT / "deploy/Dockerfile").read_text()
     (start,) = re.findall(r"^ExecStart=(.*)", unit, re.MULTILINE)
-    entry = " ".join(re.findall(r"^(?:ENTRYPOINT|CMD) (.*)", image, re.MULTILINE))
+    entry = " ".join(re.findall(r"^(?:ENTRYPOINT|CMD) (.*)", IMAGE, re.MULTILINE))
     assert set(re.findall(r"--[a-z-]+", start + entry)) <= known
     prose = set(re.findall(r"`(--[a-z-]+)", PAGE))
     assert prose <= known | {"--help"}
+
+
+def test_the_image_copies_what_there_is():
+    """Each file is in the context that .dockerignore leaves, each stage is one that stands above, and what the wheel is
+    built of is what tests/test_install.py builds it of."""
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {word for words in re.findall(r"^COPY (.*) \S+$", IMAGE, re.MULTILINE) for word in words.split()}
+    assert copied == kept
+    assert all((ROOT / name).exists() for name in copied)
+    stages = re.findall(r"^FROM (\S+) AS (\S+)$", IMAGE, re.MULTILINE)
+    assert [name for _, name in stages] == ["build", "base", "cuda", "cpu"], "the last one is built by default"
+    names: set[str] = set()
+    for source, name in stages:
+        assert source in names or source.startswith("python:3.12")
+        names.add(name)
+    assert set(re.findall(r"from=(\w+)", IMAGE)) <= names
+
+
+def test_the_compose_file():
+    services = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"]
+    assert set(services) == {"cpu", "cuda"}
+    for name, service in services.items():
+        assert service["build"]["target"] == name
+        assert (ROOT / service["build"]["dockerfile"]).is_file()
+        assert (ROOT / "deploy" / service["build"]["context"]).resolve() == ROOT
+        assert service["ports"] == ["127.0.0.1:8000:8000"]
+    assert "deploy" not in services["cpu"]
+    assert services["cuda"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
 
 
 def test_every_field_is_in_the_page():

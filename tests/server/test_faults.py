@@ -33,13 +33,13 @@ def test_requests_get_errors_and_the_engine_restarts(llm, reference, monkeypatch
     llm.engine.runner = FaultyRunner(llm.engine, at=20, error=error)
     expected = reference.generate("abc", SamplingParams(max_tokens=20))[0].text
     with serving(llm) as running:
-        original = running.service.engine._rebuild
+        original = running.model.engine._rebuild
 
         def renew_late(broken):
             assert repaired.wait(30)
             return original(broken)
 
-        monkeypatch.setattr(running.service.engine, "_rebuild", renew_late)
+        monkeypatch.setattr(running.model.engine, "_rebuild", renew_late)
         with ThreadPoolExecutor(8) as pool:
             streams = [pool.submit(running.post, TEXT, {**LONG, "stream": True}) for _ in range(4)]
             whole = [pool.submit(running.post, TEXT, LONG) for _ in range(4)]
@@ -50,11 +50,11 @@ def test_requests_get_errors_and_the_engine_restarts(llm, reference, monkeypatch
         red = running.http.get("/health")
         assert (red.status_code, red.json()) == (503, {"status": "restarting"})
         assert check_error(running.post(TEXT, {"prompt": "x"}), 503)["code"] == "restarting"
-        assert "wedlm_engine_up 0.0" in running.http.get("/metrics").text
+        assert 'wedlm_engine_up{model_name="tiny"} 0.0' in running.http.get("/metrics").text
         repaired.set()
         wait_until(lambda: running.http.get("/health").status_code == 200)
         assert running.text("abc", max_tokens=20) == expected
-        assert "wedlm_engine_faults 1.0" in running.http.get("/metrics").text
+        assert 'wedlm_engine_faults{model_name="tiny"} 1.0' in running.http.get("/metrics").text
         running.settled()
 
 
@@ -86,11 +86,11 @@ def test_faults_again_and_again(llm, reference, monkeypatch):
             for _ in range(50):  # how many requests meet a fault, and how many its repair, is a matter of luck
                 served += pool.map(ask, [*expected] * 4)
                 wait_until(lambda: running.service.status == "ok")
-                if running.service.engine.num_faults >= 3:
+                if running.model.engine.num_faults >= 3:
                     break
         assert any(served)
         assert not all(served)
-        assert running.service.engine.num_faults >= 3
+        assert running.model.engine.num_faults >= 3
 
 
 def test_beyond_repair_the_server_ends(llm, monkeypatch):
@@ -98,7 +98,7 @@ def test_beyond_repair_the_server_ends(llm, monkeypatch):
     monkeypatch.setattr(async_engine, "MAX_RESTARTS", 1)
     llm.engine.runner = FaultyRunner(llm.engine, at=3)
     with serving(llm) as running:
-        monkeypatch.setattr(running.service.engine, "_rebuild", lambda broken: 1 / 0)
+        monkeypatch.setattr(running.model.engine, "_rebuild", lambda broken: 1 / 0)
         check_error(running.post(TEXT, LONG), 500)
         running.thread.join(10)
         assert not running.thread.is_alive()
@@ -109,7 +109,7 @@ def test_a_fault_in_the_repair_ends_the_server(llm, monkeypatch):
     """The thread itself dies: requests get an error, and /health does not stay green."""
     llm.engine.runner = FaultyRunner(llm.engine, at=3)
     with serving(llm) as running:
-        monkeypatch.setattr(running.service.engine, "_recover", lambda error: 1 / 0)
+        monkeypatch.setattr(running.model.engine, "_recover", lambda error: 1 / 0)
         assert check_error(running.post(TEXT, LONG), 503)["code"] == "shutting_down"
         running.thread.join(10)
         assert not running.thread.is_alive()

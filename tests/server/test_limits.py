@@ -41,8 +41,8 @@ def test_full_queue(slow):
         threads = [threading.Thread(target=ask, args=(n,)) for n in (16, 4)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: running.service.engine.num_open == 20)
-        wait_until(lambda: running.service.engine.load.num_running > 3)  # the cache has room for a few only
+        wait_until(lambda: running.model.engine.num_open == 20)
+        wait_until(lambda: running.model.engine.load.num_running > 3)  # the cache has room for a few only
         refused = running.post(TEXT, {"prompt": "x"})
         assert check_error(refused, 429)["code"] == "queue_full"
         assert int(refused.headers["Retry-After"]) >= 1
@@ -80,7 +80,7 @@ def test_an_absurd_window_costs_the_others_nothing(running, reference, decoding)
     """The state of windows is shared: one of millions of columns would slow every later step."""
     options = {"decoding": decoding, "wedlm_window_size": 2**31 - 1, "max_tokens": 8}
     assert running.text("abc", **options) == reference.generate("abc", SamplingParams(**options))[0].text
-    engine = running.service.llm.engine
+    engine = running.model.llm.engine
     assert engine.runner.windows.state.tokens.shape[1] <= engine.config.max_model_len
 
 
@@ -154,8 +154,8 @@ def test_an_answer_that_is_not_taken(llm, monkeypatch):
             connection.connect(("127.0.0.1", running.port))
             head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            wait_until(lambda: running.service.engine.num_open > 0)
-            wait_until(lambda: running.service.engine.num_open == 0, seconds=60)
+            wait_until(lambda: running.model.engine.num_open > 0)
+            wait_until(lambda: running.model.engine.num_open == 0, seconds=60)
             assert len(running.server.server_state.connections) == 1
             wait_until(lambda: not running.server.server_state.connections, seconds=30)
         assert running.text("x")
@@ -171,8 +171,8 @@ def test_a_client_that_leaves(slow, stream, started):
         head += f"Content-Length: {len(body)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", running.port)) as connection:
             connection.sendall(head.encode() + body)
-            wait_until(lambda: running.service.engine.load.num_running == 3 if started else True)
-        wait_until(lambda: running.service.engine.num_open == 0, seconds=1)
+            wait_until(lambda: running.model.engine.load.num_running == 3 if started else True)
+        wait_until(lambda: running.model.engine.num_open == 0, seconds=1)
         running.settled()
         assert "wedlm_sequences_finished_total{" not in running.http.get("/metrics").text
 
@@ -219,7 +219,7 @@ def test_shutdown_lets_running_requests_finish(slow):
             target=lambda: answers.append(running.post(TEXT, {**LONG, "max_tokens": 50, "stream": True}))
         )
         thread.start()
-        wait_until(lambda: running.service.engine.num_open == 1)
+        wait_until(lambda: running.model.engine.num_open == 1)
         running.server.handle_exit(15, None)
         wait_until(lambda: running.service.draining)
         refused = running.post(TEXT, {"prompt": "x"})
@@ -238,7 +238,7 @@ def test_shutdown_does_not_wait_forever(slow, stream):
         answers = []
         thread = threading.Thread(target=lambda: answers.append(running.post(TEXT, {**LONG, "stream": stream})))
         thread.start()
-        wait_until(lambda: running.service.engine.load.num_running == 1)
+        wait_until(lambda: running.model.engine.load.num_running == 1)
         running.server.handle_exit(15, None)
         thread.join(10)
         if stream:
@@ -273,7 +273,6 @@ def test_page_of_a_folder(llm, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"model_name": ""},
         {"port": 70000},
         {"max_queue": -1},
         {"request_timeout_s": 0},
@@ -285,4 +284,4 @@ def test_page_of_a_folder(llm, tmp_path):
 def test_options_are_checked(options):
     name = next(iter(options))
     with pytest.raises(ValueError, match="API key" if name == "api_keys" else name):
-        ServerConfig(**{"model_name": "x", **options})
+        ServerConfig(**options)

@@ -86,7 +86,7 @@ def check_disconnects(llm: LLM, count: int) -> None:
         expected = running.text("abc", max_tokens=20)
         leave_at_random(running, count, random.Random(0))
         running.settled()
-        assert running.service.engine.num_faults == 0
+        assert running.model.engine.num_faults == 0
         assert running.text("abc", max_tokens=20) == expected
         running.settled()
         wait_until(lambda: len(running.server.server_state.tasks) == 0)
@@ -124,7 +124,7 @@ def check_memory(llm: LLM, warm_up: int, count: int, allowed_mb: float) -> float
         grown, objects = resident_mb() - before, len(gc.get_objects()) - tasks
         assert grown < allowed_mb
         assert objects < 2 * count  # a request that stays would be dozens; connections that are closing are some
-        assert not running.service.engine._live
+        assert not running.model.engine._live
     return grown
 
 

@@ -152,8 +152,8 @@ def test_a_schema(running):
 
 def test_thinking_is_a_block(running, monkeypatch):
     source = "{% for m in messages %}{{ m.content }}{% endfor %}{# </think> #}<think>"
-    monkeypatch.setattr(running.service.llm.tokenizer, "chat_templates", {"default": source})
-    monkeypatch.setattr(running.service, "prompts", Prompts(running.service.llm, ServerConfig(model_name=MODEL)))
+    monkeypatch.setattr(running.model.llm.tokenizer, "chat_templates", {"default": source})
+    monkeypatch.setattr(running.model, "prompts", Prompts(running.model.llm, ServerConfig()))
     (block,) = ask(running).json()["content"]
     assert block["type"] == "thinking"
     deltas = [body["delta"] for name, body in events(ask(running, stream=True)) if name == "content_block_delta"]

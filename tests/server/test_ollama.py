@@ -2,6 +2,7 @@
 """Ollama's API and the addresses for tokens: the engine's texts, a line for each piece."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,11 +62,8 @@ def test_calls_are_sent_back():
         {"role": "tool", "content": "4"},
     ]
 
-    class Service:
-        class config:
-            model_name = MODEL
-
-    body = OllamaChatRequest.model_validate({"model": MODEL, "messages": talk, "think": True}).chat(Service).body
+    asked = OllamaChatRequest.model_validate({"model": MODEL, "messages": talk, "think": True})
+    body = asked.chat(SimpleNamespace(models={MODEL: None})).body
     _, assistant, *results = [message.for_template() for message in body.messages]
     assert assistant["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
     assert [call["id"] for call in assistant["tool_calls"]] == [result["tool_call_id"] for result in results]

@@ -130,7 +130,7 @@ def test_a_schema_beside_tools_that_may_be_called(tmp_path, decoding):
 
 def prompt_of(llm: LLM, **fields) -> str:
     body = ChatRequest.model_validate({"model": MODEL, "messages": MESSAGES, **fields})
-    return llm.tokenizer.decode(Prompts(llm, ServerConfig(model_name=MODEL)).of(body, []).token_ids, False)
+    return llm.tokenizer.decode(Prompts(llm, ServerConfig()).of(body, []).token_ids, False)
 
 
 def test_the_last_message_is_continued(running, reference):
@@ -152,7 +152,7 @@ def test_continuing_behind_a_control_token_of_the_template(reference, monkeypatc
     monkeypatch.setattr(reference.tokenizer, "chat_templates", {"default": source})
     messages = [*MESSAGES, {"role": "assistant", "content": "a<|end|>b"}]
     body = ChatRequest.model_validate({"model": MODEL, "messages": messages, "continue_final_message": True})
-    ids = Prompts(reference, ServerConfig(model_name=MODEL)).of(body, []).token_ids
+    ids = Prompts(reference, ServerConfig()).of(body, []).token_ids
     assert reference.tokenizer.decode(ids, False) == "<|user|>Hello<|end|><|assistant|>a<|end|>b"
     assert ids.count(reference.tokenizer.token_id("<|end|>")) == 1
 
@@ -170,8 +170,8 @@ def test_variables_of_the_template(reference, monkeypatch):
 def test_reasoning_stands_apart(running, reference, monkeypatch):
     """Through the server: the prompt opens the reasoning, and nothing closes it."""
     source = "{% for m in messages %}{{ m.content }}{% endfor %}{# </think> #}<think>\n"
-    monkeypatch.setattr(running.service.llm.tokenizer, "chat_templates", {"default": source})
-    monkeypatch.setattr(running.service, "prompts", Prompts(running.service.llm, ServerConfig(model_name=MODEL)))
+    monkeypatch.setattr(running.model.llm.tokenizer, "chat_templates", {"default": source})
+    monkeypatch.setattr(running.model, "prompts", Prompts(running.model.llm, ServerConfig()))
     body = {"messages": MESSAGES, "temperature": 0, "max_tokens": 9}
     text = reference.generate("Hello<think>", SamplingParams(max_tokens=9))[0].text
     message = running.post(CHAT, body).json()["choices"][0]["message"]
@@ -225,4 +225,4 @@ def test_reasoning_is_the_same_however_it_is_cut(pieces, inside):
 def test_the_servers_options():
     for name in ("tool_parser", "reasoning_parser"):
         with pytest.raises(ValueError, match=f"{name} is 'x'; expected one of auto"):
-            ServerConfig(model_name="m", **{name: "x"})
+            ServerConfig(**{name: "x"})

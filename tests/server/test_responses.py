@@ -125,8 +125,8 @@ def test_the_clients_helpers(client):
 def test_reasoning_is_an_item(running, monkeypatch):
     """The text is read as a model's would be that thinks: by a template that opens the reasoning."""
     source = "{% for m in messages %}{{ m.content }}{% endfor %}{# </think> #}<think>"
-    monkeypatch.setattr(running.service.llm.tokenizer, "chat_templates", {"default": source})
-    monkeypatch.setattr(running.service, "prompts", Prompts(running.service.llm, ServerConfig(model_name=MODEL)))
+    monkeypatch.setattr(running.model.llm.tokenizer, "chat_templates", {"default": source})
+    monkeypatch.setattr(running.model, "prompts", Prompts(running.model.llm, ServerConfig()))
     body = {"input": "Hello", "temperature": 0, "max_output_tokens": 9}
     answer = running.post(PATH, body).json()
     assert [item["type"] for item in answer["output"]] == ["reasoning"]

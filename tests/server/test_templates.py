@@ -22,7 +22,7 @@ def running(directory):
 @pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
 def test_hostile_templates(running, name):
     """In the thread that renders it; the process has no more memory than before, and goes on."""
-    running.service.llm.tokenizer.chat_templates = {"default": HOSTILE_TEMPLATES[name]}
+    running.model.llm.tokenizer.chat_templates = {"default": HOSTILE_TEMPLATES[name]}
     answer = running.post(CHAT, {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2})
     if name == "the source":  # long, and harmless
         message = check_error(answer, 400)["message"]
@@ -47,6 +47,6 @@ def high_recursion_limit():
 @pytest.mark.usefixtures("high_recursion_limit")
 def test_levels_have_a_limit_of_their_own(running):
     """Jinja took minutes for 2,000 levels where Python did not end it by its limit of recursion."""
-    running.service.llm.tokenizer.chat_templates = {"default": HOSTILE_TEMPLATES["blocks"]}
+    running.model.llm.tokenizer.chat_templates = {"default": HOSTILE_TEMPLATES["blocks"]}
     answer = running.post(CHAT, {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2})
     assert "levels deep" in check_error(answer, 400)["message"]

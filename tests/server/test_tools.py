@@ -212,7 +212,7 @@ def test_langchain_tools_and_structured_output():
         name: str = Field(max_length=20)
         inhabitants: int = Field(ge=0, le=10**8)
 
-    with serving(LLM("demo", device="cpu", max_model_len=1024), model_name="demo") as one:
+    with serving(LLM("demo", device="cpu", max_model_len=1024), name="demo") as one:
         chat = ChatOpenAI(model="demo", base_url=f"{one.url}/v1", api_key="none", temperature=0, max_tokens=200)
         (call,) = chat.bind_tools([add], tool_choice="any").invoke("Add 3 and 5").tool_calls
         assert call["name"] == "add"

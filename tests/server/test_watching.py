@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from tests.engine.tiny_llm import save_tiny
-from tests.server.running import serving, wait_until
+from tests.server.running import figures, serving, wait_until
 from tests.server.test_refusals import TEXT, check_error
 from wedlm import LLM
 from wedlm.server.logs import JsonFormatter
@@ -48,7 +48,7 @@ def test_request_ids_and_logs(running, caplog):
 
 
 def test_the_engine_knows_which_answers_are_read_as_they_come(running, monkeypatch):
-    engine = running.service.llm.engine
+    engine = running.model.llm.engine
     seen: list[bool] = []
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: seen.extend(r.streamed for r in engine.requests.values()) or step())
@@ -60,7 +60,7 @@ def test_the_engine_knows_which_answers_are_read_as_they_come(running, monkeypat
 
 
 def test_a_bug_of_ours_tells_nothing(running, monkeypatch, caplog):
-    monkeypatch.setattr(running.service, "_room", lambda prompt: 1 / 0)
+    monkeypatch.setattr(running.model, "_room", lambda prompt: 1 / 0)
     body = {"messages": [{"role": "user", "content": "x"}]}
     answer = running.post("/v1/chat/completions", body, **{"X-Request-Id": "bug"})
     assert check_error(answer, 500)["code"] == "internal_error"
@@ -74,18 +74,26 @@ def test_metrics(llm):
     with serving(llm) as running:
         for _ in range(2):
             running.post(TEXT, body)
-        values = dict(
-            line.rsplit(" ", 1) for line in running.http.get("/metrics").text.split("\n") if line and line[0] != "#"
-        )
+        values = figures(running)
         stats = running.post(TEXT, body).json()["usage"]
-    assert float(values["wedlm_generated_tokens_total"]) == 20
-    assert float(values["wedlm_prompt_tokens_total"]) == 120
-    assert float(values["wedlm_prompt_tokens_reused_total"]) == 48  # three pages of 16, the second time
-    assert float(values["wedlm_forwards_total"]) == 2 * stats["forwards"]
-    assert float(values["wedlm_rows_total"]) == 2 * stats["rows"]
-    assert float(values["wedlm_tokens_per_forward_sum"]) == pytest.approx(2 * stats["tokens_per_forward"])
-    assert float(values["wedlm_p_cache_sum"]) == pytest.approx(2 * stats["p_cache"])
-    assert float(values["wedlm_time_to_first_token_seconds_count"]) == 2
-    assert float(values["wedlm_preemptions_total"]) == 0
-    assert float(values["wedlm_engine_up"]) == 1
-    assert float(values['wedlm_http_requests_total{path="/v1/completions",status="200"}']) == 2
+    ours = {
+        name.removesuffix('{model_name="tiny"}').removeprefix("wedlm_"): value
+        for name, value in values.items()
+        if name.endswith('{model_name="tiny"}')
+    }
+    assert ours["generated_tokens_total"] == 20
+    assert ours["prompt_tokens_total"] == 120
+    assert ours["prompt_tokens_reused_total"] == 48  # three pages of 16, the second time
+    assert ours["forwards_total"] == 2 * stats["forwards"]
+    assert ours["rows_total"] == 2 * stats["rows"]
+    assert ours["tokens_per_forward_sum"] == pytest.approx(2 * stats["tokens_per_forward"])
+    assert ours["p_cache_sum"] == pytest.approx(2 * stats["p_cache"])
+    assert ours["time_to_first_token_seconds_count"] == ours["queue_seconds_count"] == 2
+    assert 0 <= ours["queue_seconds_sum"] < ours["time_to_first_token_seconds_sum"]
+    assert ours["preemptions_total"] == 0
+    assert ours["engine_up"] == 1
+    assert values['wedlm_sequences_finished_total{model_name="tiny",reason="length"}'] == 2
+    assert values['wedlm_http_requests_total{path="/v1/completions",status="200"}'] == 2
+    assert values["process_resident_memory_bytes"] > 1e7
+    assert values["process_open_fds"] > 3
+    assert {"process_cpu_seconds_total", "process_start_time_seconds", "process_max_fds"} <= set(values)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # importing it needs Triton
 
 
 FP8 = torch.float8_e4m3fn
+LARGEST = {FP8: 448.0, torch.int8: 127.0}  # of the types whose numbers have scales
 
 
 @runtime_checkable  # the tests check annotations when functions are called
@@ -69,8 +70,8 @@ class ExtendBatch:
 class KVCache:
     """Keys and values of all layers, in pages of ``page_size`` slots; a slot is ``page * page_size + offset``.
 
-    In FP8 (e4m3) each head of a slot counts ``key_scale`` or ``value_scale`` [layers, slots, heads] (float32) times, by
-    its own largest number: nothing has to be known beforehand.
+    In FP8 (e4m3) and int8 each head of a slot counts ``key_scale`` or ``value_scale`` [layers, slots, heads] (float32)
+    times, by its own largest number: nothing has to be known beforehand.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class KVCache:
         self.values = _zeros(shape, dtype, device)
         self.key_scale: Tensor | None = None
         self.value_scale: Tensor | None = None
-        if dtype == FP8:
+        if dtype in LARGEST:
             self.key_scale, self.value_scale = (_zeros(shape[:-1], torch.float32, device) for _ in range(2))
 
     def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
@@ -107,7 +108,7 @@ class KVCache:
     @staticmethod
     def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Memory that one slot takes in all layers."""
-        scale = 4 if dtype == FP8 else 0
+        scale = 4 if dtype in LARGEST else 0
         return 2 * num_layers * num_kv_heads * (head_dim * dtype.itemsize + scale)
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from wedlm.attention.base import FP8, ExtendBatch, KVCache, RowVisibility
+from wedlm.attention.base import LARGEST, ExtendBatch, KVCache, RowVisibility
 
 # Sequences with at most this many rows share one padded call. Longer ones (prompt chunks) are cut into blocks with a
 # call each: a block's mask stays small, and it does not touch keys that only later rows see.
@@ -86,7 +86,7 @@ class PagedSdpa:
         scales = self.cache.scales(layer)
         if scales is not None:
             keys, values = (
-                self._in_fp8(part, scale, new) for part, scale, new in zip((keys, values), scales, (k, v), strict=True)
+                self._scaled(part, scale, new) for part, scale, new in zip((keys, values), scales, (k, v), strict=True)
             )
         elif self.new_span is not None:
             keys[self.new_span], values[self.new_span] = k, v
@@ -102,11 +102,12 @@ class PagedSdpa:
             out[group.packed] = _attend(q[group.rows], keys, values, group, mask)[group.real]
         return out
 
-    def _in_fp8(self, cached: Tensor, scale: Tensor, new: Float[Tensor, "T K D"]) -> Float[Tensor, "A K D"]:
-        """Write new keys or values in FP8; all of the layer as they are read, which is slow."""
+    def _scaled(self, cached: Tensor, scale: Tensor, new: Float[Tensor, "T K D"]) -> Float[Tensor, "A K D"]:
+        """Write new keys or values in FP8 or int8; all of the layer as they are read, which is slow."""
         largest = new.float().abs().amax(dim=-1).clamp(min=1e-30)
-        top = torch.full_like(largest, 448.0)
-        rounded = (new.float() * (top / largest)[..., None]).to(FP8)
+        top = torch.full_like(largest, LARGEST[cached.dtype])
+        rounded = new.float() * (top / largest)[..., None]
+        rounded = (rounded if cached.is_floating_point() else rounded.round()).to(cached.dtype)
         cached.view(torch.uint8)[self.new_slots] = rounded.view(torch.uint8)
         scale[self.new_slots] = largest / top
         return (cached.float() * scale[..., None]).to(new.dtype)

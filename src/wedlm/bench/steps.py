@@ -8,6 +8,7 @@ from wedlm.bench.host_profile import host_work
 from wedlm.bench.measure import Bench, Case, take_turns
 from wedlm.bench.stats import Figures, TableRow, make_row
 from wedlm.engine.adaptive.draft_budget import Budget, DraftBudget, expected_step
+from wedlm.engine.adaptive.fixed_rows import FixedRows
 from wedlm.engine.sampling_params import SamplingParams
 
 # However unsure: every row that the budget has, all of masked rows; every mask filled in each step, which runs 2W rows.
@@ -100,13 +101,6 @@ def accept(bench: Bench) -> list[TableRow]:
                     row = _accepted(bench, label, _prompts(bench, batch), params)
                     rows.append(_reported(bench, "accept", row))
     return rows
-
-
-class FixedRows(DraftBudget):
-    """Auto decoding that keeps one budget."""
-
-    def choose(self, num_windows: int, most: int) -> Budget:
-        return self.within(most)
 
 
 def _try_all_budgets(bench: Bench, prompts: list[list[int]], params: SamplingParams) -> None:

@@ -61,7 +61,7 @@ def load_target(settings: Settings) -> Target:
     model = random_model(config, device, dtype, options.rounded_to, options.quantize_head)
     if engine_config.options.kv_cache_bytes is None:
         cache_dtype = torch.float32 if isinstance(model, NativeTransformer) else dtype
-        cache_dtype = FP8 if engine_config.options.kv_cache_dtype == "fp8" else cache_dtype
+        cache_dtype = {"fp8": FP8, "int8": torch.int8}.get(engine_config.options.kv_cache_dtype, cache_dtype)
         cache_bytes = _cache_bytes(settings, engine_config, config, cache_dtype, device)
         engine_config = replace(engine_config, options=replace(engine_config.options, kv_cache_bytes=cache_bytes))
     engine = plan_engine(model, engine_config, None).build()

@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": "compare:compare",
     "eval": "eval:evaluate",
     "train": "train:train",
+    "accelerate": "accelerate:accelerate",
     "doctor": "doctor:doctor",
 }
 
@@ -46,6 +47,7 @@ wedlm chat --system "Answer in one sentence."
 wedlm generate "What is a prime number?" --max-tokens 64
 wedlm serve
 wedlm train config.yaml
+wedlm accelerate ./my-model --output ./faster
 wedlm eval --tasks gsm8k --data-dir ./data
 wedlm bench --threads 2
 wedlm doctor

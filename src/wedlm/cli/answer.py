@@ -3,7 +3,7 @@
 
 from typing import TYPE_CHECKING
 
-from wedlm.cli.terminal import PALETTE, Interrupt, note, write
+from wedlm.cli.terminal import PALETTE, Interrupt, WrappedText, note, write
 
 if TYPE_CHECKING:
     from wedlm import LLM, GenerationOutput, SamplingParams
@@ -14,12 +14,13 @@ def stream_answer(
     llm: "LLM", prompt: str | list[int], params: "SamplingParams", interrupt: Interrupt, coloured: bool
 ) -> "GenerationOutput":
     """Print an answer as it becomes final, and its figures. Ctrl-C ends it; what was generated stays."""
-    output, last = None, "\n"
+    output, last, shown = None, "\n", WrappedText()
     for piece in llm.generate_stream(prompt, params):
-        write(piece.text, PALETTE[piece.step % len(PALETTE)] if coloured else "")
+        shown.write(piece.text, PALETTE[piece.step % len(PALETTE)] if coloured else "")
         output, last = piece.output, piece.text[-1:] or last
         if interrupt.asked:
             llm.abort()
+    shown.end()
     assert output is not None, "the last piece of a stream carries the output"
     if last != "\n":
         write("\n")

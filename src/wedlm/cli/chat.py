@@ -2,12 +2,12 @@
 """``wedlm chat``: a conversation in the terminal."""
 
 import dataclasses
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from wedlm.cli.answer import stats_line, stream_answer
+from wedlm.cli.line_input import message_reader, without_echo
 from wedlm.cli.loading import load_llm
 from wedlm.cli.options import (
     FIELDS,
@@ -26,7 +26,7 @@ from wedlm.cli.options import (
     sampling_params,
     values_of,
 )
-from wedlm.cli.terminal import Interrupt, check_text, has_colours, note, write
+from wedlm.cli.terminal import Interrupt, check_text, has_colours, note
 
 if TYPE_CHECKING:
     from wedlm import LLM, GenerationOutput, SamplingParams
@@ -36,8 +36,9 @@ HELP = """\
 /set               show all options
 /stats             figures of the last answer
 /clear             forget the conversation
-/exit              leave (so do Ctrl-D and Ctrl-C)
-Ctrl-C during an answer stops it; what was said of it stays in the conversation."""
+/exit              leave (so do Ctrl-D, and Ctrl-C twice)
+Enter sends, Alt-Enter begins a line; a paste is one message. The arrows go through earlier messages.
+Ctrl-C empties the line; during an answer it stops that, and what was said of it stays in the conversation."""
 # Of no use in a conversation, or nothing that a line can say.
 _NOT_HERE = {"logprobs", "logit_bias", "stop_token_ids", "json_schema", "grammar"}
 _OPTIONS = {name: field for name, field in FIELDS.items() if name not in _NOT_HERE}
@@ -52,6 +53,7 @@ class _Answer(SamplingOptions):
 def chat(
     *,
     system: Annotated[str | None, option("System message of the conversation.", PROMPT)] = None,
+    history: Annotated[bool, option("Keep messages for the arrow keys of later conversations.", PROMPT)] = True,
     decoding: Decoding = None,
     window: WindowOptions,
     answer: _Answer,
@@ -68,13 +70,13 @@ def chat(
     Ctrl-C stops an answer; /help lists the commands, such as /set decoding verified.
     """
     params = sampling_params({"decoding": decoding} | values_of(window, answer))
-    ChatSession(load_llm(model, engine), params, system).run()
+    ChatSession(load_llm(model, engine), params, system, history).run()
 
 
 class ChatSession:
     """History, options and the loop. Answers go to standard output, all about them to standard error."""
 
-    def __init__(self, llm: "LLM", params: "SamplingParams", system: str | None) -> None:
+    def __init__(self, llm: "LLM", params: "SamplingParams", system: str | None, keeps_history: bool = False) -> None:
         if not llm.tokenizer.has_chat_template:
             raise ValueError("this model has no chat template; expected an instruct model, or use `wedlm generate`")
         check_text("system", system or "")
@@ -82,18 +84,25 @@ class ChatSession:
         self.opening = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.opening)
         self.last: GenerationOutput | None = None
+        self._read = message_reader(keeps_history)
 
     def run(self) -> None:
-        """Read and answer lines until the end of input, /exit, or Ctrl-C at the prompt."""
+        """Read and answer messages until the end of input, /exit, or Ctrl-C twice where nothing is typed."""
         colours = "Tokens of one colour became final in one forward. " if has_colours() else ""
         note(f"{colours}/help lists the commands.")
+        warned = False
         while True:
             try:
-                line = _read_line()
-            except (EOFError, KeyboardInterrupt):
-                if sys.stdin.isatty():
-                    write("\n")
+                line = self._read()
+            except EOFError:
                 return
+            except KeyboardInterrupt:
+                if warned:
+                    return
+                warned = True
+                note("Ctrl-C once more leaves, and so does Ctrl-D; /help lists the commands.")
+                continue
+            warned = False
             if line in ("/exit", "/quit"):
                 return
             try:
@@ -114,7 +123,7 @@ class ChatSession:
                 f"the conversation has {len(prompt)} tokens; expected fewer than {longest}, the model's length: "
                 "/clear begins a new one"
             )
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, without_echo():
             self.last = stream_answer(self.llm, prompt, self.params, interrupt, coloured=True)
         self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
 
@@ -149,14 +158,6 @@ class ChatSession:
         if option == "decoding" and value is None:
             return f"none (the model's: {self.llm.engine.config.decoding})"
         return "none" if value is None or value == () else str(value)
-
-
-def _read_line() -> str:
-    if not sys.stdin.isatty():
-        return input().strip()
-    with suppress(ImportError):  # line editing and history, where Python has them
-        import readline  # noqa: F401
-    return input("> ").strip()
 
 
 def _parse(option: str, value: str) -> object:

@@ -2,6 +2,7 @@
 """From options to a loaded model: the one place where commands make an ``LLM``."""
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from wedlm.cli.options import EngineOptions, ModelOptions, changed
@@ -15,16 +16,23 @@ _MANY_THREADS = 64  # more than the machine has only slow it down, but no such n
 
 def load_llm(model: ModelOptions, engine: EngineOptions) -> "LLM":
     """The model on an engine, with a status line while it loads. Raises ValueError."""
-    _check_threads(model.threads)
-    with status(f"Loading {model.model} ..."):
+    return load_llms({model.model: model.model}, model.threads, engine)[model.model]
+
+
+def load_llms(models: Mapping[str, str], threads: int | None, engine: EngineOptions) -> "dict[str, LLM]":
+    """Models by name on engines that share the machine, as ``load_llm``."""
+    _check_threads(threads)
+    with status(f"Loading {', '.join(models)} ..."):
         from wedlm import LLM
         from wedlm.model.formats.resolve import locate
-    locate(model.model)  # outside the status line: a download shows its own progress
-    set_threads(model.threads)
-    with status(f"Loading {model.model} ..."):
-        llm = LLM(model.model, **changed(engine))
-    note(llm.describe())
-    return llm
+    for path in models.values():
+        locate(path)  # outside the status line: a download shows its own progress
+    set_threads(threads)
+    with status(f"Loading {', '.join(models)} ..."):
+        llms = LLM.together(models, **changed(engine))
+    for name, llm in llms.items():
+        note(llm.describe() if len(llms) == 1 else f"{name}: {llm.describe()}")
+    return llms
 
 
 def set_threads(threads: int | None) -> None:

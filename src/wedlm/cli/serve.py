@@ -3,13 +3,14 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wedlm.cli.loading import load_llm
-from wedlm.cli.options import EngineOptions, ModelOptions, command, option
+from wedlm.cli.loading import load_llms
+from wedlm.cli.options import MODEL, EngineOptions, Threads, command, option
 from wedlm.cli.terminal import needs_extra, note
 from wedlm.server.config import REASONING_PARSERS, TOOL_PARSERS, ServerConfig
 
@@ -29,9 +30,14 @@ class HttpOptions:
 
     host: Annotated[str, option("Address to listen on; 0.0.0.0 for all.", HTTP)] = _SERVER["host"]
     port: Annotated[int, option("Port to listen on; 0 takes a free one.", HTTP)] = _SERVER["port"]
-    model_name: Annotated[str | None, option("What clients call the model; default: the model's last part.", HTTP)] = (
-        None
-    )
+    uds: Annotated[str | None, option("Unix socket to listen on, instead of host and port.", HTTP)] = _SERVER["uds"]
+    root_path: Annotated[str, option("Path under which a proxy has the server, such as /llm.", HTTP)] = _SERVER[
+        "root_path"
+    ]
+    ssl_certfile: Annotated[str | None, option("Certificate, in PEM: speak TLS.", HTTP)] = _SERVER["ssl_certfile"]
+    ssl_keyfile: Annotated[str | None, option("Its key, unless the certificate's file has it.", HTTP)] = _SERVER[
+        "ssl_keyfile"
+    ]
     api_key: Annotated[
         list[str] | None,
         option("Require this key, or another one given so; better in the variable WEDLM_API_KEY.", HTTP),
@@ -47,6 +53,9 @@ class HttpOptions:
     reasoning_parser: Annotated[
         str, option(f"Whether reasoning between <think> tags is split off: {', '.join(REASONING_PARSERS)}.", FORMS)
     ] = _SERVER["reasoning_parser"]
+    otlp_traces_endpoint: Annotated[
+        str | None, option("Send traces there, such as http://127.0.0.1:4318/v1/traces (extra: traces).", HTTP)
+    ] = _SERVER["otlp_traces_endpoint"]
     log_level: Annotated[str, option("debug, info, warning or error.", HTTP)] = "info"
 
 
@@ -72,41 +81,91 @@ class LimitOptions:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServedOptions:
+    """Which models, and how much of the machine."""
+
+    model: Annotated[
+        list[str] | None,
+        option(
+            "Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'; NAME=MODEL says what clients call it. "
+            "May be repeated: the models share the memory and take turns. [demo]",
+            MODEL,
+        ),
+    ] = None
+    model_name: Annotated[
+        str | None, option("What clients call the only model; default: the model's last part.", MODEL)
+    ] = None
+    threads: Threads = None
+
+
 @command
-def serve(*, http: HttpOptions, limits: LimitOptions, model: ModelOptions, engine: EngineOptions) -> None:
-    """Serve a model to any OpenAI client.
+def serve(*, http: HttpOptions, limits: LimitOptions, model: ServedOptions, engine: EngineOptions) -> None:
+    """Serve one model, or several, to any OpenAI client.
 
     \b
     Examples:
     wedlm serve
     wedlm serve --model ./my-checkpoint --host 0.0.0.0 --port 8080 --max-queue 64
+    wedlm serve --model small=demo --model large=./my-checkpoint
     WEDLM_API_KEY=secret wedlm serve
 
     Ctrl-C lets running answers finish; a second one does not. docs/server.md has the rest.
     """
     # All that can be wrong with these, before a model is fetched for nothing.
-    config = server_config(http, limits, model.model, os.environ.get(_KEY_VARIABLE))
+    models = served_models(model, engine)
+    config = server_config(http, limits, os.environ.get(_KEY_VARIABLE))
     if http.log_level not in ("debug", "info", "warning", "error"):
         raise ValueError(f"log_level is {http.log_level!r}; expected debug, info, warning or error")
     with needs_extra("serve"):
-        from wedlm.server.run import AddressError, bound_sockets
+        from wedlm.server.run import AddressError, listening, tls_context
+    tls_context(config)
+    if config.otlp_traces_endpoint is not None:
+        with needs_extra("traces"):
+            import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401
     try:
-        with bound_sockets(config.host, config.port) as sockets:
-            run(load_llm(model, engine), config, http.log_level, sockets)
+        with listening(config) as sockets:
+            run(load_llms(models, model.threads, engine), config, http.log_level, sockets)
     except AddressError as error:
         note(f"error: {error}", "red")
         raise typer.Exit(1) from None
 
 
-def server_config(http: HttpOptions, limits: LimitOptions, model: str, key_variable: str | None) -> ServerConfig:
+def served_models(model: ServedOptions, engine: EngineOptions) -> dict[str, str]:
+    """The checkpoints by the names that clients use. Raises ValueError."""
+    models: dict[str, str] = {}
+    for word in model.model or ["demo"]:
+        name, separator, path = word.partition("=")
+        if not separator or os.path.exists(word):
+            name, path = word.rstrip("/").rpartition("/")[2], word
+            if model.model_name is not None:
+                name = model.model_name
+        elif model.model_name is not None:
+            raise ValueError(f"model_name is {model.model_name!r} beside --model {word}; expected one name")
+        if not name or not path:
+            raise ValueError(f"model is {word!r}; expected a checkpoint, or NAME=CHECKPOINT")
+        if name in models:
+            raise ValueError(f"two models are called {name!r}; expected names of their own: --model NAME=CHECKPOINT")
+        models[name] = path
+    for option_name in ("adapter", "mask_token_id"):
+        if len(models) > 1 and (value := getattr(engine, option_name)) is not None:
+            raise ValueError(f"{option_name} is {value!r} beside {len(models)} models; expected one model with it")
+    return models
+
+
+def server_config(http: HttpOptions, limits: LimitOptions, key_variable: str | None) -> ServerConfig:
     """The server's options. Raises ValueError."""
     keys = [*(http.api_key or []), *([key_variable] if key_variable else [])]
     return ServerConfig(
-        model_name=model.rstrip("/").rpartition("/")[2] if http.model_name is None else http.model_name,
         tool_parser=http.tool_parser,
         reasoning_parser=http.reasoning_parser,
         host=http.host,
         port=http.port,
+        uds=http.uds,
+        root_path=http.root_path,
+        ssl_certfile=http.ssl_certfile,
+        ssl_keyfile=http.ssl_keyfile,
+        otlp_traces_endpoint=http.otlp_traces_endpoint,
         api_keys=tuple(keys),
         cors_origins=tuple(http.cors_origin or ()),
         allowed_hosts=tuple(http.allowed_host or ()),
@@ -121,7 +180,7 @@ def server_config(http: HttpOptions, limits: LimitOptions, model: str, key_varia
     )
 
 
-def run(llm: "LLM", config: ServerConfig, log_level: str, sockets: "list[socket]") -> None:
+def run(models: "Mapping[str, LLM]", config: ServerConfig, log_level: str, sockets: "list[socket]") -> None:
     """Serve until told to stop; exit code 1 if the engine is beyond repair."""
     with needs_extra("serve"):
         from wedlm.server.app import create_app
@@ -129,8 +188,8 @@ def run(llm: "LLM", config: ServerConfig, log_level: str, sockets: "list[socket]
         from wedlm.server.run import Server
 
     set_up_logging(log_level)
-    app = create_app(llm, config)
-    server = Server(app, lambda url: note(f"serving {config.model_name} at {url}; Ctrl-C ends it"))
+    app = create_app(models, config)
+    server = Server(app, lambda url: note(f"serving {', '.join(models)} at {url}; Ctrl-C ends it"))
     server.run(sockets)
     if server.failed:
         raise typer.Exit(1)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the commands share of the terminal: consoles, Ctrl-C, progress, errors as sentences. No torch here."""
 
+import re
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.status import Status
@@ -19,6 +21,7 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 # One colour per forward, in turn: tokens that became final together look alike.
 PALETTE = ("cyan", "yellow", "green", "magenta", "blue", "red")
 # What a model writes must not move the cursor or change the terminal's state.
+_PARTS = re.compile(r"\n| +|[^\s\u1100-\uffff\U0001f000-\U0003ffff]+|\S|\s")
 _CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C: 128 + SIGINT
 
@@ -75,6 +78,64 @@ def write(text: str, style: str = "") -> None:
         return
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+class WrappedText:
+    """Writes a text as it comes. On a terminal no word is cut at the right edge, unless it is longer than a line: a
+    word shows once it is whole, or that long."""
+
+    def __init__(self) -> None:
+        self._column = 0  # cells of this line that are written
+        self._spaces = ""  # behind them, if another word follows in this line
+        self._word: list[tuple[str, str]] = []  # text and style of its parts that are not written
+        self._is_long = False  # the beginning of the word is written
+
+    def write(self, text: str, style: str = "") -> None:
+        """The next piece of the text."""
+        if not out.is_terminal:
+            write(text, style)
+            return
+        for part in _PARTS.findall(text.translate(_CONTROL).replace("\t", "    ")):
+            if part == "\n":
+                self.end()
+                self._column, self._spaces = 0, ""
+                write("\n")
+            elif part[0] == " ":
+                self.end()
+                self._spaces += part
+            elif cell_len(part[0]) > 1:  # scripts that break a line between any two characters
+                self.end()
+                self._word.append((part, style))
+                self.end()
+            else:
+                self._word.append((part, style))
+                if self._is_long or self._cells > out.width:
+                    self._show()
+                    self._is_long = True
+
+    def end(self) -> None:
+        """The word so far is whole."""
+        self._show()
+        self._is_long = False
+
+    @property
+    def _cells(self) -> int:
+        return sum(cell_len(part) for part, _ in self._word)
+
+    def _show(self) -> None:
+        if not self._word:
+            return
+        cells = len(self._spaces) + self._cells
+        if self._column and self._column + cells > out.width and not self._is_long:
+            write("\n")
+            self._column, cells, self._spaces = 0, cells - len(self._spaces), ""
+        write(self._spaces)
+        for part, style in self._word:
+            write(part, style)
+        self._column += cells
+        if self._column > out.width:  # the terminal has cut it
+            self._column %= out.width
+        self._spaces, self._word = "", []
 
 
 def has_colours() -> bool:

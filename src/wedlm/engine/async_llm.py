@@ -18,6 +18,7 @@ from wedlm.engine.prompt_logprobs import PromptLogprobs, PromptScorer
 from wedlm.engine.request import Request
 from wedlm.engine.request_stream import EngineFault, EngineStopped, RequestStream
 from wedlm.engine.sampling_params import SamplingParams
+from wedlm.engine.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +54,21 @@ class AsyncEngine:
 
     ``rebuild(broken_engine)`` makes the engine that follows after a fault. ``state`` is "restarting" from the fault
     until the new engine has generated a token, and "dead" once ``MAX_RESTARTS`` of them could not. Sequences that the
-    broken engine held fail with EngineFault; those it had not taken yet go to the new one.
+    broken engine held fail with EngineFault; those it had not taken yet go to the new one. ``turns`` is held by
+    whichever of several threads touches its engine.
     """
 
-    def __init__(self, engine: Engine, rebuild: Callable[[Engine], Engine], first_retry_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        rebuild: Callable[[Engine], Engine],
+        first_retry_s: float = 1.0,
+        turns: Turns | None = None,
+    ) -> None:
         if engine.has_work:
             raise ValueError(f"the engine has {len(engine.requests)} requests; expected one with none")
         self.engine, self._rebuild, self._first_retry_s = engine, rebuild, first_retry_s
+        self._turns = Turns() if turns is None else turns
         self.state: State = "running"
         self.num_open = 0  # sequences submitted and not finished, in the loop's view
         self.num_faults = self.num_restarts = 0
@@ -135,8 +144,9 @@ class AsyncEngine:
                     self.state = "stopped"
                 except BaseException as error:
                     self._recover(error)
-            for request_id in self._live:  # none after a fault: the engine is whole
-                self.engine.abort(request_id)
+            with self._turns:
+                for request_id in self._live:  # none after a fault: the engine is whole
+                    self.engine.abort(request_id)
         except BaseException:
             log.exception("the engine's thread failed outside a step")
             self.state = "dead"
@@ -145,29 +155,32 @@ class AsyncEngine:
         self._send_reports()
 
     def _serve(self) -> None:
-        """Commands and steps in turn until told to stop."""
-        while self._obey(wait=not (self.engine.has_work or self._scores)):
-            self._note_load()
-            self._send_reports()
-            if self._scores:
-                self._score()
-                self._send_reports()
-            if self.engine.has_work:
-                self._step()
+        """Commands and steps until told to stop. Who waits for a command leaves the turn to others."""
+        while True:
+            waited = [] if self.engine.has_work or self._scores else [self._commands.get()]
+            with self._turns:
+                if not self._obey(waited):
+                    return
                 self._note_load()
                 self._send_reports()
+                if self._scores:
+                    self._score()
+                    self._send_reports()
+                if self.engine.has_work:
+                    self._step()
+                    self._note_load()
+                    self._send_reports()
 
-    def _obey(self, wait: bool) -> bool:
-        """Carry out all commands, waiting for the first if ``wait``. False: stop."""
+    def _obey(self, waited: list[Callable[[], None] | None]) -> bool:
+        """Carry out these commands and all others that there are. False: stop."""
         while True:
             try:
-                command = self._commands.get(block=wait)
+                command = waited.pop() if waited else self._commands.get_nowait()
             except queue.Empty:
                 return True
             if command is None:
                 return False
             command()
-            wait = False
 
     def _add(
         self, stream: RequestStream, sequences: list[tuple[list[int], SamplingParams]], watch: bool, streamed: bool
@@ -259,8 +272,9 @@ class AsyncEngine:
             if attempt and self._stopping.wait(self._first_retry_s * 2 ** (attempt - 1)):
                 break
             try:
-                self.engine = self._rebuild(self.engine)
-                self._smoke_test()
+                with self._turns:
+                    self.engine = self._rebuild(self.engine)
+                    self._smoke_test()
             except BaseException:
                 log.exception("the engine could not be restarted (attempt %d of %d)", attempt + 1, MAX_RESTARTS)
             else:

@@ -117,11 +117,19 @@ class Engine:
         prefill_rows = None
         if self.controller.limits_prefill:
             prefill_rows = self.controller.prefill_rows(self.scheduler.rows_beside_prompts(unread))
+        num_waiting = len(self.scheduler.waiting)
         plan = self.scheduler.schedule(prefill_rows, unread)
         if plan is None:
             return None
+        if plan.preempted or len(self.scheduler.waiting) != num_waiting:
+            self._note_starts(plan)
         self._save_windows(plan.preempted)
         return self.controller.set_row_budgets(plan)
+
+    def _note_starts(self, plan: StepPlan) -> None:
+        for one in plan.scheduled:
+            if one.request.counters.start_time is None:
+                one.request.counters.start_time = self.clock()
 
     def _save_windows(self, preempted: Sequence[Request]) -> None:
         for request in preempted:

@@ -27,7 +27,6 @@ from wedlm.engine.pages import PagePool
 from wedlm.engine.text import EngineTokenizer
 from wedlm.model import ModelConfig, Transformer, pack_for_inference
 from wedlm.model.inference.quantization import Quantization, multiplies_fp8
-from wedlm.model.lora.masked_rows import has_masked_lora
 from wedlm.native import NativeAttend, NativeTransformer, is_available
 from wedlm.native.library import PATH_VARIABLE, PORTABLE, chosen_path, paths
 from wedlm.native.weights import format_names, native_from_torch
@@ -124,7 +123,7 @@ class Blueprint:
             steps += f" ({self.note})"
         tokens = self.num_pages * self.page_size
         megabytes = tokens * self._bytes_per_token() / 1e6
-        kind = ", fp8" if self.dtype == FP8 else ""
+        kind = {FP8: ", fp8", torch.int8: ", int8"}.get(self.dtype, "")
         drafts = "" if self.config.drafts else f"; {WITHOUT_MASK}"
         if self.config.model_decoding != "auto":
             drafts += f"; decoding: {self.config.decoding}, unless a request names another"
@@ -163,7 +162,7 @@ def prepare_model(
         raise ValueError(f"quantize_head is True and quantization is {quantization!r}; expected 'fp8'")
     if quantization != "int8" or model.model.embed_tokens.weight.device.type != "cpu":
         return pack_for_inference(model, quantization, quantize_head)
-    obstacle = native_obstacle(model)
+    obstacle = native_obstacle()
     if obstacle is not None:
         raise ValueError(f"quantization is 'int8', but {obstacle}; expected none on a CPU where it cannot run")
     return native_from_torch(model, quantization, threads=native_threads())
@@ -175,30 +174,36 @@ def native_threads() -> int:
     return min(torch.get_num_threads(), os.cpu_count() or 1)
 
 
-def native_obstacle(model: Transformer | None = None) -> str | None:
-    """Why this model, or any, cannot run on the native forward of CPUs; None if it can."""
+def native_obstacle() -> str | None:
+    """Why no model can run on the native forward of CPUs; None if they can."""
     if not is_available():
         return "the native library was not built: no C++ compiler"
     if chosen_path() == PORTABLE and not os.environ.get(PATH_VARIABLE):
         needs = "; or ".join(path.needs for path in paths() if path.name != PORTABLE)
         return f"this processor has none of the instruction sets that the native library needs ({needs})"
-    if model is not None and has_masked_lora(model):
-        return "the native library does not run adapters of masked rows"
     return None
 
 
 def plan_engine(
-    model: Transformer | NativeTransformer, config: EngineConfig, tokenizer: EngineTokenizer | None, note: str = ""
+    model: Transformer | NativeTransformer,
+    config: EngineConfig,
+    tokenizer: EngineTokenizer | None,
+    note: str = "",
+    num_sharing: int = 1,
 ) -> Blueprint:
     """Every choice for an engine around a model of ``prepare_model``, by ``config.options``; logs what was chosen.
 
-    ``note``: what users should know of the choice of the model. ValueError for options that cannot be.
+    ``note``: what users should know of the choice of the model. ``num_sharing``: how many engines, planned before any
+    of them is built, divide the memory for caches. ValueError for options that cannot be.
     """
     shape, options = model.config, config.options
     device, dtype = _device_and_dtype(model)
     if options.kv_cache_dtype == "fp8":
         check_fp8_cache(device)
         dtype = FP8
+    elif options.kv_cache_dtype == "int8":
+        _check_int8_cache(model)
+        dtype = torch.int8
     per_token = KVCache.bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
     num_bytes = options.kv_cache_bytes
     if num_bytes is None:
@@ -206,12 +211,15 @@ def plan_engine(
         # A file can claim any length: without a word from the user it gets a cache in proportion to its weights.
         weights = _weight_bytes(model)
         needed = min(needed, max(_LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS * weights))
-        num_bytes = resolve_options.default_cache_bytes(device, needed, options.gpu_memory_utilization)
+        num_bytes = resolve_options.default_cache_bytes(device, needed, options.gpu_memory_utilization, num_sharing)
     else:
         resolve_options.check_cache_bytes(device, num_bytes)
+        num_bytes //= num_sharing
     num_pages = num_bytes // (per_token * options.page_size)
     if num_pages < 1:
-        raise ValueError(f"kv_cache_bytes is {num_bytes}; expected at least {per_token * options.page_size}, one page")
+        least = num_sharing * per_token * options.page_size
+        each = " for each model" if num_sharing > 1 else ""
+        raise ValueError(f"kv_cache_bytes is {num_sharing * num_bytes}; expected at least {least}, one page{each}")
     reason = eager_reason(options.cuda_graphs, device, shape)
     _check_deterministic(options.deterministic, model, reason)
     if options.chunk_step_ratio is None:
@@ -249,6 +257,16 @@ def check_fp8_cache(device: torch.device) -> None:
     if not multiplies_fp8(device):  # who cannot multiply such numbers cannot convert them at once either
         raise ValueError(
             f"kv_cache_dtype is 'fp8' and the device is {device}; expected an NVIDIA GPU that multiplies FP8"
+        )
+
+
+def _check_int8_cache(model: Transformer | NativeTransformer) -> None:
+    """ValueError unless the model reads keys and values in int8."""
+    if not isinstance(model, NativeTransformer):
+        device, dtype = _device_and_dtype(model)
+        raise ValueError(
+            f"kv_cache_dtype is 'int8' and the model is in {str(dtype).removeprefix('torch.')} on {device}; expected "
+            "the native forward of CPUs, which quantization='int8' has"
         )
 
 

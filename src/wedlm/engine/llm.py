@@ -22,6 +22,7 @@ from wedlm.engine.original_names import METHODS
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
+from wedlm.engine.turns import Turns
 from wedlm.model import Tokenizer, load_tokenizer
 from wedlm.model.formats.checkpoint import with_end_tokens
 
@@ -37,14 +38,36 @@ class LLM:
     """
 
     def __init__(self, model: str | Path = "demo", **options: Any) -> None:
-        chosen = EngineOptions.of(options)
+        self._load(model, EngineOptions.of(options))
+        self._plan()
+        self._build()
+
+    @classmethod
+    def together(cls, models: Mapping[str, str | Path], **options: Any) -> "dict[str, LLM]":
+        """Several models by name, each as ``LLM(model, **options)``, in the memory that one would have: all weights
+        are loaded first, then the caches get equal parts of ``kv_cache_bytes``, or of what is left by default. Engines
+        of theirs that run in threads take turns, a step each."""
+        chosen, turns = EngineOptions.of(options), Turns()
+        llms = {name: cls.__new__(cls) for name in models}
+        for name, llm in llms.items():
+            llm._load(models[name], chosen)
+        for llm in llms.values():
+            llm._plan(len(llms))
+        for llm in llms.values():
+            llm._build()
+            llm.turns = turns
+        return llms
+
+    def _load(self, model: str | Path, chosen: EngineOptions) -> None:
+        """Tokenizer and weights."""
         self.device = resolve_options.read_device(chosen.device)
         self.allow_control_tokens = chosen.allow_control_tokens
         self.tokenizer: Tokenizer = load_tokenizer(model)
         loaded = load_weights(model, chosen, self.device)
         self.model, self.model_config, chosen = loaded.model, loaded.config, loaded.options
         self.model_config = with_end_tokens(self.model_config, self.tokenizer.end_token_ids())
-        config = EngineConfig(
+        self._note = loaded.note
+        self._engine_config = EngineConfig(
             vocab_size=self.model_config.vocab_size,
             mask_token_id=resolve_options.read_mask_token_id(chosen.mask_token_id, self.model_config, self.tokenizer),
             eos_token_ids=self.model_config.eos_token_ids,
@@ -53,8 +76,14 @@ class LLM:
             drafts=chosen.mask_token_id is not None or self.model_config.mask_token_id is not None,
             model_decoding=self.model_config.default_decoding,
         )
-        self.blueprint = plan_engine(self.model, config, self.tokenizer, loaded.note)
+
+    def _plan(self, num_sharing: int = 1) -> None:
+        """How the engine will be, whose cache is one of so many in the memory that there is."""
+        self.blueprint = plan_engine(self.model, self._engine_config, self.tokenizer, self._note, num_sharing)
+
+    def _build(self) -> None:
         self.engine = self.blueprint.build()
+        self.turns = Turns()  # held by who runs the engine in a thread
         # Reentrant, since a stream may be closed by garbage collection in a thread that is inside the engine.
         self._lock = threading.RLock()
         self._busy = False

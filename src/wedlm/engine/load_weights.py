@@ -14,10 +14,10 @@ from wedlm.model.formats.checkpoint import Checkpoint, load_torch, open_checkpoi
 from wedlm.model.formats.fp8_checkpoint import has_fp8
 from wedlm.model.formats.resolve import DEMO_ADAPTER_NAME, DEMO_BASE_NAME, DEMO_NAME
 from wedlm.model.inference.quantization import multiplies_fp8
-from wedlm.model.lora.peft import adapted_config, apply_adapter
+from wedlm.model.lora.peft import adapted_config, apply_adapter, read_masked_adapter
 from wedlm.model.packed_demo import packed_demo
 from wedlm.native import NativeTransformer
-from wedlm.native.weights import native_from_checkpoint, unsupported_type
+from wedlm.native.weights import native_from_checkpoint, set_masked_lora, unsupported_type
 
 # Whether weights of 16 bits run in eight on a CPU with the native forward, unless --quantization says otherwise.
 INT8_IS_CPU_DEFAULT = True
@@ -47,12 +47,20 @@ def load_weights(path_or_id: str | Path, options: EngineOptions, device: torch.d
             f"expected {DEMO_BASE_NAME!r}"
         )
     checkpoint = open_checkpoint(path_or_id)
-    wanted, note = _native_form(checkpoint, options, device)
+    masked, wanted, note = None, None, ""
+    if options.adapter is not None and device.type == "cpu":
+        masked = read_masked_adapter(options.adapter, checkpoint.config)
+    if options.adapter is None or masked is not None:  # any other adapter is merged, into wide weights
+        wanted, note = _native_form(checkpoint, options, device)
     if wanted is not None:
         if checkpoint.deltas:
             checkpoint = packed_demo(checkpoint)
         native = native_from_checkpoint(checkpoint, None if wanted == "file" else wanted, threads=native_threads())
-        return LoadedWeights(native, checkpoint.config, options)
+        config = checkpoint.config
+        if options.adapter is not None and masked is not None:
+            set_masked_lora(native, *masked)
+            config = adapted_config(config, options.adapter)
+        return LoadedWeights(native, config, options)
     # A checkpoint in FP8 stays so where it can be multiplied, unless another type is asked for or an adapter
     # changes its weights.
     by_itself = options.quantization == "auto" and options.dtype == "auto" and multiplies_fp8(device)
@@ -71,7 +79,7 @@ def load_weights(path_or_id: str | Path, options: EngineOptions, device: torch.d
 def _native_form(checkpoint: Checkpoint, options: EngineOptions, device: torch.device) -> tuple[str | None, str]:
     """("file" or "int8": what the native forward gets straight from the checkpoint; None: torch loads it; why not)."""
     asked = options.quantization
-    if device.type != "cpu" or options.adapter is not None or asked in ("none", "fp8"):
+    if device.type != "cpu" or asked in ("none", "fp8"):
         return None, ""
     form = _form_of(checkpoint) if asked == "auto" and options.dtype == "auto" else None
     if asked == "int8":

@@ -13,6 +13,7 @@ from wedlm.algorithm.params import DECODINGS, DecodeParams, Decoding
 from wedlm.engine.original_names import translated
 
 WeightBits = Literal["auto", "none", "int8", "fp8"]
+CacheBits = Literal["auto", "fp8", "int8"]
 Check = Callable[[str, Any], Any]  # (name, value) -> the value to keep; ValueError naming the option
 
 
@@ -60,11 +61,11 @@ def read_quantization(name: str, value: object) -> WeightBits:
     return value  # type: ignore[return-value]
 
 
-def read_kv_cache_dtype(name: str, value: object) -> Literal["auto", "fp8"]:
-    """ "auto" or "fp8"."""
-    if value not in ("auto", "fp8"):
-        raise ValueError(f"{name} is {value!r}; expected auto or fp8")
-    return value
+def read_kv_cache_dtype(name: str, value: object) -> CacheBits:
+    """ "auto", "fp8" or "int8"."""
+    if value not in get_args(CacheBits):
+        raise ValueError(f"{name} is {value!r}; expected auto, fp8 or int8")
+    return value  # type: ignore[return-value]
 
 
 def read_decoding(name: str, value: object) -> Decoding:
@@ -161,13 +162,13 @@ class EngineOptions:
     kv_cache_bytes: int | None = _option(
         None,
         "Memory for keys and values. Default on CUDA: what gpu_memory_utilization leaves; elsewhere: four full "
-        "sequences, at most a quarter of the memory and eight times the weights.",
+        "sequences, at most a quarter of the memory and eight times the weights. Several models of a server share it.",
         _or_none(read_positive_integer),
     )
-    kv_cache_dtype: Literal["auto", "fp8"] = _option(
+    kv_cache_dtype: CacheBits = _option(  # noqa: RUF009
         "auto",
-        "Type of keys and values in the cache: auto (the model's), or fp8 on NVIDIA GPUs: half the memory, a scale for "
-        "each head of a slot.",
+        "Type of keys and values in the cache: auto (the model's), fp8 on NVIDIA GPUs, or int8 with a CPU's native "
+        "forward: eight bits, a scale for each head of a slot.",
         read_kv_cache_dtype,
     )
     gpu_memory_utilization: float = _option(

@@ -65,6 +65,7 @@ class RequestCounters:
     num_accepted: int = 0
     num_lookup_drafted: int = 0
     num_lookup_accepted: int = 0
+    start_time: float | None = None  # when its first step was planned
     first_token_time: float | None = None
     finish_time: float | None = None
 
@@ -138,7 +139,8 @@ class Request:
 class RequestStats(ByName):
     """Figures of one request. ``tokens_per_forward`` and ``p_cache`` (tokens per row run) always go together:
     many rows may buy few tokens. Forwards, rows and drafts are those after the prompt's; drafts from the text
-    (``lookup``) count among all. Times in seconds.
+    (``lookup``) count among all. Times in seconds: ``queue_s`` from the arrival to the first step, ``elapsed_s`` to
+    the end.
 
     The two speeds under the original's names are lower bounds, because a step may hold prompts and windows: prompt
     tokens until the first token, and all tokens until the end, by the time since the request came."""
@@ -163,7 +165,9 @@ class RequestStats(ByName):
     num_preemptions: int
     tokens_per_forward: float
     p_cache: float
+    queue_s: float
     time_to_first_token_s: float
+    elapsed_s: float
     tokens_per_second: float
     decoding: str
 
@@ -174,6 +178,7 @@ class RequestStats(ByName):
         assert counters.finish_time is not None
         first = counters.finish_time if counters.first_token_time is None else counters.first_token_time
         elapsed = counters.finish_time - counters.arrival_time
+        started = counters.finish_time if counters.start_time is None else counters.start_time
         return cls(
             num_prompt_tokens=len(request.prompt_token_ids),
             num_reused_tokens=progress.num_reused,
@@ -187,7 +192,9 @@ class RequestStats(ByName):
             num_preemptions=progress.num_preemptions,
             tokens_per_forward=_ratio(tokens, counters.num_forwards),
             p_cache=_ratio(tokens, counters.num_rows),
+            queue_s=started - counters.arrival_time,
             time_to_first_token_s=first - counters.arrival_time,
+            elapsed_s=elapsed,
             tokens_per_second=_ratio(tokens, elapsed),
             decoding=request.decode.decoding,
         )

@@ -65,17 +65,18 @@ def read_mask_token_id(asked: int | None, config: ModelConfig, tokenizer: Tokeni
             f"this checkpoint names no mask token and its tokenizer uses all {config.vocab_size} ids: {chosen} "
             f"({tokenizer.backend.id_to_token(chosen)!r}) stands for masked positions and is never generated; "
             "mask_token_id=... names another",
-            stacklevel=3,
+            stacklevel=4,
         )
         return chosen
 
 
-def default_cache_bytes(device: torch.device, wanted: int, utilization: float) -> int:
-    """On CUDA what ``utilization`` of the memory leaves; elsewhere ``wanted``, at most a quarter of the memory."""
+def default_cache_bytes(device: torch.device, wanted: int, utilization: float, num_sharing: int = 1) -> int:
+    """On CUDA what ``utilization`` of the memory leaves; elsewhere ``wanted``, at most a quarter of the memory. The
+    memory is divided by ``num_sharing``."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return int(max(0, free - (1 - utilization) * total))
-    return min(wanted, _memory_bytes() // 4)
+        return int(max(0, free - (1 - utilization) * total)) // num_sharing
+    return min(wanted, _memory_bytes() // 4 // num_sharing)
 
 
 def check_cache_bytes(device: torch.device, asked: int) -> None:

@@ -2,16 +2,16 @@
 """``generate`` of a model in transformers: this package's engine over the model's own weights."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from wedlm.algorithm.params import DecodeParams, Decoding
 from wedlm.engine.factory import Blueprint
 from wedlm.engine.options import EngineConfig, EngineOptions
-from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
+from wedlm.hf.arguments import Arguments
 from wedlm.hf.attend import real_rows
 from wedlm.model.config import read_token_ids
 
@@ -32,78 +32,100 @@ class HfModel(Protocol):
     def train(self, mode: bool = True) -> Any: ...
 
 
-def generate(  # noqa: PLR0913 - options of one call, as transformers' own generate takes them
+def generate(
     self: HfModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    max_new_tokens: int,
-    min_new_tokens: int = 0,
-    decoding: Decoding | None = None,
-    wedlm_window_size: int = DecodeParams.window_size,
-    wedlm_entropy_threshold: float | None = DecodeParams.entropy_threshold,
-    wedlm_pos_penalty_factor: float = DecodeParams.pos_penalty,
-    wedlm_draft_entropy: float = DecodeParams.draft_entropy,
-    do_sample: bool | None = None,
-    temperature: float | None = None,
-    top_k: int = DecodeParams.top_k,
-    top_p: float = DecodeParams.top_p,
-    seed: int | None = None,
-    eos_token_id: int | list[int] | None = None,
-    pad_token_id: int | None = None,
-    mask_token_id: int | None = None,
-    **unsupported: Any,
+    generation_config: Any = None,
+    stopping_criteria: Sequence[Any] | None = None,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    **options: Any,
 ) -> Tensor:
-    """``input_ids`` [N, R] and up to ``max_new_tokens`` new ones: [N, R + most new], padded on the right.
+    """``input_ids`` [N, R] and up to ``max_new_tokens`` new ones: [N · num_return_sequences, R + most new], padded on
+    the right.
 
-    The text is ``LLM``'s for the same weights and options, which ``SamplingParams`` explains. Prompts of different
-    lengths are padded on the left, with ``attention_mask`` 0 there. ``temperature`` None is 0, or 1 if ``do_sample``.
-    End tokens default to those of the generation config and the config, padding to the config's or the first end
-    token, the mask token to the config's. All else in a ``generation_config.json`` is not used. Raises ValueError,
-    also for options of transformers that have no meaning here.
+    The text is ``LLM``'s for the same weights and options, which are the fields of ``Arguments``: transformers' and, by
+    its names, those of ``SamplingParams``; they may come in a ``generation_config``, too. ``temperature`` None is 0, or
+    1 if ``do_sample``. ``max_length`` counts the R rows. ``stop_strings`` needs ``tokenizer``.
+
+    Prompts of different lengths are padded on either side, with ``attention_mask`` 0 there; new tokens come behind all
+    of it. ``stopping_criteria`` are asked after each token of each sequence, with its tokens [1, ...] without padding
+    and None for scores; what a forward made beyond is dropped. ``streamer`` gets the prompt [1, R], then each token
+    [1]; there must be one sequence. End tokens default to those of the model's generation config and its config,
+    padding to the config's or the first end token, the mask token to the config's. All else in the model's own
+    ``generation_config.json`` is not used. Raises ValueError, also for options of transformers that would change the
+    tokens, or the form of the answer, and have no meaning here.
     """
-    for name, value in unsupported.items():
-        raise ValueError(
-            f"{name} is {value!r}, which this generate does not support; expected options of wedlm.SamplingParams "
-            "(max_new_tokens and min_new_tokens for max_tokens and min_tokens)"
-        )
+    arguments = Arguments.of(generation_config, options)
+    prompts, several = _prompts(input_ids, attention_mask), arguments.num_return_sequences
+    params = arguments.sampling_params(input_ids.shape[1])
+    prompts = [prompt for prompt in prompts for _ in range(several)]
+    watch = _Watch(prompts, arguments.criteria(stopping_criteria, tokenizer), streamer)
     config = self.config.model_config()
-    ends = _end_token_ids(self, eos_token_id)
-    pad = next((one for one in (pad_token_id, self.config.pad_token_id, *ends) if one is not None), 0)
-    mask = config.mask_token_id if mask_token_id is None else mask_token_id
+    ends = _end_token_ids(self, arguments.eos_token_id)
+    pads = (arguments.pad_token_id, self.config.pad_token_id, *ends)
+    mask = config.mask_token_id if arguments.mask_token_id is None else arguments.mask_token_id
     if mask is None:
         raise ValueError("the config has no mask_token_id; expected mask_token_id=..., an id that text never needs")
-    params = SamplingParams(
-        max_tokens=max_new_tokens,
-        min_tokens=min_new_tokens,
-        temperature=_temperature(do_sample, temperature),
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        wedlm_entropy_threshold=wedlm_entropy_threshold,
-        wedlm_pos_penalty_factor=wedlm_pos_penalty_factor,
-        wedlm_draft_entropy=wedlm_draft_entropy,
-    )
     engine_config = EngineConfig(
         vocab_size=config.vocab_size,
         mask_token_id=mask,
         eos_token_ids=ends,
         max_model_len=config.max_length,
         options=EngineOptions(
-            decoding=decoding,
-            wedlm_window_size=wedlm_window_size,
-            max_num_seqs=min(len(input_ids), _MAX_NUM_SEQS),
+            decoding=arguments.decoding,
+            wedlm_window_size=arguments.wedlm_window_size,
+            max_num_seqs=min(len(prompts), _MAX_NUM_SEQS),
         ),
         model_decoding=config.default_decoding,
     )
-    new = _decode(self, engine_config, _prompts(input_ids, attention_mask), params)
-    longest = max(len(tokens) for tokens in new)
-    rows = [tokens + [pad] * (longest - len(tokens)) for tokens in new]
-    return torch.cat((input_ids, torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)), dim=1)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    found = _decode(self, engine_config, prompts, params, several, watch)
+    if streamer is not None:
+        streamer.end()
+    longest, pad = max(map(len, found)), next((one for one in pads if one is not None), 0)
+    rows = [tokens + [pad] * (longest - len(tokens)) for tokens in found]
+    ids = input_ids.repeat_interleave(several, dim=0)
+    return torch.cat((ids, torch.tensor(rows, dtype=ids.dtype, device=ids.device)), dim=1)
+
+
+class _Watch:
+    """Shows the tokens of each sequence, one after the other, to who wants to see them or to end the sequence."""
+
+    def __init__(self, prompts: Sequence[list[int]], criteria: Sequence[Any], streamer: Any) -> None:
+        if streamer is not None and len(prompts) > 1:
+            raise ValueError(f"streamer is given beside {len(prompts)} sequences; expected one sequence")
+        for name in ("put", "end"):
+            if streamer is not None and not callable(getattr(streamer, name, None)):
+                raise ValueError(f"streamer is {streamer!r}; expected an object with put and end")
+        self._prompts, self._criteria, self._streamer = prompts, criteria, streamer
+        self._seen = [0] * len(prompts)
+
+    def ends(self, index: int, tokens: list[int]) -> bool:
+        """Look at what is new of ``tokens``, the sequence's so far, and take off what lies behind its end."""
+        start, self._seen[index] = self._seen[index], len(tokens)
+        if not self._criteria and self._streamer is None:
+            return False
+        for count in range(start + 1, len(tokens) + 1):
+            if self._streamer is not None:
+                self._streamer.put(torch.tensor(tokens[count - 1 : count]))
+            ids = torch.tensor([self._prompts[index] + tokens[:count]])
+            if any(bool(torch.as_tensor(one(ids, None)).all()) for one in self._criteria):
+                del tokens[count:]
+                return True
+        return False
 
 
 def _decode(
-    model: HfModel, engine_config: EngineConfig, prompts: Sequence[list[int]], params: SamplingParams
+    model: HfModel,
+    engine_config: EngineConfig,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    several: int,
+    watch: _Watch,
 ) -> list[list[int]]:
     """New tokens of each prompt, from an engine whose cache holds all of them to their ends."""
     config, embedding = model.config.model_config(), model.model.embed_tokens.weight
@@ -122,23 +144,34 @@ def _decode(
         tokenizer=None,
     )
     engine = blueprint.build()
-    requests: list[Request] = [engine.add(str(i), prompt, params) for i, prompt in enumerate(prompts)]
+    found: list[list[int]] = [[] for _ in prompts]
+    for index, prompt in enumerate(prompts):
+        engine.add(str(index), prompt, _of_choice(params, index % several))
     training = model.training
     model.eval()
     try:
         while engine.has_work:
-            engine.step()
+            for request in engine.step():
+                index = int(request.request_id)
+                found[index] = request.output_token_ids
+                if watch.ends(index, found[index]):
+                    engine.abort(request.request_id)
     finally:
         model.train(training)
-    return [request.output_token_ids for request in requests]
+    return found
+
+
+def _of_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    """Under one seed each further answer to a prompt has its own, the first the one given."""
+    return params if params.seed is None or not choice else replace(params, seed=params.seed + choice)
 
 
 def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
     real = real_rows(input_ids, attention_mask)
     if real is None:
         return input_ids.tolist()
-    if bool((real[:, :-1] & ~real[:, 1:]).any()):
-        raise ValueError("attention_mask has padding behind tokens; expected it on the left (padding_side='left')")
+    if bool(((real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0] > 1).any()):
+        raise ValueError("attention_mask has padding between tokens; expected it on the left or on the right")
     return [ids[keep].tolist() for ids, keep in zip(input_ids, real, strict=True)]
 
 
@@ -146,13 +179,3 @@ def _end_token_ids(model: HfModel, given: int | list[int] | None) -> tuple[int, 
     recorded = (model.generation_config.eos_token_id, model.config.eos_token_id)
     value = next((one for one in (given, *recorded) if one is not None), None)
     return read_token_ids("eos_token_id", value)
-
-
-def _temperature(do_sample: bool | None, temperature: float | None) -> float:
-    if temperature is None:
-        return 1.0 if do_sample else 0.0
-    if do_sample is not None and do_sample is not (temperature > 0):
-        raise ValueError(
-            f"do_sample is {do_sample!r} and temperature {temperature!r}; expected one that fits the other"
-        )
-    return temperature

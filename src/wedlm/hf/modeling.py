@@ -1,20 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """``WeDLMForCausalLM``: the one model as a ``PreTrainedModel``."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from wedlm.hf.attend import PaddedCausalAttend, real_rows
 from wedlm.hf.configuration import WeDLMConfig
 from wedlm.hf.generation import generate
 from wedlm.model.layers import Attend
 from wedlm.model.rope import RotaryEmbedding, inverse_frequencies
-from wedlm.model.transformer import Transformer
+from wedlm.model.transformer import DecoderStack
+
+
+class WeDLMModel(DecoderStack):
+    """The model without its output projection: called with rows, as the engine does, or with ``input_ids``, as
+    transformers' and trainers do that project the hidden states themselves."""
+
+    def forward(self, *rows: Any, input_ids: Tensor | None = None, **batch: Any) -> Any:
+        """``DecoderStack.forward`` of ``rows``; or hidden states [N, R, C] of ``input_ids`` [N, R] after the final
+        norm, as ``last_hidden_state``, by the arguments of ``WeDLMForCausalLM.forward``."""
+        if input_ids is None:
+            return super().forward(*rows, **batch)
+        hidden = self.of_batch(input_ids, batch.pop("attention_mask", None), batch.pop("position_ids", None))
+        _check_unsupported("WeDLMModel", batch)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden))
+
+    def of_batch(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """Hidden states [N, R, C] before the final norm."""
+        real = real_rows(input_ids, attention_mask)
+        positions = _positions(input_ids, real, position_ids)
+        attend = PaddedCausalAttend(len(input_ids), real)
+        return self(input_ids.flatten(), positions.flatten(), attend).unflatten(0, input_ids.shape)
 
 
 class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
@@ -26,13 +49,14 @@ class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - the base class declares it so
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     generate = generate  # type: ignore[assignment]
 
     def __init__(self, config: WeDLMConfig) -> None:
         super().__init__(config)
-        transformer = Transformer(config.model_config())
-        self.model = transformer.model
-        self.lm_head = transformer.lm_head
+        sizes = config.model_config()
+        self.model = WeDLMModel(sizes)
+        self.lm_head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
         self.post_init()
 
     @classmethod
@@ -72,13 +96,8 @@ class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
         come in any order, as topological reordering has them; default: real rows count from 0. ``labels`` [N, R] give
         the shifted AR loss over rows (-100: not counted). ``logits_to_keep``: only the last so many rows' logits.
         """
-        for name, value in unsupported.items():
-            if value is not None and value is not False:
-                raise ValueError(f"{name} is {value!r}, which {type(self).__name__} does not support; expected None")
-        real = real_rows(input_ids, attention_mask)
-        positions = _positions(input_ids, real, position_ids)
-        attend = PaddedCausalAttend(len(input_ids), real)
-        hidden = self.model(input_ids.flatten(), positions.flatten(), attend).unflatten(0, input_ids.shape)
+        _check_unsupported(type(self).__name__, unsupported)
+        hidden = self.model.of_batch(input_ids, attention_mask, position_ids)
         logits = self.lm_head(self.model.norm(hidden[:, -logits_to_keep:] if logits_to_keep else hidden))
         loss = None
         if labels is not None:
@@ -99,6 +118,15 @@ class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
         hidden_LC = hidden_TC if logits_rows is None else hidden_TC[logits_rows]
         return self.lm_head(self.model.norm(hidden_LC))
 
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Tensor] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        self.gradient_checkpointing = enable  # where transformers looks
+        self.model.recompute = (gradient_checkpointing_func, every_n_layers) if enable else None
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # transformers loads into a model without memory and then leaves unsaved buffers as they happen to be.
@@ -107,6 +135,12 @@ class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+
+def _check_unsupported(name: str, given: Mapping[str, Any]) -> None:
+    for option, value in given.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{option} is {value!r}, which {name} does not support; expected None")
 
 
 def _positions(input_ids: Tensor, real: Tensor | None, position_ids: Tensor | None) -> Tensor:

@@ -4,6 +4,8 @@
 Shape suffixes: T rows, L rows whose logits are wanted, C hidden size, D head dimension, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -28,12 +30,18 @@ class DecoderStack(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
+        # Calls every n-th layer in a way of its own, torch.utils.checkpoint's for one; set by trainers.
+        self.recompute: tuple[Callable[..., Tensor], int] | None = None
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, masked: Tensor | None = None) -> Tensor:
         """Hidden states [T, C] after the last layer, before the final norm."""
         x_TC, cos_TD, sin_TD = self.embed(tokens_T, positions_T, masked)
         for layer, module in enumerate(self.layers):
-            x_TC = module(x_TC, cos_TD, sin_TD, attend, layer, masked)
+            rest = (x_TC, cos_TD, sin_TD, attend, layer, masked)
+            if self.recompute is None or layer % self.recompute[1]:
+                x_TC = module(*rest)
+            else:
+                x_TC = self.recompute[0](module, *rest)
         return x_TC
 
     def embed(self, tokens_T: Tensor, positions_T: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

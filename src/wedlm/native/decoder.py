@@ -20,7 +20,7 @@ from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.window import Emitted, RowResults, WindowState
 from wedlm.attention.base import KVCache
 from wedlm.native.library import NativeError, load
-from wedlm.native.transformer import NativeTransformer
+from wedlm.native.transformer import NativeTransformer, cache_pointers
 
 _ERROR_BYTES = 512
 
@@ -34,13 +34,13 @@ class _WindowParams(Structure):
         ("top_k", c_int64),
         ("seed", c_int64),
         ("temperature", c_float),
-        *((name, c_int32) for name in ("is_verified", "is_block", "is_adaptive")),
+        *((name, c_int32) for name in ("is_verified", "is_block", "is_adaptive", "num_top")),
         ("stop_tokens", c_void_p),
         ("num_stop_tokens", c_int64),
     )
 
     @classmethod
-    def of(cls, params: DecodeParams, stop_tokens: np.ndarray) -> "_WindowParams":
+    def of(cls, params: DecodeParams, stop_tokens: np.ndarray, num_top: int = 0) -> "_WindowParams":
         """``stop_tokens`` [E] int64 holds those of ``params`` and must outlive the result."""
         return cls(
             params.row_budget,
@@ -57,6 +57,7 @@ class _WindowParams(Structure):
             params.is_verified,
             params.decoding == "block",
             params.is_adaptive,
+            num_top,
             stop_tokens.ctypes.data,
             len(stop_tokens),
         )
@@ -84,8 +85,7 @@ class _Decode(Structure):
         ("row_limit", c_int64),
         ("most_drafts", c_int64),
         ("wants_logits", c_int32),
-        ("keys", c_void_p),
-        ("values", c_void_p),
+        *((name, c_void_p) for name in ("keys", "values", "key_scale", "value_scale")),
         ("cache_type", c_int32),
         ("page_size", c_int32),
         ("num_slots", c_int64),
@@ -97,6 +97,9 @@ class _Decode(Structure):
         ("forward_s", c_double),
         ("num_logits", c_int64),
         *((name, c_void_p) for name in ("sequence", "column", "target", "logits", "raw_logits", "logsumexp")),
+        ("most_top", c_int64),
+        ("top_tokens", c_void_p),
+        ("top_logprobs", c_void_p),
         *((name, c_void_p) for name in ("cached", "width", "tokens", "filled", "logprobs", "run", "shared")),
         *((name, c_void_p) for name in ("choice", "entropy", "choice_logprobs")),
         *((name, c_void_p) for name in ("count", "num_rows", "num_drafts", "emitted", "emitted_logprobs")),
@@ -119,9 +122,8 @@ class StepTensors:
 
     ``state`` and ``run`` [S]: the windows as ``extend`` leaves them, then as ``NativeDecoder.update`` does; ``shared``
     [S, C]: that of ``RowLayout``. ``sequence``, ``column`` and ``target`` [L]: each row's, the last the position that
-    its token is for. ``logits`` [L, V]: without banned tokens, to be changed before ``choose``;
-    ``raw_logits`` [L, V] as they were and ``logsumexp`` [L] of those. ``results``: by ``choose``; ``emitted``: by
-    ``update``.
+    its token is for. ``logits`` [L, V]: without banned tokens, to be changed before ``choose``; ``logsumexp`` [L]: of
+    all, as they were. ``results``: by ``choose``; ``emitted``: by ``update``.
     """
 
     state: WindowState
@@ -131,7 +133,6 @@ class StepTensors:
     column: Tensor
     target: Tensor
     logits: Tensor
-    raw_logits: Tensor
     logsumexp: Tensor
     results: RowResults
     emitted: Emitted
@@ -167,8 +168,7 @@ class NativeDecoder:
         )
         self._step = _Decode(
             slots=ctypes.addressof(self._slots),
-            keys=cache.keys.data_ptr(),
-            values=cache.values.data_ptr(),
+            **cache_pointers(cache),
             cache_type=model.cache_type(cache),
             page_size=cache.page_size,
             num_slots=cache.keys.shape[1],
@@ -198,10 +198,11 @@ class NativeDecoder:
         self._result_logprobs = np.zeros((self._num_slots, capacity), dtype=np.float32)
         self._step.results, self._step.result_logprobs = self._results.ctypes.data, self._result_logprobs.ctypes.data
 
-    def set_params(self, slot: int, params: DecodeParams) -> None:
-        """How the window in ``slot`` decodes. It has no pages yet."""
+    def set_params(self, slot: int, params: DecodeParams, num_top: int = 0) -> None:
+        """How the window in ``slot`` decodes, and how many of the most probable tokens ``read_top`` gives of its rows.
+        It has no pages yet."""
         self._stop_tokens[slot] = np.array(params.stop_token_ids, dtype=np.int64)
-        self._params[slot] = _WindowParams.of(params, self._stop_tokens[slot])
+        self._params[slot] = _WindowParams.of(params, self._stop_tokens[slot], num_top)
         self._num_pages[slot] = 0
 
     def add_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
@@ -244,14 +245,26 @@ class NativeDecoder:
         widest = max(one[0] for one in numbers)
         return numbers, results[:, 4 : 4 + widest].tolist(), self._result_logprobs[: len(numbers), :widest].tolist()
 
+    def read_top(self) -> tuple[list[int], list[int], list[list[int]], list[list[float]]]:
+        """Of each row with logits: its window, the position that its token is for, the most probable tokens, and their
+        log-probabilities, by the logits before any was changed. What is beyond a window's ``num_top`` means nothing."""
+        step = self._step
+        rows, shape = (step.num_logits,), (step.num_logits, step.most_top)
+        return (
+            _view(step.sequence, np.int64, rows).tolist(),
+            _view(step.target, np.int64, rows).tolist(),
+            _view(step.top_tokens, np.int64, shape).tolist(),
+            _view(step.top_logprobs, np.float32, shape).tolist(),
+        )
+
     def forward(self, keep_raw: bool) -> StepTensors:
-        """The first part, for a host that changes logits. Without ``keep_raw`` the raw logits are not kept: [0, V]."""
+        """The first part, for a host that changes logits. ``keep_raw``: the log-probabilities of the chosen tokens are
+        of the logits as they were."""
         step = self._step
         step.wants_logits = 2 if keep_raw else 1
         self._check(self._library.wedlm_decode_forward)
         windows, rows = (step.num_windows,), (step.num_logits,)
         both, all_logits = (step.num_windows, self._slots.capacity), (step.num_logits, self._vocab_size)
-        raw = _view(step.raw_logits, np.float32, all_logits) if keep_raw else torch.zeros(0, self._vocab_size)
         tokens, logprobs = _view(step.tokens, np.int64, both), _view(step.logprobs, np.float32, both)
         return StepTensors(
             state=WindowState(
@@ -267,7 +280,6 @@ class NativeDecoder:
             column=_view(step.column, np.int64, rows),
             target=_view(step.target, np.int64, rows),
             logits=_view(step.logits, np.float32, all_logits),
-            raw_logits=raw,
             logsumexp=_view(step.logsumexp, np.float32, rows),
             results=RowResults(
                 _view(step.choice, np.int64, both),
@@ -310,6 +322,15 @@ def choose_tokens(logits: Tensor, params: Sequence[DecodeParams], positions: Ten
     return tokens
 
 
+def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest of each row of logits [L, V], float32: (tokens [L, count], logits [L, count])."""
+    rows, vocab_size = logits.shape
+    logits = logits.contiguous()
+    tokens, values = torch.empty(rows, count, dtype=torch.long), torch.empty(rows, count)
+    _declared().wedlm_top(vocab_size, rows, logits.data_ptr(), count, tokens.data_ptr(), values.data_ptr())
+    return tokens, values
+
+
 def _view(address: int | None, dtype: Any, shape: tuple[int, ...]) -> Tensor:
     """The library's memory as a tensor."""
     size = math.prod(shape)
@@ -331,6 +352,7 @@ def _declared() -> ctypes.CDLL:
         ("decode_put", None, (c_void_p, POINTER(_Decode))),
         ("decode_step", c_int32, (c_void_p, c_void_p, POINTER(_Decode), *error_at)),
         ("choose", None, (c_int32, c_int64, *(c_void_p,) * 4)),
+        ("top", None, (c_int32, c_int64, c_void_p, c_int32, c_void_p, c_void_p)),
     ):
         function = getattr(library, f"wedlm_{name}")
         function.restype, function.argtypes = result, arguments

@@ -24,7 +24,8 @@ from wedlm.native.library import NativeError, Shape, Step, chosen_path, load, nu
 
 _ERROR_BYTES = 512
 _ROPE_CHUNK = 1024  # positions; tables grow by whole chunks, each computed in one go, so that their bits never change
-_CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+PackedSource = tuple[np.ndarray, np.ndarray | None]  # contiguous rows in a source's format, and their scales
+_CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,12 @@ class NativeTransformer:
             self._library.wedlm_model_set_matrix, self.handle, layer, which, format, rows, cols, data.ctypes.data, at
         )
 
+    def set_masked(self, layer: int, which: int, format: int, a: PackedSource, b: PackedSource) -> None:
+        """Add b a x to what masked rows get of matrix ``which`` of ``layer``."""
+        at = [None if part is None else part.ctypes.data for part in (*a, *b)]
+        rank = len(a[0])
+        self._check(self._library.wedlm_model_set_masked, self.handle, layer, which, format, rank, *at)
+
     def set_vector(self, layer: int, which: int, data: np.ndarray) -> None:
         """Copy a norm's weight or a bias, float32."""
         self._check(self._library.wedlm_model_set_vector, self.handle, layer, which, data.size, data.ctypes.data)
@@ -128,14 +135,11 @@ class NativeTransformer:
         logits_rows: Tensor | None = None,
         masked: Tensor | None = None,
     ) -> Tensor:
-        """Logits [L, V], float32, of the rows picked by ``logits_rows`` (None: all).
-
-        ``masked`` is accepted and changes nothing: models with an adapter of masked rows cannot be made native.
-        """
+        """Logits [L, V], float32, of the rows ``logits_rows`` (None: all). ``masked`` as in ``Transformer``."""
         if logits_rows is None:
             logits_rows = torch.arange(len(tokens_T))
         logits = torch.empty(len(logits_rows), self.config.vocab_size)
-        self._forward(tokens_T, positions_T, attend, logits_rows, {"logits": logits.data_ptr()})
+        self._forward(tokens_T, positions_T, attend, logits_rows, masked, {"logits": logits.data_ptr()})
         return logits
 
     def greedy(
@@ -145,6 +149,7 @@ class NativeTransformer:
         attend: NativeAttend | CausalAttend,
         logits_rows: Tensor,
         banned: Sequence[Sequence[int]] | None = None,
+        masked: Tensor | None = None,
     ) -> GreedyRows:
         """The choice in each of ``logits_rows``; ``banned[i]`` are ids that row i must not choose."""
         count = len(logits_rows)
@@ -162,7 +167,7 @@ class NativeTransformer:
             "banned": ids.ctypes.data,
             "banned_offsets": offsets.ctypes.data,
         }
-        self._forward(tokens_T, positions_T, attend, logits_rows, outputs)
+        self._forward(tokens_T, positions_T, attend, logits_rows, masked, outputs)
         return rows
 
     def _forward(
@@ -171,6 +176,7 @@ class NativeTransformer:
         positions: Tensor,
         attend: NativeAttend | CausalAttend,
         logits_rows: Tensor,
+        masked: Tensor | None,
         outputs: dict[str, int],
     ) -> None:
         if isinstance(attend, CausalAttend):
@@ -194,6 +200,12 @@ class NativeTransformer:
             shared, own_start = _int64(batch.visibility.shared), _int64(batch.visibility.own_start)
             if not len(shared) == len(own_start) == len(tokens):
                 raise NativeError(f"visibility is of {len(shared)} rows; expected {len(tokens)}")
+        is_masked = None
+        if masked is not None:
+            if masked.dtype == torch.bool and len(masked) != len(tokens):
+                raise NativeError(f"masked is of {len(masked)} rows; expected {len(tokens)}")
+            is_masked = np.zeros(len(tokens), dtype=np.uint8)
+            is_masked[masked.cpu().numpy()] = 1
         cos, sin = self.angles(int(positions.max()) + 1 if len(positions) else 0)
         step = Step(
             num_rows=len(tokens),
@@ -206,8 +218,8 @@ class NativeTransformer:
             page_offsets=offsets.ctypes.data,
             shared=None if shared is None else shared.data_ptr(),
             own_start=None if own_start is None else own_start.data_ptr(),
-            keys=cache.keys.data_ptr(),
-            values=cache.values.data_ptr(),
+            masked=None if is_masked is None else is_masked.ctypes.data,
+            **cache_pointers(cache),
             cache_type=cache_type,
             page_size=cache.page_size,
             num_slots=cache.keys.shape[1],
@@ -224,7 +236,7 @@ class NativeTransformer:
         """The library's number for the cache's type. NativeError if this model cannot use the cache."""
         if cache.keys.dtype not in _CACHE_TYPES or cache.keys.device.type != "cpu":
             raise NativeError(
-                f"the cache is {cache.keys.dtype} on {cache.keys.device}; expected float32 or bfloat16 on cpu"
+                f"the cache is {cache.keys.dtype} on {cache.keys.device}; expected float32, bfloat16 or int8 on cpu"
             )
         num_layers, _, *heads = cache.keys.shape
         expected = [self.config.num_kv_heads, self.config.head_dim]
@@ -259,6 +271,12 @@ class NativeTransformer:
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         if function(*arguments, error, _ERROR_BYTES):
             raise NativeError(error.value.decode())
+
+
+def cache_pointers(cache: KVCache) -> dict[str, int | None]:
+    """Where the library finds keys, values and their scales."""
+    parts = {"keys": cache.keys, "values": cache.values, "key_scale": cache.key_scale, "value_scale": cache.value_scale}
+    return {name: None if part is None else part.data_ptr() for name, part in parts.items()}
 
 
 def _int64(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Putting weights into a ``NativeTransformer``: from a torch model, or from a checkpoint, as they lie there."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,9 @@ from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_model import checkpoint_name, permuted_heads, unpermute_rows
 from wedlm.model.formats.int8_rows import Int8Rows, round_rows
 from wedlm.model.inference.layers import is_packed
-from wedlm.model.lora.masked_rows import has_masked_lora
+from wedlm.model.lora.masked_rows import base_tensors, masked_lora
 from wedlm.native.library import NativeError
-from wedlm.native.transformer import NativeTransformer
+from wedlm.native.transformer import NativeTransformer, PackedSource
 
 # Formats by GGUF's numbers, and ours: one scale for each output.
 F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, BF16, INT8 = 0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 30, 100
@@ -54,6 +54,7 @@ _LAYER = {
     "self_attn.q_norm.weight": 18,
     "self_attn.k_norm.weight": 19,
 }
+_MASK_EMBEDDING = 21
 _TOP = {"model.embed_tokens.weight": 7, "lm_head.weight": 8, "model.norm.weight": 20}
 
 
@@ -73,16 +74,17 @@ def native_from_torch(
     model: Transformer, quantization: str | None = "int8", *, path: str | None = None, threads: int | None = None
 ) -> NativeTransformer:
     """A native copy of ``model`` (on the CPU, not packed). ``quantization`` "int8": all matrices, the embedding and
-    head included, in eight bits with one scale for each output; None: as they are. Raises NativeError."""
+    head included, in eight bits with one scale for each output; None: as they are. An adapter of masked rows comes
+    along (``set_masked_lora``). Raises NativeError."""
     if quantization not in (None, "int8"):
         raise NativeError(f"quantization is {quantization!r}; expected 'int8' or None")
     if is_packed(model):
         raise NativeError("the model is packed for inference; expected one whose projections are separate")
-    if has_masked_lora(model):
-        raise NativeError("the model has an adapter of masked rows, which the native forward does not run")
     tied = model.config.tie_word_embeddings
-    tensors = ((name, tensor) for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight"))
-    return _filled(NativeTransformer(model.config, path=path, threads=threads), tensors, quantization == "int8")
+    tensors = ((name, tensor) for name, tensor in base_tensors(model) if not (tied and name == "lm_head.weight"))
+    native = _filled(NativeTransformer(model.config, path=path, threads=threads), tensors, quantization == "int8")
+    set_masked_lora(native, *masked_lora(model))
+    return native
 
 
 def native_from_checkpoint(
@@ -108,6 +110,25 @@ def native_from_gguf(file: GGUFFile, *, path: str | None = None, threads: int | 
     """The model in ``file``, its blocks kept in their bits. Raises CheckpointError, and NativeError for a type that is
     not supported."""
     return native_from_checkpoint(checkpoint_of_gguf(file), path=path, threads=threads)
+
+
+def set_masked_lora(
+    native: NativeTransformer, matrices: Mapping[str, tuple[Tensor, Tensor]], mask_embedding: Tensor | None
+) -> None:
+    """Give ``native`` an adapter of masked rows, as ``attach_masked_lora`` does a model. Beside weights in few bits its
+    matrices are rounded to eight, and they read what those read; beside floats they stay float32."""
+    is_wide = native.matrix_bytes.keys() <= {F32, F16, BF16}
+
+    def packed(matrix: Tensor) -> PackedSource:
+        if is_wide:
+            return matrix.detach().float().contiguous().numpy(), None
+        rows = round_rows(matrix)
+        return rows.values.numpy(), rows.scale.numpy()
+
+    for name, (a, b) in matrices.items():
+        native.set_masked(*_place(name), F32 if is_wide else INT8, packed(a), packed(b))
+    if mask_embedding is not None:
+        native.set_vector(-1, _MASK_EMBEDDING, mask_embedding.detach().float().contiguous().numpy())
 
 
 def format_names(native: NativeTransformer) -> str:

@@ -3,7 +3,7 @@
 
 import mimetypes
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +21,12 @@ from wedlm.server.converters.anthropic import CountRequest, MessagesRequest
 from wedlm.server.converters.ollama import OllamaChatRequest, OllamaGenerateRequest, now
 from wedlm.server.converters.responses import ResponsesRequest
 from wedlm.server.converters.tokens import DetokenizeRequest, TokenizeRequest
-from wedlm.server.limits import ApiKeys, BodyLimit, KnownHosts
+from wedlm.server.limits import ApiKeys, BodyLimit, KnownHosts, RootPath
 from wedlm.server.logs import RequestLog
 from wedlm.server.protocol import ChatRequest, CompletionRequest
-from wedlm.server.service import WARNING, Service, json_name
+from wedlm.server.served import ServedModel
+from wedlm.server.service import WARNING, Service
+from wedlm.server.traces import Tracing, tracer_of
 
 DEMO = Path(__file__).parent / "demo"
 _REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -44,9 +46,11 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 _GENERATES: dict[str, Any] = {"response_model": None, "responses": {**_REFUSALS, 422: {"description": "Never sent"}}}
 _OWN: Any = Body(default=...)  # for the OpenAPI document; the service reads it
-# The demo page has its own files and nothing else, and may talk to any server that the reader names.
+# The demo page has its own files and nothing else, and may talk to any server that the reader names. One library alone
+# makes HTML of a text: the one that cleans it.
 _PAGE_POLICY = (
-    "default-src 'self'; connect-src *; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'self'; connect-src *; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify"
 )
 
 
@@ -58,9 +62,10 @@ class RawBody(APIRoute):
         return self.endpoint
 
 
-def create_app(llm: LLM, config: ServerConfig, demo: Path = DEMO) -> FastAPI:
-    """The server around ``llm``, whose engine belongs to it from start-up on. ``app.state.service`` is its inside."""
-    service = Service(llm, config)
+def create_app(models: Mapping[str, LLM], config: ServerConfig, demo: Path = DEMO) -> FastAPI:
+    """The server of these models, by the names that clients use; their engines belong to it from start-up on.
+    ``app.state.service`` is its inside."""
+    service = Service(models, config)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -72,7 +77,10 @@ def create_app(llm: LLM, config: ServerConfig, demo: Path = DEMO) -> FastAPI:
             await service.stop()
 
     # FastAPI's documentation pages fetch scripts from a third party; /openapi.json is served.
-    app = FastAPI(title="wedlm", version=version("wedlm"), lifespan=lifespan, docs_url=None, redoc_url=None)
+    about: dict[str, Any] = {"title": "wedlm", "version": version("wedlm"), "docs_url": None, "redoc_url": None}
+    if config.root_path:
+        about["servers"] = [{"url": config.root_path}]
+    app = FastAPI(lifespan=lifespan, **about)
     app.state.service = service
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
@@ -88,7 +96,11 @@ def create_app(llm: LLM, config: ServerConfig, demo: Path = DEMO) -> FastAPI:
             "expose_headers": exposed,
         }
         app.add_middleware(CORSMiddleware, allow_origins=list(config.cors_origins), **allow)
+    if config.otlp_traces_endpoint is not None:
+        app.add_middleware(Tracing, tracer=tracer_of(config.otlp_traces_endpoint))
     app.add_middleware(RequestLog, metrics=service.metrics)
+    if config.root_path:
+        app.add_middleware(RootPath, root=config.root_path)
     _add_api(app, service)
     _add_operations(app, service)
     _add_heads(app)
@@ -107,7 +119,8 @@ def _add_heads(app: FastAPI) -> None:
 
 
 def _add_api(app: FastAPI, service: Service) -> None:
-    model = {"id": service.config.model_name, "object": "model", "created": int(time.time()), "owned_by": "wedlm"}
+    created = int(time.time())
+    known = {name: {"id": name, "object": "model", "created": created, "owned_by": "wedlm"} for name in service.models}
 
     generating = APIRouter(route_class=RawBody)
 
@@ -138,16 +151,13 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses={401: _REFUSALS[401]})
     async def models() -> dict[str, Any]:
-        """The one model there is."""
-        return {"object": "list", "data": [model]}
+        """The models there are."""
+        return {"object": "list", "data": list(known.values())}
 
     @app.get("/v1/models/{name:path}", responses={401: _REFUSALS[401], 404: _REFUSALS[404]})
     async def one_model(name: str) -> dict[str, Any]:
         """The model of that name."""
-        if name != model["id"]:
-            message = f"the model is {json_name(name)}; expected {model['id']}"
-            raise errors.ApiError(404, message, type="not_found_error", param="model", code="model_not_found")
-        return model
+        return known[service.model(name).name]
 
 
 def _add_converted(generating: APIRouter, service: Service) -> None:
@@ -181,31 +191,39 @@ def _add_converted(generating: APIRouter, service: Service) -> None:
     @generating.post("/tokenize", **_GENERATES)
     async def tokenize(request: Request, body: TokenizeRequest = _OWN) -> Response:
         """The token ids of a text or of a conversation."""
-        return await service.look_up(request, TokenizeRequest, lambda asked: asked.answer(service.prompts))
+        return await service.look_up(
+            request, TokenizeRequest, lambda asked: asked.answer(service.model(asked.model).prompts)
+        )
 
     @generating.post("/detokenize", **_GENERATES)
     async def detokenize(request: Request, body: DetokenizeRequest = _OWN) -> Response:
         """The text of token ids."""
-        return await service.look_up(request, DetokenizeRequest, lambda asked: asked.answer(service.prompts))
+        return await service.look_up(
+            request, DetokenizeRequest, lambda asked: asked.answer(service.model(asked.model).prompts)
+        )
 
 
 def _add_ollama(app: FastAPI, service: Service) -> None:
     """What Ollama's clients ask before they generate."""
-    name, config = service.config.model_name, service.llm.model_config
-    details = {"format": "safetensors", "family": config.model_type, "families": [config.model_type]}
-    details |= {"parent_model": "", "parameter_size": "", "quantization_level": ""}
-    started = now()
+    models = [_ollama_model(one, now()) for one in service.models.values()]
 
     @app.get("/api/tags", responses={401: _REFUSALS[401]})
     async def tags() -> dict[str, Any]:
-        """The one model there is, by Ollama's API."""
-        model = {"name": name, "model": name, "modified_at": started, "size": 0, "digest": "", "details": details}
-        return {"models": [model]}
+        """The models there are, by Ollama's API."""
+        return {"models": models}
 
     @app.get("/api/version")
     async def ollama_version() -> dict[str, str]:
         """The version of wedlm."""
         return {"version": version("wedlm")}
+
+
+def _ollama_model(model: ServedModel, started: str) -> dict[str, Any]:
+    family = model.llm.model_config.model_type
+    details = {"format": "safetensors", "family": family, "families": [family]}
+    details |= {"parent_model": "", "parameter_size": "", "quantization_level": ""}
+    name = model.name
+    return {"name": name, "model": name, "modified_at": started, "size": 0, "digest": "", "details": details}
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:

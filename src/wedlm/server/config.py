@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the server; those of the engine are the engine's."""
 
+import re
 from dataclasses import dataclass, field
 
 TOOL_PARSERS = ("auto", "hermes", "llama3", "mistral", "pythonic")
@@ -11,22 +12,27 @@ REASONING_PARSERS = ("auto", "think", "none")
 class ServerConfig:
     """Checked on construction (ValueError). Sequences: a request for n choices of p prompts is n · p of them.
 
-    model_name: what clients call the model. tool_parser: the form in which the model writes calls, one of
-    ``TOOL_PARSERS``; auto goes by its chat template. reasoning_parser: whether what stands between <think> tags is
-    split off; auto goes by the template, too. api_keys: if any, one must come with each request to /v1, /api and
-    /metrics. cors_origins: origins whose pages may call, or "*". allowed_hosts: names that clients may call the server
-    by while it has no key, beside addresses and localhost; or "*". max_connections: open at once. header_timeout_s: for
-    a request's head to arrive, from the connection's start or the head's first byte. max_queue: sequences that may wait
-    beside those that run. max_choices: sequences of one request. request_timeout_s: from the body's arrival to the
-    answer's last byte. body_timeout_s: for the body to arrive. shutdown_timeout_s: what running requests get to finish
-    in.
+    tool_parser: the form in which the model writes calls, one of ``TOOL_PARSERS``; auto goes by its chat template.
+    reasoning_parser: whether what stands between <think> tags is split off; auto goes by the template, too. uds: path
+    of a socket to listen on instead of host and port. root_path: where a proxy has the server, /llm for one; requests
+    may have it or not. ssl_certfile, ssl_keyfile: of TLS; the key may be in the first. otlp_traces_endpoint: URL that
+    takes traces. api_keys: if any, one must come with each request to /v1, /api and /metrics. cors_origins: origins
+    whose pages may call, or "*". allowed_hosts: names that clients may call the server by while it has no key, beside
+    addresses and localhost; or "*". max_connections: open at once. header_timeout_s: for a request's head to arrive,
+    from the connection's start or the head's first byte. max_queue: sequences that may wait beside those that run.
+    max_choices: sequences of one request. request_timeout_s: from the body's arrival to the answer's last byte.
+    body_timeout_s: for the body to arrive. shutdown_timeout_s: what running requests get to finish in.
     """
 
-    model_name: str
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
     host: str = "127.0.0.1"
     port: int = 8000
+    uds: str | None = None
+    root_path: str = ""
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    otlp_traces_endpoint: str | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
@@ -40,13 +46,10 @@ class ServerConfig:
     shutdown_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        if not self.model_name:
-            raise ValueError("model_name is empty; expected a name for clients to use")
         for name, known in (("tool_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port is {self.port}; expected 0 to 65535")
+        self._check_address()
         for name, low in (("max_queue", 0), ("max_choices", 1), ("max_body_bytes", 1), ("max_connections", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
@@ -57,3 +60,17 @@ class ServerConfig:
             raise ValueError(f"shutdown_timeout_s is {self.shutdown_timeout_s}; expected at least 0 seconds")
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise ValueError("an API key is empty or not printable ASCII; expected printable ASCII characters")
+
+    def _check_address(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}; expected 0 to 65535")
+        root = self.root_path
+        if root and not re.fullmatch(r"(/[\w.~-]+)+", root, re.ASCII):
+            raise ValueError(f"root_path is {root!r}; expected a path such as /llm, without a slash at its end")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError(f"ssl_keyfile is {self.ssl_keyfile!r} without ssl_certfile; expected both")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ValueError(
+                f"otlp_traces_endpoint is {endpoint!r}; expected a URL that begins with http:// or https://"
+            )

@@ -116,6 +116,14 @@ def queue_full(message: str) -> ApiError:
     return ApiError(429, f"{message}, try again later", type="rate_limit_error", code="queue_full", headers=headers)
 
 
+def refused(error: ValueError, kind: str) -> ApiError:
+    """A 400 for what the engine refuses, whose sentences name the field first, or begin with "the prompt"."""
+    name = str(error).partition(" ")[0]
+    if name == "the":
+        name = "messages" if kind == "chat" else "prompt"
+    return ApiError(400, str(error), param=name, code="invalid_value")
+
+
 def install(app: "FastAPI") -> None:
     """Let the app answer its own and the framework's errors in this form."""
 

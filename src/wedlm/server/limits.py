@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from email.message import Message as Headed
 
 from starlette.datastructures import Headers
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wedlm.server.errors import ApiError, queue_full
@@ -16,6 +17,25 @@ from wedlm.server.errors import ApiError, queue_full
 _GUARDED = ("/v1/", "/api/", "/metrics", "/tokenize", "/detokenize")
 _HELD = 64
 _DRAINED = 8  # how many times the limit is read and thrown away, so that the client gets to see the refusal
+
+
+class RootPath:
+    """Takes ``root`` off the paths that begin with it: some proxies do so themselves, others do not. Whatever is inside
+    sees the paths that the routes have."""
+
+    def __init__(self, app: ASGIApp, root: str) -> None:
+        self.app, self.root = app, root
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (
+            scope["type"] == "http" and scope["path"] == self.root
+        ):  # or the page's own addresses would be its neighbours
+            await RedirectResponse(self.root + "/")(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["path"].startswith(self.root + "/"):
+            raw = scope["raw_path"].removeprefix(self.root.encode())
+            scope = {**scope, "path": scope["path"].removeprefix(self.root), "raw_path": raw}
+        await self.app(scope, receive, send)
 
 
 class ApiKeys:

@@ -88,10 +88,10 @@ class Pipe(logging.Handler):
 
 
 def set_up_logging(level: str) -> None:
-    """Send what the server, the engine and uvicorn have to say to standard error."""
+    """Send what the server, the engine, uvicorn and the traces' exporter have to say to standard error."""
     handler = Pipe(sys.stderr.fileno())
     handler.setFormatter(JsonFormatter())
-    for name in ("wedlm", "uvicorn"):
+    for name in ("wedlm", "uvicorn", "opentelemetry"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level.upper())

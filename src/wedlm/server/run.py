@@ -2,22 +2,27 @@
 """The process: its sockets, uvicorn, and a way out that lets running requests finish."""
 
 import asyncio
+import errno
 import gc
 import logging
 import os
 import signal
 import socket
+import ssl
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from wedlm.server.config import ServerConfig
 from wedlm.server.connections import BoundedConnection, Sparing, fitting, watch_accept
 from wedlm.server.service import Service
 
@@ -53,6 +58,54 @@ def bound_sockets(host: str, port: int) -> Iterator[list[socket.socket]]:
         yield bound
 
 
+@contextmanager
+def unix_socket(path: str) -> Iterator[list[socket.socket]]:
+    """A socket at a path, bound and not listening yet; who may connect is up to the process's umask and the folder. The
+    path goes at the end; one that a server left behind is taken.
+
+    AddressError if it cannot be had, or something listens there.
+    """
+    one = socket.socket(socket.AF_UNIX)
+    try:
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+            with socket.socket(socket.AF_UNIX) as other, suppress(ConnectionRefusedError):
+                other.connect(path)
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            os.unlink(path)
+        one.bind(path)
+    except OSError as error:
+        one.close()
+        reason = (error.strerror or str(error)).lower()
+        raise AddressError(f"uds is {path!r}, which cannot be listened on: {reason}; expected a free path") from error
+    try:
+        yield [one]
+    finally:
+        one.close()
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def listening(config: ServerConfig) -> AbstractContextManager[list[socket.socket]]:
+    """The sockets that the configuration asks for."""
+    return bound_sockets(config.host, config.port) if config.uds is None else unix_socket(config.uds)
+
+
+def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
+    """None without TLS. ValueError for files that cannot be used."""
+    if config.ssl_certfile is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")  # or it would ask the terminal
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        files = " and ".join(filter(None, (config.ssl_certfile, config.ssl_keyfile)))
+        raise ValueError(
+            f"ssl_certfile and ssl_keyfile are {files}, which cannot be used: {error}; expected a certificate and its "
+            "key in PEM, without a password"
+        ) from error
+    return context
+
+
 def _bind(stack: ExitStack, family: int, kind: int, protocol: int, _: str, address: Any) -> socket.socket:
     one = stack.enter_context(socket.socket(family, kind, protocol))
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -72,6 +125,9 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, on_start: Callable[[str], None] | None = None, **options: object) -> None:
         self.service: Service = app.state.service
         config = self.service.config
+        context = tls_context(config)
+        if context is not None:
+            options["ssl_context_factory"] = lambda *_: context
         connection = type(
             "Connection",
             (BoundedConnection,),
@@ -104,7 +160,11 @@ class Server(uvicorn.Server):
         self._owns_process = False
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        watch_accept(asyncio.get_running_loop())
+        loop, config = asyncio.get_running_loop(), self.service.config
+        watch_accept(loop)
+        if config.ssl_certfile is not None:  # a connection counts as one after the handshake
+            handshake = {"ssl_handshake_timeout": config.header_timeout_s}
+            loop.create_server = partial(loop.create_server, **handshake)  # type: ignore[method-assign]
         if threading.current_thread() is threading.main_thread():
             self._owns_process = True
             self.service.parser.start()
@@ -112,8 +172,7 @@ class Server(uvicorn.Server):
             gc.collect()
             gc.freeze()  # the model and the libraries stay: looking through them takes 100 ms
             gc.set_threshold(*_GARBAGE)
-        config = self.service.config
-        if not config.api_keys and config.host not in _LOCAL:
+        if not config.api_keys and config.uds is None and config.host not in _LOCAL:
             log.warning(
                 "%s may be reached by others, and no API key is set; names that clients call it by need --allowed-host",
                 config.host,
@@ -125,16 +184,23 @@ class Server(uvicorn.Server):
         if sockets is not None:
             super().run(sockets)
             return
-        with bound_sockets(self.config.host, self.config.port) as bound:
+        with listening(self.service.config) as bound:
             super().run(bound)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        url = self._url(self.servers[0].sockets[0].getsockname())
         log.info("running on %s", url)
         if self._on_start is not None:
             self._on_start(url)
+
+    def _url(self, address: Any) -> str:
+        """As people write an address of a socket's."""
+        if isinstance(address, str):
+            return f"unix:{address}"
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        scheme = "http" if self.service.config.ssl_certfile is None else "https"
+        return f"{scheme}://{host}:{address[1]}{self.service.config.root_path}"
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None or self.service.draining:
@@ -148,7 +214,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         self._loop = asyncio.get_running_loop()
-        if self.service.engine.state == "dead" and not self.failed:
+        if self.service.is_dead and not self.failed:
             log.critical("the engine could not be restarted; the server ends, for its supervisor to start it anew")
             self.failed = self.should_exit = True
         return await super().on_tick(counter)
@@ -173,14 +239,14 @@ class Server(uvicorn.Server):
     async def drain(self) -> None:
         """Refuse new requests, wait for the running ones, cut off the rest, and leave."""
         self.service.draining = True
-        engine, limit = self.service.engine, self.service.config.shutdown_timeout_s
-        log.info("shutting down; %d sequences may finish within %g seconds", engine.num_open, limit)
+        limit = self.service.config.shutdown_timeout_s
+        log.info("shutting down; %d sequences may finish within %g seconds", self.service.num_sequences, limit)
         end = asyncio.get_running_loop().time() + limit
         while self.service.num_open and asyncio.get_running_loop().time() < end and not self.should_exit:
             await asyncio.sleep(0.02)
         if self.service.num_open:
             log.warning("%d requests and sequences are cut off", self.service.num_open)
             self.service.cut_off()
-            await engine.stop()
+            await self.service.stop_engines()
             await asyncio.sleep(_LAST_WORDS_S)
         self.should_exit = True

@@ -56,7 +56,7 @@ def read_samples(path: str | Path, *, skip_bad: bool, refused: Counter[str] | No
     """
     path = Path(path)
     found = False
-    for line, raw in _numbered_lines(path):
+    for line, raw in numbered_lines(path):
         if not raw.strip():
             continue
         try:
@@ -115,7 +115,8 @@ def _open(path: Path) -> IO[bytes]:
     return cast(IO[bytes], lzma.open(path, "rb")) if path.suffix == ".xz" else path.open("rb")
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file of JSON lines, with their numbers from 1. Raises ValueError."""
     check_source_path(path)
     line = 0
     try:

@@ -51,7 +51,7 @@ class NativeStep:
 
         def forward(num_rows: int) -> None:
             rows = torch.arange(num_rows)
-            self.model.greedy(rows % 2, rows, CausalAttend(), rows)
+            self.model.greedy(rows % 2, rows, CausalAttend(), rows, masked=rows[1:])
 
         self._measured_s += costs.measure(forward, most_rows, MEASURING_S - self._measured_s)
 
@@ -59,10 +59,14 @@ class NativeStep:
         """One forward: windows' rows, then chunks' rows."""
         self._set_step(plan)
         windows = [one for one in plan.scheduled if one.is_window]
-        if windows and (self.force_choice is not None or any(_needs_logits(one.request) for one in windows)):
+        has_host = self.force_choice is not None or any(one.request.output.constraint is not None for one in windows)
+        if windows and has_host:
             self._run_with_host(windows)
         else:
             self.decoder.run()
+        requests = [one.request for one in windows]
+        if any(request.params.logprobs is not None for request in requests):
+            self.windows.keep_top(requests, *self.decoder.read_top())
         results: StepResults = [*self._read(windows)] if windows else []
         return FinishedStep([*results, *[None] * (len(plan.scheduled) - len(windows))])
 
@@ -72,7 +76,7 @@ class NativeStep:
         if new:
             self.windows.load(new)
             for request in new:
-                decoder.set_params(slots[request.request_id], request.decode)
+                decoder.set_params(slots[request.request_id], request.decode, request.params.logprobs or 0)
                 self._num_pages[request.request_id] = 0
         self.windows.propose(plan)
         decoder.attach(self.windows.state)
@@ -104,9 +108,6 @@ class NativeStep:
             sampling = params.sampling(step.sequence, step.target, params.flags)
             constrained.apply(step.sequence, step.column, step.logits, step.logsumexp, sampling)
         self.decoder.choose()
-        if reports:
-            logprobs = step.raw_logits - step.logsumexp[:, None]
-            self.windows.keep_top_logprobs(requests, step.sequence, step.target, logprobs)
         self._force(step, params.window)
         if constrained is not None:
             constrained.draft(step.results)
@@ -134,8 +135,3 @@ class NativeStep:
                 windows, numbers, tokens, logprobs, strict=True
             )
         ]
-
-
-def _needs_logits(request: Request) -> bool:
-    """Whether the host has to see or change the logits of the request's rows."""
-    return request.output.constraint is not None or request.params.logprobs is not None

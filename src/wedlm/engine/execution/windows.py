@@ -83,21 +83,32 @@ class Windows:
     def keep_top_logprobs(
         self, requests: Sequence[Request], sequence: Tensor, target: Tensor, logprobs: Tensor
     ) -> None:
+        """``keep_top`` of the most probable tokens by ``logprobs`` [L, V]."""
+        top = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[1]), dim=1)
+        self.keep_top(requests, sequence.tolist(), target.tolist(), top.indices.tolist(), top.values.tolist())
+
+    def keep_top(
+        self,
+        requests: Sequence[Request],
+        sequence: Sequence[int],
+        target: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[float]],
+    ) -> None:
         """Remember the top log-probabilities for every position that this step may fill; emission reads the last ones.
-        ``sequence`` [L] and ``target`` [L]: index in ``requests`` and position of each row of ``logprobs`` [L, V].
+        ``sequence`` and ``target``: of each row, its index in ``requests`` and its position; ``tokens`` and
+        ``logprobs``: the most probable ones, at least as many as the request asks for.
 
         A masked position that stays masked is overwritten by the next step. When verifying, the masked row of a
         position comes after the filled row that decides it, so the first one written for a position stands.
         """
-        top = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[1]), dim=1)
-        items = zip(sequence.tolist(), target.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
         written: set[tuple[int, int]] = set()
-        for s, position, tokens, values in items:
+        for s, position, ids, values in zip(sequence, target, tokens, logprobs, strict=True):
             count = requests[s].params.logprobs
             if count is not None and (s, position) not in written:
                 written.add((s, position))
                 kept = self.top_logprobs[requests[s].request_id]
-                kept[position] = list(zip(tokens[:count], values[:count], strict=True))
+                kept[position] = list(zip(ids[:count], values[:count], strict=True))
 
     def pop_top_logprobs(self, request: Request, count: int) -> list[TopLogprobs]:
         """Those of the next ``count`` tokens, which have become final; none if they were not asked for."""

@@ -7,13 +7,14 @@ Observed rows never meet the LoRA and never see masked rows, so at them the mode
 their indices, int64 [M] (only they are computed). None: none is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 # Of a saved adapter: its peft_type, and the name of the tensor that masked rows start from.
 MASKED_TYPE, MASK_EMBEDDING = "MASKED_LORA", "model.mask_embedding"
+MaskedParts = tuple[dict[str, tuple[Tensor, Tensor]], Tensor | None]  # (A, scale · B) by weight; the mask's embedding
 
 
 class MaskedLora(nn.Module):
@@ -115,6 +116,24 @@ def attach_masked_lora(
     if mask_embedding is not None:
         embedding = model.get_parameter("model.embed_tokens.weight")
         model.get_submodule("model").mask_embedding = nn.Parameter(mask_embedding.to(embedding))
+
+
+def masked_lora(model: nn.Module) -> MaskedParts:
+    """The adapter of masked rows that a model which is not packed has, as ``attach_masked_lora`` takes it; ({}, None):
+    it has none."""
+    matrices: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedLora):
+            a, b = (one.get_parameter("weight").detach() for one in (module.masked_lora_A, module.masked_lora_B))
+            matrices[f"{name}.weight"] = (a, b * module.scale)
+    return matrices, dict(model.named_parameters()).get(MASK_EMBEDDING)
+
+
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the model without its adapter of masked rows, by the names that they have in a checkpoint."""
+    for name, tensor in model.state_dict().items():
+        if ".masked_lora_" not in name and name != MASK_EMBEDDING:
+            yield name.replace(".base_layer.", "."), tensor
 
 
 def has_masked_lora(model: nn.Module) -> bool:

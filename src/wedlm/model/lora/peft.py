@@ -26,7 +26,7 @@ from wedlm.model.formats.checkpoint import read_config
 from wedlm.model.formats.json_file import read_json_object
 from wedlm.model.formats.resolve import locate_adapter
 from wedlm.model.inference.layers import is_packed
-from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, attach_masked_lora, has_masked_lora
+from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, MaskedParts, attach_masked_lora, has_masked_lora
 from wedlm.model.lora.packed_adapter import unpack
 from wedlm.model.transformer import Transformer
 
@@ -97,8 +97,7 @@ def apply_adapter(model: Transformer, directory: str | Path) -> None:
     adapter = read_adapter(directory)
     _check_fit(adapter, model, Path(directory))
     if adapter.masked_rows:
-        matrices = {name: (delta.a, delta.scale * delta.b.float()) for name, delta in adapter.low_rank.items()}
-        attach_masked_lora(model, matrices, adapter.whole.get(MASK_EMBEDDING))
+        attach_masked_lora(model, *_masked_parts(adapter))
         return
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -110,6 +109,25 @@ def apply_adapter(model: Transformer, directory: str | Path) -> None:
             parameters[name].index_copy_(0, index, rows.values.to(parameters[name]))
         for name, delta in adapter.low_rank.items():
             _add(parameters[name], delta)
+
+
+def read_masked_adapter(directory: str | Path, config: ModelConfig) -> MaskedParts | None:
+    """The adapter in ``directory`` as ``attach_masked_lora`` takes it; None if it is not one of masked rows.
+
+    Raises CheckpointError for one that cannot be read, or does not fit a model of ``config``.
+    """
+    adapter = read_adapter(directory)
+    if not adapter.masked_rows:
+        return None
+    with torch.device("meta"):
+        model = Transformer(config)
+    _check_fit(adapter, model, Path(directory))
+    return _masked_parts(adapter)
+
+
+def _masked_parts(adapter: Adapter) -> MaskedParts:
+    matrices = {name: (delta.a, delta.scale * delta.b.float()) for name, delta in adapter.low_rank.items()}
+    return matrices, adapter.whole.get(MASK_EMBEDDING)
 
 
 def adapted_config(config: ModelConfig, directory: str | Path) -> ModelConfig:

@@ -18,6 +18,13 @@ inline V load_cached(const uint16_t* p, int n) {
   return load_bfloat(part);
 }
 
+inline V load_cached(const int8_t* p, int n) {
+  if (n == 16) return load_signed(p);
+  int8_t part[16] = {};
+  for (int i = 0; i < n; i++) part[i] = p[i];
+  return load_signed(part);
+}
+
 // Keys of a tile that a row sees: those below `common_end`, and from `own_begin` up to `end`.
 struct Seen {
   int common_end, own_begin, end;
@@ -113,7 +120,9 @@ inline void scores_of(const float* q, int64_t queries, int64_t dim, int64_t wide
 // Where the keys and values of a tile are.
 template <class Cached>
 struct Places {
+  static constexpr bool kScaled = sizeof(Cached) == 1;  // a number for each key multiplies its scores, one its weights
   const Cached *keys[kKeyTile], *values[kKeyTile];
+  float key_scale[kScaled ? kKeyTile : 1], value_scale[kScaled ? kKeyTile : 1];
   int count = 0;
 
   void find(const AttentionWork& work, int64_t tile, int64_t num_keys) {
@@ -122,7 +131,10 @@ struct Places {
       int64_t key = tile + j, slot = int64_t{work.pages[key / work.page_size]} * work.page_size + key % work.page_size;
       keys[j] = static_cast<const Cached*>(work.keys) + slot * work.slot_stride;
       values[j] = static_cast<const Cached*>(work.values) + slot * work.slot_stride;
+      if constexpr (kScaled) key_scale[j] = work.key_scale[slot * work.scale_stride], value_scale[j] = work.value_scale[slot * work.scale_stride];
     }
+    if constexpr (kScaled)
+      for (int j = count; j < kKeyTile; j++) key_scale[j] = value_scale[j] = 0.0f;
   }
   // Of one head a slot holds too little for the processor to see what comes next.
   void fetch(int begin, int end, int64_t dim) const {
@@ -182,6 +194,8 @@ void attend(const AttentionWork& work) {
       int padded = static_cast<int>(round_up(seen.end, 16));
       for (int64_t i = row * work.share; i < (row + 1) * work.share; i++) {
         float* p = scores + i * kKeyTile;
+        if constexpr (Places<Cached>::kScaled)
+          for (int j = 0; j < padded; j += 16) store(p + j, load(p + j) * load(now.key_scale + j));
         for (int j = seen.common_end; j < seen.own_begin; j++) p[j] = kHidden;
         for (int j = seen.end; j < padded; j++) p[j] = kHidden;
         V high = set1(most[i]);
@@ -196,8 +210,9 @@ void attend(const AttentionWork& work) {
         V total = load(sums + i * 16);
         for (int j = 0; j < padded; j += 16) {
           V weight = exp_lanes(load(p + j) - set1(peak));
-          store(p + j, weight);
           total = total + weight;
+          if constexpr (Places<Cached>::kScaled) weight = weight * load(now.value_scale + j);
+          store(p + j, weight);
         }
         store(sums + i * 16, total);
       }
@@ -219,8 +234,10 @@ void attention(const AttentionWork& work) {
   (void)mode;
   if (work.type == CacheType::kFloat32)
     attend<float>(work);
-  else
+  else if (work.type == CacheType::kBFloat16)
     attend<uint16_t>(work);
+  else
+    attend<int8_t>(work);
 }
 
 }  // namespace

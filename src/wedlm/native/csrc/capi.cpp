@@ -32,7 +32,7 @@ int32_t guarded(char* error, int64_t size, const Body& body) {
 
 }  // namespace
 
-int32_t wedlm_abi_version(void) { return 1; }
+int32_t wedlm_abi_version(void) { return 2; }
 
 int32_t wedlm_physical_cores(void) { return wedlm::physical_cores(); }
 
@@ -68,6 +68,11 @@ int32_t wedlm_model_set_matrix(WedlmModel* model, int32_t layer, int32_t which, 
 int32_t wedlm_model_set_vector(WedlmModel* model, int32_t layer, int32_t which, int64_t size, const float* data, char* error,
                                int64_t error_size) {
   return guarded(error, error_size, [&] { model->model.set_vector(layer, which, size, data); });
+}
+
+int32_t wedlm_model_set_masked(WedlmModel* model, int32_t layer, int32_t which, int32_t format, int32_t rank, const void* a,
+                               const float* a_scale, const void* b, const float* b_scale, char* error, int64_t error_size) {
+  return guarded(error, error_size, [&] { model->model.set_masked(layer, which, format, rank, a, a_scale, b, b_scale); });
 }
 
 void wedlm_model_tie(WedlmModel* model) { model->model.tie(); }
@@ -117,7 +122,7 @@ int32_t wedlm_test_product(const char* path, int32_t format, int32_t rows, int32
   int64_t stride = int64_t{weights.matrix.panels()} * wedlm::kPanel;
   wedlm::Buffer<float> y;
   y.reserve(num_inputs * stride);
-  kernels->product(weights.matrix, x.view(), num_inputs, 0, weights.matrix.panels(), y.data(), stride);
+  kernels->product(weights.matrix, x.view(), num_inputs, 0, weights.matrix.panels(), y.data(), stride, false);
   for (int64_t i = 0; i < num_inputs; i++) std::memcpy(outputs + i * rows, y.data() + i * stride, static_cast<size_t>(rows) * 4);
   return 0;
 }

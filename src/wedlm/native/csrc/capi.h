@@ -21,7 +21,8 @@ typedef struct {
 enum {
   WEDLM_Q, WEDLM_K, WEDLM_V, WEDLM_O, WEDLM_GATE, WEDLM_UP, WEDLM_DOWN, WEDLM_EMBEDDING, WEDLM_HEAD,
   WEDLM_Q_BIAS, WEDLM_K_BIAS, WEDLM_V_BIAS, WEDLM_O_BIAS, WEDLM_GATE_BIAS, WEDLM_UP_BIAS, WEDLM_DOWN_BIAS,
-  WEDLM_INPUT_NORM, WEDLM_POST_NORM, WEDLM_Q_NORM, WEDLM_K_NORM, WEDLM_FINAL_NORM
+  WEDLM_INPUT_NORM, WEDLM_POST_NORM, WEDLM_Q_NORM, WEDLM_K_NORM, WEDLM_FINAL_NORM,
+  WEDLM_MASK_EMBEDDING /* what masked rows start from, if it is set */
 };
 
 /* One forward: rows of several sequences, packed. All arrays are the caller's. */
@@ -32,8 +33,10 @@ typedef struct {
   const int32_t* pages;               /* of all sequences, one after the other */
   const int64_t* page_offsets;        /* [num_sequences + 1] */
   const int64_t *shared, *own_start;  /* [num_rows], or both null: plain causal order */
+  const uint8_t* masked;              /* [num_rows], or null: none; matters to an adapter of masked rows */
   void *keys, *values;                /* [layers, num_slots, kv heads, head_dim] */
-  int32_t cache_type;                 /* 0 float32, 1 bfloat16 */
+  float *key_scale, *value_scale;     /* of each head in eight bits: [layers, num_slots, kv heads] */
+  int32_t cache_type;                 /* 0 float32, 1 bfloat16, 2 int8 */
   int32_t page_size;
   int64_t num_slots;
   const float *cos, *sin;             /* [num_positions, head_dim / 2] */
@@ -62,6 +65,10 @@ WEDLM_EXPORT const char* wedlm_model_path(const WedlmModel* model);
 WEDLM_EXPORT int32_t wedlm_model_set_matrix(WedlmModel* model, int32_t layer, int32_t which, int32_t format, int32_t rows,
                                             int32_t cols, const void* data, const float* scale, char* error, int64_t error_size);
 WEDLM_EXPORT int32_t wedlm_model_set_vector(WedlmModel* model, int32_t layer, int32_t which, int64_t size, const float* data,
+                                            char* error, int64_t error_size);
+/* What masked rows get beside a layer's matrix `which` [O, C]: B A x, A [rank, C] and B [O, rank] in one format. */
+WEDLM_EXPORT int32_t wedlm_model_set_masked(WedlmModel* model, int32_t layer, int32_t which, int32_t format, int32_t rank,
+                                            const void* a, const float* a_scale, const void* b, const float* b_scale,
                                             char* error, int64_t error_size);
 /* The head is the embedding's matrix. */
 WEDLM_EXPORT void wedlm_model_tie(WedlmModel* model);

@@ -231,4 +231,25 @@ int64_t choose_token(const float* logits, int32_t vocab_size, const WedlmWindowP
   return chosen.token < 0 ? greedy : chosen.token;
 }
 
+void top_tokens(const float* logits, int32_t vocab_size, int32_t count, int64_t* tokens, float* values) {
+  std::fill(values, values + count, kNever);
+  std::fill(tokens, tokens + count, int64_t{0});
+  int32_t held = 0;
+  auto offer = [&](int32_t token) {
+    float value = logits[token] > kNever ? logits[token] : kNever;  // also what is not a number
+    int32_t at = held < count ? held++ : count - 1;
+    for (; at > 0 && values[at - 1] < value; at--) values[at] = values[at - 1], tokens[at] = tokens[at - 1];
+    values[at] = value;
+    tokens[at] = token;
+  };
+  for (int32_t token = 0; token < count; token++) offer(token);
+  constexpr int32_t kAtOnce = 64;  // few of which are large, and all are compared at once
+  for (int32_t first = count; first < vocab_size; first += kAtOnce) {
+    int32_t end = std::min(first + kAtOnce, vocab_size), any = 0;
+    for (int32_t token = first; token < end; token++) any |= logits[token] > values[count - 1];
+    for (int32_t token = first; any && token < end; token++)
+      if (logits[token] > values[count - 1]) offer(token);
+  }
+}
+
 }  // namespace wedlm

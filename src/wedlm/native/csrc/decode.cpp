@@ -57,8 +57,10 @@ struct WedlmDecoder {
   // Rows of the forward, and those with logits.
   std::vector<int64_t> row_token, row_position, row_shared, row_own, starts, counts, page_offsets;
   std::vector<int32_t> pages;
+  std::vector<uint8_t> row_masked;
   std::vector<int64_t> logits_rows, sequence, column, target, token, banned, banned_offsets;
-  std::vector<float> token_logit, row_entropy, logsumexp, logits, raw;
+  std::vector<int64_t> top_tokens;
+  std::vector<float> token_logit, row_entropy, logsumexp, logits, raw, top_logprobs;
 
   const WedlmWindowParams& params(const WedlmDecode& step, int64_t s) const { return step.slots->params[step.slot[s]]; }
 
@@ -88,6 +90,7 @@ struct WedlmDecoder {
     for (auto* each : {&row_token, &row_position, &row_shared, &row_own, &starts, &counts, &logits_rows, &sequence, &column, &target, &banned})
       each->clear();
     pages.clear();
+    row_masked.clear();
     page_offsets.assign(1, 0);
     banned_offsets.assign(1, 0);
     bool hides = false;
@@ -96,7 +99,7 @@ struct WedlmDecoder {
     for (int64_t c = 0; c < step.num_chunks; c++) {
       int64_t start = step.chunk_starts[c], many = step.chunk_counts[c];
       add_sequence(step, step.slot[step.num_windows + c], start, many);
-      for (int64_t i = 0; i < many; i++) add_row(*tokens_of++, start + i, 0, 0);
+      for (int64_t i = 0; i < many; i++) add_row(*tokens_of++, start + i, 0, 0, false);
     }
     return hides;
   }
@@ -110,8 +113,9 @@ struct WedlmDecoder {
     page_offsets.push_back(static_cast<int64_t>(pages.size()));
   }
 
-  void add_row(int64_t token_id, int64_t position, int64_t sees, int64_t own) {
+  void add_row(int64_t token_id, int64_t position, int64_t sees, int64_t own, bool is_masked) {
     row_token.push_back(token_id);
+    row_masked.push_back(is_masked);
     row_position.push_back(position);
     row_shared.push_back(sees);
     row_own.push_back(own);
@@ -145,7 +149,7 @@ struct WedlmDecoder {
           shared[static_cast<size_t>(s * capacity + c)] = sees;
         }
         if (!filled_ones || own.is_verified) add_choice(own, s, c, start + offset + filled_ones);
-        add_row(filled_ones ? tokens[static_cast<size_t>(s * capacity + c)] : mask_token_id, start + offset, sees, own_start);
+        add_row(filled_ones ? tokens[static_cast<size_t>(s * capacity + c)] : mask_token_id, start + offset, sees, own_start, !filled_ones);
       }
     return hides;
   }
@@ -167,6 +171,27 @@ struct WedlmDecoder {
     return false;
   }
 
+  int64_t most_top(const WedlmDecode& step) const {
+    int64_t most = 0;
+    for (int64_t s = 0; s < step.num_windows; s++) most = std::max<int64_t>(most, params(step, s).num_top);
+    return std::min<int64_t>(most, vocab_size);
+  }
+
+  // The most probable tokens of the rows whose windows want them, by the logits as the model gave them.
+  void take_top(WedlmDecode& step) {
+    auto most = static_cast<size_t>(step.most_top);
+    top_tokens.assign(logits_rows.size() * most, 0);
+    top_logprobs.assign(logits_rows.size() * most, 0.0f);
+    for (size_t i = 0; most && i < logits_rows.size(); i++) {
+      int32_t count = std::min(params(step, sequence[i]).num_top, vocab_size);
+      if (count < 1) continue;
+      float* values = &top_logprobs[i * most];
+      wedlm::top_tokens(&logits[i * static_cast<size_t>(vocab_size)], vocab_size, count, &top_tokens[i * most], values);
+      for (int32_t j = 0; j < count; j++) values[j] -= logsumexp[i];
+    }
+    step.top_tokens = top_tokens.data(), step.top_logprobs = top_logprobs.data();
+  }
+
   void tell(WedlmDecode& step) {
     step.num_logits = static_cast<int64_t>(logits_rows.size());
     step.sequence = sequence.data(), step.column = column.data(), step.target = target.data();
@@ -180,7 +205,8 @@ struct WedlmDecoder {
 
   int32_t forward(WedlmModel* model, WedlmDecode& step, char* error, int64_t error_size) {
     take_windows(step);
-    bool hides = take_rows(step), keeps = step.wants_logits || is_sampled(step);
+    step.most_top = most_top(step);
+    bool hides = take_rows(step), keeps = step.wants_logits || step.most_top || is_sampled(step);
     size_t rows = logits_rows.size(), vocabulary = static_cast<size_t>(vocab_size);
     for (auto* each : {&token_logit, &row_entropy, &logsumexp}) each->resize(rows);
     token.resize(rows);
@@ -192,7 +218,9 @@ struct WedlmDecoder {
     one.starts = starts.data(), one.counts = counts.data();
     one.pages = pages.data(), one.page_offsets = page_offsets.data();
     if (hides) one.shared = row_shared.data(), one.own_start = row_own.data();
+    one.masked = row_masked.data();
     one.keys = step.keys, one.values = step.values;
+    one.key_scale = step.key_scale, one.value_scale = step.value_scale;
     one.cache_type = step.cache_type, one.page_size = step.page_size, one.num_slots = step.num_slots;
     one.cos = step.cos, one.sin = step.sin, one.num_positions = step.num_positions;
     one.num_logits = static_cast<int64_t>(rows);
@@ -204,6 +232,7 @@ struct WedlmDecoder {
     auto began = std::chrono::steady_clock::now();
     if (wedlm_model_forward(model, &one, error, error_size)) return -1;
     step.forward_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+    take_top(step);
     if (step.wants_logits == 2) raw.assign(logits.begin(), logits.begin() + static_cast<int64_t>(rows * vocabulary));
     for (size_t i = 0; keeps && i < rows; i++)
       for (int64_t b = banned_offsets[i]; b < banned_offsets[i + 1]; b++)
@@ -359,4 +388,8 @@ int32_t wedlm_decode_step(WedlmDecoder* decoder, WedlmModel* model, WedlmDecode*
 void wedlm_choose(int32_t vocab_size, int64_t rows, const float* logits, const WedlmWindowParams* params, const int64_t* position,
                   int64_t* token) {
   for (int64_t i = 0; i < rows; i++) token[i] = wedlm::choose_token(logits + i * vocab_size, vocab_size, params[i], position[i]);
+}
+
+void wedlm_top(int32_t vocab_size, int64_t rows, const float* logits, int32_t count, int64_t* tokens, float* values) {
+  for (int64_t i = 0; i < rows; i++) wedlm::top_tokens(logits + i * vocab_size, vocab_size, count, tokens + i * count, values + i * count);
 }

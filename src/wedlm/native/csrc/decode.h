@@ -20,6 +20,7 @@ typedef struct {
   int64_t top_k, seed;
   float temperature;
   int32_t is_verified, is_block, is_adaptive;
+  int32_t num_top; /* the most probable tokens that are told of each row */
   const int64_t* stop_tokens;
   int64_t num_stop_tokens;
 } WedlmWindowParams;
@@ -47,6 +48,7 @@ typedef struct {
   int64_t row_limit, most_drafts;              /* what adaptive windows are left */
   int32_t wants_logits;                        /* 1: all rows' logits are kept, to be changed before the choice; 2: as they were, too */
   void *keys, *values;                         /* as in WedlmStep */
+  float *key_scale, *value_scale;
   int32_t cache_type, page_size;
   int64_t num_slots;
   const float *cos, *sin;
@@ -61,6 +63,9 @@ typedef struct {
   int64_t *sequence, *column, *target; /* [L] */
   float *logits, *raw_logits;          /* [L, V], or null */
   float* logsumexp;                    /* [L] */
+  int64_t most_top;                    /* largest num_top of the windows: T */
+  int64_t* top_tokens;                 /* [L, T], the most probable first; a row has those of its window's num_top */
+  float* top_logprobs;                 /* of the logits as they were */
   /* The windows of the step [S] and [S, C]: as the forward has them, and after wedlm_decode_update as it left them. */
   int64_t *cached, *width, *tokens;
   uint8_t* filled;
@@ -87,6 +92,8 @@ WEDLM_EXPORT int32_t wedlm_decode_step(WedlmDecoder* decoder, WedlmModel* model,
 /* The choice in `rows` rows of logits [rows, V]: as of `params` for `position` [rows]. */
 WEDLM_EXPORT void wedlm_choose(int32_t vocab_size, int64_t rows, const float* logits, const WedlmWindowParams* params,
                                const int64_t* position, int64_t* token);
+/* The `count` largest logits of each of `rows` rows [rows, V] and their tokens, both [rows, count]. */
+WEDLM_EXPORT void wedlm_top(int32_t vocab_size, int64_t rows, const float* logits, int32_t count, int64_t* tokens, float* values);
 
 #ifdef __cplusplus
 }

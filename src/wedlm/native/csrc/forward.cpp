@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kRowsAtOnce = 256;     // rows of a long prompt run in turns of this many; it bounds the buffers
 constexpr int32_t kHeadOutputs = 1024;   // logits of one piece; the softmax's sums are taken piece by piece, in order
 constexpr int32_t kPiecesPerThread = 4;  // of rows
+constexpr int64_t kMaskedRows = 4;       // at least so many rows of a piece share the reading of an adapter's matrices
 
 std::string number(int64_t n) { return std::to_string(n); }
 
@@ -28,7 +29,11 @@ struct Model::Rows {
   };
   int64_t begin = 0, count = 0;
   std::vector<Part> parts;
-  std::vector<int64_t> sequence, slot;  // of each row
+  std::vector<int64_t> slot;  // of each row
+  struct Run {  // consecutive masked rows
+    int64_t begin, end;
+  };
+  std::vector<Run> masked;  // those that an adapter acts on
 };
 
 void Model::check(const WedlmStep& step) const {
@@ -68,12 +73,16 @@ void Model::restart_after_fork() {
 }
 
 void Model::reserve(int64_t rows) {
-  auto uses = [&](std::initializer_list<const Weights Layer::*> members, InputKind kind) {
+  auto uses = [&](std::initializer_list<const Projection Layer::*> members, InputKind kind) {
+    auto reads = [&](const Weights& weights) { return format_info(weights.matrix.format)->input == kind; };
     return std::any_of(layers_.begin(), layers_.end(), [&](const Layer& layer) {
-      return std::any_of(members.begin(), members.end(), [&](auto member) { return format_info((layer.*member).matrix.format)->input == kind; });
+      return std::any_of(members.begin(), members.end(), [&](auto member) {
+        const Projection& one = layer.*member;
+        return reads(one) || (one.has_masked() && reads(one.a));
+      });
     });
   };
-  auto inputs = [&](Inputs& to, int64_t cols, std::initializer_list<const Weights Layer::*> members, const Weights* also) {
+  auto inputs = [&](Inputs& to, int64_t cols, std::initializer_list<const Projection Layer::*> members, const Weights* also) {
     auto kind = [&](InputKind k) { return uses(members, k) || (also && format_info(also->matrix.format)->input == k); };
     to.reserve(rows, cols, kind(InputKind::kFloat), kind(InputKind::kInt8Blocks));
   };
@@ -88,65 +97,99 @@ void Model::reserve(int64_t rows) {
   inputs(attended_inputs_, int64_t{shape_.num_heads} * shape_.head_dim, {&Layer::o}, nullptr);
   inputs(inner_inputs_, shape_.intermediate_size, {&Layer::down}, nullptr);
   int64_t widest = std::max({hidden_, q_width_, inner_});
-  int64_t panels = panels_per_piece(static_cast<int32_t>(widest / kPanel), threads_, kInputBlock / kPanel);
+  int64_t panels = round_up(panels_per_piece(static_cast<int32_t>(widest / kPanel), threads_), kInputBlock / kPanel);
   int64_t queries = std::max<int64_t>(kMaxQueries, shape_.num_heads / shape_.num_kv_heads);
   for (auto& scratch : scratch_)
-    scratch.reserve(std::max({rows * kHeadOutputs, rows * panels * kPanel, attention_scratch(queries, shape_.head_dim)}));
+    scratch.reserve(std::max({rows * kHeadOutputs, rows * panels * kPanel, rows * round_up(most_rank_, kPanel), attention_scratch(queries, shape_.head_dim)}));
 }
 
-void Model::products(std::initializer_list<const Weights*> matrices, std::initializer_list<float*> outputs, const Input& x, int64_t rows) {
+// A x of the masked rows among those from `begin` to `end`, for the projections that read x.
+void Model::lower(std::initializer_list<const Projection*> projections, const Input& x, const Rows& rows, int64_t begin, int64_t end,
+                  float* scratch) {
+  for (const Rows::Run& run : rows.masked) {
+    int64_t first = std::max(begin, run.begin), count = std::min(end, run.end) - first;
+    if (count <= 0) continue;
+    Inputs* low = low_;
+    for (const Projection* projection : projections) {
+      Inputs& to = *low++;
+      if (!projection->has_masked()) continue;
+      const Matrix& a = projection->a.matrix;
+      int64_t width = int64_t{a.panels()} * kPanel;
+      kernels_.product(a, x.from(first, a.cols), static_cast<int32_t>(count), 0, a.panels(), scratch, width, false);
+      for (int64_t i = 0; i < count; i++) to.put(kernels_, first + i, scratch + i * width);
+    }
+  }
+}
+
+// Adds B A x to the masked rows' outputs of panels `begin` to `end`, of which y is row 0's first.
+void Model::add_masked(const Projection& projection, const Inputs& low, const Rows& rows, int32_t begin, int32_t end, float* y, int64_t stride) const {
+  const Matrix& b = projection.b.matrix;
+  for (const Rows::Run& run : rows.masked)
+    if (projection.has_masked())
+      kernels_.product(b, low.view().from(run.begin, b.cols), static_cast<int32_t>(run.end - run.begin), begin, end, y + run.begin * stride, stride, true);
+}
+
+void Model::products(std::initializer_list<const Projection*> projections, std::initializer_list<float*> outputs, const Input& x, const Rows& rows) {
   struct Piece {
-    const Weights* weights;
+    const Projection* projection;
+    const Inputs* low;
     float* out;
     int32_t begin, end;
   };
   int32_t panels = 0;
-  for (const Weights* weights : matrices) panels += weights->matrix.panels();
+  for (const Projection* one : projections) panels += one->matrix.panels();
   int32_t each = panels_per_piece(panels, threads_);
   std::vector<Piece> pieces;
   auto out = outputs.begin();
-  for (const Weights* weights : matrices) {
-    for (int32_t p = 0; p < weights->matrix.panels(); p += each)
-      pieces.push_back({weights, *out, p, std::min(p + each, weights->matrix.panels())});
+  const Inputs* low = low_;
+  for (const Projection* one : projections) {
+    for (int32_t p = 0; p < one->matrix.panels(); p += each)
+      pieces.push_back({one, low, *out, p, std::min(p + each, one->matrix.panels())});
     ++out;
+    ++low;
   }
   pool_->run(static_cast<int32_t>(pieces.size()), [&](int32_t i, int) {
     const Piece& piece = pieces[static_cast<size_t>(i)];
-    const Matrix& matrix = piece.weights->matrix;
+    const Matrix& matrix = piece.projection->matrix;
     int64_t stride = int64_t{matrix.panels()} * kPanel, at = int64_t{piece.begin} * kPanel, width = int64_t{piece.end - piece.begin} * kPanel;
-    kernels_.product(matrix, x, static_cast<int32_t>(rows), piece.begin, piece.end, piece.out + at, stride);
-    if (piece.weights->has_bias)
-      for (int64_t row = 0; row < rows; row++) kernels_.add(piece.out + row * stride + at, piece.weights->bias.data() + at, width);
+    kernels_.product(matrix, x, static_cast<int32_t>(rows.count), piece.begin, piece.end, piece.out + at, stride, false);
+    if (piece.projection->has_bias)
+      for (int64_t row = 0; row < rows.count; row++) kernels_.add(piece.out + row * stride + at, piece.projection->bias.data() + at, width);
+    add_masked(*piece.projection, *piece.low, rows, piece.begin, piece.end, piece.out + at, stride);
   });
 }
 
-void Model::add_product(const Weights& weights, const Input& x, int64_t rows) {
-  const Matrix& matrix = weights.matrix;
+void Model::add_product(const Projection& projection, const Input& x, const Rows& rows) {
+  const Matrix& matrix = projection.matrix;
   int32_t each = panels_per_piece(matrix.panels(), threads_);
   pool_->run((matrix.panels() + each - 1) / each, [&](int32_t i, int thread) {
     int32_t begin = i * each, end = std::min(begin + each, matrix.panels());
     int64_t at = int64_t{begin} * kPanel, width = int64_t{end - begin} * kPanel;
     float* y = scratch_[static_cast<size_t>(thread)].data();
-    kernels_.product(matrix, x, static_cast<int32_t>(rows), begin, end, y, width);
-    for (int64_t row = 0; row < rows; row++) {
-      if (weights.has_bias) kernels_.add(y + row * width, weights.bias.data() + at, width);
-      kernels_.add(x_.data() + row * hidden_ + at, y + row * width, width);
-    }
+    kernels_.product(matrix, x, static_cast<int32_t>(rows.count), begin, end, y, width, false);
+    if (projection.has_bias)
+      for (int64_t row = 0; row < rows.count; row++) kernels_.add(y + row * width, projection.bias.data() + at, width);
+    add_masked(projection, low_[0], rows, begin, end, y, width);
+    for (int64_t row = 0; row < rows.count; row++) kernels_.add(x_.data() + row * hidden_ + at, y + row * width, width);
   });
 }
 
-void Model::gated_product(const Layer& layer, const Input& x, int64_t rows) {
+void Model::gated_product(const Layer& layer, const Input& x, const Rows& rows) {
   constexpr int32_t kStep = kInputBlock / kPanel;  // whole blocks of the next product's inputs
   int32_t panels = layer.gate.matrix.panels(), each = panels_per_piece(panels, threads_, kStep);
   pool_->run((panels + each - 1) / each, [&](int32_t i, int thread) {
     int32_t begin = i * each, end = std::min(begin + each, panels);
     int64_t at = int64_t{begin} * kPanel, width = int64_t{end - begin} * kPanel;
     float *gate = gated_.data() + at, *up = scratch_[static_cast<size_t>(thread)].data();
-    kernels_.product(layer.gate.matrix, x, static_cast<int32_t>(rows), begin, end, gate, inner_);
-    kernels_.product(layer.up.matrix, x, static_cast<int32_t>(rows), begin, end, up, width);
-    for (int64_t row = 0; row < rows; row++) {
+    kernels_.product(layer.gate.matrix, x, static_cast<int32_t>(rows.count), begin, end, gate, inner_, false);
+    kernels_.product(layer.up.matrix, x, static_cast<int32_t>(rows.count), begin, end, up, width, false);
+    for (int64_t row = 0; row < rows.count; row++) {
       if (layer.gate.has_bias) kernels_.add(gate + row * inner_, layer.gate.bias.data() + at, width);
       if (layer.up.has_bias) kernels_.add(up + row * width, layer.up.bias.data() + at, width);
+    }
+    add_masked(layer.gate, low_[0], rows, begin, end, gate, inner_);
+    add_masked(layer.up, low_[1], rows, begin, end, up, width);
+    for (int64_t row = 0; row < rows.count; row++) {
       kernels_.silu_mul(gate + row * inner_, up + row * width, width);
       inner_inputs_.put(kernels_, row, at, std::min(width, shape_.intermediate_size - at), gate + row * inner_);
     }
@@ -169,13 +212,16 @@ void Model::write_cache(const WedlmStep& step, const Rows& rows, const Layer& la
   turn(k, shape_.num_kv_heads, layer.k_norm, layer.has_k_norm);
   int64_t width = int64_t{shape_.num_kv_heads} * dim;
   int64_t at = (index * step.num_slots + rows.slot[static_cast<size_t>(row)]) * width;
-  if (step.cache_type == 0) {
-    std::memcpy(static_cast<float*>(step.keys) + at, k, static_cast<size_t>(width) * 4);
-    std::memcpy(static_cast<float*>(step.values) + at, v, static_cast<size_t>(width) * 4);
-  } else {
-    kernels_.to_bfloat(k, static_cast<uint16_t*>(step.keys) + at, width);
-    kernels_.to_bfloat(v, static_cast<uint16_t*>(step.values) + at, width);
-  }
+  auto write = [&](const float* x, void* cache, float* scale) {
+    switch (static_cast<CacheType>(step.cache_type)) {
+      case CacheType::kFloat32: std::memcpy(static_cast<float*>(cache) + at, x, static_cast<size_t>(width) * 4); return;
+      case CacheType::kBFloat16: kernels_.to_bfloat(x, static_cast<uint16_t*>(cache) + at, width); return;
+      case CacheType::kInt8:
+        for (int64_t i = 0; i < width; i += dim) kernels_.quantize_head(x + i, dim, static_cast<int8_t*>(cache) + at + i, scale + (at + i) / dim);
+    }
+  };
+  write(k, step.keys, step.key_scale);
+  write(v, step.values, step.value_scale);
 }
 
 void Model::attend(const WedlmStep& step, const Rows& rows, int32_t index) {
@@ -185,13 +231,15 @@ void Model::attend(const WedlmStep& step, const Rows& rows, int32_t index) {
     int32_t kv_head;
   };
   int32_t share = shape_.num_heads / shape_.num_kv_heads;
-  int64_t dim = shape_.head_dim, width = int64_t{shape_.num_kv_heads} * dim, size = step.cache_type == 0 ? 4 : 2;
+  int64_t dim = shape_.head_dim, heads = shape_.num_kv_heads, width = heads * dim;
+  auto type = static_cast<CacheType>(step.cache_type);
   int64_t each = std::max<int64_t>(1, kMaxQueries / share);
   std::vector<Piece> pieces;
   for (const Rows::Part& part : rows.parts)
     for (int64_t row = 0; row < part.count; row += each)
       for (int32_t h = 0; h < shape_.num_kv_heads; h++) pieces.push_back({&part, row, std::min(each, part.count - row), h});
-  auto base = [&](void* cache, int32_t h) { return static_cast<const char*>(cache) + (index * step.num_slots * width + h * dim) * size; };
+  auto base = [&](void* cache, int32_t h) { return static_cast<const char*>(cache) + (index * step.num_slots * width + h * dim) * element_bytes(type); };
+  auto scales = [&](const float* all, int32_t h) { return all ? all + index * step.num_slots * heads + h : nullptr; };
   pool_->run(static_cast<int32_t>(pieces.size()), [&](int32_t i, int thread) {
     const Piece& piece = pieces[static_cast<size_t>(i)];
     const Rows::Part& part = *piece.part;
@@ -203,10 +251,13 @@ void Model::attend(const WedlmStep& step, const Rows& rows, int32_t index) {
     work.num_rows = static_cast<int32_t>(piece.count);
     work.share = share;
     work.head_dim = shape_.head_dim;
-    work.type = static_cast<CacheType>(step.cache_type);
+    work.type = type;
     work.keys = base(step.keys, piece.kv_head);
     work.values = base(step.values, piece.kv_head);
     work.slot_stride = width;
+    work.key_scale = scales(step.key_scale, piece.kv_head);
+    work.value_scale = scales(step.value_scale, piece.kv_head);
+    work.scale_stride = heads;
     work.pages = step.pages + step.page_offsets[part.sequence];
     work.page_size = step.page_size;
     work.cached = step.starts[part.sequence];
@@ -220,38 +271,69 @@ void Model::attend(const WedlmStep& step, const Rows& rows, int32_t index) {
 
 void Model::run_rows(const WedlmStep& step, const Rows& rows) {
   int64_t count = rows.count;
-  auto each_row = [&](auto body) {
+  // Pieces of rows: body(first row, end, thread).
+  auto each_rows = [&](auto body) {
     // A row alone takes a microsecond, less than handing it over.
-    int32_t pieces = static_cast<int32_t>(std::min<int64_t>(count >= 4 ? threads_ * kPiecesPerThread : 1, count));
-    pool_->run(pieces, [&](int32_t piece, int) {
-      for (int64_t row = count * piece / pieces; row < count * (piece + 1) / pieces; row++) body(row);
+    int64_t most = rows.masked.empty() ? count : (count + kMaskedRows - 1) / kMaskedRows;
+    auto pieces = static_cast<int32_t>(std::min<int64_t>(count >= 4 ? threads_ * kPiecesPerThread : 1, most));
+    pool_->run(pieces, [&](int32_t piece, int thread) { body(count * piece / pieces, count * (piece + 1) / pieces, thread); });
+  };
+  auto each_row = [&](auto body) {
+    each_rows([&](int64_t begin, int64_t end, int) {
+      for (int64_t row = begin; row < end; row++) body(row);
     });
   };
-  auto normed = [&](const Buffer<float>& norm) {
-    each_row([&](int64_t row) {
+  // Fills `inputs` row by row by `put`, and lowers masked rows for the projections that read them.
+  auto inputs = [&](const Inputs& to, std::initializer_list<const Projection*> readers, auto put) {
+    Inputs* low = low_;
+    for (const Projection* reader : readers) {
+      const Matrix& b = reader->b.matrix;
+      InputKind kind = format_info(b.format)->input;
+      if (!rows.masked.empty() && reader->has_masked())
+        low->reserve(count, b.cols, kind == InputKind::kFloat, kind == InputKind::kInt8Blocks);
+      low++;
+    }
+    each_rows([&](int64_t begin, int64_t end, int thread) {
+      for (int64_t row = begin; row < end; row++) put(row);
+      lower(readers, to.view(), rows, begin, end, scratch_[static_cast<size_t>(thread)].data());
+    });
+    return to.view();
+  };
+  auto normed = [&](const Buffer<float>& norm, std::initializer_list<const Projection*> readers) {
+    return inputs(hidden_inputs_, readers, [&](int64_t row) {
       float* y = normed_.data() + row * hidden_;
       kernels_.rms_norm(x_.data() + row * hidden_, norm.data(), shape_.rms_norm_eps, shape_.hidden_size, y);
       hidden_inputs_.put(kernels_, row, y);
     });
-    return hidden_inputs_.view();
   };
   auto part = [](const char* name, auto body) {
     Part timed(name);
     (void)timed;
     return body();
   };
-  part("embedding", [&] { each_row([&](int64_t row) { unpack_row(embedding_.matrix, static_cast<int32_t>(step.tokens[rows.begin + row]), x_.data() + row * hidden_); }); });
+  auto embed = [&](int64_t row) {
+    float* x = x_.data() + row * hidden_;
+    if (has_mask_embedding_ && step.masked && step.masked[rows.begin + row])
+      std::memcpy(x, mask_embedding_.data(), static_cast<size_t>(shape_.hidden_size) * 4);
+    else
+      unpack_row(embedding_.matrix, static_cast<int32_t>(step.tokens[rows.begin + row]), x);
+  };
+  part("embedding", [&] { each_row(embed); });
   for (int32_t index = 0; index < shape_.num_layers; index++) {
     const Layer& layer = layers_[static_cast<size_t>(index)];
-    Input x = part("norms and inputs", [&] { return normed(layer.input_norm); });
-    part("q, k, v", [&] { products({&layer.q, &layer.k, &layer.v}, {q_.data(), k_.data(), v_.data()}, x, count); });
+    Input x = part("norms and inputs", [&] { return normed(layer.input_norm, {&layer.q, &layer.k, &layer.v}); });
+    part("q, k, v", [&] { products({&layer.q, &layer.k, &layer.v}, {q_.data(), k_.data(), v_.data()}, x, rows); });
     part("RoPE and cache", [&] { each_row([&](int64_t row) { write_cache(step, rows, layer, index, row); }); });
     part("attention", [&] { attend(step, rows, index); });
-    part("norms and inputs", [&] { each_row([&](int64_t row) { attended_inputs_.put(kernels_, row, attended_.data() + row * q_width_); }); });
-    part("o", [&] { add_product(layer.o, attended_inputs_.view(), count); });
-    x = part("norms and inputs", [&] { return normed(layer.post_norm); });
-    part("gate, up", [&] { gated_product(layer, x, count); });
-    part("down", [&] { add_product(layer.down, inner_inputs_.view(), count); });
+    x = part("norms and inputs", [&] {
+      return inputs(attended_inputs_, {&layer.o}, [&](int64_t row) { attended_inputs_.put(kernels_, row, attended_.data() + row * q_width_); });
+    });
+    part("o", [&] { add_product(layer.o, x, rows); });
+    x = part("norms and inputs", [&] { return normed(layer.post_norm, {&layer.gate, &layer.up}); });
+    part("gate, up", [&] { gated_product(layer, x, rows); });
+    if (!rows.masked.empty() && layer.down.has_masked())
+      part("norms and inputs", [&] { inputs(inner_inputs_, {&layer.down}, [](int64_t) {}); });
+    part("down", [&] { add_product(layer.down, inner_inputs_.view(), rows); });
   }
 }
 
@@ -278,7 +360,7 @@ void Model::logits(const WedlmStep& step, const std::vector<int64_t>& wanted, co
     int32_t begin = first / kPanel, end = std::min(begin + kHeadOutputs / kPanel, matrix.panels());
     int64_t stride = int64_t{end - begin} * kPanel;
     float* y = scratch_[static_cast<size_t>(thread)].data();
-    kernels_.product(matrix, x, static_cast<int32_t>(count), begin, end, y, stride);
+    kernels_.product(matrix, x, static_cast<int32_t>(count), begin, end, y, stride, false);
     for (int64_t i = 0; i < count; i++) {
       float* row = y + i * stride;
       int64_t out = wanted[static_cast<size_t>(i)];
@@ -339,6 +421,11 @@ void Model::forward(const WedlmStep& step) {
       }
       row += count;
       first_row += count;
+    }
+    for (int64_t row = 0; most_rank_ && step.masked && row < rows.count; row++) {
+      if (!step.masked[begin + row]) continue;
+      if (rows.masked.empty() || rows.masked.back().end < row) rows.masked.push_back({row, row});
+      rows.masked.back().end = row + 1;
     }
     run_rows(step, rows);
     std::vector<int64_t> wanted, at;

@@ -29,7 +29,9 @@ struct Input {
   }
 };
 
-enum class CacheType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+enum class CacheType : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+
+inline int64_t element_bytes(CacheType type) { return type == CacheType::kFloat32 ? 4 : type == CacheType::kBFloat16 ? 2 : 1; }
 
 // Some rows of one sequence and one key head. Key j lies in slot pages[j / page_size] * page_size + j % page_size.
 struct AttentionWork {
@@ -40,6 +42,8 @@ struct AttentionWork {
   CacheType type;
   const void *keys, *values;  // of this layer and head, slot 0
   int64_t slot_stride;        // elements
+  const float *key_scale, *value_scale;  // likewise, of keys and values in eight bits
+  int64_t scale_stride;
   const int32_t* pages;
   int32_t page_size;
   int64_t cached;        // keys that all rows see
@@ -63,8 +67,10 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
   // One row to eight bits in blocks of 32.
   void (*quantize_blocks)(const float* x, int64_t n, int8_t* q, float* scale, float* scaled_sum, int32_t* minus32, int32_t* minus16);
-  // y[row][16 (panel - first_panel) + o], all 16 outputs of each panel.
-  void (*product)(const Matrix& matrix, const Input& x, int32_t rows, int32_t first_panel, int32_t end_panel, float* y, int64_t stride);
+  // One head to eight bits with one scale.
+  void (*quantize_head)(const float* x, int64_t n, int8_t* q, float* scale);
+  // y[row][16 (panel - first_panel) + o], all 16 outputs of each panel; `adds`: to what is there.
+  void (*product)(const Matrix& matrix, const Input& x, int32_t rows, int32_t first_panel, int32_t end_panel, float* y, int64_t stride, bool adds);
   // gate = silu(gate) * up.
   void (*silu_mul)(float* gate, const float* up, int64_t n);
   // y += x.

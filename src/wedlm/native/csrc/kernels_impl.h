@@ -128,6 +128,22 @@ void quantize_blocks(const float* x, int64_t n, int8_t* q, float* scale, float* 
   }
 }
 
+void quantize_head(const float* x, int64_t n, int8_t* q, float* scale) {
+  FloatMode mode;
+  (void)mode;
+  V high = set1(0.0f);
+  auto part = [&](int64_t i) { return load_n(x + i, static_cast<int>(smaller(16, n - i))); };
+  for (int64_t i = 0; i < n; i += 16) high = max(abs(part(i)), high);
+  float most = largest(high);
+  V factor = set1(inverse_scale(most));
+  for (int64_t i = 0; i < n; i += 16) {
+    int8_t bytes[16];
+    store_bytes(bytes, rounded(part(i), factor));
+    __builtin_memcpy(q + i, bytes, static_cast<size_t>(smaller(16, n - i)));
+  }
+  *scale = most / 127.0f;
+}
+
 // ---- products: blocks with scales
 
 template <class Block>
@@ -255,7 +271,7 @@ inline I offset(int32_t minus) {
 // M rows, one panel. A sub-block's sum is a whole number; the sub-blocks' products are added in order. `ahead`: the
 // panel that comes next is fetched meanwhile, into the second cache, since the first is full of this one and the rows.
 template <class Block, int M>
-inline void blocks_panel(const Matrix& matrix, const Input& x, int32_t panel, bool ahead, float* y, int64_t stride) {
+inline void blocks_panel(const Matrix& matrix, const Input& x, int32_t panel, bool ahead, float* y, int64_t stride, bool adds) {
   using R = Reader<Block>;
   int64_t sub_blocks = (int64_t{matrix.cols} + 31) / 32, num_blocks = sub_blocks / R::kSubBlocks;
   const auto* block = reinterpret_cast<const Block*>(matrix.panel(panel));
@@ -318,7 +334,7 @@ inline void blocks_panel(const Matrix& matrix, const Input& x, int32_t panel, bo
   WEDLM_UNROLL
   for (int m = 0; m < M; m++) {
     if constexpr (R::kScaleOfOutput) acc[m] = acc[m] * load(matrix.scale + kPanel * panel);
-    store(y + m * stride, acc[m]);
+    store(y + m * stride, adds ? load(y + m * stride) + acc[m] : acc[m]);
   }
 }
 
@@ -330,7 +346,7 @@ struct AsBFloat { static V weights(const uint8_t* panel, int64_t k) { return loa
 
 // Input k goes to sum k mod 4; then (0 + 1) + (2 + 3).
 template <class Type, int M>
-inline void floats_panel(const Matrix& matrix, const Input& x, int32_t panel, float* y, int64_t stride) {
+inline void floats_panel(const Matrix& matrix, const Input& x, int32_t panel, float* y, int64_t stride, bool adds) {
   int64_t cols = matrix.cols, width = round_up(cols, 4), k = 0;
   const uint8_t* w = matrix.panel(panel);
   V acc[M][4];
@@ -350,7 +366,10 @@ inline void floats_panel(const Matrix& matrix, const Input& x, int32_t panel, fl
     for (int m = 0; m < M; m++) acc[m][j] = fma(wv, set1(x.values[m * width + k]), acc[m][j]);
   }
   WEDLM_UNROLL
-  for (int m = 0; m < M; m++) store(y + m * stride, (acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]));
+  for (int m = 0; m < M; m++) {
+    V total = (acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]);
+    store(y + m * stride, adds ? load(y + m * stride) + total : total);
+  }
 }
 
 // ---- products: which
@@ -377,43 +396,45 @@ struct BlockPanel {
   const Matrix& matrix;
   int32_t panel;
   int64_t stride;
+  bool adds;
   template <int M>
-  void run(const Input& x, bool ahead, float* y) const { blocks_panel<Block, M>(matrix, x, panel, ahead, y, stride); }
+  void run(const Input& x, bool ahead, float* y) const { blocks_panel<Block, M>(matrix, x, panel, ahead, y, stride, adds); }
 };
 template <class Type>
 struct FloatPanel {
   const Matrix& matrix;
   int32_t panel;
   int64_t stride;
+  bool adds;
   template <int M>
   void run(const Input& x, bool, float* y) const {
-    floats_panel<Type, (M > 4 ? 4 : M)>(matrix, x, panel, y, stride);
-    if constexpr (M > 4) floats_panel<Type, M - 4>(matrix, x.from(4, matrix.cols), panel, y + 4 * stride, stride);
+    floats_panel<Type, (M > 4 ? 4 : M)>(matrix, x, panel, y, stride, adds);
+    if constexpr (M > 4) floats_panel<Type, M - 4>(matrix, x.from(4, matrix.cols), panel, y + 4 * stride, stride, adds);
   }
 };
 
 template <class Panel>
-inline void each_panel(const Matrix& matrix, const Input& x, int32_t rows, int32_t panel, int32_t end, float* y, int64_t stride) {
+inline void each_panel(const Matrix& matrix, const Input& x, int32_t rows, int32_t panel, int32_t end, float* y, int64_t stride, bool adds) {
   for (int32_t p = panel; p < end; p++)
-    in_row_blocks(Panel{matrix, p, stride}, matrix, x, rows, y + kPanel * (p - panel), stride);
+    in_row_blocks(Panel{matrix, p, stride, adds}, matrix, x, rows, y + kPanel * (p - panel), stride);
 }
 
-void product(const Matrix& matrix, const Input& x, int32_t rows, int32_t panel, int32_t end, float* y, int64_t stride) {
+void product(const Matrix& matrix, const Input& x, int32_t rows, int32_t panel, int32_t end, float* y, int64_t stride, bool adds) {
   FloatMode mode;
   (void)mode;
   switch (matrix.format) {
-    case INT8: return each_panel<BlockPanel<PackedINT8>>(matrix, x, rows, panel, end, y, stride);
-    case F32: return each_panel<FloatPanel<AsFloat>>(matrix, x, rows, panel, end, y, stride);
-    case F16: return each_panel<FloatPanel<AsHalf>>(matrix, x, rows, panel, end, y, stride);
-    case BF16: return each_panel<FloatPanel<AsBFloat>>(matrix, x, rows, panel, end, y, stride);
-    case Q8_0: return each_panel<BlockPanel<PackedQ8_0>>(matrix, x, rows, panel, end, y, stride);
-    case Q4_0: return each_panel<BlockPanel<PackedQ4_0>>(matrix, x, rows, panel, end, y, stride);
-    case Q4_1: return each_panel<BlockPanel<PackedQ4_1>>(matrix, x, rows, panel, end, y, stride);
-    case Q5_0: return each_panel<BlockPanel<PackedQ5_0>>(matrix, x, rows, panel, end, y, stride);
-    case Q5_1: return each_panel<BlockPanel<PackedQ5_1>>(matrix, x, rows, panel, end, y, stride);
-    case Q4_K: return each_panel<BlockPanel<PackedQ4_K>>(matrix, x, rows, panel, end, y, stride);
-    case Q5_K: return each_panel<BlockPanel<PackedQ5_K>>(matrix, x, rows, panel, end, y, stride);
-    case Q6_K: return each_panel<BlockPanel<PackedQ6_K>>(matrix, x, rows, panel, end, y, stride);
+    case INT8: return each_panel<BlockPanel<PackedINT8>>(matrix, x, rows, panel, end, y, stride, adds);
+    case F32: return each_panel<FloatPanel<AsFloat>>(matrix, x, rows, panel, end, y, stride, adds);
+    case F16: return each_panel<FloatPanel<AsHalf>>(matrix, x, rows, panel, end, y, stride, adds);
+    case BF16: return each_panel<FloatPanel<AsBFloat>>(matrix, x, rows, panel, end, y, stride, adds);
+    case Q8_0: return each_panel<BlockPanel<PackedQ8_0>>(matrix, x, rows, panel, end, y, stride, adds);
+    case Q4_0: return each_panel<BlockPanel<PackedQ4_0>>(matrix, x, rows, panel, end, y, stride, adds);
+    case Q4_1: return each_panel<BlockPanel<PackedQ4_1>>(matrix, x, rows, panel, end, y, stride, adds);
+    case Q5_0: return each_panel<BlockPanel<PackedQ5_0>>(matrix, x, rows, panel, end, y, stride, adds);
+    case Q5_1: return each_panel<BlockPanel<PackedQ5_1>>(matrix, x, rows, panel, end, y, stride, adds);
+    case Q4_K: return each_panel<BlockPanel<PackedQ4_K>>(matrix, x, rows, panel, end, y, stride, adds);
+    case Q5_K: return each_panel<BlockPanel<PackedQ5_K>>(matrix, x, rows, panel, end, y, stride, adds);
+    case Q6_K: return each_panel<BlockPanel<PackedQ6_K>>(matrix, x, rows, panel, end, y, stride, adds);
   }
 }
 
@@ -480,7 +501,7 @@ namespace wedlm {
 namespace WEDLM_ISA {
 extern const Kernels kernels;
 const Kernels kernels{
-    WEDLM_ISA_NAME, rms_norm, quantize_blocks, product, silu_mul, add, rotate, attention, to_bfloat, logit_sums, largest_of, exp_one,
+    WEDLM_ISA_NAME, rms_norm, quantize_blocks, quantize_head, product, silu_mul, add, rotate, attention, to_bfloat, logit_sums, largest_of, exp_one,
 };
 }  // namespace WEDLM_ISA
 }  // namespace wedlm

@@ -85,15 +85,10 @@ Model::Model(const WedlmShape& shape, const Kernels& kernels, int threads)
       inner_(round_up(shape.intermediate_size, kPanel)),
       scratch_(static_cast<size_t>(threads)) {}
 
-Weights& Model::matrix_of(int32_t layer, int32_t which, int32_t& rows, int32_t& cols) {
+Projection& Model::projection_of(int32_t layer, int32_t which, int32_t& rows, int32_t& cols) {
   int32_t hidden = shape_.hidden_size, inner = shape_.intermediate_size;
   int32_t q = shape_.num_heads * shape_.head_dim, kv = shape_.num_kv_heads * shape_.head_dim;
-  if (layer == -1) {
-    rows = shape_.vocab_size;
-    cols = hidden;
-    if (which == WEDLM_EMBEDDING) return embedding_;
-    if (which == WEDLM_HEAD) return head_;
-  } else if (layer >= 0 && layer < shape_.num_layers) {
+  if (layer >= 0 && layer < shape_.num_layers) {
     Layer& own = layers_[static_cast<size_t>(layer)];
     switch (which) {
       case WEDLM_Q: case WEDLM_Q_BIAS: rows = q, cols = hidden; return own.q;
@@ -109,11 +104,23 @@ Weights& Model::matrix_of(int32_t layer, int32_t which, int32_t& rows, int32_t& 
   throw Error("there is no weight " + number(which) + " in layer " + number(layer));
 }
 
+Weights& Model::matrix_of(int32_t layer, int32_t which, int32_t& rows, int32_t& cols) {
+  rows = shape_.vocab_size;
+  cols = shape_.hidden_size;
+  if (layer == -1 && which == WEDLM_EMBEDDING) return embedding_;
+  if (layer == -1 && which == WEDLM_HEAD) return head_;
+  return projection_of(layer, which, rows, cols);
+}
+
 Buffer<float>& Model::vector_of(int32_t layer, int32_t which, int64_t& size, bool*& present) {
   static bool always;
   present = &always;
   size = shape_.hidden_size;
   if (layer == -1 && which == WEDLM_FINAL_NORM) return final_norm_;
+  if (layer == -1 && which == WEDLM_MASK_EMBEDDING) {
+    present = &has_mask_embedding_;
+    return mask_embedding_;
+  }
   if (layer >= 0 && layer < shape_.num_layers) {
     Layer& own = layers_[static_cast<size_t>(layer)];
     if (which == WEDLM_INPUT_NORM) return own.input_norm;
@@ -139,6 +146,20 @@ void Model::set_matrix(int32_t layer, int32_t which, int32_t format, int32_t row
   Weights& weights = matrix_of(layer, which, expected_rows, expected_cols);
   if (rows != expected_rows || cols != expected_cols)
     throw Error("a matrix is " + number(rows) + " x " + number(cols) + "; expected " + number(expected_rows) + " x " + number(expected_cols));
+  fill(weights, format, rows, cols, data, scale);
+}
+
+void Model::set_masked(int32_t layer, int32_t which, int32_t format, int32_t rank, const void* a, const float* a_scale, const void* b,
+                       const float* b_scale) {
+  int32_t rows, cols;
+  Projection& projection = projection_of(layer, which, rows, cols);
+  if (rank < 1) throw Error("the rank is " + number(rank) + "; expected at least 1");
+  fill(projection.a, format, rank, cols, a, a_scale);
+  fill(projection.b, format, rows, rank, b, b_scale);
+  most_rank_ = std::max(most_rank_, rank);
+}
+
+void Model::fill(Weights& weights, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale) {
   const FormatInfo* info = format_info(format);
   if (!info) throw Error("weight format " + number(format) + " is not supported");
   if (format != INT8 && cols % info->block)
@@ -178,7 +199,8 @@ int64_t Model::bytes() const {
   add(embedding_);
   add(head_);
   for (const Layer& layer : layers_) {
-    for (const Weights* weights : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) add(*weights);
+    for (const Projection* one : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
+      for (const Weights* weights : {static_cast<const Weights*>(one), &one->a, &one->b}) add(*weights);
     total += layer.input_norm.bytes() + layer.post_norm.bytes() + layer.q_norm.bytes() + layer.k_norm.bytes();
   }
   return total;
@@ -188,8 +210,8 @@ void Model::check_complete() {
   if (complete_) return;
   bool whole = embedding_.matrix.data && head().matrix.data && final_norm_.data();
   for (const Layer& layer : layers_) {
-    for (const Weights* weights : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
-      whole = whole && weights->matrix.data;
+    for (const Projection* one : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
+      whole = whole && one->matrix.data;
     whole = whole && layer.input_norm.data() && layer.post_norm.data() && layer.has_q_norm == layer.has_k_norm;
   }
   if (!whole) throw Error("the model lacks weights");

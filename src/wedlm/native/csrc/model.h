@@ -68,8 +68,13 @@ struct Weights {  // a matrix and its bias (padded to panels; empty: none)
   bool has_bias = false;
 };
 
+struct Projection : Weights {
+  Weights a, b;  // of masked rows: b a x is added to their outputs
+  bool has_masked() const { return a.matrix.data != nullptr; }
+};
+
 struct Layer {
-  Weights q, k, v, o, gate, up, down;
+  Projection q, k, v, o, gate, up, down;
   Buffer<float> input_norm, post_norm, q_norm, k_norm;
   bool has_q_norm = false, has_k_norm = false;
 };
@@ -103,6 +108,8 @@ class Model {
   Model(const WedlmShape& shape, const Kernels& kernels, int threads);
 
   void set_matrix(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale);
+  void set_masked(int32_t layer, int32_t which, int32_t format, int32_t rank, const void* a, const float* a_scale, const void* b,
+                  const float* b_scale);
   void set_vector(int32_t layer, int32_t which, int64_t size, const float* data);
   void tie() { tied_ = true; }
   int64_t bytes() const;
@@ -112,7 +119,9 @@ class Model {
  private:
   struct Rows;  // some rows of a step that run together
 
+  Projection& projection_of(int32_t layer, int32_t which, int32_t& rows, int32_t& cols);
   Weights& matrix_of(int32_t layer, int32_t which, int32_t& rows, int32_t& cols);
+  void fill(Weights& weights, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale);
   Buffer<float>& vector_of(int32_t layer, int32_t which, int64_t& size, bool*& present);
   const Weights& head() const { return tied_ ? embedding_ : head_; }
   void check(const WedlmStep& step) const;
@@ -120,9 +129,11 @@ class Model {
   void restart_after_fork();
   void reserve(int64_t rows);
   void run_rows(const WedlmStep& step, const Rows& rows);
-  void products(std::initializer_list<const Weights*> matrices, std::initializer_list<float*> outputs, const Input& x, int64_t rows);
-  void add_product(const Weights& weights, const Input& x, int64_t rows);
-  void gated_product(const Layer& layer, const Input& x, int64_t rows);
+  void products(std::initializer_list<const Projection*> projections, std::initializer_list<float*> outputs, const Input& x, const Rows& rows);
+  void add_product(const Projection& projection, const Input& x, const Rows& rows);
+  void gated_product(const Layer& layer, const Input& x, const Rows& rows);
+  void lower(std::initializer_list<const Projection*> projections, const Input& x, const Rows& rows, int64_t begin, int64_t end, float* scratch);
+  void add_masked(const Projection& projection, const Inputs& low, const Rows& rows, int32_t begin, int32_t end, float* y, int64_t stride) const;
   void write_cache(const WedlmStep& step, const Rows& rows, const Layer& layer, int32_t index, int64_t row);
   void attend(const WedlmStep& step, const Rows& rows, int32_t index);
   void logits(const WedlmStep& step, const std::vector<int64_t>& wanted, const std::vector<int64_t>& at);
@@ -137,12 +148,15 @@ class Model {
   std::vector<Layer> layers_;
   Weights embedding_, head_;
   Buffer<float> final_norm_;
-  bool tied_ = false, complete_ = false;
+  Buffer<float> mask_embedding_;
+  bool has_mask_embedding_ = false, tied_ = false, complete_ = false;
+  int32_t most_rank_ = 0;  // of what masked rows get; 0: nothing
 
   // Rows of the step, and what each thread works in.
   int64_t hidden_, q_width_, kv_width_, inner_;  // padded to panels
   Buffer<float> x_, q_, k_, v_, attended_, gated_, normed_;
   Inputs hidden_inputs_, attended_inputs_, inner_inputs_;
+  Inputs low_[3];  // a x of the masked rows, of the projections that run together
   std::vector<Buffer<float>> scratch_;
 };
 

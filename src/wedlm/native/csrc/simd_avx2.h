@@ -67,6 +67,11 @@ inline V load_bfloat(const uint16_t* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
 }
 
+inline V load_signed(const int8_t* p) {
+  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+
 inline I zero_int() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline I set1_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline I load_int(const void* p) { return {_mm256_loadu_si256(at(p)), _mm256_loadu_si256(at(p) + 1)}; }

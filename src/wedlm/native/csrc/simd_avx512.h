@@ -62,6 +62,10 @@ inline V load_bfloat(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
 
+inline V load_signed(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+
 inline I zero_int() { return {_mm512_setzero_si512()}; }
 inline I set1_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline I load_int(const void* p) { return {_mm512_loadu_si512(p)}; }

@@ -79,6 +79,13 @@ inline V load_bfloat(const uint16_t* p) {
 }
 
 inline I set1_int(int32_t x) { I r; WEDLM_QUARTERS r.v[i] = vdupq_n_s32(x); return r; }
+inline V load_signed(const int8_t* p) {
+  int8x16_t bytes = vld1q_s8(p);
+  int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
+  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
+           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
+}
+
 inline I zero_int() { return set1_int(0); }
 inline I load_int(const void* p) { I r; WEDLM_QUARTERS r.v[i] = vld1q_s32(static_cast<const int32_t*>(p) + 4 * i); return r; }
 inline I operator+(I a, I b) { WEDLM_QUARTERS a.v[i] = vaddq_s32(a.v[i], b.v[i]); return a; }

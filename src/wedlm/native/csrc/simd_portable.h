@@ -63,6 +63,8 @@ inline V load_bfloat(const uint16_t* p) {
   return r;
 }
 
+inline V load_signed(const int8_t* p) { V r; WEDLM_LANES r.v[l] = static_cast<float>(p[l]); return r; }
+
 inline I zero_int() { return {}; }
 inline I set1_int(int32_t x) { I r; WEDLM_LANES r.v[l] = x; return r; }
 inline I load_int(const void* p) { I r; std::memcpy(&r, p, 64); return r; }

@@ -3,7 +3,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -79,20 +79,20 @@ class _Request(Strict):
     options: OllamaOptions | None = None
     think: bool | Literal["low", "medium", "high"] | None = None
 
-    def _fields(self, model_name: str) -> dict[str, Any]:
+    def _fields(self, known: Container[str]) -> dict[str, Any]:
         """OpenAI's words for it. Ollama's names of models end in a tag."""
         options = self.options or OllamaOptions()
         names = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
         given = {name: value for name in names if (value := getattr(options, name)) is not None}
         untagged = self.model.removesuffix(":latest")
-        fields = {**_DEFAULTS, **given, "model": untagged if untagged == model_name else self.model}
+        fields = {**_DEFAULTS, **given, "model": untagged if untagged in known else self.model}
         fields |= {"stream": self.stream is not False, "repetition_penalty": options.repeat_penalty}
         if options.num_predict is not None and options.num_predict >= 0:  # below: as much as there is room for
             fields["max_tokens"] = max(1, options.num_predict)
         return fields
 
-    def _chat_fields(self, model_name: str) -> dict[str, Any]:
-        fields = self._fields(model_name)
+    def _chat_fields(self, known: Container[str]) -> dict[str, Any]:
+        fields = self._fields(known)
         if self.format == "json":
             fields["response_format"] = {"type": "json_object"}
         elif isinstance(self.format, dict):
@@ -125,7 +125,7 @@ class OllamaChatRequest(_Request):
             if message.thinking:
                 new["reasoning_content"] = message.thinking
             messages.append(new)
-        fields = {**self._chat_fields(service.config.model_name), "messages": messages}
+        fields = {**self._chat_fields(service.models), "messages": messages}
         if self.tools:
             fields["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
         return Chat(chat_request(fields), OllamaForm("chat", self.model))
@@ -143,12 +143,12 @@ class OllamaGenerateRequest(_Request):
         if self.raw:
             if self.system or self.format or self.think:
                 raise ValueError("raw is true beside system, format or think; expected the prompt alone")
-            fields = self._fields(service.config.model_name)
+            fields = self._fields(service.models)
             given = {name: value for name, value in fields.items() if value is not None}
             return Chat(CompletionRequest.model_validate({"max_tokens": None, **given, "prompt": self.prompt}), form)
         messages = [{"role": "system", "content": self.system}] if self.system else []
         messages.append({"role": "user", "content": self.prompt})
-        return Chat(chat_request({**self._chat_fields(service.config.model_name), "messages": messages}), form)
+        return Chat(chat_request({**self._chat_fields(service.models), "messages": messages}), form)
 
 
 def _openai_call(call: OllamaCall, message: int, index: int) -> dict[str, Any]:

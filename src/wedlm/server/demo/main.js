@@ -2,19 +2,21 @@
 // The page: a conversation with this server's model, each prompt answered as a race.
 
 import { ServerError, firstModel, ownServer } from "./api.js";
-import { makeTurn, runTurn } from "./race.js";
-import { ownKey, readSettings, watchSettings, windowReach } from "./settings.js";
+import { forget, keep, kept } from "./keep.js";
+import { makeTurn, restoreTurn, runTurn, snapshot } from "./race.js";
+import { ownKey, readSettings, wantsMarkdown, watchSettings, windowReach } from "./settings.js";
 import { Timeline } from "./timeline.js";
 
 const byId = (id) => document.getElementById(id);
 const [prompt, scroll, turns] = [byId("prompt"), byId("scroll"), byId("turns")];
 const timeline = new Timeline();
-let messages = []; // what the model has been told so far; the left answers count
+let said = []; // the turns so far; the left answers are what the model is told
 let model = "";
 let running = null; // the AbortController of the turn in progress
 let following = true; // the reader is at the end of the conversation
 
 watchSettings();
+restore();
 connect();
 byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -37,6 +39,10 @@ byId("stop").addEventListener("click", stop);
 byId("reset").addEventListener("click", reset);
 byId("banner-close").addEventListener("click", () => hideBanner());
 byId("key").addEventListener("change", connect);
+byId("markdown").addEventListener("change", () => {
+  for (const answer of said.flatMap((turn) => turn.answers)) answer.showFormatted(wantsMarkdown());
+});
+addEventListener("pagehide", () => said.length && keep(said.map(snapshot)));
 byId("examples").addEventListener("click", (event) => {
   if (event.target.matches("button")) send(event.target.textContent);
 });
@@ -69,7 +75,7 @@ async function send(text = prompt.value.trim()) {
   }
   running = new AbortController();
   setBusy(true);
-  const asked = [...messages, { role: "user", content: text }];
+  const asked = [...messages(), { role: "user", content: text }];
   const [left] = settings.sides;
   left.model = model;
   const own = running;
@@ -83,24 +89,49 @@ async function send(text = prompt.value.trim()) {
     if (side.server.own) side.model = model;
   }
   timeline.clear(settings.maxTokens + windowReach());
-  const turn = makeTurn(text, settings.sides, settings.maxTokens);
-  byId("welcome").hidden = true;
-  turns.append(turn.element);
+  const turn = makeTurn(text, settings.sides, settings);
+  show(turn);
   following = true;
   turn.element.scrollIntoView({ block: "start" });
   prompt.value = "";
   grow();
   announce("Answering.");
-  const verdict = await runTurn(turn, { together: settings.together, signal: running.signal, onError: failed });
-  finish(turn, asked, verdict);
+  finish(turn, await runTurn(turn, { signal: running.signal, onError: failed }));
+}
+
+function show(turn) {
+  said.push(turn);
+  byId("welcome").hidden = true;
+  turns.append(turn.element);
+}
+
+/** The conversation that this tab had before it was loaded again. */
+function restore() {
+  try {
+    for (const one of kept()) show(restoreTurn(one, wantsMarkdown()));
+    follow();
+  } catch (error) {
+    forget(); // or the page would fail whenever it is loaded
+    throw error;
+  }
+}
+
+function messages() {
+  return said
+    .filter((turn) => turn.answers[0].text)
+    .flatMap((turn) => [
+      { role: "user", content: turn.prompt },
+      { role: "assistant", content: turn.answers[0].text },
+    ]);
 }
 
 /** Keep the answer, unless there is none: then the prompt goes back to be sent again. */
-function finish(turn, asked, verdict) {
+function finish(turn, verdict) {
   const [answer] = turn.answers;
   if (!turn.element.isConnected) return; // the conversation was reset meanwhile
-  if (answer.text) messages = [...asked, { role: "assistant", content: answer.text }];
-  else if (!prompt.value) prompt.value = asked.at(-1).content;
+  if (!answer.text && !prompt.value) prompt.value = turn.prompt;
+  const stored = keep(said.map(snapshot));
+  if (stored < said.length) complain(new ServerError(`Only the last ${stored} turns will be here after a reload.`));
   timeline.end();
   running = null;
   setBusy(false);
@@ -123,7 +154,8 @@ function stop() {
 function reset() {
   stop();
   running = null;
-  messages = [];
+  said = [];
+  forget();
   turns.replaceChildren();
   timeline.clear(0);
   byId("welcome").hidden = false;

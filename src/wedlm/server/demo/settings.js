@@ -19,8 +19,10 @@ const HINTS = {
 };
 const WINDOW = { verified: "Rows in a forward", auto: "Most rows in a forward", streaming: "Window size W", block: "Block size W" };
 const ORDER_HINTS = {
-  together: "Both share this server's forwards until one is done: a race of tokens per forward.",
-  apart: "Each has the machine to itself: a race of time.",
+  apart: "The left one first; each has the machine to itself, so tok/s compares the time that they take.",
+  together:
+    "Both share this server's forwards until one is done, so each slows the other: tok/s is what a busy server gives, " +
+    "and tokens / forward compares the two.",
 };
 const byId = (id) => document.getElementById(id);
 const number = (id) => Number(byId(id).value);
@@ -52,6 +54,10 @@ export function chosenMode() {
   return document.querySelector("input[name=mode]:checked").value;
 }
 
+export function wantsMarkdown() {
+  return byId("markdown").checked;
+}
+
 export function ownKey() {
   return byId("key").value.trim();
 }
@@ -74,7 +80,8 @@ export function readSettings() {
     const model = byId("other-model").value.trim();
     sides.push({ name: model || new URL(server.base).host, server, model, body: common() });
   }
-  return { sides, together: byId("order").value === "together", maxTokens: number("max-tokens") };
+  const together = byId("order").value === "together";
+  return { sides, together, maxTokens: number("max-tokens"), formatted: wantsMarkdown() };
 }
 
 /** How many positions the left side's window may reach beyond its answer. */

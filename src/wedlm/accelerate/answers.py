@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 2: the model's own greedy answers, by our engine, each on the disk as soon as it ends."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wedlm import LLM, SamplingParams
+from wedlm.accelerate.prompts import Prompt, encode_prompt, with_answer
+from wedlm.engine.outputs import GenerationOutput
+from wedlm.model.formats.save import write_whole
+
+Done = Callable[[int, GenerationOutput], None]
+
+
+@dataclass(frozen=True)
+class AnswerCounts:
+    """What became of the prompts. ``cut``: of those written, the ones that did not end within the limit; ``unusable``:
+    empty, or no whole characters."""
+
+    written: int
+    cut: int
+    unusable: int
+    tokens: int
+
+
+def each_answer(llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams, done: Done) -> None:
+    """Answer all prompts together; ``done`` gets the place and the output of each as soon as it ends.
+
+    At any time twice as many are in the engine as run in a step. Nothing else uses the engine meanwhile.
+    """
+    engine = llm.engine
+    most = 2 * engine.config.options.max_num_seqs
+    running: dict[str, int] = {}
+    following = 0
+    try:
+        while running or following < len(prompts):
+            while following < len(prompts) and len(running) < most:
+                request = engine.add(f"answer-{following}", list(prompts[following]), params, streamed=False)
+                running[request.request_id] = following
+                following += 1
+            for request in engine.step():
+                if request.finish_reason is not None:
+                    done(running.pop(request.request_id), GenerationOutput.of(request))
+    finally:
+        for request_id in running:
+            engine.abort(request_id)
+
+
+def read_log(path: Path) -> dict[int, dict[str, Any]]:
+    """The answers that are there already, by their prompt's number. A last line that was cut, by a kill, is removed."""
+    if not path.is_file():
+        return {}
+    whole = path.read_bytes()
+    kept = whole[: whole.rfind(b"\n") + 1]
+    if len(kept) < len(whole):
+        with path.open("r+b") as file:
+            file.truncate(len(kept))
+    records = (json.loads(line) for line in kept.split(b"\n") if line)
+    return {record["prompt"]: record for record in records}
+
+
+def answer_prompts(
+    llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, log: Path, progress: Callable[[int, int, int], None]
+) -> None:
+    """Append to ``log`` the answers that it lacks. ``progress``: (answers so far, of how many, tokens of this call)."""
+    there = read_log(log)
+    missing = [number for number in range(len(prompts)) if number not in there]
+    tokens, count = 0, len(there)
+    with log.open("a", encoding="utf-8") as file:
+
+        def done(place: int, output: GenerationOutput) -> None:
+            nonlocal tokens, count
+            record = {
+                "prompt": missing[place],
+                "answer": output.text,
+                "tokens": len(output.token_ids),
+                "ended": output.finish_reason == "stop",
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            tokens, count = tokens + len(output.token_ids), count + 1
+            progress(count, len(prompts), tokens)
+
+        progress(count, len(prompts), 0)
+        each_answer(llm, [encode_prompt(prompts[number], llm.tokenizer) for number in missing], params, done)
+
+
+def write_training_data(prompts: Sequence[Prompt], log: Path, target: Path) -> AnswerCounts:
+    """The prompts with their answers as training data, in the prompts' order. ValueError if none can be used."""
+    there = read_log(log)
+    lines, cut, unusable, tokens = [], 0, 0, 0
+    for number, prompt in enumerate(prompts):
+        record = there[number]
+        ended, answer = record["ended"], record["answer"]
+        if not ended:  # perhaps within a character
+            answer = answer.rstrip("\N{REPLACEMENT CHARACTER}")
+        if not answer.strip() or "\N{REPLACEMENT CHARACTER}" in answer:
+            unusable += 1
+            continue
+        cut, tokens = cut + (not ended), tokens + record["tokens"]
+        lines.append(json.dumps(with_answer(prompt, answer, ended), ensure_ascii=False) + "\n")
+    if not lines:
+        raise ValueError(
+            f"none of the {len(prompts)} answers can be trained on: all are empty, or no whole characters; expected "
+            "other prompts"
+        )
+    with write_whole(target) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+    return AnswerCounts(len(lines), cut, unusable, tokens)

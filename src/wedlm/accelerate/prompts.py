@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1: what the model is asked, as files, and what of it is kept for the measurement.
+
+A prompt is the messages of a conversation up to where the model speaks, or a text that it goes on with; a line of a
+file is {"messages": [...]} or {"text": ...}.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from wedlm.accelerate.mixture import mixture
+from wedlm.accelerate.settings import Settings
+from wedlm.model import Tokenizer
+from wedlm.model.formats.save import write_whole
+from wedlm.train.sources import numbered_lines, read_samples
+
+Prompt = dict[str, Any]
+
+DEFAULT_PROMPTS = 2000
+_BEGINNING = 32  # tokens of a plain text that the model goes on with
+
+
+def make_prompts(
+    settings: Settings, tokenizer: Tokenizer, longest: int, training: Path, held_out: Path
+) -> tuple[int, int, int]:
+    """Write the prompts to two files of JSON lines; (prompts to train on, held-out ones, left out because too long).
+    ``longest`` is the model's length: a prompt leaves room in it for an answer.
+
+    The user's prompts are shuffled, each once, and the first ``held_out`` of them, at most a quarter, are held out.
+    Raises ValueError.
+    """
+    most = min(settings.max_prompt_tokens, longest - settings.max_tokens)
+    if most < 1:
+        raise ValueError(f"--max-tokens is {settings.max_tokens}; expected less than the model's length, {longest}")
+
+    def fitting(prompts: Iterable[Prompt]) -> list[Prompt]:
+        return [one for one in prompts if len(encode_prompt(one, tokenizer)) <= most]
+
+    if settings.prompts or settings.data:
+        given = {json.dumps(one, ensure_ascii=False): one for one in _given(settings, tokenizer)}
+        found = fitting(given.values())
+        too_long = len(given) - len(found)
+        random.Random(settings.seed).shuffle(found)
+        found = found[: settings.num_prompts]
+        kept = min(settings.held_out, len(found) // 4)
+        learnt, measured = found[kept:], found[:kept]
+    else:
+        made = mixture(settings.num_prompts or DEFAULT_PROMPTS, settings.held_out, settings.seed)
+        learnt, measured = (fitting(_asked(text, tokenizer) for text in texts) for texts in made)
+        too_long = sum(map(len, made)) - len(learnt) - len(measured)
+    if not (learnt and measured):
+        raise ValueError(
+            f"there are {len(learnt) + len(measured)} different prompts of at most {most} tokens; expected at least 4, "
+            "one of which is held out"
+        )
+    _write(learnt, training)
+    _write(measured, held_out)
+    return len(learnt), len(measured), too_long
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
+    """The ids after which the model writes."""
+    if "messages" in prompt:
+        return tokenizer.encode_chat(prompt["messages"])
+    return tokenizer.encode(prompt["text"], True)
+
+
+def with_answer(prompt: Prompt, answer: str, ended: bool) -> dict[str, Any]:
+    """The prompt and what the model said, as a line of training data; ``ended`` False: it was about to say more."""
+    if "messages" not in prompt:
+        return {"text": prompt["text"] + answer}
+    line: dict[str, Any] = {"messages": [*prompt["messages"], {"role": "assistant", "content": answer}]}
+    return line if ended else {**line, "unfinished": True}
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """A file that ``make_prompts`` wrote."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+
+
+def _write(prompts: Iterable[Prompt], path: Path) -> None:
+    with write_whole(path) as temporary:
+        lines = (json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts)
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _asked(text: str, tokenizer: Tokenizer) -> Prompt:
+    """A prompt of a user's words: a message where the model has a chat template."""
+    if tokenizer.has_chat_template:
+        return {"messages": [{"role": "user", "content": text}]}
+    return {"text": text}
+
+
+def _given(settings: Settings, tokenizer: Tokenizer) -> Iterator[Prompt]:
+    for path in settings.prompts:
+        for text in _lines_of(path):
+            yield _asked(text, tokenizer)
+    for path in settings.data:
+        for sample in read_samples(path, skip_bad=False):
+            if sample.text is not None:
+                ids = tokenizer.encode(sample.text, False)[:_BEGINNING]
+                yield {"text": tokenizer.decode(ids)}
+            elif sample.messages is not None and tokenizer.has_chat_template:
+                roles = [message["role"] for message in sample.messages]
+                yield {"messages": list(sample.messages[: roles.index("assistant")])}
+            else:
+                raise ValueError(
+                    f"{sample.origin} is a conversation, but {settings.model} has no chat template; expected plain "
+                    'text, {"text": ...}, or a model with one'
+                )
+
+
+def _lines_of(path: Path) -> Iterator[str]:
+    """The prompts of a file: of JSON lines the string or its "prompt", of any other file each line but empty ones."""
+    if not path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise ValueError(f"{path} cannot be read: {reason}; expected a file of prompts, one a line") from error
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise ValueError(f"{path} is empty; expected a prompt on each line")
+        yield from found
+        return
+    for number, raw in numbered_lines(path):
+        if not raw.strip():
+            continue
+        try:
+            value = json.loads(raw.decode("utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f'{path} line {number} is not valid JSON; expected a string or {{"prompt": ...}}'
+            ) from error
+        text = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f'{path} line {number} has no prompt; expected a string or {{"prompt": "..."}}')
+        yield text
