@@ -111,6 +111,7 @@ CUTS = {
 }
 
 
+@pytest.mark.long
 def test_killed_in_each_stage_it_goes_on(parts, tmp_path, monkeypatch):
     base, prompts, whole, _ = parts
     output = tmp_path / "cut"

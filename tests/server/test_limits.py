@@ -47,7 +47,9 @@ def test_full_queue(slow):
         assert check_error(refused, 429)["code"] == "queue_full"
         assert int(refused.headers["Retry-After"]) >= 1
         metrics = running.http.get("/metrics").text
-        counts = [float(re.search(rf"\nwedlm_sequences_{name} (.*)", metrics)[1]) for name in ("running", "waiting")]
+        counts = [
+            float(re.search(rf"\nwedlm_sequences_{name}{{.*}} (.*)", metrics)[1]) for name in ("running", "waiting")
+        ]
         assert sum(counts) == 20
         assert min(counts) >= 4
         for thread in threads:
