@@ -136,6 +136,7 @@ def test_whether_chunks_are_captured_is_the_configurations(device, monkeypatch, 
     assert one.runner.can_launch(plan) == blueprint.rebuild(one).runner.can_launch(plan) == captures
 
 
+@pytest.mark.long
 def test_a_wide_window_and_a_later_common_one(device):
     params = [SamplingParams(decoding="streaming", wedlm_window_size=w, max_tokens=n) for w, n in ((33, 1), (2, 3))]
     requests = [([3, 4, 5], one) for one in params]

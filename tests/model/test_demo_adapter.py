@@ -58,7 +58,10 @@ def test_results_know_it_by_name_and_content():
 @pytest.mark.demo_model
 @pytest.mark.parametrize(
     "weights",
-    [{"dtype": "float32"}, pytest.param({"quantization": "int8"}, marks=needs_native)],
+    [
+        pytest.param({"dtype": "float32"}, marks=pytest.mark.long),
+        pytest.param({"quantization": "int8"}, marks=needs_native),
+    ],
     ids=["torch", "native"],
 )
 def test_text_is_that_of_the_base_alone_in_fewer_forwards(weights):

@@ -7,6 +7,8 @@ import torch
 from tests.train.tiny_run import metrics, questions, save_base, train, write_chats
 from wedlm import LLM, SamplingParams
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
