@@ -27,9 +27,9 @@ from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; before tqdm's first import
 
-import torch
 
 from wedlm import LLM
+from wedlm.engine.factory import release_memory
 from wedlm.evaluate.answer_log import AnswerLog
 from wedlm.evaluate.divergence import divergences
 from wedlm.evaluate.harness import EngineBackend
@@ -110,7 +110,7 @@ class Bench:
     def llm(self, dtype: str) -> LLM:
         if self._llm is None or self._llm[0] != dtype:
             self._llm = None  # before the next one needs the memory
-            torch.cuda.empty_cache()
+            release_memory()
             given, seqs = self.arguments, self.arguments.max_num_seqs
             llm = LLM(
                 given.model,

@@ -83,9 +83,7 @@ class Run:
                 found["error"] = f"{type(error).__name__}: {error}"
                 found["traceback"] = traceback.format_exc()[-3000:]
         found["seconds"] = round(time.perf_counter() - start, 1)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        factory.release_memory()
         self.write()
         print(json.dumps({name: found}), flush=True)
 

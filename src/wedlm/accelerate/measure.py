@@ -5,7 +5,6 @@ Parts are measured one after another and each is on the disk once it is done, so
 the last one.
 """
 
-import gc
 import json
 import statistics
 import time
@@ -18,7 +17,7 @@ import torch
 from wedlm import LLM, SamplingParams
 from wedlm.accelerate.answers import each_answer
 from wedlm.engine.adaptive.fixed_rows import CountedRows
-from wedlm.engine.factory import eager_reason
+from wedlm.engine.factory import eager_reason, release_memory
 from wedlm.engine.outputs import GenerationOutput
 from wedlm.engine.resolve_options import read_device, read_dtype
 from wedlm.model.formats.checkpoint import open_checkpoint
@@ -51,13 +50,6 @@ def same_arithmetic(model: str, adapter: Path, options: Mapping[str, Any]) -> Va
     if by_itself and not isinstance(LLM(model, adapter=str(adapter), **options).model, NativeTransformer):
         return {**options, "dtype": "float32", "quantization": "none"}
     return dict(options)
-
-
-def release() -> None:
-    """Give an engine's memory back before the next one is built."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class Measurement:
@@ -159,14 +151,14 @@ class Measurer:
         exact = self.kept.part("options", lambda: {"engine": same_arithmetic(model, adapter, options)})["engine"]
         if self.kept.lacks("base_ar", "before"):
             self._base(LLM(model, mask_token_id=mask_token_id, **exact), encode)
-            release()
+            release_memory()
         if self.kept.lacks("after_ar", "after", "speed"):
             self._adapter(LLM(model, adapter=str(adapter), **exact), encode)
-            release()
+            release_memory()
         if self.kept.lacks("base_speed"):
             # As users run it: perhaps in another arithmetic, and with drafts from the text alone.
             self._speed("base_speed", LLM(model, **options), encode, BASE_MODES, "the base by itself")
-            release()
+            release_memory()
 
     def _base(self, llm: LLM, encode: Encode) -> None:
         self._texts("base", llm, encode(llm), "base_ar", "before")

@@ -20,11 +20,12 @@ from typing import Any, Protocol
 
 from wedlm import LLM, SamplingParams
 from wedlm.accelerate.answers import answer_prompts, write_training_data
-from wedlm.accelerate.measure import Measurement, Measurer, release
+from wedlm.accelerate.measure import Measurement, Measurer
 from wedlm.accelerate.prompts import encode_prompt, make_prompts, read_prompts
 from wedlm.accelerate.report import Facts, machine_name, write_report
 from wedlm.accelerate.settings import ADAPTER, DECIDES, Settings, check_unchanged, decisions
 from wedlm.accelerate.training import copy_adapter, num_processes, train, training_config
+from wedlm.engine.factory import release_memory
 from wedlm.engine.resolve_options import read_device
 from wedlm.model import load_tokenizer
 from wedlm.model.formats.checkpoint import open_checkpoint
@@ -122,7 +123,7 @@ class Run:
         self.teller.stage(2, f"the model's own answers to {len(prompts):,} prompts")
         log = self.path("answers", "answers.jsonl")
         self._answer(prompts, log)
-        release()
+        release_memory()
         counts = write_training_data(prompts, log, self.path("answers", "training.jsonl"))
         self._result("answers", **vars(counts))
         self.teller.note(

@@ -2,7 +2,6 @@
 """Stage 3: the trainer, by a configuration that this module makes. It is written beside the results, for reading and
 for ``wedlm train``."""
 
-import gc
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ import torch
 import yaml
 
 from wedlm.accelerate.settings import Settings
+from wedlm.engine.factory import release_memory
 from wedlm.train.config import TrainConfig, load_config
 from wedlm.train.trainer import Trainer
 
@@ -103,9 +103,7 @@ def train(config: TrainConfig, file: Path, device: torch.device, processes: int)
         with _trains_on(device):
             return Trainer(config).run()
     finally:
-        gc.collect()  # the trainer and its optimiser, before an engine wants the memory
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory()  # of the trainer and its optimiser, which an engine wants next
 
 
 @contextmanager

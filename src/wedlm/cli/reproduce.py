@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``wedlm eval reproduce --paper-tables``: the paper's ten sets for a list of models, beside what it published."""
 
-import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ def reproduce_tables(
     by AR, unless ``decoding`` names a mode.
     """
     with needs_extra("eval"):
+        from wedlm.engine.factory import release_memory
         from wedlm.evaluate.data import find_file
     from wedlm.evaluate.paper_tables import DEFAULT_MODELS, SETS, Column, parse_model, tables
 
@@ -38,7 +38,7 @@ def reproduce_tables(
         note(f"model {number} of {len(chosen)}: {model}")
         record = evaluate(model, ",".join(names), decoding or _decoding(model))
         columns.append(Column.of(Path(model).name if Path(model).exists() else model, kind, record))
-        _free()
+        release_memory()
         path = output / FILE
         path.write_text(tables(columns), encoding="utf-8")
         note(f"wrote {path}")
@@ -50,12 +50,3 @@ def _decoding(model: str) -> str | None:
     from wedlm.model.formats.checkpoint import open_checkpoint
 
     return None if open_checkpoint(model).config.is_wedlm else "autoregressive"
-
-
-def _free() -> None:
-    """The next model needs the memory of the last, which objects that refer to each other still hold."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only place that builds an engine: it sizes the cache, chooses how steps run, and says what it chose and why."""
 
+import gc
 import logging
 import math
 import os
@@ -150,6 +151,14 @@ class Blueprint:
         windows = Windows(options.max_num_seqs, self.device, capacity=64, has_null_slot=True)
         captured = CapturedStep(fused, cache, windows, mask, self.config.max_model_len, options.capture_chunks)
         return Runner(windows, EagerStep(fused, plan_attention, cache, windows, mask), [captured])
+
+
+def release_memory() -> None:
+    """Give back what no engine, model or trainer needs any more, before the next one is built. Objects that refer to
+    each other still hold it, and torch keeps a GPU's for itself."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def prepare_model(
