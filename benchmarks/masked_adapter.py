@@ -13,7 +13,6 @@ those that ended by themselves (``ended``) and of those that the limit cut (``cu
 import argparse
 import gzip
 import json
-import lzma
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -23,15 +22,14 @@ import torch
 
 from wedlm import LLM, SamplingParams
 from wedlm.engine.outputs import GenerationOutput
+from wedlm.train.sources import numbered_lines
 
 
 def questions(spec: str) -> list[list[dict[str, str]]]:
     """The first message of each conversation of FILE[:LIMIT]."""
     name, colon, limit = spec.rpartition(":")
     path = Path(name if colon else spec)
-    opened = lzma.open if path.suffix == ".xz" else gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    rows = [json.loads(line) for _, line in numbered_lines(path)]
     found = [[(row if isinstance(row, list) else row["messages"])[0]] for row in rows]
     return found[: int(limit) if colon else None]
 

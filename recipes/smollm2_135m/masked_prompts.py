@@ -11,11 +11,12 @@ code, chat and summaries, and GSM8K's test questions.
 import argparse
 import gzip
 import json
-import lzma
 import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
+
+from wedlm.train.sources import numbered_lines
 
 ABOUT = [
     "What is {x}?",
@@ -46,9 +47,7 @@ HELD_OUT = 200
 
 
 def read(path: Path) -> list:
-    opened = lzma.open if path.suffix == ".xz" else gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return [json.loads(line) for _, line in numbered_lines(path)]
 
 
 def first_questions(path: Path) -> list[str]:

@@ -11,6 +11,7 @@ from wedlm import LLM, SamplingParams
 from wedlm.accelerate.prompts import Prompt, encode_prompt, with_answer
 from wedlm.engine.outputs import GenerationOutput
 from wedlm.model.formats.save import write_whole
+from wedlm.train.answers import usable_text
 
 Done = Callable[[int, GenerationOutput], None]
 
@@ -94,10 +95,9 @@ def write_training_data(prompts: Sequence[Prompt], log: Path, target: Path) -> A
     lines, cut, unusable, tokens = [], 0, 0, 0
     for number, prompt in enumerate(prompts):
         record = there[number]
-        ended, answer = record["ended"], record["answer"]
-        if not ended:  # perhaps within a character
-            answer = answer.rstrip("\N{REPLACEMENT CHARACTER}")
-        if not answer.strip() or "\N{REPLACEMENT CHARACTER}" in answer:
+        ended = record["ended"]
+        answer = usable_text(record["answer"], ended)
+        if not answer:
             unusable += 1
             continue
         cut, tokens = cut + (not ended), tokens + record["tokens"]

@@ -15,6 +15,7 @@ from wedlm.accelerate.mixture import mixture
 from wedlm.accelerate.settings import Settings
 from wedlm.model import Tokenizer
 from wedlm.model.formats.save import write_whole
+from wedlm.train.answers import with_reply
 from wedlm.train.sources import numbered_lines, read_samples
 
 Prompt = dict[str, Any]
@@ -72,8 +73,7 @@ def with_answer(prompt: Prompt, answer: str, ended: bool) -> dict[str, Any]:
     """The prompt and what the model said, as a line of training data; ``ended`` False: it was about to say more."""
     if "messages" not in prompt:
         return {"text": prompt["text"] + answer}
-    line: dict[str, Any] = {"messages": [*prompt["messages"], {"role": "assistant", "content": answer}]}
-    return line if ended else {**line, "unfinished": True}
+    return with_reply(prompt["messages"], answer, ended)
 
 
 def read_prompts(path: Path) -> list[Prompt]:

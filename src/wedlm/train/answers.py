@@ -125,6 +125,19 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> T
     return (logits.float() / temperature - noise.log()).argmax(dim=-1)
 
 
+def usable_text(answer: str, ended: bool) -> str:
+    """What of an answer can be trained on: one that a limit cut (``ended`` False) may stop within a character, whose
+    beginning goes. "" for one that is empty or has no whole characters."""
+    text = answer if ended else answer.rstrip("\N{REPLACEMENT CHARACTER}")
+    return text if text.strip() and "\N{REPLACEMENT CHARACTER}" not in text else ""
+
+
+def with_reply(messages: Sequence[dict[str, Any]], reply: str, ended: bool) -> dict[str, Any]:
+    """The conversation as a line of training data; ``ended`` False: the reply was about to go on."""
+    line: dict[str, Any] = {"messages": [*messages, {"role": "assistant", "content": reply}]}
+    return line if ended else {**line, "unfinished": True}
+
+
 def write_answers(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -150,15 +163,11 @@ def write_answers(
             for (messages, _), answer in zip(together, answers, strict=True):
                 # One that ended within the limit is shorter than it: its end token is not part of it.
                 cut = answer is not None and len(answer) == settings.max_tokens
-                text = "" if answer is None else tokenizer.decode(answer)
-                text = text.rstrip("\N{REPLACEMENT CHARACTER}") if cut else text
-                if not text.strip() or "\N{REPLACEMENT CHARACTER}" in text:
+                text = "" if answer is None else usable_text(tokenizer.decode(answer), not cut)
+                if not text:
                     left_out += 1
                     continue
-                line: dict[str, Any] = {"messages": [*messages, {"role": "assistant", "content": text}]}
-                if cut:
-                    line["unfinished"] = True
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json.dumps(with_reply(messages, text, not cut), ensure_ascii=False) + "\n")
                 written += 1
     return written, left_out
 
