@@ -165,14 +165,17 @@ uint64_t run(uint64_t seed, const char* path) {
     check(wedlm_model_set_vector(model, layer, which, size, v.data(), error, sizeof error), error);
   };
   int q = shape.num_heads * shape.head_dim, kv = shape.num_kv_heads * shape.head_dim;
+  auto of_each_product = [&](const auto& set, int layer) {
+    set(layer, WEDLM_Q, q, shape.hidden_size);
+    set(layer, WEDLM_K, kv, shape.hidden_size);
+    set(layer, WEDLM_V, kv, shape.hidden_size);
+    set(layer, WEDLM_O, shape.hidden_size, q);
+    set(layer, WEDLM_GATE, shape.intermediate_size, shape.hidden_size);
+    set(layer, WEDLM_UP, shape.intermediate_size, shape.hidden_size);
+    set(layer, WEDLM_DOWN, shape.hidden_size, shape.intermediate_size);
+  };
   for (int layer = 0; layer < shape.num_layers; layer++) {
-    matrix(layer, WEDLM_Q, q, shape.hidden_size);
-    matrix(layer, WEDLM_K, kv, shape.hidden_size);
-    matrix(layer, WEDLM_V, kv, shape.hidden_size);
-    matrix(layer, WEDLM_O, shape.hidden_size, q);
-    matrix(layer, WEDLM_GATE, shape.intermediate_size, shape.hidden_size);
-    matrix(layer, WEDLM_UP, shape.intermediate_size, shape.hidden_size);
-    matrix(layer, WEDLM_DOWN, shape.hidden_size, shape.intermediate_size);
+    of_each_product(matrix, layer);
     vector(layer, WEDLM_INPUT_NORM, shape.hidden_size, 1);
     vector(layer, WEDLM_POST_NORM, shape.hidden_size, 1);
     if (norms) vector(layer, WEDLM_Q_NORM, shape.head_dim, 1), vector(layer, WEDLM_K_NORM, shape.head_dim, 1);
@@ -196,15 +199,7 @@ uint64_t run(uint64_t seed, const char* path) {
     check(wedlm_model_set_masked(model, layer, which, a.format, rank, a.data.data(), a.scale.data(), b.data.data(), b.scale.data(), error, sizeof error), error);
   };
   bool adapted = random.below(2);
-  for (int layer = 0; adapted && layer < shape.num_layers; layer++) {
-    masked(layer, WEDLM_Q, q, shape.hidden_size);
-    masked(layer, WEDLM_K, kv, shape.hidden_size);
-    masked(layer, WEDLM_V, kv, shape.hidden_size);
-    masked(layer, WEDLM_O, shape.hidden_size, q);
-    masked(layer, WEDLM_GATE, shape.intermediate_size, shape.hidden_size);
-    masked(layer, WEDLM_UP, shape.intermediate_size, shape.hidden_size);
-    masked(layer, WEDLM_DOWN, shape.hidden_size, shape.intermediate_size);
-  }
+  for (int layer = 0; adapted && layer < shape.num_layers; layer++) of_each_product(masked, layer);
   if (adapted && random.below(2)) vector(-1, WEDLM_MASK_EMBEDDING, shape.hidden_size, 0);
   matrix(-1, WEDLM_EMBEDDING, shape.vocab_size, shape.hidden_size);
   if (tied) wedlm_model_tie(model);
