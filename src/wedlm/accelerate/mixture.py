@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The default mixture of prompts: templates and their fillers, written for this package (``mixture.json``, Apache-2.0).
 
-Ten kinds of requests in equal parts, as far as each has so many different ones: questions, code, letters, stories,
+Ten kinds of requests, in equal parts as long as a kind has further different ones: questions, code, letters, stories,
 instructions, lists, work on a sentence, sums, sequences, records. It stands for everyday use only roughly.
 """
 
@@ -16,7 +16,7 @@ _TRIES = 100  # numbers drawn for one prompt until it is a new one
 
 
 def mixture(num_training: int, num_held_out: int, seed: int) -> tuple[list[str], list[str]]:
-    """(training prompts, held-out ones), all different; no filler is in both. ValueError if there are not so many."""
+    """(training prompts, held-out ones), all different; no filler is in both. ValueError if the kinds have too few."""
     content = json.loads(files("wedlm.accelerate").joinpath("mixture.json").read_text(encoding="utf-8"))
     rng = random.Random(seed)
     return tuple(
@@ -25,7 +25,7 @@ def mixture(num_training: int, num_held_out: int, seed: int) -> tuple[list[str],
 
 
 def _take(content: dict[str, Any], held_out: bool, count: int, rng: random.Random) -> list[str]:
-    """One prompt of each kind in turn, until there are so many."""
+    """One prompt of each kind in turn, until ``count`` of them are there."""
     kinds = [_prompts(content, kind, held_out, rng) for kind, value in content.items() if isinstance(value, dict)]
     found: dict[str, None] = {}
     while kinds and len(found) < count:
