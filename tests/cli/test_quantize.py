@@ -44,7 +44,7 @@ def test_what_is_written_is_run_as_it_is(source, tmp_path, name, words, said, we
     assert "plain torch operations" in widened.stderr
     drafting = generate(written, "--raw", "--json", "--max-tokens", "4", "--mask-token-id", "99", "abc")
     assert json.loads(drafting.stdout)["stats"]["decoding"] == "auto"
-    assert not LLM(written, device="cpu").engine.config.drafts
+    assert not LLM(written, device="cpu").engine.config.has_masked_rows
 
 
 def test_errors_are_one_sentence(source, tmp_path):

@@ -71,7 +71,7 @@ def stub_engine(
             max_num_batched_tokens=max_num_batched_tokens,
             chunk_step_ratio=chunk_step_ratio,
         ),
-        drafts=has_masked_rows,
+        has_masked_rows=has_masked_rows,
     )
     if not lagging:
         return build(model.runs, config, page_size, num_pages, model.heads, clock=clock, cache_dtype=model.cache_dtype)

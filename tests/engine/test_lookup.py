@@ -121,7 +121,7 @@ def test_the_engines_number_holds_where_a_request_names_none():
 
     def most(default: int | None, asked: int | None, has_masked_rows: bool = True) -> int:
         options = EngineOptions(wedlm_lookup_drafts=default)
-        config = EngineConfig(13, 12, (), 99, options, drafts=has_masked_rows)
+        config = EngineConfig(13, 12, (), 99, options, has_masked_rows=has_masked_rows)
         return decode_params(config, 3, replace(params, wedlm_lookup_drafts=asked)).max_lookup
 
     assert [most(None, None), most(None, None, False), most(4, None), most(4, 2), most(0, None, False)] == [

@@ -127,7 +127,7 @@ def test_gguf_round_trip(source, tmp_path, type):
 def test_a_gguf_that_was_written_runs_and_drafts(source, tmp_path):
     quantize_checkpoint(source, tmp_path / "m.gguf", type="f16")
     llm, wide = LLM(tmp_path / "m.gguf", device="cpu"), LLM(source, device="cpu", dtype="float32")
-    assert llm.engine.config.drafts
+    assert llm.engine.config.has_masked_rows
     for decoding in ("autoregressive", "verified"):
         params = SamplingParams(max_tokens=20, temperature=0.0, decoding=decoding)
         assert llm.generate([1, 2], params)[0].token_ids == wide.generate([1, 2], params)[0].token_ids

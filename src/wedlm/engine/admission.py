@@ -75,12 +75,12 @@ def decode_params(config: EngineConfig, num_prompt_tokens: int, params: Sampling
     asked = params.wedlm_lookup_drafts
     lookup_drafts = config.options.wedlm_lookup_drafts if asked is None else asked
     if lookup_drafts is None:  # verified takes some where it would have none otherwise
-        lookup_drafts = window_size if decoding == "auto" or not config.drafts else 0
+        lookup_drafts = window_size if decoding == "auto" or not config.has_masked_rows else 0
     return DecodeParams(
         decoding=decoding,
         window_size=window_size,
         lookup_drafts=lookup_drafts,
-        has_masked_rows=config.drafts,
+        has_masked_rows=config.has_masked_rows,
         entropy_threshold=params.wedlm_entropy_threshold,
         pos_penalty=params.wedlm_pos_penalty_factor,
         draft_entropy=params.wedlm_draft_entropy,

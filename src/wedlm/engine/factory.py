@@ -125,10 +125,10 @@ class Blueprint:
         tokens = self.num_pages * self.page_size
         megabytes = tokens * self._bytes_per_token() / 1e6
         kind = {FP8: ", fp8", torch.int8: ", int8"}.get(self.dtype, "")
-        drafts = "" if self.config.drafts else f"; {WITHOUT_MASK}"
+        more = "" if self.config.has_masked_rows else f"; {WITHOUT_MASK}"
         if self.config.model_decoding != "auto":
-            drafts += f"; decoding: {self.config.decoding}, unless a request names another"
-        return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB{kind}){drafts}"
+            more += f"; decoding: {self.config.decoding}, unless a request names another"
+        return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB{kind}){more}"
 
     def _bytes_per_token(self) -> int:
         shape = self.shape

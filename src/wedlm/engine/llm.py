@@ -73,7 +73,7 @@ class LLM:
             eos_token_ids=self.model_config.eos_token_ids,
             max_model_len=resolve_options.read_length(chosen.max_model_len, self.model_config),
             options=chosen,
-            drafts=chosen.mask_token_id is not None or self.model_config.mask_token_id is not None,
+            has_masked_rows=chosen.mask_token_id is not None or self.model_config.mask_token_id is not None,
             model_decoding=self.model_config.default_decoding,
         )
 
@@ -241,7 +241,7 @@ class LLM:
         decoding = params.decoding or self.engine.config.decoding
         if decoding not in ("streaming", "block"):
             return None
-        if not self.engine.config.drafts and not self._warned_unadapted:
+        if not self.engine.config.has_masked_rows and not self._warned_unadapted:
             self._warned_unadapted = True
             return (
                 f"this checkpoint was never adapted to predict masked positions, so {decoding} decoding makes no sense "

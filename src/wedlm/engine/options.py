@@ -229,7 +229,9 @@ class EngineConfig:
     eos_token_ids: tuple[int, ...]
     max_model_len: int
     options: EngineOptions = EngineOptions()
-    drafts: bool = True  # False: masked rows predict nothing, so auto and verified draft from the text alone
+    has_masked_rows: bool = (
+        True  # False: the model predicts nothing in them; auto and verified draft from the text alone
+    )
     model_decoding: Decoding = "auto"  # the checkpoint's word
 
     @property
