@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 from wedlm.algorithm.select import select_fill
 
 
-def select_by_loop(entropy: list[float], masked: list[bool], threshold: float | None, penalty: float) -> list[bool]:
+def select_by_loop(
+    entropy: list[float], masked: list[bool], threshold: float | None, penalty: float, causal: bool
+) -> list[bool]:
     columns = [c for c, flag in enumerate(masked) if flag]
     adjusted = {c: entropy[c] + penalty * (c - columns[0]) for c in columns}
+    if causal and columns:
+        adjusted[columns[0]] = -math.inf
     chosen = [c for c in columns if threshold is not None and adjusted[c] < threshold]
     if not chosen and columns:
         chosen = [min(columns, key=lambda c: (adjusted[c], c))]
@@ -31,6 +35,7 @@ def select_by_loop(entropy: list[float], masked: list[bool], threshold: float | 
             ),
             st.none() | st.sampled_from([0.0, 0.25, 0.5, 100.0, math.inf]),
             st.sampled_from([0.0, 0.02, 0.25, 1e30]),
+            st.booleans(),
         ),
         min_size=1,
         max_size=4,
@@ -38,12 +43,14 @@ def select_by_loop(entropy: list[float], masked: list[bool], threshold: float | 
 )
 def test_select_fill_equals_a_loop(batch):
     """Ties, H' equal to τ (not below it), τ None, and rows in which nothing is masked."""
-    entropy = [[h for h, _ in row] for row, _, _ in batch]
-    masked = [[flag for _, flag in row] for row, _, _ in batch]
-    threshold = [-math.inf if t is None else t for _, t, _ in batch]
-    penalty = torch.tensor([p for _, _, p in batch], dtype=torch.double)
-    found = select_fill(torch.tensor(entropy), torch.tensor(masked), torch.tensor(threshold).double(), penalty)
-    expected = [select_by_loop(h, m, t, p) for h, m, (_, t, p) in zip(entropy, masked, batch, strict=True)]
+    rows, thresholds, penalties, causal = zip(*batch, strict=True)
+    entropy = [[h for h, _ in row] for row in rows]
+    masked = [[flag for _, flag in row] for row in rows]
+    threshold = torch.tensor([-math.inf if t is None else t for t in thresholds], dtype=torch.double)
+    penalty = torch.tensor(penalties, dtype=torch.double)
+    found = select_fill(torch.tensor(entropy), torch.tensor(masked), threshold, penalty, torch.tensor(causal))
+    each = zip(entropy, masked, thresholds, penalties, causal, strict=True)
+    expected = [select_by_loop(*one) for one in each]
     assert found.tolist() == expected
 
 
@@ -52,4 +59,6 @@ def test_select_fill_equals_a_loop(batch):
 def test_nan_does_not_stop_the_progress(entropy, threshold):
     """A float16 model that overflows gives nan logits: a poor text, but an end."""
     tau, penalty = (torch.tensor([x], dtype=torch.double) for x in (threshold, 0.02))
-    assert select_fill(torch.tensor([entropy]), torch.ones(1, 2, dtype=torch.bool), tau, penalty).sum() >= 1
+    masked = torch.ones(1, 2, dtype=torch.bool)
+    for causal in (False, True):
+        assert select_fill(torch.tensor([entropy]), masked, tau, penalty, torch.tensor([causal])).sum() >= 1

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.stub import StubModel
 from wedlm.algorithm import reference
-from wedlm.algorithm.params import DECODINGS, DecodeParams
-from wedlm.algorithm.reorder import pack_rows, topological_order
+from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, DecodeParams
+from wedlm.algorithm.reorder import leading_run, pack_rows, topological_order
 from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_logsumexp
 from wedlm.algorithm.verify import row_layout
 from wedlm.algorithm.window import RowResults, WindowParams, WindowState, extend, update_windows
@@ -24,10 +24,10 @@ def decode_batch(model: StubModel, prompts: list[list[int]], max_tokens: list[in
     window_params = WindowParams.stack(params, torch.device("cpu"))
     state = WindowState.empty(len(params), max(p.max_rows for p in params), torch.device("cpu"))
     for s, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
-        state.cached[s] = len(prompt) - p.is_verified
+        state.cached[s] = len(prompt) - p.has_anchor
         state.width[s] = p.width(0, p.max_positions - int(state.cached[s]))
-        state.filled[s, 0] = p.is_verified
-        state.tokens[s, 0] = prompt[-1] if p.is_verified else 0
+        state.filled[s, 0] = p.has_anchor
+        state.tokens[s, 0] = prompt[-1] if p.has_anchor else 0
     history = [list(prompt) for prompt in prompts]
     out = [reference.ReferenceOutput([], [], []) for _ in params]
     done = [False] * len(params)
@@ -104,6 +104,11 @@ def forward_batch(model: StubModel, state: WindowState, history: list[list[int]]
     results.choice[at] = choice[packed.real]
     results.entropy[at] = entropy[packed.real]
     results.logprobs[at] = (logits.gather(1, choice[:, None])[:, 0] - logsumexp)[packed.real]
+    for s, p in enumerate(params):  # the row before the first masked column decides it
+        run = int(leading_run(state.filled[s : s + 1]))
+        if p.is_causal and run < state.width[s]:
+            for part in (results.choice, results.entropy, results.logprobs):
+                part[s, run] = part[s, run - 1]
     return results
 
 
@@ -122,6 +127,7 @@ def params_strategy() -> st.SearchStrategy[DecodeParams]:
         window_size=st.integers(1, 9),
         entropy_threshold=st.none() | st.floats(0.0, 3.0),
         pos_penalty=st.sampled_from([0.0, 0.02, 0.5]),
+        next_token=st.sampled_from(NEXT_TOKENS),
         draft_entropy=st.floats(0.0, 3.0),
         temperature=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
         top_k=st.sampled_from([0, 0, 1, 3]),
@@ -176,6 +182,20 @@ def test_verified_text_is_autoregressive_text(params, prompt, window_size):
     assert verified.tokens == ar.tokens
     assert len(verified.rows) <= len(ar.rows)
     assert all(rows == 1 for rows in ar.rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(params_strategy(), st.lists(st.integers(0, MODEL.vocab_size - 1), min_size=1, max_size=9))
+def test_causal_streaming_never_takes_more_steps_than_ar(params, prompt):
+    """Every forward gives a token, from the first one on, and the first is AR's. Where only one position is filled a
+    step, or the window has no other, the text is AR's, whatever the masked rows say."""
+    causal = replace(params, decoding="streaming", next_token="causal")
+    ar = reference.decode(MODEL.rows_model, prompt, 25, replace(params, decoding="autoregressive"))
+    out = reference.decode(MODEL.rows_model, prompt, 25, causal)
+    assert sorted(set(out.steps)) == list(range(len(out.rows)))
+    assert out.tokens[0] == ar.tokens[0]
+    for alone in (replace(causal, entropy_threshold=None), replace(causal, window_size=1)):
+        assert reference.decode(MODEL.rows_model, prompt, 25, alone).tokens == ar.tokens
 
 
 def test_drafts_are_accepted_at_all():

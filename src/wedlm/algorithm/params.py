@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 Decoding = Literal["auto", "streaming", "verified", "block", "autoregressive"]
 DECODINGS: tuple[str, ...] = get_args(Decoding)
+NextToken = Literal["masked", "causal"]
+NEXT_TOKENS: tuple[str, ...] = get_args(NextToken)
 MOST_LOOKUP_DRAFTS = 63  # in a step: further ones are hardly ever right, and each is looked at by the host
 
 
@@ -35,7 +37,9 @@ class DecodeParams:
     rows. Auto is verified decoding whose R may be lowered from step to step (``row_budget`` is the most).
     ``lookup_drafts``: most drafts of a verified step that come from the text instead of masked rows
     (``wedlm.algorithm.lookup``). ``has_masked_rows``: whether the model predicts anything in masked rows.
-    ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``max_positions`` is the model's length: no
+    ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``next_token``: what decides the leftmost
+    masked position of a streaming window; "masked": its own row, if it is sure enough; "causal": in each step, the row of
+    the token before it, as in AR decoding. ``max_positions`` is the model's length: no
     position at or past it exists. ``stop_token_ids`` end the text; ``min_eos_position`` is the first position at which
     one may stand (prompt length + min_tokens). What follows from the fields is kept, since each step asks for it.
     """
@@ -44,6 +48,7 @@ class DecodeParams:
     window_size: int = 16
     entropy_threshold: float | None = 0.4
     pos_penalty: float = 0.02
+    next_token: NextToken = "masked"
     draft_entropy: float = 2.5
     lookup_drafts: int = 0
     has_masked_rows: bool = True
@@ -60,6 +65,18 @@ class DecodeParams:
     def is_verified(self) -> bool:
         """Whether tokens are chosen by the shifted head (AR's text) rather than by the masked rows."""
         return self.decoding in ("auto", "verified", "autoregressive")
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether streaming takes each next token from the row before it. A block is committed as a whole, so its rows
+        may stand where no token before them is in the forward."""
+        return self.decoding == "streaming" and self.next_token == "causal"
+
+    @cached_property
+    def has_anchor(self) -> bool:
+        """Whether a window begins with a known token, whose row gives the token after it: the prompt's last one at first,
+        which is therefore not cached before."""
+        return self.is_verified or self.is_causal
 
     @cached_property
     def is_adaptive(self) -> bool:

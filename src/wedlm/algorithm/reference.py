@@ -5,6 +5,7 @@
 [rows, vocabulary]; row i attends to rows 0..i.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,10 +43,10 @@ def decode(
         raise ValueError(f"prompt has {len(prompt)} tokens; expected 1 to {params.max_positions - 1}")
     max_tokens = min(max_tokens, params.max_positions - len(prompt))
     step = _verified_step if params.is_verified else _streaming_step
-    committed = prompt[:-1] if params.is_verified else list(prompt)
-    window: list[int | None] = list(prompt[-1:]) if params.is_verified else []  # None = masked
+    committed = prompt[:-1] if params.has_anchor else list(prompt)
+    window: list[int | None] = list(prompt[-1:]) if params.has_anchor else []  # None = masked
     if not params.is_verified:
-        window = [None] * params.row_budget
+        window += [None] * (params.row_budget - len(window))
     out = ReferenceOutput([], [], [])
     while True:
         if propose is not None:
@@ -77,16 +78,23 @@ def _forward(
 def _streaming_step(
     model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
 ) -> tuple[list[int], list[int], list[int | None], int]:
-    """Commit the leading filled run (block: only a full window), fill by entropy, emit what became final."""
+    """Commit the leading filled run (block: only a full window), fill by entropy, emit what became final.
+
+    Causal: the last row of that run, which AR decoding would run, has the logits of the first masked position, and these
+    are reason enough to fill it."""
     room = params.max_positions - len(committed)
     window = window[:room]
     run = _leading_run(window, params)
     window = (window + [None] * run)[:room]
     order, logits = _forward(model, committed, window, params)
+    if params.is_causal:
+        logits[run] = logits[run - 1]
     committed, window = committed + [t for t in window[:run] if t is not None], window[run:]
     n = len(committed)
     masked = [c for c, token in enumerate(window) if token is None]
     adjusted = {c: _entropy(logits[c + run]) + params.pos_penalty * (c - masked[0]) for c in masked}
+    if params.is_causal:
+        adjusted[0] = -math.inf
     chosen = [c for c in masked if params.entropy_threshold is not None and adjusted[c] < params.entropy_threshold]
     for c in chosen or [min(masked, key=lambda c: (adjusted[c], c))]:
         window[c] = choose_token(logits[c + run], n + c, params)

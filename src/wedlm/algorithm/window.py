@@ -30,6 +30,7 @@ class WindowParams:
 
     is_verified: Bool[Tensor, " S"]
     block: Bool[Tensor, " S"]
+    causal: Bool[Tensor, " S"]
     row_budget: Int[Tensor, " S"]
     max_drafts: Int[Tensor, " S"]
     max_positions: Int[Tensor, " S"]
@@ -49,6 +50,7 @@ class WindowParams:
         return cls(
             is_verified=tensor([p.is_verified for p in params], torch.bool),
             block=tensor([p.decoding == "block" for p in params], torch.bool),
+            causal=tensor([p.is_causal for p in params], torch.bool),
             row_budget=tensor([p.row_budget for p in params], torch.long),
             max_drafts=tensor([p.max_drafts for p in params], torch.long),
             max_positions=tensor([p.max_positions for p in params], torch.long),
@@ -107,7 +109,8 @@ class WindowState:
 class RowResults:
     """What the forward said, by window column. Columns without logits may hold anything.
 
-    ``choice``: a masked column's token AT that position, a filled column's AR token for the position AFTER it;
+    ``choice``: a masked column's token AT that position (of a causal window's first one, as the row before it has it), a
+    filled column's AR token for the position AFTER it;
     ``entropy``: of the raw logits, nats; ``logprobs``: raw log-probability of the choice.
     """
 
@@ -160,7 +163,8 @@ def _update_streaming(
     width = torch.where(state.width > 0, torch.minimum(params.row_budget, room).clamp(min=0), 0)
     inside = torch.arange(state.tokens.shape[1], device=run.device) < width[:, None]
     filled = shift_left(state.filled, run) & inside
-    chosen = select_fill(shift_left(results.entropy, run), inside & ~filled, params.threshold, params.penalty)
+    masked, entropy = inside & ~filled, shift_left(results.entropy, run)
+    chosen = select_fill(entropy, masked, params.threshold, params.penalty, params.causal)
     state = WindowState(
         cached=state.cached + run,
         width=width,

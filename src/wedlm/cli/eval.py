@@ -72,6 +72,7 @@ class ParamOptions:
     window_size: Annotated[int | None, option("Positions of a window or block; rows of verified.", HOW)] = None
     entropy_threshold: Annotated[str | None, option("Fill below this entropy (nats); none: one a forward.", HOW)] = None
     pos_penalty: Annotated[float | None, option("Entropy added per position of distance.", HOW)] = None
+    next_token: Annotated[str | None, option("Streaming: masked or causal.", HOW)] = None
     draft_entropy: Annotated[float | None, option("Verified: draft up to the first row this uncertain.", HOW)] = None
     temperature: Annotated[float | None, option("0 takes the most probable token.", HOW)] = None
     top_p: Annotated[float | None, option("Sample from the smallest set with this probability.", HOW)] = None

@@ -83,6 +83,7 @@ def decode_params(config: EngineConfig, num_prompt_tokens: int, params: Sampling
         has_masked_rows=config.has_masked_rows,
         entropy_threshold=params.wedlm_entropy_threshold,
         pos_penalty=params.wedlm_pos_penalty_factor,
+        next_token=params.wedlm_next_token or config.next_token,
         draft_entropy=params.wedlm_draft_entropy,
         temperature=params.temperature,
         top_k=max(0, params.top_k),

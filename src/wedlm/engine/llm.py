@@ -75,6 +75,7 @@ class LLM:
             options=chosen,
             has_masked_rows=chosen.mask_token_id is not None or self.model_config.mask_token_id is not None,
             model_decoding=self.model_config.default_decoding,
+            next_token=self.model_config.default_next_token,
         )
 
     def _plan(self, num_sharing: int = 1) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from wedlm.algorithm.params import DECODINGS, DecodeParams, Decoding
+from wedlm.algorithm.params import DECODINGS, DecodeParams, Decoding, NextToken
 from wedlm.engine.original_names import translated
 
 WeightBits = Literal["auto", "none", "int8", "fp8"]
@@ -233,6 +233,7 @@ class EngineConfig:
         True  # False: the model predicts nothing in them; auto and verified draft from the text alone
     )
     model_decoding: Decoding = "auto"  # the checkpoint's word
+    next_token: NextToken = "masked"  # the checkpoint's, of requests that name none
 
     @property
     def decoding(self) -> Decoding:

@@ -31,11 +31,11 @@ class WindowSnapshot:
 
     @classmethod
     def initial(cls, prompt: list[int], params: DecodeParams) -> "WindowSnapshot":
-        """All masked after the prompt; when verifying, the prompt's last token is the anchor in column 0."""
-        cached = len(prompt) - params.is_verified
+        """All masked after the prompt, or after its last token, where the window has an anchor."""
+        cached = len(prompt) - params.has_anchor
         width = params.width(0, params.max_positions - cached)
         tokens: list[int | None] = [None] * width
-        if params.is_verified:
+        if params.has_anchor:
             tokens[0] = prompt[-1]
         return cls(cached, tuple(tokens), (0.0,) * width)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from numbers import Integral, Real
 
-from wedlm.algorithm.params import DECODINGS, DecodeParams, Decoding
+from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, DecodeParams, Decoding, NextToken
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
@@ -40,6 +40,9 @@ class SamplingParams:
     decoding: "auto", "streaming", "verified", "block" or "autoregressive"; None is the engine's default.
     wedlm_window_size: W of streaming and block decoding, most rows a step of verified and auto; None is the engine's.
     wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
+    wedlm_next_token: "masked" or "causal"; None is the checkpoint's. Streaming only: what decides the leftmost masked
+    position. "masked": its own row, once it is sure enough (the paper's rule); "causal": in each step the row of the token
+    before it, as in AR decoding, so that each forward gives at least one token.
     wedlm_draft_entropy: verified decoding drafts up to the first masked row whose entropy reaches this (nats).
     wedlm_lookup_drafts: most drafts a step that come from prompt and output, where these go on as they did before: in
     verified decoding in place of masked rows' whenever there are some, in auto if they pay; 0: none. None is the
@@ -71,6 +74,7 @@ class SamplingParams:
     cache_salt: str = ""
     decoding: Decoding | None = None
     wedlm_window_size: int | None = None
+    wedlm_next_token: NextToken | None = None
     wedlm_draft_entropy: float = DecodeParams.draft_entropy
     wedlm_lookup_drafts: int | None = None
 
@@ -115,6 +119,9 @@ class SamplingParams:
             self._set("wedlm_entropy_threshold", _number("wedlm_entropy_threshold", self.wedlm_entropy_threshold))
         penalty = _number("wedlm_pos_penalty_factor", self.wedlm_pos_penalty_factor, high=_LARGEST)
         self._set("wedlm_pos_penalty_factor", penalty)
+        if self.wedlm_next_token is not None and self.wedlm_next_token not in NEXT_TOKENS:
+            names = " or ".join(NEXT_TOKENS)
+            raise ValueError(f"wedlm_next_token is {self.wedlm_next_token!r}; expected {names}")
         self._set("wedlm_draft_entropy", _number("wedlm_draft_entropy", self.wedlm_draft_entropy))
         if self.wedlm_lookup_drafts is not None:
             self._set("wedlm_lookup_drafts", _integer("wedlm_lookup_drafts", self.wedlm_lookup_drafts, low=0))

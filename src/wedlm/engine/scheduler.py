@@ -243,6 +243,6 @@ def _start(request: Request, unread: ScheduledRequest | None) -> int:
 
 
 def _ends(unread: ScheduledRequest) -> bool:
-    """Whether a step is sure to end the request: a verified one emits a token at least."""
+    """Whether a step is sure to end the request: one with an anchor emits a token at least."""
     request = unread.request
-    return unread.is_window and request.decode.is_verified and request.num_output_tokens + 1 >= request.max_tokens
+    return unread.is_window and request.decode.has_anchor and request.num_output_tokens + 1 >= request.max_tokens

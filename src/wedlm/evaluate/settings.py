@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wedlm.algorithm.params import DecodeParams
+from wedlm.algorithm.params import DecodeParams, NextToken
 
 if TYPE_CHECKING:
     from wedlm.engine.sampling_params import SamplingParams
@@ -23,6 +23,7 @@ class Params:
     window_size: int = DecodeParams.window_size
     entropy_threshold: float | None = DecodeParams.entropy_threshold
     pos_penalty: float = DecodeParams.pos_penalty
+    next_token: NextToken | None = None
     draft_entropy: float = DecodeParams.draft_entropy
     temperature: float = DecodeParams.temperature
     top_p: float = DecodeParams.top_p
@@ -42,6 +43,7 @@ class Params:
             wedlm_window_size=self.window_size,
             wedlm_entropy_threshold=self.entropy_threshold,
             wedlm_pos_penalty_factor=self.pos_penalty,
+            wedlm_next_token=self.next_token,
             wedlm_draft_entropy=self.draft_entropy,
             temperature=self.temperature,
             top_p=self.top_p,

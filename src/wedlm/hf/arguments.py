@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig, GenerationMixin, MaxTimeCriteria, StopStringCriteria
 
-from wedlm.algorithm.params import DecodeParams, Decoding
+from wedlm.algorithm.params import DecodeParams, Decoding, NextToken
 from wedlm.engine.sampling_params import SamplingParams
 
 # Nothing of these can change which tokens come, or in which form.
@@ -45,6 +45,7 @@ class Arguments:
     wedlm_window_size: int = DecodeParams.window_size
     wedlm_entropy_threshold: float | None = DecodeParams.entropy_threshold
     wedlm_pos_penalty_factor: float = DecodeParams.pos_penalty
+    wedlm_next_token: NextToken | None = None
     wedlm_draft_entropy: float = DecodeParams.draft_entropy
     wedlm_lookup_drafts: int | None = None
 
@@ -90,6 +91,7 @@ class Arguments:
             seed=self.seed,
             wedlm_entropy_threshold=self.wedlm_entropy_threshold,
             wedlm_pos_penalty_factor=self.wedlm_pos_penalty_factor,
+            wedlm_next_token=self.wedlm_next_token,
             wedlm_draft_entropy=self.wedlm_draft_entropy,
             wedlm_lookup_drafts=self.wedlm_lookup_drafts,
         )

@@ -80,6 +80,7 @@ def generate(
             max_num_seqs=min(len(prompts), _MAX_NUM_SEQS),
         ),
         model_decoding=config.default_decoding,
+        next_token=config.default_next_token,
     )
     if streamer is not None:
         streamer.put(input_ids.cpu())

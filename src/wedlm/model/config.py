@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from wedlm.algorithm.params import DECODINGS, Decoding
+from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, Decoding, NextToken
 from wedlm.model.formats.fp8_checkpoint import check_quantization_config
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "wedlm")
@@ -37,6 +37,8 @@ _ROPE_KEYS = {
 _ROPE_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
 # Our key of a config.json, and of a GGUF file: the mode of requests that name none.
 DECODING_KEY = "wedlm_decoding"
+# Another: what decides the next token of streaming, of requests that say nothing.
+NEXT_TOKEN_KEY = "wedlm_next_token"
 # How a checkpoint in eight bits (``formats/int8_rows.py``) says so: a reader that does not know it refuses.
 QUANTIZATION_CONFIG = {"quant_method": "wedlm-int8"}
 # What no size of an honest model comes near; the positions that float32, in which RoPE counts, still tells apart.
@@ -119,6 +121,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
     decoding: Decoding | None = None
+    next_token: NextToken | None = None
 
     def __post_init__(self) -> None:
         if self.model_type not in SUPPORTED_MODEL_TYPES:
@@ -144,6 +147,8 @@ class ModelConfig:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(SUPPORTED_DTYPES)}")
         if self.decoding is not None and self.decoding not in DECODINGS:
             raise ValueError(f"{DECODING_KEY} is {self.decoding!r}; expected one of {', '.join(DECODINGS)}")
+        if self.next_token is not None and self.next_token not in NEXT_TOKENS:
+            raise ValueError(f"{NEXT_TOKEN_KEY} is {self.next_token!r}; expected {' or '.join(NEXT_TOKENS)}")
         _check_ids(self)
 
     @property
@@ -166,6 +171,11 @@ class ModelConfig:
         """The mode of requests that name none: the config's word; else streaming for the model type of the paper's
         checkpoints, whose own code and figures know no other, and auto."""
         return self.decoding or ("streaming" if self.model_type == "wedlm" else "auto")
+
+    @property
+    def default_next_token(self) -> NextToken:
+        """The config's word; else the paper's, because nothing says whether the AR head was trained, too."""
+        return self.next_token or "masked"
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -201,14 +211,15 @@ class ModelConfig:
             eos_token_ids=read_token_ids("eos_token_id", config.get("eos_token_id")),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
             decoding=config.get(DECODING_KEY),
+            next_token=config.get(NEXT_TOKEN_KEY),
             **_read_flags(config),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a ``config.json`` from which ``from_hf`` rebuilds this config.
 
-        transformers 4 and 5 read the AR part; ``mask_token_id``, ``block_size`` and
-        ``wedlm_decoding`` are extra keys to them.
+        transformers 4 and 5 read the AR part; ``mask_token_id``, ``block_size``, ``wedlm_decoding`` and
+        ``wedlm_next_token`` are extra keys to them.
         """
         scaling = None if self.rope_scaling is None else asdict(self.rope_scaling)
         eos = list(self.eos_token_ids)
@@ -243,8 +254,9 @@ class ModelConfig:
             config["mlp_bias"] = self.mlp_bias
         if self.model_type == "wedlm":
             config["qk_norm"] = self.qk_norm
-        if self.decoding is not None:
-            config[DECODING_KEY] = self.decoding
+        for key, value in ((DECODING_KEY, self.decoding), (NEXT_TOKEN_KEY, self.next_token)):
+            if value is not None:
+                config[key] = value
         return config
 
 

@@ -34,7 +34,7 @@ class _WindowParams(Structure):
         ("top_k", c_int64),
         ("seed", c_int64),
         ("temperature", c_float),
-        *((name, c_int32) for name in ("is_verified", "is_block", "is_adaptive", "num_top")),
+        *((name, c_int32) for name in ("is_verified", "is_block", "is_causal", "is_adaptive", "num_top")),
         ("stop_tokens", c_void_p),
         ("num_stop_tokens", c_int64),
     )
@@ -56,6 +56,7 @@ class _WindowParams(Structure):
             params.temperature,
             params.is_verified,
             params.decoding == "block",
+            params.is_causal,
             params.is_adaptive,
             num_top,
             stop_tokens.ctypes.data,

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field
 
-from wedlm.algorithm.params import Decoding
+from wedlm.algorithm.params import Decoding, NextToken
 from wedlm.engine.sampling_params import MAX_BIASES, MAX_GRAMMAR_CHARACTERS, MAX_LOGPROBS, SamplingParams
 from wedlm.server.grammars import answer_or_calls_grammar, choice_grammar, regex_grammar
 from wedlm.server.messages import Message
@@ -111,6 +111,7 @@ class Generation(Strict):
     wedlm_window_size: int | None = None
     wedlm_entropy_threshold: float | None = None
     wedlm_pos_penalty_factor: float | None = None
+    wedlm_next_token: NextToken | None = None
     wedlm_draft_entropy: float | None = None
     wedlm_lookup_drafts: int | None = None
     wedlm_trace: bool | None = None
@@ -150,8 +151,9 @@ class Generation(Strict):
             "stop_token_ids",
             "decoding",
         )
-        ours = ("wedlm_window_size", "wedlm_pos_penalty_factor", "wedlm_draft_entropy", "wedlm_lookup_drafts")
-        given = {name: getattr(self, name) for name in (*names, *ours) if getattr(self, name) is not None}
+        ours = ("window_size", "pos_penalty_factor", "next_token", "draft_entropy", "lookup_drafts")
+        names = (*names, *(f"wedlm_{name}" for name in ours))
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if "wedlm_entropy_threshold" in self.model_fields_set:
             given["wedlm_entropy_threshold"] = self.wedlm_entropy_threshold
         if self.logit_bias:

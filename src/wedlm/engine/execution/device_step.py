@@ -204,7 +204,9 @@ class DeviceStep:
         )  # fmt: skip
         pick = torch.argsort(~rows.needs_logits, stable=True)[: shape.num_logits]
         masked = ~rows.filled & real if self.model.has_masked_lora else None
-        logits = self._forward(shape, rows.tokens, rows.positions, key_slots, plan, pick, chunks, masked)
+        logits = self._forward(
+            shape, rows.tokens, rows.positions, key_slots, plan, rows.logits_row[pick], chunks, masked
+        )
         own, column = sequence[pick], rows.column[pick]
         chosen = self._choose(logits, index, own, (rows.positions + rows.filled)[pick], shape.flags)
         results = chosen.by_column(own, column, state.tokens.shape, rows.needs_logits[pick])

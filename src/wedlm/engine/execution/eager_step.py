@@ -102,14 +102,14 @@ class EagerStep(Generic[A]):
         if not flags.streaming and max(num_rows) <= 1:  # anchors alone: what auto decoding costs where AR is best
             flags = replace(flags, groups=False, entropy=False)
         rows = window_rows(state, params.window, sum(num_rows), self.mask_token_id, padded=False)
-        logits_indices = rows.needs_logits.nonzero()[:, 0]
+        wanted = rows.needs_logits.nonzero()[:, 0]
         masked = (~rows.filled).nonzero()[:, 0]  # windows come first, so these are rows of the step, too
         batch = ExtendBatch(starts, num_rows, [one.pages for one in windows], rows.visibility if flags.groups else None)
         logits = self._forward(
-            batch, chunks, rows.tokens, rows.positions, logits_indices, masked if len(masked) else None
+            batch, chunks, rows.tokens, rows.positions, rows.logits_row[wanted], masked if len(masked) else None
         )
-        sequence, column = rows.packed.sequence[logits_indices], rows.column[logits_indices]
-        target = (rows.positions + rows.filled)[logits_indices]
+        sequence, column = rows.packed.sequence[wanted], rows.column[wanted]
+        target = (rows.positions + rows.filled)[wanted]
         constrained = ConstrainedStep.of(windows, state, rows.layout)
         report: Report = "all" if any(one.request.params.logprobs is not None for one in windows) else "none"
         chosen = choose_row_tokens(

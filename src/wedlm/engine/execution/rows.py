@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wedlm.algorithm.reorder import PackedRows, pack_rows, topological_order
+from wedlm.algorithm.reorder import PackedRows, leading_run, pack_rows, topological_order
 from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_logsumexp
 from wedlm.algorithm.verify import RowLayout, row_layout
 from wedlm.algorithm.window import RowResults, WindowParams, WindowState
@@ -23,8 +23,9 @@ Constrain = Callable[[Tensor, Tensor, SamplingBatch], None]  # (logits [L, V], i
 class WindowRows:
     """T rows of S windows, packed window by window, then padding, if any. Fields but ``layout`` are by row [T].
 
-    ``column``: the window column that a row holds. ``needs_logits``: streaming reads nothing from a filled row,
-    verification reads all.
+    ``column``: the window column that a row holds. ``needs_logits``: streaming takes a token for each masked row, and
+    verification for every row; ``logits_row``: the row whose logits decide that token, itself but for the first masked
+    one of causal streaming, for which the last of the leading filled run has them.
     """
 
     packed: PackedRows
@@ -35,6 +36,7 @@ class WindowRows:
     positions: Tensor
     visibility: RowVisibility
     needs_logits: Tensor
+    logits_row: Tensor
 
 
 def window_rows(
@@ -50,6 +52,10 @@ def window_rows(
     if padded:
         filled = filled & packed.real
     needs_logits = ~filled | params.is_verified[sequence]
+    run = leading_run(state.filled)[sequence]
+    row = torch.arange(num_rows, device=column.device)
+    is_next = params.causal[sequence] & ~filled & (column == run)
+    logits_row = torch.where(is_next, row - packed.row + run - 1, row)
     tokens = torch.where(filled, state.tokens[sequence, column], mask_token_id)
     layout = row_layout(state.filled, state.width, params.is_verified)
     offset, shared, own_start = (part[sequence, column] for part in (layout.offset, layout.shared, layout.own_start))
@@ -57,8 +63,9 @@ def window_rows(
     if padded:
         needs_logits = needs_logits & packed.real
         positions, shared, own_start = (part.where(packed.real, 0) for part in (positions, shared, own_start))
+        logits_row = logits_row.where(packed.real, 0)
     visibility = RowVisibility(shared, own_start)
-    return WindowRows(packed, layout, column, filled, tokens, positions, visibility, needs_logits)
+    return WindowRows(packed, layout, column, filled, tokens, positions, visibility, needs_logits, logits_row)
 
 
 @dataclass(frozen=True)

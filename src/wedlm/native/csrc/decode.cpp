@@ -125,8 +125,10 @@ struct WedlmDecoder {
     const WedlmWindowParams& own = params(step, s);
     int64_t capacity = step.slots->capacity, &wide = width[static_cast<size_t>(s)], start = cached[static_cast<size_t>(s)];
     uint8_t* is_filled = &filled[static_cast<size_t>(s * capacity)];
+    int64_t moved = 0, first_row = static_cast<int64_t>(row_token.size());
     if (!own.is_verified) {
-      int64_t moved = final_run(is_filled, wide, own.is_block), room = own.max_positions - start;
+      moved = final_run(is_filled, wide, own.is_block);
+      int64_t room = own.max_positions - start;
       run[static_cast<size_t>(s)] = moved;
       wide = std::min({wide + moved, std::max(room, wide), capacity});
     }
@@ -148,15 +150,18 @@ struct WedlmDecoder {
           hides = true;
           shared[static_cast<size_t>(s * capacity + c)] = sees;
         }
-        if (!filled_ones || own.is_verified) add_choice(own, s, c, start + offset + filled_ones);
+        // Causal: the row of the last token of the leading run has the logits of the position after it.
+        bool is_next = own.is_causal && c == moved;
+        if (!filled_ones || own.is_verified)
+          add_choice(own, is_next ? first_row + moved - 1 : static_cast<int64_t>(row_token.size()), s, c, start + offset + filled_ones);
         add_row(filled_ones ? tokens[static_cast<size_t>(s * capacity + c)] : mask_token_id, start + offset, sees, own_start, !filled_ones);
       }
     return hides;
   }
 
-  // The next row is to have a token for position `position`.
-  void add_choice(const WedlmWindowParams& own, int64_t s, int64_t c, int64_t position) {
-    logits_rows.push_back(static_cast<int64_t>(row_token.size()));
+  // Column `c` is to have a token for position `position`, from the logits of row `row`.
+  void add_choice(const WedlmWindowParams& own, int64_t row, int64_t s, int64_t c, int64_t position) {
+    logits_rows.push_back(row);
     sequence.push_back(s);
     column.push_back(c);
     target.push_back(position);
@@ -320,10 +325,12 @@ struct WedlmDecoder {
       logprobs[to] = !was ? 0 : was_filled ? logprobs[from] : choice_logprobs[from];
       filled[to] = was_filled && c < wide;
       if (c >= wide || filled[to]) continue;
+      bool is_next = own.is_causal && first_masked < 0;
       if (first_masked < 0) first_masked = c;
       double uncertain = (was ? static_cast<double>(entropy[from]) : 0.0) + own.penalty * static_cast<double>(c - first_masked);
       // What is not a number counts as least certain: a step must fill something, or decoding would never end.
       if (std::isnan(uncertain)) uncertain = std::numeric_limits<double>::infinity();
+      if (is_next) uncertain = -std::numeric_limits<double>::infinity();
       if (smallest < 0 || uncertain < least) smallest = c, least = uncertain;
       if (uncertain < own.threshold) filled[to] = any = true;
     }

@@ -19,7 +19,7 @@ typedef struct {
   double top_p;
   int64_t top_k, seed;
   float temperature;
-  int32_t is_verified, is_block, is_adaptive;
+  int32_t is_verified, is_block, is_causal, is_adaptive;
   int32_t num_top; /* the most probable tokens that are told of each row */
   const int64_t* stop_tokens;
   int64_t num_stop_tokens;
