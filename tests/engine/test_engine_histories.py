@@ -8,7 +8,7 @@ import pytest
 from tests.engine.native_model import NativeModel
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.stub import StubModel
-from wedlm.algorithm.params import DECODINGS
+from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS
 from wedlm.engine.engine import Engine
 from wedlm.engine.sampling_params import SamplingParams
 
@@ -28,6 +28,7 @@ def random_params(rng: random.Random) -> SamplingParams:
         logprobs=rng.choice([None, None, 2]),
         wedlm_window_size=rng.randint(1, 9),
         wedlm_entropy_threshold=rng.choice([None, 0.4, 1.5]),
+        wedlm_next_token=rng.choice(NEXT_TOKENS),
         wedlm_draft_entropy=rng.choice([0.5, 1.5, 5.0]),
         wedlm_lookup_drafts=rng.choice([None, None, 0, 3, 20]),
     )
@@ -108,7 +109,7 @@ def test_histories():
 
 
 def test_histories_of_texts_that_repeat_themselves():
-    assert run_histories(range(20), StubModel(period=4, agreement=8.0))["accepted from the text"] > 20
+    assert run_histories(range(24), StubModel(period=4, agreement=8.0))["accepted from the text"] > 20
 
 
 @pytest.mark.long

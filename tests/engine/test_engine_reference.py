@@ -10,7 +10,7 @@ import torch
 
 from tests.engine.stub_engine import build
 from wedlm.algorithm import reference
-from wedlm.algorithm.params import DECODINGS
+from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.engine.engine import Engine
 from wedlm.engine.options import EngineConfig, EngineOptions
@@ -77,6 +77,7 @@ def requests_of(seed: int) -> list[tuple[list[int], SamplingParams]]:
             seed=i,
             wedlm_window_size=rng.choice([1, 3, 8, 16]),
             wedlm_entropy_threshold=rng.choice([None, 0.8, 2.0]),
+            wedlm_next_token=rng.choice(NEXT_TOKENS),
             wedlm_draft_entropy=rng.choice([1.0, 3.0]),
         )
         out.append((prompt[: LENGTH - 1], params))

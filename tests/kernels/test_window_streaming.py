@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from wedlm.algorithm.params import DecodeParams
+from wedlm.algorithm.params import NEXT_TOKENS, DecodeParams
 from wedlm.algorithm.reorder import pack_rows, topological_order
 from wedlm.algorithm.window import RowResults, WindowParams, WindowState, extend, update_windows
 from wedlm.kernels import window_streaming
@@ -26,6 +26,7 @@ def windows(rng: random.Random, num_slots: int, device) -> tuple[WindowState, Wi
             window_size=rng.choice([1, 3, 4, 9, 16]),
             entropy_threshold=rng.choice([None, 0.2, 0.6, 5.0]),
             pos_penalty=rng.choice([0.0, 0.02, 0.3]),
+            next_token=rng.choice(NEXT_TOKENS),
             max_positions=rng.choice([30, 60, 500]),
         )
         for _ in range(num_slots + 1)
@@ -34,6 +35,7 @@ def windows(rng: random.Random, num_slots: int, device) -> tuple[WindowState, Wi
     for slot, one in enumerate(params[:-1]):
         state.cached[slot] = rng.randint(0, 9)
         state.width[slot] = one.width(0, one.max_positions - int(state.cached[slot]))
+        state.filled[slot, 0] = one.has_anchor
     table = torch.randperm((num_slots + 1) * 150, device=device).view(num_slots + 1, 150)
     return state, WindowParams.stack(params, device), table
 
@@ -62,7 +64,9 @@ def check_step(rng: random.Random, state, params, table, index, device) -> None:
     assert rows.slots[real:].tolist() == [TRASH] * (capacity - real)
     assert rows.tokens[real:].tolist() == [MASK] * (capacity - real)
     assert not rows.positions[real:].any()
-    assert torch.equal(rows.logits_indices[: len(wanted)], wanted)
+    is_next = own.causal[packed.sequence[wanted]] & (column[wanted] == run[packed.sequence[wanted]])
+    deciding = torch.where(is_next, wanted - packed.row[wanted] + column[wanted] - 1, wanted)
+    assert torch.equal(rows.logits_indices[: len(wanted)], deciding)
     assert torch.equal(rows.sequence[: len(wanted)], packed.sequence[wanted])
     assert torch.equal(rows.target[: len(wanted)], rows.positions[wanted])
     for padded in (rows.logits_indices, rows.sequence, rows.target):

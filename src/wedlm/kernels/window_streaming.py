@@ -20,12 +20,12 @@ _ROWS_PER_TILE = 256
 @dataclass(frozen=True)
 class StreamingRows:
     """Rows of a step, packed, a window's filled ones before its masked ones, padded to a capacity T with rows whose
-    keys go to the trash slot. L of them have logits: the masked ones, then padding. S sequences."""
+    keys go to the trash slot. L logits are for the masked ones, then padding. S sequences."""
 
     tokens: Int[Tensor, " T"]
     positions: Int[Tensor, " T"]
     slots: Int[Tensor, " T"]
-    logits_indices: Int[Tensor, " L"]  # row of each logits row
+    logits_indices: Int[Tensor, " L"]  # the row that has them: the masked one, or the one that decides it
     sequence: Int[Tensor, " L"]
     target: Int[Tensor, " L"]
     row_start: Int[Tensor, " S"]
@@ -59,7 +59,7 @@ def _extended(slot, inside, cached_ptr, width_ptr, filled_ptr, block_ptr, max_po
 
 @triton.jit(do_not_specialize=["num_sequences", "capacity", "num_logits"])
 def _rows(
-    index_ptr, cached_ptr, width_ptr, tokens_ptr, filled_ptr, block_ptr, max_positions_ptr,
+    index_ptr, cached_ptr, width_ptr, tokens_ptr, filled_ptr, block_ptr, causal_ptr, max_positions_ptr,
     table_ptr, table_width, mask_token_id, trash_slot, num_sequences, capacity, num_logits,
     row_tokens_ptr, positions_ptr, slots_ptr, logits_indices_ptr, sequence_ptr, target_ptr,
     row_start_ptr, num_rows_ptr, cached_out_ptr, run_ptr, logits_start_ptr,
@@ -113,7 +113,9 @@ def _rows(
     tl.store(slots_ptr + place, page * PAGE + key % PAGE, mask=inside)
     logits_row = logits_start + rank_masked
     masked = masked & inside & (logits_row < num_logits)
-    tl.store(logits_indices_ptr + logits_row, place, mask=masked)
+    # Causal: the last row of the leading run has the logits of the first masked position.
+    is_next = (tl.load(causal_ptr + slot)[:, None] != 0) & (column == run[:, None])
+    tl.store(logits_indices_ptr + logits_row, tl.where(is_next, row_start + run[:, None] - 1, place), mask=masked)
     tl.store(sequence_ptr + logits_row, column * 0 + s, mask=masked)
     tl.store(target_ptr + logits_row, position, mask=masked)
     tl.store(row_start_ptr + s + only, row_start + only * 0)
@@ -143,7 +145,7 @@ def streaming_rows(
     rows = StreamingRows(*(torch.empty(size, dtype=torch.long, device=index.device) for size in sizes))
     _rows[(num_sequences + 1,)](
         index, state.cached, state.width, state.tokens, state.filled.view(torch.uint8),
-        params.block.view(torch.uint8), params.max_positions,
+        params.block.view(torch.uint8), params.causal.view(torch.uint8), params.max_positions,
         page_table, page_table.shape[1], mask_token_id, trash_slot, num_sequences, capacity, num_logits,
         rows.tokens, rows.positions, rows.slots, rows.logits_indices, rows.sequence, rows.target,
         rows.row_start, rows.num_rows, rows.cached, rows.run, rows.logits_start,
@@ -156,7 +158,7 @@ def streaming_rows(
 @triton.jit
 def _update(
     index_ptr, cached_ptr, width_ptr, tokens_ptr, filled_ptr, logprobs_ptr,
-    block_ptr, threshold_ptr, penalty_ptr,
+    block_ptr, causal_ptr, threshold_ptr, penalty_ptr,
     num_rows_ptr, run_ptr, logits_start_ptr, choice_ptr, entropy_ptr, logprob_ptr, ints_ptr, floats_ptr,
     C: tl.constexpr,
 ):  # fmt: skip
@@ -174,10 +176,13 @@ def _update(
     logprobs = tl.where(filled, logprobs, tl.load(logprob_ptr + row, mask=masked, other=0.0))
     # Which masked columns to fill: select_fill, in the same precision.
     entropy = tl.load(entropy_ptr + row, mask=masked, other=0.0).to(tl.float64)
-    distance = (column - tl.min(tl.where(masked, column, C), axis=0)).to(tl.float64)
+    first = tl.min(tl.where(masked, column, C), axis=0)
+    distance = (column - first).to(tl.float64)
     adjusted = entropy + tl.load(penalty_ptr + slot) * distance
     infinite = tl.full((C,), float("inf"), tl.float64)
     adjusted = tl.where(masked & (adjusted == adjusted), adjusted, infinite)  # nan counts as least certain
+    is_next = masked & (column == first) & (tl.load(causal_ptr + slot) != 0)
+    adjusted = tl.where(is_next, -infinite, adjusted)
     below = adjusted < tl.load(threshold_ptr + slot)
     smallest = masked & (adjusted == tl.min(adjusted, axis=0))
     leftmost = smallest & (column == tl.min(tl.where(smallest, column, C), axis=0))
@@ -222,7 +227,7 @@ def update_streaming(
     results, floats = empty_results(num_sequences, columns, index.device)
     _update[(num_sequences,)](
         index, state.cached, state.width, state.tokens, state.filled.view(torch.uint8), state.logprobs,
-        params.block.view(torch.uint8), params.threshold, params.penalty,
+        params.block.view(torch.uint8), params.causal.view(torch.uint8), params.threshold, params.penalty,
         rows.num_rows, rows.run, rows.logits_start, choice, entropy, logprobs, results, floats,
         C=columns, num_warps=1,
     )  # fmt: skip

@@ -22,7 +22,7 @@ class ConstrainedStep:
     When verifying, row i is chosen under the rules as they stand after the drafts before it, so that AR decoding would
     choose the same; the drafts themselves need not keep to them. Streaming and block: the first masked column is chosen
     under the rules, later ones without the grammar, because what comes before them is not known; ``correct`` then
-    checks them.
+    checks them. Causal streaming: the row of the first masked column is that of the token before it, as in AR decoding.
     """
 
     def __init__(self, windows: list[ScheduledRequest], state: WindowState, layout: RowLayout) -> None:
@@ -167,6 +167,8 @@ class ConstrainedStep:
                 continue
             state.filled[s, column:] = False
             row, admitted = self._rows.get((s, column + int(run[s]))), True
+            if decode.is_causal and column > 0:
+                row = None  # the next step has a better row for it
             if row is not None:
                 token, logprob, admitted = self._choose_again(row, constraint, tokens[:column])
                 for part in (state, emitted):
