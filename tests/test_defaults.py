@@ -43,6 +43,7 @@ DECODING = (
     "wedlm_window_size",
     "wedlm_entropy_threshold",
     "wedlm_pos_penalty_factor",
+    "wedlm_next_token",
     "wedlm_draft_entropy",
     "temperature",
     "top_p",
@@ -63,6 +64,7 @@ def check(found: Mapping[str, Any], on_purpose: Mapping[str, Any], lacking: tupl
     meaning = {
         "decoding": EngineConfig(2, 1, (), 9).decoding,
         "wedlm_window_size": ENGINE["wedlm_window_size"],
+        "wedlm_next_token": EngineConfig(2, 1, (), 9).next_token,
     }  # of None
     for name, default in found.items():
         default = meaning.get(name) if default in (None, ()) else default

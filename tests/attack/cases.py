@@ -391,6 +391,7 @@ def _sampling(model: str) -> Iterator[Case]:
         "wedlm_window_size": [1, 2, 16, 2**31 - 1, 10**20],
         "wedlm_entropy_threshold": [None, 0, 1e-300, 1e30, 1e308],
         "wedlm_pos_penalty_factor": [0, 1e30, -1e30],
+        "wedlm_next_token": [None, "masked", "causal", "magic"],
         "wedlm_draft_entropy": [0, 1e30],
         "wedlm_lookup_drafts": [None, 0, 1, 2**31 - 1, -1],
         "logprobs": [None, 0, 20, 21],

@@ -10,7 +10,7 @@ import pytest
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.engine.table_matcher import TableMatcher, decode_constrained
 from tests.stub import StubModel
-from wedlm.algorithm.params import DECODINGS
+from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS
 from wedlm.engine.constraints.rules import Constraint
 from wedlm.engine.engine import Engine
 from wedlm.engine.request import Request
@@ -39,6 +39,7 @@ def random_rules(rng: random.Random, decoding: str | None = None) -> Rules:
         frequency_penalty=rng.choice([0.0, 0.0, 0.75, -0.5]),
         wedlm_window_size=rng.randint(1, 9),
         wedlm_entropy_threshold=rng.choice([None, 0.4, 1.5, 5.0]),
+        wedlm_next_token=rng.choice(NEXT_TOKENS),
         wedlm_draft_entropy=rng.choice([0.5, 1.5, 5.0]),
         wedlm_lookup_drafts=rng.choice([None, 0, 8]),
     )

@@ -144,6 +144,16 @@ def test_a_config_says_another_mode(original, tmp_path):
     assert LLM(original, device="cpu", decoding="block").generate("a", short)[0].stats.decoding == "block"
     named = SamplingParams(max_tokens=4, decoding="verified")
     assert LLM(original, device="cpu").generate("a", named)[0].stats.decoding == "verified"
+    (tmp_path / "config.json").write_text(json.dumps({**config, "wedlm_next_token": "causal"}))
+    for directory, own in ((original, "masked"), (tmp_path, "causal")):
+        llm = LLM(directory, device="cpu")
+        for asked, expected in ((None, own), ("masked", "masked"), ("causal", "causal")):
+            request = llm.engine.add("r", [1, 2], SamplingParams(max_tokens=1, wedlm_next_token=asked))
+            assert request.decode.next_token == expected
+            llm.engine.abort("r")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "wedlm_next_token": "left"}))
+    with pytest.raises(ValueError, match="wedlm_next_token is 'left'; expected masked or causal"):
+        LLM(tmp_path, device="cpu")
     (tmp_path / "config.json").write_text(json.dumps({**config, "wedlm_decoding": "fast"}))
     with pytest.raises(ValueError, match="wedlm_decoding is 'fast'; expected one of auto, streaming"):
         LLM(tmp_path, device="cpu")

@@ -41,6 +41,8 @@ INVALID: list[tuple[str, Any]] = [
     ("decoding", ""),
     ("decoding", 1),
     ("decoding", ["streaming"]),
+    ("wedlm_next_token", "Causal"),
+    ("wedlm_next_token", 1),
     *(
         (name, value)
         for name in ("presence_penalty", "frequency_penalty")

@@ -94,6 +94,7 @@ uint64_t decode(Random& random, WedlmModel* model, const WedlmShape& shape, cons
   for (int64_t s = 0; s < kWindows; s++) {
     WedlmWindowParams& own = params[static_cast<size_t>(s)];
     own.is_verified = random.below(2), own.is_adaptive = own.is_verified && random.below(2), own.is_block = !own.is_verified && random.below(2);
+    own.is_causal = !own.is_verified && !own.is_block && random.below(2);
     own.row_budget = 1 + random.below(own.is_verified ? kCapacity : kCapacity / 2);
     own.max_drafts = random.below(4);
     own.max_positions = 20 + random.below(num_positions - 19);
@@ -107,7 +108,7 @@ uint64_t decode(Random& random, WedlmModel* model, const WedlmShape& shape, cons
     cached.push_back(random.below(15));
     width.push_back(own.row_budget);
     tokens[static_cast<size_t>(s * kCapacity)] = random.below(shape.vocab_size);
-    filled[static_cast<size_t>(s * kCapacity)] = static_cast<uint8_t>(own.is_verified);
+    filled[static_cast<size_t>(s * kCapacity)] = static_cast<uint8_t>(own.is_verified || own.is_causal);
   }
   size_t cache_size = static_cast<size_t>(shape.num_layers * kWindows * kPages * kPageSize * shape.num_kv_heads * shape.head_dim);
   std::vector<float> keys(cache_size), values(cache_size), scales(2 * cache_size);

@@ -38,8 +38,8 @@ class DecodeParams:
     ``lookup_drafts``: most drafts of a verified step that come from the text instead of masked rows
     (``wedlm.algorithm.lookup``). ``has_masked_rows``: whether the model predicts anything in masked rows.
     ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``next_token``: what decides the leftmost
-    masked position of a streaming window; "masked": its own row, if it is sure enough; "causal": in each step, the row of
-    the token before it, as in AR decoding. ``max_positions`` is the model's length: no
+    masked position of a streaming window; "masked": its own row, if it is sure enough; "causal": in each step, the row
+    of the token before it, as in AR decoding. ``max_positions`` is the model's length: no
     position at or past it exists. ``stop_token_ids`` end the text; ``min_eos_position`` is the first position at which
     one may stand (prompt length + min_tokens). What follows from the fields is kept, since each step asks for it.
     """
@@ -74,8 +74,8 @@ class DecodeParams:
 
     @cached_property
     def has_anchor(self) -> bool:
-        """Whether a window begins with a known token, whose row gives the token after it: the prompt's last one at first,
-        which is therefore not cached before."""
+        """Whether a window begins with a known token, whose row gives the token after it: the prompt's last one at
+        first, which is therefore not cached before."""
         return self.is_verified or self.is_causal
 
     @cached_property

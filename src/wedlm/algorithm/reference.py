@@ -80,8 +80,8 @@ def _streaming_step(
 ) -> tuple[list[int], list[int], list[int | None], int]:
     """Commit the leading filled run (block: only a full window), fill by entropy, emit what became final.
 
-    Causal: the last row of that run, which AR decoding would run, has the logits of the first masked position, and these
-    are reason enough to fill it."""
+    Causal: the last row of that run, the one that AR decoding would run, has the logits of the first masked position,
+    which is filled whatever its entropy."""
     room = params.max_positions - len(committed)
     window = window[:room]
     run = _leading_run(window, params)

@@ -15,7 +15,8 @@ def select_fill(
 ) -> Bool[Tensor, "S C"]:
     """Columns to fill: H + λ·d < τ, or the single smallest (leftmost among equals) if there is none.
 
-    d counts columns from the sequence's first masked one, which is filled whatever its entropy where ``causal``. τ = -inf fills exactly one. No masked column: none is chosen.
+    d counts columns from the sequence's first masked one, which is filled whatever its entropy where ``causal``.
+    τ = -inf fills exactly one. No masked column: none is chosen.
     """
     column = torch.arange(masked.shape[1], device=masked.device)
     first = torch.where(masked, column, masked.shape[1]).amin(dim=1, keepdim=True)

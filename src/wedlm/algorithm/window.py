@@ -109,7 +109,7 @@ class WindowState:
 class RowResults:
     """What the forward said, by window column. Columns without logits may hold anything.
 
-    ``choice``: a masked column's token AT that position (of a causal window's first one, as the row before it has it), a
+    ``choice``: a masked column's token AT that position (of a causal window's first one, as the row before it says), a
     filled column's AR token for the position AFTER it;
     ``entropy``: of the raw logits, nats; ``logprobs``: raw log-probability of the choice.
     """

@@ -60,7 +60,8 @@ class WindowOptions:
         DEFAULTS.wedlm_pos_penalty_factor
     )
     next_token: Annotated[
-        str | None, option("Streaming: the next token is decided by its masked row, or causal: as in AR. [the model's]", HOW)
+        str | None,
+        option("Streaming: the next token is decided by its masked row, or causal: as in AR. [the model's]", HOW),
     ] = DEFAULTS.wedlm_next_token
     draft_entropy: Annotated[float, option("Verified: draft up to the first row this uncertain (nats).", HOW)] = (
         DEFAULTS.wedlm_draft_entropy

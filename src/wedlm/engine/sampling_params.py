@@ -41,8 +41,8 @@ class SamplingParams:
     wedlm_window_size: W of streaming and block decoding, most rows a step of verified and auto; None is the engine's.
     wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
     wedlm_next_token: "masked" or "causal"; None is the checkpoint's. Streaming only: what decides the leftmost masked
-    position. "masked": its own row, once it is sure enough (the paper's rule); "causal": in each step the row of the token
-    before it, as in AR decoding, so that each forward gives at least one token.
+    position. "masked": its own row, once it is sure enough (the paper's rule); "causal": in each step the row of the
+    token before it, as in AR decoding, so that each forward gives at least one token.
     wedlm_draft_entropy: verified decoding drafts up to the first masked row whose entropy reaches this (nats).
     wedlm_lookup_drafts: most drafts a step that come from prompt and output, where these go on as they did before: in
     verified decoding in place of masked rows' whenever there are some, in auto if they pay; 0: none. None is the

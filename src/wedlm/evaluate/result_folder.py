@@ -72,8 +72,10 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Mode and what it depends on, e.g. "streaming W=16 τ=0.4 λ=0.02"."""
+        """Mode and what it depends on, e.g. "streaming causal W=16 τ=0.4 λ=0.02"."""
         words = [self.decoding]
+        if self.decoding == "streaming" and self.params.get("next_token") == "causal":
+            words.append("causal")
         names = [name for name in _TELLING.get(self.decoding, _TELLING["streaming"]) if name in self.params]
         words.extend(describe(name, self.params[name]) for name in names)
         if self.params.get("temperature"):

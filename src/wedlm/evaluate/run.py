@@ -75,8 +75,11 @@ class Evaluation:
             "chat_template": self.settings.chat_template,
             "limit": self.settings.limit,
         }
+        # Facts that came later, so that earlier runs are still found.
         if model.engine != "wedlm":
             facts["engine"] = model.engine
+        if params.next_token == "masked":
+            del facts["params"]["next_token"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def find(self, params: Params) -> Record | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wedlm.algorithm.params import DecodeParams, NextToken
+from wedlm.algorithm.params import DecodeParams
 
 if TYPE_CHECKING:
     from wedlm.engine.sampling_params import SamplingParams
@@ -23,7 +23,7 @@ class Params:
     window_size: int = DecodeParams.window_size
     entropy_threshold: float | None = DecodeParams.entropy_threshold
     pos_penalty: float = DecodeParams.pos_penalty
-    next_token: NextToken | None = None
+    next_token: str = DecodeParams.next_token
     draft_entropy: float = DecodeParams.draft_entropy
     temperature: float = DecodeParams.temperature
     top_p: float = DecodeParams.top_p
@@ -43,7 +43,7 @@ class Params:
             wedlm_window_size=self.window_size,
             wedlm_entropy_threshold=self.entropy_threshold,
             wedlm_pos_penalty_factor=self.pos_penalty,
-            wedlm_next_token=self.next_token,
+            wedlm_next_token=self.next_token,  # type: ignore[arg-type]
             wedlm_draft_entropy=self.draft_entropy,
             temperature=self.temperature,
             top_p=self.top_p,

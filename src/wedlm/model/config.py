@@ -95,7 +95,8 @@ class ModelConfig:
     keys are normalised per head. ``block_size`` is the noise block B of WeDLM training in tokens, None for an AR
     checkpoint that was never adapted and where a WeDLM checkpoint does not record it. ``mask_token_id`` is None where
     none was chosen yet. ``dtype`` names the type that the weights are stored in. ``decoding`` is the mode that the
-    checkpoint asks for, None where it does not say. Raises ValueError naming the field.
+    checkpoint asks for, ``next_token`` what decides its next token in streaming; None where it does not say. Raises
+    ValueError naming the field.
     """
 
     model_type: str
@@ -254,10 +255,8 @@ class ModelConfig:
             config["mlp_bias"] = self.mlp_bias
         if self.model_type == "wedlm":
             config["qk_norm"] = self.qk_norm
-        for key, value in ((DECODING_KEY, self.decoding), (NEXT_TOKEN_KEY, self.next_token)):
-            if value is not None:
-                config[key] = value
-        return config
+        ours = {DECODING_KEY: self.decoding, NEXT_TOKEN_KEY: self.next_token}
+        return config | {key: value for key, value in ours.items() if value is not None}
 
 
 def _check_ids(config: "ModelConfig") -> None:

