@@ -32,6 +32,7 @@ def run_mode(
     if mode == "streaming":
         options["wedlm_entropy_threshold"] = arguments.threshold
         options["wedlm_pos_penalty_factor"] = arguments.pos_penalty
+        options["wedlm_next_token"] = arguments.next_token
     if mode in ("verified", "auto"):
         options["wedlm_draft_entropy"] = arguments.draft_entropy
     if mode != "autoregressive":
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--streaming-window", type=int, nargs="+", default=[16], help="streaming: one run for each")
     parser.add_argument("--threshold", type=float, default=0.4, help="streaming: entropy threshold in nats")
     parser.add_argument("--pos-penalty", type=float, default=0.02, help="streaming: nats a position")
+    parser.add_argument("--next-token", help="streaming: masked or causal; default: the model's")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--warm", type=int, default=0, help="first answer so many of the questions, unread and untimed")
     parser.add_argument("--dtype", default="float32")

@@ -18,6 +18,10 @@ from wedlm.engine.sampling_params import SamplingParams
 
 MODEL = StubModel()
 VOCAB, MASK = MODEL.vocab_size, MODEL.mask_token_id
+MODES: tuple[dict, ...] = (
+    *({"decoding": decoding} for decoding in DECODINGS),
+    {"decoding": "streaming", "wedlm_next_token": "causal"},
+)
 Rules = tuple[list[int], SamplingParams, TableMatcher | None]
 
 
@@ -80,7 +84,8 @@ def check_valid(request: Request, grammar: TableMatcher) -> None:
 
 def check_constrained(request: Request, rules: Rules) -> None:
     prompt, params, grammar = rules
-    if request.decode.is_verified:
+    decode = request.decode
+    if decode.is_verified or (decode.is_causal and decode.entropy_threshold is None):  # each token is AR's
         expected = decode_constrained(MODEL, prompt, request.max_tokens, request.decode, params, grammar)
         assert (request.output_token_ids, request.finish_reason) == expected
     elif grammar is not None:
@@ -190,8 +195,8 @@ def test_penalties_count_the_output_alone():
 
 
 def test_a_bias_wins_in_every_mode():
-    for decoding in DECODINGS:
-        params = SamplingParams(max_tokens=12, decoding=decoding, logit_bias={6: 100.0}, temperature=1.0, seed=1)
+    for mode in MODES:
+        params = SamplingParams(max_tokens=12, **mode, logit_bias={6: 100.0}, temperature=1.0, seed=1)
         assert alone(([1, 2], params, None)).output_token_ids == [6] * 12
 
 
@@ -208,9 +213,9 @@ def test_a_grammar_that_fails_cuts_its_own_text_only():
             super().rewind(count)
             self.failed = self.failed and count == 0
 
-    for decoding in DECODINGS:
+    for mode in MODES:
         engine = stub_engine(MODEL)
-        params = SamplingParams(decoding=decoding, max_tokens=20)
+        params = SamplingParams(**mode, max_tokens=20)
         request = engine.add("a", [1], params)
         request.output.constraint = Constraint(params, Failing(table.table, set(), VOCAB), (), MASK)
         neighbour = engine.add("b", [2], params)
@@ -223,8 +228,8 @@ def test_a_grammar_that_fails_cuts_its_own_text_only():
 
 def test_a_dead_end_cuts_the_text():
     """Where a grammar admits no token, the text ends, even inside a block."""
-    for decoding in DECODINGS:
-        params = SamplingParams(decoding=decoding, max_tokens=20)
+    for mode in MODES:
+        params = SamplingParams(**mode, max_tokens=20)
         request = alone(([1], params, TableMatcher([{4: 1}, {5: 2}, {}], set(), VOCAB)))
         assert (request.output_token_ids, request.finish_reason) == ([4, 5], "length")
 

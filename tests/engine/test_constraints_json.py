@@ -68,11 +68,9 @@ def test_preemption_keeps_the_place_in_the_grammar(llm, tmp_path_factory):
     schemas = [random_schema(rng) for _ in range(8)]
     prompts = [llm.tokenizer.encode(rng.choice(PROMPTS)) for _ in schemas]
     tight = LLM(directory, device="cpu", max_num_seqs=8, kv_cache_bytes=200 * 2 * 2 * 2 * 16 * 4, page_size=8)
-    for decoding in ("streaming", "verified"):
-        params = [
-            SamplingParams(decoding=decoding, json_schema=schema, max_tokens=120, wedlm_window_size=6)
-            for schema in schemas
-        ]
+    for mode in ({"decoding": "streaming"}, {"decoding": "streaming", "wedlm_next_token": "causal"}, {}):
+        shared = {"decoding": "verified", "max_tokens": 120, "wedlm_window_size": 6, **mode}
+        params = [SamplingParams(json_schema=schema, **shared) for schema in schemas]
         outputs = tight.generate(prompts, params, progress=False)
         assert [one.token_ids for one in outputs] == [one.token_ids for one in llm.generate(prompts, params)]
         assert sum(one.stats.num_preemptions for one in outputs) > 0

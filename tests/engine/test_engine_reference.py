@@ -77,7 +77,7 @@ def requests_of(seed: int) -> list[tuple[list[int], SamplingParams]]:
             seed=i,
             wedlm_window_size=rng.choice([1, 3, 8, 16]),
             wedlm_entropy_threshold=rng.choice([None, 0.8, 2.0]),
-            wedlm_next_token=rng.choice(NEXT_TOKENS),
+            wedlm_next_token=NEXT_TOKENS[1 - i // 4 % 2],
             wedlm_draft_entropy=rng.choice([1.0, 3.0]),
         )
         out.append((prompt[: LENGTH - 1], params))
