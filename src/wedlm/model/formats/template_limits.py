@@ -233,7 +233,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             del self.filters[unbounded]
         for name, function in list(self.filters.items()):
             self.add_filter(name, function)
-        self.tests = {name: _timed(function) for name, function in self.tests.items()}
+        self.tests = {name: _timed(cast(Callable[..., Any], test)) for name, test in self.tests.items()}
         del self.globals["lipsum"]
         self.globals |= {"range": _range, "namespace": _OpaqueNamespace}
 

@@ -170,8 +170,8 @@ class Tokenizer:
     def probe_chats(
         self, chats: Iterable[Sequence[Mapping[str, Any]]], add_generation_prompt: bool = True
     ) -> Iterator[str]:
-        """``apply_chat_template`` of those of ``chats`` that the template takes. One that exceeds its limits on these few
-        words is refused from then on without being run, so that a hostile one costs its limits once."""
+        """``apply_chat_template`` of those of ``chats`` that the template takes. One that exceeds its limits on these
+        few words is refused from then on without being run, so that a hostile one costs its limits once."""
         for messages in chats:
             try:
                 yield self.apply_chat_template(messages, add_generation_prompt)
