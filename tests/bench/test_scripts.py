@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import acceptance, gsm8k, masked_adapter
+from benchmarks import acceptance, gsm8k, masked_adapter, streaming_next_token
 from tests.engine.tiny_llm import save_tiny
 from tests.train.tiny_run import save_base, train, write_chats
 from wedlm import LLM, SamplingParams
@@ -54,6 +54,17 @@ def test_gsm8k_compares_texts_with_ars(monkeypatch, tmp_path, checkpoint, questi
         assert (mode["same_text_as_ar"], mode["tokens_to_first_difference"]) == (3, tokens)
         assert mode["tokens_per_second"] == pytest.approx(tokens / mode["seconds"])
         assert mode["accuracy"] == 0
+
+
+def test_causal_streaming_takes_a_token_a_forward_at_least(monkeypatch, tmp_path, checkpoint):
+    words = (checkpoint, "--window", "4", "--threshold", "3.5", "--of-each-kind", "1", "--max-tokens", "12")
+    report = run(streaming_next_token, monkeypatch, tmp_path / "out.json", *words)
+    ar, masked, causal = report["runs"]
+    assert {kind["fewest"] for kind in ar["chat"].values()} == {1.0}
+    assert list(causal["chat"]) == ["all", "sums", "code", "lists", "open questions", "counting"]
+    assert min(kind["fewest"] for kind in causal["chat"].values()) >= 1
+    assert [one["counting"]["right"] for one in (masked, causal)] == [False, False]
+    assert masked["texts"] != causal["texts"]
 
 
 def test_an_adapter_of_masked_rows_leaves_the_text_alone(monkeypatch, tmp_path):
