@@ -33,7 +33,17 @@ def test_chat_remembers_and_clears(model):
 
 def test_chat_commands(model):
     lines = ["/stats", "/help", "/set decoding verified", "/set entropy-threshold none", "/set temperature 0.7"]
-    lines += ["/set seed 3", "Hello", "/stats", "/set", "/set temperature hot", "/set colour red", "/set seed", "/no"]
+    lines += [
+        "/set next-token causal",
+        "/set seed 3",
+        "Hello",
+        "/stats",
+        "/set",
+        "/set temperature hot",
+        "/set colour red",
+        "/set seed",
+        "/no",
+    ]
     result = chat(model, *lines)
     assert result.exit_code == 0
     wanted = SamplingParams(decoding="verified", temperature=0.7, seed=3, max_tokens=6)
@@ -46,6 +56,7 @@ def test_chat_commands(model):
         "decoding = verified",
         "entropy_threshold = none",
         "temperature = 0.7",
+        "next_token = causal",
         "error: temperature is 'hot'; expected a number, true, false or none",
         "error: colour is no option; expected one of",
         "error: '/set seed' gives no value",
