@@ -152,8 +152,8 @@ class Generation(Strict):
             "decoding",
         )
         ours = ("window_size", "pos_penalty_factor", "next_token", "draft_entropy", "lookup_drafts")
-        names = (*names, *(f"wedlm_{name}" for name in ours))
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        asked = (*names, *(f"wedlm_{name}" for name in ours))
+        given = {name: getattr(self, name) for name in asked if getattr(self, name) is not None}
         if "wedlm_entropy_threshold" in self.model_fields_set:
             given["wedlm_entropy_threshold"] = self.wedlm_entropy_threshold
         if self.logit_bias:
