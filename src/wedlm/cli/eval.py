@@ -26,6 +26,7 @@ from wedlm.cli.options import (
 )
 from wedlm.cli.reproduce import reproduce_tables
 from wedlm.cli.terminal import err, needs_extra, note, out, progress_bar, write
+from wedlm.extras import install_extras
 
 if TYPE_CHECKING:
     from wedlm.evaluate.caching_lm import Backend
@@ -276,7 +277,7 @@ def _replicas(given: dict[str, Any], workers: int, threads: int | None) -> "Back
     if workers < 1:
         raise ValueError(f"--workers is {workers}; expected at least 1")
     if find_spec("ray") is None:
-        raise ValueError("--workers needs ray, which is not installed; expected pip install 'wedlm[eval,workers]'")
+        raise ValueError("--workers needs ray, which is not installed; expected " + install_extras("eval", "workers"))
     from wedlm.evaluate.workers import RayBackend
 
     with err.status(f"Loading {workers} replicas ..."):
