@@ -21,15 +21,16 @@ MAY_IMPORT = {
     "engine": _ENGINE_AND_BELOW,
     "extras": set(),
     "plotting": {"extras"},
+    "tables": set(),
     "machine": set(),
     "train": _ENGINE_AND_BELOW | {"extras"},
     "hf": _ENGINE_AND_BELOW,
     "server": _ENGINE_AND_BELOW,
     "evaluate": _ENGINE_AND_BELOW | {"plotting", "machine", "extras"},
-    "bench": _ENGINE_AND_BELOW | {"plotting", "machine", "extras"},
+    "bench": _ENGINE_AND_BELOW | {"plotting", "machine", "extras", "tables"},
     "accelerate": _ENGINE_AND_BELOW | {"train", "plotting", "machine"},
     "cli": _ENGINE_AND_BELOW
-    | {"plotting", "machine", "extras", "train", "accelerate", "hf", "server", "evaluate", "bench"},
+    | {"plotting", "machine", "extras", "tables", "train", "accelerate", "hf", "server", "evaluate", "bench"},
     "__init__": {"engine"},
 }
 # Folders of programs beside the package: what they may import of it, and of each other nothing.
