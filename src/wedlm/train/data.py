@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -216,7 +215,7 @@ def split_validation(cache: TokenCache, amount: int | float, seed: int) -> tuple
     Documents of one sample stay together, so that a few more than asked for may be held out. Raises ValueError if
     nothing remains to train on.
     """
-    wanted = amount if isinstance(amount, int) else math.ceil(amount * cache.num_documents)
+    wanted = amount if isinstance(amount, int) else max(amount > 0, round(amount * cache.num_documents))
     if amount < 0 or (isinstance(amount, float) and amount >= 1):
         raise ValueError(f"validation_documents is {amount}; expected a number of documents, or a share >= 0 and < 1")
     is_first = np.ones(cache.num_documents, dtype=bool)
