@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from wedlm.algorithm.select import select_fill
 
 
-def select_by_loop(entropy: list[float], masked: list[bool], threshold: float | None, penalty: float) -> list[bool]:
+def select_by_loop(
+    entropy: list[float], masked: list[bool], threshold: float | None, penalty: float, least: int
+) -> list[bool]:
     columns = [c for c, flag in enumerate(masked) if flag]
     adjusted = {c: entropy[c] + penalty * (c - columns[0]) for c in columns}
     chosen = [c for c in columns if threshold is not None and adjusted[c] < threshold]
-    if not chosen and columns:
-        chosen = [min(columns, key=lambda c: (adjusted[c], c))]
+    if len(chosen) < least:
+        chosen = sorted(columns, key=lambda c: (adjusted[c], c))[:least]
     return [c in chosen for c in range(len(masked))]
 
 
@@ -31,6 +33,7 @@ def select_by_loop(entropy: list[float], masked: list[bool], threshold: float | 
             ),
             st.none() | st.sampled_from([0.0, 0.25, 0.5, 100.0, math.inf]),
             st.sampled_from([0.0, 0.02, 0.25, 1e30]),
+            st.integers(1, 7),
         ),
         min_size=1,
         max_size=4,
@@ -38,13 +41,18 @@ def select_by_loop(entropy: list[float], masked: list[bool], threshold: float | 
 )
 def test_select_fill_equals_a_loop(batch):
     """Ties, H' equal to τ (not below it), τ None, and rows in which nothing is masked."""
-    entropy = [[h for h, _ in row] for row, _, _ in batch]
-    masked = [[flag for _, flag in row] for row, _, _ in batch]
-    threshold = [-math.inf if t is None else t for _, t, _ in batch]
-    penalty = torch.tensor([p for _, _, p in batch], dtype=torch.double)
-    found = select_fill(torch.tensor(entropy), torch.tensor(masked), torch.tensor(threshold).double(), penalty)
-    expected = [select_by_loop(h, m, t, p) for h, m, (_, t, p) in zip(entropy, masked, batch, strict=True)]
-    assert found.tolist() == expected
+    entropy = [[h for h, _ in row] for row, _, _, _ in batch]
+    masked = [[flag for _, flag in row] for row, _, _, _ in batch]
+    threshold = [-math.inf if t is None else t for _, t, _, _ in batch]
+    penalty = torch.tensor([p for _, _, p, _ in batch], dtype=torch.double)
+    numbers = torch.tensor(entropy), torch.tensor(masked), torch.tensor(threshold).double(), penalty
+    for least in (None, torch.tensor([n for _, _, _, n in batch])):
+        found = select_fill(*numbers, least)
+        expected = [
+            select_by_loop(h, m, t, p, 1 if least is None else n)
+            for h, m, (_, t, p, n) in zip(entropy, masked, batch, strict=True)
+        ]
+        assert found.tolist() == expected
 
 
 @pytest.mark.parametrize("entropy", [[math.nan, 1.0], [1.0, math.nan], [math.nan, math.nan]], ids=str)
@@ -52,4 +60,8 @@ def test_select_fill_equals_a_loop(batch):
 def test_nan_does_not_stop_the_progress(entropy, threshold):
     """A float16 model that overflows gives nan logits: a poor text, but an end."""
     tau, penalty = (torch.tensor([x], dtype=torch.double) for x in (threshold, 0.02))
-    assert select_fill(torch.tensor([entropy]), torch.ones(1, 2, dtype=torch.bool), tau, penalty).sum() >= 1
+    masked = torch.tensor([[False, True, True]])
+    for least in (None, torch.tensor([1]), torch.tensor([2])):
+        filled = select_fill(torch.tensor([[0.0, *entropy]]), masked, tau, penalty, least)
+        assert filled.sum() >= (1 if least is None else int(least))
+        assert not filled[0, 0]

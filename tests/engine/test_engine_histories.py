@@ -8,7 +8,7 @@ import pytest
 from tests.engine.native_model import NativeModel
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.stub import StubModel
-from wedlm.algorithm.params import DECODINGS
+from wedlm.algorithm.params import DECODINGS, REMASKINGS
 from wedlm.engine.engine import Engine
 from wedlm.engine.sampling_params import SamplingParams
 
@@ -18,6 +18,9 @@ MODEL = StubModel()
 def random_params(rng: random.Random) -> SamplingParams:
     return SamplingParams(
         decoding=rng.choice(DECODINGS),
+        remasking_strategy=rng.choice([None, *REMASKINGS]),  # of block decoding; the others take no notice of it
+        confidence_threshold=rng.choice([0.3, 0.85]),
+        denoising_steps=rng.choice([None, None, 2, 3]),
         max_tokens=rng.randint(1, 25),
         min_tokens=rng.choice([0, 0, 1]),
         temperature=rng.choice([0.0, 0.0, 1.0]),

@@ -77,7 +77,8 @@ def _forward(
 def _streaming_step(
     model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
 ) -> tuple[list[int], list[int], list[int | None], int]:
-    """Commit the leading filled run (block: only a full window), fill by entropy, emit what became final."""
+    """Commit the leading filled run (block: only a full window), fill what is least uncertain, emit what became
+    final."""
     room = params.max_positions - len(committed)
     window = window[:room]
     run = _leading_run(window, params)
@@ -86,10 +87,16 @@ def _streaming_step(
     committed, window = committed + [t for t in window[:run] if t is not None], window[run:]
     n = len(committed)
     masked = [c for c, token in enumerate(window) if token is None]
-    adjusted = {c: _entropy(logits[c + run]) + params.pos_penalty * (c - masked[0]) for c in masked}
-    chosen = [c for c in masked if params.entropy_threshold is not None and adjusted[c] < params.entropy_threshold]
-    for c in chosen or [min(masked, key=lambda c: (adjusted[c], c))]:
-        window[c] = choose_token(logits[c + run], n + c, params)
+    tokens = {c: choose_token(logits[c + run], n + c, params) for c in masked}
+    if params.by_confidence:
+        uncertain = {c: -float(torch.log_softmax(logits[c + run], dim=-1)[tokens[c]]) for c in masked}
+    else:
+        uncertain = {c: _entropy(logits[c + run]) + params.pos_penalty * (c - masked[0]) for c in masked}
+    each, longer = params.fill_schedule
+    least = each + (len(window) - len(masked) < longer)
+    chosen = [c for c in masked if uncertain[c] < params.fill_below]
+    for c in chosen if len(chosen) >= least else sorted(masked, key=lambda c: (uncertain[c], c))[:least]:
+        window[c] = tokens[c]
     emitted = [t for t in window[: _leading_run(window, params)] if t is not None]
     return emitted, committed, window, len(order)
 

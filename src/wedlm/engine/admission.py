@@ -76,8 +76,12 @@ def decode_params(config: EngineConfig, num_prompt_tokens: int, params: Sampling
     lookup_drafts = config.options.wedlm_lookup_drafts if asked is None else asked
     if lookup_drafts is None:  # verified takes some where it would have none otherwise
         lookup_drafts = window_size if decoding == "auto" or not config.has_masked_rows else 0
+    remasking = params.remasking_strategy or "entropy"
     return DecodeParams(
         decoding=decoding,
+        remasking=remasking if decoding == "block" else "entropy",
+        confidence_threshold=params.confidence_threshold,
+        denoising_steps=params.denoising_steps,
         window_size=window_size,
         lookup_drafts=lookup_drafts,
         has_masked_rows=config.has_masked_rows,

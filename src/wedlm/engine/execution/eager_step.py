@@ -111,7 +111,9 @@ class EagerStep(Generic[A]):
         sequence, column = rows.packed.sequence[logits_indices], rows.column[logits_indices]
         target = (rows.positions + rows.filled)[logits_indices]
         constrained = ConstrainedStep.of(windows, state, rows.layout)
-        report: Report = "all" if any(one.request.params.logprobs is not None for one in windows) else "none"
+        report: Report = "choice" if flags.by_confidence else "none"
+        if any(one.request.params.logprobs is not None for one in windows):
+            report = "all"
         chosen = choose_row_tokens(
             logits.float(), params, sequence, target, flags, self.mask_token_id, report=report,
             constrain=None if constrained is None else partial(constrained.apply, sequence, column),
