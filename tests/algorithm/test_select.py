@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.select import select_fill
 
 
@@ -53,6 +54,34 @@ def test_select_fill_equals_a_loop(batch):
             for h, m, (_, t, p, n) in zip(entropy, masked, batch, strict=True)
         ]
         assert found.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("remasking", "steps", "filled"),
+    [
+        ("low_confidence_static", None, [2]),
+        ("low_confidence_static", 2, [2, 0]),
+        ("low_confidence_static", 1, [0, 1, 2, 3]),
+        ("low_confidence_dynamic", None, [2, 0]),
+        ("low_confidence_dynamic", 1, [0, 1, 2, 3]),
+    ],
+)
+def test_the_rule_of_sdar(remasking, steps, filled):
+    """By hand from the rule of SDAR's generate.py: a block of 4, probabilities 0.9, 0.2, 0.95 and 0.85, the last of
+    which does not exceed the threshold; ``steps`` forwards for the block."""
+    params = DecodeParams("block", 4, remasking=remasking, denoising_steps=steps, confidence_threshold=0.85)
+    uncertainty = -torch.tensor([[0.9, 0.2, 0.95, 0.85]], dtype=torch.double).log()
+    threshold, penalty = torch.tensor([params.fill_below], dtype=torch.double), torch.zeros(1, dtype=torch.double)
+    least = torch.tensor([params.fill_schedule[0]])
+    found = select_fill(uncertainty, torch.ones(1, 4, dtype=torch.bool), threshold, penalty, least)
+    assert found.nonzero()[:, 1].tolist() == sorted(filled)
+
+
+def test_longer_steps_come_first():
+    """8 positions in 3 forwards are 3, 3 and 2; no forward is left without any."""
+    each, longer = DecodeParams("block", 8, remasking="low_confidence_static", denoising_steps=3).fill_schedule
+    assert [each + (done < longer) for done in (0, 3, 6)] == [3, 3, 2]
+    assert DecodeParams("block", 4, remasking="low_confidence_static", denoising_steps=9).fill_schedule == (1, 0)
 
 
 @pytest.mark.parametrize("entropy", [[math.nan, 1.0], [1.0, math.nan], [math.nan, math.nan]], ids=str)

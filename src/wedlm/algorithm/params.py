@@ -41,7 +41,9 @@ class DecodeParams:
     (``wedlm.algorithm.lookup``). ``has_masked_rows``: whether the model predicts anything in masked rows.
     ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``remasking``: block decoding by the
     probability of tokens instead, in ``denoising_steps`` steps a block at most (None: one a position), which are fewer
-    where positions exceed the probability ``confidence_threshold``. ``max_positions`` is the model's length: no
+    where positions exceed the probability ``confidence_threshold``. ``block_length``: rows see all of their own block
+    of so many positions, which begin at multiples of it, and windows are such blocks; 1: rows see what is before them.
+    ``max_positions`` is the model's length: no
     position at or past it exists. ``stop_token_ids`` end the text; ``min_eos_position`` is the first position at which
     one may stand (prompt length + min_tokens). What follows from the fields is kept, since each step asks for it.
     """
@@ -53,6 +55,7 @@ class DecodeParams:
     remasking: Remasking = "entropy"
     confidence_threshold: float = 0.85
     denoising_steps: int | None = None
+    block_length: int = 1
     draft_entropy: float = 2.5
     lookup_drafts: int = 0
     has_masked_rows: bool = True
@@ -114,6 +117,10 @@ class DecodeParams:
         """Most drafts from the text in a step: no more than R has rows for, however wide the window is."""
         verifies = self.is_verified and self.decoding != "autoregressive"
         return min(self.lookup_drafts, self.window_size - 1, MOST_LOOKUP_DRAFTS) if verifies else 0
+
+    def num_before_window(self, num_prompt_tokens: int) -> int:
+        """Tokens of a prompt that the first window does not hold: they only need keys."""
+        return num_prompt_tokens - (1 if self.is_verified else num_prompt_tokens % self.block_length)
 
     def width(self, num_drafts: int, room: int) -> int:
         """Rows at the start of a step, ``room`` positions before the model's length; streaming then extends them."""

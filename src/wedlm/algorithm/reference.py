@@ -2,7 +2,7 @@
 """The slow, obvious decoder: one sequence, no cache, plain Python. The oracle of every other decoder.
 
 ``model(tokens, positions, num_masked)`` takes rows in order, the last ``num_masked`` of them masked, and returns logits
-[rows, vocabulary]; row i attends to rows 0..i.
+[rows, vocabulary]; row i attends to rows 0..i, and in models that see by blocks to all whose block is not a later one.
 """
 
 from collections.abc import Callable
@@ -42,10 +42,11 @@ def decode(
         raise ValueError(f"prompt has {len(prompt)} tokens; expected 1 to {params.max_positions - 1}")
     max_tokens = min(max_tokens, params.max_positions - len(prompt))
     step = _verified_step if params.is_verified else _streaming_step
-    committed = prompt[:-1] if params.is_verified else list(prompt)
-    window: list[int | None] = list(prompt[-1:]) if params.is_verified else []  # None = masked
+    first = params.num_before_window(len(prompt))
+    committed = prompt[:first]
+    window: list[int | None] = list(prompt[first:])  # None = masked
     if not params.is_verified:
-        window = [None] * params.row_budget
+        window += [None] * (params.row_budget - len(window))
     out = ReferenceOutput([], [], [])
     while True:
         if propose is not None:
@@ -53,6 +54,8 @@ def decode(
             drafts = propose(prompt + out.tokens)[: max(0, most)]
             window = [window[0], *drafts] if drafts else window
         emitted, committed, window, rows = step(model, committed, window, params)
+        if not params.is_verified:  # what the prompt had of a block is no output
+            emitted = emitted[max(0, len(prompt) - len(committed)) :]
         out.rows.append(rows)
         for token in emitted:
             out.tokens.append(token)
