@@ -19,10 +19,13 @@ from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.reference import choose_token
 from wedlm.engine.llm import LLM
 from wedlm.engine.options import EngineConfig, EngineOptions
+from wedlm.engine.prompt_logprobs import PromptScorer
 from wedlm.engine.request import Request
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.evaluate.likelihood import LikelihoodScorer
-from wedlm.model import ModelConfig, Transformer, pack_for_inference
+from wedlm.model import ModelConfig, Transformer, load_model, pack_for_inference, save_model
+from wedlm.model.init_checkpoint import init_checkpoint
+from wedlm.model.quantize_checkpoint import quantize_checkpoint
 
 LENGTH = 94  # no multiple of a block of 3, 4 or 8: the last one is short
 CONFIG = ModelConfig(
@@ -212,6 +215,20 @@ def test_the_block_is_one_for_all(directory):
         LLM(directory, device="cpu", quantization="int8")
 
 
+def test_what_is_made_for_causal_models_refuses(directory, tmp_path):
+    """Before anything is written."""
+    sentence = "model_type is 'sdar'; expected a causal model"
+    with pytest.raises(ValueError, match="has model_type 'sdar'; expected an AR checkpoint, which is causal"):
+        init_checkpoint(directory, tmp_path / "adapted")
+    with pytest.raises(ValueError, match=sentence):
+        quantize_checkpoint(directory, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+    llm = LLM(directory, device="cpu")
+    with pytest.raises(ValueError, match="log-probabilities of a prompt are asked for and the model sees by blocks"):
+        PromptScorer(llm.engine, [1, 2, 3], 0)
+    assert llm.window_warning(SamplingParams()) is None
+
+
 def test_a_causal_model_has_no_block_length(tmp_path):
     with pytest.raises(ValueError, match="block_length is 8 and the model is causal"):
         LLM(save_tiny(tmp_path), device="cpu", block_length=8)
@@ -226,3 +243,17 @@ def test_config(given):
     assert (config.qk_norm, config.qkv_bias, config.head_dim, config.default_decoding) == (True, False, 128, "block")
     assert not config.is_wedlm
     assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_weights_in_16_bits_on_a_cpu(tmp_path):
+    """Causal models run in 8 bits there; one that sees by blocks runs on torch, and says why."""
+    save_tiny(tmp_path, model_type="sdar", block_size=4, decoding=None)
+    save_model(*load_model(tmp_path, torch.bfloat16), tmp_path)
+    llm = LLM(tmp_path, device="cpu")
+    assert "weights are widened and steps take several times as long, because rows of sdar models see" in llm.describe()
+    assert llm.generate("Hello", SamplingParams(max_tokens=4))[0].token_ids
+
+
+def test_llada_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"model_type is 'llada'; expected one of .*sdar: rows of LLaDA see the whole"):
+        ModelConfig.from_hf({"model_type": "llada"})

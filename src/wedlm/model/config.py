@@ -9,6 +9,12 @@ from wedlm.algorithm.params import DECODINGS, Decoding
 from wedlm.model.formats.fp8_checkpoint import check_quantization_config
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "wedlm", "sdar")
+# Why others that decode by blocks are not among them.
+_REASONS = {
+    "llada": "rows of LLaDA see the whole answer, masks to its end included, so that no key of a finished block stays "
+    "as it is and nothing can be cached",
+    "sdar_moe": "there are no experts here",
+}
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 # What the reference implementation of WeDLM uses where a WeDLM config records no mask token.
@@ -192,7 +198,8 @@ class ModelConfig:
         """
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in SUPPORTED_MODEL_TYPES:
-            raise ValueError(f"model_type is {model_type!r}; expected one of {', '.join(SUPPORTED_MODEL_TYPES)}")
+            why = f": {_REASONS[model_type]}" if isinstance(model_type, str) and model_type in _REASONS else ""
+            raise ValueError(f"model_type is {model_type!r}; expected one of {', '.join(SUPPORTED_MODEL_TYPES)}{why}")
         _refuse_unsupported(config)
         num_heads = read_integer(config, "num_attention_heads")
         hidden_size = read_integer(config, "hidden_size")
@@ -214,7 +221,7 @@ class ModelConfig:
             max_position_embeddings=read_integer(config, "max_position_embeddings"),
             tie_word_embeddings=read_flag(config, "tie_word_embeddings", False),
             mask_token_id=_read_mask(config),
-            block_size=config.get("block_size") or (SDAR_BLOCK_SIZE if model_type == "sdar" else None),
+            block_size=config.get("block_size", SDAR_BLOCK_SIZE if model_type == "sdar" else None),
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=read_token_ids("eos_token_id", config.get("eos_token_id")),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
