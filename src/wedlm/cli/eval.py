@@ -103,6 +103,7 @@ _ENGINE = (
     "deterministic",
     "device",
     "max_model_len",
+    "block_length",
     "max_num_seqs",
     "gpu_memory_utilization",
     "cuda_graphs",
@@ -144,7 +145,7 @@ def evaluate(
         given = {"paper_tables": what.paper_tables or None, "models": what.models or None}
         _refuse(given, tuple(given), "wedlm eval without reproduce")
         if host.engine == "wedlm":
-            params = _of_blocks(params, model.model)
+            params = _of_blocks(params, model.model, options.block_length)
         run_eval(what, params, host, lambda max_rows: _backend(what, host, model, options, max_rows))
         return
     if action != "reproduce" or not what.paper_tables:
@@ -158,7 +159,7 @@ def evaluate(
         own, asked = replace(model, model=name), replace(what, tasks=tasks, protocol="paper")
         (record,) = run_eval(
             asked,
-            _of_blocks(replace(params, decoding=decoding), name),
+            _of_blocks(replace(params, decoding=decoding), name, options.block_length),
             host,
             lambda max_rows: _backend(asked, host, own, options, max_rows),
         )
@@ -168,7 +169,7 @@ def evaluate(
     reproduce_tables(names_of(what.models), names_of(what.tasks), *places, params.decoding, record_of)
 
 
-def _of_blocks(params: ParamOptions, model: str) -> ParamOptions:
+def _of_blocks(params: ParamOptions, model: str, block_length: int | None) -> ParamOptions:
     """The parameters for this checkpoint: one that sees by blocks decodes by those, and by probability, unless others
     are given."""
     from wedlm.model.formats.checkpoint import open_checkpoint
@@ -176,8 +177,12 @@ def _of_blocks(params: ParamOptions, model: str) -> ParamOptions:
     config = open_checkpoint(model).config
     if not config.sees_by_block:
         return params
-    own = {"decoding": "block", "window_size": config.block_size, "remasking_strategy": "low_confidence_dynamic"}
-    return replace(params, **{name: value for name, value in own.items() if getattr(params, name) is None})  # type: ignore[arg-type]
+    own: dict[str, Any] = {
+        "decoding": "block",
+        "window_size": block_length or config.block_size,
+        "remasking_strategy": "low_confidence_dynamic",
+    }
+    return replace(params, **{name: value for name, value in own.items() if getattr(params, name) is None})
 
 
 def run_download(directory: Path) -> None:
