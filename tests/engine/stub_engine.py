@@ -35,7 +35,8 @@ class _Lagging:
     runs_ahead = True
 
     def takes(self, plan: StepPlan) -> bool:
-        return not any(one.is_window and one.request.needs_host for one in plan.scheduled)
+        needs_host = any(one.is_window and one.request.needs_host for one in plan.scheduled)
+        return not needs_host and super().takes(plan)  # type: ignore[misc]
 
 
 class LaggingStep(_Lagging, EagerStep):

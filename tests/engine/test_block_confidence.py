@@ -74,7 +74,7 @@ def test_causal_blocks_by_probability(model, size, threshold):
         denoising_steps=steps,
         max_tokens=21,
     )
-    requests = [engine.add(str(i), [rng.randrange(VOCAB) for _ in range(rng.randint(1, 9))], params) for i in range(12)]
+    requests = [engine.add(str(i), [rng.randrange(VOCAB) for _ in range(rng.randint(1, 9))], params) for i in range(6)]
     while engine.has_work:
         engine.step()
     quotas = {1: [1], 4: [2, 2], 8: [3, 3, 2]}[size]

@@ -43,9 +43,9 @@ class DecodeParams:
     probability of tokens instead, in ``denoising_steps`` steps a block at most (None: one a position), which are fewer
     where positions exceed the probability ``confidence_threshold``. ``block_length``: rows see all of their own block
     of so many positions, which begin at multiples of it, and windows are such blocks; 1: rows see what is before them.
-    ``max_positions`` is the model's length: no
-    position at or past it exists. ``stop_token_ids`` end the text; ``min_eos_position`` is the first position at which
-    one may stand (prompt length + min_tokens). What follows from the fields is kept, since each step asks for it.
+    ``max_positions`` is the model's length: no position at or past it exists. ``stop_token_ids`` end the text;
+    ``min_eos_position`` is the first position at which one may stand (prompt length + min_tokens). What follows from
+    the fields is kept, since each step asks for it.
     """
 
     decoding: Decoding
