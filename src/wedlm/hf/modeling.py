@@ -116,9 +116,10 @@ class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
         row_labels = take_row_labels(rest)
         if row_labels is not None:
             rows = self.model.of_batch(input_ids, attention_mask, position_ids, row_labels)
-            loss = self._loss_of_rows(rows, rest.pop("shift_labels"), rest.pop("loss_coefficient"))
+            output = CausalLMOutput(
+                loss=self._loss_of_rows(rows, rest.pop("shift_labels"), rest.pop("loss_coefficient"))
+            )
             _check_unsupported(type(self).__name__, rest)
-            output = CausalLMOutput(loss=loss)
             if labels is not None:  # otherwise the caller's masked_loss does it
                 output.loss = masked_loss(output, labels, num_items_in_batch)
             return output if return_dict is not False else output.to_tuple()
