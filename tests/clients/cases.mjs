@@ -40,7 +40,7 @@ async function aiSdk() {
   const { createAnthropic } = await import("@ai-sdk/anthropic");
   const { createOpenAICompatible } = await import("@ai-sdk/openai-compatible");
   const options = { baseURL: `${url}/v1`, apiKey: "none" };
-  const compatible = createOpenAICompatible({ name: "wedlm", supportsStructuredOutputs: true, ...options });
+  const compatible = createOpenAICompatible({ name: "wedlm", supportsStructuredOutputs: true, includeUsage: true, ...options });
   const add = tool({ description: "Adds one", inputSchema: jsonSchema(schema), execute: async ({ digit }) => digit + 1 });
   const common = { maxRetries: 0, prompt: question, maxOutputTokens: 12 };
   const form = Output.object({ schema: jsonSchema(schema) });

