@@ -387,7 +387,9 @@ def dspy_programs(server: Server) -> None:
         )
         (text,) = lm(MESSAGES[0]["content"])
         done(f"LM, {kind}", text["text"] if isinstance(text, dict) else text)
-    with dspy.context(lm=dspy.LM(lm.model, **{**lm.kwargs, "max_tokens": 80}, cache=False), adapter=dspy.JSONAdapter()):
+    # It knows of no schemas where it does not know the model, so the server is asked for one.
+    lm = dspy.LM(lm.model, **{**lm.kwargs, "max_tokens": 80, "extra_body": {"guided_json": SCHEMA}}, cache=False)
+    with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
         answer = dspy.Predict(answer_type_signature(dspy))(question="Which digit?")
     assert 0 <= answer.digit <= 9
     done("Predict by JSONAdapter", str(answer.digit))
@@ -486,9 +488,9 @@ def aider_command(server: Server) -> None:
         for case, more in (("--message, streamed", []), ("--message, --no-stream", ["--no-stream"])):
             command = [sys.executable, "-m", "aider", *options, *more, "--message", "Hello"]
             ran = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-            assert "Error" not in ran.stdout + ran.stderr, ran.stdout + ran.stderr
-            assert "Tokens:" in ran.stdout, ran.stdout
-            done(case, ran.stdout.split("\n\n")[-1])
+            assert "litellm." not in ran.stdout, ran.stdout  # its errors
+            assert " received." in ran.stdout, ran.stdout
+            done(case, ran.stdout.strip().split("\n\n")[-1])
 
 
 def lm_eval(server: Server) -> None:
