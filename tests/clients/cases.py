@@ -520,8 +520,10 @@ def lm_eval(server: Server) -> None:
         common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
         ask = {"doc_to_text": "The capital of {{country}} is"}
         choice = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
-        text = {"output_type": "generate_until", "doc_to_target": "{{choices[answer]}}"}
+        text: dict[str, Any] = {"output_type": "generate_until", "doc_to_target": "{{choices[answer]}}"}
         text["generation_kwargs"] = {"until": ["."], "max_gen_toks": 12}
+        named = {"function": "regex", "regex_pattern": f"({'|'.join(capitals.values())})"}
+        text["filter_list"] = [{"name": "named", "filter": [named, {"function": "take_first"}]}]
         for name, kind in (("capitals_choice", choice), ("capitals_text", text)):
             (Path(folder) / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **ask, **kind}))
         for model, path, tasks, more in (
@@ -552,7 +554,8 @@ def guidellm_command(server: Server) -> None:
             (benchmark,) = json.loads(report.read_text())["benchmarks"]
             totals = benchmark["metrics"]["request_totals"]
             assert (totals["successful"], totals["errored"]) == (6, 0), totals
-            done(f"guidellm run, {path}", ran.stdout.strip())
+            tables = ran.stdout.split("Run Summary Info")[1]  # which come twice
+            done(f"guidellm run, {path}", f"Run Summary Info{tables}".partition("✔ Benchmarking")[0].strip())
 
 
 def langchain(server: Server) -> None:

@@ -9,6 +9,7 @@ file a client, and from all of these ``report.md`` and the table of docs/server.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -184,7 +185,8 @@ def serving(model: str = "demo") -> Iterator[Server]:
 
 
 def result_file(client: str) -> Path:
-    return RESULTS / f"{client.replace('/', '-').replace(' ', '-').strip('@')}.json"
+    name = client.removesuffix(" (npm)").strip("@").replace("/", "-")
+    return RESULTS / f"{'npm-' if client in NPM_CLIENTS else ''}{name}.json"
 
 
 def results() -> list[dict[str, Any]]:
@@ -218,7 +220,7 @@ def report(found: Sequence[dict[str, Any]]) -> str:
         start = f"| {one['client']} | {one['version']} | {one['date']} |"
         for case in one["cases"]:
             text = case["shown"]
-            if text.count("\n") > 3:
+            if text.count("\n") > 2:
                 below.append((f"{one['client']}: {case['case']}", text))
                 text = "below"
             cell = " ".join(text.split()).replace("|", "\\|")
@@ -245,6 +247,7 @@ def main(wanted: Sequence[str]) -> int:
         print(f"{unknown[0]} is not a client; expected some of {', '.join(ALL)}", file=sys.stderr)
         return 2
     RESULTS.mkdir(exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends, too
     bad = 0
     with serving() as server, folder() as place:
         for client in wanted or ALL:
