@@ -16,14 +16,13 @@ from tests.engine.tiny_llm import save_tiny
 from tests.server.running import MODEL, serving
 from wedlm import LLM
 
-# In every test run; each with the module that must be installed.
+# In every test run, beside LangChain's (tests/server/test_api.py); each with the module that must be installed.
 QUICK = {
     "openai": "openai",
     "anthropic": "anthropic",
     "ollama": "ollama",
     "open-webui": "httpx2",
     "curl": "httpx2",
-    "langchain-openai": "langchain_openai",
 }
 
 
@@ -86,10 +85,10 @@ def test_what_is_committed_names_no_machine_and_no_registry():
 
 def test_a_failure_is_told(tmp_path, tiny):
     """A client whose cases go wrong is reported so, with those that went well before."""
-    result = run.run_client("openai", tiny._replace(model="other"), tmp_path, timeout=60)
-    assert "NotFoundError" in result.failed
+    result = run.run_client("curl", tiny._replace(model="other"), tmp_path, timeout=60)
+    assert "CalledProcessError" in result.failed
     assert result.cases == []
     text = run.report([json.loads(json.dumps(vars(result)))])
-    assert "cut short by a failure: openai" in text
+    assert "cut short by a failure: curl" in text
     assert "**fails**" in text
     assert os.environ["HOME"] not in text
