@@ -1,11 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The npm clients' cases, as cases.py has those of Python: node cases.mjs CLIENT URL MODEL TOKENIZER.
 import assert from "node:assert/strict";
-import { execFileSync } from "node:child_process";
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { dirname, join } from "node:path";
-import { fileURLToPath } from "node:url";
 
 const [client, url, model] = process.argv.slice(2);
 const question = "What is the capital of France?";
@@ -136,25 +131,4 @@ async function anthropic() {
   await refused("unknown model", () => api.messages.create({ ...asked, model: "x" }), 404);
 }
 
-async function promptfoo() {
-  const here = dirname(fileURLToPath(import.meta.url));
-  const folder = mkdtempSync(join(tmpdir(), "promptfoo-"));
-  try {
-    const config = readFileSync(join(here, "promptfoo.json"), "utf8").replaceAll("URL", url).replaceAll("MODEL", model);
-    writeFileSync(join(folder, "config.json"), config);
-    const out = join(folder, "out.json");
-    const program = join(here, "node_modules", "promptfoo", "dist", "src", "main.js");
-    execFileSync("node", [program, "eval", "-c", join(folder, "config.json"), "--no-cache", "-o", out, "--no-table"], {
-      stdio: ["ignore", "ignore", "inherit"],
-      env: { ...process.env, PROMPTFOO_CONFIG_DIR: folder },
-    });
-    for (const one of JSON.parse(readFileSync(out, "utf8")).results.results) {
-      assert.ok(one.success, one.error);
-      done(`${one.provider.label}: ${one.vars.what}`, one.response.output);
-    }
-  } finally {
-    rmSync(folder, { recursive: true });
-  }
-}
-
-await { ai: aiSdk, "@langchain/openai": langchain, openai, "@anthropic-ai/sdk": anthropic, promptfoo }[client]();
+await { ai: aiSdk, "@langchain/openai": langchain, openai, "@anthropic-ai/sdk": anthropic }[client]();

@@ -521,8 +521,6 @@ def lm_eval(server: Server) -> None:
         choice = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
         text: dict[str, Any] = {"output_type": "generate_until", "doc_to_target": "{{choices[answer]}}"}
         text["generation_kwargs"] = {"until": ["."], "max_gen_toks": 12}
-        named = {"function": "regex", "regex_pattern": f"({'|'.join(capitals.values())})"}
-        text["filter_list"] = [{"name": "named", "filter": [named, {"function": "take_first"}]}]
         for name, kind in (("capitals_choice", choice), ("capitals_text", text)):
             (Path(folder) / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **ask, **kind}))
         for model, path, tasks, more in (

