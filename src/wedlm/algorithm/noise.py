@@ -83,6 +83,25 @@ def mix_noise(documents: Int[Tensor, " L"], first: Noise, second: Noise, use_sec
     )
 
 
+def draw_noise(
+    positions: Int[Tensor, " L"],
+    documents: Int[Tensor, " L"],
+    trainable: Bool[Tensor, " L"],
+    block_size: int,
+    generator: torch.Generator,
+    ratio_per_block: bool = True,
+    suffix_share: float = 0.0,
+) -> Noise:
+    """The noise of training: ``suffix_noise`` for this share of the documents, drawn one by one, ``random_noise`` for
+    the others."""
+    noise = random_noise(positions, documents, trainable, block_size, generator, ratio_per_block)
+    if not suffix_share:
+        return noise
+    suffix = suffix_noise(documents, trainable, block_size, generator)
+    chosen = torch.rand(int(documents.max()) + 1, generator=generator) < suffix_share
+    return mix_noise(documents, noise, suffix, chosen[documents.clamp(min=0)])
+
+
 def _number_runs(*keys: Int[Tensor, " L"]) -> Int[Tensor, " L"]:
     """Number of the run of equal keys that each position belongs to, from 0."""
     changed = torch.zeros(len(keys[0]), dtype=torch.bool)
