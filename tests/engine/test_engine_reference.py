@@ -65,7 +65,7 @@ def make_engine(model: Transformer, page_size: int, num_pages: int, max_num_seqs
 
 def requests_of(seed: int) -> list[tuple[list[int], SamplingParams]]:
     """Mixed lengths, modes and parameters; every third prompt repeats an earlier one's beginning."""
-    rng = random.Random(seed)
+    rng, cut = random.Random(seed), random.Random(seed)
     out: list[tuple[list[int], SamplingParams]] = []
     for i in range(12):
         prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 15, 16, 17, 40]))]
@@ -81,9 +81,8 @@ def requests_of(seed: int) -> list[tuple[list[int], SamplingParams]]:
             wedlm_draft_entropy=rng.choice([1.0, 3.0]),
         )
         prompt = prompt[: LENGTH - 1]
-        if params.decoding in GAP_DECODINGS and rng.random() < 0.5:  # the prompt cut in two, to fill what lies between
-            at, room = rng.randrange(len(prompt)), LENGTH - len(prompt)
-            gap = min(params.max_tokens, room)
+        if params.decoding in GAP_DECODINGS and cut.random() < 0.5:  # the prompt cut in two, to fill what lies between
+            at, gap = cut.randrange(len(prompt)), min(params.max_tokens, LENGTH - len(prompt))
             params = replace(params, suffix_token_ids=prompt[at:], max_tokens=gap)
             prompt = prompt[:at]
         out.append((prompt, params))
