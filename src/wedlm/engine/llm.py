@@ -31,6 +31,7 @@ from wedlm.model.formats.checkpoint import with_end_tokens
 
 Message = Mapping[str, Any]
 Prompt = str | list[int]
+_SCORED_SUFFIX = 32  # tokens: later ones hardly depend on what fills the gap
 _GAP = 16  # tokens, where none are asked for; OpenAI's default of a completion, too
 
 
@@ -201,8 +202,9 @@ class LLM:
         """Fill the gap between a prefix and a suffix, or between several, in their order (docs/infilling.md).
 
         The gap has ``max_tokens`` of ``params`` positions, or 16 without ``params``. With ``lengths`` it is tried with
-        each of these, and the filling is kept with which prefix, filling and suffix are the most likely text, by the
-        AR head. ValueError for lengths below 1, or as many suffixes as there are not prefixes; else as ``generate``.
+        each of these, and the filling is kept that the AR head finds likeliest, by token, together with the suffix's
+        first 32 tokens. ValueError for lengths below 1, or other numbers of suffixes than of prefixes; else as
+        ``generate``.
         """
         prefixes, suffixes = _prompt_list(prefix), _prompt_list(suffix)
         if len(prefixes) != len(suffixes):
@@ -231,21 +233,22 @@ class LLM:
         return replace(params, suffix_token_ids=tuple(ids))
 
     def _likelihood(self, prefix: Prompt, params: SamplingParams, output: GenerationOutput) -> float:
-        """Log-probability, by the AR head, of a filling and the suffix after the prefix."""
+        """Mean log-probability, by the AR head, of a filling's tokens and the suffix's first ones after the prefix."""
         if output.finish_reason == "error":
             return -math.inf
         known = self.tokenizer.encode(prefix) if isinstance(prefix, str) else prefix
         filling = output.token_ids
         if output.finish_reason == "stop":  # the text is what stands before an end token or a stop string
             filling = self.tokenizer.encode(output.text, add_special_tokens=False)
-        text = [*known, *filling, *(params.suffix_token_ids or ())]
+        text = [*known, *filling, *(params.suffix_token_ids or ())[:_SCORED_SUFFIX]]
         with self._engine_alone():
-            scorer = PromptScorer(self.engine, text, 0, params.cache_salt)
+            scorer = PromptScorer(self.engine, text, 0, params.cache_salt, context=max(1, len(known)))
         while not scorer.done:
             with self._engine_alone():
                 if not scorer.advance(self.engine):  # for want of pages, which other threads' requests hold
                     self.engine.step()
-        return math.fsum(scorer.result.logprobs[max(0, len(known) - 1) :])
+        logprobs = scorer.result.logprobs
+        return math.fsum(logprobs) / max(1, len(logprobs))
 
     def exit(self) -> None:
         """The original's name for the end. There is no other process to stop: requests are aborted, and memory is free
