@@ -9,9 +9,9 @@ a line of a program, and one to eight words inside a sentence between its neighb
 
 Infilling is told the gap's true length, with streaming's defaults and with one token a step, or chooses the length
 (``LLM.infill``'s ``lengths``; of the first ``--choose`` gaps alone, since it takes most of the time). AR decoding, once
-with the prefix alone and once with the suffix in a chat prompt before it, always gets the true length; its greedy text is
-the true one where each true token is the AR head's most probable. Likelihoods are of the true tokens one after the other;
-infilling's by masked rows that see prefix, suffix and the true tokens before them. What is done is kept in
+with the prefix alone and once with the suffix in a chat prompt before it, always gets the true length; its greedy text
+is the true one where each true token is the AR head's most probable. Likelihoods are of the true tokens one after the
+other; infilling's by masked rows that see prefix, suffix and the true tokens before them. What is done is kept in
 OUTPUT/items.jsonl and not done again: ``--seconds`` ends a run early.
 """
 
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of the data files")
     parser.add_argument("--output", type=Path, required=True, help="a folder; what it has is kept, and added to")
     parser.add_argument("--count", type=int, default=500, help="gaps of each kind")
-    parser.add_argument("--choose", type=int, default=96, help="of how many of each kind the length is chosen, too")
+    parser.add_argument("--choose", type=int, default=48, help="of how many of each kind the length is chosen, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no batch after this time")
     parser.add_argument("--threads", type=int, default=None)
