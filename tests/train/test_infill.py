@@ -99,7 +99,8 @@ def test_who_sees_whom_by_hand(suffix_noise):
             ]
             if not labels.prediction[row]:  # prefix, suffix, middle: each what comes before it in that order
                 assert clean == {*earlier, position}
-                if stream.is_ar[row]:
+                if stream.is_ar[row]:  # in the prefix alone
+                    assert clean == set(range(position + 1))
                     assert stream.target[row] == sequence.tokens[order[document, position + 1]]
                 continue
             # A block: consecutive positions, of the prefix or of the gap, and all known tokens before it.
@@ -122,6 +123,7 @@ def test_who_sees_whom_by_hand(suffix_noise):
             ]
             if jumps and own >= jumps[0] and stream.masked[row]:
                 masked_in_gaps += 1
+                assert stream.ar_row[row] == -1
                 suffix = {p for p in range(position, len(order)) if order.get((document, p), LENGTH) < jumps[0]}
                 assert suffix
                 assert suffix <= clean, "all of the suffix is observed"

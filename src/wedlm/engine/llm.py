@@ -24,7 +24,7 @@ from wedlm.engine.original_names import METHODS
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.prompt_logprobs import PromptScorer
 from wedlm.engine.request import Request
-from wedlm.engine.sampling_params import SamplingParams
+from wedlm.engine.sampling_params import GAP, SamplingParams
 from wedlm.engine.turns import Turns
 from wedlm.model import Tokenizer, load_tokenizer
 from wedlm.model.formats.checkpoint import with_end_tokens
@@ -32,7 +32,6 @@ from wedlm.model.formats.checkpoint import with_end_tokens
 Message = Mapping[str, Any]
 Prompt = str | list[int]
 _SCORED_SUFFIX = 32  # tokens: later ones hardly depend on what fills the gap
-_GAP = 16  # tokens, where none are asked for; OpenAI's default of a completion, too
 
 
 class LLM:
@@ -209,7 +208,7 @@ class LLM:
         prefixes, suffixes = _prompt_list(prefix), _prompt_list(suffix)
         if len(prefixes) != len(suffixes):
             raise ValueError(f"there are {len(suffixes)} suffixes; expected one for each of {len(prefixes)} prefixes")
-        gaps = _param_list(SamplingParams(max_tokens=_GAP) if params is None else params, len(prefixes))
+        gaps = _param_list(SamplingParams(max_tokens=GAP) if params is None else params, len(prefixes))
         gaps = [self.before(one, gap) for one, gap in zip(suffixes, gaps, strict=True)]
         if lengths is None:
             return self.generate(prefixes, gaps, progress=progress)

@@ -11,6 +11,7 @@ from wedlm.algorithm.params import DECODINGS, DecodeParams, Decoding
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
+GAP = 16  # positions, where no number is asked for; a completion has as many tokens
 GAP_DECODINGS = ("streaming", "block")  # that fill a gap before a suffix
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 MAX_GRAMMAR_CHARACTERS, MAX_SCHEMA_DEPTH = 65536, 64
