@@ -11,7 +11,8 @@ Infilling is told the gap's true length, with streaming's defaults and with one 
 (``LLM.infill``'s ``lengths``; of the first ``--choose`` gaps alone, since it takes most of the time). AR decoding, once
 with the prefix alone and once with the suffix in a chat prompt before it, always gets the true length; its greedy text
 is the true one where each true token is the AR head's most probable. Likelihoods are of the true tokens one after the
-other; infilling's by masked rows that see prefix, suffix and the true tokens before them. What is done is kept in
+other; infilling's by masked rows that see prefix, suffix and the true tokens before them, and once more without the
+suffix, which tells what it adds from what masked rows know less than the AR head does. What is done is kept in
 OUTPUT/items.jsonl and not done again: ``--seconds`` ends a run early.
 """
 
@@ -42,10 +43,11 @@ METHODS = {
     "infill": "infilling, τ = 0.4",
     "infill_slow": "infilling, one token a step",
     "infill_chosen": f"infilling, length chosen among {', '.join(map(str, LENGTHS))}",
+    "masked": "masked rows, prefix alone",
     "ar": "AR, prefix alone",
     "ar_prompted": "AR, suffix in the chat prompt",
 }
-LIKELIHOODS = ("infill", "ar", "ar_prompted")
+LIKELIHOODS = ("infill", "masked", "ar", "ar_prompted")
 _INSTRUCTION = """Continue a text that has a gap, so that what you write leads to the part after it, which is:
 
 """
@@ -183,6 +185,7 @@ def measure(llm: LLM, spans: list[Span], chooses: bool) -> list[dict[str, Any]]:
             found[index]["logprob"][name] = score.logprob
     for one, parts in zip(found, zip(prefixes, suffixes, middles, strict=True), strict=True):
         one["logprob"]["infill"] = math.fsum(gap_logprobs(llm, *parts))
+        one["logprob"]["masked"] = math.fsum(gap_logprobs(llm, parts[0], [], parts[2]))
     return found
 
 
@@ -212,7 +215,7 @@ def report(items: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         lines += ["", f"## {len(own)} {'lines of code' if kind == 'code' else 'gaps in sentences'}", ""]
         lines += [f"{tokens / len(own):.1f} tokens on average.", ""]
         lines += [
-            "| | exact match | log-likelihood, nats a token | likelier than by the prefix alone |",
+            "| | exact match | log-likelihood, nats a token | likelier than by AR, prefix alone |",
             "| --- " * 4 + "|",
         ]
         chosen = [one for one in own if "chosen_tokens" in one]
@@ -220,9 +223,11 @@ def report(items: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
             among = chosen if name == "infill_chosen" else own
             if not among:
                 continue
-            share = sum(one["exact"][name] for one in among) / len(among)
-            error = math.sqrt(share * (1 - share) / len(among))
-            cells = [title, f"{100 * share:.1f} % ± {100 * error:.1f}", "", ""]
+            cells = [title, "", "", ""]
+            if name != "masked":
+                share = sum(one["exact"][name] for one in among) / len(among)
+                error = math.sqrt(share * (1 - share) / len(among))
+                cells[1] = f"{100 * share:.1f} % ± {100 * error:.1f}"
             if name in LIKELIHOODS:
                 cells[2] = f"{sum(one['logprob'][name] for one in own) / tokens:.3f}"
                 better = sum(one["logprob"][name] > one["logprob"]["ar"] for one in own)
