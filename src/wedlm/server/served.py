@@ -139,7 +139,7 @@ class ServedModel:
             message = f"{shown} is set beside suffix; expected one of them"
             raise ApiError(400, message, param=shown, code="invalid_value")
         encode = partial(self.llm.tokenizer.encode, body.suffix, add_special_tokens=False)
-        suffix = tuple(await self._tokens(workers, encode, "suffix"))
+        suffix = await self._tokens(workers, encode, "suffix")
         try:
             sequences = [(ids, replace(params, suffix_token_ids=suffix)) for ids, params in job.sequences]
         except ValueError as error:
