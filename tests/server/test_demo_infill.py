@@ -86,5 +86,6 @@ def test_the_pages_know_of_each_other(gap_page):
     expect(gap_page.get_by_label("Your message")).to_be_visible()
     gap_page.get_by_role("link", name="Fill a gap").click()
     expect(gap_page.get_by_label("Before the gap")).to_be_visible()
+    expect(gap_page.locator("#status-text")).to_have_text("tiny")
     gap_page.get_by_role("button", name="A line of code").click()
     expect(gap_page.get_by_label("After the gap")).to_have_value(re.compile("return total"))
