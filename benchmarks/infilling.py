@@ -206,6 +206,7 @@ def report(items: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         "",
         f"{about['how']}; seed {about['seed']}; {about['seconds']:,.0f} s on {about['machine']}.",
         "Made by `python -m benchmarks.infilling`, which says what each row is.",
+        *([about["note"]] if about["note"] else []),
     ]
     for kind in KINDS:
         own = [one for one in items if one["kind"] == kind]
@@ -253,6 +254,7 @@ def main() -> None:
     parser.add_argument("--choose", type=int, default=48, help="of how many of each kind the length is chosen, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no batch after this time")
+    parser.add_argument("--note", default="", help="a sentence for the report")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args()
     if options.threads:
@@ -281,6 +283,7 @@ def main() -> None:
         "model": options.model,
         "how": llm.describe(),
         "seed": options.seed,
+        "note": options.note,
         "machine": f"{torch.get_num_threads()} threads of {platform.machine()}",
         "seconds": sum(one["seconds"] for one in done),
     }
