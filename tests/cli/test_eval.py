@@ -9,6 +9,7 @@ pytest.importorskip("lm_eval")
 from tests.cli.command import FAST, wedlm
 from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.eval_data import write_small_sets
+from wedlm.extras import install_extras
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,10 @@ def test_answers_first_and_scores_later(words):
     ("options", "message"),
     [
         (["--workers", "0"], "--workers is 0; expected at least 1"),
-        (["--workers", "2"], "--workers needs ray, which is not installed; expected pip install 'wedlm[eval,workers]'"),
+        (
+            ["--workers", "2"],
+            "--workers needs ray, which is not installed; expected " + install_extras("eval", "workers"),
+        ),
         (["--engine", "tgi"], "--engine is tgi; expected wedlm or vllm"),
     ],
 )

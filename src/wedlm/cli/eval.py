@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from wedlm.cli.loading import load_llm
 from wedlm.cli.options import (
@@ -25,7 +24,9 @@ from wedlm.cli.options import (
     values_of,
 )
 from wedlm.cli.reproduce import reproduce_tables
-from wedlm.cli.terminal import err, needs_extra, note, out, progress_bar, write
+from wedlm.cli.terminal import err, needs_extra, note, progress_bar, write
+from wedlm.extras import install_extras
+from wedlm.tables import show_table
 
 if TYPE_CHECKING:
     from wedlm.evaluate.caching_lm import Backend
@@ -211,7 +212,7 @@ def run_eval(
         if what.as_json:
             write(json.dumps(record, ensure_ascii=False) + "\n")
     if records and not what.as_json:
-        out.print(table(records))
+        show_records(records)
     return records
 
 
@@ -276,7 +277,7 @@ def _replicas(given: dict[str, Any], workers: int, threads: int | None) -> "Back
     if workers < 1:
         raise ValueError(f"--workers is {workers}; expected at least 1")
     if find_spec("ray") is None:
-        raise ValueError("--workers needs ray, which is not installed; expected pip install 'wedlm[eval,workers]'")
+        raise ValueError("--workers needs ray, which is not installed; expected " + install_extras("eval", "workers"))
     from wedlm.evaluate.workers import RayBackend
 
     with err.status(f"Loading {workers} replicas ..."):
@@ -303,21 +304,17 @@ def _bar(title: str) -> Iterator[Any]:
         yield update
 
 
-def table(records: Sequence[dict[str, Any]]) -> Table:
+def show_records(records: Sequence[dict[str, Any]]) -> None:
     """A row per run and task; what the runs differ in comes first."""
     varied = list(dict.fromkeys(name for record in records for name in record["swept"]))
-    view = Table(box=None, pad_edge=False)
-    for name in [*varied, "task", "shots", "questions", "metric"]:
-        view.add_column(name)
-    for name in ("score", "tokens/forward", "p_cache", "speed"):
-        view.add_column(name, justify="right")
+    rows = []
     for record in records:
+        own = ["none" if record["params"][key] is None else str(record["params"][key]) for key in varied]
         for name, task in record["tasks"].items():
-            own = ["none" if record["params"][key] is None else str(record["params"][key]) for key in varied]
-            view.add_row(
-                *own, name, str(task["num_fewshot"]), str(task["num_samples"]), task["metric"], *_figures(task)
-            )
-    return view
+            about = (name, str(task["num_fewshot"]), str(task["num_samples"]), task["metric"])
+            rows.append([*own, *about, *_figures(task)])
+    figures = ("shots", "questions", "metric", "score", "tokens/forward", "p_cache", "speed")
+    show_table(None, [*varied, "task"], figures, rows)
 
 
 def _figures(task: dict[str, Any]) -> list[str]:
