@@ -79,6 +79,7 @@ class LLM:
             options=chosen,
             has_masked_rows=chosen.mask_token_id is not None or self.model_config.mask_token_id is not None,
             model_decoding=self.model_config.default_decoding,
+            block_length=resolve_options.read_block_length(chosen.block_length, self.model_config),
         )
 
     def _plan(self, num_sharing: int = 1) -> None:
@@ -303,7 +304,7 @@ class LLM:
         block = self.model_config.block_size
         window = params.wedlm_window_size or self.engine.config.options.wedlm_window_size
         decoding = params.decoding_of(self.engine.config.decoding)
-        if decoding not in ("streaming", "block"):
+        if decoding not in ("streaming", "block") or self.engine.config.block_length is not None:
             return None
         if not self.engine.config.has_masked_rows and not self._warned_unadapted and not params.suffix_token_ids:
             self._warned_unadapted = True
