@@ -5,6 +5,8 @@ Attention with equal weights returns the mean of the visible values; times their
 rounded back exactly. So one wrong key, slot, position or visibility changes the logits, whatever the float order.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -84,9 +86,9 @@ class StubModel(nn.Module):
         """What an engine runs: itself."""
         return self
 
-    def check_cache(self, cache: KVCache, slots: list[int], tokens: list[int]) -> None:
+    def check_cache(self, cache: KVCache, slots: list[int], tokens: list[int], positions: Sequence[int]) -> None:
         """The slots must hold these tokens' keys."""
-        expected = self.values(torch.tensor(tokens, dtype=torch.long), torch.arange(len(tokens)))
+        expected = self.values(torch.tensor(tokens, dtype=torch.long), torch.tensor(positions, dtype=torch.long))
         assert torch.equal(cache.values[0, slots], expected)
 
     def rows_model(self, tokens: list[int], positions: list[int], num_masked: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.cli.command import expected, generate, records, wedlm
 from tests.engine.tiny_llm import save_tiny
+from wedlm import LLM, SamplingParams
 
 
 def said(result) -> str:
@@ -49,6 +50,20 @@ def test_without_a_template(ar_model):
     result = generate(ar_model, "Hello", "--chat")
     assert result.exit_code == 2
     assert "no chat template" in result.stderr
+
+
+def test_a_gap_is_filled(model):
+    words = ("The quick", "--suffix", " fox", "--json", "--ignore-eos")
+    (record,) = records(generate(model, *words, "--gap", "5"))
+    llm = LLM(model, device="cpu")
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    assert record["text"] == llm.infill("The quick", " fox", params)[0].text
+    assert record["stats"]["decoding"] == "streaming"
+    (record,) = records(generate(model, *words))
+    assert len(record["token_ids"]) == 16
+    result = generate(model, *words, "--chat")
+    assert result.exit_code == 2
+    assert "--suffix is set beside --chat; expected one of them" in result.stderr
 
 
 def test_json_record(model):

@@ -128,7 +128,15 @@ def _check_keys(engine: Engine, request: Request, model: StubModel | NativeModel
     page_size = engine.pool.page_size
     table = engine.pool.table(request.request_id)
     slots = [table[i // page_size] * page_size + i % page_size for i in range(request.progress.num_cached)]
-    model.check_cache(engine.runner.cache, slots, request.output.tokens[: request.progress.num_cached])
+    cached = request.progress.num_cached
+    positions = request.decode.positions(0, cached)
+    model.check_cache(engine.runner.cache, slots, request.output.tokens[:cached], positions)
+
+
+def known_of(request: Request) -> tuple[list[int], tuple[int, ...]]:
+    """Its tokens before and after what it decodes."""
+    suffix = tuple(request.params.suffix_token_ids or ())
+    return request.prompt_token_ids[: len(request.prompt_token_ids) - len(suffix)], suffix
 
 
 def check_outcome(model: StubModel | NativeModel, request: Request, lagging: bool = False) -> None:
@@ -137,7 +145,8 @@ def check_outcome(model: StubModel | NativeModel, request: Request, lagging: boo
     ``lagging``: the engine's, which looks drafts up in a text that lacks the latest step's tokens."""
     decode = request.decode
     propose = SlowLookup(ends=decode.stop_token_ids).propose if decode.max_lookup else None
-    expected = reference.decode(model.rows_model, request.prompt_token_ids, request.max_tokens, decode, propose)
+    prefix, suffix = known_of(request)
+    expected = reference.decode(model.rows_model, prefix, request.max_tokens, decode, propose, suffix)
     assert request.output_token_ids == expected.tokens, request
     ended = expected.tokens[-1] in request.decode.stop_token_ids
     assert request.finish_reason == ("stop" if ended else "length")

@@ -2,6 +2,7 @@
 """Random histories of add, step, abort and preemption; every finished text is compared with the reference."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.stub import StubModel
 from wedlm.algorithm.params import DECODINGS, REMASKINGS
 from wedlm.engine.engine import Engine
-from wedlm.engine.sampling_params import SamplingParams
+from wedlm.engine.sampling_params import GAP_DECODINGS, SamplingParams
 
 MODEL = StubModel()
 
@@ -43,6 +44,15 @@ def random_prompt(rng: random.Random, stems: list[list[int]], model: StubModel |
     return (stem[: rng.randint(0, len(stem))] + tail) or [model.mask_token_id]
 
 
+def with_gap(rng: random.Random, prompt: list[int], params: SamplingParams) -> tuple[list[int], SamplingParams]:
+    """Some prompts, cut in two at any place, for a request that fills the gap: of the tokens of other ones, which stand
+    at other positions."""
+    if params.decoding not in GAP_DECODINGS or rng.random() < 0.4:
+        return prompt, params
+    at = rng.randrange(len(prompt))
+    return prompt[:at], replace(params, suffix_token_ids=prompt[at:])
+
+
 def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
     """One history; returns how often each interesting thing happened."""
     rng = random.Random(seed)
@@ -60,12 +70,15 @@ def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
     )
     stems = [[rng.randrange(model.vocab_size) for _ in range(30)] for _ in range(2)]
     finished, aborted, added = [], 0, 0
-    preempted = reused = looked_up = 0
+    preempted = reused = looked_up = gaps = preempted_gaps = reused_gaps = 0
     for _ in range(rng.randint(5, 40)):
         action = rng.random()
         if action < 0.3:
             turn = rng.choice([0, 0, 1, 3])
-            engine.add(f"r{added}", random_prompt(rng, stems, model), random_params(rng, model.block_length), turn=turn)
+            prompt, params = random_prompt(rng, stems, model), random_params(rng, model.block_length)
+            if has_masked_rows and model.block_length == 1:
+                prompt, params = with_gap(rng, prompt, params)
+            engine.add(f"r{added}", prompt, params, turn=turn)
             added += 1
         elif action < 0.36 and engine.requests:
             engine.abort(rng.choice(list(engine.requests)))
@@ -87,9 +100,14 @@ def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
         looked_up += request.counters.num_lookup_accepted
         preempted += request.progress.num_preemptions
         reused += request.progress.num_reused
+        if request.params.suffix_token_ids:
+            gaps += 1
+            preempted_gaps += request.progress.num_preemptions > 0
+            reused_gaps += request.progress.num_reused > request.decode.prefix_length
         if request.params.logprobs is not None:
             assert len(request.output.top_logprobs) == len(request.output.logprobs) == request.num_output_tokens
     counts = {"finished": len(finished), "aborted": aborted, "preempted": preempted, "reused": reused}
+    counts |= {"gaps": gaps, "preempted gaps": preempted_gaps, "suffixes reused": reused_gaps}
     return counts | {"accepted from the text": looked_up}
 
 

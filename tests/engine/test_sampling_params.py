@@ -84,6 +84,8 @@ INVALID_ENTRIES: list[tuple[str, Any, Any]] = [
     ("stop_token_ids", [1, "2"], "2"),
     ("stop_token_ids", [1.0], 1.0),
     ("stop_token_ids", 7, 7),
+    ("suffix_token_ids", [3, -1], -1),
+    ("suffix_token_ids", "end", "end"),
     ("stop_token_ids", "7", "7"),
     ("stop_token_ids", False, False),
 ]

@@ -3,6 +3,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from wedlm.engine.execution import graphs as graphs_module
 from wedlm.engine.execution.captured_step import CapturedStep
 from wedlm.engine.factory import Blueprint
 from wedlm.engine.options import EngineConfig, EngineOptions
-from wedlm.engine.sampling_params import SamplingParams
+from wedlm.engine.sampling_params import GAP_DECODINGS, SamplingParams
 from wedlm.model.inference.layers import pack_for_inference
 from wedlm.model.lora.masked_rows import attach_masked_lora
 
@@ -114,6 +115,9 @@ def check_same_as_runner(device, decoding, temperature, num_requests, seed, mask
         )
         for _ in range(num_requests)
     ]
+    for number, (prompt, params) in enumerate(requests):
+        if params.decoding in GAP_DECODINGS and number % 2 == 0:  # fills the gap before a suffix
+            requests[number] = prompt, replace(params, suffix_token_ids=[7, 8, 9, 10][: 1 + seed])
     expected, logprobs = outcomes(engine(device, False, masked_lora=masked_lora), requests)
     actual, others = outcomes(engine(device, True, masked_lora=masked_lora), requests)
     for one, other, (_, params) in zip(actual, expected, requests, strict=True):

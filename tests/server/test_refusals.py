@@ -29,7 +29,7 @@ UNSUPPORTED = [
     (CHAT, "functions", [{"name": "f"}]),
     (CHAT, "function_call", {"name": "f"}),
     (CHAT, "echo", True),
-    (TEXT, "suffix", "end"),
+    (CHAT, "suffix", "end"),
     (CHAT, "modalities", ["text", "audio"]),
     (CHAT, "audio", {"voice": "alloy", "format": "wav"}),
     (CHAT, "verbosity", "high"),

@@ -2,6 +2,7 @@
 """The parameters that define what one sequence decodes to."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -44,8 +45,9 @@ class DecodeParams:
     where positions exceed the probability ``confidence_threshold``. ``block_length``: rows see all of their own block
     of so many positions, which begin at multiples of it, and windows are such blocks; 1: rows see what is before them.
     ``max_positions`` is the model's length: no position at or past it exists. ``stop_token_ids`` end the text;
-    ``min_eos_position`` is the first position at which one may stand (prompt length + min_tokens). What follows from
-    the fields is kept, since each step asks for it.
+    ``min_eos_position`` is the first position at which one may stand (prompt length + min_tokens). A text with a gap
+    has ``prefix_length`` tokens before the gap and ``suffix_length`` known ones after it, which end at
+    ``max_positions``. What follows from the fields is kept, since each step asks for it.
     """
 
     decoding: Decoding
@@ -67,6 +69,21 @@ class DecodeParams:
     stop_token_ids: tuple[int, ...] = ()
     min_eos_position: int = 0
     max_positions: int = 2**31 - 1
+    prefix_length: int = 0
+    suffix_length: int = 0
+
+    def positions(self, start: int, stop: int) -> Sequence[int]:
+        """Those of the tokens in the cache's slots ``start`` to ``stop`` - 1: the same numbers, but in a text with a
+        suffix, which stands in the cache before what fills the gap."""
+        if not self.suffix_length:
+            return range(start, stop)
+        border = self.prefix_length + self.suffix_length
+        parts = (
+            (0, self.prefix_length, 0),
+            (self.prefix_length, border, self.max_positions - border),
+            (border, self.max_positions, -self.suffix_length),
+        )
+        return [slot + by for first, end, by in parts for slot in range(max(start, first), min(stop, end))]
 
     @cached_property
     def is_verified(self) -> bool:

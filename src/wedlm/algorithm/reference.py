@@ -5,8 +5,9 @@
 [rows, vocabulary]; row i attends to rows 0..i, and in models that see by blocks to all whose block is not a later one.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,19 +33,29 @@ def decode(
     max_tokens: int,
     params: DecodeParams,
     propose: Callable[[list[int]], list[int]] | None = None,
+    suffix: Sequence[int] = (),
 ) -> ReferenceOutput:
     """Decode one sequence until an end token or ``max_tokens`` (docs/algorithm.md, "Decoding").
 
+    ``suffix``: known tokens that stand ``max_tokens`` positions after the prompt; what is decoded fills that gap.
+
     ``propose``: from the text so far to drafts that take the place of a verified step's own, if there are any.
-    Raises ValueError if the prompt is empty or leaves no position for a token.
+    Raises ValueError if there is no known token, or if they leave no position for a token.
     """
-    if not prompt or len(prompt) >= params.max_positions:
-        raise ValueError(f"prompt has {len(prompt)} tokens; expected 1 to {params.max_positions - 1}")
-    max_tokens = min(max_tokens, params.max_positions - len(prompt))
-    step = _verified_step if params.is_verified else _streaming_step
-    first = params.num_before_window(len(prompt))
-    committed = prompt[:first]
-    window: list[int | None] = list(prompt[first:])  # None = masked
+    known = [*prompt, *suffix]
+    if not known or len(known) >= params.max_positions:
+        raise ValueError(f"prompt has {len(known)} tokens; expected 1 to {params.max_positions - 1}")
+    max_tokens = min(max_tokens, params.max_positions - len(known))
+    places = None
+    if suffix:  # of the rows: the known tokens go first, and keep their positions
+        end = len(known) + max_tokens
+        params = replace(params, max_positions=end)
+        gap = range(len(prompt), len(prompt) + max_tokens)
+        places = [*range(len(prompt)), *range(end - len(suffix), end), *gap]
+    step = _verified_step if params.is_verified else partial(_streaming_step, places)
+    first = params.num_before_window(len(known))
+    committed = known[:first]
+    window: list[int | None] = list(known[first:])  # None = masked
     if not params.is_verified:
         window += [None] * (params.row_budget - len(window))
     out = ReferenceOutput([], [], [])
@@ -65,20 +76,27 @@ def decode(
 
 
 def _forward(
-    model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
+    model: RowsModel,
+    committed: list[int],
+    window: list[int | None],
+    params: DecodeParams,
+    places: list[int] | None = None,
 ) -> tuple[list[int], dict[int, Tensor]]:
-    """Run committed tokens, then the window's filled columns, then its masked ones; logits by window column."""
+    """Run committed tokens, then the window's filled columns, then its masked ones; logits by window column.
+    ``places``: positions where they are not 0, 1, 2…"""
     filled = [c for c, token in enumerate(window) if token is not None]
     order = filled + [c for c, token in enumerate(window) if token is None]
     n = len(committed)
     tokens = [params.mask_token_id if token is None else token for token in (window[c] for c in order)]
     positions = list(range(n)) + [n + c for c in order]
+    if places is not None:
+        positions = [places[position] for position in positions]
     logits = model(committed + tokens, positions, len(order) - len(filled)).float()
     return order, {c: logits[n + row] for row, c in enumerate(order)}
 
 
 def _streaming_step(
-    model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
+    places: list[int] | None, model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
 ) -> tuple[list[int], list[int], list[int | None], int]:
     """Commit the leading filled run (block: only a full window), fill what is least uncertain, emit what became
     final."""
@@ -86,11 +104,12 @@ def _streaming_step(
     window = window[:room]
     run = _leading_run(window, params)
     window = (window + [None] * run)[:room]
-    order, logits = _forward(model, committed, window, params)
+    order, logits = _forward(model, committed, window, params, places)
     committed, window = committed + [t for t in window[:run] if t is not None], window[run:]
     n = len(committed)
     masked = [c for c, token in enumerate(window) if token is None]
-    tokens = {c: choose_token(logits[c + run], n + c, params) for c in masked}
+    at = range(params.max_positions) if places is None else places
+    tokens = {c: choose_token(logits[c + run], at[n + c], params) for c in masked}
     if params.by_confidence:
         uncertain = {c: -float(torch.log_softmax(logits[c + run], dim=-1)[tokens[c]]) for c in masked}
     else:

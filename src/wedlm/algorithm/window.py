@@ -2,7 +2,8 @@
 """Windows of a batch of sequences, and the two transitions that one forward brings about.
 
 Every mode decodes over the same state: ``cached`` committed tokens with valid keys, then a window of ``width``
-positions from there on, each filled or masked. Streaming and block decoding fill masked columns; verified decoding
+positions from there on, each filled or masked. Where a suffix is known it is among the cached tokens, so that the
+window's positions begin that many earlier. Streaming and block decoding fill masked columns; verified decoding
 holds the anchor in column 0, its drafts behind it, then groups of masked rows (``verify.row_layout``: there a column is
 a row, not a position). One step is ``extend`` -> rows -> forward -> ``update_windows``.
 """
@@ -36,6 +37,7 @@ class WindowParams:
     threshold: Float[Tensor, " S"]
     penalty: Float[Tensor, " S"]
     draft_entropy: Float[Tensor, " S"]
+    suffix_length: Int[Tensor, " S"]
     by_confidence: Bool[Tensor, " S"]
     fill_schedule: Int[Tensor, "S 2"]
     any_verified: bool
@@ -58,6 +60,7 @@ class WindowParams:
             threshold=tensor([p.fill_below for p in params], torch.double),
             penalty=tensor([0.0 if p.by_confidence else p.pos_penalty for p in params], torch.double),
             draft_entropy=tensor([p.draft_entropy for p in params], torch.double),
+            suffix_length=tensor([p.suffix_length for p in params], torch.long),
             by_confidence=tensor([p.by_confidence for p in params], torch.bool),
             fill_schedule=tensor([p.fill_schedule for p in params], torch.long),
             any_verified=any(p.is_verified for p in params),

@@ -5,8 +5,15 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Protocol
 
 _ROOT = b"wedlm"
+
+
+class TokenSlices(Protocol):
+    """Tokens by slot, as far as the pool looks at them: what equal prefixes of it stand for are equal keys."""
+
+    def __getitem__(self, part: slice, /) -> Sequence[int]: ...
 
 
 class PagePool:
@@ -49,7 +56,7 @@ class PagePool:
     def pages_for(self, num_slots: int) -> int:
         return -(-num_slots // self.page_size)
 
-    def allocate(self, request_id: str, tokens: Sequence[int], limit: int, salt: str = "") -> int:
+    def allocate(self, request_id: str, tokens: TokenSlices, limit: int, salt: str = "") -> int:
         """Give the request a table that starts with the cached pages of ``tokens[:limit]``; returns slots reused. Pages
         are shared among requests of one ``salt``."""
         assert request_id not in self._tables
@@ -79,7 +86,7 @@ class PagePool:
         table.extend(self._take_page() for _ in range(missing))
         return True
 
-    def commit(self, request_id: str, tokens: Sequence[int], num_committed: int) -> None:
+    def commit(self, request_id: str, tokens: TokenSlices, num_committed: int) -> None:
         """Put the pages that ``tokens[:num_committed]``, whose keys are final, have filled into the prefix cache."""
         size = self.page_size
         while (stop := self._stop(index := self._num_cached_pages[request_id])) <= num_committed:

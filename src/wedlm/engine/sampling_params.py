@@ -11,6 +11,8 @@ from wedlm.algorithm.params import DECODINGS, REMASKINGS, DecodeParams, Decoding
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
+GAP = 16  # positions, where no number is asked for; a completion has as many tokens
+GAP_DECODINGS = ("streaming", "block")  # that fill a gap before a suffix
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 MAX_GRAMMAR_CHARACTERS, MAX_SCHEMA_DEPTH = 65536, 64
 _MAX_SALT = 1024
@@ -49,6 +51,9 @@ class SamplingParams:
     verified decoding in place of masked rows' whenever there are some, in auto if they pay; 0: none. None is the
     engine's: as many as the window has rows for in auto, and in verified decoding none, unless the model has no masked
     rows. Never above 63.
+    suffix_token_ids: known tokens after the answer, which fills the gap of max_tokens positions between the prompt and
+    them, or a part of it that an end token closes (docs/infilling.md). By streaming or block decoding; where decoding
+    is None and the engine's default is another, by streaming.
     """
 
     temperature: float = DecodeParams.temperature
@@ -80,6 +85,7 @@ class SamplingParams:
     denoising_steps: int | None = DecodeParams.denoising_steps
     wedlm_draft_entropy: float = DecodeParams.draft_entropy
     wedlm_lookup_drafts: int | None = None
+    suffix_token_ids: tuple[int, ...] | list[int] | None = None
 
     def __post_init__(self) -> None:
         self._set("temperature", _number("temperature", self.temperature, high=_LARGEST))
@@ -133,6 +139,17 @@ class SamplingParams:
         self._set("wedlm_draft_entropy", _number("wedlm_draft_entropy", self.wedlm_draft_entropy))
         if self.wedlm_lookup_drafts is not None:
             self._set("wedlm_lookup_drafts", _integer("wedlm_lookup_drafts", self.wedlm_lookup_drafts, low=0))
+        self._set("suffix_token_ids", _token_ids("suffix_token_ids", self.suffix_token_ids))
+        if self.suffix_token_ids and self.decoding not in (None, *GAP_DECODINGS):
+            raise ValueError(
+                f"decoding is {self.decoding!r}, whose text is AR's, which sees no suffix; expected "
+                f"{' or '.join(GAP_DECODINGS)} to fill a gap"
+            )
+
+    def decoding_of(self, default: Decoding) -> Decoding:
+        """The mode, where ``default`` is the engine's."""
+        decoding = self.decoding or default
+        return "streaming" if self.suffix_token_ids and decoding not in GAP_DECODINGS else decoding
 
     def _set(self, name: str, value: object) -> None:
         """Store the checked value: a plain Python number or tuple, whatever kind the user gave."""

@@ -227,6 +227,7 @@ class CompletionRequest(Generation):
     max_tokens: int | None = None
     logprobs: int | None = None
     echo: bool | None = None
+    suffix: str | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property

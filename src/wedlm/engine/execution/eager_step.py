@@ -152,7 +152,7 @@ class EagerStep(Generic[A]):
         for one in chunks:
             stop = one.start + one.count
             tokens.append(torch.tensor(one.request.output.tokens[one.start : stop], device=self.device))
-            positions.append(torch.arange(one.start, stop, device=self.device))
+            positions.append(torch.tensor(one.request.decode.positions(one.start, stop), device=self.device))
         visibility = windows.visibility
         if visibility is not None and chunks:  # a chunk's rows are in plain order
             more = (0, sum(one.count for one in chunks))

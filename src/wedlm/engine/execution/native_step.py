@@ -90,11 +90,14 @@ class NativeStep:
                 decoder.add_pages(slot, sent, pages[sent:])
                 self._num_pages[request_id] = len(pages)
             stop = one.start + one.count
+            if request.decode.suffix_length:  # which stands at the end
+                most_positions = max(most_positions, request.decode.max_positions)
             most_positions = stop if stop > most_positions else most_positions
             if one.is_window:
                 windows.append(slot)
             else:
-                chunks.append(Chunk(slot, one.start, request.output.tokens[one.start : stop]))
+                positions = request.decode.positions(one.start, stop)
+                chunks.append(Chunk(slot, one.start, request.output.tokens[one.start : stop], positions))
         decoder.set_step(windows, chunks, plan.row_budget, plan.max_drafts, most_positions)
 
     @torch.inference_mode()
