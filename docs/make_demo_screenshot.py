@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of the demo page with the embedded model: ``python docs/make_demo_screenshot.py docs/demo_page.png``.
+"""Pictures of the demo page with the embedded model: ``python docs/make_demo_screenshot.py docs/demo_page.png``, and of
+the page that fills gaps: ``--gap`` with docs/gap_page.png.
 
 Needs Playwright for Python and a Chromium, as tests/server/test_demo_page.py does.
 """
@@ -56,6 +57,22 @@ def picture(browser: Browser, url: str, options: argparse.Namespace) -> None:
     page.screenshot(path=options.out, full_page=options.size == "phone")
 
 
+def picture_of_gap(browser: Browser, url: str, options: argparse.Namespace) -> None:
+    """Fill the page's first example and save what it shows of a forward in the middle."""
+    width, height = SIZES[options.size]
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=options.scheme)
+    page.goto(f"{url}/infill.html")
+    page.locator("#status[data-kind=ok]").wait_for()
+    page.get_by_label("Positions of the gap").fill("16")
+    page.get_by_label("Entropy threshold").fill("1")
+    page.get_by_role("button", name="Fill the gap").click()
+    page.locator("#announce", has_text="The gap is filled").wait_for(state="attached", timeout=120_000)
+    page.locator("#forward").evaluate("slider => { slider.value = Math.round(slider.max * 0.6) }")
+    page.locator("#forward").dispatch_event("input")
+    page.wait_for_timeout(300)
+    page.screenshot(path=options.out, full_page=options.size == "phone")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
@@ -64,12 +81,13 @@ def main() -> None:
     parser.add_argument("--mode", default="Verified")
     parser.add_argument("--scheme", choices=("light", "dark"), default="light")
     parser.add_argument("--size", choices=tuple(SIZES), default="desk")
+    parser.add_argument("--gap", action="store_true")
     options = parser.parse_args()
     with serving(options.model) as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=which("chromium"), args=["--no-sandbox"] if os.geteuid() == 0 else []
         )
-        picture(browser, url, options)
+        (picture_of_gap if options.gap else picture)(browser, url, options)
         browser.close()
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.stub import StubModel
 from wedlm.algorithm import reference
-from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, DecodeParams
+from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, REMASKINGS, DecodeParams
 from wedlm.algorithm.reorder import leading_run, pack_rows, topological_order
 from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_logsumexp
 from wedlm.algorithm.verify import row_layout
@@ -121,13 +121,19 @@ def check_state(state: WindowState, params: list[DecodeParams]) -> None:
 
 
 def params_strategy() -> st.SearchStrategy[DecodeParams]:
+    """Any; the probability of tokens is an option of block decoding."""
     return st.builds(
-        DecodeParams,
+        lambda decoding, remasking, **rest: DecodeParams(
+            decoding, remasking=remasking if decoding == "block" else "entropy", **rest
+        ),
         decoding=st.sampled_from(DECODINGS),
         window_size=st.integers(1, 9),
         entropy_threshold=st.none() | st.floats(0.0, 3.0),
         pos_penalty=st.sampled_from([0.0, 0.02, 0.5]),
         next_token=st.sampled_from(NEXT_TOKENS),
+        remasking=st.sampled_from(REMASKINGS),
+        confidence_threshold=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+        denoising_steps=st.none() | st.integers(1, 10),
         draft_entropy=st.floats(0.0, 3.0),
         temperature=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
         top_k=st.sampled_from([0, 0, 1, 3]),
@@ -189,7 +195,7 @@ def test_verified_text_is_autoregressive_text(params, prompt, window_size):
 def test_causal_streaming_never_takes_more_steps_than_ar(params, prompt):
     """Every forward gives a token, from the first one on, and the first is AR's. Where only one position is filled a
     step, or the window has no other, the text is AR's, whatever the masked rows say."""
-    causal = replace(params, decoding="streaming", next_token="causal")
+    causal = replace(params, decoding="streaming", next_token="causal", remasking="entropy")
     ar = reference.decode(MODEL.rows_model, prompt, 25, replace(params, decoding="autoregressive"))
     out = reference.decode(MODEL.rows_model, prompt, 25, causal)
     assert sorted(set(out.steps)) == list(range(len(out.rows)))

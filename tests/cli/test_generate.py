@@ -8,6 +8,7 @@ import pytest
 
 from tests.cli.command import expected, generate, records, wedlm
 from tests.engine.tiny_llm import save_tiny
+from wedlm import LLM, SamplingParams
 
 
 def said(result) -> str:
@@ -30,6 +31,18 @@ def test_chat_and_raw(model, options, chat):
     assert record["text"] == expected(model, "Hello", chat, max_tokens=8)
 
 
+def test_a_checkpoint_that_sees_by_blocks(tmp_path):
+    model = save_tiny(tmp_path, model_type="sdar", block_size=4, decoding=None)
+    (record,) = records(generate(model, "Hello", "--json", "--max-tokens", "8"))
+    assert record["stats"]["decoding"] == "block"
+    static = ("--remasking-strategy", "low_confidence_static", "--denoising-steps", "1", "--block-length", "8")
+    (record,) = records(generate(model, "Hello", "--json", "--max-tokens", "8", *static))
+    assert record["stats"]["num_forwards"] <= 2
+    result = generate(model, "Hello", "--decoding", "autoregressive")
+    assert result.exit_code == 2
+    assert "decoding is 'autoregressive' and the model sees by blocks of 4" in " ".join(result.stderr.split())
+
+
 def test_without_a_template(ar_model):
     (record,) = records(generate(ar_model, "Hello", "--json", "--max-tokens", "8"))
     assert record["text"] == expected(ar_model, "Hello", chat=False, max_tokens=8)
@@ -37,6 +50,20 @@ def test_without_a_template(ar_model):
     result = generate(ar_model, "Hello", "--chat")
     assert result.exit_code == 2
     assert "no chat template" in result.stderr
+
+
+def test_a_gap_is_filled(model):
+    words = ("The quick", "--suffix", " fox", "--json", "--ignore-eos")
+    (record,) = records(generate(model, *words, "--gap", "5"))
+    llm = LLM(model, device="cpu")
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    assert record["text"] == llm.infill("The quick", " fox", params)[0].text
+    assert record["stats"]["decoding"] == "streaming"
+    (record,) = records(generate(model, *words))
+    assert len(record["token_ids"]) == 16
+    result = generate(model, *words, "--chat")
+    assert result.exit_code == 2
+    assert "--suffix is set beside --chat; expected one of them" in result.stderr
 
 
 def test_json_record(model):

@@ -1,63 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real clients against the server, each in a process of its own. Those that the dev extra has run in every test run;
-the others, pinned in requirements.txt, are installed into a folder of their own first."""
+"""Real clients against the server, each in a process of its own. Six run in every test run, with a tiny model; all of
+them, pinned in requirements.txt and package-lock.json, in the long one, with the embedded model."""
 
+import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.clients.cases import CASES
+from tests.clients import run
+from tests.clients.cases import Server
 from tests.engine.tiny_llm import save_tiny
-from tests.server.running import Running, serving
+from tests.server.running import MODEL, serving
 from wedlm import LLM
 
-HERE = Path(__file__).parent
-QUICK = ["openai_client", "anthropic_messages", "ollama_client"]
-PACKAGES = {"anthropic_messages": "anthropic", "ollama_client": "ollama", "openai_client": "openai"}
+# In every test run, beside LangChain's (tests/server/test_api.py); each with the module that must be installed.
+QUICK = {
+    "openai": "openai",
+    "anthropic": "anthropic",
+    "ollama": "ollama",
+    "open-webui": "httpx2",
+    "curl": "httpx2",
+}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """With room for what agents tell a model, one character a token."""
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With room for what clients tell a model, one character a token."""
     directory = save_tiny(tmp_path_factory.mktemp("roomy"), max_position_embeddings=8192)
-    os.environ["WEDLM_CLIENTS_CHECKPOINT"] = str(directory)  # for lm_eval, which counts tokens itself
     with serving(LLM(directory, device="cpu", max_num_seqs=8)) as one:
-        yield one
+        yield Server(one.url, MODEL, str(directory))
         one.settled()
 
 
-@pytest.fixture(scope="session")
-def site() -> Path:
-    """A folder with the packages of requirements.txt, installed once: ``WEDLM_CLIENTS`` or ``build/clients``."""
-    folder = Path(os.environ.get("WEDLM_CLIENTS", "build/clients")).resolve()
-    if not folder.is_dir():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target"]
-        subprocess.run([*command, str(folder), "-r", str(HERE / "requirements.txt")], check=True, timeout=1800)
-    return folder
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    """Where clients are installed: ``WEDLM_CLIENTS``, or a folder that goes with the tests."""
+    with run.folder() as folder:
+        yield folder
 
 
-def run(case: str, server: Running, *folders: Path, timeout: float = 120) -> None:
-    path = os.pathsep.join(map(str, folders))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    command = [sys.executable, str(HERE / "cases.py"), case, server.url]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.parametrize("client", QUICK)
+def test_quick(tiny, client, tmp_path):
+    if find_spec(QUICK[client]) is None:
+        pytest.skip(f"{QUICK[client]} is not installed; make test installs it")
+    result = run.run_client(client, tiny, tmp_path, timeout=120)
+    assert not result.failed, result.failed
 
 
-@pytest.mark.parametrize("case", QUICK)
-def test_quick(server, case):
-    if find_spec(PACKAGES[case]) is None:
-        pytest.skip(f"{PACKAGES[case]} is not installed; make test installs it")
-    run(case, server)
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Server]:
+    with run.serving() as server:
+        yield server
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", [case for case in CASES if case not in QUICK])
-def test_long(server, site, case, record_property):
-    run(case, server, site, timeout=600)
-    record_property(case, "works")
+@pytest.mark.demo_model
+@pytest.mark.parametrize("client", run.ALL)
+def test_long(demo, place, client, record_property):
+    result = run.run_client(client, demo, place)
+    assert not result.failed, result.failed
+    record_property(f"{client} {result.version}", f"{len(result.cases)} cases")
+
+
+def test_the_report_and_the_documentation_are_of_the_pinned_versions():
+    found = run.results()
+    assert [one["client"] for one in found] == list(run.ALL), "a client has not been run"
+    for one in found:
+        assert not one["failed"], one["client"]
+        assert one["version"] == run.pinned_version(one["client"]), one["client"]
+    assert run.REPORT.read_text(encoding="utf-8") == run.report(found)
+    docs = run.DOCS.read_text(encoding="utf-8")
+    assert run.documented(docs, found) == docs
+
+
+def test_what_is_committed_names_no_machine_and_no_registry():
+    for path in (run.REPORT, *run.RESULTS.iterdir(), run.HERE / "package-lock.json"):
+        text = path.read_text(encoding="utf-8")
+        for word in ("127.0.0.1:", "/tmp/", "/work/", "/home/", "/root/", '"resolved"', "registry.", "simple/"):
+            assert word not in text, f"{word} in {path.name}"
+
+
+def test_a_failure_is_told(tmp_path, tiny):
+    """A client whose cases go wrong is reported so, with those that went well before."""
+    result = run.run_client("curl", tiny._replace(model="other"), tmp_path, timeout=60)
+    assert "CalledProcessError" in result.failed
+    assert result.cases == []
+    text = run.report([json.loads(json.dumps(vars(result)))])
+    assert "cut short by a failure: curl" in text
+    assert "**fails**" in text
+    assert os.environ["HOME"] not in text

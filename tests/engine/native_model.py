@@ -2,6 +2,7 @@
 """A tiny random model on the native forward, with what the tests of histories ask of a model."""
 
 import os
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ class NativeModel:
     ``cache_dtype``: of the caches that it is used with.
     """
 
-    vocab_size, mask_token_id = CONFIG.vocab_size, 12
+    vocab_size, mask_token_id, block_length = CONFIG.vocab_size, 12, 1
     heads = (CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim)
 
     def __init__(self, threads: int = 1, adapter: bool = False, cache_dtype: torch.dtype = torch.float32) -> None:
@@ -54,13 +55,13 @@ class NativeModel:
             attach_random(model)
         self.runs = native_from_torch(model, "int8", threads=threads)
 
-    def check_cache(self, cache: KVCache, slots: list[int], tokens: list[int]) -> None:
+    def check_cache(self, cache: KVCache, slots: list[int], tokens: list[int], positions: Sequence[int]) -> None:
         """The slots must hold these tokens' keys and values, bit for bit as one forward over all of them writes them:
         whatever windows, chunks and company they came from."""
         if not tokens:
             return
         attend = self._fresh(len(tokens))
-        self.runs(torch.tensor(tokens), torch.arange(len(tokens)), attend, torch.arange(0))
+        self.runs(torch.tensor(tokens), torch.tensor(positions), attend, torch.arange(0))
         for part, own in zip(parts_of(cache), parts_of(attend.cache), strict=True):
             assert torch.equal(part[:, slots], own)
 

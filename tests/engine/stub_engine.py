@@ -35,7 +35,8 @@ class _Lagging:
     runs_ahead = True
 
     def takes(self, plan: StepPlan) -> bool:
-        return not any(one.is_window and one.request.needs_host for one in plan.scheduled)
+        needs_host = any(one.is_window and one.request.needs_host for one in plan.scheduled)
+        return not needs_host and super().takes(plan)  # type: ignore[misc]
 
 
 class LaggingStep(_Lagging, EagerStep):
@@ -72,6 +73,8 @@ def stub_engine(
             chunk_step_ratio=chunk_step_ratio,
         ),
         has_masked_rows=has_masked_rows,
+        block_length=model.block_length if model.block_length > 1 else None,
+        model_decoding="block" if model.block_length > 1 else "auto",
     )
     if not lagging:
         return build(model.runs, config, page_size, num_pages, model.heads, clock=clock, cache_dtype=model.cache_dtype)
@@ -84,9 +87,11 @@ def stub_engine(
         ways = [one(model.runs, cache, windows, mask, max_model_len) for one in (LaggingNativeStep, NativeStep)]
         runner = Runner(windows, eager, ways)
     else:
-        eager = EagerStep(model.runs, PagedSdpa, cache, windows, mask)
-        runner = Runner(windows, eager, [LaggingStep(model.runs, PagedSdpa, cache, windows, mask)])
-    return Engine(config, runner, PagePool(num_pages, page_size), tokenizer=None, clock=clock)
+        block = model.block_length
+        eager = EagerStep(model.runs, PagedSdpa, cache, windows, mask, block)
+        runner = Runner(windows, eager, [LaggingStep(model.runs, PagedSdpa, cache, windows, mask, block)])
+    pool = PagePool(num_pages, page_size, block_length=model.block_length)
+    return Engine(config, runner, pool, tokenizer=None, clock=clock)
 
 
 def build(
@@ -123,7 +128,15 @@ def _check_keys(engine: Engine, request: Request, model: StubModel | NativeModel
     page_size = engine.pool.page_size
     table = engine.pool.table(request.request_id)
     slots = [table[i // page_size] * page_size + i % page_size for i in range(request.progress.num_cached)]
-    model.check_cache(engine.runner.cache, slots, request.output.tokens[: request.progress.num_cached])
+    cached = request.progress.num_cached
+    positions = request.decode.positions(0, cached)
+    model.check_cache(engine.runner.cache, slots, request.output.tokens[:cached], positions)
+
+
+def known_of(request: Request) -> tuple[list[int], tuple[int, ...]]:
+    """Its tokens before and after what it decodes."""
+    suffix = tuple(request.params.suffix_token_ids or ())
+    return request.prompt_token_ids[: len(request.prompt_token_ids) - len(suffix)], suffix
 
 
 def check_outcome(model: StubModel | NativeModel, request: Request, lagging: bool = False) -> None:
@@ -132,7 +145,8 @@ def check_outcome(model: StubModel | NativeModel, request: Request, lagging: boo
     ``lagging``: the engine's, which looks drafts up in a text that lacks the latest step's tokens."""
     decode = request.decode
     propose = SlowLookup(ends=decode.stop_token_ids).propose if decode.max_lookup else None
-    expected = reference.decode(model.rows_model, request.prompt_token_ids, request.max_tokens, decode, propose)
+    prefix, suffix = known_of(request)
+    expected = reference.decode(model.rows_model, prefix, request.max_tokens, decode, propose, suffix)
     assert request.output_token_ids == expected.tokens, request
     ended = expected.tokens[-1] in request.decode.stop_token_ids
     assert request.finish_reason == ("stop" if ended else "length")

@@ -2,22 +2,26 @@
 """Random histories of add, step, abort and preemption; every finished text is compared with the reference."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from tests.engine.native_model import NativeModel
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.stub import StubModel
-from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS
+from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, REMASKINGS
 from wedlm.engine.engine import Engine
-from wedlm.engine.sampling_params import SamplingParams
+from wedlm.engine.sampling_params import GAP_DECODINGS, SamplingParams
 
 MODEL = StubModel()
 
 
-def random_params(rng: random.Random) -> SamplingParams:
+def random_params(rng: random.Random, block_length: int = 1) -> SamplingParams:
     return SamplingParams(
-        decoding=rng.choice(DECODINGS),
+        decoding=rng.choice(DECODINGS) if block_length == 1 else None,
+        remasking_strategy=rng.choice([None, *REMASKINGS]),  # of block decoding; the others take no notice of it
+        confidence_threshold=rng.choice([0.3, 0.85]),
+        denoising_steps=rng.choice([None, None, 2, 3]),
         max_tokens=rng.randint(1, 25),
         min_tokens=rng.choice([0, 0, 1]),
         temperature=rng.choice([0.0, 0.0, 1.0]),
@@ -26,7 +30,7 @@ def random_params(rng: random.Random) -> SamplingParams:
         seed=rng.randrange(2**63),
         stop_token_ids=rng.choice([(), (), (3,), (3, 5)]),
         logprobs=rng.choice([None, None, 2]),
-        wedlm_window_size=rng.randint(1, 9),
+        wedlm_window_size=rng.randint(1, 9) if block_length == 1 else None,
         wedlm_entropy_threshold=rng.choice([None, 0.4, 1.5]),
         wedlm_next_token=rng.choice(NEXT_TOKENS),
         wedlm_draft_entropy=rng.choice([0.5, 1.5, 5.0]),
@@ -39,6 +43,15 @@ def random_prompt(rng: random.Random, stems: list[list[int]], model: StubModel |
     stem = rng.choice(stems)
     tail = [rng.randrange(model.vocab_size) for _ in range(rng.choice([0, 1, 3, 9]))]
     return (stem[: rng.randint(0, len(stem))] + tail) or [model.mask_token_id]
+
+
+def with_gap(rng: random.Random, prompt: list[int], params: SamplingParams) -> tuple[list[int], SamplingParams]:
+    """Some prompts, cut in two at any place, for a request that fills the gap: of the tokens of other ones, which stand
+    at other positions."""
+    if params.decoding not in GAP_DECODINGS or rng.random() < 0.4:
+        return prompt, params
+    at = rng.randrange(len(prompt))
+    return prompt[:at], replace(params, suffix_token_ids=prompt[at:])
 
 
 def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
@@ -58,12 +71,15 @@ def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
     )
     stems = [[rng.randrange(model.vocab_size) for _ in range(30)] for _ in range(2)]
     finished, aborted, added = [], 0, 0
-    preempted = reused = looked_up = 0
+    preempted = reused = looked_up = gaps = preempted_gaps = reused_gaps = 0
     for _ in range(rng.randint(5, 40)):
         action = rng.random()
         if action < 0.3:
             turn = rng.choice([0, 0, 1, 3])
-            engine.add(f"r{added}", random_prompt(rng, stems, model), random_params(rng), turn=turn)
+            prompt, params = random_prompt(rng, stems, model), random_params(rng, model.block_length)
+            if has_masked_rows and model.block_length == 1:
+                prompt, params = with_gap(rng, prompt, params)
+            engine.add(f"r{added}", prompt, params, turn=turn)
             added += 1
         elif action < 0.36 and engine.requests:
             engine.abort(rng.choice(list(engine.requests)))
@@ -85,9 +101,14 @@ def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
         looked_up += request.counters.num_lookup_accepted
         preempted += request.progress.num_preemptions
         reused += request.progress.num_reused
+        if request.params.suffix_token_ids:
+            gaps += 1
+            preempted_gaps += request.progress.num_preemptions > 0
+            reused_gaps += request.progress.num_reused > request.decode.prefix_length
         if request.params.logprobs is not None:
             assert len(request.output.top_logprobs) == len(request.output.logprobs) == request.num_output_tokens
     counts = {"finished": len(finished), "aborted": aborted, "preempted": preempted, "reused": reused}
+    counts |= {"gaps": gaps, "preempted gaps": preempted_gaps, "suffixes reused": reused_gaps}
     return counts | {"accepted from the text": looked_up}
 
 
@@ -100,6 +121,8 @@ def run_histories(seeds: range, model: StubModel | NativeModel = MODEL) -> dict[
     for seed in seeds:
         for name, value in run_history(seed, model).items():
             totals[name] = totals.get(name, 0) + value
+    if model.block_length > 1:
+        assert totals.pop("accepted from the text") == 0
     assert all(totals.values()), totals  # a history in which nothing happens proves nothing
     return totals
 
@@ -110,6 +133,16 @@ def test_histories():
 
 def test_histories_of_texts_that_repeat_themselves():
     assert run_histories(range(24), StubModel(period=4, agreement=8.0))["accepted from the text"] > 20
+
+
+def test_histories_of_blocks():
+    run_histories(range(8), StubModel(block_length=3))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block_length", [2, 3, 4, 8])
+def test_many_histories_of_blocks(block_length):
+    run_histories(range(8, 40), StubModel(block_length=block_length))
 
 
 @pytest.mark.long

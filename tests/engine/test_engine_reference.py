@@ -3,18 +3,19 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
-from tests.engine.stub_engine import build
+from tests.engine.stub_engine import build, known_of
 from wedlm.algorithm import reference
 from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.engine.engine import Engine
 from wedlm.engine.options import EngineConfig, EngineOptions
-from wedlm.engine.sampling_params import SamplingParams
+from wedlm.engine.sampling_params import GAP_DECODINGS, SamplingParams
 from wedlm.model import ModelConfig, Transformer, pack_for_inference
 
 VOCAB, MASK, END, LENGTH = 40, 39, 7, 96
@@ -64,7 +65,7 @@ def make_engine(model: Transformer, page_size: int, num_pages: int, max_num_seqs
 
 def requests_of(seed: int) -> list[tuple[list[int], SamplingParams]]:
     """Mixed lengths, modes and parameters; every third prompt repeats an earlier one's beginning."""
-    rng = random.Random(seed)
+    rng, cut = random.Random(seed), random.Random(seed)
     out: list[tuple[list[int], SamplingParams]] = []
     for i in range(12):
         prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 15, 16, 17, 40]))]
@@ -80,7 +81,12 @@ def requests_of(seed: int) -> list[tuple[list[int], SamplingParams]]:
             wedlm_next_token=NEXT_TOKENS[1 - i // 4 % 2],
             wedlm_draft_entropy=rng.choice([1.0, 3.0]),
         )
-        out.append((prompt[: LENGTH - 1], params))
+        prompt = prompt[: LENGTH - 1]
+        if params.decoding in GAP_DECODINGS and cut.random() < 0.5:  # the prompt cut in two, to fill what lies between
+            at, gap = cut.randrange(len(prompt)), min(params.max_tokens, LENGTH - len(prompt))
+            params = replace(params, suffix_token_ids=prompt[at:], max_tokens=gap)
+            prompt = prompt[:at]
+        out.append((prompt, params))
     return out
 
 
@@ -99,10 +105,12 @@ def test_engine_equals_reference(model, decode, page_size, tight):
             engine.pool.check_integrity()
         reused.append(sum(request.progress.num_reused for request in finished))
     for request in finished:
-        expected = decode(tuple(request.prompt_token_ids), request.max_tokens, request.decode)
+        prefix, suffix = known_of(request)
+        expected = decode(tuple(prefix), request.max_tokens, request.decode, None, suffix)
         assert request.output_token_ids == expected.tokens
         assert request.counters.num_rows == sum(expected.rows)
     assert len(finished) == 24
+    assert sum(bool(request.params.suffix_token_ids) for request in finished) > 4
     if page_size <= 16 and not tight:
         assert reused[1] > 2 * reused[0]
     if tight and page_size == 1:

@@ -9,7 +9,7 @@ import torch
 
 from tests.engine.native_model import NativeModel, needs_native
 from tests.engine.stub_engine import stub_engine
-from tests.engine.test_engine_histories import random_params, random_prompt
+from tests.engine.test_engine_histories import random_params, random_prompt, with_gap
 from tests.native.shapes import parts_of
 from wedlm.engine.engine import Engine
 from wedlm.engine.execution.base import StepExecutor
@@ -96,7 +96,7 @@ def test_every_step_is_the_eager_ones(model, seed):
     engine.runner._direct = list(executors)
     stems = [[rng.randrange(model.vocab_size) for _ in range(30)] for _ in range(2)]
     for number in range(8):
-        engine.add(f"r{number}", random_prompt(rng, stems, model), random_params(rng))
+        engine.add(f"r{number}", *with_gap(rng, random_prompt(rng, stems, model), random_params(rng)))
         engine.step()
     while engine.has_work:
         engine.step()

@@ -43,6 +43,9 @@ INVALID: list[tuple[str, Any]] = [
     ("decoding", ["streaming"]),
     ("wedlm_next_token", "Causal"),
     ("wedlm_next_token", 1),
+    *(("remasking_strategy", value) for value in ("random", "", 1, ["entropy"])),
+    *(("confidence_threshold", value) for value in (-0.1, 1.1, NAN, None, "1", True)),
+    *(("denoising_steps", value) for value in (0, -1, 1.5, "2", True)),
     *(
         (name, value)
         for name in ("presence_penalty", "frequency_penalty")
@@ -83,6 +86,8 @@ INVALID_ENTRIES: list[tuple[str, Any, Any]] = [
     ("stop_token_ids", [1, "2"], "2"),
     ("stop_token_ids", [1.0], 1.0),
     ("stop_token_ids", 7, 7),
+    ("suffix_token_ids", [3, -1], -1),
+    ("suffix_token_ids", "end", "end"),
     ("stop_token_ids", "7", "7"),
     ("stop_token_ids", False, False),
 ]

@@ -3,6 +3,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,14 +12,14 @@ pytest.importorskip("triton")
 
 from tests.model.test_masked_lora import random_lora
 from tests.model.tiny import our_model
-from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS
+from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, REMASKINGS
 from wedlm.engine import factory
 from wedlm.engine.engine import Engine
 from wedlm.engine.execution import graphs as graphs_module
 from wedlm.engine.execution.captured_step import CapturedStep
 from wedlm.engine.factory import Blueprint
 from wedlm.engine.options import EngineConfig, EngineOptions
-from wedlm.engine.sampling_params import SamplingParams
+from wedlm.engine.sampling_params import GAP_DECODINGS, SamplingParams
 from wedlm.model.inference.layers import pack_for_inference
 from wedlm.model.lora.masked_rows import attach_masked_lora
 
@@ -107,11 +108,17 @@ def check_same_as_runner(device, decoding, temperature, num_requests, seed, mask
                 wedlm_window_size=rng.choice([1, 4, 6, 9]),
                 wedlm_entropy_threshold=rng.choice([None, 1.5]),
                 wedlm_next_token=rng.choice(NEXT_TOKENS),
+                remasking_strategy=rng.choice(REMASKINGS),  # of block decoding
+                confidence_threshold=rng.choice([0.1, 0.85]),
+                denoising_steps=rng.choice([None, 2]),
                 wedlm_draft_entropy=rng.choice([2.0, 5.0]),
             ),
         )
         for _ in range(num_requests)
     ]
+    for number, (prompt, params) in enumerate(requests):
+        if params.decoding in GAP_DECODINGS and number % 2 == 0:  # fills the gap before a suffix
+            requests[number] = prompt, replace(params, suffix_token_ids=[7, 8, 9, 10][: 1 + seed])
     expected, logprobs = outcomes(engine(device, False, masked_lora=masked_lora), requests)
     actual, others = outcomes(engine(device, True, masked_lora=masked_lora), requests)
     for one, other, (_, params) in zip(actual, expected, requests, strict=True):

@@ -28,12 +28,13 @@ def windows(rng: random.Random, num_slots: int, device) -> tuple[WindowState, Wi
             pos_penalty=rng.choice([0.0, 0.02, 0.3]),
             next_token=rng.choice(NEXT_TOKENS),
             max_positions=rng.choice([30, 60, 500]),
+            suffix_length=rng.choice([0, 0, 2, 7]),
         )
         for _ in range(num_slots + 1)
     ]
     state = WindowState.empty(num_slots + 1, COLUMNS, device)
     for slot, one in enumerate(params[:-1]):
-        state.cached[slot] = rng.randint(0, 9)
+        state.cached[slot] = one.suffix_length + rng.randint(0, 9)
         state.width[slot] = one.width(0, one.max_positions - int(state.cached[slot]))
         state.filled[slot, 0] = one.has_anchor
     table = torch.randperm((num_slots + 1) * 150, device=device).view(num_slots + 1, 150)
@@ -59,7 +60,7 @@ def check_step(rng: random.Random, state, params, table, index, device) -> None:
     keys = expected.cached[packed.sequence] + packed.row
     pages = table[index][packed.sequence, keys // PAGE_SIZE]
     assert torch.equal(rows.tokens[:real], torch.where(expected.filled[at], expected.tokens[at], MASK))
-    assert torch.equal(rows.positions[:real], expected.cached[packed.sequence] + column)
+    assert torch.equal(rows.positions[:real], (expected.cached - own.suffix_length)[packed.sequence] + column)
     assert torch.equal(rows.slots[:real], pages * PAGE_SIZE + keys % PAGE_SIZE)
     assert rows.slots[real:].tolist() == [TRASH] * (capacity - real)
     assert rows.tokens[real:].tolist() == [MASK] * (capacity - real)

@@ -208,6 +208,6 @@ def test_langchain(running, reference):
 def test_curl(running, reference):
     body = json.dumps({"model": MODEL, "prompt": "Hello", "temperature": 0, "max_tokens": 5})
     url = f"{running.url}/v1/completions"
-    command = ["curl", "-sS", url, "-H", "Content-Type: application/json", "-d", body]
+    command = ["curl", "-sS", url, "-d", body]
     answer = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
     assert answer["choices"][0]["text"] == reference.generate("Hello", SamplingParams(max_tokens=5))[0].text

@@ -29,7 +29,7 @@ UNSUPPORTED = [
     (CHAT, "functions", [{"name": "f"}]),
     (CHAT, "function_call", {"name": "f"}),
     (CHAT, "echo", True),
-    (TEXT, "suffix", "end"),
+    (CHAT, "suffix", "end"),
     (CHAT, "modalities", ["text", "audio"]),
     (CHAT, "audio", {"voice": "alloy", "format": "wav"}),
     (CHAT, "verbosity", "high"),
@@ -238,9 +238,18 @@ def test_bodies_that_are_no_request(running, body):
 
 
 def test_a_form_of_another_site_is_no_request(running):
-    """Browsers send text/plain across origins without asking; such a body is not read as JSON."""
-    body = json.dumps({"model": MODEL, "prompt": "x"})
-    check_error(running.http.post(TEXT, content=body, headers={"Content-Type": "text/plain"}))
+    """Browsers send text/plain across origins without asking; such a body is not read as JSON. Other programs send what
+    they like: curl a form's type, LiteLLM to Ollama's addresses none."""
+    body = json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 1})
+    for kind in ("text/plain", "application/x-www-form-urlencoded", None, "application/json"):
+        headers = {} if kind is None else {"Content-Type": kind}
+        assert running.http.post(TEXT, content=body, headers=headers).status_code == 200, kind
+        for page in ({"Origin": running.url}, {"Sec-Fetch-Site": "cross-site"}):
+            answer = running.http.post(TEXT, content=body, headers={**headers, **page})
+            if kind == "application/json":
+                assert answer.status_code == 200
+            else:
+                assert "Content-Type: application/json" in check_error(answer)["message"]
 
 
 def test_addresses_and_models(running):

@@ -37,7 +37,7 @@ class DualStream:
     ``target`` is the token whose cross-entropy counts at a row: a masked row's own token, a clean row's next token
     (0 where ``is_ar`` and ``masked`` are both False). ``weight`` is that of the masked loss, 0 elsewhere; ``depth`` is
     how many masked rows of its block come before a masked row; ``ratio`` its block's γ. ``ar_row`` is the clean row
-    whose AR head predicts a masked row's token, -1 for a document's first token and for rows that are not masked.
+    whose AR head predicts a masked row's token, -1 for a document's first token, in a gap, and where no row is masked.
     """
 
     tokens: Int[Tensor, " R"]
@@ -174,12 +174,16 @@ def dual_stream(  # noqa: PLR0913 - the text, its noise and three choices
 
     prediction = rows((torch.arange(len(source)) >= len(clean)).long(), 0).bool()
     masked = prediction & rows(masked_here[source].long(), 0).bool()
-    # A clean row's target is the next token, if that is trainable and of the same document.
-    follows = torch.zeros(length, dtype=torch.bool)
-    follows[:-1] = (documents[1:] == documents[:-1]) & there[:-1] & trainable[1:]
+    # A clean row's target is the next token, if that is trainable and of the same document. What follows a gap, and
+    # fills it, sees what no AR row sees in decoding: such tokens do not stand in their place.
+    place_in_text = torch.arange(length)
+    in_place = positions == place_in_text - torch.where(positions == 0, place_in_text, 0).cummax(dim=0).values
+    continues = torch.zeros(length, dtype=torch.bool)
+    continues[:-1] = (documents[1:] == documents[:-1]) & there[:-1] & in_place[:-1] & in_place[1:]
+    follows = continues & trainable.roll(-1)
     is_ar = ~prediction & rows(follows[source].long(), 0).bool()
     own, after = rows(tokens[source], 0), rows(tokens.roll(-1)[source], 0)
-    before = torch.where(positions > 0, there.long().cumsum(dim=0) - 2, -1)
+    before = torch.where(continues.roll(1), there.long().cumsum(dim=0) - 2, -1)
     ratio = rows(noise.ratio[source], 1)
     weight = torch.ones(num_rows) if uniform_weights else 1 / ratio
     labels = RowLabels(rows(documents[source], PADDING), rows(noise.block[source], 0), prediction)

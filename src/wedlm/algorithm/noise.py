@@ -36,10 +36,13 @@ def random_noise(
     """The paper's noise: every block of ``block_size`` positions draws γ ~ U(0, 1] and masks round(γ · n) of its n
     trainable positions, uniformly and without replacement.
 
-    ``positions`` count from 0 in each document, ``documents`` number the documents. ``ratio_per_block`` False draws one
-    γ for a whole document instead.
+    ``positions`` count from 0 in each document, ``documents`` number the documents; where positions jump, as before and
+    after a suffix that comes before the gap, a block ends. ``ratio_per_block`` False draws one γ for a whole document
+    instead.
     """
-    block = _number_runs(documents, positions // block_size)
+    jump = torch.zeros(len(positions), dtype=torch.long)
+    jump[1:] = (positions[1:] != positions[:-1] + 1).long()
+    block = _number_runs(documents, jump.cumsum(dim=0), positions // block_size)
     drawn_for = block if ratio_per_block else _number_runs(documents)
     gamma = 1 - torch.rand(len(block), generator=generator, dtype=torch.float64)[drawn_for]
     order_key = torch.rand(len(block), generator=generator, dtype=torch.float64)
@@ -81,6 +84,25 @@ def mix_noise(documents: Int[Tensor, " L"], first: Noise, second: Noise, use_sec
         torch.where(use_second, second.masked, first.masked),
         torch.where(use_second, second.ratio, first.ratio),
     )
+
+
+def draw_noise(
+    positions: Int[Tensor, " L"],
+    documents: Int[Tensor, " L"],
+    trainable: Bool[Tensor, " L"],
+    block_size: int,
+    generator: torch.Generator,
+    ratio_per_block: bool = True,
+    suffix_share: float = 0.0,
+) -> Noise:
+    """The noise of training: ``suffix_noise`` for this share of the documents, drawn one by one, ``random_noise`` for
+    the others."""
+    noise = random_noise(positions, documents, trainable, block_size, generator, ratio_per_block)
+    if not suffix_share:
+        return noise
+    suffix = suffix_noise(documents, trainable, block_size, generator)
+    chosen = torch.rand(int(documents.max()) + 1, generator=generator) < suffix_share
+    return mix_noise(documents, noise, suffix, chosen[documents.clamp(min=0)])
 
 
 def _number_runs(*keys: Int[Tensor, " L"]) -> Int[Tensor, " L"]:

@@ -2,6 +2,7 @@
 """The parameters that define what one sequence decodes to."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -10,6 +11,10 @@ Decoding = Literal["auto", "streaming", "verified", "block", "autoregressive"]
 DECODINGS: tuple[str, ...] = get_args(Decoding)
 NextToken = Literal["masked", "causal"]
 NEXT_TOKENS: tuple[str, ...] = get_args(NextToken)
+# How block decoding chooses the positions to fill: by entropy, as streaming does, or by the probability of their tokens
+# (the names are SDAR's): a fixed number a step, or all above a threshold.
+Remasking = Literal["entropy", "low_confidence_static", "low_confidence_dynamic"]
+REMASKINGS: tuple[str, ...] = get_args(Remasking)
 MOST_LOOKUP_DRAFTS = 63  # in a step: further ones are hardly ever right, and each is looked at by the host
 
 
@@ -39,9 +44,14 @@ class DecodeParams:
     (``wedlm.algorithm.lookup``). ``has_masked_rows``: whether the model predicts anything in masked rows.
     ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``next_token``: what decides the leftmost
     masked position of a streaming window; "masked": its own row, if it is sure enough; "causal": in each step, the row
-    of the token before it, as in AR decoding. ``max_positions`` is the model's length: no
-    position at or past it exists. ``stop_token_ids`` end the text; ``min_eos_position`` is the first position at which
-    one may stand (prompt length + min_tokens). What follows from the fields is kept, since each step asks for it.
+    of the token before it, as in AR decoding. ``remasking``: block decoding by the probability of tokens instead, in
+    ``denoising_steps`` steps a block at most (None: one a position), which are fewer where positions exceed the
+    probability ``confidence_threshold``. ``block_length``: rows see all of their own block of so many positions, which
+    begin at multiples of it, and windows are such blocks; 1: rows see what is before them. ``max_positions`` is the
+    model's length: no position at or past it exists. ``stop_token_ids`` end the text; ``min_eos_position`` is the first
+    position at which one may stand (prompt length + min_tokens). A text with a gap has ``prefix_length`` tokens before
+    the gap and ``suffix_length`` known ones after it, which end at ``max_positions``. What follows from the fields is
+    kept, since each step asks for it.
     """
 
     decoding: Decoding
@@ -49,6 +59,10 @@ class DecodeParams:
     entropy_threshold: float | None = 0.4
     pos_penalty: float = 0.02
     next_token: NextToken = "masked"
+    remasking: Remasking = "entropy"
+    confidence_threshold: float = 0.85
+    denoising_steps: int | None = None
+    block_length: int = 1
     draft_entropy: float = 2.5
     lookup_drafts: int = 0
     has_masked_rows: bool = True
@@ -60,6 +74,21 @@ class DecodeParams:
     stop_token_ids: tuple[int, ...] = ()
     min_eos_position: int = 0
     max_positions: int = 2**31 - 1
+    prefix_length: int = 0
+    suffix_length: int = 0
+
+    def positions(self, start: int, stop: int) -> Sequence[int]:
+        """Those of the tokens in the cache's slots ``start`` to ``stop`` - 1: the same numbers, but in a text with a
+        suffix, which stands in the cache before what fills the gap."""
+        if not self.suffix_length:
+            return range(start, stop)
+        border = self.prefix_length + self.suffix_length
+        parts = (
+            (0, self.prefix_length, 0),
+            (self.prefix_length, border, self.max_positions - border),
+            (border, self.max_positions, -self.suffix_length),
+        )
+        return [slot + by for first, end, by in parts for slot in range(max(start, first), min(stop, end))]
 
     @cached_property
     def is_verified(self) -> bool:
@@ -69,8 +98,9 @@ class DecodeParams:
     @cached_property
     def is_causal(self) -> bool:
         """Whether streaming takes each next token from the row before it. A block is committed as a whole, so its rows
-        may stand where no token before them is in the forward."""
-        return self.decoding == "streaming" and self.next_token == "causal"
+        may stand where no token before them is in the forward; and the last known token of a text with a gap is not
+        the one before the gap."""
+        return self.decoding == "streaming" and self.next_token == "causal" and not self.suffix_length
 
     @cached_property
     def has_anchor(self) -> bool:
@@ -82,6 +112,29 @@ class DecodeParams:
     def is_adaptive(self) -> bool:
         """Whether a step may lower the row budget."""
         return self.decoding == "auto"
+
+    @cached_property
+    def by_confidence(self) -> bool:
+        """Whether positions are filled by the probability of their tokens."""
+        return self.remasking != "entropy"
+
+    @cached_property
+    def fill_below(self) -> float:
+        """A masked position is filled if it is less uncertain than this (nats): by its entropy, or by its token's
+        negative log-probability."""
+        if self.remasking == "low_confidence_dynamic":
+            return -math.log(self.confidence_threshold) if self.confidence_threshold > 0 else math.inf
+        return -math.inf if self.by_confidence or self.entropy_threshold is None else self.entropy_threshold
+
+    @cached_property
+    def fill_schedule(self) -> tuple[int, int]:
+        """(n, m): a step fills n positions at least, one more while fewer than m of its block are filled. So a block is
+        done in ``denoising_steps`` steps, the longer ones first."""
+        if not self.by_confidence or self.denoising_steps is None:
+            return 1, 0
+        steps = min(self.denoising_steps, self.window_size)
+        each, left = divmod(self.window_size, steps)
+        return each, left * (each + 1)
 
     @cached_property
     def row_budget(self) -> int:
@@ -99,6 +152,10 @@ class DecodeParams:
         """Most drafts from the text in a step: no more than R has rows for, however wide the window is."""
         verifies = self.is_verified and self.decoding != "autoregressive"
         return min(self.lookup_drafts, self.window_size - 1, MOST_LOOKUP_DRAFTS) if verifies else 0
+
+    def num_before_window(self, num_prompt_tokens: int) -> int:
+        """Tokens of a prompt that the first window does not hold: they only need keys."""
+        return num_prompt_tokens - (1 if self.has_anchor else num_prompt_tokens % self.block_length)
 
     def width(self, num_drafts: int, room: int) -> int:
         """Rows at the start of a step, ``room`` positions before the model's length; streaming then extends them."""

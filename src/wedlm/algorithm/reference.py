@@ -2,12 +2,13 @@
 """The slow, obvious decoder: one sequence, no cache, plain Python. The oracle of every other decoder.
 
 ``model(tokens, positions, num_masked)`` takes rows in order, the last ``num_masked`` of them masked, and returns logits
-[rows, vocabulary]; row i attends to rows 0..i.
+[rows, vocabulary]; row i attends to rows 0..i, and in models that see by blocks to all whose block is not a later one.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,18 +34,29 @@ def decode(
     max_tokens: int,
     params: DecodeParams,
     propose: Callable[[list[int]], list[int]] | None = None,
+    suffix: Sequence[int] = (),
 ) -> ReferenceOutput:
     """Decode one sequence until an end token or ``max_tokens`` (docs/algorithm.md, "Decoding").
 
+    ``suffix``: known tokens that stand ``max_tokens`` positions after the prompt; what is decoded fills that gap.
+
     ``propose``: from the text so far to drafts that take the place of a verified step's own, if there are any.
-    Raises ValueError if the prompt is empty or leaves no position for a token.
+    Raises ValueError if there is no known token, or if they leave no position for a token.
     """
-    if not prompt or len(prompt) >= params.max_positions:
-        raise ValueError(f"prompt has {len(prompt)} tokens; expected 1 to {params.max_positions - 1}")
-    max_tokens = min(max_tokens, params.max_positions - len(prompt))
-    step = _verified_step if params.is_verified else _streaming_step
-    committed = prompt[:-1] if params.has_anchor else list(prompt)
-    window: list[int | None] = list(prompt[-1:]) if params.has_anchor else []  # None = masked
+    known = [*prompt, *suffix]
+    if not known or len(known) >= params.max_positions:
+        raise ValueError(f"prompt has {len(known)} tokens; expected 1 to {params.max_positions - 1}")
+    max_tokens = min(max_tokens, params.max_positions - len(known))
+    places = None
+    if suffix:  # of the rows: the known tokens go first, and keep their positions
+        end = len(known) + max_tokens
+        params = replace(params, max_positions=end)
+        gap = range(len(prompt), len(prompt) + max_tokens)
+        places = [*range(len(prompt)), *range(end - len(suffix), end), *gap]
+    step = _verified_step if params.is_verified else partial(_streaming_step, places)
+    first = params.num_before_window(len(known))
+    committed = known[:first]
+    window: list[int | None] = list(known[first:])  # None = masked
     if not params.is_verified:
         window += [None] * (params.row_budget - len(window))
     out = ReferenceOutput([], [], [])
@@ -54,6 +66,8 @@ def decode(
             drafts = propose(prompt + out.tokens)[: max(0, most)]
             window = [window[0], *drafts] if drafts else window
         emitted, committed, window, rows = step(model, committed, window, params)
+        if not params.is_verified:  # what the prompt had of a block is no output
+            emitted = emitted[max(0, len(prompt) - len(committed)) :]
         out.rows.append(rows)
         for token in emitted:
             out.tokens.append(token)
@@ -63,22 +77,30 @@ def decode(
 
 
 def _forward(
-    model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
+    model: RowsModel,
+    committed: list[int],
+    window: list[int | None],
+    params: DecodeParams,
+    places: list[int] | None = None,
 ) -> tuple[list[int], dict[int, Tensor]]:
-    """Run committed tokens, then the window's filled columns, then its masked ones; logits by window column."""
+    """Run committed tokens, then the window's filled columns, then its masked ones; logits by window column.
+    ``places``: positions where they are not 0, 1, 2…"""
     filled = [c for c, token in enumerate(window) if token is not None]
     order = filled + [c for c, token in enumerate(window) if token is None]
     n = len(committed)
     tokens = [params.mask_token_id if token is None else token for token in (window[c] for c in order)]
     positions = list(range(n)) + [n + c for c in order]
+    if places is not None:
+        positions = [places[position] for position in positions]
     logits = model(committed + tokens, positions, len(order) - len(filled)).float()
     return order, {c: logits[n + row] for row, c in enumerate(order)}
 
 
 def _streaming_step(
-    model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
+    places: list[int] | None, model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
 ) -> tuple[list[int], list[int], list[int | None], int]:
-    """Commit the leading filled run (block: only a full window), fill by entropy, emit what became final.
+    """Commit the leading filled run (block: only a full window), fill what is least uncertain, emit what became
+    final.
 
     Causal: the last row of that run, the one that AR decoding would run, has the logits of the first masked position,
     which is filled whatever its entropy."""
@@ -86,18 +108,25 @@ def _streaming_step(
     window = window[:room]
     run = _leading_run(window, params)
     window = (window + [None] * run)[:room]
-    order, logits = _forward(model, committed, window, params)
+    order, logits = _forward(model, committed, window, params, places)
     if params.is_causal:
         logits[run] = logits[run - 1]
     committed, window = committed + [t for t in window[:run] if t is not None], window[run:]
     n = len(committed)
     masked = [c for c, token in enumerate(window) if token is None]
-    adjusted = {c: _entropy(logits[c + run]) + params.pos_penalty * (c - masked[0]) for c in masked}
+    at = range(params.max_positions) if places is None else places
+    tokens = {c: choose_token(logits[c + run], at[n + c], params) for c in masked}
+    if params.by_confidence:
+        uncertain = {c: -float(torch.log_softmax(logits[c + run], dim=-1)[tokens[c]]) for c in masked}
+    else:
+        uncertain = {c: _entropy(logits[c + run]) + params.pos_penalty * (c - masked[0]) for c in masked}
     if params.is_causal:
-        adjusted[0] = -math.inf
-    chosen = [c for c in masked if params.entropy_threshold is not None and adjusted[c] < params.entropy_threshold]
-    for c in chosen or [min(masked, key=lambda c: (adjusted[c], c))]:
-        window[c] = choose_token(logits[c + run], n + c, params)
+        uncertain[0] = -math.inf
+    each, longer = params.fill_schedule
+    least = each + (len(window) - len(masked) < longer)
+    chosen = [c for c in masked if uncertain[c] < params.fill_below]
+    for c in chosen if len(chosen) >= least else sorted(masked, key=lambda c: (uncertain[c], c))[:least]:
+        window[c] = tokens[c]
     emitted = [t for t in window[: _leading_run(window, params)] if t is not None]
     return emitted, committed, window, len(order)
 

@@ -2,7 +2,8 @@
 """Windows of a batch of sequences, and the two transitions that one forward brings about.
 
 Every mode decodes over the same state: ``cached`` committed tokens with valid keys, then a window of ``width``
-positions from there on, each filled or masked. Streaming and block decoding fill masked columns; verified decoding
+positions from there on, each filled or masked. Where a suffix is known it is among the cached tokens, so that the
+window's positions begin that many earlier. Streaming and block decoding fill masked columns; verified decoding
 holds the anchor in column 0, its drafts behind it, then groups of masked rows (``verify.row_layout``: there a column is
 a row, not a position). One step is ``extend`` -> rows -> forward -> ``update_windows``.
 """
@@ -37,8 +38,12 @@ class WindowParams:
     threshold: Float[Tensor, " S"]
     penalty: Float[Tensor, " S"]
     draft_entropy: Float[Tensor, " S"]
+    suffix_length: Int[Tensor, " S"]
+    by_confidence: Bool[Tensor, " S"]
+    fill_schedule: Int[Tensor, "S 2"]
     any_verified: bool
     any_streaming: bool
+    any_by_confidence: bool
 
     @classmethod
     def stack(cls, params: Sequence[DecodeParams], device: torch.device) -> "WindowParams":
@@ -54,13 +59,15 @@ class WindowParams:
             row_budget=tensor([p.row_budget for p in params], torch.long),
             max_drafts=tensor([p.max_drafts for p in params], torch.long),
             max_positions=tensor([p.max_positions for p in params], torch.long),
-            threshold=tensor(
-                [-torch.inf if p.entropy_threshold is None else p.entropy_threshold for p in params], torch.double
-            ),
-            penalty=tensor([p.pos_penalty for p in params], torch.double),
+            threshold=tensor([p.fill_below for p in params], torch.double),
+            penalty=tensor([0.0 if p.by_confidence else p.pos_penalty for p in params], torch.double),
             draft_entropy=tensor([p.draft_entropy for p in params], torch.double),
+            suffix_length=tensor([p.suffix_length for p in params], torch.long),
+            by_confidence=tensor([p.by_confidence for p in params], torch.bool),
+            fill_schedule=tensor([p.fill_schedule for p in params], torch.long),
             any_verified=any(p.is_verified for p in params),
             any_streaming=any(not p.is_verified for p in params),
+            any_by_confidence=any(p.by_confidence for p in params),
         )
 
 
@@ -163,8 +170,13 @@ def _update_streaming(
     width = torch.where(state.width > 0, torch.minimum(params.row_budget, room).clamp(min=0), 0)
     inside = torch.arange(state.tokens.shape[1], device=run.device) < width[:, None]
     filled = shift_left(state.filled, run) & inside
-    masked, entropy = inside & ~filled, shift_left(results.entropy, run)
-    chosen = select_fill(entropy, masked, params.threshold, params.penalty, params.causal)
+    uncertainty, least, masked = results.entropy, None, inside & ~filled
+    if params.any_by_confidence:
+        uncertainty = torch.where(params.by_confidence[:, None], -results.logprobs, uncertainty)
+        each, longer = params.fill_schedule.unbind(dim=1)
+        least = each + (filled.sum(dim=1) < longer)
+    uncertainty = shift_left(uncertainty, run)
+    chosen = select_fill(uncertainty, masked, params.threshold, params.penalty, params.causal, least)
     state = WindowState(
         cached=state.cached + run,
         width=width,

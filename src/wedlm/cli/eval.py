@@ -80,6 +80,11 @@ class ParamOptions:
     top_k: Annotated[int | None, option("Sample from the k most probable tokens; 0: all.", HOW)] = None
     seed: Annotated[int | None, option("Same seed, same answers.", HOW)] = None
     max_tokens: Annotated[int | None, option("Cut answers after so many tokens.", HOW)] = None
+    remasking_strategy: Annotated[
+        str | None, option("Block: entropy, low_confidence_static or low_confidence_dynamic.", HOW)
+    ] = None
+    confidence_threshold: Annotated[float | None, option("Block, low_confidence_dynamic: fill above it.", HOW)] = None
+    denoising_steps: Annotated[int | None, option("Block, low_confidence_...: most forwards a block.", HOW)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,7 @@ _ENGINE = (
     "deterministic",
     "device",
     "max_model_len",
+    "block_length",
     "max_num_seqs",
     "gpu_memory_utilization",
     "cuda_graphs",
@@ -140,6 +146,8 @@ def evaluate(
     if action is None:
         given = {"paper_tables": what.paper_tables or None, "models": what.models or None}
         _refuse(given, tuple(given), "wedlm eval without reproduce")
+        if host.engine == "wedlm":
+            params = _of_blocks(params, model.model, options.block_length)
         run_eval(what, params, host, lambda max_rows: _backend(what, host, model, options, max_rows))
         return
     if action != "reproduce" or not what.paper_tables:
@@ -153,7 +161,7 @@ def evaluate(
         own, asked = replace(model, model=name), replace(what, tasks=tasks, protocol="paper")
         (record,) = run_eval(
             asked,
-            replace(params, decoding=decoding),
+            _of_blocks(replace(params, decoding=decoding), name, options.block_length),
             host,
             lambda max_rows: _backend(asked, host, own, options, max_rows),
         )
@@ -161,6 +169,22 @@ def evaluate(
 
     places = (what.data_dir, what.output)
     reproduce_tables(names_of(what.models), names_of(what.tasks), *places, params.decoding, record_of)
+
+
+def _of_blocks(params: ParamOptions, model: str, block_length: int | None) -> ParamOptions:
+    """The parameters for this checkpoint: one that sees by blocks decodes by those, and by probability, unless others
+    are given."""
+    from wedlm.model.formats.checkpoint import open_checkpoint
+
+    config = open_checkpoint(model).config
+    if not config.sees_by_block:
+        return params
+    own: dict[str, Any] = {
+        "decoding": "block",
+        "window_size": block_length or config.block_size,
+        "remasking_strategy": "low_confidence_dynamic",
+    }
+    return replace(params, **{name: value for name, value in own.items() if getattr(params, name) is None})
 
 
 def run_download(directory: Path) -> None:

@@ -31,6 +31,7 @@ from wedlm.cli.options import (
     values_of,
 )
 from wedlm.cli.terminal import INTERRUPTED, Interrupt, check_text, err, note, out, progress_bar, write
+from wedlm.engine.sampling_params import GAP
 
 if TYPE_CHECKING:
     from wedlm import LLM, GenerationOutput, SamplingParams
@@ -53,6 +54,11 @@ class _Output:
             "--chat/--raw",
         ),
     ] = None
+    suffix: Annotated[
+        str | None,
+        option("Text after the answer, which fills the gap between the prompt, as it stands, and it.", PROMPT),
+    ] = None
+    gap: Annotated[int, option("With --suffix: positions of the gap, in place of --max-tokens.", PROMPT)] = GAP
     as_json: Annotated[
         bool, option("One JSON object a line: prompt, text, token_ids, finish_reason, stats, ...", PROMPT, "--json")
     ] = False
@@ -88,14 +94,23 @@ def generate(
     git diff | wedlm generate --decoding verified
     wedlm generate --file prompts.txt --lines --json --seed 1 --temperature 0.7
     wedlm generate "One, two, three," --raw --model ./my-checkpoint
+    wedlm generate "The capital of France is" --suffix ", and that of Italy is Rome." --gap 2
 
     Text goes to standard output, figures to standard error. Ctrl-C keeps what was generated.
     Exit codes: 1 if some prompts were refused, 2 for an error, 130 after Ctrl-C.
     """
     prompts = read_prompts(how.prompt, how.file, how.lines)
     # First, so that a wrong option is told before a model is fetched.
-    params = sampling_params({"decoding": decoding} | values_of(window, answer))
-    run_generate(load_llm(model, engine), prompts, params, use_chat=how.chat, as_json=how.as_json)
+    options = {"decoding": decoding} | values_of(window, answer)
+    if how.suffix is not None:
+        options["max_tokens"] = how.gap
+        if how.chat:
+            raise ValueError("--suffix is set beside --chat; expected one of them: a gap is in a text as it stands")
+    params = sampling_params(options)
+    llm = load_llm(model, engine)
+    if how.suffix is not None:
+        params = llm.before(how.suffix, params)
+    run_generate(llm, prompts, params, use_chat=how.chat if how.suffix is None else False, as_json=how.as_json)
 
 
 def read_prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:

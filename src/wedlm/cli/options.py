@@ -63,6 +63,15 @@ class WindowOptions:
         str | None,
         option("Streaming: the next token is decided by its masked row, or causal: as in AR. [the model's]", HOW),
     ] = DEFAULTS.wedlm_next_token
+    remasking_strategy: Annotated[
+        str | None, option("Block: entropy, low_confidence_static or low_confidence_dynamic. [the model's]", HOW)
+    ] = DEFAULTS.remasking_strategy
+    confidence_threshold: Annotated[
+        float, option("Block, low_confidence_dynamic: fill above this probability.", HOW)
+    ] = DEFAULTS.confidence_threshold
+    denoising_steps: Annotated[
+        int | None, option("Block, low_confidence_...: most forwards a block; default: one a position.", HOW)
+    ] = DEFAULTS.denoising_steps
     draft_entropy: Annotated[float, option("Verified: draft up to the first row this uncertain (nats).", HOW)] = (
         DEFAULTS.wedlm_draft_entropy
     )
@@ -83,7 +92,7 @@ class SamplingOptions:
 
 
 # What every command that loads a model has of the engine's options.
-USUAL = ("adapter", "dtype", "quantization", "device", "max_model_len", "mask_token_id")
+USUAL = ("adapter", "dtype", "quantization", "device", "max_model_len", "mask_token_id", "block_length")
 Threads = Annotated[int | None, option("CPU threads; default: torch's choice.", MODEL)]
 KvCacheGb = Annotated[float | None, option("Key/value cache; default: what the engine takes.", MODEL)]
 

@@ -5,7 +5,7 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 
-from wedlm.algorithm.params import DecodeParams
+from wedlm.algorithm.params import DecodeParams, Remasking
 from wedlm.engine.constraints.rules import build_constraint
 from wedlm.engine.options import EngineConfig
 from wedlm.engine.request import (
@@ -33,18 +33,21 @@ def make_request(  # noqa: PLR0913 - each is a fact of the request or of the eng
     watched: bool,
 ) -> Request:
     """A request that has not been queued. ValueError if this engine could never run it."""
-    prompt = list(prompt_token_ids)
-    _check_prompt(config, prompt)
+    prefix, suffix = list(prompt_token_ids), params.suffix_token_ids or ()
+    prompt = [*prefix, *suffix]
+    _check_prompt(config, prompt, "the prompt and its suffix have" if suffix else "the prompt has")
+    if suffix:
+        _check_gap(config, prefix, params)
     if params.stop and tokenizer is None:
         raise ValueError("stop is set but the engine has no tokenizer; expected stop_token_ids instead")
-    decode = decode_params(config, len(prompt), params)
+    decode = decode_params(config, len(prefix), params)
     text = None
     if tokenizer is not None:
         # Text does not show special tokens, so a stop string that names one is found by its id.
         named = [tokenizer.special_token_id(stop) for stop in params.stop or ()]
         ends = dict.fromkeys([*decode.stop_token_ids, *(one for one in named if one is not None)])
         decode = dataclasses.replace(decode, stop_token_ids=tuple(ends))
-        before = prompt[-1:] if tokenizer.drops_first_space else ()
+        before = prefix[-1:] if tokenizer.drops_first_space else ()
         text = TextStream(tokenizer, params.stop or (), before, keep_stop=params.include_stop_str_in_output)
     known = (config.mask_token_id, config.vocab_size, tokenizer)
     constraint = build_constraint(params, decode.stop_token_ids, *known, prompt)
@@ -70,14 +73,23 @@ def decode_params(config: EngineConfig, num_prompt_tokens: int, params: Sampling
     if any(token >= config.vocab_size for token in ends):
         given = list(params.stop_token_ids or ())
         raise ValueError(f"stop_token_ids is {given}; expected ids below {config.vocab_size}")
-    decoding = params.decoding or config.decoding
+    suffix_length = len(params.suffix_token_ids or ())
+    decoding = params.decoding_of(config.decoding)
     window_size = params.wedlm_window_size or config.options.wedlm_window_size
+    if config.block_length is not None:
+        window_size = _check_block(decoding, params.wedlm_window_size, config.block_length)
     asked = params.wedlm_lookup_drafts
     lookup_drafts = config.options.wedlm_lookup_drafts if asked is None else asked
     if lookup_drafts is None:  # verified takes some where it would have none otherwise
         lookup_drafts = window_size if decoding == "auto" or not config.has_masked_rows else 0
+    default: Remasking = "entropy" if config.block_length is None else "low_confidence_dynamic"  # as SDAR's own code
+    remasking = params.remasking_strategy or default
     return DecodeParams(
         decoding=decoding,
+        remasking=remasking if decoding == "block" else "entropy",
+        confidence_threshold=params.confidence_threshold,
+        denoising_steps=params.denoising_steps,
+        block_length=config.block_length or 1,
         window_size=window_size,
         lookup_drafts=lookup_drafts,
         has_masked_rows=config.has_masked_rows,
@@ -92,16 +104,53 @@ def decode_params(config: EngineConfig, num_prompt_tokens: int, params: Sampling
         mask_token_id=config.mask_token_id,
         stop_token_ids=tuple(dict.fromkeys(ends)),
         min_eos_position=num_prompt_tokens + params.min_tokens if params.min_tokens else 0,
-        max_positions=config.max_model_len,
+        max_positions=num_prompt_tokens + params.max_tokens + suffix_length if suffix_length else config.max_model_len,
+        prefix_length=num_prompt_tokens if suffix_length else 0,
+        suffix_length=suffix_length,
     )
 
 
-def _check_prompt(config: EngineConfig, prompt: list[int]) -> None:
+def _check_gap(config: EngineConfig, prefix: list[int], params: SamplingParams) -> None:
+    suffix = params.suffix_token_ids or ()
+    if not config.has_masked_rows:
+        raise ValueError(
+            f"suffix has {len(suffix)} tokens, and this checkpoint was never adapted to predict masked positions; "
+            "expected no suffix"
+        )
+    if config.block_length is not None:
+        raise ValueError(
+            f"suffix has {len(suffix)} tokens, and this model sees by blocks of {config.block_length} from the left "
+            "on; expected no suffix"
+        )
+    room = config.max_model_len - len(prefix) - len(suffix)
+    if params.max_tokens > room:
+        raise ValueError(
+            f"max_tokens is {params.max_tokens}, the length of a gap between {len(prefix)} and {len(suffix)} tokens; "
+            f"expected at most {room} (max_model_len is {config.max_model_len})"
+        )
+
+
+def _check_block(decoding: str, window_size: int | None, block_length: int) -> int:
+    """The window of a model that sees by blocks; ValueError where another was asked for."""
+    if decoding != "block":
+        raise ValueError(
+            f"decoding is {decoding!r} and the model sees by blocks of {block_length}; expected 'block': no row of "
+            "such a model foretells the token after it, and windows that slide would not be its blocks"
+        )
+    if window_size not in (None, block_length):
+        raise ValueError(
+            f"wedlm_window_size is {window_size} and the model sees by blocks of {block_length}; expected that, or "
+            "another block_length of the engine"
+        )
+    return block_length
+
+
+def _check_prompt(config: EngineConfig, prompt: list[int], it_has: str) -> None:
     if not prompt:
-        raise ValueError("the prompt has 0 tokens; expected at least 1")
+        raise ValueError(f"{it_has} 0 tokens; expected at least 1")
     if len(prompt) >= config.max_model_len:
         raise ValueError(
-            f"the prompt has {len(prompt)} tokens; expected at most {config.max_model_len - 1} "
+            f"{it_has} {len(prompt)} tokens; expected at most {config.max_model_len - 1} "
             "(max_model_len less one for the answer)"
         )
     for token in prompt:

@@ -2,6 +2,7 @@
 """``LLM``: a checkpoint, an engine and a tokenizer behind a few methods."""
 
 import itertools
+import math
 import signal
 import sys
 import threading
@@ -9,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +22,16 @@ from wedlm.engine.load_weights import load_weights
 from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.original_names import METHODS
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
+from wedlm.engine.prompt_logprobs import PromptScorer
 from wedlm.engine.request import Request
-from wedlm.engine.sampling_params import SamplingParams
+from wedlm.engine.sampling_params import GAP, SamplingParams
 from wedlm.engine.turns import Turns
 from wedlm.model import Tokenizer, load_tokenizer
 from wedlm.model.formats.checkpoint import with_end_tokens
 
 Message = Mapping[str, Any]
 Prompt = str | list[int]
+_SCORED_SUFFIX = 32  # tokens: later ones hardly depend on what fills the gap
 
 
 class LLM:
@@ -76,6 +80,7 @@ class LLM:
             has_masked_rows=chosen.mask_token_id is not None or self.model_config.mask_token_id is not None,
             model_decoding=self.model_config.default_decoding,
             next_token=self.model_config.default_next_token,
+            block_length=resolve_options.read_block_length(chosen.block_length, self.model_config),
         )
 
     def _plan(self, num_sharing: int = 1) -> None:
@@ -186,6 +191,66 @@ class LLM:
         next(stream)  # into its try: closing an iterator that was never read must abort, too
         return stream
 
+    def infill(
+        self,
+        prefix: Prompt | Sequence[Prompt],
+        suffix: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        progress: bool | None = None,
+    ) -> list[GenerationOutput]:
+        """Fill the gap between a prefix and a suffix, or between several, in their order (docs/infilling.md).
+
+        The gap has ``max_tokens`` of ``params`` positions, or 16 without ``params``. With ``lengths`` it is tried with
+        each of these, and the filling is kept that the AR head finds likeliest, by token, together with the suffix's
+        first 32 tokens. ValueError for lengths below 1, or other numbers of suffixes than of prefixes; else as
+        ``generate``.
+        """
+        prefixes, suffixes = _prompt_list(prefix), _prompt_list(suffix)
+        if len(prefixes) != len(suffixes):
+            raise ValueError(f"there are {len(suffixes)} suffixes; expected one for each of {len(prefixes)} prefixes")
+        gaps = _param_list(SamplingParams(max_tokens=GAP) if params is None else params, len(prefixes))
+        gaps = [self.before(one, gap) for one, gap in zip(suffixes, gaps, strict=True)]
+        if lengths is None:
+            return self.generate(prefixes, gaps, progress=progress)
+        tried = [int(length) for length in lengths]
+        if not tried or min(tried) < 1:
+            raise ValueError(f"lengths are {list(lengths)}; expected at least one, each of at least 1 token")
+        asked = [(one, replace(gap, max_tokens=n)) for one, gap in zip(prefixes, gaps, strict=True) for n in tried]
+        outputs = self.generate([one for one, _ in asked], [gap for _, gap in asked], progress=progress)
+        scores = [self._likelihood(*one, output) for one, output in zip(asked, outputs, strict=True)]
+        best = []
+        for start in range(0, len(outputs), len(tried)):
+            among = range(start, start + len(tried))
+            best.append(outputs[max(among, key=scores.__getitem__)])
+        return best
+
+    def before(self, suffix: Prompt, params: SamplingParams) -> SamplingParams:
+        """``params`` of a request that fills the gap between its prompt and ``suffix``."""
+        ids = self.tokenizer.encode(suffix, add_special_tokens=False) if isinstance(suffix, str) else suffix
+        if not ids:
+            raise ValueError(f"the suffix is {suffix!r}; expected some text: generate continues without one")
+        return replace(params, suffix_token_ids=tuple(ids))
+
+    def _likelihood(self, prefix: Prompt, params: SamplingParams, output: GenerationOutput) -> float:
+        """Mean log-probability, by the AR head, of a filling's tokens and the suffix's first ones after the prefix."""
+        if output.finish_reason == "error":
+            return -math.inf
+        known = self.tokenizer.encode(prefix) if isinstance(prefix, str) else prefix
+        filling = output.token_ids
+        if output.finish_reason == "stop":  # the text is what stands before an end token or a stop string
+            filling = self.tokenizer.encode(output.text, add_special_tokens=False)
+        text = [*known, *filling, *(params.suffix_token_ids or ())[:_SCORED_SUFFIX]]
+        with self._engine_alone():
+            scorer = PromptScorer(self.engine, text, 0, params.cache_salt, context=max(1, len(known)))
+        while not scorer.done:
+            with self._engine_alone():
+                if not scorer.advance(self.engine):  # for want of pages, which other threads' requests hold
+                    self.engine.step()
+        logprobs = scorer.result.logprobs
+        return math.fsum(logprobs) / max(1, len(logprobs))
+
     def exit(self) -> None:
         """The original's name for the end. There is no other process to stop: requests are aborted, and memory is free
         once nothing refers to this object."""
@@ -239,10 +304,10 @@ class LLM:
         which is said once, or masked rows at such distances."""
         block = self.model_config.block_size
         window = params.wedlm_window_size or self.engine.config.options.wedlm_window_size
-        decoding = params.decoding or self.engine.config.decoding
-        if decoding not in ("streaming", "block"):
+        decoding = params.decoding_of(self.engine.config.decoding)
+        if decoding not in ("streaming", "block") or self.engine.config.block_length is not None:
             return None
-        if not self.engine.config.has_masked_rows and not self._warned_unadapted:
+        if not self.engine.config.has_masked_rows and not self._warned_unadapted and not params.suffix_token_ids:
             self._warned_unadapted = True
             return (
                 f"this checkpoint was never adapted to predict masked positions, so {decoding} decoding makes no sense "

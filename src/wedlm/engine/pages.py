@@ -5,8 +5,15 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Protocol
 
 _ROOT = b"wedlm"
+
+
+class TokenSlices(Protocol):
+    """Tokens by slot, as far as the pool looks at them: what equal prefixes of it stand for are equal keys."""
+
+    def __getitem__(self, part: slice, /) -> Sequence[int]: ...
 
 
 class PagePool:
@@ -15,13 +22,14 @@ class PagePool:
     A page is shared only once it is full of tokens whose keys are committed: ``commit`` then puts it into the prefix
     cache, under a digest of its tokens and all before it. Pages reserved ahead for a window hold scratch and are not
     cached. A cached page without a holder stays until its memory is needed (least recently used goes first).
-    ``cache_salt`` keeps apart keys of different weights or adapters.
+    ``cache_salt`` keeps apart keys of different weights or adapters. ``block_length``: keys depend on the tokens up to
+    the end of their block of so many slots, and so does a page's digest; 1: on none after them.
     """
 
-    def __init__(self, num_pages: int, page_size: int, cache_salt: bytes = b"") -> None:
+    def __init__(self, num_pages: int, page_size: int, cache_salt: bytes = b"", block_length: int = 1) -> None:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"num_pages is {num_pages} and page_size {page_size}; expected both to be at least 1")
-        self.num_pages, self.page_size = num_pages, page_size
+        self.num_pages, self.page_size, self.block_length = num_pages, page_size, block_length
         self._root = hashlib.blake2b(_ROOT + cache_salt, digest_size=16).digest()
         self._free = list(range(num_pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, without a holder; oldest first
@@ -41,17 +49,21 @@ class PagePool:
         """The request's pages in logical order."""
         return self._tables[request_id]
 
+    def _stop(self, index: int) -> int:
+        """Tokens that the keys of page ``index`` of a table, and of those before it, depend on."""
+        return -(-(index + 1) * self.page_size // self.block_length) * self.block_length
+
     def pages_for(self, num_slots: int) -> int:
         return -(-num_slots // self.page_size)
 
-    def allocate(self, request_id: str, tokens: Sequence[int], limit: int, salt: str = "") -> int:
+    def allocate(self, request_id: str, tokens: TokenSlices, limit: int, salt: str = "") -> int:
         """Give the request a table that starts with the cached pages of ``tokens[:limit]``; returns slots reused. Pages
         are shared among requests of one ``salt``."""
         assert request_id not in self._tables
         table: list[int] = []
         digest = _salted(self._root, salt) if salt else self._root
-        for end in range(self.page_size, limit + 1, self.page_size):
-            following = _digest(digest, tokens[end - self.page_size : end])
+        while (stop := self._stop(len(table))) <= limit:
+            following = _digest(digest, tokens[len(table) * self.page_size : stop])
             page = self._page_of.get(following)
             if page is None:
                 break
@@ -74,12 +86,12 @@ class PagePool:
         table.extend(self._take_page() for _ in range(missing))
         return True
 
-    def commit(self, request_id: str, tokens: Sequence[int], num_committed: int) -> None:
+    def commit(self, request_id: str, tokens: TokenSlices, num_committed: int) -> None:
         """Put the pages that ``tokens[:num_committed]``, whose keys are final, have filled into the prefix cache."""
         size = self.page_size
-        while (index := self._num_cached_pages[request_id]) < num_committed // size:
+        while (stop := self._stop(index := self._num_cached_pages[request_id])) <= num_committed:
             table = self._tables[request_id]
-            digest = _digest(self._digests[request_id], tokens[index * size : (index + 1) * size])
+            digest = _digest(self._digests[request_id], tokens[index * size : stop])
             if digest not in self._page_of:
                 self._page_of[digest] = table[index]
                 self._digest_of[table[index]] = digest

@@ -28,27 +28,35 @@ class PromptLogprobs:
 
 
 class PromptScorer:
-    """Scores one prompt on ``engine``, in the engine's thread. ``num_top``: most probable tokens that are reported."""
+    """Scores one prompt on ``engine``, in the engine's thread. ``num_top``: most probable tokens that are reported.
+    ``context``: as many tokens at its beginning are not scored; those that are not in the cache run at once."""
 
-    def __init__(self, engine: Engine, prompt: Sequence[int], num_top: int, salt: str = "") -> None:
+    def __init__(
+        self, engine: Engine, prompt: Sequence[int], num_top: int, salt: str = "", *, context: int = 1
+    ) -> None:
         """ValueError for a prompt that the engine could not run."""
         config, pool = engine.config, engine.pool
+        if config.block_length is not None:
+            raise ValueError(
+                f"log-probabilities of a prompt are asked for and the model sees by blocks of {config.block_length}; "
+                "expected a causal model, whose rows foretell the token after them"
+            )
         if not 0 < len(prompt) <= config.max_model_len or pool.pages_for(len(prompt)) > pool.num_pages:
             most = min(config.max_model_len, pool.num_pages * pool.page_size)
             raise ValueError(f"the prompt has {len(prompt)} tokens; expected 1 to {most}")
         if any(not 0 <= token < config.vocab_size for token in prompt):
             raise ValueError(f"the prompt has an id that is no token; expected ids from 0 to {config.vocab_size - 1}")
-        self._prompt, self._num_top, self._salt = list(prompt), num_top, salt
+        self._prompt, self._num_top, self._salt, self._context = list(prompt), num_top, salt, context
         self.result = PromptLogprobs()
 
     @property
     def done(self) -> bool:
-        return len(self.result.logprobs) == len(self._prompt) - 1
+        return len(self.result.logprobs) == len(self._prompt) - self._context
 
     @torch.inference_mode()
     def advance(self, engine: Engine) -> bool:
         """Score another chunk. False if there are no pages for it now, as there are once nothing else runs."""
-        known = len(self.result.logprobs)
+        known = self._context - 1 + len(self.result.logprobs)
         end = min(known + _CHUNK, len(self._prompt) - 1)
         name = f"prompt logprobs {id(self)}"
         cached = engine.pool.allocate(name, self._prompt, known, self._salt)

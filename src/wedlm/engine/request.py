@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A request: what was asked for, which never changes, and four records of its course, each written by one owner."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -31,13 +32,11 @@ class WindowSnapshot:
 
     @classmethod
     def initial(cls, prompt: list[int], params: DecodeParams) -> "WindowSnapshot":
-        """All masked after the prompt, or after its last token, where the window has an anchor."""
-        cached = len(prompt) - params.has_anchor
-        width = params.width(0, params.max_positions - cached)
-        tokens: list[int | None] = [None] * width
-        if params.has_anchor:
-            tokens[0] = prompt[-1]
-        return cls(cached, tuple(tokens), (0.0,) * width)
+        """All masked after the prompt; an anchor, the prompt's last token, is in column 0, and a block begins with what
+        the prompt has of it."""
+        cached = params.num_before_window(len(prompt))
+        width, known = params.width(0, params.max_positions - cached), prompt[cached:]
+        return cls(cached, (*known, *(None,) * (width - len(known))), (0.0,) * width)
 
 
 @dataclass(slots=True)
@@ -98,11 +97,25 @@ class RequestLimits:
     lookup: RequestLookup | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class PlacedTokens:
+    """Tokens of a text with a suffix, by slot: each is a number that says how far from its slot it stands, too, so that
+    no page of them is taken for one of a text without a gap, or with another one."""
+
+    tokens: list[int]
+    decode: DecodeParams
+
+    def __getitem__(self, part: slice) -> list[int]:
+        positions = self.decode.positions(part.start, part.stop)
+        both = zip(self.tokens[part], positions, strict=True)
+        return [token + ((position - slot) << 32) for slot, (token, position) in enumerate(both, part.start)]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One request from arrival to finish. ``order``: its place in the line of all requests, the smallest first; unique
-    (``Engine.add``). ``streamed``: the caller reads the tokens as they come. ``watched``: the
-    caller looks at the window after each step."""
+    """One request from arrival to finish. ``prompt_token_ids``: all that was known, a suffix last. ``order``: its place
+    in the line of all requests, the smallest first; unique (``Engine.add``). ``streamed``: the caller reads the tokens
+    as they come. ``watched``: the caller looks at the window after each step."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -121,6 +134,16 @@ class Request:
     def needs_host(self) -> bool:
         """Whether the host must see a step of this request before the next one starts."""
         return self.watched or self.output.constraint is not None or self.params.logprobs is not None
+
+    @property
+    def placed_tokens(self) -> "Sequence[int] | PlacedTokens":
+        """The tokens by slot, as the prefix cache tells them apart."""
+        return PlacedTokens(self.output.tokens, self.decode) if self.decode.suffix_length else self.output.tokens
+
+    @property
+    def next_position(self) -> int:
+        """That of the next token to be emitted."""
+        return len(self.output.tokens) - self.decode.suffix_length
 
     @property
     def finish_reason(self) -> FinishReason | None:

@@ -7,10 +7,20 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from numbers import Integral, Real
 
-from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, DecodeParams, Decoding, NextToken
+from wedlm.algorithm.params import (
+    DECODINGS,
+    NEXT_TOKENS,
+    REMASKINGS,
+    DecodeParams,
+    Decoding,
+    NextToken,
+    Remasking,
+)
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
+GAP = 16  # positions, where no number is asked for; a completion has as many tokens
+GAP_DECODINGS = ("streaming", "block")  # that fill a gap before a suffix
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 MAX_GRAMMAR_CHARACTERS, MAX_SCHEMA_DEPTH = 65536, 64
 _MAX_SALT = 1024
@@ -42,12 +52,19 @@ class SamplingParams:
     wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
     wedlm_next_token: "masked" or "causal"; None is the checkpoint's. Streaming only: what decides the leftmost masked
     position. "masked": its own row, once it is sure enough (the paper's rule); "causal": in each step the row of the
-    token before it, as in AR decoding, so that each forward gives at least one token.
+    token before it, as in AR decoding, so that each forward gives at least one token. A gap is always filled "masked".
+    remasking_strategy: which positions block decoding fills: "entropy" (by τ and λ), or by the probability of their
+    tokens, "low_confidence_static" (the highest) or "low_confidence_dynamic" (all above confidence_threshold, at least
+    as many as the former); None is the model's. denoising_steps: most steps that these two take for a block; None is
+    one a position.
     wedlm_draft_entropy: verified decoding drafts up to the first masked row whose entropy reaches this (nats).
     wedlm_lookup_drafts: most drafts a step that come from prompt and output, where these go on as they did before: in
     verified decoding in place of masked rows' whenever there are some, in auto if they pay; 0: none. None is the
     engine's: as many as the window has rows for in auto, and in verified decoding none, unless the model has no masked
     rows. Never above 63.
+    suffix_token_ids: known tokens after the answer, which fills the gap of max_tokens positions between the prompt and
+    them, or a part of it that an end token closes (docs/infilling.md). By streaming or block decoding; where decoding
+    is None and the engine's default is another, by streaming.
     """
 
     temperature: float = DecodeParams.temperature
@@ -75,8 +92,12 @@ class SamplingParams:
     decoding: Decoding | None = None
     wedlm_window_size: int | None = None
     wedlm_next_token: NextToken | None = None
+    remasking_strategy: Remasking | None = None
+    confidence_threshold: float = DecodeParams.confidence_threshold
+    denoising_steps: int | None = DecodeParams.denoising_steps
     wedlm_draft_entropy: float = DecodeParams.draft_entropy
     wedlm_lookup_drafts: int | None = None
+    suffix_token_ids: tuple[int, ...] | list[int] | None = None
 
     def __post_init__(self) -> None:
         self._set("temperature", _number("temperature", self.temperature, high=_LARGEST))
@@ -113,6 +134,14 @@ class SamplingParams:
             raise ValueError("grammar is set beside json_schema; expected one of them")
         if self.decoding is not None and self.decoding not in DECODINGS:
             raise ValueError(f"decoding is {self.decoding!r}; expected one of {', '.join(DECODINGS)}")
+        if self.remasking_strategy is not None and self.remasking_strategy not in REMASKINGS:
+            raise ValueError(
+                f"remasking_strategy is {self.remasking_strategy!r}; expected one of {', '.join(REMASKINGS)}"
+            )
+        confidence = _number("confidence_threshold", self.confidence_threshold, high=1.0)
+        self._set("confidence_threshold", confidence)
+        if self.denoising_steps is not None:
+            self._set("denoising_steps", _integer("denoising_steps", self.denoising_steps, low=1))
         if self.wedlm_window_size is not None:
             self._set("wedlm_window_size", _integer("wedlm_window_size", self.wedlm_window_size, low=1))
         if self.wedlm_entropy_threshold is not None:
@@ -125,6 +154,17 @@ class SamplingParams:
         self._set("wedlm_draft_entropy", _number("wedlm_draft_entropy", self.wedlm_draft_entropy))
         if self.wedlm_lookup_drafts is not None:
             self._set("wedlm_lookup_drafts", _integer("wedlm_lookup_drafts", self.wedlm_lookup_drafts, low=0))
+        self._set("suffix_token_ids", _token_ids("suffix_token_ids", self.suffix_token_ids))
+        if self.suffix_token_ids and self.decoding not in (None, *GAP_DECODINGS):
+            raise ValueError(
+                f"decoding is {self.decoding!r}, whose text is AR's, which sees no suffix; expected "
+                f"{' or '.join(GAP_DECODINGS)} to fill a gap"
+            )
+
+    def decoding_of(self, default: Decoding) -> Decoding:
+        """The mode, where ``default`` is the engine's."""
+        decoding = self.decoding or default
+        return "streaming" if self.suffix_token_ids and decoding not in GAP_DECODINGS else decoding
 
     def _set(self, name: str, value: object) -> None:
         """Store the checked value: a plain Python number or tuple, whatever kind the user gave."""

@@ -126,6 +126,9 @@ class Scheduler:
         missing = request.progress.window.cached - start
         is_window = missing <= 0
         count = _max_rows(request) if is_window else min(missing, budget, chunk_budget)
+        block = request.decode.block_length
+        if block > 1 and not is_window and count > 0:  # whole blocks, whose rows see each other: one at least
+            count = max((start + count) // block, start // block + 1) * block - start
         if count > budget or count <= 0:
             return None
         proposal = request.limits.proposal if is_window else None
@@ -138,7 +141,7 @@ class Scheduler:
             return None
         progress = request.progress
         progress.num_cached = self.pool.allocate(
-            request.request_id, request.output.tokens, progress.window.cached, request.params.cache_salt
+            request.request_id, request.placed_tokens, progress.window.cached, request.params.cache_salt
         )
         try:
             one = self._plan_first(request, budget, chunk_budget)
@@ -210,7 +213,7 @@ class Scheduler:
     def update_cached(self, request: Request, num_cached: int) -> None:
         """Note that the request's first ``num_cached`` tokens now have valid keys."""
         request.progress.num_cached = num_cached
-        self.pool.commit(request.request_id, request.output.tokens, num_cached)
+        self.pool.commit(request.request_id, request.placed_tokens, num_cached)
 
     def remove(self, request: Request) -> None:
         """Drop a request that has finished or was aborted, and free its pages."""

@@ -16,9 +16,10 @@ if int(transformers.__version__.split(".")[0]) < 5:
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from wedlm.hf.configuration import WeDLMConfig
+from wedlm.hf.masked_training import WeDLMCollator, masked_loss
 from wedlm.hf.modeling import WeDLMForCausalLM
 
-__all__ = ["WeDLMConfig", "WeDLMForCausalLM"]
+__all__ = ["WeDLMCollator", "WeDLMConfig", "WeDLMForCausalLM", "masked_loss"]
 AutoConfig.register("wedlm", WeDLMConfig)
 AutoModelForCausalLM.register(WeDLMConfig, WeDLMForCausalLM)
 AutoTokenizer.register(WeDLMConfig, fast_tokenizer_class=PreTrainedTokenizerFast)

@@ -11,9 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
+from wedlm.algorithm.dual_stream import RowLabels
 from wedlm.hf.attend import PaddedCausalAttend, real_rows
 from wedlm.hf.configuration import WeDLMConfig
 from wedlm.hf.generation import generate
+from wedlm.hf.masked_training import IGNORED, masked_loss, take_row_labels, training_attend
 from wedlm.model.layers import Attend
 from wedlm.model.rope import RotaryEmbedding, inverse_frequencies
 from wedlm.model.transformer import DecoderStack
@@ -28,15 +30,28 @@ class WeDLMModel(DecoderStack):
         norm, as ``last_hidden_state``, by the arguments of ``WeDLMForCausalLM.forward``."""
         if input_ids is None:
             return super().forward(*rows, **batch)
-        hidden = self.of_batch(input_ids, batch.pop("attention_mask", None), batch.pop("position_ids", None))
+        row_labels = take_row_labels(batch)
+        if batch.pop("loss_coefficient", None) is not None and torch.is_grad_enabled():
+            raise ValueError(
+                "the batch is a WeDLMCollator's, and the trainer adds up its losses by itself; expected "
+                "compute_loss_func=masked_loss"
+            )
+        mask, positions = batch.pop("attention_mask", None), batch.pop("position_ids", None)
+        hidden = self.of_batch(input_ids, mask, positions, row_labels)
         _check_unsupported("WeDLMModel", batch)
         return BaseModelOutput(last_hidden_state=self.norm(hidden))
 
-    def of_batch(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        """Hidden states [N, R, C] before the final norm."""
+    def of_batch(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        row_labels: RowLabels | None = None,
+    ) -> Tensor:
+        """Hidden states [N, R, C] before the final norm. With ``row_labels`` these say who sees whom, not the mask."""
         real = real_rows(input_ids, attention_mask)
         positions = _positions(input_ids, real, position_ids)
-        attend = PaddedCausalAttend(len(input_ids), real)
+        attend = PaddedCausalAttend(len(input_ids), real) if row_labels is None else training_attend(row_labels)
         return self(input_ids.flatten(), positions.flatten(), attend).unflatten(0, input_ids.shape)
 
 
@@ -88,15 +103,27 @@ class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **unsupported: Any,
+        **rest: Any,
     ) -> CausalLMOutput | tuple[Tensor, ...]:
         """Logits [N, R, V] of ``input_ids`` [N, R], causal over rows whatever their positions.
 
         ``attention_mask`` [N, R] is 0 for padding, on either side. ``position_ids`` [N, R] or [R] (what RoPE sees) may
         come in any order, as topological reordering has them; default: real rows count from 0. ``labels`` [N, R] give
         the shifted AR loss over rows (-100: not counted). ``logits_to_keep``: only the last so many rows' logits.
+
+        A batch of ``WeDLMCollator`` (``rest`` has what is special to it) gives the loss of both streams and no logits.
         """
-        _check_unsupported(type(self).__name__, unsupported)
+        row_labels = take_row_labels(rest)
+        if row_labels is not None:
+            rows = self.model.of_batch(input_ids, attention_mask, position_ids, row_labels)
+            output = CausalLMOutput(
+                loss=self._loss_of_rows(rows, rest.pop("shift_labels"), rest.pop("loss_coefficient"))
+            )
+            _check_unsupported(type(self).__name__, rest)
+            if labels is not None:  # otherwise the caller's masked_loss does it
+                output.loss = masked_loss(output, labels, num_items_in_batch)
+            return output if return_dict is not False else output.to_tuple()
+        _check_unsupported(type(self).__name__, rest)
         hidden = self.model.of_batch(input_ids, attention_mask, position_ids)
         logits = self.lm_head(self.model.norm(hidden[:, -logits_to_keep:] if logits_to_keep else hidden))
         loss = None
@@ -104,6 +131,13 @@ class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         output = CausalLMOutput(loss=loss, logits=logits)
         return output if return_dict is not False else output.to_tuple()
+
+    def _loss_of_rows(self, hidden_NRC: Tensor, targets_NR: Tensor, coefficients_NR: Tensor) -> Tensor:
+        """Σ coefficient · cross-entropy over the rows with a target."""
+        counts = targets_NR != IGNORED
+        logits_KV = self.lm_head(self.model.norm(hidden_NRC[counts]))
+        entropies_K = nn.functional.cross_entropy(logits_KV.float(), targets_NR[counts], reduction="none")
+        return (entropies_K * coefficients_NR[counts]).sum()
 
     def rows(
         self,

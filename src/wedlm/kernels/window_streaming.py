@@ -59,7 +59,8 @@ def _extended(slot, inside, cached_ptr, width_ptr, filled_ptr, block_ptr, max_po
 
 @triton.jit(do_not_specialize=["num_sequences", "capacity", "num_logits"])
 def _rows(
-    index_ptr, cached_ptr, width_ptr, tokens_ptr, filled_ptr, block_ptr, causal_ptr, max_positions_ptr,
+    index_ptr, cached_ptr, width_ptr, tokens_ptr, filled_ptr, block_ptr, causal_ptr,
+    max_positions_ptr, suffix_length_ptr,
     table_ptr, table_width, mask_token_id, trash_slot, num_sequences, capacity, num_logits,
     row_tokens_ptr, positions_ptr, slots_ptr, logits_indices_ptr, sequence_ptr, target_ptr,
     row_start_ptr, num_rows_ptr, cached_out_ptr, run_ptr, logits_start_ptr,
@@ -107,7 +108,7 @@ def _rows(
     inside = (column < width[:, None]) & (place < capacity)
     token = tl.load(tokens_ptr + slot[:, None] * C + column, mask=filled, other=0)
     page = tl.load(table_ptr + slot[:, None] * table_width + key // PAGE, mask=inside, other=0)
-    position = cached[:, None] + column
+    position = cached[:, None] - tl.load(suffix_length_ptr + slot)[:, None] + column
     tl.store(row_tokens_ptr + place, tl.where(filled, token, mask_token_id), mask=inside)
     tl.store(positions_ptr + place, position, mask=inside)
     tl.store(slots_ptr + place, page * PAGE + key % PAGE, mask=inside)
@@ -145,7 +146,7 @@ def streaming_rows(
     rows = StreamingRows(*(torch.empty(size, dtype=torch.long, device=index.device) for size in sizes))
     _rows[(num_sequences + 1,)](
         index, state.cached, state.width, state.tokens, state.filled.view(torch.uint8),
-        params.block.view(torch.uint8), params.causal.view(torch.uint8), params.max_positions,
+        params.block.view(torch.uint8), params.causal.view(torch.uint8), params.max_positions, params.suffix_length,
         page_table, page_table.shape[1], mask_token_id, trash_slot, num_sequences, capacity, num_logits,
         rows.tokens, rows.positions, rows.slots, rows.logits_indices, rows.sequence, rows.target,
         rows.row_start, rows.num_rows, rows.cached, rows.run, rows.logits_start,

@@ -30,6 +30,7 @@ class _WindowParams(Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("row_budget", "max_drafts", "max_positions", "min_eos_position")),
+        ("suffix_length", c_int64),
         *((name, c_double) for name in ("threshold", "penalty", "draft_entropy", "top_p")),
         ("top_k", c_int64),
         ("seed", c_int64),
@@ -47,6 +48,7 @@ class _WindowParams(Structure):
             params.max_drafts,
             params.max_positions,
             params.min_eos_position,
+            params.suffix_length,
             -math.inf if params.entropy_threshold is None else params.entropy_threshold,
             params.pos_penalty,
             params.draft_entropy,
@@ -82,7 +84,7 @@ class _Decode(Structure):
         ("slots", c_void_p),
         ("num_windows", c_int64),
         ("num_chunks", c_int64),
-        *((name, c_void_p) for name in ("slot", "chunk_starts", "chunk_counts", "chunk_tokens")),
+        *((name, c_void_p) for name in ("slot", "chunk_starts", "chunk_counts", "chunk_tokens", "chunk_positions")),
         ("row_limit", c_int64),
         ("most_drafts", c_int64),
         ("wants_logits", c_int32),
@@ -109,11 +111,12 @@ class _Decode(Structure):
 
 @dataclass(frozen=True)
 class Chunk:
-    """``tokens`` of the prompt in ``slot``, from position ``start`` on."""
+    """``tokens`` of the prompt in ``slot``, from the cache's slot ``start`` on, and their positions."""
 
     slot: int
     start: int
     tokens: Sequence[int]
+    positions: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -227,8 +230,11 @@ class NativeDecoder:
                 np.array([chunk.start for chunk in chunks], dtype=np.int64),
                 np.array([len(chunk.tokens) for chunk in chunks], dtype=np.int64),
                 np.concatenate([np.array(chunk.tokens, dtype=np.int64) for chunk in chunks]),
+                np.concatenate([np.array(chunk.positions, dtype=np.int64) for chunk in chunks]),
             )
-            step.chunk_starts, step.chunk_counts, step.chunk_tokens = (part.ctypes.data for part in self._chunks)
+            starts, counts, tokens, positions = (part.ctypes.data for part in self._chunks)
+            step.chunk_starts, step.chunk_counts = starts, counts
+            step.chunk_tokens, step.chunk_positions = tokens, positions
         if num_positions > step.num_positions:
             cos, sin = self._angles = self.model.angles(num_positions)
             step.cos, step.sin, step.num_positions = cos.ctypes.data, sin.ctypes.data, len(cos)

@@ -9,7 +9,7 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_vo
 from pathlib import Path
 from typing import NamedTuple
 
-_ABI_VERSION = 2
+_ABI_VERSION = 5
 _MISSING = (
     "the native CPU forward was not built: no C++ compiler (g++ or clang++) was found at installation; everything "
     "works on torch, and a step on a CPU takes several times as long"

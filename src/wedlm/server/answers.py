@@ -134,7 +134,12 @@ class Job:
     @property
     def num_prompt_tokens(self) -> int:
         """Each prompt counts once, however many choices it has."""
-        return sum(len(prompt) for prompt, _ in self.sequences[:: self.num_choices])
+        return sum(self.num_known(index) for index in range(0, len(self.sequences), self.num_choices))
+
+    def num_known(self, index: int) -> int:
+        """Tokens of a sequence's prompt, its suffix included."""
+        prompt, params = self.sequences[index]
+        return len(prompt) + len(params.suffix_token_ids or ())
 
 
 def usage(job: Job, outputs: Sequence[GenerationOutput]) -> dict[str, Any]:
@@ -281,10 +286,10 @@ class ChoiceStream:
         chunk = _chunk(job, [{"index": self._index, **content, "logprobs": logprobs, "finish_reason": reason}])
         self._num_tokens += len(piece.token_ids)
         if job.counts_always:
-            chunk["usage"] = _counts(len(job.sequences[self._index][0]), self._num_tokens)
+            chunk["usage"] = _counts(job.num_known(self._index), self._num_tokens)
         chunk["wedlm"] = {"step": piece.step, "token_ids": piece.token_ids, "tokens": piece.token_texts}
         if piece.window is not None:
-            chunk["wedlm"]["window"] = _window(piece, len(job.sequences[self._index][0]), self._tokenizer.decode)
+            chunk["wedlm"]["window"] = _window(piece, job.num_known(self._index), self._tokenizer.decode)
         return event(chunk)
 
     def _delta(self, text: str, reason: str | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from email.message import Message as Headed
 
 from starlette.datastructures import Headers
@@ -120,10 +120,14 @@ def _without_port(host: str) -> str:
     return host.rpartition(":")[0].lower() if ":" in host else host.lower()
 
 
-def is_json(content_type: str) -> bool:
-    """Whether a body of this Content-Type is taken. Pages of other origins cannot send it without being asked first."""
+def takes_body(headers: Mapping[str, str]) -> bool:
+    """Whether a request's body is read as JSON. A browser's must have JSON's Content-Type, which pages of other origins
+    cannot send without being asked first; browsers name the page's origin. Of other programs some name no type, or a
+    form's: LiteLLM as Ollama's client, and curl."""
+    if "origin" not in headers and "sec-fetch-site" not in headers:
+        return True
     message = Headed()
-    message["Content-Type"] = content_type or "text/plain"
+    message["Content-Type"] = headers.get("content-type") or "text/plain"
     return message.get_content_maintype() == "application" and (
         message.get_content_subtype() == "json" or message.get_content_subtype().endswith("+json")
     )

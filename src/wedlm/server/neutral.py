@@ -52,7 +52,7 @@ _EMPTY: tuple[Any, ...] = ("", [], {})
 _TEXT_ONLY = "text alone is supported"
 _OLD_TOOLS = "the old form of tools is not supported; expected tools and tool_choice"
 _SPECIAL_TOKENS = "special tokens are added to a text that is continued, and not to a chat"
-_NO_SUFFIX = "text after the answer is not supported; expected nothing"
+_NO_SUFFIX = "text after the answer is for /v1/completions; expected nothing"
 _NOT_SAMPLED = "this way of sampling is not supported; expected temperature, top_p, top_k or min_p"
 
 
@@ -88,6 +88,7 @@ TABLE = (
     ),
     Neutral("request", "kv_transfer_params lora_path lora_adapter", (), "there is one engine and one model"),
     Neutral("chat", "echo", (False,), "expected it in a completion"),
+    Neutral("chat", "suffix", ("",), _NO_SUFFIX),
     Neutral("chat", "add_special_tokens", (False,), _SPECIAL_TOKENS),
     Neutral("chat", "prompt_logprobs", (), "expected it in a completion"),
     Neutral("chat", "documents", ([],), "documents are not supported; expected them in a message"),
@@ -98,7 +99,6 @@ TABLE = (
     Neutral("chat", "audio", (), _TEXT_ONLY),
     Neutral("chat", "verbosity", ("medium",), "grades of verbosity are not supported"),
     Neutral("chat", "web_search_options", (), "searches are not supported"),
-    Neutral("completion", "suffix", ("",), _NO_SUFFIX),
     Neutral("completion", "add_special_tokens", (True,), _SPECIAL_TOKENS),
     Neutral("stream_options", "include_obfuscation", ANYTHING),
     Neutral("message", "annotations parsed cache_control id reasoning_details thinking_blocks", ANYTHING),

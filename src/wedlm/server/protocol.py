@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field
 
-from wedlm.algorithm.params import Decoding, NextToken
+from wedlm.algorithm.params import Decoding, NextToken, Remasking
 from wedlm.engine.sampling_params import MAX_BIASES, MAX_GRAMMAR_CHARACTERS, MAX_LOGPROBS, SamplingParams
 from wedlm.server.grammars import answer_or_calls_grammar, choice_grammar, regex_grammar
 from wedlm.server.messages import Message
@@ -109,6 +109,9 @@ class Generation(Strict):
     ignore_eos: bool | None = None
     decoding: Decoding | None = None
     wedlm_window_size: int | None = None
+    remasking_strategy: Remasking | None = None
+    confidence_threshold: float | None = None
+    denoising_steps: int | None = None
     wedlm_entropy_threshold: float | None = None
     wedlm_pos_penalty_factor: float | None = None
     wedlm_next_token: NextToken | None = None
@@ -150,6 +153,9 @@ class Generation(Strict):
             "stop",
             "stop_token_ids",
             "decoding",
+            "remasking_strategy",
+            "confidence_threshold",
+            "denoising_steps",
         )
         ours = ("window_size", "pos_penalty_factor", "next_token", "draft_entropy", "lookup_drafts")
         asked = (*names, *(f"wedlm_{name}" for name in ours))
@@ -223,6 +229,7 @@ class CompletionRequest(Generation):
     max_tokens: int | None = None
     logprobs: int | None = None
     echo: bool | None = None
+    suffix: str | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property

@@ -127,7 +127,24 @@ class ServedModel:
             for one in prompts
         ]
         job = await workers.run(partial(self._job, "text", body, encoded, _COMPLETION_TOKENS))
+        job = await self._with_suffix(job, body, workers)
         return replace(await self._with_grammar(job, body), echoes=await self._echoes(body, encoded))
+
+    async def _with_suffix(self, job: Job, body: CompletionRequest, workers: Workers) -> Job:
+        """With the text after the answers, if there is one."""
+        if not body.suffix:
+            return job
+        if body.echo or body.num_prompt_logprobs is not None:
+            shown = "echo" if body.echo else "prompt_logprobs"
+            message = f"{shown} is set beside suffix; expected one of them"
+            raise ApiError(400, message, param=shown, code="invalid_value")
+        encode = partial(self.llm.tokenizer.encode, body.suffix, add_special_tokens=False)
+        suffix = await self._tokens(workers, encode, "suffix")
+        try:
+            sequences = [(ids, replace(params, suffix_token_ids=suffix)) for ids, params in job.sequences]
+        except ValueError as error:
+            raise refused(error, "text") from error
+        return replace(job, sequences=sequences, warning=self.llm.window_warning(sequences[0][1]))
 
     async def _echoes(self, body: CompletionRequest, encoded: list[list[int]]) -> list[PromptEcho]:
         """What the answer tells of the prompts; none if nothing."""

@@ -23,7 +23,7 @@ from wedlm.server.config import ServerConfig
 from wedlm.server.converters.base import Chat
 from wedlm.server.converters.responses import ResponseStore
 from wedlm.server.errors import ApiError, internal_error, queue_full, refused, unavailable
-from wedlm.server.limits import is_json
+from wedlm.server.limits import takes_body
 from wedlm.server.metrics import Metrics, Stopwatch
 from wedlm.server.protocol import ChatRequest, CompletionRequest
 from wedlm.server.served import ServedModel
@@ -129,7 +129,7 @@ class Service:
 
     async def _timed(self, request: Request, work: Callable[[bytes, float], Coroutine[Any, Any, Response]]) -> Response:
         """What ``work`` makes of the body before the deadline that it is told, unless the client leaves."""
-        if not is_json(request.headers.get("content-type", "")):
+        if not takes_body(request.headers):
             raise not_an_object()
         raw = await request.body()
         del request._body  # the engine may take minutes, in which no text of it is needed

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wedlm.algorithm.dual_stream import DualStream, RowLabels, RowRanges, clean_stream, dual_stream, row_ranges
-from wedlm.algorithm.noise import mix_noise, random_noise, suffix_noise
+from wedlm.algorithm.noise import draw_noise
 from wedlm.algorithm.objective import LossTotals, row_coefficients
 from wedlm.train.config import TrainConfig
 from wedlm.train.data import PackedSequence
@@ -103,11 +103,9 @@ def noised_rows(sequence: PackedSequence, index: int, config: TrainConfig, mask_
         return clean_stream(tokens, positions, documents, trainable)
     seed = np.random.SeedSequence((config.seed, index)).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(seed >> 1))
-    noise = random_noise(positions, documents, trainable, config.block_size, generator, config.mask_per_block)
-    if config.suffix_noise:
-        suffix = suffix_noise(documents, trainable, config.block_size, generator)
-        chosen = torch.rand(int(documents.max()) + 1, generator=generator) < config.suffix_noise
-        noise = mix_noise(documents, noise, suffix, chosen[documents.clamp(min=0)])
+    noise = draw_noise(
+        positions, documents, trainable, config.block_size, generator, config.mask_per_block, config.suffix_noise
+    )
     return dual_stream(
         tokens,
         positions,

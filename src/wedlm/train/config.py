@@ -67,6 +67,10 @@ class TrainConfig(_Strict):
     """Each block draws its own ratio; false draws one for a whole document."""
     suffix_noise: float = Field(default=0.0, ge=0, le=1)
     """Share of documents with suffix noise, which verified decoding meets, instead of the paper's random noise."""
+    infill_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of documents with a gap: what comes after it is seen from the start, as when a gap is filled."""
+    infill_length: int = Field(default=32, ge=1)
+    """Most tokens that fill such a gap, before as many end tokens at most."""
     loss_weighting_scheme: Literal["weighted", "uniform"] = "weighted"
     """Masked rows weigh 1/ratio of their block, or 1."""
     num_learnable_im_end: int = Field(default=8, ge=1)
@@ -191,6 +195,8 @@ class TrainConfig(_Strict):
             raise ValueError(
                 f"distill_masked is {self.distill_masked}; expected objective wedlm and distill_text false with it"
             )
+        if self.infill_share and self.objective != "wedlm":
+            raise ValueError(f"infill_share is {self.infill_share}; expected objective wedlm with it")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate is {self.min_learning_rate}; expected at most learning_rate ({self.learning_rate})"

@@ -14,6 +14,7 @@ from wedlm.model.config import ModelConfig
 from wedlm.model.demo import default_cache_dir
 from wedlm.model.formats.tokenizer import Tokenizer
 from wedlm.train.config import Source, TrainConfig
+from wedlm.train.infill import with_gaps
 from wedlm.train.packing import Packs, Pieces, cut_documents, plan_epoch, random_order
 from wedlm.train.prefetch import prefetch as prefetch
 from wedlm.train.token_cache import Progress, TokenCache, build_cache
@@ -26,8 +27,8 @@ PADDING = -1
 class PackedSequence:
     """One sequence of L positions: arrays [L]. Padding, where there is any, comes last.
 
-    tokens int64 (padding: the pad id); positions int64, from 0 in each document (padding: 0); documents int64, 0, 1, 2…
-    in this sequence (padding: -1); trainable bool (padding: False).
+    tokens int64 (padding: the pad id); positions int64, from 0 in each document (padding: 0), and ascending unless it
+    has a gap (``infill.py``); documents int64, 0, 1, 2… in this sequence (padding: -1); trainable bool (padding: no).
     """
 
     tokens: np.ndarray
@@ -68,6 +69,7 @@ class PackedData:
     """Documents of a cache in sequences of ``sequence_length``, in an order that depends on the arguments alone.
 
     ``repeats``: how often each source is seen in an epoch. ``documents``: int [D'], those to use; default: all.
+    ``infill_share`` and ``infill_length`` as in ``TrainConfig``; ``pad_token_id`` is the end token, too.
     Sequences of epoch 0 come first, then those of epoch 1 and so on without an end. Methods may be called from several
     threads.
     """
@@ -81,6 +83,8 @@ class PackedData:
         *,
         pad_token_id: int,
         documents: np.ndarray | None = None,
+        infill_share: float = 0.0,
+        infill_length: int = 32,
     ) -> None:
         if len(repeats) != len(cache.paths):
             raise ValueError(f"repeats has {len(repeats)} numbers; expected {len(cache.paths)}, one for each source")
@@ -88,6 +92,7 @@ class PackedData:
             raise ValueError(f"repeats are {list(repeats)}; expected numbers > 0")
         self.cache, self.repeats = cache, tuple(float(repeat) for repeat in repeats)
         self.sequence_length, self.seed, self.pad_token_id = sequence_length, seed, pad_token_id
+        self.infill_share, self.infill_length = infill_share, infill_length
         self.documents = np.arange(cache.num_documents) if documents is None else np.sort(documents)
         if not len(self.documents):
             raise ValueError("there are no documents to train on; expected at least one")
@@ -107,6 +112,7 @@ class PackedData:
     def fingerprint(self) -> str:
         """A digest of all that the sequences depend on: equal fingerprints, equal sequences."""
         settings = [self.cache.key, self.repeats, self.sequence_length, self.seed, self.pad_token_id]
+        settings += [self.infill_share, self.infill_length] if self.infill_share else []
         digest = hashlib.sha256(json.dumps(settings).encode())
         digest.update(self.documents.astype("<i8").tobytes())
         return digest.hexdigest()
@@ -125,7 +131,11 @@ class PackedData:
         while within >= self.sequences_in_epoch(epoch):
             within -= self.sequences_in_epoch(epoch)
             epoch += 1
-        return self._read(self._plan(epoch), within)
+        sequence = self._read(self._plan(epoch), within)
+        if not self.infill_share:
+            return sequence
+        generator = np.random.default_rng((self.seed, index))
+        return with_gaps(sequence, self.infill_share, self.infill_length, self.pad_token_id, generator)
 
     def stats(self) -> DataStats:
         """Figures of the data, before ``repeat``."""
@@ -257,7 +267,10 @@ def load_data(
         return result.cache
 
     def packed(cache: TokenCache, repeats: Sequence[float], documents: np.ndarray) -> PackedData:
-        return PackedData(cache, repeats, config.max_seq_length, config.seed, pad_token_id=eos, documents=documents)
+        return PackedData(
+            cache, repeats, config.max_seq_length, config.seed, pad_token_id=eos, documents=documents,
+            infill_share=config.infill_share, infill_length=config.infill_length,
+        )  # fmt: skip
 
     cache = read(config.train_data)
     train, held_out = split_validation(cache, config.validation_documents, config.seed)

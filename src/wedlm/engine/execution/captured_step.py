@@ -129,11 +129,11 @@ class CapturedStep:
         first = size - sum(one.count for one in chunks)
         for i, one in enumerate(chunks):
             stop, first_page = one.start + one.count, one.start // page_size
-            position = np.arange(one.start, stop)
+            slot = np.arange(one.start, stop)
             pages = np.array(one.pages[first_page : -(-stop // page_size)])
             own = rows[:, first : first + one.count]
-            own[0], own[1] = one.request.output.tokens[one.start : stop], position
-            own[2] = pages[position // page_size - first_page] * page_size + position % page_size
+            own[0], own[1] = one.request.output.tokens[one.start : stop], one.request.decode.positions(one.start, stop)
+            own[2] = pages[slot // page_size - first_page] * page_size + slot % page_size
             sequences[:, i] = first, one.count, one.start, self.windows.slots[one.request.request_id]
             first += one.count
         key = size, shape.num_chunks

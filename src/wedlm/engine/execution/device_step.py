@@ -113,8 +113,8 @@ class DeviceStep:
             return self._chunks(shape, chunks)
         if not shape.flags.streaming:
             return self._verified(shape, index, chunks)
-        # The kernels know no flags of masked rows.
-        if shape.flags.verified or self.model.has_masked_lora:
+        # The kernels know no flags of masked rows, and fill by entropy alone.
+        if shape.flags.verified or shape.flags.by_confidence or self.model.has_masked_lora:
             return self._any(shape, index, chunks)
         return self._streaming(shape, index, chunks)
 

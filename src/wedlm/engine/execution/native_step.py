@@ -23,7 +23,8 @@ from wedlm.native.decoder import Chunk, NativeDecoder, StepTensors
 
 
 class NativeStep:
-    """``StepExecutor`` for every plan of a native model. The twin is ``EagerStep`` with the same model.
+    """``StepExecutor`` for the plans of a native model, save those that fill by the probability of tokens. The twin is
+    ``EagerStep`` with the same model.
 
     ``force_choice``: as in ``EagerStep``.
     """
@@ -41,7 +42,7 @@ class NativeStep:
         self._measured_s = 0.0
 
     def takes(self, plan: StepPlan) -> bool:
-        return True
+        return not any(one.is_window and one.request.decode.by_confidence for one in plan.scheduled)
 
     def unload(self, request: Request) -> None:
         self._num_pages.pop(request.request_id, None)
@@ -89,11 +90,14 @@ class NativeStep:
                 decoder.add_pages(slot, sent, pages[sent:])
                 self._num_pages[request_id] = len(pages)
             stop = one.start + one.count
+            if request.decode.suffix_length:  # which stands at the end
+                most_positions = max(most_positions, request.decode.max_positions)
             most_positions = stop if stop > most_positions else most_positions
             if one.is_window:
                 windows.append(slot)
             else:
-                chunks.append(Chunk(slot, one.start, request.output.tokens[one.start : stop]))
+                positions = request.decode.positions(one.start, stop)
+                chunks.append(Chunk(slot, one.start, request.output.tokens[one.start : stop], positions))
         decoder.set_step(windows, chunks, plan.row_budget, plan.max_drafts, most_positions)
 
     @torch.inference_mode()

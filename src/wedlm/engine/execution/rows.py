@@ -59,7 +59,7 @@ def window_rows(
     tokens = torch.where(filled, state.tokens[sequence, column], mask_token_id)
     layout = row_layout(state.filled, state.width, params.is_verified)
     offset, shared, own_start = (part[sequence, column] for part in (layout.offset, layout.shared, layout.own_start))
-    positions = state.cached[sequence] + offset
+    positions = (state.cached - params.suffix_length)[sequence] + offset
     if padded:
         needs_logits = needs_logits & packed.real
         positions, shared, own_start = (part.where(packed.real, 0) for part in (positions, shared, own_start))

@@ -114,7 +114,7 @@ class Windows:
         """Those of the next ``count`` tokens, which have become final; none if they were not asked for."""
         if request.params.logprobs is None:
             return []
-        kept, first = self.top_logprobs[request.request_id], len(request.output.tokens)
+        kept, first = self.top_logprobs[request.request_id], request.next_position
         return [kept.pop(first + i) for i in range(count)]
 
     def unload(self, request: Request) -> None:

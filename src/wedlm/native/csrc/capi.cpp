@@ -32,7 +32,7 @@ int32_t guarded(char* error, int64_t size, const Body& body) {
 
 }  // namespace
 
-int32_t wedlm_abi_version(void) { return 2; }
+int32_t wedlm_abi_version(void) { return 5; }
 
 int32_t wedlm_physical_cores(void) { return wedlm::physical_cores(); }
 

@@ -95,11 +95,11 @@ struct WedlmDecoder {
     banned_offsets.assign(1, 0);
     bool hides = false;
     for (int64_t s = 0; s < step.num_windows; s++) hides = take_window(step, s) || hides;
-    const int64_t* tokens_of = step.chunk_tokens;
+    const int64_t *token_of = step.chunk_tokens, *position_of = step.chunk_positions;
     for (int64_t c = 0; c < step.num_chunks; c++) {
       int64_t start = step.chunk_starts[c], many = step.chunk_counts[c];
       add_sequence(step, step.slot[step.num_windows + c], start, many);
-      for (int64_t i = 0; i < many; i++) add_row(*tokens_of++, start + i, 0, 0, false);
+      for (int64_t i = 0; i < many; i++) add_row(*token_of++, *position_of++, 0, 0, false);
     }
     return hides;
   }
@@ -137,6 +137,7 @@ struct WedlmDecoder {
     num_drafts[static_cast<size_t>(s)] = own.is_verified ? drafts : 0;
     add_sequence(step, step.slot[s], start, wide);
     Groups groups(many - 1, wide);
+    int64_t first = start - own.suffix_length;  // position of column 0
     bool hides = false;
     for (int filled_ones = 1; filled_ones >= 0; filled_ones--)  // filled columns before masked ones
       for (int64_t c = 0; c < wide; c++) {
@@ -153,8 +154,8 @@ struct WedlmDecoder {
         // Causal: the row of the last token of the leading run has the logits of the position after it.
         bool is_next = own.is_causal && c == moved;
         if (!filled_ones || own.is_verified)
-          add_choice(own, is_next ? first_row + moved - 1 : static_cast<int64_t>(row_token.size()), s, c, start + offset + filled_ones);
-        add_row(filled_ones ? tokens[static_cast<size_t>(s * capacity + c)] : mask_token_id, start + offset, sees, own_start, !filled_ones);
+          add_choice(own, is_next ? first_row + moved - 1 : static_cast<int64_t>(row_token.size()), s, c, first + offset + filled_ones);
+        add_row(filled_ones ? tokens[static_cast<size_t>(s * capacity + c)] : mask_token_id, first + offset, sees, own_start, !filled_ones);
       }
     return hides;
   }

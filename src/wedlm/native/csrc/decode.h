@@ -15,6 +15,7 @@ typedef struct WedlmDecoder WedlmDecoder;
 /* DecodeParams of one window (algorithm/params.py). */
 typedef struct {
   int64_t row_budget, max_drafts, max_positions, min_eos_position;
+  int64_t suffix_length; /* cached tokens that stand after the window */
   double threshold, penalty, draft_entropy; /* threshold: minus infinity fills one position */
   double top_p;
   int64_t top_k, seed;
@@ -44,7 +45,7 @@ typedef struct {
   int64_t num_windows, num_chunks;
   const int64_t* slot;                         /* [windows + chunks] */
   const int64_t *chunk_starts, *chunk_counts;  /* [chunks] */
-  const int64_t* chunk_tokens;                 /* of all chunks, one after the other */
+  const int64_t *chunk_tokens, *chunk_positions; /* of all chunks, one after the other */
   int64_t row_limit, most_drafts;              /* what adaptive windows are left */
   int32_t wants_logits;                        /* 1: all rows' logits are kept, to be changed before the choice; 2: as they were, too */
   void *keys, *values;                         /* as in WedlmStep */

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // One side of a race: the answer's text, coloured by forward, its progress bar and its figures.
 
+import { NUM_COLOURS } from "./colours.js";
 import { copyButton } from "./copy.js";
 import { format, mark } from "./markdown.js";
 
-export const NUM_COLOURS = 6;
 const RESTS = 8; // formatting may take one part of so many of the time
 
 /** Other servers do not tell which forward made a token final: there a chunk takes a forward's place. */

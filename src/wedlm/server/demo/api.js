@@ -40,9 +40,18 @@ export async function firstModel(server, signal) {
  * The chunks of a streamed chat answer, as objects, until [DONE]; before them {warning}, if the server has one.
  * ServerError, or AbortError after `signal`.
  */
-export async function* chat(server, body, signal) {
+export function chat(server, body, signal) {
+  return chunks(server, "/chat/completions", body, signal);
+}
+
+/** Those of a streamed completion, in the same way. */
+export function complete(server, body, signal) {
+  return chunks(server, "/completions", body, signal);
+}
+
+async function* chunks(server, path, body, signal) {
   const request = { ...body, stream: true, stream_options: { include_usage: true } };
-  const response = await call(server, "/chat/completions", { method: "POST", body: JSON.stringify(request), signal });
+  const response = await call(server, path, { method: "POST", body: JSON.stringify(request), signal });
   const warning = response.headers.get("X-Wedlm-Warning");
   if (warning) yield { warning };
   const events = lines(response.body.pipeThrough(new TextDecoderStream()).getReader());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The window of the left answer: a row for each forward, a column for each position, and one forward in words.
 
-import { NUM_COLOURS } from "./answer.js";
+import { NUM_COLOURS } from "./colours.js";
 
 const MIN_CELL = 4;
 const MAX_CELL = 12;
