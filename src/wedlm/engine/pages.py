@@ -15,7 +15,7 @@ class PagePool:
     A page is shared only once it is full of tokens whose keys are committed: ``commit`` then puts it into the prefix
     cache, under a digest of its tokens and all before it. Pages reserved ahead for a window hold scratch and are not
     cached. A cached page without a holder stays until its memory is needed (least recently used goes first).
-    ``cache_salt`` keeps apart keys of different weights or adapters.
+    ``cache_salt`` keeps apart keys of different weights.
     """
 
     def __init__(self, num_pages: int, page_size: int, cache_salt: bytes = b"") -> None:
@@ -44,12 +44,14 @@ class PagePool:
     def pages_for(self, num_slots: int) -> int:
         return -(-num_slots // self.page_size)
 
-    def allocate(self, request_id: str, tokens: Sequence[int], limit: int, salt: str = "") -> int:
+    def allocate(self, request_id: str, tokens: Sequence[int], limit: int, salt: str = "", key_root: int = 0) -> int:
         """Give the request a table that starts with the cached pages of ``tokens[:limit]``; returns slots reused. Pages
-        are shared among requests of one ``salt``."""
+        are shared among requests of one ``salt`` and one ``key_root``, which is of the adapter that changes keys (0:
+        none does)."""
         assert request_id not in self._tables
         table: list[int] = []
-        digest = _salted(self._root, salt) if salt else self._root
+        digest = _marked(self._root, b"adapter", str(key_root)) if key_root else self._root
+        digest = _marked(digest, b"salt", salt) if salt else digest
         for end in range(self.page_size, limit + 1, self.page_size):
             following = _digest(digest, tokens[end - self.page_size : end])
             page = self._page_of.get(following)
@@ -138,8 +140,9 @@ class PagePool:
         assert len(self._page_of) == len(self._digest_of), "a page is cached twice"
 
 
-def _salted(root: bytes, salt: str) -> bytes:
-    return hashlib.blake2b(root + b"salt" + salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _marked(root: bytes, what: bytes, value: str) -> bytes:
+    """Never a page's digest: no token's eight bytes are letters."""
+    return hashlib.blake2b(root + what + value.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _digest(parent: bytes, tokens: Sequence[int]) -> bytes:

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import torch
 
 from wedlm.attention.base import ExtendBatch
+from wedlm.engine.adapters import UnknownAdapter, slot_of
 from wedlm.engine.engine import Engine
+from wedlm.engine.execution.rows import with_adapters
 from wedlm.engine.request import TopLogprobs
 
 _CHUNK = 256
@@ -30,8 +32,10 @@ class PromptLogprobs:
 class PromptScorer:
     """Scores one prompt on ``engine``, in the engine's thread. ``num_top``: most probable tokens that are reported."""
 
-    def __init__(self, engine: Engine, prompt: Sequence[int], num_top: int, salt: str = "") -> None:
-        """ValueError for a prompt that the engine could not run."""
+    def __init__(
+        self, engine: Engine, prompt: Sequence[int], num_top: int, salt: str = "", adapter: str | None = None
+    ) -> None:
+        """ValueError for a prompt that the engine could not run. ``adapter`` as in ``Engine.add``."""
         config, pool = engine.config, engine.pool
         if not 0 < len(prompt) <= config.max_model_len or pool.pages_for(len(prompt)) > pool.num_pages:
             most = min(config.max_model_len, pool.num_pages * pool.page_size)
@@ -39,6 +43,7 @@ class PromptScorer:
         if any(not 0 <= token < config.vocab_size for token in prompt):
             raise ValueError(f"the prompt has an id that is no token; expected ids from 0 to {config.vocab_size - 1}")
         self._prompt, self._num_top, self._salt = list(prompt), num_top, salt
+        self._adapter = None if adapter is None else engine.adapters.get(adapter)
         self.result = PromptLogprobs()
 
     @property
@@ -47,11 +52,16 @@ class PromptScorer:
 
     @torch.inference_mode()
     def advance(self, engine: Engine) -> bool:
-        """Score another chunk. False if there are no pages for it now, as there are once nothing else runs."""
+        """Score another chunk. False if there are no pages for it now, as there are once nothing else runs.
+        UnknownAdapter if its adapter is gone."""
+        adapter = self._adapter
+        if adapter is not None and not engine.adapters.holds(adapter):
+            raise UnknownAdapter(f"adapter is {adapter.name!r}, which was unloaded meanwhile")
         known = len(self.result.logprobs)
         end = min(known + _CHUNK, len(self._prompt) - 1)
         name = f"prompt logprobs {id(self)}"
-        cached = engine.pool.allocate(name, self._prompt, known, self._salt)
+        key_root = 0 if adapter is None else adapter.key_root
+        cached = engine.pool.allocate(name, self._prompt, known, self._salt, key_root)
         try:
             if not engine.pool.reserve(name, end):
                 return False
@@ -70,7 +80,10 @@ class PromptScorer:
         positions = torch.arange(cached, end, device=device)
         rows = torch.arange(known - cached, end - cached, device=device)
         attend = eager.plan_attention(cache, batch)
-        logits = eager.model(tokens, positions, attend, rows).float()
+        slot = slot_of(self._adapter)
+        logits = eager.model(
+            tokens, positions, attend, rows, *with_adapters(None, [slot], batch.counts, device)
+        ).float()
         targets = torch.tensor(self._prompt[known + 1 : end + 1], device=device)
         logprobs = torch.log_softmax(logits, dim=-1)
         own = logprobs.gather(1, targets[:, None])

@@ -15,6 +15,7 @@ from wedlm.model.formats.gguf_model import checkpoint_name, permuted_heads, unpe
 from wedlm.model.formats.int8_rows import Int8Rows, round_rows
 from wedlm.model.inference.layers import is_packed
 from wedlm.model.lora.masked_rows import base_tensors, masked_lora
+from wedlm.model.lora.row_factors import Matrices, RowFactors
 from wedlm.native.library import NativeError
 from wedlm.native.transformer import NativeTransformer, PackedSource
 
@@ -54,7 +55,6 @@ _LAYER = {
     "self_attn.q_norm.weight": 18,
     "self_attn.k_norm.weight": 19,
 }
-_MASK_EMBEDDING = 21
 _TOP = {"model.embed_tokens.weight": 7, "lm_head.weight": 8, "model.norm.weight": 20}
 
 
@@ -115,8 +115,31 @@ def native_from_gguf(file: GGUFFile, *, path: str | None = None, threads: int | 
 def set_masked_lora(
     native: NativeTransformer, matrices: Mapping[str, tuple[Tensor, Tensor]], mask_embedding: Tensor | None
 ) -> None:
-    """Give ``native`` an adapter of masked rows, as ``attach_masked_lora`` does a model. Beside weights in few bits its
-    matrices are rounded to eight, and they read what those read; beside floats they stay float32."""
+    """Give ``native`` an adapter of masked rows, as ``attach_masked_lora`` does a model; matrices as in
+    ``put_adapter``."""
+    native.masked_lora = dict(matrices), mask_embedding
+    _set_factors(native, 1, matrices, mask_embedding)
+
+
+def put_adapter(native: NativeTransformer, slot: int, factors: RowFactors) -> None:
+    """Put the factors of an adapter in a slot. Beside weights in few bits its matrices are rounded to eight, and they
+    read what those read; beside floats they stay float32."""
+    _set_factors(native, 2 * slot, factors.every, None)
+    masked, start = (factors.masked, factors.mask_embedding) if factors.has_masked_rows else native.masked_lora
+    if masked or start is not None:  # else masked rows get what the others get
+        _set_factors(native, 2 * slot + 1, _side_by_side(factors.every, masked), start)
+
+
+def _side_by_side(first: Matrices, second: Matrices) -> Matrices:
+    """Matrices whose product is the sum of both products."""
+    both = {name: [one[name] for one in (first, second) if name in one] for name in (*first, *second)}
+    return {
+        name: (torch.cat([a.float() for a, _ in pairs]), torch.cat([b.float() for _, b in pairs], dim=1))
+        for name, pairs in both.items()
+    }
+
+
+def _set_factors(native: NativeTransformer, number: int, matrices: Matrices, start: Tensor | None) -> None:
     is_wide = native.matrix_bytes.keys() <= {F32, F16, BF16}
 
     def packed(matrix: Tensor) -> PackedSource:
@@ -126,9 +149,9 @@ def set_masked_lora(
         return rows.values.numpy(), rows.scale.numpy()
 
     for name, (a, b) in matrices.items():
-        native.set_masked(*_place(name), F32 if is_wide else INT8, packed(a), packed(b))
-    if mask_embedding is not None:
-        native.set_vector(-1, _MASK_EMBEDDING, mask_embedding.detach().float().contiguous().numpy())
+        native.set_factors(number, *_place(name), F32 if is_wide else INT8, packed(a), packed(b))
+    if start is not None:
+        native.set_start(number, start.detach().float().contiguous().numpy())
 
 
 def format_names(native: NativeTransformer) -> str:
