@@ -48,7 +48,7 @@ def test_beside_float_weights_it_is_torchs(family, own):
     come and go, and one takes the place of another."""
     make = adapted_model if own else tiny_model
     model, native = make(1, **FAMILIES[family]), native_from_torch(make(1, **FAMILIES[family]), None, threads=1)
-    factors = [factors_of(model, seed) for seed in range(SLOTS)]
+    factors = [factors_of(tiny_model(1, **FAMILIES[family]), seed) for seed in range(SLOTS)]
     bank = AdapterBank(pack_for_inference(model), SLOTS)
     for slot, one in enumerate(factors, start=1):
         for store in (bank, native):
