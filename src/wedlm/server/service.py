@@ -367,9 +367,10 @@ def _read_adapter(llm: LLM, name: str, folder: str, path: str) -> RowFactors:
     root = Path(folder).resolve()
     try:
         directory = (root / path).resolve()
-    except (OSError, ValueError, RuntimeError):  # a loop of links, or no path at all
-        directory = root
-    if directory == root or not directory.is_relative_to(root) or not directory.is_dir():
+        is_below = directory != root and directory.is_relative_to(root) and directory.is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long, a loop of links, or no path at all
+        is_below = False
+    if not is_below:
         raise ValueError(f"lora_path is {path[:_SHOWN]!r}; expected a directory below the server's --adapter-folder")
     try:
         return llm.read_adapter(name, directory)
