@@ -17,6 +17,10 @@ _MAX_NAME = 256
 class FactorSlots(Protocol):
     """A model with room for the factors of adapters, in slots from 1 on: ``AdapterBank``, ``NativeTransformer``."""
 
+    def prepare(self, factors: "RowFactors") -> "RowFactors":
+        """The factors with whatever takes time done, in any thread: no step waits for it."""
+        ...
+
     def put(self, slot: int, factors: "RowFactors") -> None:
         """Put an adapter in a free slot; nothing has changed if there is no memory."""
         ...
@@ -95,6 +99,10 @@ class Adapters:
                 f"{self.max_adapters - len(self._free)} adapters are loaded{ending}; expected fewer than "
                 f"{self.max_adapters} (max_adapters)"
             )
+
+    def prepare(self, factors: "RowFactors") -> "RowFactors":
+        """What ``load`` takes without making steps wait; in any thread."""
+        return factors if self._slots is None else self._slots.prepare(factors)
 
     def load(self, name: str, factors: "RowFactors") -> LoadedAdapter:
         """ValueError, with nothing changed, if it cannot be."""

@@ -126,7 +126,7 @@ class LLM:
                 f"the adapter {name!r} was trained with mask token {mask}; expected {config.mask_token_id}, the "
                 "engine's (mask_token_id)"
             )
-        return factors
+        return self.engine.adapters.prepare(factors)
 
     def unload_adapter(self, name: str) -> None:
         """Take an adapter's name away. Requests that have it end with it; its memory is free after the last one.

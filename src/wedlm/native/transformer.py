@@ -9,7 +9,7 @@ import itertools
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,12 @@ class NativeTransformer:
     def set_start(self, factors: int, start: np.ndarray) -> None:
         """Let rows of these ``factors`` start from ``start`` [C], float32, in place of their token's embedding."""
         self._check(self._library.wedlm_model_set_start, self.handle, factors, start.size, start.ctypes.data)
+
+    def prepare(self, factors: RowFactors) -> RowFactors:
+        """The factors with their matrices rounded, if they will be; in any thread."""
+        from wedlm.native.weights import rounded_factors
+
+        return replace(factors, prepared=rounded_factors(self, factors))
 
     def put(self, slot: int, factors: RowFactors) -> None:
         """Put an adapter in a free slot from 1 on (``wedlm.native.weights.put_adapter``)."""

@@ -118,16 +118,46 @@ def set_masked_lora(
     """Give ``native`` an adapter of masked rows, as ``attach_masked_lora`` does a model; matrices as in
     ``put_adapter``."""
     native.masked_lora = dict(matrices), mask_embedding
-    _set_factors(native, 1, matrices, mask_embedding)
+    put_adapter(native, 0, RowFactors({}, matrices, mask_embedding))
 
 
 def put_adapter(native: NativeTransformer, slot: int, factors: RowFactors) -> None:
     """Put the factors of an adapter in a slot. Beside weights in few bits its matrices are rounded to eight, and they
     read what those read; beside floats they stay float32."""
-    _set_factors(native, 2 * slot, factors.every, None)
+    prepared = factors.prepared if isinstance(factors.prepared, Rounded) else rounded_factors(native, factors)
+    for is_masked, name, a, b in prepared.matrices:
+        native.set_factors(2 * slot + is_masked, *_place(name), F32 if a[1] is None else INT8, a, b)
+    if prepared.start is not None:
+        native.set_start(2 * slot + 1, prepared.start)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Factors as the library takes them: (for masked rows?, the weight's name, A, B), and what masked rows start
+    from."""
+
+    matrices: list[tuple[bool, str, PackedSource, PackedSource]]
+    start: np.ndarray | None
+
+
+def rounded_factors(native: NativeTransformer, factors: RowFactors) -> Rounded:
+    """Those of ``factors``, for ``put_adapter``."""
+    is_wide = native.matrix_bytes.keys() <= {F32, F16, BF16}
+
+    def rounded(matrix: Tensor) -> PackedSource:
+        if is_wide:
+            return matrix.detach().float().contiguous().numpy(), None
+        rows = round_rows(matrix)
+        return rows.values.numpy(), rows.scale.numpy()
+
     masked, start = (factors.masked, factors.mask_embedding) if factors.has_masked_rows else native.masked_lora
+    kinds = [(False, factors.every)]
     if masked or start is not None:  # else masked rows get what the others get
-        _set_factors(native, 2 * slot + 1, _side_by_side(factors.every, masked), start)
+        kinds.append((True, _side_by_side(factors.every, masked)))
+    return Rounded(
+        [(kind, name, rounded(a), rounded(b)) for kind, matrices in kinds for name, (a, b) in matrices.items()],
+        None if start is None else start.detach().float().contiguous().numpy(),
+    )
 
 
 def _side_by_side(first: Matrices, second: Matrices) -> Matrices:
@@ -137,21 +167,6 @@ def _side_by_side(first: Matrices, second: Matrices) -> Matrices:
         name: (torch.cat([a.float() for a, _ in pairs]), torch.cat([b.float() for _, b in pairs], dim=1))
         for name, pairs in both.items()
     }
-
-
-def _set_factors(native: NativeTransformer, number: int, matrices: Matrices, start: Tensor | None) -> None:
-    is_wide = native.matrix_bytes.keys() <= {F32, F16, BF16}
-
-    def packed(matrix: Tensor) -> PackedSource:
-        if is_wide:
-            return matrix.detach().float().contiguous().numpy(), None
-        rows = round_rows(matrix)
-        return rows.values.numpy(), rows.scale.numpy()
-
-    for name, (a, b) in matrices.items():
-        native.set_factors(number, *_place(name), F32 if is_wide else INT8, packed(a), packed(b))
-    if start is not None:
-        native.set_start(number, start.detach().float().contiguous().numpy())
 
 
 def format_names(native: NativeTransformer) -> str:

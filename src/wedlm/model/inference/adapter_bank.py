@@ -64,6 +64,10 @@ class AdapterBank:
         others = self._others[2 * adapters + flags]
         return AdaptedRows(own, others, flags & self._has_embedding[adapters], self._embedding[adapters])
 
+    def prepare(self, factors: RowFactors) -> RowFactors:
+        """Nothing takes time."""
+        return factors
+
     @torch.inference_mode()
     def put(self, slot: int, factors: RowFactors) -> None:
         """Put an adapter, whose shapes are the model's, in a free slot. Nothing has changed if there is no memory."""

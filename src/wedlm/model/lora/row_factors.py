@@ -22,6 +22,7 @@ class RowFactors:
     ([C]; None: as without the adapter).
 
     ``mask_token_id`` and ``block_size`` are those that it was trained with; None where it says nothing of them.
+    ``prepared``: what the model that will have it has made of the matrices already; None: nothing.
     """
 
     every: Matrices = field(default_factory=dict)
@@ -29,6 +30,7 @@ class RowFactors:
     mask_embedding: Tensor | None = None
     mask_token_id: int | None = None
     block_size: int | None = None
+    prepared: object = None
 
     @property
     def has_masked_rows(self) -> bool:

@@ -13,6 +13,7 @@ namespace wedlm {
 namespace {
 
 constexpr int32_t kMostFactors = 1 << 16;
+constexpr int64_t kSmallBytes = 1 << 16;  // packed sooner than handed over to other threads
 
 std::string number(int64_t n) { return std::to_string(n); }
 
@@ -208,7 +209,7 @@ void Model::fill(Weights& weights, Arena& arena, int32_t format, int32_t rows, i
   }
   std::lock_guard<std::mutex> lock(mutex_);
   restart_after_fork();
-  int32_t panels = matrix.panels(), each = panels_per_piece(panels, threads_);
+  int32_t panels = matrix.panels(), each = matrix.bytes() < kSmallBytes ? panels : panels_per_piece(panels, threads_);
   pool_->run((panels + each - 1) / each, [&](int32_t i, int) {
     pack(matrix, static_cast<const uint8_t*>(data), i * each, std::min((i + 1) * each, panels));
   });
