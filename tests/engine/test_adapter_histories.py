@@ -20,6 +20,7 @@ from wedlm.engine.request import Request
 from wedlm.model import Transformer
 from wedlm.model.lora.row_factors import RowFactors
 from wedlm.native import NativeTransformer
+from wedlm.native.weights import NativeAdapters
 
 pytestmark = needs_native
 NUM_FACTORS, MAX_ADAPTERS = 6, 3
@@ -50,7 +51,7 @@ def models() -> tuple[NativeModel, list[NativeModel], list[RowFactors]]:
     factors = [random_factors(seed) for seed in range(NUM_FACTORS)]
     oracle = NativeModel()
     for slot, one in enumerate(factors, start=1):
-        oracle.runs.put(slot, one)
+        NativeAdapters(oracle.runs).put(slot, one)
     views = [copy(oracle) for _ in range(NUM_FACTORS + 1)]
     for slot, view in enumerate(views):
         view.runs = _With(oracle.runs, slot)  # type: ignore[assignment]
@@ -74,7 +75,7 @@ class History:
         self.rng = rng = random.Random(seed)
         self.model, self.oracles, self.factors = models()
         self.lagging, self.page_size = rng.random() < 0.5, rng.choice([1, 2, 4, 16])
-        self.adapters = Adapters(self.model.runs, MAX_ADAPTERS, 64)
+        self.adapters = Adapters(NativeAdapters(self.model.runs), MAX_ADAPTERS, 64)
         self.engine = self._new_engine()
         self.stems = [[rng.randrange(self.model.vocab_size) for _ in range(30)] for _ in range(2)]
         self.asked: dict[str, int] = {}

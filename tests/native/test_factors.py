@@ -17,7 +17,7 @@ from wedlm.model import Transformer, pack_for_inference
 from wedlm.model.inference.adapter_bank import AdapterBank
 from wedlm.model.lora.row_factors import RowFactors
 from wedlm.native import NativeAttend
-from wedlm.native.weights import native_from_torch
+from wedlm.native.weights import NativeAdapters, native_from_torch
 
 PAGE, SLOTS = 8, 5
 
@@ -49,14 +49,14 @@ def test_beside_float_weights_it_is_torchs(family, own):
     make = adapted_model if own else tiny_model
     model, native = make(1, **FAMILIES[family]), native_from_torch(make(1, **FAMILIES[family]), None, threads=1)
     factors = [factors_of(tiny_model(1, **FAMILIES[family]), seed) for seed in range(SLOTS)]
-    bank = AdapterBank(pack_for_inference(model), SLOTS)
+    stores = AdapterBank(pack_for_inference(model), SLOTS), NativeAdapters(native)
     for slot, one in enumerate(factors, start=1):
-        for store in (bank, native):
+        for store in stores:
             store.put(slot, one)
     rng = np.random.default_rng(2)
     for seed in range(4):
         if seed == 2:
-            for store in (bank, native):
+            for store in stores:
                 for slot in (2, 4, 1):
                     store.drop(slot)
                 store.put(4, factors[0])
@@ -83,7 +83,7 @@ def test_a_row_in_company_is_the_row_alone(path):
     natives.append(native_from_torch(model, "int8", path="portable", threads=1))
     for native in natives:
         for slot in range(1, SLOTS + 1):
-            native.put(slot, factors_of(model, slot))
+            NativeAdapters(native).put(slot, factors_of(model, slot))
     rng, pages = np.random.default_rng(5), [5, 0, 9]
     cache = random_cache(2, model.config, 40, PAGE, torch.float32)
     for _ in range(12):
@@ -107,7 +107,7 @@ def test_dropped_factors_leave_the_base():
     model = tiny_model(3)
     native, plain = (native_from_torch(model, "int8", threads=1) for _ in range(2))
     empty = native.num_bytes
-    native.put(3, factors_of(model, 2))
+    NativeAdapters(native).put(3, factors_of(model, 2))
     assert native.num_bytes > empty
     tokens, adapters = torch.arange(8), torch.tensor([3, 0, 3, 5, 1, 3, 0, 0])
     batch = ExtendBatch([0], [8], [[0]])
@@ -116,7 +116,7 @@ def test_dropped_factors_leave_the_base():
     expected = plain(tokens, tokens, NativeAttend(caches[0], batch), None, masked)
     found = native(tokens, tokens, NativeAttend(caches[1], batch), None, masked, adapters)
     assert not torch.equal(found, expected)
-    native.drop(3)
+    NativeAdapters(native).drop(3)
     assert native.num_bytes == empty
     found = native(tokens, tokens, NativeAttend(caches[2], batch), None, masked, adapters)
     assert torch.equal(found, expected)

@@ -15,14 +15,14 @@ _MAX_NAME = 256
 
 
 class FactorSlots(Protocol):
-    """A model with room for the factors of adapters, in slots from 1 on: ``AdapterBank``, ``NativeTransformer``."""
+    """A model with room for the factors of adapters, in slots from 1 on: ``AdapterBank``, ``NativeAdapters``."""
 
     def prepare(self, factors: "RowFactors") -> "RowFactors":
         """The factors with whatever takes time done, in any thread: no step waits for it."""
         ...
 
     def put(self, slot: int, factors: "RowFactors") -> None:
-        """Put an adapter in a free slot; nothing has changed if there is no memory."""
+        """Put an adapter in a free slot. ValueError, with nothing changed, if there is no memory."""
         ...
 
     def drop(self, slot: int) -> None:

@@ -248,8 +248,6 @@ class AsyncEngine:
             work()
         except ValueError as error:
             self._report(partial(_settle, future, error))
-        except MemoryError as error:
-            self._report(partial(_settle, future, ValueError(f"there is not enough memory for it: {error}")))
         except BaseException:
             self._report(partial(_settle, future, EngineFault("the engine failed")))
             raise

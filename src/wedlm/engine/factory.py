@@ -32,7 +32,7 @@ from wedlm.model.inference.adapter_bank import AdapterBank
 from wedlm.model.inference.quantization import Quantization, multiplies_fp8
 from wedlm.native import NativeAttend, NativeTransformer, is_available
 from wedlm.native.library import PATH_VARIABLE, PORTABLE, chosen_path, paths
-from wedlm.native.weights import format_names, native_from_torch
+from wedlm.native.weights import NativeAdapters, format_names, native_from_torch
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ def plan_engine(
 
 
 def _factor_slots(model: Transformer | NativeTransformer, count: int) -> FactorSlots:
-    return model if isinstance(model, NativeTransformer) else AdapterBank(model, count)
+    return NativeAdapters(model) if isinstance(model, NativeTransformer) else AdapterBank(model, count)
 
 
 def _check_deterministic(asked: bool, model: Transformer | NativeTransformer, eager: str | None) -> None:

@@ -9,7 +9,7 @@ import itertools
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from wedlm.attention.base import ExtendBatch, KVCache
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.model import ModelConfig
 from wedlm.model.lora.masked_rows import MaskedParts
-from wedlm.model.lora.row_factors import RowFactors
 from wedlm.model.rope import RotaryEmbedding
 from wedlm.native.library import NativeError, Shape, Step, chosen_path, load, num_threads
 
@@ -131,26 +130,9 @@ class NativeTransformer:
         """Let rows of these ``factors`` start from ``start`` [C], float32, in place of their token's embedding."""
         self._check(self._library.wedlm_model_set_start, self.handle, factors, start.size, start.ctypes.data)
 
-    def prepare(self, factors: RowFactors) -> RowFactors:
-        """The factors with their matrices rounded, if they will be; in any thread."""
-        from wedlm.native.weights import rounded_factors
-
-        return replace(factors, prepared=rounded_factors(self, factors))
-
-    def put(self, slot: int, factors: RowFactors) -> None:
-        """Put an adapter in a free slot from 1 on (``wedlm.native.weights.put_adapter``)."""
-        from wedlm.native.weights import put_adapter
-
-        try:
-            put_adapter(self, slot, factors)
-        except BaseException:
-            self.drop(slot)
-            raise
-
-    def drop(self, slot: int) -> None:
-        """Free a slot, and the memory of what is in it."""
-        for one in (2 * slot, 2 * slot + 1):
-            self._library.wedlm_model_drop_factors(self.handle, one)
+    def drop_factors(self, factors: int) -> None:
+        """Free the memory of these ``factors``, if there are any."""
+        self._library.wedlm_model_drop_factors(self.handle, factors)
 
     def set_vector(self, layer: int, which: int, data: np.ndarray) -> None:
         """Copy a norm's weight or a bias, float32."""

@@ -2,7 +2,7 @@
 """Putting weights into a ``NativeTransformer``: from a torch model, or from a checkpoint, as they lie there."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -116,23 +116,13 @@ def set_masked_lora(
     native: NativeTransformer, matrices: Mapping[str, tuple[Tensor, Tensor]], mask_embedding: Tensor | None
 ) -> None:
     """Give ``native`` an adapter of masked rows, as ``attach_masked_lora`` does a model; matrices as in
-    ``put_adapter``."""
+    ``NativeAdapters``."""
     native.masked_lora = dict(matrices), mask_embedding
-    put_adapter(native, 0, RowFactors({}, matrices, mask_embedding))
-
-
-def put_adapter(native: NativeTransformer, slot: int, factors: RowFactors) -> None:
-    """Put the factors of an adapter in a slot. Beside weights in few bits its matrices are rounded to eight, and they
-    read what those read; beside floats they stay float32."""
-    prepared = factors.prepared if isinstance(factors.prepared, Rounded) else rounded_factors(native, factors)
-    for is_masked, name, a, b in prepared.matrices:
-        native.set_factors(2 * slot + is_masked, *_place(name), F32 if a[1] is None else INT8, a, b)
-    if prepared.start is not None:
-        native.set_start(2 * slot + 1, prepared.start)
+    NativeAdapters(native).put(0, RowFactors({}, matrices, mask_embedding))
 
 
 @dataclass(frozen=True)
-class Rounded:
+class _Rounded:
     """Factors as the library takes them: (for masked rows?, the weight's name, A, B), and what masked rows start
     from."""
 
@@ -140,8 +130,42 @@ class Rounded:
     start: np.ndarray | None
 
 
-def rounded_factors(native: NativeTransformer, factors: RowFactors) -> Rounded:
-    """Those of ``factors``, for ``put_adapter``."""
+class NativeAdapters:
+    """Adapters in slots of a model: each row of a step may have another one. The twin is ``AdapterBank``.
+
+    Beside weights in few bits their matrices are rounded to eight, and they read what those read; beside floats they
+    stay float32.
+    """
+
+    def __init__(self, native: NativeTransformer) -> None:
+        self._native = native
+
+    def prepare(self, factors: RowFactors) -> RowFactors:
+        """The factors with their matrices rounded, if they will be; in any thread."""
+        return replace(factors, prepared=_rounded(self._native, factors))
+
+    def put(self, slot: int, factors: RowFactors) -> None:
+        """Put an adapter in a free slot. NativeError, with nothing changed, if there is no memory."""
+        prepared = factors.prepared
+        if not isinstance(prepared, _Rounded):
+            prepared = _rounded(self._native, factors)
+        try:
+            for is_masked, name, a, b in prepared.matrices:
+                format = F32 if a[1] is None else INT8
+                self._native.set_factors(2 * slot + is_masked, *_place(name), format, a, b)
+            if prepared.start is not None:
+                self._native.set_start(2 * slot + 1, prepared.start)
+        except BaseException:
+            self.drop(slot)
+            raise
+
+    def drop(self, slot: int) -> None:
+        """Free a slot, and the memory of what is in it."""
+        for factors in (2 * slot, 2 * slot + 1):
+            self._native.drop_factors(factors)
+
+
+def _rounded(native: NativeTransformer, factors: RowFactors) -> _Rounded:
     is_wide = native.matrix_bytes.keys() <= {F32, F16, BF16}
 
     def rounded(matrix: Tensor) -> PackedSource:
@@ -154,7 +178,7 @@ def rounded_factors(native: NativeTransformer, factors: RowFactors) -> Rounded:
     kinds = [(False, factors.every)]
     if masked or start is not None:  # else masked rows get what the others get
         kinds.append((True, _side_by_side(factors.every, masked)))
-    return Rounded(
+    return _Rounded(
         [(kind, name, rounded(a), rounded(b)) for kind, matrices in kinds for name, (a, b) in matrices.items()],
         None if start is None else start.detach().float().contiguous().numpy(),
     )

@@ -70,13 +70,17 @@ class AdapterBank:
 
     @torch.inference_mode()
     def put(self, slot: int, factors: RowFactors) -> None:
-        """Put an adapter, whose shapes are the model's, in a free slot. Nothing has changed if there is no memory."""
+        """Put an adapter, whose shapes are the model's, in a free slot. ValueError, with nothing changed, if there is no
+        memory."""
         assert slot not in self._columns, f"slot {slot} is taken"
         if not self._layers:
             self._wrap()
         first, end = self._free_columns(-(-max(factors.rank, 1) // _ROUNDED_TO) * _ROUNDED_TO)
         if end > self._num_columns:
-            self._resize(end)
+            try:
+                self._resize(end)
+            except RuntimeError as error:  # torch's, of a device's memory and of the host's
+                raise ValueError(f"there is not enough memory for the adapter, of rank {factors.rank}") from error
         every = max((len(a) for a, _ in factors.every.values()), default=0)
         for names, layer in self._layers:
             layer.a[:, first:end] = 0
