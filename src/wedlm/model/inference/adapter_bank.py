@@ -70,8 +70,8 @@ class AdapterBank:
 
     @torch.inference_mode()
     def put(self, slot: int, factors: RowFactors) -> None:
-        """Put an adapter, whose shapes are the model's, in a free slot. ValueError, with nothing changed, if there is no
-        memory."""
+        """Put an adapter, whose shapes are the model's, in a free slot. ValueError, with nothing changed, if there is
+        no memory."""
         assert slot not in self._columns, f"slot {slot} is taken"
         if not self._layers:
             self._wrap()
