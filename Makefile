@@ -6,14 +6,15 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-long style check format clean
+.PHONY: help demo test test-long style docs check format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       install and answer real prompts with the embedded model"
 	@echo "make test       the tests, 5 to 10 minutes on 2 cores"
 	@echo "make test-long  what takes longer; writes tests/report_long.md"
-	@echo "make check      format, lint, types (make style) and tests: what CI runs"
+	@echo "make check      format, lint, types (make style), docs and tests: what CI runs"
+	@echo "make docs       the documentation as a site, build/site/index.html; fails on dead links"
 	@echo "make format     rewrite the sources in the project's format"
 
 $(VENV)/installed: pyproject.toml
@@ -52,7 +53,13 @@ style: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: style test
+# Not --quiet, which hides warnings from --strict. The pages fetch nothing from other hosts.
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	! grep -rnoE '<(script|link|img|iframe)[^>]+(src|href)="?(https?:)?//[^>]*>|url\((https?:)?//[^)]*' build/site \
+	  --include='*.html' --include='*.css'
+
+check: style docs test
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .

@@ -11,23 +11,44 @@ from torch import Tensor, nn
 from wedlm.attention.base import KVCache
 from wedlm.attention.sdpa import CausalAttend
 
+
+class BlockAttend:
+    """Dense attention in which a row sees all whose block of ``block_length`` positions is its own or earlier."""
+
+    def __init__(self, positions: Tensor, block_length: int) -> None:
+        block = positions // block_length
+        self.mask = block[None, :] <= block[:, None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        share = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+        scores = torch.einsum("rhd,jhd->hrj", q, k) / q.shape[2] ** 0.5
+        return torch.einsum("hrj,jhd->rhd", scores.masked_fill(~self.mask, -torch.inf).softmax(dim=-1), v)
+
+
 NUM_FEATURES = 8  # head_dim of the stub: feature 0 marks position 0 and so counts the visible rows
 
 
 class StubModel(nn.Module):
     """``forward(tokens, positions, attend, logits_rows, masked)`` as the transformer's. ``agreement`` ties masked
     predictions to AR's: the larger, the more drafts are accepted and the lower the entropies. ``period``: of positions;
-    with a short one texts repeat themselves."""
+    with a short one texts repeat themselves. ``block_length``: rows see all of their block; 1: causal."""
 
     heads = (1, 1, NUM_FEATURES)  # layers, key heads, head dimension
     cache_dtype = torch.float32
 
     def __init__(
-        self, vocab_size: int = 13, mask_token_id: int = 12, agreement: float = 4.0, seed: int = 0, period: int = 61
+        self,
+        vocab_size: int = 13,
+        mask_token_id: int = 12,
+        agreement: float = 4.0,
+        seed: int = 0,
+        period: int = 61,
+        block_length: int = 1,
     ) -> None:
         super().__init__()
         rng = torch.Generator().manual_seed(seed)
-        self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
+        self.vocab_size, self.mask_token_id, self.block_length = vocab_size, mask_token_id, block_length
         self.by_position = agreement * torch.randn(period, vocab_size, generator=rng)
         self.by_context = torch.randn(4093, vocab_size, generator=rng) * 2
         self.features = torch.randint(1, 60, (vocab_size, NUM_FEATURES), generator=rng).float()
@@ -71,4 +92,6 @@ class StubModel(nn.Module):
     def rows_model(self, tokens: list[int], positions: list[int], num_masked: int = 0) -> Tensor:
         """The same model as reference.py wants it."""
         masked = torch.arange(len(tokens))[len(tokens) - num_masked :]
-        return self(torch.tensor(tokens), torch.tensor(positions), CausalAttend(), masked=masked)
+        at = torch.tensor(positions)
+        attend = BlockAttend(at, self.block_length) if self.block_length > 1 else CausalAttend()
+        return self(torch.tensor(tokens), at, attend, masked=masked)

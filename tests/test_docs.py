@@ -11,6 +11,7 @@ import pytest
 import typer
 from nbclient import NotebookClient
 
+import wedlm
 from wedlm.bench.laptop_report import headline, report
 from wedlm.bench.record import read_record
 from wedlm.cli import app
@@ -56,6 +57,11 @@ def test_the_models_page_has_what_the_script_computes():
         assert page.split(f"<!-- {mark} -->\n")[1].split("\n<!-- end")[0] == table
     eight = values["SHAPES"]["WeDLM-8B (Qwen3-8B)"]
     assert eight.linear + eight.others == 8_190_735_360  # as Qwen3-8B's files count
+
+
+def test_the_reference_has_all_that_is_public():
+    page = (ROOT / "docs/api.md").read_text()
+    assert all(f"::: wedlm.{name}\n" in page for name in wedlm.__all__)
 
 
 def test_shell_lines_name_options_that_exist():

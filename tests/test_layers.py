@@ -19,15 +19,18 @@ MAY_IMPORT = {
     "attention": {"algorithm", "kernels"},
     "native": {"algorithm", "attention", "model"},
     "engine": _ENGINE_AND_BELOW,
-    "plotting": set(),
+    "extras": set(),
+    "plotting": {"extras"},
+    "tables": set(),
     "machine": set(),
-    "train": _ENGINE_AND_BELOW,
+    "train": _ENGINE_AND_BELOW | {"extras"},
     "hf": _ENGINE_AND_BELOW,
     "server": _ENGINE_AND_BELOW,
-    "evaluate": _ENGINE_AND_BELOW | {"plotting", "machine"},
-    "bench": _ENGINE_AND_BELOW | {"plotting", "machine"},
+    "evaluate": _ENGINE_AND_BELOW | {"plotting", "machine", "extras"},
+    "bench": _ENGINE_AND_BELOW | {"plotting", "machine", "extras", "tables"},
     "accelerate": _ENGINE_AND_BELOW | {"train", "plotting", "machine"},
-    "cli": _ENGINE_AND_BELOW | {"plotting", "machine", "train", "accelerate", "hf", "server", "evaluate", "bench"},
+    "cli": _ENGINE_AND_BELOW
+    | {"plotting", "machine", "extras", "tables", "train", "accelerate", "hf", "server", "evaluate", "bench"},
     "__init__": {"engine"},
 }
 # Folders of programs beside the package: what they may import of it, and of each other nothing.
@@ -60,8 +63,9 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def parts(path: Path) -> set[str]:
-    """The parts of wedlm that a file imports; a name of the package itself, such as LLM, is the engine's."""
-    found = {name.split(".")[1] for name in imported(path) if name.startswith("wedlm.")}
+    """The parts of wedlm that a file imports; a name of the package itself, such as LLM, is the engine's, but for the
+    version, which belongs to all."""
+    found = {name.split(".")[1] for name in imported(path) if name.startswith("wedlm.")} - {"__version__"}
     return {part if part in MAY_IMPORT else "engine" for part in found}
 
 

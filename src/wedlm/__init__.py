@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from wedlm.engine.outputs import GenerationOutput, StreamPiece
     from wedlm.engine.sampling_params import SamplingParams
 
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it
 __all__ = ["LLM", "GenerationOutput", "SamplingParams", "StreamPiece"]
 
 _HOMES = {"SamplingParams": "wedlm.engine.sampling_params"}

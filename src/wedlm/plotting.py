@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from wedlm.extras import install_extras
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -28,9 +30,8 @@ class Plot:
 def need_matplotlib() -> None:
     """ValueError if it is missing."""
     if find_spec("matplotlib") is None:
-        raise ValueError(
-            'plots need the package matplotlib, which is not installed: pip install "wedlm[train]", or --no-plots'
-        )
+        command = install_extras("train")
+        raise ValueError(f"plots need the package matplotlib, which is not installed: {command}, or --no-plots")
 
 
 def group_by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:

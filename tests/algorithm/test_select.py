@@ -8,15 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.select import select_fill
 
 
-def select_by_loop(entropy: list[float], masked: list[bool], threshold: float | None, penalty: float) -> list[bool]:
+def select_by_loop(
+    entropy: list[float], masked: list[bool], threshold: float | None, penalty: float, least: int
+) -> list[bool]:
     columns = [c for c, flag in enumerate(masked) if flag]
     adjusted = {c: entropy[c] + penalty * (c - columns[0]) for c in columns}
     chosen = [c for c in columns if threshold is not None and adjusted[c] < threshold]
-    if not chosen and columns:
-        chosen = [min(columns, key=lambda c: (adjusted[c], c))]
+    if len(chosen) < least:
+        chosen = sorted(columns, key=lambda c: (adjusted[c], c))[:least]
     return [c in chosen for c in range(len(masked))]
 
 
@@ -31,6 +34,7 @@ def select_by_loop(entropy: list[float], masked: list[bool], threshold: float | 
             ),
             st.none() | st.sampled_from([0.0, 0.25, 0.5, 100.0, math.inf]),
             st.sampled_from([0.0, 0.02, 0.25, 1e30]),
+            st.integers(1, 7),
         ),
         min_size=1,
         max_size=4,
@@ -38,13 +42,46 @@ def select_by_loop(entropy: list[float], masked: list[bool], threshold: float | 
 )
 def test_select_fill_equals_a_loop(batch):
     """Ties, H' equal to τ (not below it), τ None, and rows in which nothing is masked."""
-    entropy = [[h for h, _ in row] for row, _, _ in batch]
-    masked = [[flag for _, flag in row] for row, _, _ in batch]
-    threshold = [-math.inf if t is None else t for _, t, _ in batch]
-    penalty = torch.tensor([p for _, _, p in batch], dtype=torch.double)
-    found = select_fill(torch.tensor(entropy), torch.tensor(masked), torch.tensor(threshold).double(), penalty)
-    expected = [select_by_loop(h, m, t, p) for h, m, (_, t, p) in zip(entropy, masked, batch, strict=True)]
-    assert found.tolist() == expected
+    entropy = [[h for h, _ in row] for row, _, _, _ in batch]
+    masked = [[flag for _, flag in row] for row, _, _, _ in batch]
+    threshold = [-math.inf if t is None else t for _, t, _, _ in batch]
+    penalty = torch.tensor([p for _, _, p, _ in batch], dtype=torch.double)
+    numbers = torch.tensor(entropy), torch.tensor(masked), torch.tensor(threshold).double(), penalty
+    for least in (None, torch.tensor([n for _, _, _, n in batch])):
+        found = select_fill(*numbers, least)
+        expected = [
+            select_by_loop(h, m, t, p, 1 if least is None else n)
+            for h, m, (_, t, p, n) in zip(entropy, masked, batch, strict=True)
+        ]
+        assert found.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("remasking", "steps", "filled"),
+    [
+        ("low_confidence_static", None, [2]),
+        ("low_confidence_static", 2, [2, 0]),
+        ("low_confidence_static", 1, [0, 1, 2, 3]),
+        ("low_confidence_dynamic", None, [2, 0]),
+        ("low_confidence_dynamic", 1, [0, 1, 2, 3]),
+    ],
+)
+def test_the_rule_of_sdar(remasking, steps, filled):
+    """By hand from the rule of SDAR's generate.py: a block of 4, probabilities 0.9, 0.2, 0.95 and 0.85, the last of
+    which does not exceed the threshold; ``steps`` forwards for the block."""
+    params = DecodeParams("block", 4, remasking=remasking, denoising_steps=steps, confidence_threshold=0.85)
+    uncertainty = -torch.tensor([[0.9, 0.2, 0.95, 0.85]], dtype=torch.double).log()
+    threshold, penalty = torch.tensor([params.fill_below], dtype=torch.double), torch.zeros(1, dtype=torch.double)
+    least = torch.tensor([params.fill_schedule[0]])
+    found = select_fill(uncertainty, torch.ones(1, 4, dtype=torch.bool), threshold, penalty, least)
+    assert found.nonzero()[:, 1].tolist() == sorted(filled)
+
+
+def test_longer_steps_come_first():
+    """8 positions in 3 forwards are 3, 3 and 2; no forward is left without any."""
+    each, longer = DecodeParams("block", 8, remasking="low_confidence_static", denoising_steps=3).fill_schedule
+    assert [each + (done < longer) for done in (0, 3, 6)] == [3, 3, 2]
+    assert DecodeParams("block", 4, remasking="low_confidence_static", denoising_steps=9).fill_schedule == (1, 0)
 
 
 @pytest.mark.parametrize("entropy", [[math.nan, 1.0], [1.0, math.nan], [math.nan, math.nan]], ids=str)
@@ -52,4 +89,8 @@ def test_select_fill_equals_a_loop(batch):
 def test_nan_does_not_stop_the_progress(entropy, threshold):
     """A float16 model that overflows gives nan logits: a poor text, but an end."""
     tau, penalty = (torch.tensor([x], dtype=torch.double) for x in (threshold, 0.02))
-    assert select_fill(torch.tensor([entropy]), torch.ones(1, 2, dtype=torch.bool), tau, penalty).sum() >= 1
+    masked = torch.tensor([[False, True, True]])
+    for least in (None, torch.tensor([1]), torch.tensor([2])):
+        filled = select_fill(torch.tensor([[0.0, *entropy]]), masked, tau, penalty, least)
+        assert filled.sum() >= (1 if least is None else int(least))
+        assert not filled[0, 0]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.stub import StubModel
 from wedlm.algorithm import reference
-from wedlm.algorithm.params import DECODINGS, DecodeParams
+from wedlm.algorithm.params import DECODINGS, REMASKINGS, DecodeParams
 from wedlm.algorithm.reorder import pack_rows, topological_order
 from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_logsumexp
 from wedlm.algorithm.verify import row_layout
@@ -116,12 +116,18 @@ def check_state(state: WindowState, params: list[DecodeParams]) -> None:
 
 
 def params_strategy() -> st.SearchStrategy[DecodeParams]:
+    """Any; the probability of tokens is an option of block decoding."""
     return st.builds(
-        DecodeParams,
+        lambda decoding, remasking, **rest: DecodeParams(
+            decoding, remasking=remasking if decoding == "block" else "entropy", **rest
+        ),
         decoding=st.sampled_from(DECODINGS),
         window_size=st.integers(1, 9),
         entropy_threshold=st.none() | st.floats(0.0, 3.0),
         pos_penalty=st.sampled_from([0.0, 0.02, 0.5]),
+        remasking=st.sampled_from(REMASKINGS),
+        confidence_threshold=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+        denoising_steps=st.none() | st.integers(1, 10),
         draft_entropy=st.floats(0.0, 3.0),
         temperature=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
         top_k=st.sampled_from([0, 0, 1, 3]),

@@ -2,6 +2,7 @@
 """PagedSdpa over ragged batches and shuffled pages against dense attention, one row at a time."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from wedlm.attention.sdpa import _MAX_ROWS_PADDED, CausalAttend, PagedSdpa
 CPU, HEAD_DIM, KV_HEADS, LAYERS = torch.device("cpu"), 4, 2, 2
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-    """Row i of ``q`` [R, H, D] sees keys 0 .. start + i of ``k`` and ``v`` [J, K, D]; an explicit mask, in double."""
+def dense(q: Tensor, k: Tensor, v: Tensor, start: int, block: int = 1) -> Tensor:
+    """Row i of ``q`` [R, H, D] sees keys 0 .. start + i of ``k`` and ``v`` [J, K, D], or to the end of that
+    key's block; an explicit mask, in double."""
     share = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(share, dim=1) for x in (k, v))
     scores = torch.einsum("rhd,jhd->hrj", q.double(), k) / q.shape[2] ** 0.5
-    mask = torch.arange(len(k))[None, :] <= start + torch.arange(len(q))[:, None]
+    mask = torch.arange(len(k))[None, :] // block <= (start + torch.arange(len(q))[:, None]) // block
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
     return torch.einsum("hrj,jhd->rhd", weights, v).float()
 
@@ -76,7 +78,9 @@ def check(batch: ExtendBatch, num_pages: int, page_size: int, share: int) -> Non
                     torch.cat([histories[s][0][layer], k[rows]]),
                     torch.cat([histories[s][1][layer], v[rows]]),
                 )
-                torch.testing.assert_close(out[rows], dense(q[rows], keys, values, start), atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(
+                    out[rows], dense(q[rows], keys, values, start, batch.block_length), atol=2e-5, rtol=1e-4
+                )
             written = slots_of(batch.pages[s], page_size, start, start + count)
             before[0][layer, written], before[1][layer, written] = k[rows], v[rows]
     assert torch.equal(cache.keys.nan_to_num(7.0), before[0].nan_to_num(7.0))
@@ -92,6 +96,18 @@ def test_ragged_batches(page_size, share):
         lengths = [(rng.choice([0, 1, 15, 16, 17, 60, 300]), rng.randint(1, 100)) for _ in range(rng.randint(2, 6))]
         lengths += [(rng.randint(0, 40), 1), (5, _MAX_ROWS_PADDED), (3, _MAX_ROWS_PADDED + 1)]
         check(*make_batch(rng, lengths, page_size), page_size, share)
+
+
+@pytest.mark.parametrize("block", [2, 4, 7, 300])
+def test_rows_of_one_block_see_each_other(block):
+    """Starts in the middle of a block, as after a reused page, and chunks cut inside one; the last may be short."""
+    rng = random.Random(block)
+    lengths = [(0, 8), (3, 5), (4, 4), (6, 9), (8, 1), (5, 100), (0, 600)]
+    batch, num_pages = make_batch(rng, lengths, 4)
+    check(replace(batch, block_length=block), num_pages, 4, 2)
+    for start, count in lengths:
+        batch, num_pages = make_batch(rng, [(start, count)], 4)
+        check(replace(batch, block_length=block), num_pages, 4, 1)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``wedlm doctor``: a line a fact, whatever is missing or broken."""
 
+import sys
+
 import pytest
 import torch
 
@@ -60,7 +62,7 @@ def test_missing_packages_are_named(monkeypatch):
     installed = doctor._installed
     monkeypatch.setattr(doctor, "_installed", lambda name: None if name in ("uvicorn", "triton") else installed(name))
     found = lines()
-    assert found["[serve]"] == "without uvicorn: pip install 'wedlm[serve]'"
+    assert found["[serve]"] == f"without uvicorn: {sys.executable} -m pip install 'wedlm[serve]'"
     assert found["[eval]"] == "installed"
     assert found["Triton"].startswith("not installed")
 

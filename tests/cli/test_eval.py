@@ -9,6 +9,7 @@ pytest.importorskip("lm_eval")
 from tests.cli.command import FAST, wedlm
 from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.eval_data import write_small_sets
+from wedlm.extras import install_extras
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,10 @@ def test_answers_first_and_scores_later(words):
     ("options", "message"),
     [
         (["--workers", "0"], "--workers is 0; expected at least 1"),
-        (["--workers", "2"], "--workers needs ray, which is not installed; expected pip install 'wedlm[eval,workers]'"),
+        (
+            ["--workers", "2"],
+            "--workers needs ray, which is not installed; expected " + install_extras("eval", "workers"),
+        ),
         (["--engine", "tgi"], "--engine is tgi; expected wedlm or vllm"),
     ],
 )
@@ -106,12 +110,15 @@ def test_engines_and_workers_that_cannot_be(words, monkeypatch, options, message
 
 
 def test_the_papers_tables(words, tmp_path):
-    """A WeDLM checkpoint decodes by streaming, another by AR; a second call runs nothing again."""
+    """A WeDLM checkpoint decodes by streaming, one of SDAR by blocks, another by AR; a second call runs nothing
+    again."""
     ar = save_tiny(tmp_path / "ar", model_type="qwen3", mask_token_id=None, max_position_embeddings=512)
+    sdar = save_tiny(tmp_path / "sdar", model_type="sdar", block_size=4, decoding=None, max_position_embeddings=512)
     given = dict(zip(words[1::2], words[2::2], strict=False))
     call = ["eval", "reproduce", "--paper-tables", *words[3:], "--output", str(tmp_path / "out"), "--limit", "2"]
     call += ["--tasks", "gsm8k,arc_e", "--num-fewshot", "0", "--max-tokens", "6"]
-    result = wedlm(*call, "--models", f"{given['--model']}=instruct,{ar}")
+    call += ["--models", f"{given['--model']}=instruct,{ar},{sdar}=instruct"]
+    result = wedlm(*call)
 
     assert result.exit_code == 0, result.stderr
     text = (tmp_path / "out" / "paper_tables.md").read_text()
@@ -119,9 +126,11 @@ def test_the_papers_tables(words, tmp_path):
     base, instruct = text.split("## Table 2")
     assert "**model, here (streaming)**" in instruct
     assert "**ar, here (autoregressive)**" in base
-    assert base.count("(2) |") == instruct.count("(2) |") == 2
-    again = wedlm(*call, "--models", f"{given['--model']}=instruct,{ar}")
-    assert again.stderr.count("already") == 2
+    assert "**sdar, here (block)**" in instruct
+    assert base.count("(2) |") == 2
+    assert instruct.count("(2) |") == 4
+    again = wedlm(*call)
+    assert again.stderr.count("already") == 3
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,18 @@ def test_chat_and_raw(model, options, chat):
     assert record["text"] == expected(model, "Hello", chat, max_tokens=8)
 
 
+def test_a_checkpoint_that_sees_by_blocks(tmp_path):
+    model = save_tiny(tmp_path, model_type="sdar", block_size=4, decoding=None)
+    (record,) = records(generate(model, "Hello", "--json", "--max-tokens", "8"))
+    assert record["stats"]["decoding"] == "block"
+    static = ("--remasking-strategy", "low_confidence_static", "--denoising-steps", "1", "--block-length", "8")
+    (record,) = records(generate(model, "Hello", "--json", "--max-tokens", "8", *static))
+    assert record["stats"]["num_forwards"] <= 2
+    result = generate(model, "Hello", "--decoding", "autoregressive")
+    assert result.exit_code == 2
+    assert "decoding is 'autoregressive' and the model sees by blocks of 4" in " ".join(result.stderr.split())
+
+
 def test_without_a_template(ar_model):
     (record,) = records(generate(ar_model, "Hello", "--json", "--max-tokens", "8"))
     assert record["text"] == expected(ar_model, "Hello", chat=False, max_tokens=8)

@@ -134,7 +134,15 @@ def test_a_missing_package(monkeypatch, capsys, package, settings):
     )
     told = fails(capsys, *LEAST, *settings)
     assert f"needs the package {package}, which is not installed" in told
-    assert told.endswith('pip install "wedlm[train]"')
+    assert told.endswith(f"{sys.executable} -m pip install 'wedlm[train]'")
+
+
+def test_help_without_the_packages_of_training(monkeypatch, capsys):
+    monkeypatch.setattr(optional_deps, "find_spec", lambda _: None)
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("Train a WeDLM from an AR checkpoint")
+    assert told.splitlines()[-1].endswith(f"installed: {sys.executable} -m pip install 'wedlm[train]'")
 
 
 def test_wandb_is_a_package_of_its_own(monkeypatch, capsys):

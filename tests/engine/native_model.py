@@ -40,7 +40,7 @@ class NativeModel:
     ``cache_dtype``: of the caches that it is used with.
     """
 
-    vocab_size, mask_token_id = CONFIG.vocab_size, 12
+    vocab_size, mask_token_id, block_length = CONFIG.vocab_size, 12, 1
     heads = (CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim)
 
     def __init__(self, threads: int = 1, adapter: bool = False, cache_dtype: torch.dtype = torch.float32) -> None:

@@ -35,7 +35,8 @@ class _Lagging:
     runs_ahead = True
 
     def takes(self, plan: StepPlan) -> bool:
-        return not any(one.is_window and one.request.needs_host for one in plan.scheduled)
+        needs_host = any(one.is_window and one.request.needs_host for one in plan.scheduled)
+        return not needs_host and super().takes(plan)  # type: ignore[misc]
 
 
 class LaggingStep(_Lagging, EagerStep):
@@ -72,6 +73,8 @@ def stub_engine(
             chunk_step_ratio=chunk_step_ratio,
         ),
         has_masked_rows=has_masked_rows,
+        block_length=model.block_length if model.block_length > 1 else None,
+        model_decoding="block" if model.block_length > 1 else "auto",
     )
     if not lagging:
         return build(model.runs, config, page_size, num_pages, model.heads, clock=clock, cache_dtype=model.cache_dtype)
@@ -84,9 +87,11 @@ def stub_engine(
         ways = [one(model.runs, cache, windows, mask, max_model_len) for one in (LaggingNativeStep, NativeStep)]
         runner = Runner(windows, eager, ways)
     else:
-        eager = EagerStep(model.runs, PagedSdpa, cache, windows, mask)
-        runner = Runner(windows, eager, [LaggingStep(model.runs, PagedSdpa, cache, windows, mask)])
-    return Engine(config, runner, PagePool(num_pages, page_size), tokenizer=None, clock=clock)
+        block = model.block_length
+        eager = EagerStep(model.runs, PagedSdpa, cache, windows, mask, block)
+        runner = Runner(windows, eager, [LaggingStep(model.runs, PagedSdpa, cache, windows, mask, block)])
+    pool = PagePool(num_pages, page_size, block_length=model.block_length)
+    return Engine(config, runner, pool, tokenizer=None, clock=clock)
 
 
 def build(

@@ -128,6 +128,20 @@ def test_auto_follows_a_change():
     assert auto.budget.rows in (1, 4)
 
 
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize(
+    ("table", "padded"), [(NATIVE, False), (CPU, False), (GPU, True)], ids=["native", "cpu", "gpu"]
+)
+def test_auto_relearns_costs_of_a_busy_start(table, padded, factor):
+    """The machine was busy while steps of several rows were measured, which would not pay at those costs."""
+    busy = [(rows, seconds * (factor if rows > 1 else 1)) for rows, seconds in table]
+    auto = DraftBudget(StepCosts(busy, padded))
+    simulate(table, padded, DEMO, 1, auto, 1500)
+    fixed = [simulate(table, padded, DEMO, 1, budget, 720) for budget in ROW_BUDGETS if budget <= 16]
+    assert simulate(table, padded, DEMO, 1, auto, 1500) >= 0.95 * max(fixed)
+    assert auto.budget.rows > 1
+
+
 def test_drafts_by_turns():
     """Where four rows cost hardly more than one, and no window is made wider than its request asked for."""
     auto = DraftBudget(StepCosts(NATIVE, False))

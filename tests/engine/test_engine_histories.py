@@ -8,16 +8,19 @@ import pytest
 from tests.engine.native_model import NativeModel
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.stub import StubModel
-from wedlm.algorithm.params import DECODINGS
+from wedlm.algorithm.params import DECODINGS, REMASKINGS
 from wedlm.engine.engine import Engine
 from wedlm.engine.sampling_params import SamplingParams
 
 MODEL = StubModel()
 
 
-def random_params(rng: random.Random) -> SamplingParams:
+def random_params(rng: random.Random, block_length: int = 1) -> SamplingParams:
     return SamplingParams(
-        decoding=rng.choice(DECODINGS),
+        decoding=rng.choice(DECODINGS) if block_length == 1 else None,
+        remasking_strategy=rng.choice([None, *REMASKINGS]),  # of block decoding; the others take no notice of it
+        confidence_threshold=rng.choice([0.3, 0.85]),
+        denoising_steps=rng.choice([None, None, 2, 3]),
         max_tokens=rng.randint(1, 25),
         min_tokens=rng.choice([0, 0, 1]),
         temperature=rng.choice([0.0, 0.0, 1.0]),
@@ -26,7 +29,7 @@ def random_params(rng: random.Random) -> SamplingParams:
         seed=rng.randrange(2**63),
         stop_token_ids=rng.choice([(), (), (3,), (3, 5)]),
         logprobs=rng.choice([None, None, 2]),
-        wedlm_window_size=rng.randint(1, 9),
+        wedlm_window_size=rng.randint(1, 9) if block_length == 1 else None,
         wedlm_entropy_threshold=rng.choice([None, 0.4, 1.5]),
         wedlm_draft_entropy=rng.choice([0.5, 1.5, 5.0]),
         wedlm_lookup_drafts=rng.choice([None, None, 0, 3, 20]),
@@ -62,7 +65,7 @@ def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
         action = rng.random()
         if action < 0.3:
             turn = rng.choice([0, 0, 1, 3])
-            engine.add(f"r{added}", random_prompt(rng, stems, model), random_params(rng), turn=turn)
+            engine.add(f"r{added}", random_prompt(rng, stems, model), random_params(rng, model.block_length), turn=turn)
             added += 1
         elif action < 0.36 and engine.requests:
             engine.abort(rng.choice(list(engine.requests)))
@@ -99,6 +102,8 @@ def run_histories(seeds: range, model: StubModel | NativeModel = MODEL) -> dict[
     for seed in seeds:
         for name, value in run_history(seed, model).items():
             totals[name] = totals.get(name, 0) + value
+    if model.block_length > 1:
+        assert totals.pop("accepted from the text") == 0
     assert all(totals.values()), totals  # a history in which nothing happens proves nothing
     return totals
 
@@ -109,6 +114,16 @@ def test_histories():
 
 def test_histories_of_texts_that_repeat_themselves():
     assert run_histories(range(20), StubModel(period=4, agreement=8.0))["accepted from the text"] > 20
+
+
+def test_histories_of_blocks():
+    run_histories(range(8), StubModel(block_length=3))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block_length", [2, 3, 4, 8])
+def test_many_histories_of_blocks(block_length):
+    run_histories(range(8, 40), StubModel(block_length=block_length))
 
 
 @pytest.mark.long

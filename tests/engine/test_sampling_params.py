@@ -41,6 +41,9 @@ INVALID: list[tuple[str, Any]] = [
     ("decoding", ""),
     ("decoding", 1),
     ("decoding", ["streaming"]),
+    *(("remasking_strategy", value) for value in ("random", "", 1, ["entropy"])),
+    *(("confidence_threshold", value) for value in (-0.1, 1.1, NAN, None, "1", True)),
+    *(("denoising_steps", value) for value in (0, -1, 1.5, "2", True)),
     *(
         (name, value)
         for name in ("presence_penalty", "frequency_penalty")

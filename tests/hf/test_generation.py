@@ -55,6 +55,12 @@ def test_defaults_are_those_of_llm(model: WeDLMForCausalLM, llm: LLM) -> None:
     assert found == output.token_ids
 
 
+def test_a_model_that_sees_by_blocks_is_refused(tmp_path: Path) -> None:
+    directory = save_tiny(tmp_path, model_type="sdar", block_size=4, decoding=None)
+    with pytest.raises(ValueError, match="model_type is 'sdar'; expected a causal model"):
+        WeDLMForCausalLM.from_pretrained(directory)
+
+
 def test_end_tokens_of_generation_config_and_of_the_call(tmp_path: Path) -> None:
     directory = save_tiny(tmp_path)
     plain = WeDLMForCausalLM.from_pretrained(directory)

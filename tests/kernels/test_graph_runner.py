@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from tests.model.test_masked_lora import random_lora
 from tests.model.tiny import our_model
-from wedlm.algorithm.params import DECODINGS
+from wedlm.algorithm.params import DECODINGS, REMASKINGS
 from wedlm.engine import factory
 from wedlm.engine.adapters import Adapters
 from wedlm.engine.engine import Engine
@@ -150,6 +150,9 @@ def check_same_as_runner(device, decoding, temperature, num_requests, seed, **ki
                 logprobs=2 if rng.random() < 0.2 else None,
                 wedlm_window_size=rng.choice([1, 4, 6, 9]),
                 wedlm_entropy_threshold=rng.choice([None, 1.5]),
+                remasking_strategy=rng.choice(REMASKINGS),  # of block decoding
+                confidence_threshold=rng.choice([0.1, 0.85]),
+                denoising_steps=rng.choice([None, 2]),
                 wedlm_draft_entropy=rng.choice([2.0, 5.0]),
             ),
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -248,6 +249,15 @@ def test_hub_ids_fetch_data_only(saved: Path, monkeypatch: pytest.MonkeyPatch) -
     ((repo_id, options),) = calls
     assert repo_id == "some-org/some-model"
     assert set(options["allow_patterns"]) == {"*.json", "*.txt", "*.jinja", "*.safetensors"}
+
+
+def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(repo_id: str, **options: list[str]) -> str:
+        raise LocalEntryNotFoundError("Got: ConnectError: [Errno -2] Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(CheckpointError, match=r"^org/name is not on this machine, and the .* not be reached; expected"):
+        load_model("org/name")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,11 @@
 import asyncio
 import json
 import subprocess
-from importlib.metadata import version
 
 import openai
 import pytest
 
+import wedlm
 from tests.server.running import MODEL, events
 from wedlm import LLM, SamplingParams
 from wedlm.server.protocol import CompletionRequest
@@ -170,7 +170,7 @@ def test_models_version_health(running, client):
     assert client.models.retrieve(MODEL).owned_by == "wedlm"
     with pytest.raises(openai.NotFoundError, match="no-model"):
         client.models.retrieve("no-model")
-    assert running.http.get("/version").json() == {"version": version("wedlm")}
+    assert running.http.get("/version").json() == {"version": wedlm.__version__}
     assert running.http.get("/health").json() == {"status": "ok"}
     for path in ("/health", "/", "/v1/models", f"/v1/models/{MODEL}", "/metrics", "/version", "/api/tags"):
         answer = running.http.head(path)

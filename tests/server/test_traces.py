@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from tests.server.running import Running, serving, wait_until
 from tests.server.test_cli_serve import app
 from tests.server.test_refusals import CHAT, TEXT
+from wedlm.extras import install_extras
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra traces is not installed")
 
@@ -139,4 +140,4 @@ def test_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     result = CliRunner().invoke(app, ["--otlp-traces-endpoint", "http://127.0.0.1:9"])
     assert result.exit_code == 2
-    assert "is not installed; expected pip install 'wedlm[traces]'" in " ".join(result.stderr.split())
+    assert f"is not installed; expected {install_extras('traces')}" in " ".join(result.stderr.split())

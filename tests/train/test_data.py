@@ -202,6 +202,11 @@ def test_documents_of_one_sample_are_held_out_together(tmp_path):
     assert Counter(cache.line[held_out].tolist()).most_common()[-1][1] == 2
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (1e-6, 1)])
+def test_a_small_share_of_the_documents_is_one(cache, share, count):
+    assert len(split_validation(cache, share, seed=0)[1]) == count
+
+
 def test_impossible_amounts_and_repeats(cache):
     for amount in (101, 1.0, -1, 2.5):
         with pytest.raises(ValueError, match=f"validation_documents is {amount}; expected "):

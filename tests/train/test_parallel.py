@@ -146,7 +146,7 @@ def test_what_accelerate_would_leave_out_in_silence(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(optional_deps, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match="needs the package deepspeed, which is not installed: pip install deepspeed"):
+    with pytest.raises(ValueError, match=r"needs the package deepspeed.*pip install deepspeed"):
         make_accelerator(bf16=False)
     monkeypatch.setattr(optional_deps, "find_spec", lambda _: True)
     alone = SimpleNamespace(distributed_type=DistributedType.NO, is_fsdp2=False)

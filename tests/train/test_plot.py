@@ -99,5 +99,5 @@ def test_what_cannot_be_drawn(tmp_path):
 
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setattr(optional_deps, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'drawing curves needs the package matplotlib.*pip install "wedlm\[train\]"'):
+    with pytest.raises(ValueError, match=r"drawing curves needs the package matplotlib.*pip install 'wedlm\[train\]'"):
         draw_curves([tmp_path])

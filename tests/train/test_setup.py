@@ -95,6 +95,12 @@ def test_ar_training_masks_nothing(parts):
     assert torch.equal(setup.transformer.model.embed_tokens.weight, weights(parts[0])[EMBEDDING])
 
 
+def test_a_model_that_sees_by_blocks(parts):
+    base = save_base(parts[2] / "sdar", model_type="sdar", qk_norm=True, block_size=4, mask_token_id=UNUSED)
+    with pytest.raises(ValueError, match=r"model_path is .*sdar, of type 'sdar'; expected a causal model"):
+        load(parts, base)
+
+
 def test_longer_rows_than_the_model_reads(parts):
     with pytest.raises(ValueError, match="max_seq_length is 512; expected at most the model's 256"):
         load(parts, max_seq_length=512)

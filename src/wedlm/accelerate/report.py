@@ -7,13 +7,13 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from wedlm import __version__
 from wedlm.accelerate.measure import BASE_MODES, SPEED_MODES, same_texts
 from wedlm.accelerate.settings import ADAPTER, Settings
 from wedlm.machine import cpu_name, usable_cores
@@ -260,7 +260,7 @@ def _time_rows(facts: Facts) -> tuple[tuple[str, ...], ...]:
 
 def _about_machine(facts: Facts) -> str:
     return (
-        f"{facts.machine}; wedlm {version('wedlm')}, torch {torch.__version__}; mask token {facts.mask_token_id}. All "
+        f"{facts.machine}; wedlm {__version__}, torch {torch.__version__}; mask token {facts.mask_token_id}. All "
         "settings of the training are in training.yaml, what was measured in measurement/parts.json. The folders "
         "training and answers are no longer needed."
     )

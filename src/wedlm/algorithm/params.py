@@ -8,6 +8,10 @@ from typing import Literal, get_args
 
 Decoding = Literal["auto", "streaming", "verified", "block", "autoregressive"]
 DECODINGS: tuple[str, ...] = get_args(Decoding)
+# How block decoding chooses the positions to fill: by entropy, as streaming does, or by the probability of their tokens
+# (the names are SDAR's): a fixed number a step, or all above a threshold.
+Remasking = Literal["entropy", "low_confidence_static", "low_confidence_dynamic"]
+REMASKINGS: tuple[str, ...] = get_args(Remasking)
 MOST_LOOKUP_DRAFTS = 63  # in a step: further ones are hardly ever right, and each is looked at by the host
 
 
@@ -35,15 +39,23 @@ class DecodeParams:
     rows. Auto is verified decoding whose R may be lowered from step to step (``row_budget`` is the most).
     ``lookup_drafts``: most drafts of a verified step that come from the text instead of masked rows
     (``wedlm.algorithm.lookup``). ``has_masked_rows``: whether the model predicts anything in masked rows.
-    ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``max_positions`` is the model's length: no
-    position at or past it exists. ``stop_token_ids`` end the text; ``min_eos_position`` is the first position at which
-    one may stand (prompt length + min_tokens). What follows from the fields is kept, since each step asks for it.
+    ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``remasking``: block decoding by the
+    probability of tokens instead, in ``denoising_steps`` steps a block at most (None: one a position), which are fewer
+    where positions exceed the probability ``confidence_threshold``. ``block_length``: rows see all of their own block
+    of so many positions, which begin at multiples of it, and windows are such blocks; 1: rows see what is before them.
+    ``max_positions`` is the model's length: no position at or past it exists. ``stop_token_ids`` end the text;
+    ``min_eos_position`` is the first position at which one may stand (prompt length + min_tokens). What follows from
+    the fields is kept, since each step asks for it.
     """
 
     decoding: Decoding
     window_size: int = 16
     entropy_threshold: float | None = 0.4
     pos_penalty: float = 0.02
+    remasking: Remasking = "entropy"
+    confidence_threshold: float = 0.85
+    denoising_steps: int | None = None
+    block_length: int = 1
     draft_entropy: float = 2.5
     lookup_drafts: int = 0
     has_masked_rows: bool = True
@@ -67,6 +79,29 @@ class DecodeParams:
         return self.decoding == "auto"
 
     @cached_property
+    def by_confidence(self) -> bool:
+        """Whether positions are filled by the probability of their tokens."""
+        return self.remasking != "entropy"
+
+    @cached_property
+    def fill_below(self) -> float:
+        """A masked position is filled if it is less uncertain than this (nats): by its entropy, or by its token's
+        negative log-probability."""
+        if self.remasking == "low_confidence_dynamic":
+            return -math.log(self.confidence_threshold) if self.confidence_threshold > 0 else math.inf
+        return -math.inf if self.by_confidence or self.entropy_threshold is None else self.entropy_threshold
+
+    @cached_property
+    def fill_schedule(self) -> tuple[int, int]:
+        """(n, m): a step fills n positions at least, one more while fewer than m of its block are filled. So a block is
+        done in ``denoising_steps`` steps, the longer ones first."""
+        if not self.by_confidence or self.denoising_steps is None:
+            return 1, 0
+        steps = min(self.denoising_steps, self.window_size)
+        each, left = divmod(self.window_size, steps)
+        return each, left * (each + 1)
+
+    @cached_property
     def row_budget(self) -> int:
         """R when verifying (1 for AR, and where no masked row is worth running), W otherwise."""
         alone = self.decoding == "autoregressive" or (self.is_verified and not self.has_masked_rows)
@@ -82,6 +117,10 @@ class DecodeParams:
         """Most drafts from the text in a step: no more than R has rows for, however wide the window is."""
         verifies = self.is_verified and self.decoding != "autoregressive"
         return min(self.lookup_drafts, self.window_size - 1, MOST_LOOKUP_DRAFTS) if verifies else 0
+
+    def num_before_window(self, num_prompt_tokens: int) -> int:
+        """Tokens of a prompt that the first window does not hold: they only need keys."""
+        return num_prompt_tokens - (1 if self.is_verified else num_prompt_tokens % self.block_length)
 
     def width(self, num_drafts: int, room: int) -> int:
         """Rows at the start of a step, ``room`` positions before the model's length; streaming then extends them."""

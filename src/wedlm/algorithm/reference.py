@@ -2,7 +2,7 @@
 """The slow, obvious decoder: one sequence, no cache, plain Python. The oracle of every other decoder.
 
 ``model(tokens, positions, num_masked)`` takes rows in order, the last ``num_masked`` of them masked, and returns logits
-[rows, vocabulary]; row i attends to rows 0..i.
+[rows, vocabulary]; row i attends to rows 0..i, and in models that see by blocks to all whose block is not a later one.
 """
 
 from collections.abc import Callable
@@ -42,10 +42,11 @@ def decode(
         raise ValueError(f"prompt has {len(prompt)} tokens; expected 1 to {params.max_positions - 1}")
     max_tokens = min(max_tokens, params.max_positions - len(prompt))
     step = _verified_step if params.is_verified else _streaming_step
-    committed = prompt[:-1] if params.is_verified else list(prompt)
-    window: list[int | None] = list(prompt[-1:]) if params.is_verified else []  # None = masked
+    first = params.num_before_window(len(prompt))
+    committed = prompt[:first]
+    window: list[int | None] = list(prompt[first:])  # None = masked
     if not params.is_verified:
-        window = [None] * params.row_budget
+        window += [None] * (params.row_budget - len(window))
     out = ReferenceOutput([], [], [])
     while True:
         if propose is not None:
@@ -53,6 +54,8 @@ def decode(
             drafts = propose(prompt + out.tokens)[: max(0, most)]
             window = [window[0], *drafts] if drafts else window
         emitted, committed, window, rows = step(model, committed, window, params)
+        if not params.is_verified:  # what the prompt had of a block is no output
+            emitted = emitted[max(0, len(prompt) - len(committed)) :]
         out.rows.append(rows)
         for token in emitted:
             out.tokens.append(token)
@@ -77,7 +80,8 @@ def _forward(
 def _streaming_step(
     model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
 ) -> tuple[list[int], list[int], list[int | None], int]:
-    """Commit the leading filled run (block: only a full window), fill by entropy, emit what became final."""
+    """Commit the leading filled run (block: only a full window), fill what is least uncertain, emit what became
+    final."""
     room = params.max_positions - len(committed)
     window = window[:room]
     run = _leading_run(window, params)
@@ -86,10 +90,16 @@ def _streaming_step(
     committed, window = committed + [t for t in window[:run] if t is not None], window[run:]
     n = len(committed)
     masked = [c for c, token in enumerate(window) if token is None]
-    adjusted = {c: _entropy(logits[c + run]) + params.pos_penalty * (c - masked[0]) for c in masked}
-    chosen = [c for c in masked if params.entropy_threshold is not None and adjusted[c] < params.entropy_threshold]
-    for c in chosen or [min(masked, key=lambda c: (adjusted[c], c))]:
-        window[c] = choose_token(logits[c + run], n + c, params)
+    tokens = {c: choose_token(logits[c + run], n + c, params) for c in masked}
+    if params.by_confidence:
+        uncertain = {c: -float(torch.log_softmax(logits[c + run], dim=-1)[tokens[c]]) for c in masked}
+    else:
+        uncertain = {c: _entropy(logits[c + run]) + params.pos_penalty * (c - masked[0]) for c in masked}
+    each, longer = params.fill_schedule
+    least = each + (len(window) - len(masked) < longer)
+    chosen = [c for c in masked if uncertain[c] < params.fill_below]
+    for c in chosen if len(chosen) >= least else sorted(masked, key=lambda c: (uncertain[c], c))[:least]:
+        window[c] = tokens[c]
     emitted = [t for t in window[: _leading_run(window, params)] if t is not None]
     return emitted, committed, window, len(order)
 

@@ -1,27 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which masked positions to fill (paper section 3.3: entropy threshold with a distance penalty)."""
+"""Which masked positions to fill: by entropy with a distance penalty (paper section 3.3), or by the probability of
+their tokens."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
 def select_fill(
-    entropy: Float[Tensor, "S C"],
+    uncertainty: Float[Tensor, "S C"],
     masked: Bool[Tensor, "S C"],
     threshold: Float[Tensor, " S"],
     penalty: Float[Tensor, " S"],
+    least: Int[Tensor, " S"] | None = None,
 ) -> Bool[Tensor, "S C"]:
-    """Columns to fill: H + λ·d < τ, or the single smallest (leftmost among equals) if there is none.
+    """Columns to fill: H + λ·d < τ, or the ``least`` smallest (leftmost among equals) if there are fewer.
 
-    d counts columns from the sequence's first masked one. τ = -inf fills exactly one. No masked column: none is chosen.
+    H is the ``uncertainty`` in nats; d counts columns from the sequence's first masked one. ``least`` None: one each.
+    τ = -inf fills exactly so many. No masked column: none is chosen.
     """
     column = torch.arange(masked.shape[1], device=masked.device)
     first = torch.where(masked, column, masked.shape[1]).amin(dim=1, keepdim=True)
-    adjusted = entropy.double() + penalty.double()[:, None] * (column - first)
+    adjusted = uncertainty.double() + penalty.double()[:, None] * (column - first)
     # nan (logits that overflowed) counts as least certain: a step must fill something, or decoding would never end.
     adjusted = torch.where(masked, adjusted, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
     below = adjusted < threshold.double()[:, None]
-    smallest = masked & (adjusted == adjusted.amin(dim=1, keepdim=True))
-    leftmost = smallest & (smallest.cumsum(dim=1) == 1)
-    return torch.where(below.any(dim=1, keepdim=True), below, leftmost)
+    if least is None:
+        smallest = masked & (adjusted == adjusted.amin(dim=1, keepdim=True))
+        leftmost = smallest & (smallest.cumsum(dim=1) == 1)
+        return torch.where(below.any(dim=1, keepdim=True), below, leftmost)
+    # Masked columns before all others, even those whose uncertainty is no number.
+    finite = adjusted.clamp(max=torch.finfo(adjusted.dtype).max)
+    rank = torch.where(masked, finite, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+    enough = below.sum(dim=1) >= least
+    return torch.where(enough[:, None], below, masked & (rank < least[:, None]))

@@ -36,8 +36,11 @@ class WindowParams:
     threshold: Float[Tensor, " S"]
     penalty: Float[Tensor, " S"]
     draft_entropy: Float[Tensor, " S"]
+    by_confidence: Bool[Tensor, " S"]
+    fill_schedule: Int[Tensor, "S 2"]
     any_verified: bool
     any_streaming: bool
+    any_by_confidence: bool
 
     @classmethod
     def stack(cls, params: Sequence[DecodeParams], device: torch.device) -> "WindowParams":
@@ -52,13 +55,14 @@ class WindowParams:
             row_budget=tensor([p.row_budget for p in params], torch.long),
             max_drafts=tensor([p.max_drafts for p in params], torch.long),
             max_positions=tensor([p.max_positions for p in params], torch.long),
-            threshold=tensor(
-                [-torch.inf if p.entropy_threshold is None else p.entropy_threshold for p in params], torch.double
-            ),
-            penalty=tensor([p.pos_penalty for p in params], torch.double),
+            threshold=tensor([p.fill_below for p in params], torch.double),
+            penalty=tensor([0.0 if p.by_confidence else p.pos_penalty for p in params], torch.double),
             draft_entropy=tensor([p.draft_entropy for p in params], torch.double),
+            by_confidence=tensor([p.by_confidence for p in params], torch.bool),
+            fill_schedule=tensor([p.fill_schedule for p in params], torch.long),
             any_verified=any(p.is_verified for p in params),
             any_streaming=any(not p.is_verified for p in params),
+            any_by_confidence=any(p.by_confidence for p in params),
         )
 
 
@@ -160,7 +164,12 @@ def _update_streaming(
     width = torch.where(state.width > 0, torch.minimum(params.row_budget, room).clamp(min=0), 0)
     inside = torch.arange(state.tokens.shape[1], device=run.device) < width[:, None]
     filled = shift_left(state.filled, run) & inside
-    chosen = select_fill(shift_left(results.entropy, run), inside & ~filled, params.threshold, params.penalty)
+    uncertainty, least = results.entropy, None
+    if params.any_by_confidence:
+        uncertainty = torch.where(params.by_confidence[:, None], -results.logprobs, uncertainty)
+        each, longer = params.fill_schedule.unbind(dim=1)
+        least = each + (filled.sum(dim=1) < longer)
+    chosen = select_fill(shift_left(uncertainty, run), inside & ~filled, params.threshold, params.penalty, least)
     state = WindowState(
         cached=state.cached + run,
         width=width,

@@ -3,7 +3,8 @@
 
 An extend step is all there is: sequence s has ``starts[s]`` cached keys and brings ``counts[s]`` new rows; row i of it
 writes its key to slot starts[s] + i and sees keys 0 .. starts[s] + i. A prompt's chunk, an AR step and a decoding
-window are the same thing; only a verified window hides some of its own rows from others (``RowVisibility``).
+window are the same thing; only a verified window hides some of its own rows from others (``RowVisibility``), and models
+that see by blocks see to the end of a row's block.
 """
 
 import math
@@ -58,13 +59,15 @@ class ExtendBatch:
     """Rows of one step, packed sequence by sequence: ``counts[s]`` rows over ``starts[s]`` cached keys in ``pages[s]``.
 
     ``pages[s]`` lists the pages of sequence s in logical order and covers slots 0 .. starts[s] + counts[s] - 1.
-    ``visibility`` None: plain causal order for all rows.
+    ``visibility`` None: plain causal order for all rows. ``block_length``: a row sees all keys up to the end of its own
+    block of so many slots, of those that there are; 1 is causal order.
     """
 
     starts: list[int]
     counts: list[int]
     pages: list[list[int]]
     visibility: RowVisibility | None = None
+    block_length: int = 1
 
 
 class KVCache:

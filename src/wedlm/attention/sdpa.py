@@ -30,7 +30,7 @@ class CausalAttend:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Consecutive rows of one sequence: from ``offset`` in the packed rows; the first sees ``start`` keys and itself.
+    """Consecutive rows of one sequence: from ``offset`` in the packed rows, with ``start`` keys before the first.
 
     ``slots`` are the physical slots of all keys that the last of them sees.
     """
@@ -72,11 +72,12 @@ class PagedSdpa:
             else:
                 for row in range(0, count, _ROWS_PER_BLOCK):
                     num_rows = min(_ROWS_PER_BLOCK, count - row)
-                    groups.append([_Rows(offset + row, start + row, num_rows, own[: start + row + num_rows])])
+                    seen = -(-(start + row + num_rows) // batch.block_length) * batch.block_length
+                    groups.append([_Rows(offset + row, start + row, num_rows, own[:seen])])
             offset += count
         if short:
             groups.append(short)
-        self.groups = [_plan_group(members, device, batch.visibility) for members in groups]
+        self.groups = [_plan_group(members, device, batch.visibility, batch.block_length) for members in groups]
         self.masks: list[Tensor | None] = []
 
     def __call__(
@@ -136,7 +137,9 @@ def _span(slots: Int[Tensor, " J"]) -> slice | None:
     return slice(first, last + 1) if consecutive else None
 
 
-def _plan_group(members: list[_Rows], device: torch.device, visibility: RowVisibility | None) -> _Group:
+def _plan_group(
+    members: list[_Rows], device: torch.device, visibility: RowVisibility | None, block_length: int
+) -> _Group:
     counts = torch.tensor([member.count for member in members])
     starts = torch.tensor([member.start for member in members])
     offsets = torch.tensor([member.offset for member in members])
@@ -153,6 +156,9 @@ def _plan_group(members: list[_Rows], device: torch.device, visibility: RowVisib
     visible = None
     if len(members) > 1 or len(row) > 1:
         limit = starts[:, None] + row
+        if block_length > 1:
+            num_keys = torch.tensor([len(member.slots) for member in members])
+            limit = torch.minimum((limit // block_length + 1) * block_length, num_keys[:, None]) - 1
         key = torch.arange(padded.shape[1])
         visible = (key <= limit[..., None])[:, None].to(device)
         if visibility is not None:

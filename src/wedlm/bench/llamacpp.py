@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from wedlm.bench.stats import Figures
+from wedlm.extras import install_extras
 from wedlm.model.demo import default_cache_dir, demo_model_path
 
 KINDS = ("Q4_1", "Q8_0", "F16")  # of the base model; the best of them is compared with
@@ -156,7 +157,7 @@ def check_llamacpp(binary: str | None) -> None:
     """ValueError if there is nothing to compare with."""
     if binary is None and find_spec("xllamacpp") is None:
         raise ValueError(
-            "--against is llamacpp, whose wheel is not installed here; expected pip install 'wedlm[llamacpp]' first, "
+            f"--against is llamacpp, whose wheel is not installed here; expected {install_extras('llamacpp')} first, "
             "or --llama-server with the path of a llama-server"
         )
     if binary is not None and not os.access(binary, os.X_OK):

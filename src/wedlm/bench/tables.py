@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's rows as tables."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from wedlm.bench.record import LABELS
 from wedlm.bench.settings import LLAMACPP_PARTS, PARTS
 from wedlm.bench.stats import TableRow
+from wedlm.tables import show_table
 
 _SHOWN = {
     "tok_per_s": "tok/s",
@@ -47,29 +44,19 @@ _SHOWN = {
 }
 # Figures whose spread stands beside them: half of it, in percent.
 _SPREAD = ("tok_per_s", "step_ms", "host_ms")
-_PIPE_WIDTH = 150
 
 
 def show_tables(parts: dict[str, Sequence[TableRow]]) -> None:
     """One for each part that has rows, to standard output."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     for part, rows in parts.items():
         if rows:
-            console.print(_table(f"{part}: {({**PARTS, **LLAMACPP_PARTS})[part]}", rows))
-            console.print()
-
-
-def _table(title: str, rows: Sequence[TableRow]) -> Table:
-    labels = [name for name in LABELS if any(name in row for row in rows)]
-    figures = [name for name in _SHOWN if any(name in row for row in rows) and name not in labels]
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for name in labels:
-        table.add_column(name)
-    for name in figures:
-        table.add_column(_SHOWN[name], justify="right")
-    for row in rows:
-        table.add_row(*(_text(row.get(name)) for name in labels), *(_figure(row, name) for name in figures))
-    return table
+            labels = [name for name in LABELS if any(name in row for row in rows)]
+            figures = [name for name in _SHOWN if any(name in row for row in rows) and name not in labels]
+            texts = [
+                [_text(row.get(name)) for name in labels] + [_figure(row, name) for name in figures] for row in rows
+            ]
+            title = f"{part}: {({**PARTS, **LLAMACPP_PARTS})[part]}"
+            show_table(title, labels, [_SHOWN[name] for name in figures], texts)
 
 
 def _figure(row: TableRow, name: str) -> str:

@@ -2,10 +2,11 @@
 """The command ``wedlm``. torch is imported only once a command needs it, so that --help answers at once."""
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
+
+from wedlm import __version__
 
 # Command -> module of this package and its function. None of the modules imports torch until its function runs.
 COMMANDS = {
@@ -57,7 +58,7 @@ wedlm COMMAND --help""",
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"wedlm {version('wedlm')}")
+        print(f"wedlm {__version__}")
         raise typer.Exit
 
 

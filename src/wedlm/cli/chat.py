@@ -164,7 +164,7 @@ def _parse(option: str, value: str) -> object:
     """The value as a type that SamplingParams can check."""
     if value.lower() == "none":
         return None
-    if option in ("decoding", "stop"):
+    if option in ("decoding", "remasking_strategy", "stop"):
         return value
     if value.lower() in ("true", "false"):
         return value.lower() == "true"

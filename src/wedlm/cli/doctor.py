@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from wedlm import __version__
 from wedlm.cli.options import command
 from wedlm.cli.terminal import write
+from wedlm.extras import install_extras
 from wedlm.machine import cpu_name, memory_bytes, usable_cores
 
 _GIB = 2**30
@@ -42,7 +44,7 @@ def report() -> Iterator[str]:
 
 
 def _wedlm() -> str:
-    return f"{_installed('wedlm') or 'not installed, run from its folder'}, decoding auto unless a request names a mode"
+    return f"{__version__}, decoding auto unless a request names a mode"
 
 
 def _python() -> str:
@@ -136,11 +138,11 @@ def _extras() -> Iterator[str]:
     extras: dict[str, list[str]] = {}
     for one in stated:
         condition = re.search(r"""extra == ["']([\w-]+)["']""", one)
-        if condition and condition[1] != "dev":
+        if condition and condition[1] not in ("dev", "docs"):
             extras.setdefault(condition[1], []).append(re.split(r"[^\w.-]", one, maxsplit=1)[0])
     for extra, packages in extras.items():
         missing = [name for name in packages if _installed(name) is None]
-        text = f"without {', '.join(missing)}: pip install 'wedlm[{extra}]'" if missing else "installed"
+        text = f"without {', '.join(missing)}: {install_extras(extra)}" if missing else "installed"
         yield f"{'[' + extra + ']':<14}{text}"
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from wedlm.cli.loading import load_llm
 from wedlm.cli.options import (
@@ -25,7 +24,9 @@ from wedlm.cli.options import (
     values_of,
 )
 from wedlm.cli.reproduce import reproduce_tables
-from wedlm.cli.terminal import err, needs_extra, note, out, progress_bar, write
+from wedlm.cli.terminal import err, needs_extra, note, progress_bar, write
+from wedlm.extras import install_extras
+from wedlm.tables import show_table
 
 if TYPE_CHECKING:
     from wedlm.evaluate.caching_lm import Backend
@@ -78,6 +79,11 @@ class ParamOptions:
     top_k: Annotated[int | None, option("Sample from the k most probable tokens; 0: all.", HOW)] = None
     seed: Annotated[int | None, option("Same seed, same answers.", HOW)] = None
     max_tokens: Annotated[int | None, option("Cut answers after so many tokens.", HOW)] = None
+    remasking_strategy: Annotated[
+        str | None, option("Block: entropy, low_confidence_static or low_confidence_dynamic.", HOW)
+    ] = None
+    confidence_threshold: Annotated[float | None, option("Block, low_confidence_dynamic: fill above it.", HOW)] = None
+    denoising_steps: Annotated[int | None, option("Block, low_confidence_...: most forwards a block.", HOW)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +104,7 @@ _ENGINE = (
     "deterministic",
     "device",
     "max_model_len",
+    "block_length",
     "max_num_seqs",
     "gpu_memory_utilization",
     "cuda_graphs",
@@ -138,6 +145,8 @@ def evaluate(
     if action is None:
         given = {"paper_tables": what.paper_tables or None, "models": what.models or None}
         _refuse(given, tuple(given), "wedlm eval without reproduce")
+        if host.engine == "wedlm":
+            params = _of_blocks(params, model.model, options.block_length)
         run_eval(what, params, host, lambda max_rows: _backend(what, host, model, options, max_rows))
         return
     if action != "reproduce" or not what.paper_tables:
@@ -151,7 +160,7 @@ def evaluate(
         own, asked = replace(model, model=name), replace(what, tasks=tasks, protocol="paper")
         (record,) = run_eval(
             asked,
-            replace(params, decoding=decoding),
+            _of_blocks(replace(params, decoding=decoding), name, options.block_length),
             host,
             lambda max_rows: _backend(asked, host, own, options, max_rows),
         )
@@ -159,6 +168,22 @@ def evaluate(
 
     places = (what.data_dir, what.output)
     reproduce_tables(names_of(what.models), names_of(what.tasks), *places, params.decoding, record_of)
+
+
+def _of_blocks(params: ParamOptions, model: str, block_length: int | None) -> ParamOptions:
+    """The parameters for this checkpoint: one that sees by blocks decodes by those, and by probability, unless others
+    are given."""
+    from wedlm.model.formats.checkpoint import open_checkpoint
+
+    config = open_checkpoint(model).config
+    if not config.sees_by_block:
+        return params
+    own: dict[str, Any] = {
+        "decoding": "block",
+        "window_size": block_length or config.block_size,
+        "remasking_strategy": "low_confidence_dynamic",
+    }
+    return replace(params, **{name: value for name, value in own.items() if getattr(params, name) is None})
 
 
 def run_download(directory: Path) -> None:
@@ -211,7 +236,7 @@ def run_eval(
         if what.as_json:
             write(json.dumps(record, ensure_ascii=False) + "\n")
     if records and not what.as_json:
-        out.print(table(records))
+        show_records(records)
     return records
 
 
@@ -276,7 +301,7 @@ def _replicas(given: dict[str, Any], workers: int, threads: int | None) -> "Back
     if workers < 1:
         raise ValueError(f"--workers is {workers}; expected at least 1")
     if find_spec("ray") is None:
-        raise ValueError("--workers needs ray, which is not installed; expected pip install 'wedlm[eval,workers]'")
+        raise ValueError("--workers needs ray, which is not installed; expected " + install_extras("eval", "workers"))
     from wedlm.evaluate.workers import RayBackend
 
     with err.status(f"Loading {workers} replicas ..."):
@@ -303,21 +328,17 @@ def _bar(title: str) -> Iterator[Any]:
         yield update
 
 
-def table(records: Sequence[dict[str, Any]]) -> Table:
+def show_records(records: Sequence[dict[str, Any]]) -> None:
     """A row per run and task; what the runs differ in comes first."""
     varied = list(dict.fromkeys(name for record in records for name in record["swept"]))
-    view = Table(box=None, pad_edge=False)
-    for name in [*varied, "task", "shots", "questions", "metric"]:
-        view.add_column(name)
-    for name in ("score", "tokens/forward", "p_cache", "speed"):
-        view.add_column(name, justify="right")
+    rows = []
     for record in records:
+        own = ["none" if record["params"][key] is None else str(record["params"][key]) for key in varied]
         for name, task in record["tasks"].items():
-            own = ["none" if record["params"][key] is None else str(record["params"][key]) for key in varied]
-            view.add_row(
-                *own, name, str(task["num_fewshot"]), str(task["num_samples"]), task["metric"], *_figures(task)
-            )
-    return view
+            about = (name, str(task["num_fewshot"]), str(task["num_samples"]), task["metric"])
+            rows.append([*own, *about, *_figures(task)])
+    figures = ("shots", "questions", "metric", "score", "tokens/forward", "p_cache", "speed")
+    show_table(None, [*varied, "task"], figures, rows)
 
 
 def _figures(task: dict[str, Any]) -> list[str]:

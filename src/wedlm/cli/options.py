@@ -59,6 +59,15 @@ class WindowOptions:
     pos_penalty: Annotated[float, option("Streaming, block: entropy added per position of distance.", HOW)] = (
         DEFAULTS.wedlm_pos_penalty_factor
     )
+    remasking_strategy: Annotated[
+        str | None, option("Block: entropy, low_confidence_static or low_confidence_dynamic. [the model's]", HOW)
+    ] = DEFAULTS.remasking_strategy
+    confidence_threshold: Annotated[
+        float, option("Block, low_confidence_dynamic: fill above this probability.", HOW)
+    ] = DEFAULTS.confidence_threshold
+    denoising_steps: Annotated[
+        int | None, option("Block, low_confidence_...: most forwards a block; default: one a position.", HOW)
+    ] = DEFAULTS.denoising_steps
     draft_entropy: Annotated[float, option("Verified: draft up to the first row this uncertain (nats).", HOW)] = (
         DEFAULTS.wedlm_draft_entropy
     )
@@ -79,7 +88,7 @@ class SamplingOptions:
 
 
 # What every command that loads a model has of the engine's options.
-USUAL = ("adapter", "dtype", "quantization", "device", "max_model_len", "mask_token_id")
+USUAL = ("adapter", "dtype", "quantization", "device", "max_model_len", "mask_token_id", "block_length")
 Threads = Annotated[int | None, option("CPU threads; default: torch's choice.", MODEL)]
 KvCacheGb = Annotated[float | None, option("Key/value cache; default: what the engine takes.", MODEL)]
 

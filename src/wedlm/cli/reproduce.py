@@ -17,8 +17,8 @@ def reproduce_tables(
 ) -> None:
     """Evaluate each model in turn and write both tables to ``output`` after each. ValueError for a wrong option.
 
-    No ``models`` are the paper's, no ``tasks`` all of them. WeDLM checkpoints decode as the protocol says, all others
-    by AR, unless ``decoding`` names a mode.
+    No ``models`` are the paper's, no ``tasks`` all of them. WeDLM checkpoints decode as the protocol says, those that
+    see by blocks by these, all others by AR, unless ``decoding`` names a mode.
     """
     with needs_extra("eval"):
         from wedlm.engine.factory import release_memory
@@ -46,7 +46,8 @@ def reproduce_tables(
 
 
 def _decoding(model: str) -> str | None:
-    """None leaves it to the protocol."""
+    """None leaves it to the protocol, or to the checkpoint."""
     from wedlm.model.formats.checkpoint import open_checkpoint
 
-    return None if open_checkpoint(model).config.is_wedlm else "autoregressive"
+    config = open_checkpoint(model).config
+    return None if config.is_wedlm or config.sees_by_block else "autoregressive"

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 from rich.text import Text
 
+from wedlm.extras import install_extras
+
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 # One colour per forward, in turn: tokens that became final together look alike.
 PALETTE = ("cyan", "yellow", "green", "magenta", "blue", "red")
@@ -185,7 +187,7 @@ def needs_extra(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("wedlm"):
             raise
-        raise ValueError(f"{error.name} is not installed; expected pip install 'wedlm[{name}]'") from error
+        raise ValueError(f"{error.name} is not installed; expected {install_extras(name)}") from error
 
 
 def _is_for_user(error: Exception) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import typer
 
-from wedlm.train.optional_deps import ALWAYS, require
+from wedlm.extras import install_extras
+from wedlm.train.optional_deps import ALWAYS, is_missing, require
 
 FAILED, INTERRUPTED = 1, 130
 _USAGE = """\
@@ -61,14 +62,14 @@ def _fail(sentence: str, speaks: bool, code: int = FAILED) -> int:
 
 
 def _run(arguments: list[str], speaks: bool) -> None:
-    for package in ALWAYS:
-        require(package)
-    from wedlm.train.config import load_config, parse_overrides
-
     if not arguments or {"--help", "-h"} & set(arguments):
         if speaks:
             print(_USAGE + _keys(), end="")
         return
+    for package in ALWAYS:
+        require(package)
+    from wedlm.train.config import load_config, parse_overrides
+
     if arguments[0] == "--plot":
         from wedlm.train.plot import draw_curves
 
@@ -104,6 +105,8 @@ def _leave() -> None:
 
 
 def _keys() -> str:
+    if any(map(is_missing, ALWAYS)):
+        return f"They are shown here once the packages of training are installed: {install_extras('train')}\n"
     from wedlm.train.config import TrainConfig
 
     lines = []

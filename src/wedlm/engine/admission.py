@@ -5,7 +5,7 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 
-from wedlm.algorithm.params import DecodeParams
+from wedlm.algorithm.params import DecodeParams, Remasking
 from wedlm.engine.adapters import LoadedAdapter
 from wedlm.engine.constraints.rules import build_constraint
 from wedlm.engine.options import EngineConfig
@@ -79,12 +79,20 @@ def decode_params(
         raise ValueError(f"stop_token_ids is {given}; expected ids below {config.vocab_size}")
     decoding = params.decoding or config.decoding
     window_size = params.wedlm_window_size or config.options.wedlm_window_size
+    if config.block_length is not None:
+        window_size = _check_block(decoding, params.wedlm_window_size, config.block_length)
     asked = params.wedlm_lookup_drafts
     lookup_drafts = config.options.wedlm_lookup_drafts if asked is None else asked
     if lookup_drafts is None:  # verified takes some where it would have none otherwise
         lookup_drafts = window_size if decoding == "auto" or not has_masked_rows else 0
+    default: Remasking = "entropy" if config.block_length is None else "low_confidence_dynamic"  # as SDAR's own code
+    remasking = params.remasking_strategy or default
     return DecodeParams(
         decoding=decoding,
+        remasking=remasking if decoding == "block" else "entropy",
+        confidence_threshold=params.confidence_threshold,
+        denoising_steps=params.denoising_steps,
+        block_length=config.block_length or 1,
         window_size=window_size,
         lookup_drafts=lookup_drafts,
         has_masked_rows=has_masked_rows,
@@ -100,6 +108,21 @@ def decode_params(
         min_eos_position=num_prompt_tokens + params.min_tokens if params.min_tokens else 0,
         max_positions=config.max_model_len,
     )
+
+
+def _check_block(decoding: str, window_size: int | None, block_length: int) -> int:
+    """The window of a model that sees by blocks; ValueError where another was asked for."""
+    if decoding != "block":
+        raise ValueError(
+            f"decoding is {decoding!r} and the model sees by blocks of {block_length}; expected 'block': no row of "
+            "such a model foretells the token after it, and windows that slide would not be its blocks"
+        )
+    if window_size not in (None, block_length):
+        raise ValueError(
+            f"wedlm_window_size is {window_size} and the model sees by blocks of {block_length}; expected that, or "
+            "another block_length of the engine"
+        )
+    return block_length
 
 
 def _check_prompt(config: EngineConfig, prompt: list[int]) -> None:

@@ -88,10 +88,11 @@ class Blueprint:
             if isinstance(self.model, NativeTransformer):
                 plan_attention = NativeAttend
                 preferred = [NativeStep(self.model, cache, windows, mask, self.config.max_model_len)]
-            runner = Runner(windows, EagerStep(self.model, plan_attention, cache, windows, mask), preferred)
+            eager = EagerStep(self.model, plan_attention, cache, windows, mask, self._block_length)
+            runner = Runner(windows, eager, preferred)
         else:
             runner = self._runner_on_kernels(self.packed, cache)
-        pool = PagePool(self.num_pages, self.page_size)
+        pool = PagePool(self.num_pages, self.page_size, block_length=self._block_length)
         return Engine(self.config, runner, pool, self.tokenizer, clock, self.adapters)
 
     def rebuild(self, broken: Engine) -> Engine:
@@ -101,6 +102,10 @@ class Blueprint:
         cache = broken.runner.cache  # there is no room for a second one; zeros, because a fault may have left nan
         cache.clear()
         return self.build(cache)
+
+    @property
+    def _block_length(self) -> int:
+        return self.config.block_length or 1
 
     @property
     def weights(self) -> str:
@@ -130,7 +135,9 @@ class Blueprint:
         megabytes = tokens * self._bytes_per_token() / 1e6
         kind = {FP8: ", fp8", torch.int8: ", int8"}.get(self.dtype, "")
         more = "" if self.config.has_masked_rows else f"; {WITHOUT_MASK}"
-        if self.config.model_decoding != "auto":
+        if self.config.block_length is not None:
+            more += f"; sees and decodes by blocks of {self.config.block_length}"
+        elif self.config.model_decoding != "auto":
             more += f"; decoding: {self.config.decoding}, unless a request names another"
         return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB{kind}){more}"
 
@@ -175,7 +182,7 @@ def prepare_model(
         raise ValueError(f"quantize_head is True and quantization is {quantization!r}; expected 'fp8'")
     if quantization != "int8" or model.model.embed_tokens.weight.device.type != "cpu":
         return pack_for_inference(model, quantization, quantize_head)
-    obstacle = native_obstacle()
+    obstacle = native_obstacle() or block_obstacle(model.config)
     if obstacle is not None:
         raise ValueError(f"quantization is 'int8', but {obstacle}; expected none on a CPU where it cannot run")
     return native_from_torch(model, quantization, threads=native_threads())
@@ -194,6 +201,13 @@ def native_obstacle() -> str | None:
     if chosen_path() == PORTABLE and not os.environ.get(PATH_VARIABLE):
         needs = "; or ".join(path.needs for path in paths() if path.name != PORTABLE)
         return f"this processor has none of the instruction sets that the native library needs ({needs})"
+    return None
+
+
+def block_obstacle(config: ModelConfig) -> str | None:
+    """Why this model cannot run on our kernels or the native forward; None if it can."""
+    if config.sees_by_block:
+        return f"rows of {config.model_type} models see all of their block, and there is causal attention alone"
     return None
 
 
@@ -304,6 +318,8 @@ def eager_reason(asked: bool | None, device: torch.device, shape: ModelConfig) -
         reason = f"the device is {device}"
     elif find_spec("triton") is None:
         reason = "triton is not installed"
+    elif (obstacle := block_obstacle(shape)) is not None:
+        reason = obstacle
     elif shape.head_dim & (shape.head_dim - 1) or shape.head_dim < 16:
         reason = f"the head dimension is {shape.head_dim}, not a power of two of at least 16"
     if asked and reason is not None:

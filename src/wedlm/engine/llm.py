@@ -83,6 +83,7 @@ class LLM:
             options=chosen,
             has_masked_rows=chosen.mask_token_id is not None or self.model_config.mask_token_id is not None,
             model_decoding=self.model_config.default_decoding,
+            block_length=resolve_options.read_block_length(chosen.block_length, self.model_config),
         )
 
     def _plan(self, num_sharing: int = 1) -> None:
@@ -291,7 +292,7 @@ class LLM:
             adapted, block = own.has_masked_rows, own.block_size if own.has_masked_rows else block
         window = params.wedlm_window_size or self.engine.config.options.wedlm_window_size
         decoding = params.decoding or self.engine.config.decoding
-        if decoding not in ("streaming", "block"):
+        if decoding not in ("streaming", "block") or self.engine.config.block_length is not None:
             return None
         if not self.engine.config.has_masked_rows and not adapted and not self._warned_unadapted:
             self._warned_unadapted = True

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from wedlm.engine import resolve_options
-from wedlm.engine.factory import native_obstacle, native_threads, prepare_model
+from wedlm.engine.factory import block_obstacle, native_obstacle, native_threads, prepare_model
 from wedlm.engine.options import EngineOptions
 from wedlm.model import ModelConfig, Transformer
 from wedlm.model.formats.checkpoint import Checkpoint, load_torch, open_checkpoint
@@ -86,7 +86,7 @@ def _native_form(checkpoint: Checkpoint, options: EngineOptions, device: torch.d
         form = "int8"
     if form is None:
         return None, ""
-    obstacle = native_obstacle()
+    obstacle = native_obstacle() or block_obstacle(checkpoint.config)
     if obstacle is None and form == "file" and checkpoint.gguf is not None:
         obstacle = unsupported_type(checkpoint.gguf)
     if obstacle is None:

@@ -155,6 +155,11 @@ class EngineOptions:
         "and auto.",
         read_positive_integer,
     )
+    block_length: int | None = _option(
+        None,
+        "Block of models that see by blocks (SDAR), in prompt and answer. Default: the checkpoint's.",
+        _or_none(read_positive_integer),
+    )
     wedlm_lookup_drafts: int | None = _option(
         None,
         "Most drafts a step from the text, of requests that name no number; 0: none. Default: what pays in auto; in "
@@ -240,6 +245,7 @@ class EngineConfig:
         True  # False: the model predicts nothing in them; auto and verified draft from the text alone
     )
     model_decoding: Decoding = "auto"  # the checkpoint's word
+    block_length: int | None = None  # of a model whose rows see all of their own block; None: of a causal one
 
     @property
     def decoding(self) -> Decoding:

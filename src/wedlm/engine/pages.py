@@ -15,13 +15,14 @@ class PagePool:
     A page is shared only once it is full of tokens whose keys are committed: ``commit`` then puts it into the prefix
     cache, under a digest of its tokens and all before it. Pages reserved ahead for a window hold scratch and are not
     cached. A cached page without a holder stays until its memory is needed (least recently used goes first).
-    ``cache_salt`` keeps apart keys of different weights.
+    ``cache_salt`` keeps apart keys of different weights. ``block_length``: keys depend on the tokens up to the end of
+    their block of so many slots, and so does a page's digest; 1: on none after them.
     """
 
-    def __init__(self, num_pages: int, page_size: int, cache_salt: bytes = b"") -> None:
+    def __init__(self, num_pages: int, page_size: int, cache_salt: bytes = b"", block_length: int = 1) -> None:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"num_pages is {num_pages} and page_size {page_size}; expected both to be at least 1")
-        self.num_pages, self.page_size = num_pages, page_size
+        self.num_pages, self.page_size, self.block_length = num_pages, page_size, block_length
         self._root = hashlib.blake2b(_ROOT + cache_salt, digest_size=16).digest()
         self._free = list(range(num_pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, without a holder; oldest first
@@ -41,6 +42,10 @@ class PagePool:
         """The request's pages in logical order."""
         return self._tables[request_id]
 
+    def _stop(self, index: int) -> int:
+        """Tokens that the keys of page ``index`` of a table, and of those before it, depend on."""
+        return -(-(index + 1) * self.page_size // self.block_length) * self.block_length
+
     def pages_for(self, num_slots: int) -> int:
         return -(-num_slots // self.page_size)
 
@@ -52,8 +57,8 @@ class PagePool:
         table: list[int] = []
         digest = _marked(self._root, b"adapter", str(key_root)) if key_root else self._root
         digest = _marked(digest, b"salt", salt) if salt else digest
-        for end in range(self.page_size, limit + 1, self.page_size):
-            following = _digest(digest, tokens[end - self.page_size : end])
+        while (stop := self._stop(len(table))) <= limit:
+            following = _digest(digest, tokens[len(table) * self.page_size : stop])
             page = self._page_of.get(following)
             if page is None:
                 break
@@ -79,9 +84,9 @@ class PagePool:
     def commit(self, request_id: str, tokens: Sequence[int], num_committed: int) -> None:
         """Put the pages that ``tokens[:num_committed]``, whose keys are final, have filled into the prefix cache."""
         size = self.page_size
-        while (index := self._num_cached_pages[request_id]) < num_committed // size:
+        while (stop := self._stop(index := self._num_cached_pages[request_id])) <= num_committed:
             table = self._tables[request_id]
-            digest = _digest(self._digests[request_id], tokens[index * size : (index + 1) * size])
+            digest = _digest(self._digests[request_id], tokens[index * size : stop])
             if digest not in self._page_of:
                 self._page_of[digest] = table[index]
                 self._digest_of[table[index]] = digest

@@ -37,6 +37,11 @@ class PromptScorer:
     ) -> None:
         """ValueError for a prompt that the engine could not run. ``adapter`` as in ``Engine.add``."""
         config, pool = engine.config, engine.pool
+        if config.block_length is not None:
+            raise ValueError(
+                f"log-probabilities of a prompt are asked for and the model sees by blocks of {config.block_length}; "
+                "expected a causal model, whose rows foretell the token after them"
+            )
         if not 0 < len(prompt) <= config.max_model_len or pool.pages_for(len(prompt)) > pool.num_pages:
             most = min(config.max_model_len, pool.num_pages * pool.page_size)
             raise ValueError(f"the prompt has {len(prompt)} tokens; expected 1 to {most}")

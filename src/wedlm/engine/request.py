@@ -32,13 +32,11 @@ class WindowSnapshot:
 
     @classmethod
     def initial(cls, prompt: list[int], params: DecodeParams) -> "WindowSnapshot":
-        """All masked after the prompt; when verifying, the prompt's last token is the anchor in column 0."""
-        cached = len(prompt) - params.is_verified
-        width = params.width(0, params.max_positions - cached)
-        tokens: list[int | None] = [None] * width
-        if params.is_verified:
-            tokens[0] = prompt[-1]
-        return cls(cached, tuple(tokens), (0.0,) * width)
+        """All masked after the prompt; when verifying, the prompt's last token is the anchor in column 0, and a block
+        begins with what the prompt has of it."""
+        cached = params.num_before_window(len(prompt))
+        width, known = params.width(0, params.max_positions - cached), prompt[cached:]
+        return cls(cached, (*known, *(None,) * (width - len(known))), (0.0,) * width)
 
 
 @dataclass(slots=True)

@@ -70,6 +70,17 @@ def read_mask_token_id(asked: int | None, config: ModelConfig, tokenizer: Tokeni
         return chosen
 
 
+def read_block_length(asked: int | None, config: ModelConfig) -> int | None:
+    """The block of a model that sees by blocks; None for a causal one."""
+    if not config.sees_by_block:
+        if asked is not None:
+            raise ValueError(
+                f"block_length is {asked} and the model is causal; expected none: wedlm_window_size is the block's size"
+            )
+        return None
+    return config.block_size if asked is None else asked
+
+
 def default_cache_bytes(device: torch.device, wanted: int, utilization: float, num_sharing: int = 1) -> int:
     """On CUDA what ``utilization`` of the memory leaves; elsewhere ``wanted``, at most a quarter of the memory. The
     memory is divided by ``num_sharing``."""

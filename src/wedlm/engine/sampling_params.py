@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from numbers import Integral, Real
 
-from wedlm.algorithm.params import DECODINGS, DecodeParams, Decoding
+from wedlm.algorithm.params import DECODINGS, REMASKINGS, DecodeParams, Decoding, Remasking
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
@@ -40,6 +40,10 @@ class SamplingParams:
     decoding: "auto", "streaming", "verified", "block" or "autoregressive"; None is the engine's default.
     wedlm_window_size: W of streaming and block decoding, most rows a step of verified and auto; None is the engine's.
     wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
+    remasking_strategy: which positions block decoding fills: "entropy" (by τ and λ), or by the probability of their
+    tokens, "low_confidence_static" (the highest) or "low_confidence_dynamic" (all above confidence_threshold, at least
+    as many as the former); None is the model's. denoising_steps: most steps that these two take for a block; None is
+    one a position.
     wedlm_draft_entropy: verified decoding drafts up to the first masked row whose entropy reaches this (nats).
     wedlm_lookup_drafts: most drafts a step that come from prompt and output, where these go on as they did before: in
     verified decoding in place of masked rows' whenever there are some, in auto if they pay; 0: none. None is the
@@ -71,6 +75,9 @@ class SamplingParams:
     cache_salt: str = ""
     decoding: Decoding | None = None
     wedlm_window_size: int | None = None
+    remasking_strategy: Remasking | None = None
+    confidence_threshold: float = DecodeParams.confidence_threshold
+    denoising_steps: int | None = DecodeParams.denoising_steps
     wedlm_draft_entropy: float = DecodeParams.draft_entropy
     wedlm_lookup_drafts: int | None = None
 
@@ -109,6 +116,14 @@ class SamplingParams:
             raise ValueError("grammar is set beside json_schema; expected one of them")
         if self.decoding is not None and self.decoding not in DECODINGS:
             raise ValueError(f"decoding is {self.decoding!r}; expected one of {', '.join(DECODINGS)}")
+        if self.remasking_strategy is not None and self.remasking_strategy not in REMASKINGS:
+            raise ValueError(
+                f"remasking_strategy is {self.remasking_strategy!r}; expected one of {', '.join(REMASKINGS)}"
+            )
+        confidence = _number("confidence_threshold", self.confidence_threshold, high=1.0)
+        self._set("confidence_threshold", confidence)
+        if self.denoising_steps is not None:
+            self._set("denoising_steps", _integer("denoising_steps", self.denoising_steps, low=1))
         if self.wedlm_window_size is not None:
             self._set("wedlm_window_size", _integer("wedlm_window_size", self.wedlm_window_size, low=1))
         if self.wedlm_entropy_threshold is not None:

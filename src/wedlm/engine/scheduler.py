@@ -126,6 +126,9 @@ class Scheduler:
         missing = request.progress.window.cached - start
         is_window = missing <= 0
         count = _max_rows(request) if is_window else min(missing, budget, chunk_budget)
+        block = request.decode.block_length
+        if block > 1 and not is_window and count > 0:  # whole blocks, whose rows see each other: one at least
+            count = max((start + count) // block, start // block + 1) * block - start
         if count > budget or count <= 0:
             return None
         proposal = request.limits.proposal if is_window else None

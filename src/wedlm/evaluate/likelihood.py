@@ -109,8 +109,14 @@ class LikelihoodScorer:
     def score(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Score]]:
         """Index and score of every pair, as they become known. Contexts too long for the model lose their beginning.
 
-        ValueError for an empty context or continuation, or if a pair does not fit into the key/value cache.
+        ValueError for an empty context or continuation, if a pair does not fit into the key/value cache, or for a model
+        without an AR head.
         """
+        if self.pool.block_length > 1:
+            raise ValueError(
+                f"this task compares likelihoods and the model sees by blocks of {self.pool.block_length}; expected a "
+                "causal model, whose rows foretell the token after them, or a task that generates"
+            )
         batch: list[_Item] = []
         rows = 0
         try:

@@ -5,12 +5,13 @@ import hashlib
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wedlm import __version__
 from wedlm.machine import cpu_name
 from wedlm.model.demo import DEMO_DELTAS
 from wedlm.model.formats.resolve import DEMO_NAME, locate, locate_adapter
@@ -80,21 +81,13 @@ def _digest(paths: list[Path]) -> str:
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and machine, as far as they matter for speed."""
     return {
-        "wedlm": _version("wedlm"),
+        "wedlm": __version__,
         "torch": torch.__version__,
         "lm_eval": version("lm_eval"),
         "python": platform.python_version(),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _version(package: str) -> str:
-    """Of a package; ours may also run from its folder."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def now() -> str:

@@ -15,6 +15,7 @@ _SHORT = {"window_size": "W", "entropy_threshold": "τ", "pos_penalty": "λ", "d
 _TELLING = {
     "streaming": ("window_size", "entropy_threshold", "pos_penalty"),
     "block": ("window_size", "entropy_threshold", "pos_penalty"),
+    "block by probability": ("window_size", "remasking_strategy", "confidence_threshold", "denoising_steps"),
     "verified": ("window_size", "draft_entropy"),
     AUTOREGRESSIVE: (),
 }
@@ -74,7 +75,9 @@ class Run:
     def label(self) -> str:
         """Mode and what it depends on, e.g. "streaming W=16 τ=0.4 λ=0.02"."""
         words = [self.decoding]
-        names = [name for name in _TELLING.get(self.decoding, _TELLING["streaming"]) if name in self.params]
+        by_probability = self.params.get("remasking_strategy", "entropy") != "entropy"
+        mode = "block by probability" if self.decoding == "block" and by_probability else self.decoding
+        names = [name for name in _TELLING.get(mode, _TELLING["streaming"]) if name in self.params]
         words.extend(describe(name, self.params[name]) for name in names)
         if self.params.get("temperature"):
             words.append(describe("temperature", self.params["temperature"]))

@@ -69,7 +69,7 @@ class Evaluation:
         facts: Record = {
             "format": FORMAT,
             "model": [model.hash, model.dtype, self.backend.max_length],
-            "params": asdict(params),
+            "params": params.record(),
             "tasks": {name: [_version(task), self._num_fewshot(task)] for name, task in self.tasks.items()},
             "data": {name: [digest(task.dataset["test"]), digest(_shots(task))] for name, task in self.tasks.items()},
             "chat_template": self.settings.chat_template,
@@ -94,7 +94,7 @@ class Evaluation:
             "format": FORMAT,
             "key": key,
             "model": {**asdict(self.backend.provenance), "device": device},
-            "params": asdict(params),
+            "params": params.record(),
             "swept": dict(sweep),
             "protocol": self.settings.protocol,
             "chat_template": self.settings.chat_template,

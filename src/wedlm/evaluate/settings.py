@@ -29,6 +29,9 @@ class Params:
     top_k: int = DecodeParams.top_k
     seed: int = 0
     max_tokens: int = 512
+    remasking_strategy: str | None = None
+    confidence_threshold: float = DecodeParams.confidence_threshold
+    denoising_steps: int | None = None
 
     def __post_init__(self) -> None:
         self.sampling_params()
@@ -48,7 +51,18 @@ class Params:
             top_k=self.top_k,
             seed=self.seed,
             max_tokens=self.max_tokens,
+            remasking_strategy=self.remasking_strategy,  # type: ignore[arg-type]
+            confidence_threshold=self.confidence_threshold,
+            denoising_steps=self.denoising_steps,
         )
+
+    def record(self) -> dict[str, Any]:
+        """By name, for results and their keys. What came later is there only where it is not the default, so that
+        results of earlier versions keep their keys."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        later = ("remasking_strategy", "confidence_threshold", "denoising_steps")
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in later or value != defaults[name]}
 
     @property
     def max_rows(self) -> int:
@@ -127,7 +141,8 @@ def parse_value(name: str, text: str) -> Any:
     """The value of a parameter as the user wrote it. ValueError."""
     if name == "entropy_threshold" and text.lower() == "none":
         return None
-    kind: Callable[[str], Any] = {"int": int, "str": str}.get(str(_TYPES[name]), float)
+    kinds = {"int": int, "str": str, "int | None": int, "str | None": str}
+    kind: Callable[[str], Any] = kinds.get(str(_TYPES[name]), float)
     try:
         return kind(text)
     except ValueError:

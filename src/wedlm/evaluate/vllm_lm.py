@@ -15,6 +15,7 @@ from wedlm.engine.sampling_params import SamplingParams
 from wedlm.evaluate.answer_log import Answer
 from wedlm.evaluate.caching_lm import CachingLM, GenerationSettings
 from wedlm.evaluate.provenance import environment, provenance_of_files
+from wedlm.extras import pip_install
 from wedlm.model import load_tokenizer
 
 # Requests given to vLLM at a time: what a killed run may lose.
@@ -30,7 +31,7 @@ class VllmBackend:
             import vllm
         except ModuleNotFoundError as error:
             raise ValueError(
-                f"--engine is vllm, but {error.name} is not installed; expected pip install vllm"
+                f"--engine is vllm, but {error.name} is not installed; expected {pip_install('vllm')}"
             ) from error
         shared = ("dtype", "max_model_len", "max_num_seqs", "gpu_memory_utilization")
         given = {name: options[name] for name in shared if options.get(name)}

@@ -53,7 +53,10 @@ class WeDLMConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """From the content of a ``config.json``. Raises ValueError for what the model does not support."""
         shape_type = config_dict.get("shape_type", config_dict.get("model_type"))
-        ModelConfig.from_hf({**config_dict, "model_type": shape_type})
+        if ModelConfig.from_hf({**config_dict, "model_type": shape_type}).sees_by_block:
+            raise ValueError(
+                f"model_type is {shape_type!r}; expected a causal model, as all that this class computes is"
+            )
         return super().from_dict({**config_dict, "model_type": cls.model_type, "shape_type": shape_type}, **kwargs)
 
     @classmethod

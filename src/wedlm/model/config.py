@@ -8,16 +8,25 @@ from typing import Any
 from wedlm.algorithm.params import DECODINGS, Decoding
 from wedlm.model.formats.fp8_checkpoint import check_quantization_config
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "wedlm")
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "wedlm", "sdar")
+# Why others that decode by blocks are not among them.
+_REASONS = {
+    "llada": "rows of LLaDA see the whole answer, masks to its end included, so that no key of a finished block stays "
+    "as it is and nothing can be cached",
+    "sdar_moe": "there are no experts here",
+}
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 # What the reference implementation of WeDLM uses where a WeDLM config records no mask token.
 WEDLM_MASK_TOKEN_ID = 151665
+# The same of SDAR, and the block of its models whose config records none.
+SDAR_MASK_TOKEN_ID, SDAR_BLOCK_SIZE = 151669, 4
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "wedlm": "WeDLMForCausalLM",
+    "sdar": "SDARForCausalLM",
 }
 _ROPE_KEYS = {
     "linear": ("rope_type", "factor"),
@@ -91,7 +100,8 @@ class ModelConfig:
 
     ``qkv_bias``, ``out_bias`` and ``mlp_bias`` say which linear layers have a bias, ``qk_norm`` whether queries and
     keys are normalised per head. ``block_size`` is the noise block B of WeDLM training in tokens, None for an AR
-    checkpoint that was never adapted and where a WeDLM checkpoint does not record it. ``mask_token_id`` is None where
+    checkpoint that was never adapted and where a WeDLM checkpoint does not record it; for ``sdar`` the block whose rows
+    see each other. ``mask_token_id`` is None where
     none was chosen yet. ``dtype`` names the type that the weights are stored in. ``decoding`` is the mode that the
     checkpoint asks for, None where it does not say. Raises ValueError naming the field.
     """
@@ -140,6 +150,11 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; expected an even number, since RoPE rotates pairs")
         _check_flags(self)
+        if self.sees_by_block and (self.block_size is None or self.mask_token_id is None):
+            raise ValueError(
+                f"block_size is {self.block_size} and mask_token_id {self.mask_token_id}; expected both for a "
+                f"{self.model_type} model"
+            )
         if self.dtype not in SUPPORTED_DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(SUPPORTED_DTYPES)}")
         if self.decoding is not None and self.decoding not in DECODINGS:
@@ -159,24 +174,32 @@ class ModelConfig:
     @property
     def is_wedlm(self) -> bool:
         """Whether the weights were trained as WeDLM, so that masked rows predict something."""
-        return self.model_type == "wedlm" or self.block_size is not None
+        return self.model_type == "wedlm" or (self.block_size is not None and not self.sees_by_block)
+
+    @property
+    def sees_by_block(self) -> bool:
+        """Whether rows see all of their own block, and masked ones are all that predicts: block diffusion."""
+        return self.model_type == "sdar"
 
     @property
     def default_decoding(self) -> Decoding:
         """The mode of requests that name none: the config's word; else streaming for the model type of the paper's
-        checkpoints, whose own code and figures know no other, and auto."""
-        return self.decoding or ("streaming" if self.model_type == "wedlm" else "auto")
+        checkpoints, whose own code and figures know no other; block for those that have no other; and auto."""
+        by_type: dict[str, Decoding] = {"wedlm": "streaming", "sdar": "block"}
+        return self.decoding or by_type.get(self.model_type, "auto")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
         """Read the content of a ``config.json``, of transformers 4 or 5; ValueError names key, value and expectation.
 
         Optional keys that are absent take the defaults of their model type's class in transformers; for ``wedlm``, of
-        Tencent's configuration class (attention_bias true, qk_norm false) and its code's mask token.
+        Tencent's configuration class (attention_bias true, qk_norm false) and its code's mask token; for ``sdar``,
+        those of Qwen3, from which it is made, and its code's mask token and block.
         """
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in SUPPORTED_MODEL_TYPES:
-            raise ValueError(f"model_type is {model_type!r}; expected one of {', '.join(SUPPORTED_MODEL_TYPES)}")
+            why = f": {_REASONS[model_type]}" if isinstance(model_type, str) and model_type in _REASONS else ""
+            raise ValueError(f"model_type is {model_type!r}; expected one of {', '.join(SUPPORTED_MODEL_TYPES)}{why}")
         _refuse_unsupported(config)
         num_heads = read_integer(config, "num_attention_heads")
         hidden_size = read_integer(config, "hidden_size")
@@ -189,14 +212,16 @@ class ModelConfig:
             num_layers=read_integer(config, "num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=read_integer(config, "num_key_value_heads", num_heads),
-            head_dim=read_integer(config, "head_dim", 128 if model_type == "qwen3" else hidden_size // num_heads),
+            head_dim=read_integer(
+                config, "head_dim", 128 if model_type in ("qwen3", "sdar") else hidden_size // num_heads
+            ),
             rms_norm_eps=read_number(config, "rms_norm_eps", 1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             max_position_embeddings=read_integer(config, "max_position_embeddings"),
             tie_word_embeddings=read_flag(config, "tie_word_embeddings", False),
             mask_token_id=_read_mask(config),
-            block_size=config.get("block_size"),
+            block_size=config.get("block_size", SDAR_BLOCK_SIZE if model_type == "sdar" else None),
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=read_token_ids("eos_token_id", config.get("eos_token_id")),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
@@ -266,6 +291,7 @@ def _check_flags(config: ModelConfig) -> None:
         "qwen2": config.qkv_bias and not (config.out_bias or config.mlp_bias or config.qk_norm),
         "qwen3": config.qkv_bias == config.out_bias and config.qk_norm and not config.mlp_bias,
         "wedlm": not (config.out_bias or config.mlp_bias),
+        "sdar": config.qkv_bias == config.out_bias and config.qk_norm and not config.mlp_bias,
     }
     if not allowed[config.model_type]:
         flags = {name: getattr(config, name) for name in ("qkv_bias", "out_bias", "mlp_bias", "qk_norm")}
@@ -280,14 +306,15 @@ def _read_flags(config: Mapping[str, Any]) -> dict[str, bool]:
     bias = read_flag(config, "attention_bias", model_type == "wedlm")
     if model_type == "wedlm":
         return {"qkv_bias": bias, "qk_norm": read_flag(config, "qk_norm", False)}
-    if model_type == "qwen3":
+    if model_type in ("qwen3", "sdar"):
         return {"qkv_bias": bias, "out_bias": bias, "qk_norm": True}
     return {"qkv_bias": bias, "out_bias": bias, "mlp_bias": read_flag(config, "mlp_bias", False)}
 
 
 def _read_mask(config: Mapping[str, Any]) -> Any:
+    by_type = {"wedlm": WEDLM_MASK_TOKEN_ID, "sdar": SDAR_MASK_TOKEN_ID}
     mask = config.get("mask_token_id")
-    return WEDLM_MASK_TOKEN_ID if mask is None and config["model_type"] == "wedlm" else mask
+    return by_type.get(config["model_type"]) if mask is None else mask
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:

@@ -63,6 +63,8 @@ def init_checkpoint(
     check_output(output, origin, force)
     tokenizer = load_tokenizer(source)
     model, config = load_model(source)
+    if config.sees_by_block:
+        raise ValueError(f"{source} has model_type {config.model_type!r}; expected an AR checkpoint, which is causal")
     if config.is_wedlm:
         raise ValueError(f"{source} is a WeDLM checkpoint already; expected an AR checkpoint")
     asked = config.mask_token_id if mask_token_id is None else mask_token_id

@@ -5,7 +5,6 @@ import mimetypes
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 from starlette.responses import FileResponse, JSONResponse, Response
 
+from wedlm import __version__
 from wedlm.engine.llm import LLM
 from wedlm.server import errors
 from wedlm.server.config import ServerConfig
@@ -76,7 +76,7 @@ def create_app(models: Mapping[str, LLM], config: ServerConfig, demo: Path = DEM
             await service.stop()
 
     # FastAPI's documentation pages fetch scripts from a third party; /openapi.json is served.
-    about: dict[str, Any] = {"title": "wedlm", "version": version("wedlm"), "docs_url": None, "redoc_url": None}
+    about: dict[str, Any] = {"title": "wedlm", "version": __version__, "docs_url": None, "redoc_url": None}
     if config.root_path:
         about["servers"] = [{"url": config.root_path}]
     app = FastAPI(lifespan=lifespan, **about)
@@ -233,7 +233,7 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
     @app.get("/api/version")
     async def ollama_version() -> dict[str, str]:
         """The version of wedlm."""
-        return {"version": version("wedlm")}
+        return {"version": __version__}
 
 
 def _ollama_model(service: Service, name: str, parent: str | None, started: str) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/version")
     async def show_version() -> dict[str, str]:
         """The version of wedlm."""
-        return {"version": version("wedlm")}
+        return {"version": __version__}
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:

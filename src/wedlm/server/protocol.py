@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field
 
-from wedlm.algorithm.params import Decoding
+from wedlm.algorithm.params import Decoding, Remasking
 from wedlm.engine.sampling_params import MAX_BIASES, MAX_GRAMMAR_CHARACTERS, MAX_LOGPROBS, SamplingParams
 from wedlm.server.grammars import answer_or_calls_grammar, choice_grammar, regex_grammar
 from wedlm.server.messages import Message
@@ -109,6 +109,9 @@ class Generation(Strict):
     ignore_eos: bool | None = None
     decoding: Decoding | None = None
     wedlm_window_size: int | None = None
+    remasking_strategy: Remasking | None = None
+    confidence_threshold: float | None = None
+    denoising_steps: int | None = None
     wedlm_entropy_threshold: float | None = None
     wedlm_pos_penalty_factor: float | None = None
     wedlm_draft_entropy: float | None = None
@@ -149,6 +152,9 @@ class Generation(Strict):
             "stop",
             "stop_token_ids",
             "decoding",
+            "remasking_strategy",
+            "confidence_threshold",
+            "denoising_steps",
         )
         ours = ("wedlm_window_size", "wedlm_pos_penalty_factor", "wedlm_draft_entropy", "wedlm_lookup_drafts")
         given = {name: getattr(self, name) for name in (*names, *ours) if getattr(self, name) is not None}

@@ -46,8 +46,8 @@ class TrainConfig(_Strict):
     """Files of JSON lines (also .gz, .xz): a path, or several, each alone or as {path: ..., repeat: ...}."""
     validation_data: list[Source] = []
     """Files that are only measured on, all of their documents."""
-    validation_documents: int = Field(default=0, ge=0)
-    """Or: the number of documents of train_data that are kept out of training and measured on."""
+    validation_documents: int | float = Field(default=0, ge=0)
+    """Or: the number of documents of train_data, or their share below 1, kept out of training and measured on."""
     eval_steps: int = Field(default=0, ge=0)
     """Steps between two measurements, of which one is at the end; 0 never measures."""
     skip_bad: bool = False

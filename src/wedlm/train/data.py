@@ -209,12 +209,13 @@ class PackedData:
 
 
 def split_validation(cache: TokenCache, amount: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(documents to train on, documents held out), int64 each: ``amount`` is a number of documents or a share below 1.
+    """(documents to train on, documents held out), int64 each. ``amount`` is a number of documents, or a share below 1,
+    which is at least one document if it is not 0.
 
     Documents of one sample stay together, so that a few more than asked for may be held out. Raises ValueError if
     nothing remains to train on.
     """
-    wanted = amount if isinstance(amount, int) else round(amount * cache.num_documents)
+    wanted = amount if isinstance(amount, int) else max(amount > 0, round(amount * cache.num_documents))
     if amount < 0 or (isinstance(amount, float) and amount >= 1):
         raise ValueError(f"validation_documents is {amount}; expected a number of documents, or a share >= 0 and < 1")
     is_first = np.ones(cache.num_documents, dtype=bool)

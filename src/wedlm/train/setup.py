@@ -47,6 +47,11 @@ class Setup:
         # Trained weights are float32, whatever precision computes; under LoRA the base is only read.
         base = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32
         transformer, model_config = load_model(config.model_path, base)
+        if model_config.sees_by_block:
+            raise ValueError(
+                f"model_path is {config.model_path}, of type {model_config.model_type!r}; expected a causal "
+                "model, whose weights the dual-stream objective trains"
+            )
         tokenizer = load_tokenizer(config.model_path)
         if config.max_seq_length > model_config.max_length:
             raise ValueError(

@@ -110,7 +110,8 @@ class DraftBudget:
     _accepts: list[Rate] = field(default_factory=lambda: [Rate() for _ in range(8)])
     _offers: list[Rate] = field(default_factory=lambda: [Rate() for _ in range(8)])
     # Seconds beside the forward's, by number of windows, then by row budget: of steps without masked rows, and of steps
-    # with some. What rows cost beyond the table (attention, choice) is learnt with the budget that ran.
+    # with some. What rows cost beyond the table (attention, choice) is learnt with the budget that ran. Below 0 where
+    # the table is too high, because the machine was busy when it was measured.
     _beside: tuple[dict[int, dict[int, float]], ...] = field(default_factory=lambda: ({}, {}))
     _since: int = 0  # steps since the last probe, or left of this one if negative
     _interval: int = _SHORTEST
@@ -149,16 +150,18 @@ class DraftBudget:
         return self.budget if self.budget.rows <= most else Budget.of(most)
 
     def _maybe_probe(self, num_windows: int, most: int) -> Budget:
-        """While AR runs nothing is learnt about drafts: look now and then, unless even perfect drafts cannot pay."""
+        """While AR runs nothing is learnt about drafts: look now and then. If even perfect drafts would not pay, look
+        rarely: the costs may have been measured while the machine was busy."""
         if self.budget.rows > 1 or self._since < self._interval:
             return self.budget
         self._since = 0
         candidates = self.candidates(most)
         probe = next((b for b in (Budget(4, 2), Budget.of(6)) if b in candidates), None)
         perfect = [self._speed(b, num_windows, (1.0,) * 8, (1.0,) * 8) for b in candidates]
-        if probe is None or max(perfect) <= perfect[0]:
-            return self.budget
+        is_early = self._interval < _LONGEST
         self._interval = min(2 * self._interval, _LONGEST)
+        if probe is None or (is_early and max(perfect) <= perfect[0]):
+            return self.budget
         for rate in (*self._accepts, *self._offers):
             rate.fade(num_windows)
         self._since, self._calm, self.budget = -_PROBE_STEPS, 0, probe
@@ -178,11 +181,12 @@ class DraftBudget:
     def observe_time(self, num_windows: int, num_rows: int, seconds: float) -> None:
         """How long a step of windows alone took, from result to result."""
         ran = self.budget.rows if num_rows > num_windows else 1
-        now = max(0.0, seconds - self.costs(num_rows))
+        now = seconds - self.costs(num_rows)
         seen = self._beside[ran > 1].get(num_windows, {})
         before = seen[ran] if ran in seen else self.seconds_beside(num_windows, ran) if self._beside[ran > 1] else now
         # A pause of the machine, or a capture, is not a cost of the step.
-        self._beside[ran > 1].setdefault(num_windows, {})[ran] = before + 0.1 * (min(now, 2 * before + 1e-3) - before)
+        most = before + abs(before) + 1e-3
+        self._beside[ran > 1].setdefault(num_windows, {})[ran] = before + 0.1 * (min(now, most) - before)
 
     def expected(self) -> tuple[float, float]:
         """(tokens, rows) of a step with the present budget."""
@@ -216,4 +220,4 @@ class DraftBudget:
         """Tokens a second of one window."""
         tokens, rows = expected_step(budget, accepts, offers)
         rows = budget.rows if self.costs.padded else rows
-        return tokens / (self.costs(num_windows * rows) + self.seconds_beside(num_windows, budget.rows))
+        return tokens / self.costs.of_step(num_windows * rows, self.seconds_beside(num_windows, budget.rows))

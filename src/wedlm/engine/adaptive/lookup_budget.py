@@ -79,7 +79,7 @@ class StepLoad:
 
     def speed(self, more_rows: float, more_tokens: float) -> float:
         """Tokens a second with so many more."""
-        return (self.num_tokens + more_tokens) / (self.costs(self.num_rows + more_rows) + self.beside)
+        return (self.num_tokens + more_tokens) / self.costs.of_step(self.num_rows + more_rows, self.beside)
 
 
 class LookupBudget:

@@ -61,6 +61,12 @@ class StepCosts:
         (x0, y0), (x1, y1) = ((self._rows[j], self._seconds[j]) for j in (i - 1, i))
         return y0 + (rows - x0) * (y1 - y0) / (x1 - x0)
 
+    def of_step(self, rows: float, beside: float) -> float:
+        """Seconds of a step: the forward, and what was observed beside it. That is below 0 where the table is too high,
+        but perhaps not by so much for these rows: a tenth remains."""
+        forward = self(rows)
+        return max(forward / 10, forward + beside)
+
     def rows_within(self, seconds: float) -> int:
         """The most rows that a forward of ``seconds`` can have; at least 0."""
         points = list(zip(self._rows, self._seconds, strict=True))

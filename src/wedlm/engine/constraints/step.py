@@ -154,21 +154,24 @@ class ConstrainedStep:
             decode = self._windows[s].request.decode
             if constraint.matcher is None or decode.is_verified:
                 continue
+            # What the prompt has of a block comes before the text that the rules know.
+            known = max(0, len(self._windows[s].request.prompt_token_ids) - int(state.cached[s]))
             if constraint.matcher.failed:
-                emitted.count[s] = 1  # whatever it is: the engine will ask the grammar, and end the text there
+                emitted.count[s] = known + 1  # whatever it is: the engine will ask the grammar, and end the text there
                 continue
             width = int(state.width[s])
             tokens, filled = state.tokens[s, :width].tolist(), state.filled[s, :width].tolist()
-            column, failed = self._first_refused(constraint, tokens, filled)
+            column, failed = self._first_refused(constraint, tokens[known:], filled[known:])
             if column is None:
                 continue
+            column += known
             if failed:
                 emitted.count[s] = column + 1
                 continue
             state.filled[s, column:] = False
             row, admitted = self._rows.get((s, column + int(run[s]))), True
             if row is not None:
-                token, logprob, admitted = self._choose_again(row, constraint, tokens[:column])
+                token, logprob, admitted = self._choose_again(row, constraint, tokens[known:column])
                 for part in (state, emitted):
                     part.tokens[s, column], part.logprobs[s, column] = token, logprob
                 state.filled[s, column] = True

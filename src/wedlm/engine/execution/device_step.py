@@ -117,8 +117,9 @@ class DeviceStep:
             return self._chunks(shape, chunks)
         if not shape.flags.streaming:
             return self._verified(shape, index, chunks)
-        # The kernels know no flags of masked rows, and no sequence of each.
-        if shape.flags.verified or self.model.has_masked_lora or shape.has_adapters:
+        # The kernels know no flags of masked rows and no sequence of each, and fill by entropy alone.
+        special = shape.flags.by_confidence or shape.has_adapters
+        if shape.flags.verified or special or self.model.has_masked_lora:
             return self._any(shape, index, chunks)
         return self._streaming(shape, index, chunks)
 

@@ -32,8 +32,8 @@ A = TypeVar("A")
 class EagerStep(Generic[A]):
     """``StepExecutor`` for every plan, on any device; waits for the device several times a step.
 
-    ``force_choice``: for benchmarks, replaces the tokens chosen by window column, given the windows, what was chosen
-    and the windows' parameters.
+    ``block_length``: as in ``ExtendBatch``. ``force_choice``: for benchmarks, replaces the tokens chosen by window
+    column, given the windows, what was chosen and the windows' parameters.
     """
 
     runs_ahead = False
@@ -46,9 +46,10 @@ class EagerStep(Generic[A]):
         cache: KVCache,
         windows: Windows,
         mask_token_id: int,
+        block_length: int = 1,
     ) -> None:
         self.model, self.plan_attention, self.cache = model, plan_attention, cache
-        self.windows, self.mask_token_id = windows, mask_token_id
+        self.windows, self.mask_token_id, self.block_length = windows, mask_token_id, block_length
         self.device = windows.device
         self.force_choice: Callable[[WindowState, RowResults, WindowParams], Tensor] | None = None
         self._params: tuple[list[DecodeParams], BatchParams] | None = None  # of the latest windows
@@ -111,7 +112,9 @@ class EagerStep(Generic[A]):
         sequence, column = rows.packed.sequence[logits_indices], rows.column[logits_indices]
         target = (rows.positions + rows.filled)[logits_indices]
         constrained = ConstrainedStep.of(windows, state, rows.layout)
-        report: Report = "all" if any(one.request.params.logprobs is not None for one in windows) else "none"
+        report: Report = "choice" if flags.by_confidence else "none"
+        if any(one.request.params.logprobs is not None for one in windows):
+            report = "all"
         chosen = choose_row_tokens(
             logits.float(), params, sequence, target, flags, self.mask_token_id, report=report,
             constrain=None if constrained is None else partial(constrained.apply, sequence, column),
@@ -161,6 +164,7 @@ class EagerStep(Generic[A]):
             counts=[*windows.counts, *(one.count for one in chunks)],
             pages=[*windows.pages, *(one.pages for one in chunks)],
             visibility=visibility,
+            block_length=self.block_length,
         )
         attend = self.plan_attention(self.cache, batch)
         adapters = [one.request.adapter_slot for one in (*scheduled, *chunks)]
@@ -181,8 +185,9 @@ class EagerStep(Generic[A]):
         widest = max(counts)
         tokens, logprobs = emitted.tokens[:, :widest].tolist(), emitted.logprobs[:, :widest].tolist()
         for s, one in enumerate(windows):
-            top = self.windows.pop_top_logprobs(one.request, counts[s])
-            results.append(
-                WindowResult(tokens[s][: counts[s]], logprobs[s][: counts[s]], top, num_rows[s], cached[s], drafts[s])
-            )
+            # What the prompt had of a block is no output.
+            first = max(0, len(one.request.prompt_token_ids) - cached[s]) if self.block_length > 1 else 0
+            new = slice(first, max(first, counts[s]))
+            top = self.windows.pop_top_logprobs(one.request, new.stop - first)
+            results.append(WindowResult(tokens[s][new], logprobs[s][new], top, num_rows[s], cached[s], drafts[s]))
         return results

@@ -23,7 +23,8 @@ from wedlm.native.decoder import Chunk, NativeDecoder, StepTensors
 
 
 class NativeStep:
-    """``StepExecutor`` for every plan of a native model. The twin is ``EagerStep`` with the same model.
+    """``StepExecutor`` for the plans of a native model, save those that fill by the probability of tokens. The twin is
+    ``EagerStep`` with the same model.
 
     ``force_choice``: as in ``EagerStep``.
     """
@@ -41,7 +42,7 @@ class NativeStep:
         self._measured_s = 0.0
 
     def takes(self, plan: StepPlan) -> bool:
-        return True
+        return not any(one.is_window and one.request.decode.by_confidence for one in plan.scheduled)
 
     def unload(self, request: Request) -> None:
         self._num_pages.pop(request.request_id, None)

@@ -72,7 +72,10 @@ class BatchParams:
     def take(self, index: Tensor, flags: "BatchFlags") -> "BatchParams":
         """The rows at ``index``, whose flags are ``flags``."""
         window = replace(
-            _map(self.window, lambda t: t[index]), any_verified=flags.verified, any_streaming=flags.streaming
+            _map(self.window, lambda t: t[index]),
+            any_verified=flags.verified,
+            any_streaming=flags.streaming,
+            any_by_confidence=flags.by_confidence,
         )
         return replace(_map(self, lambda t: t[index]), window=window, flags=flags)
 
@@ -95,6 +98,7 @@ class BatchFlags:
     groups: bool
     entropy: bool
     adaptive: bool
+    by_confidence: bool
 
     @classmethod
     def of(cls, params: list[DecodeParams]) -> "BatchFlags":
@@ -108,6 +112,7 @@ class BatchFlags:
             groups=any(p.is_verified and p.max_drafts > 0 for p in params),
             entropy=any(p.row_budget > 1 or not p.is_verified for p in params),
             adaptive=any(p.is_adaptive for p in params),
+            by_confidence=any(p.by_confidence for p in params),
         )
 
 

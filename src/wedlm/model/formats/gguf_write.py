@@ -129,6 +129,8 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 def _architecture(config: ModelConfig) -> str:
     """llama.cpp's name for what the model computes. Raises ValueError."""
+    if config.sees_by_block:
+        raise ValueError(f"model_type is {config.model_type!r}; expected a causal model, as GGUF's readers compute it")
     if config.model_type != "wedlm":
         return config.model_type
     if config.qk_norm and config.qkv_bias:

@@ -44,6 +44,7 @@ def locate_adapter(path_or_name: str | Path) -> Path:
 def _from_hub(repo_id: str, weights: bool) -> Path:
     # Imported here because it is slow to import and local checkpoints do not need it.
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = [*_CONFIG_PATTERNS, "*.safetensors"] if weights else _CONFIG_PATTERNS
     try:
@@ -52,6 +53,11 @@ def _from_hub(repo_id: str, weights: bool) -> Path:
                 repo_id, allow_patterns=patterns, ignore_patterns=["*/*.json", "*/*.txt", "*/*.safetensors"]
             )
         )
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id} is not on this machine, and the Hugging Face hub could not be reached; expected a checkpoint "
+            "directory, a .gguf file, 'demo' or a network"
+        ) from error
     except (
         Exception
     ) as error:  # The hub client and its HTTP library raise many unrelated types; all mean "not fetched".

@@ -1,0 +1,1 @@
+../../../../src/wedlm/bench/copying.py

@@ -1,0 +1,1 @@
+../../../tests/model/test_packed_demo.py
