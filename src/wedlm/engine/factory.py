@@ -17,6 +17,7 @@ import torch
 from wedlm.attention.base import FP8, KVCache
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.engine import resolve_options
+from wedlm.engine.adapters import Adapters, FactorSlots
 from wedlm.engine.engine import Engine
 from wedlm.engine.execution.base import PlanAttention, RowsModel, StepExecutor
 from wedlm.engine.execution.eager_step import EagerStep
@@ -27,10 +28,11 @@ from wedlm.engine.options import EngineConfig
 from wedlm.engine.pages import PagePool
 from wedlm.engine.text import EngineTokenizer
 from wedlm.model import ModelConfig, Transformer, pack_for_inference
+from wedlm.model.inference.adapter_bank import AdapterBank
 from wedlm.model.inference.quantization import Quantization, multiplies_fp8
 from wedlm.native import NativeAttend, NativeTransformer, is_available
 from wedlm.native.library import PATH_VARIABLE, PORTABLE, chosen_path, paths
-from wedlm.native.weights import format_names, native_from_torch
+from wedlm.native.weights import NativeAdapters, format_names, native_from_torch
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class Blueprint:
     tokenizer: EngineTokenizer | None
     eager_reason: str | None = None  # why steps do not run on our kernels
     note: str = ""  # what was decided against when the weights were loaded, and why
+    adapters: Adapters | None = None  # those that the model has by name; they outlive an engine
 
     def build(self, cache: KVCache | None = None, clock: Callable[[], float] = time.perf_counter) -> Engine:
         """A new engine with nothing in it. ``cache``: memory of a former one to use again."""
@@ -90,7 +93,7 @@ class Blueprint:
         else:
             runner = self._runner_on_kernels(self.packed, cache)
         pool = PagePool(self.num_pages, self.page_size, block_length=self._block_length)
-        return Engine(self.config, runner, pool, self.tokenizer, clock)
+        return Engine(self.config, runner, pool, self.tokenizer, clock, self.adapters)
 
     def rebuild(self, broken: Engine) -> Engine:
         """A new engine in place of one that failed, over the same weights and the same amount of cache."""
@@ -252,10 +255,15 @@ def plan_engine(
         config = replace(config, options=replace(options, chunk_step_ratio=ratio))
     packed = model if reason is None and isinstance(model, Transformer) else None
     sizes = num_pages, options.page_size
-    blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason, note)
+    adapters = Adapters(_factor_slots(model, options.max_adapters), options.max_adapters, options.max_adapter_rank)
+    blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason, note, adapters)
     is_slow = bool(note) or (reason is not None and device.type == "cuda")
     log.log(logging.WARNING if is_slow else logging.INFO, "engine: %s", blueprint.describe())
     return blueprint
+
+
+def _factor_slots(model: Transformer | NativeTransformer, count: int) -> FactorSlots:
+    return NativeAdapters(model) if isinstance(model, NativeTransformer) else AdapterBank(model, count)
 
 
 def _check_deterministic(asked: bool, model: Transformer | NativeTransformer, eager: str | None) -> None:

@@ -28,23 +28,31 @@ from wedlm.engine.sampling_params import GAP, SamplingParams
 from wedlm.engine.turns import Turns
 from wedlm.model import Tokenizer, load_tokenizer
 from wedlm.model.formats.checkpoint import with_end_tokens
+from wedlm.model.lora.peft import read_row_factors
+from wedlm.model.lora.row_factors import RowFactors
 
 Message = Mapping[str, Any]
 Prompt = str | list[int]
 _SCORED_SUFFIX = 32  # tokens: later ones hardly depend on what fills the gap
+Adapter = str | Sequence[str | None] | None  # names: one for all prompts, or one each
 
 
 class LLM:
     """Generate text from a checkpoint, on any device that torch knows. Methods may be called from several threads.
 
-    model: a Hugging Face directory, a .gguf file, a hub id, or "demo". options: the fields of ``EngineOptions``, which
-    explains each; an unknown one is a TypeError, a bad value a ValueError.
+    model: a Hugging Face directory, a .gguf file, a hub id, or "demo". adapters: directories by the names that requests
+    choose (``load_adapter``); the option ``adapter`` is one for all requests. options: the fields of ``EngineOptions``,
+    which explains each; an unknown one is a TypeError, a bad value a ValueError.
     """
 
-    def __init__(self, model: str | Path = "demo", **options: Any) -> None:
+    def __init__(
+        self, model: str | Path = "demo", *, adapters: Mapping[str, str | Path] | None = None, **options: Any
+    ) -> None:
         self._load(model, EngineOptions.of(options))
         self._plan()
         self._build()
+        for name, directory in (adapters or {}).items():
+            self.load_adapter(name, directory)
 
     @classmethod
     def together(cls, models: Mapping[str, str | Path], **options: Any) -> "dict[str, LLM]":
@@ -96,6 +104,41 @@ class LLM:
         self._ids = itertools.count()
         self._warned_unadapted = False
 
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that requests may choose, in the order in which they were loaded."""
+        return self.engine.adapters.names
+
+    def load_adapter(self, name: str, directory: str | Path) -> None:
+        """Have the adapter in ``directory`` by a name that requests may choose: a LoRA in peft's format, one of masked
+        rows, or both (docs/server.md). Requests with different adapters share steps; nothing is merged.
+
+        ValueError, with nothing changed, if it cannot be read, does not fit, or is one too many.
+        """
+        with self._engine_alone():
+            self.engine.adapters.check(name)
+        factors = self.read_adapter(name, directory)
+        with self._engine_alone():
+            self.engine.load_adapter(name, factors)
+
+    def read_adapter(self, name: str, directory: str | Path) -> RowFactors:
+        """What ``Engine.load_adapter`` takes; nothing of the engine is touched. ValueError."""
+        options, config = self._engine_config.options, self._engine_config
+        factors = read_row_factors(directory, self.model_config, options.max_adapter_rank)
+        mask = factors.mask_token_id
+        if factors.has_masked_rows and factors.mask_embedding is None and mask not in (None, config.mask_token_id):
+            raise ValueError(
+                f"the adapter {name!r} was trained with mask token {mask}; expected {config.mask_token_id}, the "
+                "engine's (mask_token_id)"
+            )
+        return self.engine.adapters.prepare(factors)
+
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter's name away. Requests that have it end with it; its memory is free after the last one.
+        ValueError if there is none."""
+        with self._engine_alone():
+            self.engine.unload_adapter(name)
+
     def describe(self) -> str:
         """One line: the device, how steps run and why, and the cache's size."""
         return self.blueprint.describe()
@@ -108,23 +151,27 @@ class LLM:
         *,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool | None = None,
+        adapter: Adapter = None,
     ) -> list[GenerationOutput]:
         """Complete prompts (strings or lists of token ids); results come in the order of the prompts.
 
-        ``params``: one for all, or one per prompt. A prompt that cannot run comes back with ``error`` set, and a
-        warning, while the others run; ValueError if none can. ``progress`` None: a bar on a terminal for 8 or more.
+        ``params``: one for all, or one per prompt. ``adapter``: the name of one that is loaded, or None for the model
+        as it is; for all, or one per prompt (vLLM's ``lora_request``). A prompt that cannot run comes back with
+        ``error`` set, and a warning, while the others run; ValueError if none can. ``progress`` None: a bar on a
+        terminal for 8 or more.
         ``sampling_params`` and ``use_tqdm`` are the names of ``params`` and ``progress`` in the original and in vLLM.
         """
         params = _one_of("params", params, "sampling_params", sampling_params)
         progress = _one_of("progress", progress, "use_tqdm", use_tqdm)
         prompt_list = _prompt_list(prompts)
         param_list = _param_list(params, len(prompt_list))
+        adapter_list = _adapter_list(adapter, len(prompt_list))
         outputs: dict[int, GenerationOutput] = {}
         requests: dict[int, Request] = {}
         try:
-            for index, (prompt, one) in enumerate(zip(prompt_list, param_list, strict=True)):
+            for index, (prompt, one, name) in enumerate(zip(prompt_list, param_list, adapter_list, strict=True)):
                 try:
-                    requests[index] = self._add(prompt, one, streamed=False)
+                    requests[index] = self._add(prompt, one, name, streamed=False)
                 except ValueError as error:
                     outputs[index] = GenerationOutput("", [], None, "error", error=str(error))
             if outputs and not requests:
@@ -145,6 +192,7 @@ class LLM:
         progress: bool | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         allow_control_tokens: bool | None = None,
+        adapter: Adapter = None,
         **template_kwargs: Any,
     ) -> list[GenerationOutput]:
         """Answer one conversation, or several, through the tokenizer's chat template (ValueError if it has none).
@@ -157,7 +205,7 @@ class LLM:
         conversations: Any = messages if several else [messages]
         chosen: Any = {**template_kwargs, "allow_control_tokens": allow_control_tokens}
         prompts = [self.chat_prompt(conversation, **chosen) for conversation in conversations]
-        return self.generate(prompts, params, sampling_params=sampling_params, progress=progress)
+        return self.generate(prompts, params, sampling_params=sampling_params, progress=progress, adapter=adapter)
 
     def chat_prompt(
         self, messages: Sequence[Message], *, allow_control_tokens: bool | None = None, **template_kwargs: Any
@@ -174,6 +222,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | None = None,
     ) -> Iterator[StreamPiece]:
         """Yield the text of one prompt, or of a list with one, as it becomes final. Closing the iterator aborts the
         request."""
@@ -185,7 +234,7 @@ class LLM:
                 f"generate_stream got {len(prompts)} prompts; expected one: generate takes many, and AsyncEngine "
                 "streams many"
             )
-        request = self._add(prompts[0], _param_list(params, 1)[0])
+        request = self._add(prompts[0], _param_list(params, 1)[0], adapter)
         stream = self._stream(request)
         next(stream)  # into its try: closing an iterator that was never read must abort, too
         return stream
@@ -288,25 +337,29 @@ class LLM:
         finally:
             self._abort([request])
 
-    def _add(self, prompt: Prompt, params: SamplingParams, streamed: bool = True) -> Request:
+    def _add(self, prompt: Prompt, params: SamplingParams, adapter: str | None, streamed: bool = True) -> Request:
         if not isinstance(prompt, str | list):
             raise ValueError(f"the prompt is {prompt!r}; expected a string or a list of token ids")
-        warning = self.window_warning(params)
+        warning = self.window_warning(params, adapter)
         if warning is not None:
             warnings.warn(warning, stacklevel=3)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         with self._engine_alone():
-            return self.engine.add(f"request-{next(self._ids)}", ids, params, streamed=streamed)
+            return self.engine.add(f"request-{next(self._ids)}", ids, params, streamed=streamed, adapter=adapter)
 
-    def window_warning(self, params: SamplingParams) -> str | None:
+    def window_warning(self, params: SamplingParams, adapter: str | None = None) -> str | None:
         """A sentence if these parameters' window asks for what the checkpoint was not trained for: masked rows at all,
         which is said once, or masked rows at such distances."""
-        block = self.model_config.block_size
+        block, adapted = self.model_config.block_size, False
+        if adapter is not None and adapter in self.engine.adapters.names:
+            own = self.engine.adapters.get(adapter)
+            adapted, block = own.has_masked_rows, own.block_size if own.has_masked_rows else block
         window = params.wedlm_window_size or self.engine.config.options.wedlm_window_size
         decoding = params.decoding_of(self.engine.config.decoding)
         if decoding not in ("streaming", "block") or self.engine.config.block_length is not None:
             return None
-        if not self.engine.config.has_masked_rows and not self._warned_unadapted and not params.suffix_token_ids:
+        unadapted = not (self.engine.config.has_masked_rows or adapted)
+        if unadapted and not self._warned_unadapted and not params.suffix_token_ids:
             self._warned_unadapted = True
             return (
                 f"this checkpoint was never adapted to predict masked positions, so {decoding} decoding makes no sense "
@@ -393,6 +446,16 @@ def _one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
     if value is not None and other is not None:
         raise ValueError(f"{name} and {other_name} are both given; expected one of them")
     return other if value is None else value
+
+
+def _adapter_list(adapter: Adapter, count: int) -> list[str | None]:
+    if adapter is None or isinstance(adapter, str):
+        return [adapter] * count
+    if not isinstance(adapter, list | tuple) or not all(one is None or isinstance(one, str) for one in adapter):
+        raise ValueError(f"adapter is {adapter!r}; expected a name, None, or a list of these")
+    if len(adapter) != count:
+        raise ValueError(f"adapter has {len(adapter)} entries; expected one, or one for each of the {count} prompts")
+    return list(adapter)
 
 
 def _param_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -131,6 +131,13 @@ class EngineOptions:
         "the weights, one for masked rows stays beside them.",
         _or_none(_text),
     )
+    max_adapters: int = _option(
+        8, "Most adapters by name at once, those included that are unloaded and still in use.", read_positive_integer
+    )
+    max_adapter_rank: int = _option(
+        128, "Largest rank of an adapter by name; of one for all and one for masked rows, both together.",
+        read_positive_integer,
+    )  # fmt: skip
     max_model_len: int | None = _option(
         None, "Longest prompt and answer together, in tokens. Default: the checkpoint's length.", _anything
     )

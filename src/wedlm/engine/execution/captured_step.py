@@ -48,6 +48,7 @@ class CapturedStep:
         self.step = DeviceStep(model, cache, windows, self.tables, mask_token_id)
         self.graphs = StepGraphs(self.step)
         self._state = windows.state  # whose tensors the captured steps hold
+        self._factors = model.factors_version  # which, too
         self._budget = 1, 0  # rows and drafts
         self._flags: tuple[list[DecodeParams], BatchFlags] = [], BatchFlags.of([])  # of the latest windows
         self._num_pages_sent: dict[str, int] = {}  # by request: pages that the device's table has
@@ -92,8 +93,9 @@ class CapturedStep:
         if new:
             self.windows.load(new)
             self._send_params([request for request in new if len(request.decode.stop_token_ids) <= _MAX_STOP_TOKENS])
-        if self.windows.state is not self._state:  # a wider window came
-            self._state = self.windows.state
+        factors = self.step.model.factors_version
+        if self.windows.state is not self._state or factors != self._factors:  # a wider window or an adapter came
+            self._state, self._factors = self.windows.state, factors
             self.graphs.clear()
         self.windows.propose(plan)
         budget = plan.row_budget, plan.max_drafts
@@ -122,9 +124,10 @@ class CapturedStep:
         if not shape.num_chunks:
             return None
         size, page_size = shape.num_rows, self.cache.page_size
-        numbers = np.empty(3 * size + 4 * shape.num_chunks, np.int64)
-        rows, sequences = numbers[: 3 * size].reshape(3, -1), numbers[3 * size :].reshape(4, -1)
-        rows[:] = [[self.mask_token_id], [0], [self.step.trash_slot]]  # tokens, positions, slots of padding
+        numbers = np.empty(4 * size + 4 * shape.num_chunks, np.int64)
+        rows, sequences = numbers[: 4 * size].reshape(4, -1), numbers[4 * size :].reshape(4, -1)
+        # Tokens, positions, slots and adapters of padding.
+        rows[:] = [[self.mask_token_id], [0], [self.step.trash_slot], [0]]
         sequences[:] = [[size], [0], [0], [self.windows.null_slot]]
         first = size - sum(one.count for one in chunks)
         for i, one in enumerate(chunks):
@@ -134,6 +137,7 @@ class CapturedStep:
             own = rows[:, first : first + one.count]
             own[0], own[1] = one.request.output.tokens[one.start : stop], one.request.decode.positions(one.start, stop)
             own[2] = pages[slot // page_size - first_page] * page_size + slot % page_size
+            own[3] = one.request.adapter_slot
             sequences[:, i] = first, one.count, one.start, self.windows.slots[one.request.request_id]
             first += one.count
         key = size, shape.num_chunks
@@ -146,7 +150,8 @@ class CapturedStep:
         if requests:
             params = BatchParams.stack([request.decode for request in requests], torch.device("cpu"), _MAX_STOP_TOKENS)
             slots = [self.windows.slots[request.request_id] for request in requests]
-            scatter_rows(slots, self.tables.params.pairs(params))
+            adapters = torch.tensor([request.adapter_slot for request in requests])
+            scatter_rows(slots, [*self.tables.params.pairs(params), (self.tables.adapter, adapters)])
 
     def _send_pages(self, scheduled: list[ScheduledRequest]) -> None:
         rows: list[int] = []

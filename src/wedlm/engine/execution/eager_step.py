@@ -18,7 +18,7 @@ from wedlm.engine.adaptive.step_costs import StepCosts
 from wedlm.engine.constraints.step import ConstrainedStep
 from wedlm.engine.execution.base import PlanAttention, RowsModel
 from wedlm.engine.execution.pending import FinishedStep
-from wedlm.engine.execution.rows import Report, choose_row_tokens, window_rows
+from wedlm.engine.execution.rows import Report, choose_row_tokens, window_rows, with_adapters
 from wedlm.engine.execution.sampling_tensors import BatchParams
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.plan import ScheduledRequest, StepPlan, StepResults, WindowResult
@@ -85,7 +85,7 @@ class EagerStep(Generic[A]):
         results: StepResults = [*self._run_windows(windows, chunks, plan)] if windows else []
         if not windows:
             none = torch.zeros(0, dtype=torch.long, device=self.device)
-            self._forward(ExtendBatch([], [], []), chunks, none, none, none, None)
+            self._forward([], ExtendBatch([], [], []), chunks, none, none, none, None)
         return FinishedStep([*results, *[None] * len(chunks)])
 
     def _run_windows(
@@ -107,7 +107,7 @@ class EagerStep(Generic[A]):
         masked = (~rows.filled).nonzero()[:, 0]  # windows come first, so these are rows of the step, too
         batch = ExtendBatch(starts, num_rows, [one.pages for one in windows], rows.visibility if flags.groups else None)
         logits = self._forward(
-            batch, chunks, rows.tokens, rows.positions, logits_indices, masked if len(masked) else None
+            windows, batch, chunks, rows.tokens, rows.positions, logits_indices, masked if len(masked) else None
         )
         sequence, column = rows.packed.sequence[logits_indices], rows.column[logits_indices]
         target = (rows.positions + rows.filled)[logits_indices]
@@ -140,6 +140,7 @@ class EagerStep(Generic[A]):
 
     def _forward(
         self,
+        scheduled: list[ScheduledRequest],
         windows: ExtendBatch,
         chunks: list[ScheduledRequest],
         window_tokens: Tensor,
@@ -147,7 +148,8 @@ class EagerStep(Generic[A]):
         logits_indices: Tensor,
         masked: Tensor | None,
     ) -> Tensor:
-        """Windows' rows, then chunks' rows, through the model; logits [L, V] of window rows only."""
+        """Windows' rows, then chunks' rows, through the model; logits [L, V] of window rows only. ``scheduled``: the
+        windows' requests."""
         tokens, positions = [window_tokens], [window_positions]
         for one in chunks:
             stop = one.start + one.count
@@ -165,7 +167,9 @@ class EagerStep(Generic[A]):
             block_length=self.block_length,
         )
         attend = self.plan_attention(self.cache, batch)
-        return self.model(torch.cat(tokens), torch.cat(positions), attend, logits_indices, masked)
+        adapters = [one.request.adapter_slot for one in (*scheduled, *chunks)]
+        last = with_adapters(masked, adapters, batch.counts, self.device)
+        return self.model(torch.cat(tokens), torch.cat(positions), attend, logits_indices, *last)
 
     def _read(
         self,

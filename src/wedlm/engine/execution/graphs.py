@@ -86,6 +86,11 @@ class StepGraphs:
 
 def step_shape(windows: list[ScheduledRequest], chunks: list[ScheduledRequest], flags: BatchFlags) -> StepShape:
     """The captured step that holds these windows, whose flags are ``flags``, and chunks."""
+    has_adapters = any(one.request.adapter is not None for one in (*windows, *chunks))
+    return replace(_sizes(windows, chunks, flags), has_adapters=has_adapters)
+
+
+def _sizes(windows: list[ScheduledRequest], chunks: list[ScheduledRequest], flags: BatchFlags) -> StepShape:
     counts = [one.count for one in windows]
     num_rows, most = sum(counts), max(counts, default=0)
     # A captured step does the same with and without these; windows of a row each have no groups, so auto is as AR.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows of a step's windows, and the choice of one token per row: shared by the eager step and the device step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +59,17 @@ def window_rows(
         positions, shared, own_start = (part.where(packed.real, 0) for part in (positions, shared, own_start))
     visibility = RowVisibility(shared, own_start)
     return WindowRows(packed, layout, column, filled, tokens, positions, visibility, needs_logits)
+
+
+def with_adapters(
+    masked: Tensor | None, slots: Sequence[int], counts: Sequence[int], device: torch.device
+) -> tuple[Tensor | None, ...]:
+    """What ``RowsModel`` takes last: masked rows, and if there are any, the slots of the rows' adapters, given those of
+    sequences of ``counts`` rows."""
+    if not any(slots):
+        return (masked,)
+    adapters = torch.repeat_interleave(torch.tensor(slots), torch.tensor(counts))
+    return masked, adapters.to(device)
 
 
 @dataclass(frozen=True)
