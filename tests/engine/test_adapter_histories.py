@@ -178,7 +178,8 @@ class History:
         for request in engine.scheduler.running:
             table, size, cached = engine.pool.table(request.request_id), self.page_size, request.progress.num_cached
             slots = [table[i // size] * size + i % size for i in range(cached)]
-            self.oracle_of(request).check_cache(engine.runner.cache, slots, request.output.tokens[:cached])
+            tokens, positions = request.output.tokens[:cached], request.decode.positions(0, cached)
+            self.oracle_of(request).check_cache(engine.runner.cache, slots, tokens, positions)
 
 
 def run_histories(seeds: range) -> dict[str, int]:

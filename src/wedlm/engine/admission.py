@@ -125,7 +125,7 @@ def _check_gap(config: EngineConfig, prefix: list[int], params: SamplingParams) 
         )
     if config.block_length is not None:
         raise ValueError(
-            f"suffix has {len(suffix)} tokens, and this model sees by blocks of {config.block_length} from the left on; expected "
+            f"suffix has {len(suffix)} tokens, and this model sees by blocks of {config.block_length}; expected "
             "no suffix"
         )
     room = config.max_model_len - len(prefix) - len(suffix)
