@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -31,6 +31,9 @@ from wedlm.model.inference.quantization import Quantization, multiplies_fp8
 from wedlm.native import NativeAttend, NativeTransformer, is_available
 from wedlm.native.library import PATH_VARIABLE, PORTABLE, chosen_path, paths
 from wedlm.native.weights import format_names, native_from_torch
+
+if TYPE_CHECKING:
+    from wedlm.engine.ranks.processes import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -74,11 +77,14 @@ class Blueprint:
     tokenizer: EngineTokenizer | None
     eager_reason: str | None = None  # why steps do not run on our kernels
     note: str = ""  # what was decided against when the weights were loaded, and why
+    ranks: "Ranks | None" = None  # all that compute the model, whose first rank's part ``model`` is
 
     def build(self, cache: KVCache | None = None, clock: Callable[[], float] = time.perf_counter) -> Engine:
         """A new engine with nothing in it. ``cache``: memory of a former one to use again."""
         cache = self._new_cache() if cache is None else cache
-        if self.packed is None:
+        if self.ranks is not None:
+            runner = self._runner_over_ranks(self.ranks, cache)
+        elif self.packed is None:
             windows, mask = Windows(self.config.options.max_num_seqs, self.device), self.config.mask_token_id
             plan_attention: PlanAttention[Any] = PagedSdpa
             preferred: list[StepExecutor] = []
@@ -91,7 +97,11 @@ class Blueprint:
         return Engine(self.config, runner, PagePool(self.num_pages, self.page_size), self.tokenizer, clock)
 
     def rebuild(self, broken: Engine) -> Engine:
-        """A new engine in place of one that failed, over the same weights and the same amount of cache."""
+        """A new engine in place of one that failed, over the same weights and the same amount of cache. Other ranks are
+        started again, and read their weights again."""
+        if self.ranks is not None:
+            self.ranks.start()
+            self.ranks.connect()
         if self.device.type == "cpu":
             return self.build()
         cache = broken.runner.cache  # there is no room for a second one; zeros, because a fault may have left nan
@@ -122,6 +132,9 @@ class Blueprint:
             steps = f"{kernels} in CUDA graphs, {chunks} prompt chunks"
         if self.note:
             steps += f" ({self.note})"
+        if self.ranks is not None:
+            device += f" and {self.ranks.size - 1} more"
+            steps += f", over {self.ranks.size} ranks"
         tokens = self.num_pages * self.page_size
         megabytes = tokens * self._bytes_per_token() / 1e6
         kind = {FP8: ", fp8", torch.int8: ", int8"}.get(self.dtype, "")
@@ -139,6 +152,20 @@ class Blueprint:
         num_pages, shape = self.num_pages + (self.packed is not None), self.shape
         heads = (shape.num_kv_heads, shape.head_dim, self.dtype)
         return KVCache(shape.num_layers, num_pages, self.page_size, *heads, self.device)
+
+    def _runner_over_ranks(self, ranks: "Ranks", cache: KVCache) -> Runner:
+        from wedlm.engine.ranks.cache_size import CacheSize, cache_arrays
+        from wedlm.engine.ranks.first_rank import FirstRank
+        from wedlm.engine.ranks.messages import Kind
+        from wedlm.engine.ranks.rank import Rank
+
+        windows = Windows(self.config.options.max_num_seqs, self.device)
+        first = FirstRank(Rank(self.model, PagedSdpa, cache, ranks.group, ranks.shard), ranks)
+        size = CacheSize(self.num_pages, self.page_size, self.dtype, self.packed is not None)
+        with ranks.together(Kind.CACHE, cache_arrays(size)):
+            pass
+        mask = self.config.mask_token_id
+        return Runner(windows, EagerStep(first, first.plan, cache, windows, mask, first.local_logits, first.choose))
 
     def _runner_on_kernels(self, packed: Transformer, cache: KVCache) -> Runner:
         from wedlm.attention.paged import plan_paged  # these import triton
@@ -199,11 +226,13 @@ def plan_engine(
     tokenizer: EngineTokenizer | None,
     note: str = "",
     num_sharing: int = 1,
+    ranks: "Ranks | None" = None,
 ) -> Blueprint:
     """Every choice for an engine around a model of ``prepare_model``, by ``config.options``; logs what was chosen.
 
     ``note``: what users should know of the choice of the model. ``num_sharing``: how many engines, planned before any
-    of them is built, divide the memory for caches. ValueError for options that cannot be.
+    of them is built, divide the memory for caches. ``ranks``: as in ``Blueprint``; memory is that of each rank.
+    ValueError for options that cannot be.
     """
     shape, options = model.config, config.options
     device, dtype = _device_and_dtype(model)
@@ -237,7 +266,7 @@ def plan_engine(
         config = replace(config, options=replace(options, chunk_step_ratio=ratio))
     packed = model if reason is None and isinstance(model, Transformer) else None
     sizes = num_pages, options.page_size
-    blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason, note)
+    blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason, note, ranks)
     is_slow = bool(note) or (reason is not None and device.type == "cuda")
     log.log(logging.WARNING if is_slow else logging.INFO, "engine: %s", blueprint.describe())
     return blueprint

@@ -63,10 +63,15 @@ class LLM:
         self.device = resolve_options.read_device(chosen.device)
         self.allow_control_tokens = chosen.allow_control_tokens
         self.tokenizer: Tokenizer = load_tokenizer(model)
-        loaded = load_weights(model, chosen, self.device)
+        if chosen.tensor_parallel_size > 1:
+            from wedlm.engine.ranks.start import load_over_ranks  # which one rank alone has no use for
+
+            loaded = load_over_ranks(model, chosen, self.device)
+        else:
+            loaded = load_weights(model, chosen, self.device)
         self.model, self.model_config, chosen = loaded.model, loaded.config, loaded.options
         self.model_config = with_end_tokens(self.model_config, self.tokenizer.end_token_ids())
-        self._note = loaded.note
+        self._note, self._ranks = loaded.note, loaded.ranks
         self._engine_config = EngineConfig(
             vocab_size=self.model_config.vocab_size,
             mask_token_id=resolve_options.read_mask_token_id(chosen.mask_token_id, self.model_config, self.tokenizer),
@@ -79,7 +84,9 @@ class LLM:
 
     def _plan(self, num_sharing: int = 1) -> None:
         """How the engine will be, whose cache is one of so many in the memory that there is."""
-        self.blueprint = plan_engine(self.model, self._engine_config, self.tokenizer, self._note, num_sharing)
+        self.blueprint = plan_engine(
+            self.model, self._engine_config, self.tokenizer, self._note, num_sharing, self._ranks
+        )
 
     def _build(self) -> None:
         self.engine = self.blueprint.build()

@@ -18,7 +18,7 @@ from wedlm.engine.adaptive.step_costs import StepCosts
 from wedlm.engine.constraints.step import ConstrainedStep
 from wedlm.engine.execution.base import PlanAttention, RowsModel
 from wedlm.engine.execution.pending import FinishedStep
-from wedlm.engine.execution.rows import Report, choose_row_tokens, window_rows
+from wedlm.engine.execution.rows import ChooseRowTokens, Report, choose_row_tokens, window_rows
 from wedlm.engine.execution.sampling_tensors import BatchParams
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.plan import ScheduledRequest, StepPlan, StepResults, WindowResult
@@ -31,6 +31,9 @@ A = TypeVar("A")
 
 class EagerStep(Generic[A]):
     """``StepExecutor`` for every plan, on any device; waits for the device several times a step.
+
+    ``local_model`` and ``choose``: where ranks share a model, its forward without whole logits, and the choice from
+    what that returns.
 
     ``force_choice``: for benchmarks, replaces the tokens chosen by window column, given the windows, what was chosen
     and the windows' parameters.
@@ -46,8 +49,11 @@ class EagerStep(Generic[A]):
         cache: KVCache,
         windows: Windows,
         mask_token_id: int,
+        local_model: RowsModel[A] | None = None,
+        choose: ChooseRowTokens = choose_row_tokens,
     ) -> None:
         self.model, self.plan_attention, self.cache = model, plan_attention, cache
+        self._local_model, self._choose = local_model or model, choose
         self.windows, self.mask_token_id = windows, mask_token_id
         self.device = windows.device
         self.force_choice: Callable[[WindowState, RowResults, WindowParams], Tensor] | None = None
@@ -112,7 +118,7 @@ class EagerStep(Generic[A]):
         target = (rows.positions + rows.filled)[logits_indices]
         constrained = ConstrainedStep.of(windows, state, rows.layout)
         report: Report = "all" if any(one.request.params.logprobs is not None for one in windows) else "none"
-        chosen = choose_row_tokens(
+        chosen = self._choose(
             logits.float(), params, sequence, target, flags, self.mask_token_id, report=report,
             constrain=None if constrained is None else partial(constrained.apply, sequence, column),
         )  # fmt: skip
@@ -161,7 +167,7 @@ class EagerStep(Generic[A]):
             visibility=visibility,
         )
         attend = self.plan_attention(self.cache, batch)
-        return self.model(torch.cat(tokens), torch.cat(positions), attend, logits_indices, masked)
+        return self._local_model(torch.cat(tokens), torch.cat(positions), attend, logits_indices, masked)
 
     def _read(
         self,

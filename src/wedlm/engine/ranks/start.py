@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint to all ranks of its model, of which this process becomes the first."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from wedlm.engine.load_weights import LoadedWeights
+from wedlm.engine.options import EngineOptions
+from wedlm.engine.ranks.group import Group
+from wedlm.engine.ranks.load import load_shard
+from wedlm.engine.ranks.processes import Ranks
+from wedlm.model.formats.checkpoint import open_checkpoint
+from wedlm.model.sharding import Shard, check_divides
+
+
+def load_over_ranks(path_or_id: str | Path, options: EngineOptions, device: torch.device) -> LoadedWeights:
+    """``load_weights`` for ``tensor_parallel_size`` above 1: starts the other ranks, which load their parts while this
+    one does, and connects them. On a CPU torch's threads are divided among them, this process included.
+
+    ValueError for what cannot be, before anything is started; RankFault if another rank fails.
+    """
+    size = options.tensor_parallel_size
+    checkpoint = open_checkpoint(path_or_id)
+    check_divides(checkpoint.config, size)
+    devices = _devices(device, size)
+    if options.quantization == "int8":
+        raise ValueError(
+            f"quantization is 'int8' and tensor_parallel_size is {size}; expected 1, because the native forward of "
+            "CPUs runs in one process"
+        )
+    threads = max(1, torch.get_num_threads() // size) if device.type == "cpu" else 1
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    group = Group(0, size, devices[0], options.deterministic)
+    told = asdict(options)
+    tasks = [
+        {"rank": rank, "size": size, "model": str(path_or_id), "options": told, "device": str(devices[rank]),
+         "threads": threads}
+        for rank in range(1, size)
+    ]  # fmt: skip
+    ranks = Ranks(group, Shard(checkpoint.config, 0, size), tasks)
+    try:
+        ranks.start()
+        loaded = load_shard(path_or_id, options, devices[0], group)
+        ranks.connect()
+    except BaseException:
+        ranks.close()
+        raise
+    return LoadedWeights(loaded.model, loaded.config, loaded.options, ranks=ranks)
+
+
+def _devices(first: torch.device, size: int) -> list[torch.device]:
+    """One for each rank. ValueError if there are fewer."""
+    if first.type == "cpu":
+        return [first] * size
+    if first.type != "cuda":
+        raise ValueError(f"tensor_parallel_size is {size} and the device is {first}; expected cuda or cpu")
+    number, start = torch.cuda.device_count(), first.index or 0
+    if start + size > number:
+        raise ValueError(
+            f"tensor_parallel_size is {size} from {first} on, and there are {number} CUDA devices; expected at most "
+            f"{number - start}"
+        )
+    return [torch.device("cuda", start + rank) for rank in range(size)]
