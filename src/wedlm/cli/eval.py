@@ -97,6 +97,7 @@ _ENGINE = (
     "quantization",
     "deterministic",
     "device",
+    "tensor_parallel_size",
     "max_model_len",
     "max_num_seqs",
     "gpu_memory_utilization",

@@ -125,13 +125,14 @@ class Blueprint:
         if isinstance(self.model, NativeTransformer):
             steps = f"native C++ forward ({self.model.path}), {self.weights} weights, threads: {self.model.threads}"
         elif self.packed is None:
-            steps = f"plain torch operations ({self.eager_reason})" if self.eager_reason else "plain torch operations"
+            steps = "plain torch operations"
         else:
             chunks = "with" if self.config.options.capture_chunks else "without"
             kernels = "deterministic Triton kernels" if self.config.options.deterministic else "Triton kernels"
             steps = f"{kernels} in CUDA graphs, {chunks} prompt chunks"
-        if self.note:
-            steps += f" ({self.note})"
+        reasons = [one for one in (self.packed is None and self.eager_reason, self.note) if one]
+        if reasons:
+            steps += f" ({'; '.join(reasons)})"
         if self.ranks is not None:
             device += f" and {self.ranks.size - 1} more"
             steps += f", over {self.ranks.size} ranks"

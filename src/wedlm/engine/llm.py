@@ -21,6 +21,7 @@ from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.original_names import METHODS
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.request import Request
+from wedlm.engine.request_stream import EngineFault
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.turns import Turns
 from wedlm.model import Tokenizer, load_tokenizer
@@ -97,6 +98,7 @@ class LLM:
         self._abandoned: list[Request] = []
         self._ids = itertools.count()
         self._warned_unadapted = False
+        self._fault: EngineFault | None = None  # what ended the requests of an engine that was replaced
 
     def describe(self) -> str:
         """One line: the device, how steps run and why, and the cache's size."""
@@ -193,9 +195,11 @@ class LLM:
         return stream
 
     def exit(self) -> None:
-        """The original's name for the end. There is no other process to stop: requests are aborted, and memory is free
-        once nothing refers to this object."""
+        """The original's name for the end. Requests are aborted, other ranks' processes end, and memory is free once
+        nothing refers to this object."""
         self.abort()
+        if self._ranks is not None:
+            self._ranks.close()
 
     if not TYPE_CHECKING:  # which would take any attribute for one that is there
 
@@ -238,6 +242,7 @@ class LLM:
             warnings.warn(warning, stacklevel=3)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         with self._engine_alone():
+            self._renew()
             return self.engine.add(f"request-{next(self._ids)}", ids, params, streamed=streamed)
 
     def window_warning(self, params: SamplingParams) -> str | None:
@@ -274,10 +279,23 @@ class LLM:
                 self._busy = False
 
     def _step(self, request: Request) -> None:
-        """Advance the engine, for all requests, unless another thread has finished the request meanwhile."""
-        if request.finish_reason is None:
-            with _interrupts_deferred():
+        """Advance the engine, for all requests, unless another thread has finished the request meanwhile. EngineFault
+        if the engine that had it failed, in whichever thread."""
+        if request.finish_reason is not None:
+            return
+        if self._fault is not None and request.request_id not in self.engine.requests:
+            raise self._fault
+        with _interrupts_deferred():
+            try:
                 self.engine.step()
+            except EngineFault as fault:
+                self._fault = fault
+                raise
+
+    def _renew(self) -> None:
+        """A new engine, if ranks of the old one have ended: its requests end with what it failed with."""
+        if self._ranks is not None and self._ranks.broken:
+            self.engine = self.blueprint.rebuild(self.engine)
 
     def _abort(self, requests: Sequence[Request]) -> None:
         with self._lock:

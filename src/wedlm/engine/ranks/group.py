@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ranks exchange while they compute: gloo between processes on a CPU, NCCL between GPUs."""
 
+import os
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -22,7 +24,7 @@ class Group:
         self.rank, self.size, self.device = rank, size, device
         self.always_gathers = deterministic or device.type != "cuda"
         self.bytes_sent = 0  # by this rank, of numbers; what the libraries add is not counted
-        self._group: distributed.ProcessGroup | None = None
+        self._group: Any = None
 
     def connect(self, directory: Path, timeout_s: float) -> None:
         """Meet the others, who know the same empty directory; whoever then waits longer for one of them gets a
@@ -31,14 +33,17 @@ class Group:
         timeout = timedelta(seconds=timeout_s)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+            # Torch would end this whole process when another rank does not answer; rank 0's has more to do.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             options = distributed.ProcessGroupNCCL.Options()
             options._timeout = timeout
             self._group = distributed.ProcessGroupNCCL(store, self.rank, self.size, options)
         else:
-            options = distributed.ProcessGroupGloo._Options()
-            options._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+            gloo: Any = distributed.ProcessGroupGloo
+            options = gloo._Options()
+            options._devices = [gloo.create_device(hostname="127.0.0.1")]
             options._timeout = timeout
-            self._group = distributed.ProcessGroupGloo(store, self.rank, self.size, options)
+            self._group = gloo(store, self.rank, self.size, options)
         self.gather(torch.zeros(1, device=self.device))  # NCCL connects at its first exchange, no later one may
 
     def abort(self) -> None:
@@ -82,10 +87,10 @@ class Group:
     def broadcast(self, x: Tensor) -> None:
         """Rank 0's ``x`` to all, in place."""
         self._count(0 if self.rank else (self.size - 1) * x.nbytes)
-        self._connected.broadcast(x).wait()
+        self._connected.broadcast(x, 0).wait()
 
     @property
-    def _connected(self) -> distributed.ProcessGroup:
+    def _connected(self) -> Any:
         if self._group is None:
             raise RuntimeError("the ranks are not connected")
         return self._group

@@ -46,6 +46,7 @@ def load_shard(path_or_id: str | Path, options: EngineOptions, device: torch.dev
     if checkpoint.config.vocab_size > MOST_EXACT_ID:
         raise ValueError(f"vocab_size is {checkpoint.config.vocab_size}; expected at most {MOST_EXACT_ID} with ranks")
     model, config, options = load_transformer(checkpoint, options, device, shard)
+    assert isinstance(model, Transformer), "ranks never have integers"
     connect_ranks(model, shard, group)
     return LoadedShard(model, shard, config, options, group)
 

@@ -232,11 +232,11 @@ class Ranks:
     def _fault(self, error: BaseException) -> RankFault:
         """After an exchange that failed: end all ranks. Why, as far as it can be known."""
         processes = self._running
-        end = time.monotonic() + _NOTICE_S
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        late = "imed out" in first
+        end = time.monotonic() + (0.0 if late else _NOTICE_S)
         while processes.reason is None and time.monotonic() < end:  # the thread may be about to see it
             time.sleep(0.01)
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        late = "imed out" in first or "imeout" in first
         processes.fail(f"a rank did not answer within {ANSWER_S:.0f} s" if late else f"rank 0 failed: {first}")
         return RankFault(f"the engine's ranks were ended, and what they were generating is lost: {processes.reason}")
 

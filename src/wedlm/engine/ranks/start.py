@@ -48,7 +48,8 @@ def load_over_ranks(path_or_id: str | Path, options: EngineOptions, device: torc
     except BaseException:
         ranks.close()
         raise
-    return LoadedWeights(loaded.model, loaded.config, loaded.options, ranks=ranks)
+    note = "the native forward runs in one process" if device.type == "cpu" else ""
+    return LoadedWeights(loaded.model, loaded.config, loaded.options, note, ranks)
 
 
 def _devices(first: torch.device, size: int) -> list[torch.device]:

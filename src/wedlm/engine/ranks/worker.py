@@ -8,6 +8,7 @@ It loads its part of the weights, then does what rank 0 tells it until the conne
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -31,10 +32,11 @@ _PEERS_S = 3600.0  # rank 0 notices who does not answer; a rank that waits for a
 
 def main(connection_fd: int, life_fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to handle
-    threading.Thread(target=_end_with, args=(life_fd,), daemon=True).start()
+    directory: list[str] = []  # where the ranks meet, which rank 0 may not have had time to remove
+    threading.Thread(target=_end_with, args=(life_fd, directory), daemon=True).start()
     connection = socket.socket(fileno=connection_fd)
     try:
-        _serve(connection)
+        _serve(connection, directory)
     except BaseException as error:
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         try:
@@ -44,18 +46,21 @@ def main(connection_fd: int, life_fd: int) -> None:
     os._exit(0)
 
 
-def _end_with(life_fd: int) -> None:
+def _end_with(life_fd: int, directory: list[str]) -> None:
     while os.read(life_fd, 1):
         pass
+    for path in directory:
+        shutil.rmtree(path, ignore_errors=True)
     os._exit(1)
 
 
-def _serve(connection: socket.socket) -> None:
+def _serve(connection: socket.socket, directory: list[str]) -> None:
     head = receive_bytes(connection, 8)
     data = None if head is None else receive_bytes(connection, int.from_bytes(head, "little"))
     if data is None:
         return
     task = json.loads(data)
+    directory.append(task["directory"])
     torch.set_num_threads(task["threads"])
     options, device = EngineOptions(**task["options"]), torch.device(task["device"])
     group = Group(task["rank"], task["size"], device, options.deterministic)

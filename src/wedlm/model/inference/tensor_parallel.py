@@ -25,7 +25,7 @@ class SumOverRanks(Protocol):
 def connect_ranks(model: Transformer, shard: Shard, ranks: SumOverRanks) -> None:
     """Let the model of one rank, packed or not, compute with the others: after attention, after the feed-forward and
     after the embedding it adds up what all ranks have. Its logits [L, V of the rank] are those of its own tokens."""
-    model.model.embed_tokens = ShardedEmbedding(model.model.embed_tokens, shard, ranks)  # type: ignore[assignment]
+    model.model.embed_tokens = ShardedEmbedding(model.model.embed_tokens, shard, ranks)
     for layer in model.model.layers:
         assert isinstance(layer, DecoderLayer)
         for part in (layer.self_attn, layer.mlp):
