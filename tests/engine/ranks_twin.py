@@ -21,8 +21,7 @@ from wedlm.model.sharding import Shard
 
 
 class Columns(nn.Module):
-    """A column-sharded product, each rank's by itself. ``sizes``: outputs of its parts (q, k, v); ``owners[i]``: by part
-    and rank, the rows of the weight."""
+    """A column-sharded product, each rank's by itself. ``owners``: by part (q, k, v) and rank, rows of the weight."""
 
     def __init__(self, weight: Tensor, owners: list[list[slice]]) -> None:
         super().__init__()

@@ -101,8 +101,8 @@ class TargetOptions:
 
 
 _ENGINE = (
-    "adapter", "dtype", "quantization", "quantize_head", "kv_cache_dtype", "deterministic", "device", "tensor_parallel_size",
-    "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio",
+    "adapter", "dtype", "quantization", "quantize_head", "kv_cache_dtype", "deterministic", "device",
+    "tensor_parallel_size", "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio",
 )  # fmt: skip
 
 

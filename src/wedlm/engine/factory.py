@@ -155,18 +155,11 @@ class Blueprint:
         return KVCache(shape.num_layers, num_pages, self.page_size, *heads, self.device)
 
     def _runner_over_ranks(self, ranks: "Ranks", cache: KVCache) -> Runner:
-        from wedlm.engine.ranks.cache_size import CacheSize, cache_arrays
-        from wedlm.engine.ranks.first_rank import FirstRank
-        from wedlm.engine.ranks.messages import Kind
-        from wedlm.engine.ranks.rank import Rank
+        """Rank 0's; the others get caches of the same size."""
+        from wedlm.engine.ranks.build import first_runner, tell_cache  # which one rank alone has no use for
 
-        windows = Windows(self.config.options.max_num_seqs, self.device)
-        first = FirstRank(Rank(self.model, PagedSdpa, cache, ranks.group, ranks.shard), ranks)
-        size = CacheSize(self.num_pages, self.page_size, self.dtype, self.packed is not None)
-        with ranks.together(Kind.CACHE, cache_arrays(size)):
-            pass
-        mask = self.config.mask_token_id
-        return Runner(windows, EagerStep(first, first.plan, cache, windows, mask, first.local_logits, first.choose))
+        tell_cache(ranks, cache, self.config, self.packed is not None)
+        return first_runner(ranks, cache, self.model, self.packed, self.config)
 
     def _runner_on_kernels(self, packed: Transformer, cache: KVCache) -> Runner:
         from wedlm.attention.paged import plan_paged  # these import triton

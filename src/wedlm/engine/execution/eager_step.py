@@ -53,7 +53,7 @@ class EagerStep(Generic[A]):
         choose: ChooseRowTokens = choose_row_tokens,
     ) -> None:
         self.model, self.plan_attention, self.cache = model, plan_attention, cache
-        self._local_model, self._choose = local_model or model, choose
+        self.local_model, self._choose = local_model, choose
         self.windows, self.mask_token_id = windows, mask_token_id
         self.device = windows.device
         self.force_choice: Callable[[WindowState, RowResults, WindowParams], Tensor] | None = None
@@ -167,7 +167,8 @@ class EagerStep(Generic[A]):
             visibility=visibility,
         )
         attend = self.plan_attention(self.cache, batch)
-        return self._local_model(torch.cat(tokens), torch.cat(positions), attend, logits_indices, masked)
+        model = self.model if self.local_model is None else self.local_model
+        return model(torch.cat(tokens), torch.cat(positions), attend, logits_indices, masked)
 
     def _read(
         self,

@@ -55,8 +55,13 @@ class Group:
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' ``x`` [T, ...], the same bits on each rank. Gathered numbers are added up in the order
         of the ranks, in float32, and rounded once."""
+        parts = self.parts(x)
+        return parts if parts.ndim == x.ndim else add_up(parts)
+
+    def parts(self, x: Tensor) -> Tensor:
+        """``sum``, or what is still to be added up so: [N, T, ...]."""
         if self.always_gathers or len(x) <= _MOST_GATHERED_ROWS:
-            return add_up(self.gather(x))
+            return self.gather(x)
         self._count(2 * (self.size - 1) * x.nbytes // self.size)
         self._connected.allreduce([x]).wait()
         return x

@@ -51,8 +51,8 @@ def load_shard(path_or_id: str | Path, options: EngineOptions, device: torch.dev
     return LoadedShard(model, shard, config, options, group)
 
 
-def new_rank(loaded: LoadedShard, size: CacheSize, options: EngineOptions) -> Rank:
-    """The rank with an empty cache."""
+def new_rank(loaded: LoadedShard, size: CacheSize) -> Rank:
+    """A rank with an empty cache, on plain torch operations."""
     shape = loaded.shard.config
     device = loaded.model.model.embed_tokens.weight.device
     cache = KVCache(

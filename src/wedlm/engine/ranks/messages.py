@@ -19,6 +19,9 @@ class Kind(IntEnum):
     FORWARD = 1
     CHOOSE = 2
     GATHER = 3
+    CAPTURE = 4
+    RUN = 5
+    PAGES = 6
 
 
 def encode(kind: Kind, arrays: Sequence[np.ndarray]) -> bytes:

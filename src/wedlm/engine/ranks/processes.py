@@ -7,6 +7,7 @@ name is fixed.
 """
 
 import json
+import math
 import os
 import select
 import shutil
@@ -35,6 +36,8 @@ from wedlm.model.sharding import Shard
 ANSWER_S = 8.0  # how long rank 0 waits for another one in one exchange
 _LOADING_S = 3600.0  # reading weights from a slow disk takes long; a process that ends meanwhile is seen at once
 _ENDING_S, _NOTICE_S = 2.0, 1.0
+_LOOK_MS = 500  # how often the thread that watches looks at the clock
+_LATE = f"a rank did not answer within {ANSWER_S:.0f} s"
 
 
 class RankFault(EngineFault):
@@ -48,6 +51,7 @@ class _Processes:
         self.directory = directory
         self.reason: str | None = None  # why they were ended, unless they were asked to
         self.closing = False
+        self.deadline = math.inf  # by time.monotonic, when someone will have waited too long
         self.on_fault = lambda: None
         self._lock = threading.Lock()
         self.connections: list[socket.socket] = []
@@ -117,8 +121,11 @@ class _Processes:
         for connection in self.connections:
             poll.register(connection, select.POLLIN)
         places = {connection.fileno(): index for index, connection in enumerate(self.connections)}
-        events = poll.poll()
-        if self.closing or not events:
+        while not (events := poll.poll(_LOOK_MS)):
+            if time.monotonic() > self.deadline:
+                self.fail(_LATE)
+                return
+        if self.closing:
             return
         index = places[events[0][0]]
         report = None
@@ -220,14 +227,33 @@ class Ranks:
     def together(self, kind: Kind, arrays: Sequence[np.ndarray]) -> Iterator[None]:
         """What all ranks do: the others because they are told, this one within. An error in it ends all of them, since
         they would wait for each other for ever; RankFault if it was a rank's."""
-        try:
+        with self.guarded():
             self.tell(kind, arrays)
+            yield
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """``together`` for what tells the others by itself. RankFault, too, if one of them has failed meanwhile."""
+        try:
             yield
         except BaseException as error:
             fault = self._fault(error)
-            if isinstance(error, RuntimeError | OSError) and not isinstance(error, torch.cuda.OutOfMemoryError):
+            if isinstance(error, RuntimeError | OSError) and not isinstance(error, torch.OutOfMemoryError):
                 raise fault from error
             raise
+        reason = self._running.reason
+        if reason is not None:
+            raise RankFault(_lost(reason))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While this process waits for its GPU, which may wait for the others': at most ``ANSWER_S``."""
+        processes = self._running
+        processes.deadline = time.monotonic() + ANSWER_S
+        try:
+            yield
+        finally:
+            processes.deadline = math.inf
 
     def _fault(self, error: BaseException) -> RankFault:
         """After an exchange that failed: end all ranks. Why, as far as it can be known."""
@@ -237,8 +263,8 @@ class Ranks:
         end = time.monotonic() + (0.0 if late else _NOTICE_S)
         while processes.reason is None and time.monotonic() < end:  # the thread may be about to see it
             time.sleep(0.01)
-        processes.fail(f"a rank did not answer within {ANSWER_S:.0f} s" if late else f"rank 0 failed: {first}")
-        return RankFault(f"the engine's ranks were ended, and what they were generating is lost: {processes.reason}")
+        processes.fail(_LATE if late else f"rank 0 failed: {first}")
+        return RankFault(_lost(processes.reason or first))
 
     @property
     def _running(self) -> _Processes:
@@ -252,3 +278,7 @@ class Ranks:
         if self._finalizer is not None:
             self._finalizer()
         self._processes = None
+
+
+def _lost(reason: str) -> str:
+    return f"the engine's ranks were ended, and what they were generating is lost: {reason}"

@@ -18,7 +18,11 @@ class SumOverRanks(Protocol):
     """Called by all ranks alike, in the same order."""
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' ``x``, the same bits on each; x may be changed."""
+        """The sum of all ranks' ``x`` [T, ...], the same bits on each; x may be changed."""
+        ...
+
+    def parts(self, x: Tensor) -> Tensor:
+        """``sum``, or what is still to be added up over the first dimension: [N, T, ...]."""
         ...
 
 
