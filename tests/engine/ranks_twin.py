@@ -76,7 +76,7 @@ def chunk(llm: LLM, config: ModelConfig, size: int) -> None:
 def random_params(rng: random.Random) -> SamplingParams:
     return SamplingParams(
         decoding=rng.choice(DECODINGS),
-        max_tokens=rng.randint(1, 16),
+        max_tokens=rng.randint(1, 10),
         min_tokens=rng.choice([0, 0, 1]),
         temperature=rng.choice([0.0, 1.0]),
         top_k=rng.choice([0, 0, 0, 3]),
@@ -117,7 +117,7 @@ def run_history(build: Callable[[random.Random], Engine], seed: int) -> tuple[di
     vocab = engine.config.vocab_size
     stems = [[rng.randrange(vocab) for _ in range(30)] for _ in range(2)]
     requests, aborted = {}, set()
-    for _ in range(rng.randint(4, 14)):
+    for _ in range(rng.randint(4, 11)):
         action = rng.random()
         if action < 0.4:
             stem = rng.choice(stems)
