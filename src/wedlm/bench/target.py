@@ -2,6 +2,7 @@
 """What is measured: one engine around a checkpoint or around random weights, and prompts that suit it."""
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,9 @@ from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.model import ModelConfig
 from wedlm.native import NativeTransformer
 
+if TYPE_CHECKING:
+    from wedlm.engine.ranks.processes import Ranks
+
 _CACHE_SPARE_TOKENS = 2000  # for each sequence of the largest batch: what a measurement lets it write
 
 
@@ -28,6 +32,7 @@ class Target:
     engine: Engine
     config: ModelConfig
     prompts: Prompts
+    ranks: "Ranks | None" = None  # which end with this object
 
     @property
     def device(self) -> torch.device:
@@ -57,15 +62,22 @@ def load_target(settings: Settings) -> Target:
         max_model_len=resolve_options.read_length(given.get("max_model_len"), config),
         options=EngineOptions.of(given),
     )
-    options = engine_config.options
-    model = random_model(config, device, dtype, options.rounded_to, options.quantize_head)
+    options, ranks, shape = engine_config.options, None, config
+    if options.tensor_parallel_size > 1:
+        from wedlm.engine.ranks.start import random_over_ranks  # which one rank alone has no use for
+
+        loaded = random_over_ranks(config, replace(options, dtype=str(dtype).removeprefix("torch.")), device)
+        model, ranks = loaded.model, loaded.ranks
+        shape = model.config  # of one rank, as its cache is
+    else:
+        model = random_model(config, device, dtype, options.rounded_to, options.quantize_head)
     if engine_config.options.kv_cache_bytes is None:
         cache_dtype = torch.float32 if isinstance(model, NativeTransformer) else dtype
         cache_dtype = {"fp8": FP8, "int8": torch.int8}.get(engine_config.options.kv_cache_dtype, cache_dtype)
-        cache_bytes = _cache_bytes(settings, engine_config, config, cache_dtype, device)
+        cache_bytes = _cache_bytes(settings, engine_config, shape, cache_dtype, device)
         engine_config = replace(engine_config, options=replace(engine_config.options, kv_cache_bytes=cache_bytes))
-    engine = plan_engine(model, engine_config, None).build()
-    return Target(settings.shape, engine, config, Prompts(None, config.vocab_size, engine_config.max_model_len))
+    engine = plan_engine(model, engine_config, None, ranks=ranks).build()
+    return Target(settings.shape, engine, config, Prompts(None, config.vocab_size, engine_config.max_model_len), ranks)
 
 
 def _cache_bytes(

@@ -95,7 +95,9 @@ class TargetOptions:
     model: Annotated[
         str | None, option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'. [demo]", MODEL)
     ] = None
-    shape: Annotated[str | None, option("Random weights instead: qwen3-8b, smollm2-135m or tiny.", MODEL)] = None
+    shape: Annotated[
+        str | None, option("Random weights instead: qwen3-8b, qwen3-32b, smollm2-135m or tiny.", MODEL)
+    ] = None
     kv_cache_gb: KvCacheGb = None
     threads: Threads = None
 

@@ -8,8 +8,10 @@ import torch
 
 from wedlm.attention.base import KVCache
 from wedlm.attention.sdpa import PagedSdpa
+from wedlm.engine import resolve_options
 from wedlm.engine.load_weights import load_transformer
 from wedlm.engine.options import EngineOptions
+from wedlm.engine.random_model import random_model
 from wedlm.engine.ranks.cache_size import CacheSize
 from wedlm.engine.ranks.choice import MOST_EXACT_ID
 from wedlm.engine.ranks.group import Group
@@ -37,6 +39,16 @@ class LoadedShard:
     def num_bytes(self) -> int:
         """Of its weights."""
         return sum(parameter.nbytes for parameter in self.model.parameters())
+
+
+def random_shard(config: ModelConfig, options: EngineOptions, device: torch.device, group: Group) -> LoadedShard:
+    """Of a model of random weights, for measurements. Raises ValueError."""
+    shard = Shard(config, group.rank, group.size)
+    dtype = resolve_options.read_dtype(options.dtype, device) or torch.bfloat16
+    model = random_model(shard.config, device, dtype, options.rounded_to, options.quantize_head)
+    assert isinstance(model, Transformer), "ranks never have integers"
+    connect_ranks(model, shard, group)
+    return LoadedShard(model, shard, config, options, group)
 
 
 def load_shard(path_or_id: str | Path, options: EngineOptions, device: torch.device, group: Group) -> LoadedShard:

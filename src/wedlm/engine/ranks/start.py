@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a checkpoint to all ranks of its model, of which this process becomes the first."""
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from wedlm.engine.load_weights import LoadedWeights
 from wedlm.engine.options import EngineOptions
 from wedlm.engine.ranks.group import Group
-from wedlm.engine.ranks.load import load_shard
+from wedlm.engine.ranks.load import LoadedShard, load_shard, random_shard
 from wedlm.engine.ranks.processes import Ranks
+from wedlm.model import ModelConfig
 from wedlm.model.formats.checkpoint import open_checkpoint
 from wedlm.model.sharding import Shard, check_divides
 
@@ -21,9 +25,24 @@ def load_over_ranks(path_or_id: str | Path, options: EngineOptions, device: torc
 
     ValueError for what cannot be, before anything is started; RankFault if another rank fails.
     """
+    config = open_checkpoint(path_or_id).config
+    return _load(config, options, device, {"model": str(path_or_id), "random": None}, partial(load_shard, path_or_id))
+
+
+def random_over_ranks(config: ModelConfig, options: EngineOptions, device: torch.device) -> LoadedWeights:
+    """``load_over_ranks`` of random weights, for measurements."""
+    return _load(config, options, device, {"model": "", "random": config.to_hf()}, partial(random_shard, config))
+
+
+def _load(
+    config: ModelConfig,
+    options: EngineOptions,
+    device: torch.device,
+    source: dict[str, Any],
+    load: Callable[[EngineOptions, torch.device, Group], LoadedShard],
+) -> LoadedWeights:
     size = options.tensor_parallel_size
-    checkpoint = open_checkpoint(path_or_id)
-    check_divides(checkpoint.config, size)
+    check_divides(config, size)
     devices = _devices(device, size)
     if options.quantization == "int8":
         raise ValueError(
@@ -34,16 +53,12 @@ def load_over_ranks(path_or_id: str | Path, options: EngineOptions, device: torc
     if device.type == "cpu":
         torch.set_num_threads(threads)
     group = Group(0, size, devices[0], options.deterministic)
-    told = asdict(options)
-    tasks = [
-        {"rank": rank, "size": size, "model": str(path_or_id), "options": told, "device": str(devices[rank]),
-         "threads": threads}
-        for rank in range(1, size)
-    ]  # fmt: skip
-    ranks = Ranks(group, Shard(checkpoint.config, 0, size), tasks)
+    common = {**source, "size": size, "options": asdict(options), "threads": threads}
+    tasks = [{**common, "rank": rank, "device": str(devices[rank])} for rank in range(1, size)]
+    ranks = Ranks(group, Shard(config, 0, size), tasks)
     try:
         ranks.start()
-        loaded = load_shard(path_or_id, options, devices[0], group)
+        loaded = load(options, devices[0], group)
         ranks.connect()
     except BaseException:
         ranks.close()

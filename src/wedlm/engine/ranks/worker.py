@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +23,11 @@ from wedlm.engine.options import EngineOptions
 from wedlm.engine.ranks.cache_size import CacheSize, read_cache
 from wedlm.engine.ranks.first_rank import read_choice, read_forward
 from wedlm.engine.ranks.group import Group
-from wedlm.engine.ranks.load import LoadedShard, load_shard, new_rank
+from wedlm.engine.ranks.life import end_with
+from wedlm.engine.ranks.load import LoadedShard, load_shard, new_rank, random_shard
 from wedlm.engine.ranks.messages import Kind, receive, receive_bytes
 from wedlm.engine.ranks.reports import FAILED, LOADED, send_report
+from wedlm.model import ModelConfig
 
 if TYPE_CHECKING:
     from wedlm.engine.execution.graphs import StepGraphs
@@ -37,7 +38,7 @@ _PEERS_S = 3600.0  # rank 0 notices who does not answer; a rank that waits for a
 def main(connection_fd: int, life_fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to handle
     directory: list[str] = []  # where the ranks meet, which rank 0 may not have had time to remove
-    threading.Thread(target=_end_with, args=(life_fd, directory), daemon=True).start()
+    end_with(life_fd, lambda: _remove(directory))
     connection = socket.socket(fileno=connection_fd)
     try:
         _serve(connection, directory)
@@ -50,12 +51,9 @@ def main(connection_fd: int, life_fd: int) -> None:
     os._exit(0)
 
 
-def _end_with(life_fd: int, directory: list[str]) -> None:
-    while os.read(life_fd, 1):
-        pass
+def _remove(directory: list[str]) -> None:
     for path in directory:
         shutil.rmtree(path, ignore_errors=True)
-    os._exit(1)
 
 
 def _serve(connection: socket.socket, directory: list[str]) -> None:
@@ -68,7 +66,10 @@ def _serve(connection: socket.socket, directory: list[str]) -> None:
     torch.set_num_threads(task["threads"])
     options, device = EngineOptions(**task["options"]), torch.device(task["device"])
     group = Group(task["rank"], task["size"], device, options.deterministic)
-    loaded = load_shard(task["model"], options, device, group)
+    if task["random"] is None:
+        loaded = load_shard(task["model"], options, device, group)
+    else:
+        loaded = random_shard(ModelConfig.from_hf(task["random"]), options, device, group)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     send_report(connection, LOADED, peak_bytes=peak, weight_bytes=loaded.num_bytes)
     group.connect(Path(task["directory"]), _PEERS_S)
