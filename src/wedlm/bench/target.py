@@ -2,7 +2,6 @@
 """What is measured: one engine around a checkpoint or around random weights, and prompts that suit it."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,9 +17,6 @@ from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.model import ModelConfig
 from wedlm.native import NativeTransformer
 
-if TYPE_CHECKING:
-    from wedlm.engine.ranks.processes import Ranks
-
 _CACHE_SPARE_TOKENS = 2000  # for each sequence of the largest batch: what a measurement lets it write
 
 
@@ -32,7 +28,6 @@ class Target:
     engine: Engine
     config: ModelConfig
     prompts: Prompts
-    ranks: "Ranks | None" = None  # which end with this object
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +72,7 @@ def load_target(settings: Settings) -> Target:
         cache_bytes = _cache_bytes(settings, engine_config, shape, cache_dtype, device)
         engine_config = replace(engine_config, options=replace(engine_config.options, kv_cache_bytes=cache_bytes))
     engine = plan_engine(model, engine_config, None, ranks=ranks).build()
-    return Target(settings.shape, engine, config, Prompts(None, config.vocab_size, engine_config.max_model_len), ranks)
+    return Target(settings.shape, engine, config, Prompts(None, config.vocab_size, engine_config.max_model_len))
 
 
 def _cache_bytes(
