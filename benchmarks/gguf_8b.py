@@ -5,7 +5,8 @@
 
 Writes FOLDER/qwen3-8b-q4_k.gguf (about 4.8 GB of random blocks) if it is not there. What runs is a process of its own,
 whose peak memory is that of loading and decoding together, less what imports take. Random weights refuse every draft,
-so ``auto`` comes to choose AR; the times of verified steps show what further rows cost.
+so ``auto`` chooses AR or drafts from the text; the times of verified steps show what further rows cost. With
+``--llamacpp``, llama.cpp's wheel runs the same file, before and after us.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
 from wedlm import LLM, SamplingParams
+from wedlm.bench.llamacpp import Serving, serving
 from wedlm.bench.shapes import SHAPES, shape_config
 from wedlm.machine import cpu_name, memory_bytes
 from wedlm.model import ModelConfig, Transformer
@@ -109,11 +111,18 @@ def measure(path: Path, num_tokens: int) -> dict[str, object]:
     }
 
 
+def llamacpp_step_ms(path: Path, threads: int, num_tokens: int) -> float:
+    with serving(Serving(str(path), threads, context=512)) as (server,):
+        server.complete(list(range(100, 132)), 2, ignore_eos=True)
+        return server.complete(list(range(100, 132)), num_tokens, ignore_eos=True)["step_ms"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--llamacpp", action="store_true", help="run llama.cpp on the file, too")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     path = args.folder / "qwen3-8b-q4_k.gguf"
@@ -122,6 +131,8 @@ def main() -> None:
         return
     if not path.is_file():
         write_file(path, shape_config("qwen3-8b"))
+    threads = torch.get_num_threads()
+    theirs = [llamacpp_step_ms(path, threads, args.tokens)] if args.llamacpp else []
     command = [sys.executable, __file__, str(args.folder), "--tokens", str(args.tokens), "--measure"]
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found, size = json.loads(ran.stdout.splitlines()[-1]), path.stat().st_size
@@ -134,6 +145,8 @@ def main() -> None:
         **found,
         "memory_to_file": (found["peak_bytes"] - CACHE_BYTES) / size,
     }
+    if args.llamacpp:
+        record["llamacpp_step_ms"] = [*theirs, llamacpp_step_ms(path, threads, args.tokens)]
     if args.output is not None:
         args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record))

@@ -201,6 +201,7 @@ def test_changed_prompts_are_named(parts, tmp_path):
         prompts.write_text(text)
 
 
+@pytest.mark.long
 def test_conversations_and_texts(parts, tmp_path):
     """--data: the questions of conversations, the beginnings of texts; only the stages up to the answers."""
     base, _, _, _ = parts

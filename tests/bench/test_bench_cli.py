@@ -12,7 +12,7 @@ from wedlm.bench.record import Record, read_record
 from wedlm.bench.settings import PARTS, PRIORITY
 
 SMALL = [
-    *("--batches", "1,2", "--runs", "3", "--pairs", "2", "--steps", "2", "--answer", "5", "--requests", "3"),
+    *("--batches", "1,2", "--runs", "2", "--pairs", "2", "--steps", "1", "--answer", "5", "--requests", "2"),
     *("--contexts", "20", "--long-prompt", "40", "--device", "cpu", "--dtype", "float32", "--threads", "1"),
 ]
 
@@ -33,7 +33,7 @@ def test_all_parts_on_random_weights(tmp_path):
     for part, rows in record["parts"].items():
         assert rows, part
         for row in rows:
-            assert row["runs"] == (2 if part == "pairs" else 3)
+            assert row["runs"] == 2
             assert row["spread"]
         assert len(summary["parts"][part]) == len(rows), "a label stands for several rows"
     assert {"cpu", "threads"} <= record["hardware"].keys()

@@ -104,11 +104,11 @@ def run_histories(seeds: range, model: StubModel | NativeModel = MODEL) -> dict[
 
 
 def test_histories():
-    run_histories(range(60))
+    run_histories(range(40))
 
 
 def test_histories_of_texts_that_repeat_themselves():
-    assert run_histories(range(30), StubModel(period=4, agreement=8.0))["accepted from the text"] > 20
+    assert run_histories(range(20), StubModel(period=4, agreement=8.0))["accepted from the text"] > 20
 
 
 @pytest.mark.long

@@ -115,7 +115,7 @@ def test_no_instance_is_valid_under_exclusive_schemas():
     assert found > 500
 
 
-@pytest.mark.parametrize("decoding", ["verified", "streaming"])
+@pytest.mark.parametrize("decoding", ["verified", pytest.param("streaming", marks=pytest.mark.long)])
 def test_tagged_unions_of_pydantic(tmp_path, decoding):
     llm = LLM(save_tiny(tmp_path, max_position_embeddings=512), device="cpu")
     schema = Owner.model_json_schema()

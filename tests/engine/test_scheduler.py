@@ -107,7 +107,7 @@ def test_who_asks_for_many_keeps_nobody_from_pages(pages):
 
 
 @pytest.mark.parametrize("lagging", [False, True])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))])
 def test_those_that_run_come_first(seed, lagging):
     """Where pages and rows suffice. Each group has one sequence or several."""
     rng = random.Random(seed)

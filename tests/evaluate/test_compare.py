@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from statistics import pstdev
 
 import pytest
 import typer.testing
@@ -38,6 +39,7 @@ def test_counts(tmp_path):
     assert counts == (1, 2, 1, 1)
     assert comparison.difference == pytest.approx(-1 / 5)
     assert comparison.p_value == 1.0
+    assert comparison.half_width == pytest.approx(1.96 * pstdev([-1, -1, 1, 0, 0]) / 5**0.5)
     assert [x.doc_id for x, _ in comparison.differing] == [1, 2, 4]
     assert comparison.same_text == pytest.approx(2 / 5)
     assert (comparison.num_unpaired, comparison.num_other_prompts) == (1, 0)
@@ -128,7 +130,7 @@ def test_the_command_tells_counts_and_texts(tmp_path):
         "B  toy (abababab, float32), verified W=16 H=2.5",
         "gsm8k, 3 questions",
         "only A           1   33.3 %",
-        "-33.3 points, p = 1 (McNemar, exact)",
+        "-33.3 points (95 %: -86.7 to +20.0), p = 1 (McNemar, exact)",
         "same text   66.7 %, 1 differ",
         "A right: The answer is four, of course.",
         "B wrong: The answer is The answer is four",

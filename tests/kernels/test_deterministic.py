@@ -102,8 +102,15 @@ def _start(part: int) -> int:
 LENGTHS = [(1100, 5), (3, 4), (200, 16), (0, 2), (130, 1), (4200, 3), (60, 90)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "groups"),
+    [
+        (DTYPES[0], True),
+        (DTYPES[1], False),
+        pytest.param(DTYPES[0], False, marks=pytest.mark.long),
+        pytest.param(DTYPES[1], True, marks=pytest.mark.long),
+    ],
+)
 def test_attention_in_fixed_parts(device, monkeypatch, dtype, groups):
     """It is ``PagedSdpa``; alone or among others, however the parts are shared out, each row has the same bits."""
     torch.manual_seed(1)
@@ -150,8 +157,15 @@ def test_attention_in_fixed_parts(device, monkeypatch, dtype, groups):
             torch.testing.assert_close(other[place].float(), one[place].float(), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("bits", [None, "fp8"])
-@pytest.mark.parametrize("family", ["wedlm-qwen3", "wedlm-qwen2.5"])
+@pytest.mark.parametrize(
+    ("bits", "family"),
+    [
+        (None, "wedlm-qwen2.5"),
+        ("fp8", "wedlm-qwen3"),
+        pytest.param(None, "wedlm-qwen3", marks=pytest.mark.long),
+        pytest.param("fp8", "wedlm-qwen2.5", marks=pytest.mark.long),
+    ],
+)
 def test_the_deterministic_model_is_the_model(device, bits, family, fp8_anywhere):
     model = our_model(family)
     if model.config.head_dim < 16 and device.type == "cuda":

@@ -78,7 +78,7 @@ def test_same_as_runner(device, decoding, temperature):
     check_same_as_runner(device, decoding, temperature, num_requests=3, seed=0)
 
 
-@pytest.mark.parametrize("decoding", ["verified", "streaming"])
+@pytest.mark.parametrize("decoding", ["verified", pytest.param("streaming", marks=pytest.mark.long)])
 def test_same_as_runner_with_factors_for_masked_rows(device, decoding):
     check_same_as_runner(device, decoding, 0.0, num_requests=2, seed=1, masked_lora=True)
 
@@ -146,7 +146,9 @@ def test_a_wide_window_and_a_later_common_one(device):
     assert captured.runner.windows.state.tokens.shape[1] == 128  # the first did not fit
 
 
-@pytest.mark.parametrize("decodings", [("verified", "auto"), ("streaming", "verified")])
+@pytest.mark.parametrize(
+    "decodings", [("verified", "auto"), pytest.param(("streaming", "verified"), marks=pytest.mark.long)]
+)
 def test_long_prompts_beside_windows(device, monkeypatch, decodings):
     shares = []
     launch = CapturedStep.launch

@@ -60,7 +60,9 @@ def _tell(name: str, comparison: "Comparison", texts: int) -> None:
         ("neither", comparison.neither),
     ):
         write(f"  {label:<12}{count:>6}  {100 * count / comparison.num_questions:5.1f} %\n")
-    write(f"  B less A    {100 * comparison.difference:+.1f} points, p = {comparison.p_value:.3g} (McNemar, exact)\n")
+    difference, half = 100 * comparison.difference, 100 * comparison.half_width
+    write(f"  B less A    {difference:+.1f} points (95 %: {difference - half:+.1f} to {difference + half:+.1f}), ")
+    write(f"p = {comparison.p_value:.3g} (McNemar, exact)\n")
     write(f"  same text   {100 * comparison.same_text:.1f} %, {len(comparison.differing)} differ\n")
     if comparison.num_unpaired:
         note(f"{comparison.num_unpaired} samples are of questions that only one run answered; they are left out")

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, sqrt
 
 from wedlm.evaluate.result_folder import Run, Sample, TaskResult, read_samples
 
@@ -32,6 +32,13 @@ class Comparison:
     def difference(self) -> float:
         """Accuracy of B less that of A."""
         return (self.only_b - self.only_a) / self.num_questions
+
+    @property
+    def half_width(self) -> float:
+        """Half of the 95 % interval around ``difference``, by the normal approximation for paired samples."""
+        disagreeing = self.only_a + self.only_b
+        variance = disagreeing / self.num_questions - self.difference**2
+        return 1.96 * sqrt(variance / self.num_questions)
 
     @property
     def p_value(self) -> float:

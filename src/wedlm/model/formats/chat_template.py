@@ -81,7 +81,11 @@ def _compile(source: str) -> _Compiled:
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _strftime_now
     constants = (node.value for node in environment.parse(source).find_all(nodes.Const))
-    return _Compiled(environment.from_string(source), frozenset(text for text in constants if isinstance(text, str)))
+    texts = frozenset(text for text in constants if isinstance(text, str))
+    try:
+        return _Compiled(environment.from_string(source), texts)
+    except SyntaxError as error:  # of the Python that Jinja makes, which may not be nested as deep as a template
+        raise ExceededError(f"is too complicated ({error.msg}); expected a simpler one") from error
 
 
 def _to_json(

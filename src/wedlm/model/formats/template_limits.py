@@ -2,6 +2,7 @@
 """Bounds of time and memory for a Jinja template, which may be written by anybody.
 
 Steps are counted where a program can repeat itself: in the body and the condition of every loop, in macros and calls.
+Filters repeat what they are given for every element (``map``, ``groupby``), so attributes and tests look at the clock.
 Memory is counted where values are made: results of operators, filters, calls, slices and literals, and the output. What
 could take long inside one step (a string times a number, padding, formats) is looked at before it is done.
 """
@@ -25,8 +26,8 @@ from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE_CHARACTERS = 2**16
 # Jinja compiles a template in a time that grows with the levels above each of its parts, added up over all parts; those
-# of published templates add up to less than a tenth of this, which takes two seconds.
-_MAX_LEVELS = 250_000
+# of published templates add up to less than a quarter of this, which takes a second.
+_MAX_LEVELS = 100_000
 # What a template may use beside what it is given; of each byte of the messages it may use more.
 _STEPS, _STEPS_A_BYTE = 300_000, 4
 _MADE_BYTES, _MADE_BYTES_A_BYTE = 2**26, 100
@@ -75,6 +76,7 @@ class Budget:
         self._deadline = time.thread_time() + self.seconds
         self._known: dict[int, int] = {}
         self._all = (self.steps, self.made_bytes)
+        self._looks = 0
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> "Budget":
@@ -100,11 +102,16 @@ class Budget:
         self.steps -= 1
         if self.steps < 0:
             raise ExceededError(f"runs more than {self._all[0]} steps; expected a template that ends")
-        if self.steps % 32 == 0 and time.thread_time() > self._deadline:
-            raise ExceededError(f"runs longer than {self.seconds:.3g} s; expected a template that ends")
+        self.look_at_clock()
         if output_bytes:
             self._spend(output_bytes)
         return True
+
+    def look_at_clock(self) -> None:
+        """To be called often: one call in 32 reads the time."""
+        self._looks += 1
+        if self._looks % 32 == 0 and time.thread_time() > self._deadline:
+            raise ExceededError(f"runs longer than {self.seconds:.3g} s; expected a template that ends")
 
     def made(self, value: Any) -> Any:
         """``value`` itself, which the template has made."""
@@ -226,6 +233,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             del self.filters[unbounded]
         for name, function in list(self.filters.items()):
             self.add_filter(name, function)
+        self.tests = {name: _timed(cast(Callable[..., Any], test)) for name, test in self.tests.items()}
         del self.globals["lipsum"]
         self.globals |= {"range": _range, "namespace": _OpaqueNamespace}
 
@@ -244,6 +252,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             return budget.made(function(*args[:first], value, *rest, **kwargs))
 
         self.filters[name] = counted
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        Budget.current().look_at_clock()
+        return super().getitem(obj, argument)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        Budget.current().look_at_clock()
+        return super().getattr(obj, attribute)
 
     def _parse(self, *args: Any) -> nodes.Template:
         """Checked here and not by Python's own limit of recursion, which other libraries raise (torch's compiler)."""
@@ -316,6 +332,15 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         budget.check(sys.getsizeof(text))
         budget._spend(len(text))
         return text
+
+
+def _timed(test: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(test)
+    def timed(*args: Any) -> Any:
+        Budget.current().look_at_clock()
+        return test(*args)
+
+    return timed
 
 
 def _range(*args: int) -> range:

@@ -55,6 +55,7 @@ class Tokenizer:
         backend.no_padding()
         self.backend = backend
         self.chat_templates = dict(chat_templates or {})
+        self._refused_templates: dict[str, str] = {}  # why, by source
         self.special_tokens = dict(special_tokens or {})
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -169,14 +170,14 @@ class Tokenizer:
     def probe_chats(
         self, chats: Iterable[Sequence[Mapping[str, Any]]], add_generation_prompt: bool = True
     ) -> Iterator[str]:
-        """``apply_chat_template`` of those of ``chats`` that the template takes. It ends with the first that exceeds a
-        template's limits, so that a hostile one costs its limits once."""
+        """``apply_chat_template`` of those of ``chats`` that the template takes. One that exceeds its limits on these
+        few words is refused from then on without being run, so that a hostile one costs its limits once."""
         for messages in chats:
             try:
                 yield self.apply_chat_template(messages, add_generation_prompt)
             except ValueError as error:  # no template, or one that wants other messages
                 if isinstance(error.__cause__, ExceededError):
-                    return
+                    self._refused_templates[self.chat_templates["default"]] = str(error)
 
     @property
     def has_chat_template(self) -> bool:
@@ -242,6 +243,8 @@ class Tokenizer:
                 f"the tokenizer's chat templates are {sorted(self.chat_templates)}; expected one named default"
             )
         source, now = self.chat_templates[name], datetime.now()
+        if source in self._refused_templates:
+            raise ValueError(self._refused_templates[source])
         fixed = {"tools": None, "documents": None, **self.special_tokens}
 
         def render(contents: Mapping[str, Any]) -> str:

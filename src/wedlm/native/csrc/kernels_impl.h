@@ -166,10 +166,14 @@ inline void add_fifths(const uint8_t* h, B* quads) {
 struct Plain {  // defaults of the formats
   static constexpr int kSubBlocks = 1, kOffsetBits = 0;  // offset: what is taken off each quant, a power of two
   static constexpr bool kBytes = false, kMinimum = false, kHalves = false, kScaleOfOutput = false;
+  // Rows from which the next panel is fetched ahead. What does less for each byte of weights, in eight bits, is done so
+  // fast that the processor's own prefetching does better until there are more rows.
+  static constexpr int kAheadFrom = 2;
 };
 template <>
 struct Reader<PackedINT8> : Plain {
   static constexpr int kOffsetBits = kByteBiasBits;  // dot_bytes takes off what it does not count itself
+  static constexpr int kAheadFrom = 5;
   static constexpr bool kBytes = true, kScaleOfOutput = true;
   explicit Reader(const PackedINT8&) {}
   void sub(const PackedINT8& block, int, B* quads, V&, V&) const {
@@ -180,6 +184,7 @@ struct Reader<PackedINT8> : Plain {
 template <>
 struct Reader<PackedQ8_0> : Plain {
   static constexpr int kOffsetBits = kByteBiasBits;
+  static constexpr int kAheadFrom = 5;
   static constexpr bool kBytes = true;
   V d;
   explicit Reader(const PackedQ8_0& block) : d(load_half(block.d)) {}
@@ -237,6 +242,7 @@ struct Reader<PackedQ5_K> : ScaledReader<PackedQ5_K, true> { using ScaledReader:
 template <>
 struct Reader<PackedQ6_K> : Plain {
   static constexpr int kSubBlocks = 8, kOffsetBits = 5;
+  static constexpr int kAheadFrom = 1;
   static constexpr bool kHalves = true;  // a scale for each 16 inputs, whole numbers
   V d;
   explicit Reader(const PackedQ6_K& block) : d(load_half(block.d)) {}
@@ -379,8 +385,7 @@ template <class Panel>
 inline void in_row_blocks(const Panel& panel, const Matrix& matrix, const Input& x, int32_t rows, float* y, int64_t stride) {
   int32_t row = 0;
   auto rest = [&] { return x.from(row, matrix.cols); };
-  // A few rows are done so fast that the processor's own prefetching does better.
-  auto ahead = [&] { return row == 0 && rows > 4; };
+  auto ahead = [&] { return row == 0 && rows >= Panel::kAheadFrom; };
   for (; kRows >= 8 && row + 8 <= rows; row += 8) panel.template run<(kRows >= 8 ? 8 : 1)>(rest(), ahead(), y + row * stride);
   for (; row + 4 <= rows; row += 4) panel.template run<4>(rest(), ahead(), y + row * stride);
   switch (rows - row) {
@@ -393,6 +398,7 @@ inline void in_row_blocks(const Panel& panel, const Matrix& matrix, const Input&
 
 template <class Block>
 struct BlockPanel {
+  static constexpr int kAheadFrom = Reader<Block>::kAheadFrom;
   const Matrix& matrix;
   int32_t panel;
   int64_t stride;
@@ -402,6 +408,7 @@ struct BlockPanel {
 };
 template <class Type>
 struct FloatPanel {
+  static constexpr int kAheadFrom = 1;  // of no use: it does not fetch ahead
   const Matrix& matrix;
   int32_t panel;
   int64_t stride;
