@@ -44,12 +44,12 @@ def test_two_ranks_write_what_one_writes(one, two):
     assert "the native forward runs in one process" in two.describe()
     for decoding in DECODINGS:
         params = [
-            SamplingParams(max_tokens=12, decoding=decoding),
-            SamplingParams(max_tokens=12, decoding=decoding, temperature=1.0, seed=5),
-            SamplingParams(max_tokens=8, decoding=decoding, temperature=1.0, seed=6, top_k=9, min_tokens=4),
-            SamplingParams(max_tokens=8, decoding=decoding, logprobs=2, presence_penalty=0.5, stop_token_ids=(7,)),
-            SamplingParams(max_tokens=8, decoding=decoding, logit_bias={40: 30.0, 90: 30.0}),
-            SamplingParams(max_tokens=8, decoding=decoding, min_tokens=3, stop_token_ids=(3, 8, 60)),
+            SamplingParams(max_tokens=6, decoding=decoding),
+            SamplingParams(max_tokens=6, decoding=decoding, temperature=1.0, seed=5),
+            SamplingParams(max_tokens=5, decoding=decoding, temperature=1.0, seed=6, top_k=9, min_tokens=4),
+            SamplingParams(max_tokens=5, decoding=decoding, logprobs=2, presence_penalty=0.5, stop_token_ids=(7,)),
+            SamplingParams(max_tokens=5, decoding=decoding, logit_bias={40: 30.0, 90: 30.0}),
+            SamplingParams(max_tokens=5, decoding=decoding, min_tokens=3, stop_token_ids=(3, 8, 60)),
         ]
         expected, found = one.generate(PROMPTS, params), two.generate(PROMPTS, params)
         assert [o.token_ids for o in found] == [o.token_ids for o in expected], decoding
