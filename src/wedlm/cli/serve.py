@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from wedlm.cli.loading import load_llms
 from wedlm.cli.options import MODEL, EngineOptions, Only, Threads, command, option
+from wedlm.cli.replicas import Replica, supervise
 from wedlm.cli.terminal import needs_extra, note
 from wedlm.server.config import REASONING_PARSERS, TOOL_PARSERS, ServerConfig
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from wedlm import LLM
 
 HTTP, LIMITS, FORMS = "Address and access", "Limits", "What models write"
+_MOST_REPLICAS = 64
 _KEY_VARIABLE = "WEDLM_API_KEY"
 _SERVER: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
 
@@ -108,6 +111,12 @@ class ServedOptions:
         ),
     ] = None
     threads: Threads = None
+    data_parallel_size: Annotated[
+        int, option("Servers on this address, each with the models on devices, or threads, of its own.", MODEL)
+    ] = 1
+
+
+replica: Replica | None = None  # which one of several this process is
 
 
 _ENGINE = tuple(field.name for field in dataclasses.fields(EngineOptions) if field.name != "adapter")
@@ -125,6 +134,7 @@ def serve(
     wedlm serve --model ./my-checkpoint --host 0.0.0.0 --port 8080 --max-queue 64
     wedlm serve --model small=demo --model large=./my-checkpoint
     wedlm serve --model ./my-checkpoint --adapter sql=./my-lora --adapter legal=./another
+    wedlm serve --model ./my-checkpoint --tensor-parallel-size 2 --data-parallel-size 4
     WEDLM_API_KEY=secret wedlm serve
 
     Ctrl-C lets running answers finish; a second one does not. docs/server.md has the rest.
@@ -134,6 +144,9 @@ def serve(
     engine = dataclasses.replace(engine, adapter=for_all)
     models = served_models(model, engine)
     check_adapters(by_name, models)
+    count = model.data_parallel_size
+    if not 1 <= count <= _MOST_REPLICAS:
+        raise ValueError(f"data_parallel_size is {count}; expected 1 to {_MOST_REPLICAS}")
     config = server_config(http, limits, os.environ.get(_KEY_VARIABLE))
     if http.log_level not in ("debug", "info", "warning", "error"):
         raise ValueError(f"log_level is {http.log_level!r}; expected debug, info, warning or error")
@@ -143,15 +156,28 @@ def serve(
     if config.otlp_traces_endpoint is not None:
         with needs_extra("traces"):
             import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401
+    if replica is not None:
+        threads, options = replica.threads(model.threads), replica.engine(engine)
+        run(_loaded(models, by_name, threads, options), config, http.log_level, replica.sockets)
+        return
     try:
         with listening(config) as sockets:
-            llms = load_llms(models, model.threads, engine)
-            for name, directory in by_name.items():
-                next(iter(llms.values())).load_adapter(name, directory)
-            run(llms, config, http.log_level, sockets)
+            if count > 1:
+                raise typer.Exit(supervise(sockets, count, sys.argv[1:]))
+            run(_loaded(models, by_name, model.threads, engine), config, http.log_level, sockets)
     except AddressError as error:
         note(f"error: {error}", "red")
         raise typer.Exit(1) from None
+
+
+def _loaded(
+    models: dict[str, str], adapters: dict[str, str], threads: int | None, engine: EngineOptions
+) -> dict[str, "LLM"]:
+    """The models, the only one with its adapters by name."""
+    llms = load_llms(models, threads, engine)
+    for name, directory in adapters.items():
+        next(iter(llms.values())).load_adapter(name, directory)
+    return llms
 
 
 def served_models(model: ServedOptions, engine: EngineOptions) -> dict[str, str]:

@@ -322,7 +322,9 @@ class AsyncEngine:
         self.state = "restarting"
         self.num_faults += 1
         log.error("the engine failed in a step", exc_info=error)
-        self._fail_live(EngineFault("the engine failed during a step; what it was generating is lost"))
+        # A fault of its own says for users what happened.
+        fault = EngineFault("the engine failed during a step; what it was generating is lost")
+        self._fail_live(error if isinstance(error, EngineFault) else fault)
         for attempt in range(MAX_RESTARTS):
             if attempt and self._stopping.wait(self._first_retry_s * 2 ** (attempt - 1)):
                 break

@@ -24,6 +24,7 @@ from wedlm.engine.original_names import METHODS
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.prompt_logprobs import PromptScorer
 from wedlm.engine.request import Request
+from wedlm.engine.request_stream import EngineFault
 from wedlm.engine.sampling_params import GAP, SamplingParams
 from wedlm.engine.turns import Turns
 from wedlm.model import Tokenizer, load_tokenizer
@@ -75,10 +76,15 @@ class LLM:
         self.device = resolve_options.read_device(chosen.device)
         self.allow_control_tokens = chosen.allow_control_tokens
         self.tokenizer: Tokenizer = load_tokenizer(model)
-        loaded = load_weights(model, chosen, self.device)
+        if chosen.tensor_parallel_size > 1:
+            from wedlm.engine.ranks.start import load_over_ranks  # which one rank alone has no use for
+
+            loaded = load_over_ranks(model, chosen, self.device)
+        else:
+            loaded = load_weights(model, chosen, self.device)
         self.model, self.model_config, chosen = loaded.model, loaded.config, loaded.options
         self.model_config = with_end_tokens(self.model_config, self.tokenizer.end_token_ids())
-        self._note = loaded.note
+        self._note, self._ranks = loaded.note, loaded.ranks
         self._engine_config = EngineConfig(
             vocab_size=self.model_config.vocab_size,
             mask_token_id=resolve_options.read_mask_token_id(chosen.mask_token_id, self.model_config, self.tokenizer),
@@ -92,7 +98,9 @@ class LLM:
 
     def _plan(self, num_sharing: int = 1) -> None:
         """How the engine will be, whose cache is one of so many in the memory that there is."""
-        self.blueprint = plan_engine(self.model, self._engine_config, self.tokenizer, self._note, num_sharing)
+        self.blueprint = plan_engine(
+            self.model, self._engine_config, self.tokenizer, self._note, num_sharing, self._ranks
+        )
 
     def _build(self) -> None:
         self.engine = self.blueprint.build()
@@ -103,6 +111,7 @@ class LLM:
         self._abandoned: list[Request] = []
         self._ids = itertools.count()
         self._warned_unadapted = False
+        self._fault: EngineFault | None = None  # what ended the requests of an engine that was replaced
 
     @property
     def adapters(self) -> list[str]:
@@ -123,6 +132,11 @@ class LLM:
 
     def read_adapter(self, name: str, directory: str | Path) -> RowFactors:
         """What ``Engine.load_adapter`` takes; nothing of the engine is touched. ValueError."""
+        if self._ranks is not None:
+            raise ValueError(
+                f"adapter {name!r} was asked for by name and tensor_parallel_size is {self._ranks.size}; expected 1, "
+                "or an adapter for all requests"
+            )
         options, config = self._engine_config.options, self._engine_config
         factors = read_row_factors(directory, self.model_config, options.max_adapter_rank)
         mask = factors.mask_token_id
@@ -300,9 +314,11 @@ class LLM:
         return math.fsum(logprobs) / max(1, len(logprobs))
 
     def exit(self) -> None:
-        """The original's name for the end. There is no other process to stop: requests are aborted, and memory is free
-        once nothing refers to this object."""
+        """The original's name for the end. Requests are aborted, other ranks' processes end, and memory is free once
+        nothing refers to this object."""
         self.abort()
+        if self._ranks is not None:
+            self._ranks.close()
 
     if not TYPE_CHECKING:  # which would take any attribute for one that is there
 
@@ -345,6 +361,7 @@ class LLM:
             warnings.warn(warning, stacklevel=3)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         with self._engine_alone():
+            self._renew()
             return self.engine.add(f"request-{next(self._ids)}", ids, params, streamed=streamed, adapter=adapter)
 
     def window_warning(self, params: SamplingParams, adapter: str | None = None) -> str | None:
@@ -385,10 +402,23 @@ class LLM:
                 self._busy = False
 
     def _step(self, request: Request) -> None:
-        """Advance the engine, for all requests, unless another thread has finished the request meanwhile."""
-        if request.finish_reason is None:
-            with _interrupts_deferred():
+        """Advance the engine, for all requests, unless another thread has finished the request meanwhile. EngineFault
+        if the engine that had it failed, in whichever thread."""
+        if request.finish_reason is not None:
+            return
+        if self._fault is not None and request.request_id not in self.engine.requests:
+            raise self._fault
+        with _interrupts_deferred():
+            try:
                 self.engine.step()
+            except EngineFault as fault:
+                self._fault = fault
+                raise
+
+    def _renew(self) -> None:
+        """A new engine, if ranks of the old one have ended: its requests end with what it failed with."""
+        if self._ranks is not None and self._ranks.broken:
+            self.engine = self.blueprint.rebuild(self.engine)
 
     def _abort(self, requests: Sequence[Request]) -> None:
         with self._lock:

@@ -125,6 +125,12 @@ class EngineOptions:
         read_flag,
     )
     device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...", _text)
+    tensor_parallel_size: int = _option(
+        1,
+        "Processes that share the model, each with a part of every layer and a device of its own (on CPUs, of the "
+        "threads).",
+        read_positive_integer,
+    )
     adapter: str | None = _option(
         None,
         "Directory of a LoRA, or 'demo-masked', the embedded one for demo-base. One in peft's format is merged into "

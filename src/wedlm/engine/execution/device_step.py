@@ -7,6 +7,7 @@ The twin is ``EagerStep``. Whatever a step needs lies in tensors by request slot
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ from wedlm.kernels.logits import greedy_rows
 from wedlm.kernels.step_output import empty_results
 from wedlm.kernels.window_streaming import streaming_rows, update_streaming
 from wedlm.kernels.window_verified import VerifiedRows, update_verified, verified_rows
-from wedlm.model.inference.triton_transformer import FusedTransformer
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,54 @@ class DeviceTables:
         self.max_drafts.copy_(limited.max_drafts)
 
 
+class DeviceModel(Protocol):
+    """A ``FusedTransformer``, or a part of one that computes with other ranks."""
+
+    @property
+    def has_masked_lora(self) -> bool: ...
+
+    @property
+    def deterministic(self) -> bool: ...
+
+    @property
+    def factors_version(self) -> int: ...
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: PagedAttend,
+        logits_rows: Tensor | None = None,
+        masked: Tensor | None = None,
+        adapters: Tensor | None = None,
+        /,
+    ) -> Tensor: ...
+
+
+# (logits, parameters by slot, slot [L], target [L], flags) -> one token a row
+ChooseRows = Callable[[Tensor, BatchParams, Tensor, Tensor, BatchFlags], RowChoices]
+
+
 class DeviceStep:
     """``step(shape, index)`` moves the windows at slots ``index`` [S] (padded with the null slot) one step on.
+
+    ``choose_rows``: where ranks share the model, whose logits are then of a part of the vocabulary, what chooses.
 
     ``force_choice``: for benchmarks, replaces the tokens [T] chosen for the rows of verified windows.
     """
 
     def __init__(
-        self, model: FusedTransformer, cache: KVCache, windows: Windows, tables: DeviceTables, mask_token_id: int
+        self,
+        model: DeviceModel,
+        cache: KVCache,
+        windows: Windows,
+        tables: DeviceTables,
+        mask_token_id: int,
+        choose_rows: ChooseRows | None = None,
     ) -> None:
         self.model, self.cache, self.mask_token_id = model, cache, mask_token_id
+        self._choose_rows = choose_rows
+        self.device = windows.device
         self.windows, self.tables = windows, tables
         self.force_choice: Callable[[VerifiedRows, Tensor], Tensor] | None = None
         self.trash_slot = cache.keys.shape[1] - cache.page_size  # of the page that no pool hands out
@@ -234,6 +272,8 @@ class DeviceStep:
     def _choose(self, logits: Tensor, index: Tensor, sequence: Tensor, target: Tensor, flags: BatchFlags) -> RowChoices:
         """One token for each row of logits [L, V], which belongs to slot index[sequence]."""
         params = self.tables.params
+        if self._choose_rows is not None:
+            return self._choose_rows(logits, params, index[sequence], target, flags)
         if not flags.sampled:
             ends = (target, index[sequence], params.min_eos_position, params.stop_tokens) if flags.eos_banned else None
             return RowChoices(*greedy_rows(logits, self.mask_token_id, ends))

@@ -18,7 +18,7 @@ from wedlm.engine.adaptive.step_costs import StepCosts
 from wedlm.engine.constraints.step import ConstrainedStep
 from wedlm.engine.execution.base import PlanAttention, RowsModel
 from wedlm.engine.execution.pending import FinishedStep
-from wedlm.engine.execution.rows import Report, choose_row_tokens, window_rows, with_adapters
+from wedlm.engine.execution.rows import ChooseRowTokens, Report, choose_row_tokens, window_rows, with_adapters
 from wedlm.engine.execution.sampling_tensors import BatchParams
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.plan import ScheduledRequest, StepPlan, StepResults, WindowResult
@@ -32,8 +32,9 @@ A = TypeVar("A")
 class EagerStep(Generic[A]):
     """``StepExecutor`` for every plan, on any device; waits for the device several times a step.
 
-    ``block_length``: as in ``ExtendBatch``. ``force_choice``: for benchmarks, replaces the tokens chosen by window
-    column, given the windows, what was chosen and the windows' parameters.
+    ``block_length``: as in ``ExtendBatch``. ``local_model`` and ``choose``: where ranks share a model, its forward
+    without whole logits, and the choice from what that returns. ``force_choice``: for benchmarks, replaces the tokens
+    chosen by window column, given the windows, what was chosen and the windows' parameters.
     """
 
     runs_ahead = False
@@ -47,8 +48,11 @@ class EagerStep(Generic[A]):
         windows: Windows,
         mask_token_id: int,
         block_length: int = 1,
+        local_model: RowsModel[A] | None = None,
+        choose: ChooseRowTokens = choose_row_tokens,
     ) -> None:
         self.model, self.plan_attention, self.cache = model, plan_attention, cache
+        self.local_model, self._choose = local_model, choose
         self.windows, self.mask_token_id, self.block_length = windows, mask_token_id, block_length
         self.device = windows.device
         self.force_choice: Callable[[WindowState, RowResults, WindowParams], Tensor] | None = None
@@ -115,7 +119,7 @@ class EagerStep(Generic[A]):
         report: Report = "choice" if flags.by_confidence else "none"
         if any(one.request.params.logprobs is not None for one in windows):
             report = "all"
-        chosen = choose_row_tokens(
+        chosen = self._choose(
             logits.float(), params, sequence, target, flags, self.mask_token_id, report=report,
             constrain=None if constrained is None else partial(constrained.apply, sequence, column),
         )  # fmt: skip
@@ -169,7 +173,8 @@ class EagerStep(Generic[A]):
         attend = self.plan_attention(self.cache, batch)
         adapters = [one.request.adapter_slot for one in (*scheduled, *chunks)]
         last = with_adapters(masked, adapters, batch.counts, self.device)
-        return self.model(torch.cat(tokens), torch.cat(positions), attend, logits_indices, *last)
+        model = self.model if self.local_model is None else self.local_model
+        return model(torch.cat(tokens), torch.cat(positions), attend, logits_indices, *last)
 
     def _read(
         self,

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -93,6 +93,24 @@ class RowChoices:
             for value in (self.choice, self.entropy, self.logprobs)
         )
         return RowResults(choice, entropy, logprobs)
+
+
+class ChooseRowTokens(Protocol):
+    """``choose_row_tokens``, or what does the same with the logits of one rank."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        params: BatchParams,
+        index: Tensor,
+        target: Tensor,
+        flags: BatchFlags,
+        mask_token_id: int,
+        /,
+        *,
+        report: Report,
+        constrain: Constrain | None = None,
+    ) -> RowChoices: ...
 
 
 def choose_row_tokens(

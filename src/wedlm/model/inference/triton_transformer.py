@@ -17,6 +17,7 @@ from wedlm.kernels.matmul import MAX_ROWS, Tiling, few_rows_product, fixed_tilin
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.model.inference.layers import is_packed
 from wedlm.model.inference.quantization import Fp8Linear
+from wedlm.model.inference.tensor_parallel import ShardedEmbedding
 from wedlm.model.layers import DecoderLayer
 from wedlm.model.lora.masked_rows import (
     MaskedLora,
@@ -49,6 +50,8 @@ class FusedTransformer:
     ) -> None:
         assert is_packed(model), "expected a model after pack_for_inference"
         self.model, self.deterministic = model, deterministic
+        embedding = model.model.embed_tokens
+        self.sharded = embedding if isinstance(embedding, ShardedEmbedding) else None  # where ranks share the model
         self.has_masked_lora = has_masked_lora(model)  # for masked rows
         self.dtype = model.model.embed_tokens.weight.dtype
         half = self.dtype.itemsize == 2
@@ -83,10 +86,7 @@ class FusedTransformer:
     ) -> Tensor:
         """Logits [L, V] of the rows picked by ``logits_rows`` (None: all). ``masked`` and ``adapters_T`` as in
         ``Transformer``."""
-        rotary = self.model.model.rotary
-        x_TC, cos_TD, sin_TD = embed(
-            tokens_T, positions_T, _weight(self.model.model.embed_tokens), rotary.inv_freq, rotary.attention_factor
-        )
+        x_TC, cos_TD, sin_TD = self._embedded(tokens_T, positions_T)
         others = None
         if adapters_T is not None:
             assert self.model.adapters is not None, "rows have adapters, and none was loaded"
@@ -102,10 +102,10 @@ class FusedTransformer:
             x_TC, normed = self._normed(x_TC, delta, layer.input_layernorm, attention.qkv_proj, beside)
             qkv = self._product(normed, attention.qkv_proj, beside)
             out_THD = attend(index, qkv, cos_TD, sin_TD, self.norms[index])
-            delta = self._product(out_THD.flatten(1), attention.o_proj, beside)
+            delta = self._summed(self._product(out_THD.flatten(1), attention.o_proj, beside))
             x_TC, normed = self._normed(x_TC, delta, layer.post_attention_layernorm, mlp.gate_up_proj, beside)
             gated = self._gated(normed, mlp.gate_up_proj, beside, _takes_fp8(mlp.down_proj, beside))
-            delta = self._product(gated, mlp.down_proj, beside)
+            delta = self._summed(self._product(gated, mlp.down_proj, beside))
         if logits_rows is not None:
             if len(logits_rows) == 0:
                 return x_TC.new_empty(0, self.model.config.vocab_size)
@@ -116,6 +116,26 @@ class FusedTransformer:
                 delta = delta[..., logits_rows, :]
         _, normed = self._normed(x_TC, delta, self.model.model.norm, self.model.lm_head, _NOTHING)
         return self._finished(self._product(normed, self.model.lm_head, _NOTHING, splits=False))
+
+    def _embedded(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings [T, C], and RoPE's cosines and sines."""
+        rotary, elsewhere = self.model.model.rotary, None
+        if self.sharded is not None:
+            tokens, elsewhere = self.sharded.local(tokens)
+        weight = _weight(self.model.model.embed_tokens)
+        x, cos, sin = embed(tokens, positions, weight, rotary.inv_freq, rotary.attention_factor)
+        if self.sharded is not None and elsewhere is not None:
+            x = self.sharded.ranks.sum(x.masked_fill_(elsewhere, 0.0))
+        return x, cos, sin
+
+    def _summed(self, product: Tensor | Unscaled) -> Tensor | Unscaled:
+        """What a row shard's product is over all ranks, in parts [N, T, C] perhaps; the product itself if there is one
+        rank."""
+        if self.sharded is None:
+            return product
+        product = self._finished(product)
+        product = product if product.ndim == 2 else product.sum(dim=0).to(self.dtype)
+        return self.sharded.ranks.parts(product)
 
     def _normed(
         self, x: Tensor, delta: Tensor | Unscaled | None, norm: nn.Module, reader: nn.Module, beside: "_Beside"

@@ -30,6 +30,7 @@ from wedlm.model.inference.layers import is_packed
 from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, MaskedParts, attach_masked_lora, has_masked_lora
 from wedlm.model.lora.packed_adapter import unpack
 from wedlm.model.lora.row_factors import RowFactors
+from wedlm.model.sharding import Shard
 from wedlm.model.transformer import Transformer
 
 CONFIG_FILE = "adapter_config.json"
@@ -86,9 +87,10 @@ class Adapter:
     masked_rows: bool = False
 
 
-def apply_adapter(model: Transformer, directory: str | Path) -> None:
+def apply_adapter(model: Transformer, directory: str | Path, shard: Shard | None = None) -> None:
     """Merge the adapter in ``directory`` into ``model``, in place: sums in float32, stored in the model's dtype. One of
-    masked rows is attached next to the weights, in the model's dtype.
+    masked rows is attached next to the weights, in the model's dtype. ``shard``: the part of a whole model that
+    ``model`` is; of the adapter, which is the whole's, it gets the same part.
 
     Raises CheckpointError, with the model unchanged, for an adapter that cannot be read, is of an unsupported kind or
     does not fit; ValueError for a packed model.
@@ -98,12 +100,18 @@ def apply_adapter(model: Transformer, directory: str | Path) -> None:
     if has_masked_lora(model):
         raise ValueError("the model has an adapter of masked rows, which cannot be merged; expected one without")
     adapter, masked = _read_both(directory)
+    if shard is None:
+        whole = model
+    else:
+        with torch.device("meta"):
+            whole = Transformer(shard.whole)
     for one in (adapter, masked):
         if one is not None:
-            _check_fit(one, model, Path(directory))
+            _check_fit(one, whole, Path(directory))
     if adapter is not None:
-        _merge(model, adapter)
+        _merge(model, adapter if shard is None else _shard_of(adapter, shard, whole))
     if masked is not None:
+        masked = masked if shard is None else _shard_of(masked, shard, whole)
         attach_masked_lora(model, *_masked_parts(masked))
 
 
@@ -118,6 +126,24 @@ def _merge(model: Transformer, adapter: Adapter) -> None:
             parameters[name].index_copy_(0, index, rows.values.to(parameters[name]))
         for name, delta in adapter.low_rank.items():
             _add(parameters[name], delta)
+
+
+def _shard_of(adapter: Adapter, shard: Shard, whole: Transformer) -> Adapter:
+    """The part of an adapter of the ``whole`` model, on the meta device, that belongs to one rank."""
+    rows: dict[str, Rows] = {}
+    for name, one in adapter.rows.items():
+        here = shard.cut(name, tuple(whole.get_parameter(name).shape)).rows.indices(whole.get_parameter(name).shape[0])
+        own = [i for i, token in enumerate(one.ids) if here[0] <= token < here[1]]
+        if own:
+            rows[name] = Rows(tuple(one.ids[i] - here[0] for i in own), one.values[own])
+    return dataclasses.replace(
+        adapter,
+        whole={name: shard.cut(name, tuple(tensor.shape)).of(tensor) for name, tensor in adapter.whole.items()},
+        rows=rows,
+        low_rank={
+            name: LowRank(*shard.low_rank(name, one.a, one.b), one.scale) for name, one in adapter.low_rank.items()
+        },
+    )
 
 
 def read_masked_adapter(directory: str | Path, config: ModelConfig) -> MaskedParts | None:
