@@ -205,8 +205,8 @@ def test_its_engine_options(original):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2; expected 1: an engine runs on one device"),
-        ({"tensor_parallel_size": True}, "tensor_parallel_size is True; expected 1"),
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size is 3; expected a divisor of the model's 4"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size is True; expected an integer >= 1"),
         ({"num_kvcache_blocks": 100}, "num_kvcache_blocks is 100; expected -1: kv_cache_bytes is the cache's size"),
         ({"hf_config": {"a": 1}}, "hf_config is {'a': 1}; expected none: the checkpoint's config.json is read"),
         ({"enforce_eager": 1}, "enforce_eager is 1; expected True or False"),

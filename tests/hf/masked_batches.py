@@ -16,7 +16,7 @@ from wedlm.model import load_model
 from wedlm.train import batch as train_batch
 from wedlm.train.batch import collate_sequences
 from wedlm.train.config import TrainConfig
-from wedlm.train.data import PackedSequence
+from wedlm.train.packing import PackedSequence
 from wedlm.train.step import TrainingModel
 
 LENGTH, BLOCK, ENDS = 96, 8, 3

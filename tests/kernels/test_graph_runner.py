@@ -14,36 +14,55 @@ from tests.model.test_masked_lora import random_lora
 from tests.model.tiny import our_model
 from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, REMASKINGS
 from wedlm.engine import factory
+from wedlm.engine.adapters import Adapters
 from wedlm.engine.engine import Engine
 from wedlm.engine.execution import graphs as graphs_module
 from wedlm.engine.execution.captured_step import CapturedStep
 from wedlm.engine.factory import Blueprint
 from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.sampling_params import GAP_DECODINGS, SamplingParams
+from wedlm.model.inference.adapter_bank import AdapterBank
 from wedlm.model.inference.layers import pack_for_inference
 from wedlm.model.lora.masked_rows import attach_masked_lora
+from wedlm.model.lora.row_factors import RowFactors
 
 PAGES, PAGE_SIZE, LENGTH, MASK = 40, 4, 60, 90
 
 
+def factors() -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    return [random_lora(our_model("wedlm-qwen3", num_hidden_layers=2), rank) for rank in (2, 3, 5)]
+
+
 def engine(
-    device, graphs: bool, max_num_seqs: int = 4, masked_lora: bool = False, length: int = LENGTH, most_rows: int = 64
-) -> Engine:
+    device, graphs: bool, max_num_seqs: int = 4, masked_lora: bool = False, length: int = LENGTH, most_rows: int = 64,
+    by_name: bool = False,
+) -> Engine:  # fmt: skip
+    """``by_name``: with the adapters "lora", "masked" and "both"."""
     model = our_model("wedlm-qwen3", num_hidden_layers=2)
     if masked_lora:
         attach_masked_lora(model, random_lora(model), torch.linspace(-1, 1, model.config.hidden_size))
+    loras, start = factors(), torch.linspace(1, -1, model.config.hidden_size)
     model = pack_for_inference(model.to(device))
     shape, options = model.config, EngineOptions(max_num_seqs=max_num_seqs, max_num_batched_tokens=most_rows)
     config = EngineConfig(shape.vocab_size, MASK, (5,), length, options)
     packed = model if graphs else None
-    return Blueprint(model, packed, shape, torch.float32, device, config, PAGES, PAGE_SIZE, None).build()
+    adapters = Adapters(AdapterBank(model, 3), 3, 16)
+    blueprint = Blueprint(
+        model, packed, shape, torch.float32, device, config, PAGES, PAGE_SIZE, None, adapters=adapters
+    )
+    one = blueprint.build()
+    if by_name:
+        one.load_adapter("lora", RowFactors(loras[0]))
+        one.load_adapter("masked", RowFactors({}, loras[1], start))
+        one.load_adapter("both", RowFactors(loras[1], loras[2]))
+    return one
 
 
 def outcomes(one: Engine, requests: list[tuple[list[int], SamplingParams]]) -> tuple[list, list]:
-    """All requests, arriving two steps apart."""
-    done = []
+    """All requests, arriving two steps apart, with the engine's adapters in turn."""
+    done, names = [], [*one.adapters.names, None]
     for index, request in enumerate(requests):
-        done.append(one.add(str(index), *request))
+        done.append(one.add(str(index), *request, adapter=names[index % len(names)]))
         one.step()
         one.step()
         one.pool.check_integrity()
@@ -84,15 +103,40 @@ def test_same_as_runner_with_factors_for_masked_rows(device, decoding):
     check_same_as_runner(device, decoding, 0.0, num_requests=2, seed=1, masked_lora=True)
 
 
+@pytest.mark.parametrize("decoding", ["verified", pytest.param("streaming", marks=pytest.mark.long)])
+def test_same_as_runner_with_adapters_by_name(device, decoding):
+    check_same_as_runner(device, decoding, 0.0, num_requests=4 if decoding == "streaming" else 2, seed=2, by_name=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("masked_lora", [False, True])
+def test_adapters_that_come_and_go_between_steps(device, masked_lora):
+    """Captured steps hold the memory of the factors: a larger one, and one in the place of another."""
+    texts = {}
+    for graphs in (False, True):
+        one = engine(device, graphs, masked_lora=masked_lora)
+        for name, factor in zip("abc", factors(), strict=True):
+            for loaded in one.adapters.names[:1] if name == "c" else []:
+                one.unload_adapter(loaded)
+            one.load_adapter(name, RowFactors(factor))
+            params = SamplingParams(decoding="verified", max_tokens=3)
+            done = [one.add(f"{name}{i}", [1, 2, i], params, adapter=name) for i in range(2)]
+            while one.has_work:
+                one.step()
+            texts[graphs, name] = [request.output_token_ids for request in done]
+    assert [texts[True, name] for name in "abc"] == [texts[False, name] for name in "abc"]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("decoding", [*DECODINGS, None])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("seed", range(3))
 def test_same_as_runner_longer(device, decoding, temperature, seed):
-    check_same_as_runner(device, decoding, temperature, num_requests=9, seed=seed, masked_lora=seed == 2)
+    kinds = {"masked_lora": seed == 2, "by_name": seed > 0}
+    check_same_as_runner(device, decoding, temperature, num_requests=9, seed=seed, **kinds)
 
 
-def check_same_as_runner(device, decoding, temperature, num_requests, seed, masked_lora=False):
+def check_same_as_runner(device, decoding, temperature, num_requests, seed, **kinds):
     rng = random.Random(f"{decoding}{temperature}{seed}")
     requests = [
         (
@@ -119,8 +163,8 @@ def check_same_as_runner(device, decoding, temperature, num_requests, seed, mask
     for number, (prompt, params) in enumerate(requests):
         if params.decoding in GAP_DECODINGS and number % 2 == 0:  # fills the gap before a suffix
             requests[number] = prompt, replace(params, suffix_token_ids=[7, 8, 9, 10][: 1 + seed])
-    expected, logprobs = outcomes(engine(device, False, masked_lora=masked_lora), requests)
-    actual, others = outcomes(engine(device, True, masked_lora=masked_lora), requests)
+    expected, logprobs = outcomes(engine(device, False, **kinds), requests)
+    actual, others = outcomes(engine(device, True, **kinds), requests)
     for one, other, (_, params) in zip(actual, expected, requests, strict=True):
         if params.decoding == "auto":  # how many steps it takes depends on the load
             assert (one[0], one[3]) == (other[0], other[3])

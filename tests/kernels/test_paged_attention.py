@@ -17,9 +17,11 @@ from wedlm.attention.sdpa import PagedSdpa
 from wedlm.kernels import attention
 from wedlm.kernels.attention import LONG, MIDDLE, SHORT, paged_attention, tile_for
 from wedlm.kernels.matmul import Tiling
+from wedlm.model.inference.adapter_bank import AdapterBank
 from wedlm.model.inference.layers import pack_for_inference
 from wedlm.model.inference.triton_transformer import FusedTransformer
 from wedlm.model.lora.masked_rows import attach_masked_lora
+from wedlm.model.lora.row_factors import RowFactors
 
 
 def random_batch(rng: random.Random, lengths, page_size: int, device, groups: bool):
@@ -90,23 +92,30 @@ def check_attention(device, dtype, groups, lengths):
 
 
 @pytest.mark.parametrize(
-    ("family", "masked_lora", "bits"),
+    ("family", "masked_lora", "bits", "by_name"),
     [
-        ("wedlm-qwen2.5", False, None),
-        ("wedlm-qwen3", False, None),
-        ("wedlm-qwen3", True, None),
-        ("wedlm-qwen3", False, "fp8"),
-        ("wedlm-qwen3", True, "fp8"),
-        ("wedlm-qwen2.5", False, "fp8"),  # has biases
+        ("wedlm-qwen2.5", False, None, False),
+        ("wedlm-qwen3", False, None, False),
+        ("wedlm-qwen3", True, None, False),
+        ("wedlm-qwen3", True, None, True),
+        ("wedlm-qwen3", False, "fp8", False),
+        ("wedlm-qwen3", True, "fp8", False),
+        ("wedlm-qwen2.5", False, "fp8", True),  # has biases
     ],
 )
-def test_fused_model_is_the_model(device, family, masked_lora, bits, fp8_anywhere):
+def test_fused_model_is_the_model(device, family, masked_lora, bits, by_name, fp8_anywhere):
     torch.manual_seed(2)
     model = our_model(family)
     if masked_lora:
         attach_masked_lora(model, random_lora(model), torch.linspace(-1, 1, model.config.hidden_size))
+    loras = [random_lora(our_model(family), rank) for rank in (2, 3, 5)]
     packed = pack_for_inference(model.to(device), bits)
-    config = packed.config
+    config, adapters = packed.config, None
+    if by_name:  # row by row, beside what the model has of its own
+        bank, start = AdapterBank(packed, 3), torch.linspace(1, -1, config.hidden_size)
+        bank.put(1, RowFactors(loras[0]))
+        bank.put(3, RowFactors(loras[1], loras[2], start))
+        adapters = torch.tensor([0, 1, 3, 3, 1, 0, 0, 1, 3, 1, 0], device=device)
     if config.head_dim < 16 and device.type == "cuda":
         pytest.skip("tensor cores take at least 16 numbers")
     rng = random.Random(family)
@@ -124,10 +133,11 @@ def test_fused_model_is_the_model(device, family, masked_lora, bits, fp8_anywher
         cache.values.copy_(history.flip(0))
     masked = torch.tensor([2, 4, 10], device=device)
     flags = torch.zeros(total, dtype=torch.bool, device=device).index_fill_(0, masked, True)
-    expected = packed(tokens, positions, PagedSdpa(caches[0], batch), wanted, masked)
+    expected = packed(tokens, positions, PagedSdpa(caches[0], batch), wanted, masked, adapters)
     for cache, tiling in zip(caches[1:], (None, lambda *_: Tiling(32, 32, splits=2)), strict=True):
-        fused = FusedTransformer(packed, tiling)
-        actual = fused(tokens, positions, plan_paged(cache, batch), wanted, flags if tiling is None else masked)
+        fused = FusedTransformer(packed, tiling, deterministic=by_name and tiling is not None)
+        part = flags if tiling is None else masked
+        actual = fused(tokens, positions, plan_paged(cache, batch), wanted, part, adapters)
         if bits == "fp8" and device.type == "cuda":
             # The library's sums differ by 0.2 %, so some inputs of the next product are rounded to the other
             # neighbour, 6 % away: 4.2 % in all on an H200. The kernels alone agree closely (test_fp8.py).

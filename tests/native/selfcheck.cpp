@@ -70,6 +70,8 @@ Matrix random_matrix(Random& random, int rows, int cols) {
   return matrix;
 }
 
+constexpr int kFactors = 6;
+
 void check(int32_t status, const char* error) {
   if (!status) return;
   std::fprintf(stderr, "%s\n", error);
@@ -84,6 +86,8 @@ uint64_t hash(uint64_t seed, const void* data, size_t bytes) {  // FNV-1a
 // Some steps of windows in all modes over a cache of pages of 8: what they emit.
 uint64_t decode(Random& random, WedlmModel* model, const WedlmShape& shape, const float* cos, const float* sin, int64_t num_positions) {
   constexpr int64_t kWindows = 3, kCapacity = 24, kPages = 16, kPageSize = 8;
+  std::vector<int32_t> adapters;
+  for (int i = 0; i < kWindows; i++) adapters.push_back(static_cast<int32_t>(random.below(kFactors / 2)));
   std::vector<int64_t> cached, width, tokens(kWindows * kCapacity), num_pages(kWindows, kPages), slot{2, 0, 1}, stops{1, 2};
   std::vector<uint8_t> filled(kWindows * kCapacity);
   std::vector<float> logprobs(kWindows * kCapacity), result_logprobs(kWindows * kCapacity);
@@ -112,7 +116,7 @@ uint64_t decode(Random& random, WedlmModel* model, const WedlmShape& shape, cons
   }
   size_t cache_size = static_cast<size_t>(shape.num_layers * kWindows * kPages * kPageSize * shape.num_kv_heads * shape.head_dim);
   std::vector<float> keys(cache_size), values(cache_size), scales(2 * cache_size);
-  WedlmSlots slots{kCapacity, kPages, cached.data(), width.data(), tokens.data(), filled.data(), logprobs.data(), params.data(), pages.data(), num_pages.data()};
+  WedlmSlots slots{kCapacity, kPages, cached.data(), width.data(), tokens.data(), filled.data(), logprobs.data(), params.data(), pages.data(), num_pages.data(), adapters.data()};
   WedlmDecode step{};
   step.slots = &slots, step.num_windows = kWindows, step.slot = slot.data();
   step.keys = keys.data(), step.values = values.data(), step.key_scale = scales.data(), step.value_scale = scales.data() + cache_size;
@@ -188,7 +192,8 @@ uint64_t run(uint64_t seed, const char* path) {
       vector(layer, WEDLM_DOWN_BIAS, shape.hidden_size, 0);
     }
   }
-  auto masked = [&](int layer, int which, int rows, int cols) {  // an adapter of masked rows
+  int number = 0;
+  auto factors = [&](int layer, int which, int rows, int cols) {
     if (random.below(3) == 0) return;
     const int ranks[] = {1, 3, 16, 40, 64, 256};
     int rank = ranks[random.below(6)];
@@ -197,11 +202,20 @@ uint64_t run(uint64_t seed, const char* path) {
       if (i % 2) a = random_matrix(random, rank, cols);
       else b = random_matrix(random, rows, rank);
     }
-    check(wedlm_model_set_masked(model, layer, which, a.format, rank, a.data.data(), a.scale.data(), b.data.data(), b.scale.data(), error, sizeof error), error);
+    check(wedlm_model_set_factors(model, number, layer, which, a.format, rank, a.data.data(), a.scale.data(), b.data.data(), b.scale.data(), error, sizeof error), error);
+  };
+  auto start = [&] {
+    std::vector<float> v;
+    for (int i = 0; i < shape.hidden_size; i++) v.push_back(0.2f * random.real());
+    check(wedlm_model_set_start(model, number, shape.hidden_size, v.data(), error, sizeof error), error);
   };
   bool adapted = random.below(2);
-  for (int layer = 0; adapted && layer < shape.num_layers; layer++) of_each_product(masked, layer);
-  if (adapted && random.below(2)) vector(-1, WEDLM_MASK_EMBEDDING, shape.hidden_size, 0);
+  for (number = 0; adapted && number < kFactors; number++) {  // some are dropped again
+    if (random.below(2)) continue;
+    for (int layer = 0; layer < shape.num_layers; layer++) of_each_product(factors, layer);
+    if (random.below(2)) start();
+    if (random.below(4) == 0) wedlm_model_drop_factors(model, number);
+  }
   matrix(-1, WEDLM_EMBEDDING, shape.vocab_size, shape.hidden_size);
   if (tied) wedlm_model_tie(model);
   else matrix(-1, WEDLM_HEAD, shape.vocab_size, shape.hidden_size);
@@ -220,7 +234,7 @@ uint64_t run(uint64_t seed, const char* path) {
   for (size_t i = 0; i < pages.size(); i++) pages[i] = static_cast<int32_t>(i);
   for (size_t i = pages.size(); i > 1; i--) std::swap(pages[i - 1], pages[static_cast<size_t>(random.below(static_cast<int64_t>(i)))]);
   std::vector<int64_t> starts, counts, offsets{0}, tokens, positions, shared, own;
-  std::vector<uint8_t> is_masked;
+  std::vector<int32_t> row_factors;
   int64_t num_sequences = 1 + random.below(4);
   for (int64_t s = 0; s < num_sequences; s++) {
     int64_t longest = s == 0 && random.below(8) == 0 ? 110 : 20;
@@ -232,7 +246,7 @@ uint64_t run(uint64_t seed, const char* path) {
       positions.push_back(random.below(kPositions));
       shared.push_back(random.below(row + 1));
       own.push_back(random.below(row + 1));
-      is_masked.push_back(static_cast<uint8_t>(random.below(2)));
+      row_factors.push_back(static_cast<int32_t>(random.below(kFactors + 2)));
     }
   }
   auto num_rows = static_cast<int64_t>(tokens.size());
@@ -262,7 +276,7 @@ uint64_t run(uint64_t seed, const char* path) {
   std::vector<int64_t> token(num_logits);
   bool hides = random.below(2);
   WedlmStep step{num_rows, num_sequences, tokens.data(), positions.data(), starts.data(), counts.data(), pages.data(), offsets.data(),
-                 hides ? shared.data() : nullptr, hides ? own.data() : nullptr, is_masked.data(), keys.data(), values.data(), key_scale.data(), value_scale.data(), cache_type, page_size,
+                 hides ? shared.data() : nullptr, hides ? own.data() : nullptr, row_factors.data(), keys.data(), values.data(), key_scale.data(), value_scale.data(), cache_type, page_size,
                  num_slots, cos.data(), sin.data(), kPositions, static_cast<int64_t>(num_logits), wanted.data(), logits.data(),
                  token.data(), token_logit.data(), entropy.data(), logsumexp.data(), banned.data(), banned_offsets.data()};
   check(wedlm_model_forward(model, &step, error, sizeof error), error);

@@ -160,7 +160,16 @@ def test_bad_masks_and_matrices():
     with pytest.raises(NativeError, match="masked is of 3 rows; expected 2"):
         native(torch.tensor([1, 2]), torch.arange(2), attend, masked=torch.ones(3).bool())
     empty = np.zeros((0, 64), dtype=np.int8), np.zeros(0, dtype=np.float32)
+    rows = np.zeros((1, 64), dtype=np.int8), np.ones(1, dtype=np.float32)
     with pytest.raises(NativeError, match="the rank is 0; expected at least 1"):
-        native.set_masked(0, 0, 100, empty, empty)
+        native.set_factors(1, 0, 0, 100, empty, empty)
     with pytest.raises(NativeError, match="there is no weight 8 in layer 0"):
-        native.set_masked(0, 8, 100, empty, empty)
+        native.set_factors(1, 0, 8, 100, empty, empty)
+    with pytest.raises(NativeError, match="factors have the number -1; expected 0 to"):
+        native.set_factors(-1, 0, 0, 100, rows, rows)
+    with pytest.raises(NativeError, match="a vector has 3 entries; expected"):
+        native.set_start(1, np.zeros(3, dtype=np.float32))
+    with pytest.raises(NativeError, match="adapters are of 3 rows; expected 2"):
+        native(torch.tensor([1, 2]), torch.arange(2), attend, adapters_T=torch.ones(3).long())
+    with pytest.raises(NativeError, match="a row's factors are -2; expected no negative number"):
+        native(torch.tensor([1, 2]), torch.arange(2), attend, adapters_T=-torch.ones(2).long())

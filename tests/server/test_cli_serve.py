@@ -19,7 +19,16 @@ from typer.testing import CliRunner
 from tests.engine.tiny_llm import save_tiny
 from tests.server.running import wait_until
 from wedlm.cli.options import EngineOptions
-from wedlm.cli.serve import HttpOptions, LimitOptions, ServedOptions, serve, served_models, server_config
+from wedlm.cli.serve import (
+    HttpOptions,
+    LimitOptions,
+    ServedOptions,
+    check_adapters,
+    serve,
+    served_adapters,
+    served_models,
+    server_config,
+)
 from wedlm.server.run import AddressError, bound_sockets
 
 app = typer.Typer()
@@ -210,6 +219,34 @@ def test_names_of_models(words, name, expected):
 def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
     (tmp_path / "a=b").mkdir()
     assert served_models(ServedOptions(model=[f"{tmp_path}/a=b"]), EngineOptions()) == {"a=b": f"{tmp_path}/a=b"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (None, {})),
+        (["DIR"], ("DIR", {})),
+        (["demo-masked", "a=x", "b=y"], ("demo-masked", {"a": "x", "b": "y"})),
+        (["a=x", "a=y"], "two adapters are called 'a'; expected names of their own"),
+        (["x", "y"], "adapter is 'x' and 'y', both without a name; expected NAME=DIR for one"),
+        (["=x"], "adapter is '=x'; expected DIR, or NAME=DIR"),
+        (["a="], "adapter is 'a='; expected DIR, or NAME=DIR"),
+    ],
+)
+def test_names_of_adapters(words, expected):
+    if isinstance(expected, tuple):
+        assert served_adapters(words) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            served_adapters(words)
+
+
+def test_names_of_adapters_beside_those_of_models():
+    check_adapters({"a": "x"}, {"model": "demo"})
+    with pytest.raises(ValueError, match="a model and an adapter are called 'a'"):
+        check_adapters({"a": "x"}, {"a": "demo"})
+    with pytest.raises(ValueError, match="adapters stand beside 2 models; expected one model with them"):
+        check_adapters({"a": "x"}, {"b": "demo", "c": "demo"})
 
 
 def test_what_belongs_to_one_model():

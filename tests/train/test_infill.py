@@ -14,8 +14,9 @@ from wedlm.attention.sdpa import CausalAttend
 from wedlm.model import ModelConfig, Transformer
 from wedlm.train.batch import noised_rows
 from wedlm.train.config import TrainConfig, load_config
-from wedlm.train.data import PackedData, PackedSequence
+from wedlm.train.data import PackedData
 from wedlm.train.infill import with_gaps
+from wedlm.train.packing import PackedSequence
 from wedlm.train.token_cache import build_cache
 
 END, MASK, LENGTH = 90, 91, 40

@@ -16,7 +16,7 @@ from wedlm.model import ModelConfig, Transformer
 from wedlm.train import batch as batch_module
 from wedlm.train.batch import AR_GROUP, NUM_DEPTHS, NUM_GROUPS, NUM_RATIOS, TrainBatch, collate_sequences, without_loss
 from wedlm.train.config import TrainConfig
-from wedlm.train.data import PackedSequence
+from wedlm.train.packing import PackedSequence
 from wedlm.train.step import StepLosses, TrainingModel, prepare_layers
 
 VOCAB, MASK, LENGTH, BLOCK = 50, 49, 40, 8

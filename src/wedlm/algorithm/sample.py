@@ -94,12 +94,19 @@ def ban_tokens(
     """
     logits[:, mask_token_id] = -torch.inf
     if stop_tokens.shape[1]:
-        banned = (stop_tokens >= 0) & eos_banned[:, None]
-        index = stop_tokens.clamp(min=0)
-        # Every pad points at token 0, so the write must be a minimum, whose order does not matter.
-        value = torch.full(index.shape, torch.inf, dtype=logits.dtype, device=logits.device)
-        logits.scatter_reduce_(1, index, value.masked_fill(banned, -torch.inf), "amin")
+        ban_stop_tokens(logits, stop_tokens, eos_banned)
     return logits
+
+
+def ban_stop_tokens(
+    logits: Float[Tensor, "L V"], stop_tokens: Int[Tensor, "L E"], eos_banned: Bool[Tensor, " L"]
+) -> None:
+    """``ban_tokens`` for stop tokens alone."""
+    banned = (stop_tokens >= 0) & eos_banned[:, None]
+    index = stop_tokens.clamp(min=0)
+    # Every pad points at token 0, so the write must be a minimum, whose order does not matter.
+    value = torch.full(index.shape, torch.inf, dtype=logits.dtype, device=logits.device)
+    logits.scatter_reduce_(1, index, value.masked_fill(banned, -torch.inf), "amin")
 
 
 def choose_tokens(logits: Float[Tensor, "L V"], batch: SamplingBatch) -> Int[Tensor, " L"]:
@@ -110,13 +117,22 @@ def choose_tokens(logits: Float[Tensor, "L V"], batch: SamplingBatch) -> Int[Ten
     best, greedy = logits.max(dim=-1)
     if not batch.any_sampled:
         return greedy
-    scale = torch.where(batch.temperature > 0, batch.temperature, 1.0)
-    # Differences to the best, so that a tiny temperature cannot overflow into a tie of infinities.
-    scores = (logits - best[:, None]) / scale[:, None]
-    scores += gumbel_noise(batch.seed, batch.position, torch.arange(logits.shape[1], device=logits.device))
+    scores = scores_with_noise(logits, best, batch)
     if batch.any_truncated:
         scores.masked_fill_(~_kept(logits, batch), -torch.inf)
     return torch.where(batch.temperature > 0, scores.argmax(dim=-1), greedy)
+
+
+def scores_with_noise(
+    logits: Float[Tensor, "L V"], best: Float[Tensor, " L"], batch: SamplingBatch, first: int = 0
+) -> Float[Tensor, "L V"]:
+    """What sampling takes the largest of. The logits are of the token ids from ``first`` on; ``best`` is each row's
+    largest of all."""
+    scale = torch.where(batch.temperature > 0, batch.temperature, 1.0)
+    # Differences to the best, so that a tiny temperature cannot overflow into a tie of infinities.
+    scores = (logits - best[:, None]) / scale[:, None]
+    tokens = torch.arange(first, first + logits.shape[1], device=logits.device)
+    return scores.add_(gumbel_noise(batch.seed, batch.position, tokens))
 
 
 def _kept(logits: Float[Tensor, "L V"], batch: SamplingBatch) -> Bool[Tensor, "L V"]:

@@ -3,13 +3,8 @@
 
 from typing import Any
 
-import torch
-
-from wedlm.engine.factory import prepare_model
-from wedlm.model import ModelConfig, Transformer
-from wedlm.model.inference.layers import Quantization
-from wedlm.model.rope import inverse_frequencies
-from wedlm.native import NativeTransformer
+from wedlm.engine.random_model import random_model as random_model
+from wedlm.model import ModelConfig
 
 MASK_TOKEN_ID, END_TOKEN_ID, FIRST_TEXT_ID = 3, 2, 10
 _COMMON = {"hidden_act": "silu", "eos_token_id": END_TOKEN_ID, "bos_token_id": 0, "mask_token_id": MASK_TOKEN_ID}
@@ -17,6 +12,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": {
         "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "max_position_embeddings": 40960, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    },
+    "qwen3-32b": {
+        "model_type": "qwen3", "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
         "max_position_embeddings": 40960, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
     },
     "smollm2-135m": {
@@ -37,23 +37,3 @@ def shape_config(shape: str) -> ModelConfig:
     if shape not in SHAPES:
         raise ValueError(f"--shape is {shape!r}; expected one of {', '.join(SHAPES)}")
     return ModelConfig.from_hf({**_COMMON, **SHAPES[shape]})
-
-
-def random_model(
-    config: ModelConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantization: Quantization | None = None,
-    quantize_head: bool = False,
-) -> Transformer | NativeTransformer:
-    """Random weights, made on the device, as an engine runs them; always the same ones."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to(dtype).to_empty(device=device)
-    model.tie_weights()
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02, generator=generator) if parameter.ndim > 1 else parameter.fill_(1.0)
-    model.model.rotary.inv_freq = inverse_frequencies(config)[0].to(device)
-    return prepare_model(model, quantization, quantize_head)

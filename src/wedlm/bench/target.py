@@ -57,14 +57,21 @@ def load_target(settings: Settings) -> Target:
         max_model_len=resolve_options.read_length(given.get("max_model_len"), config),
         options=EngineOptions.of(given),
     )
-    options = engine_config.options
-    model = random_model(config, device, dtype, options.rounded_to, options.quantize_head)
+    options, ranks, shape = engine_config.options, None, config
+    if options.tensor_parallel_size > 1:
+        from wedlm.engine.ranks.start import random_over_ranks  # which one rank alone has no use for
+
+        loaded = random_over_ranks(config, replace(options, dtype=str(dtype).removeprefix("torch.")), device)
+        model, ranks = loaded.model, loaded.ranks
+        shape = model.config  # of one rank, as its cache is
+    else:
+        model = random_model(config, device, dtype, options.rounded_to, options.quantize_head)
     if engine_config.options.kv_cache_bytes is None:
         cache_dtype = torch.float32 if isinstance(model, NativeTransformer) else dtype
         cache_dtype = {"fp8": FP8, "int8": torch.int8}.get(engine_config.options.kv_cache_dtype, cache_dtype)
-        cache_bytes = _cache_bytes(settings, engine_config, config, cache_dtype, device)
+        cache_bytes = _cache_bytes(settings, engine_config, shape, cache_dtype, device)
         engine_config = replace(engine_config, options=replace(engine_config.options, kv_cache_bytes=cache_bytes))
-    engine = plan_engine(model, engine_config, None).build()
+    engine = plan_engine(model, engine_config, None, ranks=ranks).build()
     return Target(settings.shape, engine, config, Prompts(None, config.vocab_size, engine_config.max_model_len))
 
 

@@ -95,14 +95,16 @@ class TargetOptions:
     model: Annotated[
         str | None, option("Checkpoint directory, .gguf file, hub id, 'demo' or 'demo-base'. [demo]", MODEL)
     ] = None
-    shape: Annotated[str | None, option("Random weights instead: qwen3-8b, smollm2-135m or tiny.", MODEL)] = None
+    shape: Annotated[
+        str | None, option("Random weights instead: qwen3-8b, qwen3-32b, smollm2-135m or tiny.", MODEL)
+    ] = None
     kv_cache_gb: KvCacheGb = None
     threads: Threads = None
 
 
 _ENGINE = (
     "adapter", "dtype", "quantization", "quantize_head", "kv_cache_dtype", "deterministic", "device",
-    "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio",
+    "tensor_parallel_size", "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio",
 )  # fmt: skip
 
 

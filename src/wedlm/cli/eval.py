@@ -104,6 +104,7 @@ _ENGINE = (
     "quantization",
     "deterministic",
     "device",
+    "tensor_parallel_size",
     "max_model_len",
     "block_length",
     "max_num_seqs",

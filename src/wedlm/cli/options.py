@@ -92,7 +92,10 @@ class SamplingOptions:
 
 
 # What every command that loads a model has of the engine's options.
-USUAL = ("adapter", "dtype", "quantization", "device", "max_model_len", "mask_token_id", "block_length")
+USUAL = (
+    "adapter", "dtype", "quantization", "device", "tensor_parallel_size", "max_model_len", "mask_token_id",
+    "block_length",
+)  # fmt: skip
 Threads = Annotated[int | None, option("CPU threads; default: torch's choice.", MODEL)]
 KvCacheGb = Annotated[float | None, option("Key/value cache; default: what the engine takes.", MODEL)]
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wedlm.cli.loading import load_llms
-from wedlm.cli.options import MODEL, EngineOptions, Threads, command, option
+from wedlm.cli.options import MODEL, EngineOptions, Only, Threads, command, option
+from wedlm.cli.replicas import Replica, supervise
 from wedlm.cli.terminal import needs_extra, note
 from wedlm.server.config import REASONING_PARSERS, TOOL_PARSERS, ServerConfig
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from wedlm import LLM
 
 HTTP, LIMITS, FORMS = "Address and access", "Limits", "What models write"
+_MOST_REPLICAS = 64
 _KEY_VARIABLE = "WEDLM_API_KEY"
 _SERVER: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
 
@@ -67,6 +70,9 @@ class LimitOptions:
         "max_queue"
     ]
     max_choices: Annotated[int, option("Most sequences of one request.", LIMITS)] = _SERVER["max_choices"]
+    adapter_folder: Annotated[
+        str | None, option("Let who has the API key load adapters from below this folder at run time.", LIMITS)
+    ] = _SERVER["adapter_folder"]
     max_body_bytes: Annotated[int, option("Largest body of a request.", LIMITS)] = _SERVER["max_body_bytes"]
     max_connections: Annotated[int, option("Most connections; more are refused with 503.", LIMITS)] = _SERVER[
         "max_connections"
@@ -83,7 +89,7 @@ class LimitOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedOptions:
-    """Which models, and how much of the machine."""
+    """Which models and adapters, and how much of the machine."""
 
     model: Annotated[
         list[str] | None,
@@ -96,11 +102,30 @@ class ServedOptions:
     model_name: Annotated[
         str | None, option("What clients call the only model; default: the model's last part.", MODEL)
     ] = None
+    adapter: Annotated[
+        list[str] | None,
+        option(
+            "NAME=DIR: an adapter that requests choose by its name; may be repeated. DIR alone, or 'demo-masked': one "
+            "for all requests, merged into the weights unless it is for masked rows.",
+            MODEL,
+        ),
+    ] = None
     threads: Threads = None
+    data_parallel_size: Annotated[
+        int, option("Servers on this address, each with the models on devices, or threads, of its own.", MODEL)
+    ] = 1
+
+
+replica: Replica | None = None  # which one of several this process is
+
+
+_ENGINE = tuple(field.name for field in dataclasses.fields(EngineOptions) if field.name != "adapter")
 
 
 @command
-def serve(*, http: HttpOptions, limits: LimitOptions, model: ServedOptions, engine: EngineOptions) -> None:
+def serve(
+    *, http: HttpOptions, limits: LimitOptions, model: ServedOptions, engine: Annotated[EngineOptions, Only(*_ENGINE)]
+) -> None:
     """Serve one model, or several, to any OpenAI client.
 
     \b
@@ -108,12 +133,20 @@ def serve(*, http: HttpOptions, limits: LimitOptions, model: ServedOptions, engi
     wedlm serve
     wedlm serve --model ./my-checkpoint --host 0.0.0.0 --port 8080 --max-queue 64
     wedlm serve --model small=demo --model large=./my-checkpoint
+    wedlm serve --model ./my-checkpoint --adapter sql=./my-lora --adapter legal=./another
+    wedlm serve --model ./my-checkpoint --tensor-parallel-size 2 --data-parallel-size 4
     WEDLM_API_KEY=secret wedlm serve
 
     Ctrl-C lets running answers finish; a second one does not. docs/server.md has the rest.
     """
     # All that can be wrong with these, before a model is fetched for nothing.
+    for_all, by_name = served_adapters(model.adapter or [])
+    engine = dataclasses.replace(engine, adapter=for_all)
     models = served_models(model, engine)
+    check_adapters(by_name, models)
+    count = model.data_parallel_size
+    if not 1 <= count <= _MOST_REPLICAS:
+        raise ValueError(f"data_parallel_size is {count}; expected 1 to {_MOST_REPLICAS}")
     config = server_config(http, limits, os.environ.get(_KEY_VARIABLE))
     if http.log_level not in ("debug", "info", "warning", "error"):
         raise ValueError(f"log_level is {http.log_level!r}; expected debug, info, warning or error")
@@ -123,12 +156,28 @@ def serve(*, http: HttpOptions, limits: LimitOptions, model: ServedOptions, engi
     if config.otlp_traces_endpoint is not None:
         with needs_extra("traces"):
             import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401
+    if replica is not None:
+        threads, options = replica.threads(model.threads), replica.engine(engine)
+        run(_loaded(models, by_name, threads, options), config, http.log_level, replica.sockets)
+        return
     try:
         with listening(config) as sockets:
-            run(load_llms(models, model.threads, engine), config, http.log_level, sockets)
+            if count > 1:
+                raise typer.Exit(supervise(sockets, count, sys.argv[1:]))
+            run(_loaded(models, by_name, model.threads, engine), config, http.log_level, sockets)
     except AddressError as error:
         note(f"error: {error}", "red")
         raise typer.Exit(1) from None
+
+
+def _loaded(
+    models: dict[str, str], adapters: dict[str, str], threads: int | None, engine: EngineOptions
+) -> dict[str, "LLM"]:
+    """The models, the only one with its adapters by name."""
+    llms = load_llms(models, threads, engine)
+    for name, directory in adapters.items():
+        next(iter(llms.values())).load_adapter(name, directory)
+    return llms
 
 
 def served_models(model: ServedOptions, engine: EngineOptions) -> dict[str, str]:
@@ -153,6 +202,34 @@ def served_models(model: ServedOptions, engine: EngineOptions) -> dict[str, str]
     return models
 
 
+def served_adapters(words: list[str]) -> tuple[str | None, dict[str, str]]:
+    """(the adapter of all requests, the others by name). Raises ValueError."""
+    for_all: str | None = None
+    by_name: dict[str, str] = {}
+    for word in words:
+        name, separator, path = word.partition("=")
+        if separator and not os.path.exists(word):
+            if not name or not path:
+                raise ValueError(f"adapter is {word!r}; expected DIR, or NAME=DIR")
+            if name in by_name:
+                raise ValueError(f"two adapters are called {name!r}; expected names of their own")
+            by_name[name] = path
+        elif for_all is not None:
+            raise ValueError(f"adapter is {for_all!r} and {word!r}, both without a name; expected NAME=DIR for one")
+        else:
+            for_all = word
+    return for_all, by_name
+
+
+def check_adapters(by_name: Mapping[str, str], models: Mapping[str, str]) -> None:
+    """Raises ValueError."""
+    if by_name and len(models) > 1:
+        raise ValueError(f"adapters stand beside {len(models)} models; expected one model with them")
+    for name in by_name:
+        if name in models:
+            raise ValueError(f"a model and an adapter are called {name!r}; expected names of their own")
+
+
 def server_config(http: HttpOptions, limits: LimitOptions, key_variable: str | None) -> ServerConfig:
     """The server's options. Raises ValueError."""
     keys = [*(http.api_key or []), *([key_variable] if key_variable else [])]
@@ -169,6 +246,7 @@ def server_config(http: HttpOptions, limits: LimitOptions, key_variable: str | N
         api_keys=tuple(keys),
         cors_origins=tuple(http.cors_origin or ()),
         allowed_hosts=tuple(http.allowed_host or ()),
+        adapter_folder=limits.adapter_folder,
         max_connections=limits.max_connections,
         header_timeout_s=limits.header_timeout,
         max_queue=limits.max_queue,

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Sequence
 
 from wedlm.algorithm.params import DecodeParams, Remasking
+from wedlm.engine.adapters import LoadedAdapter
 from wedlm.engine.constraints.rules import build_constraint
 from wedlm.engine.options import EngineConfig
 from wedlm.engine.request import (
@@ -31,6 +32,7 @@ def make_request(  # noqa: PLR0913 - each is a fact of the request or of the eng
     arrival_time: float,
     streamed: bool,
     watched: bool,
+    adapter: LoadedAdapter | None = None,
 ) -> Request:
     """A request that has not been queued. ValueError if this engine could never run it."""
     prefix, suffix = list(prompt_token_ids), params.suffix_token_ids or ()
@@ -40,7 +42,7 @@ def make_request(  # noqa: PLR0913 - each is a fact of the request or of the eng
         _check_gap(config, prefix, params)
     if params.stop and tokenizer is None:
         raise ValueError("stop is set but the engine has no tokenizer; expected stop_token_ids instead")
-    decode = decode_params(config, len(prefix), params)
+    decode = decode_params(config, len(prefix), params, adapter is not None and adapter.has_masked_rows)
     text = None
     if tokenizer is not None:
         # Text does not show special tokens, so a stop string that names one is found by its id.
@@ -64,11 +66,16 @@ def make_request(  # noqa: PLR0913 - each is a fact of the request or of the eng
         counters=RequestCounters(arrival_time),
         progress=RequestProgress(WindowSnapshot.initial(prompt, decode)),
         limits=RequestLimits(decode.row_budget if decode.is_verified else decode.max_rows),
+        adapter=adapter,
     )
 
 
-def decode_params(config: EngineConfig, num_prompt_tokens: int, params: SamplingParams) -> DecodeParams:
-    """What the text depends on. ValueError for an end token that the model does not have."""
+def decode_params(
+    config: EngineConfig, num_prompt_tokens: int, params: SamplingParams, adapted: bool = False
+) -> DecodeParams:
+    """What the text depends on; ``adapted``: the request's adapter predicts in masked rows. ValueError for an end token
+    that the model does not have."""
+    has_masked_rows = config.has_masked_rows or adapted
     ends = tuple(params.stop_token_ids or ()) + (() if params.ignore_eos else config.eos_token_ids)
     if any(token >= config.vocab_size for token in ends):
         given = list(params.stop_token_ids or ())
@@ -81,7 +88,7 @@ def decode_params(config: EngineConfig, num_prompt_tokens: int, params: Sampling
     asked = params.wedlm_lookup_drafts
     lookup_drafts = config.options.wedlm_lookup_drafts if asked is None else asked
     if lookup_drafts is None:  # verified takes some where it would have none otherwise
-        lookup_drafts = window_size if decoding == "auto" or not config.has_masked_rows else 0
+        lookup_drafts = window_size if decoding == "auto" or not has_masked_rows else 0
     default: Remasking = "entropy" if config.block_length is None else "low_confidence_dynamic"  # as SDAR's own code
     remasking = params.remasking_strategy or default
     return DecodeParams(
@@ -92,7 +99,7 @@ def decode_params(config: EngineConfig, num_prompt_tokens: int, params: Sampling
         block_length=config.block_length or 1,
         window_size=window_size,
         lookup_drafts=lookup_drafts,
-        has_masked_rows=config.has_masked_rows,
+        has_masked_rows=has_masked_rows,
         entropy_threshold=params.wedlm_entropy_threshold,
         pos_penalty=params.wedlm_pos_penalty_factor,
         next_token=params.wedlm_next_token or config.next_token,
@@ -119,8 +126,8 @@ def _check_gap(config: EngineConfig, prefix: list[int], params: SamplingParams) 
         )
     if config.block_length is not None:
         raise ValueError(
-            f"suffix has {len(suffix)} tokens, and this model sees by blocks of {config.block_length} from the left "
-            "on; expected no suffix"
+            f"suffix has {len(suffix)} tokens, and this model sees by blocks of {config.block_length}; expected "
+            "no suffix"
         )
     room = config.max_model_len - len(prefix) - len(suffix)
     if params.max_tokens > room:

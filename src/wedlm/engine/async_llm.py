@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+from wedlm.engine.adapters import UnknownAdapter
 from wedlm.engine.engine import Engine
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.prompt_logprobs import PromptLogprobs, PromptScorer
@@ -19,10 +20,12 @@ from wedlm.engine.request import Request
 from wedlm.engine.request_stream import EngineFault, EngineStopped, RequestStream
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.turns import Turns
+from wedlm.model.lora.row_factors import RowFactors
 
 log = logging.getLogger(__name__)
 
 State = Literal["running", "restarting", "dead", "stopped"]
+T = TypeVar("T")
 MAX_RESTARTS = 5  # attempts after one fault
 _SMOKE_TEST_STEPS = 16
 
@@ -86,10 +89,14 @@ class AsyncEngine:
         self._thread.start()
 
     def submit(
-        self, sequences: Sequence[tuple[list[int], SamplingParams]], watch: bool = False, streamed: bool = True
+        self,
+        sequences: Sequence[tuple[list[int], SamplingParams]],
+        watch: bool = False,
+        streamed: bool = True,
+        adapter: str | None = None,
     ) -> RequestStream:
         """Queue sequences (prompt ids and parameters), all or none. ``watch``: pieces carry windows, one per step.
-        ``streamed``: the caller reads the tokens as they come.
+        ``streamed``: the caller reads the tokens as they come. ``adapter``: the name of one that is loaded.
 
         EngineStopped if the engine has stopped; what is wrong with a sequence comes from ``RequestStream.accepted``.
         """
@@ -98,10 +105,28 @@ class AsyncEngine:
         names = [f"request-{next(self._ids)}" for _ in sequences]
         stream = RequestStream(names, lambda: self._command(partial(self._abort, stream)), self._closed)
         self.num_open += stream.num_open
-        self._command(partial(self._add, stream, list(sequences), watch, streamed))
+        self._command(partial(self._add, stream, list(sequences), watch, streamed, adapter))
         return stream
 
-    async def score_prompt(self, prompt: Sequence[int], num_top: int, salt: str = "") -> PromptLogprobs:
+    async def load_adapter(self, name: str, factors: RowFactors) -> None:
+        """``Engine.load_adapter`` between two steps. ValueError, EngineStopped."""
+        await self._between_steps(lambda: self.engine.load_adapter(name, factors))
+
+    async def unload_adapter(self, name: str) -> None:
+        """``Engine.unload_adapter`` between two steps. UnknownAdapter, EngineStopped."""
+        await self._between_steps(lambda: self.engine.unload_adapter(name))
+
+    async def _between_steps(self, work: Callable[[], object]) -> None:
+        """Done by the engine's thread even if the caller is cancelled meanwhile."""
+        if self._ended:
+            raise EngineStopped("the engine has stopped")
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._command(partial(self._do, future, work))
+        await future
+
+    async def score_prompt(
+        self, prompt: Sequence[int], num_top: int, salt: str = "", adapter: str | None = None
+    ) -> PromptLogprobs:
         """The log-probabilities of a prompt's tokens, computed between the steps; ends when the caller is cancelled.
 
         ValueError, EngineFault, EngineStopped.
@@ -110,7 +135,7 @@ class AsyncEngine:
             raise EngineStopped("the engine has stopped")
         future: asyncio.Future[PromptLogprobs] = self._loop.create_future()
         self.num_open += 1
-        self._command(partial(self._add_score, future, list(prompt), num_top, salt))
+        self._command(partial(self._add_score, future, list(prompt), num_top, salt, adapter))
         try:
             return await future
         finally:
@@ -183,11 +208,17 @@ class AsyncEngine:
             command()
 
     def _add(
-        self, stream: RequestStream, sequences: list[tuple[list[int], SamplingParams]], watch: bool, streamed: bool
+        self,
+        stream: RequestStream,
+        sequences: list[tuple[list[int], SamplingParams]],
+        watch: bool,
+        streamed: bool,
+        adapter: str | None,
     ) -> None:
+        how: dict[str, Any] = {"streamed": streamed, "watched": watch, "adapter": adapter}
         try:
             for index, (request_id, sequence) in enumerate(zip(stream.request_ids, sequences, strict=True)):
-                request = self.engine.add(request_id, *sequence, streamed=streamed, watched=watch, turn=index)
+                request = self.engine.add(request_id, *sequence, turn=index, **how)
                 self._live[request_id] = _Live(request, stream, index)
         except ValueError as error:
             self._drop(stream)
@@ -198,11 +229,30 @@ class AsyncEngine:
         else:
             self._report(stream.accept)
 
-    def _add_score(self, future: "asyncio.Future[PromptLogprobs]", prompt: list[int], num_top: int, salt: str) -> None:
+    def _add_score(
+        self,
+        future: "asyncio.Future[PromptLogprobs]",
+        prompt: list[int],
+        num_top: int,
+        salt: str,
+        adapter: str | None,
+    ) -> None:
         try:
-            self._scores.append((future, PromptScorer(self.engine, prompt, num_top, salt)))
+            self._scores.append((future, PromptScorer(self.engine, prompt, num_top, salt, adapter)))
         except ValueError as error:
             self._report(partial(_settle, future, error))
+
+    def _do(self, future: "asyncio.Future[None]", work: Callable[[], object]) -> None:
+        """``work``, which changes nothing if it fails."""
+        try:
+            work()
+        except ValueError as error:
+            self._report(partial(_settle, future, error))
+        except BaseException:
+            self._report(partial(_settle, future, EngineFault("the engine failed")))
+            raise
+        else:
+            self._report(partial(_settle, future, None))
 
     def _score(self) -> None:
         """One chunk of one prompt, each prompt in its turn: who streams must not wait for long."""
@@ -210,8 +260,13 @@ class AsyncEngine:
         if future.done():  # whoever asked has left
             self._scores.popleft()
             return
-        if not scorer.done and not scorer.advance(self.engine):
-            assert self.engine.has_work, "a prompt that fits has no pages while nothing runs"
+        try:
+            if not scorer.done and not scorer.advance(self.engine):
+                assert self.engine.has_work, "a prompt that fits has no pages while nothing runs"
+        except UnknownAdapter as error:
+            self._scores.popleft()
+            self._report(partial(_settle, future, error))
+            return
         self._scores.rotate(-1)
         if scorer.done:
             self._scores.pop()
@@ -267,7 +322,9 @@ class AsyncEngine:
         self.state = "restarting"
         self.num_faults += 1
         log.error("the engine failed in a step", exc_info=error)
-        self._fail_live(EngineFault("the engine failed during a step; what it was generating is lost"))
+        # A fault of its own says for users what happened.
+        fault = EngineFault("the engine failed during a step; what it was generating is lost")
+        self._fail_live(error if isinstance(error, EngineFault) else fault)
         for attempt in range(MAX_RESTARTS):
             if attempt and self._stopping.wait(self._first_retry_s * 2 ** (attempt - 1)):
                 break
@@ -327,11 +384,11 @@ class AsyncEngine:
             command = self._commands.get()
             if isinstance(command, partial) and command.func == self._add:
                 command.args[0].fail(EngineStopped("the engine has stopped"))
-            elif isinstance(command, partial) and command.func == self._add_score:
+            elif isinstance(command, partial) and command.func in (self._add_score, self._do):
                 _settle(command.args[0], EngineStopped("the engine has stopped"))
 
 
-def _settle(future: "asyncio.Future[PromptLogprobs]", result: PromptLogprobs | Exception) -> None:
+def _settle(future: "asyncio.Future[T]", result: T | Exception) -> None:
     """In the loop."""
     if future.done():
         return

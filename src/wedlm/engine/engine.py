@@ -4,6 +4,7 @@
 import time
 from collections.abc import Callable, Sequence
 
+from wedlm.engine.adapters import Adapters, LoadedAdapter
 from wedlm.engine.adaptive.controller import Controller
 from wedlm.engine.admission import make_request
 from wedlm.engine.delivery import append_tokens
@@ -16,6 +17,7 @@ from wedlm.engine.request import FinishReason, Request
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.engine.scheduler import Scheduler, Unread, unread_of
 from wedlm.engine.text import EngineTokenizer
+from wedlm.model.lora.row_factors import RowFactors
 
 TURN = 64  # a batch, by default
 
@@ -31,7 +33,11 @@ class Engine:
         pool: PagePool,
         tokenizer: EngineTokenizer | None,
         clock: Callable[[], float] = time.perf_counter,
+        adapters: Adapters | None = None,
     ) -> None:
+        """``adapters``: those that the model has; None: it takes none."""
+        self.adapters = Adapters(None, 0, 0) if adapters is None else adapters
+        self.adapters.sweep(())  # those that a former engine's requests had
         self.config, self.runner, self.pool, self.tokenizer, self.clock = config, runner, pool, tokenizer, clock
         self.scheduler = Scheduler(pool, config.options.max_num_seqs, config.options.max_num_batched_tokens)
         self.controller = Controller(config.options, runner, clock)
@@ -52,9 +58,11 @@ class Engine:
         streamed: bool = True,
         watched: bool = False,
         turn: int = 0,
+        adapter: str | None = None,
     ) -> Request:
         """Queue a request. ValueError, with nothing changed, if it is impossible. ``streamed`` and ``watched`` as in
-        ``Request``. The first adaptive request has the costs of steps measured: up to a second.
+        ``Request``; ``adapter``: the name of one that is loaded (UnknownAdapter), None for the model as it is. The
+        first adaptive request has the costs of steps measured: up to a second.
 
         ``turn``: how many sequences its caller has asked for before it in the same breath. For each of them it lets
         ``TURN`` others go first, so that who asks for many does not keep out who asks for one.
@@ -71,6 +79,7 @@ class Engine:
             arrival_time=self.clock(),
             streamed=streamed,
             watched=watched,
+            adapter=None if adapter is None else self.adapters.get(adapter),
         )
         self.scheduler.check(request)
         self.controller.prepare(request)
@@ -110,6 +119,19 @@ class Engine:
         if request is not None:
             self._finish(request, "abort")
         return request
+
+    def load_adapter(self, name: str, factors: RowFactors) -> LoadedAdapter:
+        """Have an adapter by name, from the next request on. ValueError, with nothing changed, if it cannot be."""
+        return self.adapters.load(name, factors)
+
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter's name away. Requests that have it end with it; its memory is free after the last one.
+        UnknownAdapter."""
+        self.adapters.unload(name, self.adapters_in_use())
+
+    def adapters_in_use(self) -> set[LoadedAdapter]:
+        """Those of the requests that wait or run."""
+        return {request.adapter for request in self.requests.values() if request.adapter is not None}
 
     def _plan(self, unread: Unread) -> StepPlan | None:
         """The next step, with its budgets; windows that it preempts are saved. None if it cannot be planned ahead."""
@@ -186,5 +208,7 @@ class Engine:
         del self.requests[request.request_id]
         request.counters.finish_time = self.clock()
         request.output.finish_reason = reason
+        if self.adapters.any_unloaded:
+            self.adapters.sweep(self.adapters_in_use())
         if not self.requests:
             self.controller.pause()

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from wedlm.attention.base import FP8, KVCache
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.engine import resolve_options
+from wedlm.engine.adapters import Adapters, FactorSlots
 from wedlm.engine.engine import Engine
 from wedlm.engine.execution.base import PlanAttention, RowsModel, StepExecutor
 from wedlm.engine.execution.eager_step import EagerStep
@@ -27,10 +28,14 @@ from wedlm.engine.options import EngineConfig
 from wedlm.engine.pages import PagePool
 from wedlm.engine.text import EngineTokenizer
 from wedlm.model import ModelConfig, Transformer, pack_for_inference
+from wedlm.model.inference.adapter_bank import AdapterBank
 from wedlm.model.inference.quantization import Quantization, multiplies_fp8
 from wedlm.native import NativeAttend, NativeTransformer, is_available
 from wedlm.native.library import PATH_VARIABLE, PORTABLE, chosen_path, paths
-from wedlm.native.weights import format_names, native_from_torch
+from wedlm.native.weights import NativeAdapters, format_names, native_from_torch
+
+if TYPE_CHECKING:
+    from wedlm.engine.ranks.processes import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -74,11 +79,15 @@ class Blueprint:
     tokenizer: EngineTokenizer | None
     eager_reason: str | None = None  # why steps do not run on our kernels
     note: str = ""  # what was decided against when the weights were loaded, and why
+    adapters: Adapters | None = None  # those that the model has by name; they outlive an engine
+    ranks: "Ranks | None" = None  # all that compute the model, whose first rank's part ``model`` is
 
     def build(self, cache: KVCache | None = None, clock: Callable[[], float] = time.perf_counter) -> Engine:
         """A new engine with nothing in it. ``cache``: memory of a former one to use again."""
         cache = self._new_cache() if cache is None else cache
-        if self.packed is None:
+        if self.ranks is not None:
+            runner = self._runner_over_ranks(self.ranks, cache)
+        elif self.packed is None:
             windows, mask = Windows(self.config.options.max_num_seqs, self.device), self.config.mask_token_id
             plan_attention: PlanAttention[Any] = PagedSdpa
             preferred: list[StepExecutor] = []
@@ -90,10 +99,14 @@ class Blueprint:
         else:
             runner = self._runner_on_kernels(self.packed, cache)
         pool = PagePool(self.num_pages, self.page_size, block_length=self._block_length)
-        return Engine(self.config, runner, pool, self.tokenizer, clock)
+        return Engine(self.config, runner, pool, self.tokenizer, clock, self.adapters)
 
     def rebuild(self, broken: Engine) -> Engine:
-        """A new engine in place of one that failed, over the same weights and the same amount of cache."""
+        """A new engine in place of one that failed, over the same weights and the same amount of cache. Other ranks are
+        started again, and read their weights again."""
+        if self.ranks is not None:
+            self.ranks.start()
+            self.ranks.connect()
         if self.device.type == "cpu":
             return self.build()
         cache = broken.runner.cache  # there is no room for a second one; zeros, because a fault may have left nan
@@ -121,13 +134,17 @@ class Blueprint:
         if isinstance(self.model, NativeTransformer):
             steps = f"native C++ forward ({self.model.path}), {self.weights} weights, threads: {self.model.threads}"
         elif self.packed is None:
-            steps = f"plain torch operations ({self.eager_reason})" if self.eager_reason else "plain torch operations"
+            steps = "plain torch operations"
         else:
             chunks = "with" if self.config.options.capture_chunks else "without"
             kernels = "deterministic Triton kernels" if self.config.options.deterministic else "Triton kernels"
             steps = f"{kernels} in CUDA graphs, {chunks} prompt chunks"
-        if self.note:
-            steps += f" ({self.note})"
+        reasons = [one for one in (self.packed is None and self.eager_reason, self.note) if one]
+        if reasons:
+            steps += f" ({'; '.join(reasons)})"
+        if self.ranks is not None:
+            device += f" and {self.ranks.size - 1} more"
+            steps += f", over {self.ranks.size} ranks"
         tokens = self.num_pages * self.page_size
         megabytes = tokens * self._bytes_per_token() / 1e6
         kind = {FP8: ", fp8", torch.int8: ", int8"}.get(self.dtype, "")
@@ -147,6 +164,13 @@ class Blueprint:
         num_pages, shape = self.num_pages + (self.packed is not None), self.shape
         heads = (shape.num_kv_heads, shape.head_dim, self.dtype)
         return KVCache(shape.num_layers, num_pages, self.page_size, *heads, self.device)
+
+    def _runner_over_ranks(self, ranks: "Ranks", cache: KVCache) -> Runner:
+        """Rank 0's; the others get caches of the same size."""
+        from wedlm.engine.ranks.build import first_runner, tell_cache  # which one rank alone has no use for
+
+        tell_cache(ranks, cache, self.config, self.packed is not None)
+        return first_runner(ranks, cache, self.model, self.packed, self.config)
 
     def _runner_on_kernels(self, packed: Transformer, cache: KVCache) -> Runner:
         from wedlm.attention.paged import plan_paged  # these import triton
@@ -214,11 +238,13 @@ def plan_engine(
     tokenizer: EngineTokenizer | None,
     note: str = "",
     num_sharing: int = 1,
+    ranks: "Ranks | None" = None,
 ) -> Blueprint:
     """Every choice for an engine around a model of ``prepare_model``, by ``config.options``; logs what was chosen.
 
     ``note``: what users should know of the choice of the model. ``num_sharing``: how many engines, planned before any
-    of them is built, divide the memory for caches. ValueError for options that cannot be.
+    of them is built, divide the memory for caches. ``ranks``: as in ``Blueprint``; memory is that of each rank.
+    ValueError for options that cannot be.
     """
     shape, options = model.config, config.options
     device, dtype = _device_and_dtype(model)
@@ -252,10 +278,19 @@ def plan_engine(
         config = replace(config, options=replace(options, chunk_step_ratio=ratio))
     packed = model if reason is None and isinstance(model, Transformer) else None
     sizes = num_pages, options.page_size
-    blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason, note)
+    if ranks is not None and config.block_length is not None:
+        raise ValueError(
+            f"tensor_parallel_size is {ranks.size} and this model sees by blocks of {config.block_length}; expected 1"
+        )
+    adapters = Adapters(_factor_slots(model, options.max_adapters), options.max_adapters, options.max_adapter_rank)
+    blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason, note, adapters, ranks)
     is_slow = bool(note) or (reason is not None and device.type == "cuda")
     log.log(logging.WARNING if is_slow else logging.INFO, "engine: %s", blueprint.describe())
     return blueprint
+
+
+def _factor_slots(model: Transformer | NativeTransformer, count: int) -> FactorSlots:
+    return NativeAdapters(model) if isinstance(model, NativeTransformer) else AdapterBank(model, count)
 
 
 def _check_deterministic(asked: bool, model: Transformer | NativeTransformer, eager: str | None) -> None:

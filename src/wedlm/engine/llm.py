@@ -24,27 +24,36 @@ from wedlm.engine.original_names import METHODS
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
 from wedlm.engine.prompt_logprobs import PromptScorer
 from wedlm.engine.request import Request
+from wedlm.engine.request_stream import EngineFault
 from wedlm.engine.sampling_params import GAP, SamplingParams
 from wedlm.engine.turns import Turns
 from wedlm.model import Tokenizer, load_tokenizer
 from wedlm.model.formats.checkpoint import with_end_tokens
+from wedlm.model.lora.peft import read_row_factors
+from wedlm.model.lora.row_factors import RowFactors
 
 Message = Mapping[str, Any]
 Prompt = str | list[int]
 _SCORED_SUFFIX = 32  # tokens: later ones hardly depend on what fills the gap
+Adapter = str | Sequence[str | None] | None  # names: one for all prompts, or one each
 
 
 class LLM:
     """Generate text from a checkpoint, on any device that torch knows. Methods may be called from several threads.
 
-    model: a Hugging Face directory, a .gguf file, a hub id, or "demo". options: the fields of ``EngineOptions``, which
-    explains each; an unknown one is a TypeError, a bad value a ValueError.
+    model: a Hugging Face directory, a .gguf file, a hub id, or "demo". adapters: directories by the names that requests
+    choose (``load_adapter``); the option ``adapter`` is one for all requests. options: the fields of ``EngineOptions``,
+    which explains each; an unknown one is a TypeError, a bad value a ValueError.
     """
 
-    def __init__(self, model: str | Path = "demo", **options: Any) -> None:
+    def __init__(
+        self, model: str | Path = "demo", *, adapters: Mapping[str, str | Path] | None = None, **options: Any
+    ) -> None:
         self._load(model, EngineOptions.of(options))
         self._plan()
         self._build()
+        for name, directory in (adapters or {}).items():
+            self.load_adapter(name, directory)
 
     @classmethod
     def together(cls, models: Mapping[str, str | Path], **options: Any) -> "dict[str, LLM]":
@@ -67,10 +76,15 @@ class LLM:
         self.device = resolve_options.read_device(chosen.device)
         self.allow_control_tokens = chosen.allow_control_tokens
         self.tokenizer: Tokenizer = load_tokenizer(model)
-        loaded = load_weights(model, chosen, self.device)
+        if chosen.tensor_parallel_size > 1:
+            from wedlm.engine.ranks.start import load_over_ranks  # which one rank alone has no use for
+
+            loaded = load_over_ranks(model, chosen, self.device)
+        else:
+            loaded = load_weights(model, chosen, self.device)
         self.model, self.model_config, chosen = loaded.model, loaded.config, loaded.options
         self.model_config = with_end_tokens(self.model_config, self.tokenizer.end_token_ids())
-        self._note = loaded.note
+        self._note, self._ranks = loaded.note, loaded.ranks
         self._engine_config = EngineConfig(
             vocab_size=self.model_config.vocab_size,
             mask_token_id=resolve_options.read_mask_token_id(chosen.mask_token_id, self.model_config, self.tokenizer),
@@ -85,7 +99,9 @@ class LLM:
 
     def _plan(self, num_sharing: int = 1) -> None:
         """How the engine will be, whose cache is one of so many in the memory that there is."""
-        self.blueprint = plan_engine(self.model, self._engine_config, self.tokenizer, self._note, num_sharing)
+        self.blueprint = plan_engine(
+            self.model, self._engine_config, self.tokenizer, self._note, num_sharing, self._ranks
+        )
 
     def _build(self) -> None:
         self.engine = self.blueprint.build()
@@ -96,6 +112,47 @@ class LLM:
         self._abandoned: list[Request] = []
         self._ids = itertools.count()
         self._warned_unadapted = False
+        self._fault: EngineFault | None = None  # what ended the requests of an engine that was replaced
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that requests may choose, in the order in which they were loaded."""
+        return self.engine.adapters.names
+
+    def load_adapter(self, name: str, directory: str | Path) -> None:
+        """Have the adapter in ``directory`` by a name that requests may choose: a LoRA in peft's format, one of masked
+        rows, or both (docs/server.md). Requests with different adapters share steps; nothing is merged.
+
+        ValueError, with nothing changed, if it cannot be read, does not fit, or is one too many.
+        """
+        with self._engine_alone():
+            self.engine.adapters.check(name)
+        factors = self.read_adapter(name, directory)
+        with self._engine_alone():
+            self.engine.load_adapter(name, factors)
+
+    def read_adapter(self, name: str, directory: str | Path) -> RowFactors:
+        """What ``Engine.load_adapter`` takes; nothing of the engine is touched. ValueError."""
+        if self._ranks is not None:
+            raise ValueError(
+                f"adapter {name!r} was asked for by name and tensor_parallel_size is {self._ranks.size}; expected 1, "
+                "or an adapter for all requests"
+            )
+        options, config = self._engine_config.options, self._engine_config
+        factors = read_row_factors(directory, self.model_config, options.max_adapter_rank)
+        mask = factors.mask_token_id
+        if factors.has_masked_rows and factors.mask_embedding is None and mask not in (None, config.mask_token_id):
+            raise ValueError(
+                f"the adapter {name!r} was trained with mask token {mask}; expected {config.mask_token_id}, the "
+                "engine's (mask_token_id)"
+            )
+        return self.engine.adapters.prepare(factors)
+
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter's name away. Requests that have it end with it; its memory is free after the last one.
+        ValueError if there is none."""
+        with self._engine_alone():
+            self.engine.unload_adapter(name)
 
     def describe(self) -> str:
         """One line: the device, how steps run and why, and the cache's size."""
@@ -109,23 +166,27 @@ class LLM:
         *,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool | None = None,
+        adapter: Adapter = None,
     ) -> list[GenerationOutput]:
         """Complete prompts (strings or lists of token ids); results come in the order of the prompts.
 
-        ``params``: one for all, or one per prompt. A prompt that cannot run comes back with ``error`` set, and a
-        warning, while the others run; ValueError if none can. ``progress`` None: a bar on a terminal for 8 or more.
+        ``params``: one for all, or one per prompt. ``adapter``: the name of one that is loaded, or None for the model
+        as it is; for all, or one per prompt (vLLM's ``lora_request``). A prompt that cannot run comes back with
+        ``error`` set, and a warning, while the others run; ValueError if none can. ``progress`` None: a bar on a
+        terminal for 8 or more.
         ``sampling_params`` and ``use_tqdm`` are the names of ``params`` and ``progress`` in the original and in vLLM.
         """
         params = _one_of("params", params, "sampling_params", sampling_params)
         progress = _one_of("progress", progress, "use_tqdm", use_tqdm)
         prompt_list = _prompt_list(prompts)
         param_list = _param_list(params, len(prompt_list))
+        adapter_list = _adapter_list(adapter, len(prompt_list))
         outputs: dict[int, GenerationOutput] = {}
         requests: dict[int, Request] = {}
         try:
-            for index, (prompt, one) in enumerate(zip(prompt_list, param_list, strict=True)):
+            for index, (prompt, one, name) in enumerate(zip(prompt_list, param_list, adapter_list, strict=True)):
                 try:
-                    requests[index] = self._add(prompt, one, streamed=False)
+                    requests[index] = self._add(prompt, one, name, streamed=False)
                 except ValueError as error:
                     outputs[index] = GenerationOutput("", [], None, "error", error=str(error))
             if outputs and not requests:
@@ -146,6 +207,7 @@ class LLM:
         progress: bool | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         allow_control_tokens: bool | None = None,
+        adapter: Adapter = None,
         **template_kwargs: Any,
     ) -> list[GenerationOutput]:
         """Answer one conversation, or several, through the tokenizer's chat template (ValueError if it has none).
@@ -158,7 +220,7 @@ class LLM:
         conversations: Any = messages if several else [messages]
         chosen: Any = {**template_kwargs, "allow_control_tokens": allow_control_tokens}
         prompts = [self.chat_prompt(conversation, **chosen) for conversation in conversations]
-        return self.generate(prompts, params, sampling_params=sampling_params, progress=progress)
+        return self.generate(prompts, params, sampling_params=sampling_params, progress=progress, adapter=adapter)
 
     def chat_prompt(
         self, messages: Sequence[Message], *, allow_control_tokens: bool | None = None, **template_kwargs: Any
@@ -175,6 +237,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | None = None,
     ) -> Iterator[StreamPiece]:
         """Yield the text of one prompt, or of a list with one, as it becomes final. Closing the iterator aborts the
         request."""
@@ -186,7 +249,7 @@ class LLM:
                 f"generate_stream got {len(prompts)} prompts; expected one: generate takes many, and AsyncEngine "
                 "streams many"
             )
-        request = self._add(prompts[0], _param_list(params, 1)[0])
+        request = self._add(prompts[0], _param_list(params, 1)[0], adapter)
         stream = self._stream(request)
         next(stream)  # into its try: closing an iterator that was never read must abort, too
         return stream
@@ -252,9 +315,11 @@ class LLM:
         return math.fsum(logprobs) / max(1, len(logprobs))
 
     def exit(self) -> None:
-        """The original's name for the end. There is no other process to stop: requests are aborted, and memory is free
-        once nothing refers to this object."""
+        """The original's name for the end. Requests are aborted, other ranks' processes end, and memory is free once
+        nothing refers to this object."""
         self.abort()
+        if self._ranks is not None:
+            self._ranks.close()
 
     if not TYPE_CHECKING:  # which would take any attribute for one that is there
 
@@ -289,25 +354,30 @@ class LLM:
         finally:
             self._abort([request])
 
-    def _add(self, prompt: Prompt, params: SamplingParams, streamed: bool = True) -> Request:
+    def _add(self, prompt: Prompt, params: SamplingParams, adapter: str | None, streamed: bool = True) -> Request:
         if not isinstance(prompt, str | list):
             raise ValueError(f"the prompt is {prompt!r}; expected a string or a list of token ids")
-        warning = self.window_warning(params)
+        warning = self.window_warning(params, adapter)
         if warning is not None:
             warnings.warn(warning, stacklevel=3)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         with self._engine_alone():
-            return self.engine.add(f"request-{next(self._ids)}", ids, params, streamed=streamed)
+            self._renew()
+            return self.engine.add(f"request-{next(self._ids)}", ids, params, streamed=streamed, adapter=adapter)
 
-    def window_warning(self, params: SamplingParams) -> str | None:
+    def window_warning(self, params: SamplingParams, adapter: str | None = None) -> str | None:
         """A sentence if these parameters' window asks for what the checkpoint was not trained for: masked rows at all,
         which is said once, or masked rows at such distances."""
-        block = self.model_config.block_size
+        block, adapted = self.model_config.block_size, False
+        if adapter is not None and adapter in self.engine.adapters.names:
+            own = self.engine.adapters.get(adapter)
+            adapted, block = own.has_masked_rows, own.block_size if own.has_masked_rows else block
         window = params.wedlm_window_size or self.engine.config.options.wedlm_window_size
         decoding = params.decoding_of(self.engine.config.decoding)
         if decoding not in ("streaming", "block") or self.engine.config.block_length is not None:
             return None
-        if not self.engine.config.has_masked_rows and not self._warned_unadapted and not params.suffix_token_ids:
+        unadapted = not (self.engine.config.has_masked_rows or adapted)
+        if unadapted and not self._warned_unadapted and not params.suffix_token_ids:
             self._warned_unadapted = True
             return (
                 f"this checkpoint was never adapted to predict masked positions, so {decoding} decoding makes no sense "
@@ -333,10 +403,23 @@ class LLM:
                 self._busy = False
 
     def _step(self, request: Request) -> None:
-        """Advance the engine, for all requests, unless another thread has finished the request meanwhile."""
-        if request.finish_reason is None:
-            with _interrupts_deferred():
+        """Advance the engine, for all requests, unless another thread has finished the request meanwhile. EngineFault
+        if the engine that had it failed, in whichever thread."""
+        if request.finish_reason is not None:
+            return
+        if self._fault is not None and request.request_id not in self.engine.requests:
+            raise self._fault
+        with _interrupts_deferred():
+            try:
                 self.engine.step()
+            except EngineFault as fault:
+                self._fault = fault
+                raise
+
+    def _renew(self) -> None:
+        """A new engine, if ranks of the old one have ended: its requests end with what it failed with."""
+        if self._ranks is not None and self._ranks.broken:
+            self.engine = self.blueprint.rebuild(self.engine)
 
     def _abort(self, requests: Sequence[Request]) -> None:
         with self._lock:
@@ -394,6 +477,16 @@ def _one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
     if value is not None and other is not None:
         raise ValueError(f"{name} and {other_name} are both given; expected one of them")
     return other if value is None else value
+
+
+def _adapter_list(adapter: Adapter, count: int) -> list[str | None]:
+    if adapter is None or isinstance(adapter, str):
+        return [adapter] * count
+    if not isinstance(adapter, list | tuple) or not all(one is None or isinstance(one, str) for one in adapter):
+        raise ValueError(f"adapter is {adapter!r}; expected a name, None, or a list of these")
+    if len(adapter) != count:
+        raise ValueError(f"adapter has {len(adapter)} entries; expected one, or one for each of the {count} prompts")
+    return list(adapter)
 
 
 def _param_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

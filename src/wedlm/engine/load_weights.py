@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,8 +17,12 @@ from wedlm.model.formats.resolve import DEMO_ADAPTER_NAME, DEMO_BASE_NAME, DEMO_
 from wedlm.model.inference.quantization import multiplies_fp8
 from wedlm.model.lora.peft import adapted_config, apply_adapter, read_masked_adapter
 from wedlm.model.packed_demo import packed_demo
+from wedlm.model.sharding import Shard
 from wedlm.native import NativeTransformer
 from wedlm.native.weights import native_from_checkpoint, set_masked_lora, unsupported_type
+
+if TYPE_CHECKING:
+    from wedlm.engine.ranks.processes import Ranks
 
 # Whether weights of 16 bits run in eight on a CPU with the native forward, unless --quantization says otherwise.
 INT8_IS_CPU_DEFAULT = True
@@ -27,13 +32,15 @@ INT8_IS_CPU_DEFAULT = True
 class LoadedWeights:
     """A model as ``plan_engine`` takes it, its config, and the options, which may name what the checkpoint is in.
 
-    ``note`` says for users what was decided against, and why; empty where nothing was.
+    ``note`` says for users what was decided against, and why; empty where nothing was. ``ranks``: all that compute the
+    model, whose first rank's part ``model`` is then.
     """
 
     model: Transformer | NativeTransformer
     config: ModelConfig
     options: EngineOptions
     note: str = ""
+    ranks: "Ranks | None" = None
 
 
 def load_weights(path_or_id: str | Path, options: EngineOptions, device: torch.device) -> LoadedWeights:
@@ -61,19 +68,26 @@ def load_weights(path_or_id: str | Path, options: EngineOptions, device: torch.d
             set_masked_lora(native, *masked)
             config = adapted_config(config, options.adapter)
         return LoadedWeights(native, config, options)
+    model, config, options = load_transformer(checkpoint, options, device)
+    return LoadedWeights(model, config, options, note)
+
+
+def load_transformer(
+    checkpoint: Checkpoint, options: EngineOptions, device: torch.device, shard: Shard | None = None
+) -> tuple[Transformer | NativeTransformer, ModelConfig, EngineOptions]:
+    """``load_weights`` with torch; of one rank's part if there is a ``shard``, whose config is the checkpoint's."""
     # A checkpoint in FP8 stays so where it can be multiplied, unless another type is asked for or an adapter
     # changes its weights.
     by_itself = options.quantization == "auto" and options.dtype == "auto" and multiplies_fp8(device)
     keeps_fp8 = options.adapter is None and (by_itself or options.quantization == "fp8")
     dtype = resolve_options.read_dtype(options.dtype, device)
-    transformer, config = load_torch(checkpoint, dtype, device, keeps_fp8=keeps_fp8), checkpoint.config
+    transformer, config = load_torch(checkpoint, dtype, device, keeps_fp8=keeps_fp8, shard=shard), checkpoint.config
     if has_fp8(transformer):
         options = replace(options, quantization="fp8")
     if options.adapter is not None:
-        apply_adapter(transformer, options.adapter)
+        apply_adapter(transformer, options.adapter, shard)
         config = adapted_config(config, options.adapter)
-    model = prepare_model(transformer, options.rounded_to, options.quantize_head)
-    return LoadedWeights(model, config, options, note)
+    return prepare_model(transformer, options.rounded_to, options.quantize_head), config, options
 
 
 def _native_form(checkpoint: Checkpoint, options: EngineOptions, device: torch.device) -> tuple[str | None, str]:

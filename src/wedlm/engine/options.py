@@ -125,12 +125,25 @@ class EngineOptions:
         read_flag,
     )
     device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...", _text)
+    tensor_parallel_size: int = _option(
+        1,
+        "Processes that share the model, each with a part of every layer and a device of its own (on CPUs, of the "
+        "threads).",
+        read_positive_integer,
+    )
     adapter: str | None = _option(
         None,
         "Directory of a LoRA, or 'demo-masked', the embedded one for demo-base. One in peft's format is merged into "
         "the weights, one for masked rows stays beside them.",
         _or_none(_text),
     )
+    max_adapters: int = _option(
+        8, "Most adapters by name at once, those included that are unloaded and still in use.", read_positive_integer
+    )
+    max_adapter_rank: int = _option(
+        128, "Largest rank of an adapter by name; of one for all and one for masked rows, both together.",
+        read_positive_integer,
+    )  # fmt: skip
     max_model_len: int | None = _option(
         None, "Longest prompt and answer together, in tokens. Default: the checkpoint's length.", _anything
     )

@@ -22,8 +22,8 @@ class PagePool:
     A page is shared only once it is full of tokens whose keys are committed: ``commit`` then puts it into the prefix
     cache, under a digest of its tokens and all before it. Pages reserved ahead for a window hold scratch and are not
     cached. A cached page without a holder stays until its memory is needed (least recently used goes first).
-    ``cache_salt`` keeps apart keys of different weights or adapters. ``block_length``: keys depend on the tokens up to
-    the end of their block of so many slots, and so does a page's digest; 1: on none after them.
+    ``cache_salt`` keeps apart keys of different weights. ``block_length``: keys depend on the tokens up to the end of
+    their block of so many slots, and so does a page's digest; 1: on none after them.
     """
 
     def __init__(self, num_pages: int, page_size: int, cache_salt: bytes = b"", block_length: int = 1) -> None:
@@ -56,12 +56,14 @@ class PagePool:
     def pages_for(self, num_slots: int) -> int:
         return -(-num_slots // self.page_size)
 
-    def allocate(self, request_id: str, tokens: TokenSlices, limit: int, salt: str = "") -> int:
+    def allocate(self, request_id: str, tokens: TokenSlices, limit: int, salt: str = "", key_root: int = 0) -> int:
         """Give the request a table that starts with the cached pages of ``tokens[:limit]``; returns slots reused. Pages
-        are shared among requests of one ``salt``."""
+        are shared among requests of one ``salt`` and one ``key_root``, which is of the adapter that changes keys (0:
+        none does)."""
         assert request_id not in self._tables
         table: list[int] = []
-        digest = _salted(self._root, salt) if salt else self._root
+        digest = _marked(self._root, b"adapter", str(key_root)) if key_root else self._root
+        digest = _marked(digest, b"salt", salt) if salt else digest
         while (stop := self._stop(len(table))) <= limit:
             following = _digest(digest, tokens[len(table) * self.page_size : stop])
             page = self._page_of.get(following)
@@ -150,8 +152,9 @@ class PagePool:
         assert len(self._page_of) == len(self._digest_of), "a page is cached twice"
 
 
-def _salted(root: bytes, salt: str) -> bytes:
-    return hashlib.blake2b(root + b"salt" + salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _marked(root: bytes, what: bytes, value: str) -> bytes:
+    """Never a page's digest: no token's eight bytes are letters."""
+    return hashlib.blake2b(root + what + value.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _digest(parent: bytes, tokens: Sequence[int]) -> bytes:

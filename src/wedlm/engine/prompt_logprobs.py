@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import torch
 
 from wedlm.attention.base import ExtendBatch
+from wedlm.engine.adapters import UnknownAdapter, slot_of
 from wedlm.engine.engine import Engine
+from wedlm.engine.execution.rows import with_adapters
 from wedlm.engine.request import TopLogprobs
 
 _CHUNK = 256
@@ -32,9 +34,16 @@ class PromptScorer:
     ``context``: as many tokens at its beginning are not scored; those that are not in the cache run at once."""
 
     def __init__(
-        self, engine: Engine, prompt: Sequence[int], num_top: int, salt: str = "", *, context: int = 1
+        self,
+        engine: Engine,
+        prompt: Sequence[int],
+        num_top: int,
+        salt: str = "",
+        adapter: str | None = None,
+        *,
+        context: int = 1,
     ) -> None:
-        """ValueError for a prompt that the engine could not run."""
+        """ValueError for a prompt that the engine could not run. ``adapter`` as in ``Engine.add``."""
         config, pool = engine.config, engine.pool
         if config.block_length is not None:
             raise ValueError(
@@ -47,6 +56,7 @@ class PromptScorer:
         if any(not 0 <= token < config.vocab_size for token in prompt):
             raise ValueError(f"the prompt has an id that is no token; expected ids from 0 to {config.vocab_size - 1}")
         self._prompt, self._num_top, self._salt, self._context = list(prompt), num_top, salt, context
+        self._adapter = None if adapter is None else engine.adapters.get(adapter)
         self.result = PromptLogprobs()
 
     @property
@@ -55,11 +65,16 @@ class PromptScorer:
 
     @torch.inference_mode()
     def advance(self, engine: Engine) -> bool:
-        """Score another chunk. False if there are no pages for it now, as there are once nothing else runs."""
+        """Score another chunk. False if there are no pages for it now, as there are once nothing else runs.
+        UnknownAdapter if its adapter is gone."""
+        adapter = self._adapter
+        if adapter is not None and not engine.adapters.holds(adapter):
+            raise UnknownAdapter(f"adapter is {adapter.name!r}, which was unloaded meanwhile")
         known = self._context - 1 + len(self.result.logprobs)
         end = min(known + _CHUNK, len(self._prompt) - 1)
         name = f"prompt logprobs {id(self)}"
-        cached = engine.pool.allocate(name, self._prompt, known, self._salt)
+        key_root = 0 if adapter is None else adapter.key_root
+        cached = engine.pool.allocate(name, self._prompt, known, self._salt, key_root)
         try:
             if not engine.pool.reserve(name, end):
                 return False
@@ -78,7 +93,10 @@ class PromptScorer:
         positions = torch.arange(cached, end, device=device)
         rows = torch.arange(known - cached, end - cached, device=device)
         attend = eager.plan_attention(cache, batch)
-        logits = eager.model(tokens, positions, attend, rows).float()
+        slot = slot_of(self._adapter)
+        logits = eager.model(
+            tokens, positions, attend, rows, *with_adapters(None, [slot], batch.counts, device)
+        ).float()
         targets = torch.tensor(self._prompt[known + 1 : end + 1], device=device)
         logprobs = torch.log_softmax(logits, dim=-1)
         own = logprobs.gather(1, targets[:, None])

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from wedlm.algorithm.lookup import Proposal
 from wedlm.algorithm.params import DecodeParams
+from wedlm.engine.adapters import LoadedAdapter, slot_of
 from wedlm.engine.adaptive.lookup_budget import RequestLookup
 from wedlm.engine.constraints.rules import Constraint
 from wedlm.engine.original_names import ByName
@@ -115,7 +116,7 @@ class PlacedTokens:
 class Request:
     """One request from arrival to finish. ``prompt_token_ids``: all that was known, a suffix last. ``order``: its place
     in the line of all requests, the smallest first; unique (``Engine.add``). ``streamed``: the caller reads the tokens
-    as they come. ``watched``: the caller looks at the window after each step."""
+    as they come. ``watched``: the caller looks at the window after each step. ``adapter``: None: the model as it is."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -129,6 +130,12 @@ class Request:
     counters: RequestCounters
     progress: RequestProgress
     limits: RequestLimits
+    adapter: LoadedAdapter | None = None
+
+    @property
+    def adapter_slot(self) -> int:
+        """Where the model has the adapter's factors; 0 for none."""
+        return slot_of(self.adapter)
 
     @property
     def needs_host(self) -> bool:

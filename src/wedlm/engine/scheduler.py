@@ -140,8 +140,9 @@ class Scheduler:
         if budget <= 0 or len(self.running) >= self.max_num_seqs:
             return None
         progress = request.progress
+        key_root = 0 if request.adapter is None else request.adapter.key_root
         progress.num_cached = self.pool.allocate(
-            request.request_id, request.placed_tokens, progress.window.cached, request.params.cache_salt
+            request.request_id, request.placed_tokens, progress.window.cached, request.params.cache_salt, key_root
         )
         try:
             one = self._plan_first(request, budget, chunk_budget)

@@ -2,7 +2,8 @@
 """The parts of a decoder layer. Module and parameter names are those of Hugging Face checkpoints.
 
 Shape suffixes: T rows, C hidden size, H heads (query heads, or the fewer key/value heads K), D head dimension.
-``masked`` says which rows are masked; only layers with a LoRA for them look at it (``lora/masked_rows.py``).
+``masked`` says which rows are masked, or which have an adapter of their own (``lora/row_factors.py``); only layers with
+factors for them look at it.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from wedlm.attention.base import Attend
 from wedlm.model.config import ModelConfig
-from wedlm.model.lora.masked_rows import linear
+from wedlm.model.lora.masked_rows import Masked, linear
 from wedlm.model.rope import rotate
 
 
@@ -48,7 +49,7 @@ class Attention(nn.Module):
         self.qkv_proj: nn.Module | None = None
         self.qkv_sizes = (q_size, kv_size, kv_size)
 
-    def project(self, x_TC: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor]:
+    def project(self, x_TC: Tensor, masked: Masked) -> tuple[Tensor, Tensor]:
         """(queries and keys side by side [T, H + K, D], values [T, K, D]) before norms and RoPE."""
         if self.qkv_proj is None:
             q_TF, k_TF, v_TF = (linear(one, x_TC, masked) for one in (self.q_proj, self.k_proj, self.v_proj))
@@ -59,7 +60,7 @@ class Attention(nn.Module):
         return qk_TF.unflatten(-1, (-1, self.head_dim)), v_TF.unflatten(-1, (-1, self.head_dim))
 
     def forward(
-        self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, attend: Attend, layer: int, masked: Tensor | None
+        self, x_TC: Tensor, cos_TD: Tensor, sin_TD: Tensor, attend: Attend, layer: int, masked: Masked
     ) -> Tensor:
         qk_THD, v_TKD = self.project(x_TC, masked)
         # Heads are counted by the weights, which tensor parallelism may have sharded.
@@ -82,14 +83,14 @@ class MLP(nn.Module):
         # Set by pack_for_inference, which then removes gate_proj and up_proj.
         self.gate_up_proj: nn.Module | None = None
 
-    def project(self, x_TC: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor]:
+    def project(self, x_TC: Tensor, masked: Masked) -> tuple[Tensor, Tensor]:
         """(gate, up), each [T, intermediate size]."""
         if self.gate_up_proj is None:
             return linear(self.gate_proj, x_TC, masked), linear(self.up_proj, x_TC, masked)
         gate, up = linear(self.gate_up_proj, x_TC, masked).chunk(2, dim=-1)
         return gate, up
 
-    def forward(self, x_TC: Tensor, masked: Tensor | None) -> Tensor:
+    def forward(self, x_TC: Tensor, masked: Masked) -> Tensor:
         gate, up = self.project(x_TC, masked)
         return linear(self.down_proj, F.silu(gate) * up, masked)
 
@@ -111,7 +112,7 @@ class DecoderLayer(nn.Module):
         sin_TD: Tensor,
         attend: Attend,
         layer: int,
-        masked: Tensor | None = None,
+        masked: Masked = None,
     ) -> Tensor:
         x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), cos_TD, sin_TD, attend, layer, masked)
         return x_TC + self.mlp(self.post_attention_layernorm(x_TC), masked)

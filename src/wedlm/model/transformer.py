@@ -5,6 +5,7 @@ Shape suffixes: T rows, L rows whose logits are wanted, C hidden size, D head di
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from wedlm.attention.base import Attend
 from wedlm.model.config import ModelConfig
 from wedlm.model.layers import DecoderLayer, RMSNorm
-from wedlm.model.lora.masked_rows import put_at_masked
+from wedlm.model.lora.masked_rows import Masked, put_at_masked
+from wedlm.model.lora.row_factors import AdaptedRows
 from wedlm.model.rope import RotaryEmbedding
 
 
@@ -33,7 +35,7 @@ class DecoderStack(nn.Module):
         # Calls every n-th layer in a way of its own, torch.utils.checkpoint's for one; set by trainers.
         self.recompute: tuple[Callable[..., Tensor], int] | None = None
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, masked: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, masked: Masked = None) -> Tensor:
         """Hidden states [T, C] after the last layer, before the final norm."""
         x_TC, cos_TD, sin_TD = self.embed(tokens_T, positions_T, masked)
         for layer, module in enumerate(self.layers):
@@ -44,12 +46,24 @@ class DecoderStack(nn.Module):
                 x_TC = self.recompute[0](module, *rest)
         return x_TC
 
-    def embed(self, tokens_T: Tensor, positions_T: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def embed(self, tokens_T: Tensor, positions_T: Tensor, masked: Masked) -> tuple[Tensor, Tensor, Tensor]:
         """What the layers take: embeddings [T, C], and RoPE's cosines and sines [T, D]."""
         x_TC = self.embed_tokens(tokens_T)
+        if isinstance(masked, AdaptedRows):
+            x_TC, masked = masked.embed(x_TC), masked.masked
         if masked is not None and self.mask_embedding is not None:
             x_TC = put_at_masked(x_TC, masked, self.mask_embedding)
         return x_TC, *self.rotary(positions_T, x_TC.dtype)
+
+
+class AdapterSource(Protocol):
+    """Adapters beside a model: ``wedlm.model.inference.adapter_bank``."""
+
+    version: int
+
+    def rows(self, adapters_T: Tensor, masked: Tensor | None) -> AdaptedRows:
+        """What layers must know of rows with these adapters, by their slots."""
+        ...
 
 
 class Transformer(nn.Module):
@@ -65,6 +79,7 @@ class Transformer(nn.Module):
         self.model = DecoderStack(config)
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
+        self.adapters: AdapterSource | None = None  # set where adapters are loaded by name
 
     def tie_weights(self) -> None:
         """Let the output projection share the embedding's parameter, if the config says so."""
@@ -78,15 +93,21 @@ class Transformer(nn.Module):
         attend: Attend,
         logits_rows: Tensor | None = None,
         masked: Tensor | None = None,
+        adapters_T: Tensor | None = None,
     ) -> Tensor:
         """Logits [L, V] in the model's dtype.
 
         ``tokens_T`` and ``positions_T`` are int64 [T]. ``logits_rows``, int64 [L], picks the rows to project, in the
         order wanted; None means all rows. ``attend(layer, q_THD, k_TKD, v_TKD) -> out_THD`` gets RoPE already applied.
         ``masked`` (bool [T], or int64 [M] indices) says which rows are masked: it matters only where an adapter of
-        masked rows is loaded; None means no row.
+        masked rows is loaded; None means no row. ``adapters_T``, int64 [T]: the slot of each row's adapter, 0 for none;
+        None means that no row has one.
         """
-        hidden_TC = self.model(tokens_T, positions_T, attend, masked)
+        rows: Masked = masked
+        if adapters_T is not None:
+            assert self.adapters is not None, "rows have adapters, and none was loaded"
+            rows = self.adapters.rows(adapters_T, masked)
+        hidden_TC = self.model(tokens_T, positions_T, attend, rows)
         return self.logits(hidden_TC if logits_rows is None else hidden_TC[logits_rows])
 
     def logits(self, hidden_LC: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class _Slots(Structure):
         ("capacity", c_int64),
         ("max_pages", c_int64),
         *((name, c_void_p) for name in ("cached", "width", "tokens", "filled", "logprobs")),
-        *((name, c_void_p) for name in ("params", "pages", "num_pages")),
+        *((name, c_void_p) for name in ("params", "pages", "num_pages", "adapter")),
     )
 
 
@@ -163,12 +163,14 @@ class NativeDecoder:
         self._stop_tokens: list[np.ndarray] = [np.zeros(0, np.int64)] * num_slots
         self._pages = np.zeros((num_slots, -(-max_length // cache.page_size)), dtype=np.int32)
         self._num_pages = np.zeros(num_slots, dtype=np.int64)
+        self._adapter = np.zeros(num_slots, dtype=np.int32)
         self._state: WindowState | None = None
         self._slots = _Slots(
             max_pages=self._pages.shape[1],
             params=ctypes.addressof(self._params),
             pages=self._pages.ctypes.data,
             num_pages=self._num_pages.ctypes.data,
+            adapter=self._adapter.ctypes.data,
         )
         self._step = _Decode(
             slots=ctypes.addressof(self._slots),
@@ -202,9 +204,10 @@ class NativeDecoder:
         self._result_logprobs = np.zeros((self._num_slots, capacity), dtype=np.float32)
         self._step.results, self._step.result_logprobs = self._results.ctypes.data, self._result_logprobs.ctypes.data
 
-    def set_params(self, slot: int, params: DecodeParams, num_top: int = 0) -> None:
-        """How the window in ``slot`` decodes, and how many of the most probable tokens ``read_top`` gives of its rows.
-        It has no pages yet."""
+    def set_params(self, slot: int, params: DecodeParams, num_top: int = 0, adapter: int = 0) -> None:
+        """How the window in ``slot`` decodes, how many of the most probable tokens ``read_top`` gives of its rows, and
+        the slot of its adapter, 0 for none. It has no pages yet."""
+        self._adapter[slot] = adapter
         self._stop_tokens[slot] = np.array(params.stop_token_ids, dtype=np.int64)
         self._params[slot] = _WindowParams.of(params, self._stop_tokens[slot], num_top)
         self._num_pages[slot] = 0

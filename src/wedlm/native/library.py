@@ -9,7 +9,7 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_vo
 from pathlib import Path
 from typing import NamedTuple
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _MISSING = (
     "the native CPU forward was not built: no C++ compiler (g++ or clang++) was found at installation; everything "
     "works on torch, and a step on a CPU takes several times as long"
@@ -39,7 +39,7 @@ class Step(Structure):
         ("num_rows", c_int64),
         ("num_sequences", c_int64),
         *((name, c_void_p) for name in ("tokens", "positions", "starts", "counts", "pages", "page_offsets")),
-        *((name, c_void_p) for name in ("shared", "own_start", "masked", "keys", "values")),
+        *((name, c_void_p) for name in ("shared", "own_start", "factors", "keys", "values")),
         ("key_scale", c_void_p),
         ("value_scale", c_void_p),
         ("cache_type", c_int32),
@@ -94,7 +94,9 @@ def load() -> ctypes.CDLL:
         ("model_path", c_char_p, (c_void_p,)),
         ("model_set_matrix", c_int32, (c_void_p, *(c_int32,) * 5, c_void_p, c_void_p, *error_at)),
         ("model_set_vector", c_int32, (c_void_p, *(c_int32,) * 2, c_int64, c_void_p, *error_at)),
-        ("model_set_masked", c_int32, (c_void_p, *(c_int32,) * 4, *(c_void_p,) * 4, *error_at)),
+        ("model_set_factors", c_int32, (c_void_p, *(c_int32,) * 5, *(c_void_p,) * 4, *error_at)),
+        ("model_set_start", c_int32, (c_void_p, c_int32, c_int64, c_void_p, *error_at)),
+        ("model_drop_factors", None, (c_void_p, c_int32)),
         ("model_tie", None, (c_void_p,)),
         ("model_bytes", c_int64, (c_void_p,)),
         ("model_forward", c_int32, (c_void_p, POINTER(Step), *error_at)),

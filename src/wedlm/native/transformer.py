@@ -19,6 +19,7 @@ from torch import Tensor
 from wedlm.attention.base import ExtendBatch, KVCache
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.model import ModelConfig
+from wedlm.model.lora.masked_rows import MaskedParts
 from wedlm.model.rope import RotaryEmbedding
 from wedlm.native.library import NativeError, Shape, Step, chosen_path, load, num_threads
 
@@ -83,6 +84,7 @@ class NativeTransformer:
         self._cos = self._sin = np.zeros((0, config.head_dim // 2), dtype=np.float32)
         self._own_cache: KVCache | None = None
         self.matrix_bytes: Counter[int] = Counter()  # of the matrices in each format, as in their source
+        self.masked_lora: MaskedParts = {}, None  # the model's own, for requests without an adapter by name
 
     def close(self) -> None:
         """Free the weights and end the threads. The model cannot be called afterwards."""
@@ -117,11 +119,20 @@ class NativeTransformer:
             self._library.wedlm_model_set_matrix, self.handle, layer, which, format, rows, cols, data.ctypes.data, at
         )
 
-    def set_masked(self, layer: int, which: int, format: int, a: PackedSource, b: PackedSource) -> None:
-        """Add b a x to what masked rows get of matrix ``which`` of ``layer``."""
+    def set_factors(self, factors: int, layer: int, which: int, format: int, a: PackedSource, b: PackedSource) -> None:
+        """Add b a x to what rows of these ``factors`` get of matrix ``which`` of ``layer``. ``factors``: twice an
+        adapter's slot, and one more for its masked rows."""
         at = [None if part is None else part.ctypes.data for part in (*a, *b)]
         rank = len(a[0])
-        self._check(self._library.wedlm_model_set_masked, self.handle, layer, which, format, rank, *at)
+        self._check(self._library.wedlm_model_set_factors, self.handle, factors, layer, which, format, rank, *at)
+
+    def set_start(self, factors: int, start: np.ndarray) -> None:
+        """Let rows of these ``factors`` start from ``start`` [C], float32, in place of their token's embedding."""
+        self._check(self._library.wedlm_model_set_start, self.handle, factors, start.size, start.ctypes.data)
+
+    def drop_factors(self, factors: int) -> None:
+        """Free the memory of these ``factors``, if there are any."""
+        self._library.wedlm_model_drop_factors(self.handle, factors)
 
     def set_vector(self, layer: int, which: int, data: np.ndarray) -> None:
         """Copy a norm's weight or a bias, float32."""
@@ -134,12 +145,14 @@ class NativeTransformer:
         attend: NativeAttend | CausalAttend,
         logits_rows: Tensor | None = None,
         masked: Tensor | None = None,
+        adapters_T: Tensor | None = None,
     ) -> Tensor:
-        """Logits [L, V], float32, of the rows ``logits_rows`` (None: all). ``masked`` as in ``Transformer``."""
+        """Logits [L, V], float32, of the rows ``logits_rows`` (None: all). ``masked`` and ``adapters_T`` as in
+        ``Transformer``."""
         if logits_rows is None:
             logits_rows = torch.arange(len(tokens_T))
         logits = torch.empty(len(logits_rows), self.config.vocab_size)
-        self._forward(tokens_T, positions_T, attend, logits_rows, masked, {"logits": logits.data_ptr()})
+        self._forward(tokens_T, positions_T, attend, logits_rows, masked, adapters_T, {"logits": logits.data_ptr()})
         return logits
 
     def greedy(
@@ -167,7 +180,7 @@ class NativeTransformer:
             "banned": ids.ctypes.data,
             "banned_offsets": offsets.ctypes.data,
         }
-        self._forward(tokens_T, positions_T, attend, logits_rows, masked, outputs)
+        self._forward(tokens_T, positions_T, attend, logits_rows, masked, None, outputs)
         return rows
 
     def _forward(
@@ -177,6 +190,7 @@ class NativeTransformer:
         attend: NativeAttend | CausalAttend,
         logits_rows: Tensor,
         masked: Tensor | None,
+        adapters: Tensor | None,
         outputs: dict[str, int],
     ) -> None:
         if isinstance(attend, CausalAttend):
@@ -200,12 +214,15 @@ class NativeTransformer:
             shared, own_start = _int64(batch.visibility.shared), _int64(batch.visibility.own_start)
             if not len(shared) == len(own_start) == len(tokens):
                 raise NativeError(f"visibility is of {len(shared)} rows; expected {len(tokens)}")
-        is_masked = None
+        factors = np.zeros(len(tokens), dtype=np.int32)
+        if adapters is not None:
+            if len(adapters) != len(tokens):
+                raise NativeError(f"adapters are of {len(adapters)} rows; expected {len(tokens)}")
+            factors += 2 * adapters.cpu().numpy().astype(np.int32)
         if masked is not None:
             if masked.dtype == torch.bool and len(masked) != len(tokens):
                 raise NativeError(f"masked is of {len(masked)} rows; expected {len(tokens)}")
-            is_masked = np.zeros(len(tokens), dtype=np.uint8)
-            is_masked[masked.cpu().numpy()] = 1
+            factors[masked.cpu().numpy()] += 1
         cos, sin = self.angles(int(positions.max()) + 1 if len(positions) else 0)
         step = Step(
             num_rows=len(tokens),
@@ -218,7 +235,7 @@ class NativeTransformer:
             page_offsets=offsets.ctypes.data,
             shared=None if shared is None else shared.data_ptr(),
             own_start=None if own_start is None else own_start.data_ptr(),
-            masked=None if is_masked is None else is_masked.ctypes.data,
+            factors=factors.ctypes.data,
             **cache_pointers(cache),
             cache_type=cache_type,
             page_size=cache.page_size,

@@ -2,7 +2,7 @@
 """Putting weights into a ``NativeTransformer``: from a torch model, or from a checkpoint, as they lie there."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from wedlm.model.formats.gguf_model import checkpoint_name, permuted_heads, unpe
 from wedlm.model.formats.int8_rows import Int8Rows, round_rows
 from wedlm.model.inference.layers import is_packed
 from wedlm.model.lora.masked_rows import base_tensors, masked_lora
+from wedlm.model.lora.row_factors import Matrices, RowFactors
 from wedlm.native.library import NativeError
 from wedlm.native.transformer import NativeTransformer, PackedSource
 
@@ -54,7 +55,6 @@ _LAYER = {
     "self_attn.q_norm.weight": 18,
     "self_attn.k_norm.weight": 19,
 }
-_MASK_EMBEDDING = 21
 _TOP = {"model.embed_tokens.weight": 7, "lm_head.weight": 8, "model.norm.weight": 20}
 
 
@@ -115,20 +115,82 @@ def native_from_gguf(file: GGUFFile, *, path: str | None = None, threads: int | 
 def set_masked_lora(
     native: NativeTransformer, matrices: Mapping[str, tuple[Tensor, Tensor]], mask_embedding: Tensor | None
 ) -> None:
-    """Give ``native`` an adapter of masked rows, as ``attach_masked_lora`` does a model. Beside weights in few bits its
-    matrices are rounded to eight, and they read what those read; beside floats they stay float32."""
+    """Give ``native`` an adapter of masked rows, as ``attach_masked_lora`` does a model; matrices as in
+    ``NativeAdapters``."""
+    native.masked_lora = dict(matrices), mask_embedding
+    NativeAdapters(native).put(0, RowFactors({}, matrices, mask_embedding))
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """Factors as the library takes them: (for masked rows?, the weight's name, A, B), and what masked rows start
+    from."""
+
+    matrices: list[tuple[bool, str, PackedSource, PackedSource]]
+    start: np.ndarray | None
+
+
+class NativeAdapters:
+    """Adapters in slots of a model: each row of a step may have another one. The twin is ``AdapterBank``.
+
+    Beside weights in few bits their matrices are rounded to eight, and they read what those read; beside floats they
+    stay float32.
+    """
+
+    def __init__(self, native: NativeTransformer) -> None:
+        self._native = native
+
+    def prepare(self, factors: RowFactors) -> RowFactors:
+        """The factors with their matrices rounded, if they will be; in any thread."""
+        return replace(factors, prepared=_rounded(self._native, factors))
+
+    def put(self, slot: int, factors: RowFactors) -> None:
+        """Put an adapter in a free slot. NativeError, with nothing changed, if there is no memory."""
+        prepared = factors.prepared
+        if not isinstance(prepared, _Rounded):
+            prepared = _rounded(self._native, factors)
+        try:
+            for is_masked, name, a, b in prepared.matrices:
+                format = F32 if a[1] is None else INT8
+                self._native.set_factors(2 * slot + is_masked, *_place(name), format, a, b)
+            if prepared.start is not None:
+                self._native.set_start(2 * slot + 1, prepared.start)
+        except BaseException:
+            self.drop(slot)
+            raise
+
+    def drop(self, slot: int) -> None:
+        """Free a slot, and the memory of what is in it."""
+        for factors in (2 * slot, 2 * slot + 1):
+            self._native.drop_factors(factors)
+
+
+def _rounded(native: NativeTransformer, factors: RowFactors) -> _Rounded:
     is_wide = native.matrix_bytes.keys() <= {F32, F16, BF16}
 
-    def packed(matrix: Tensor) -> PackedSource:
+    def rounded(matrix: Tensor) -> PackedSource:
         if is_wide:
             return matrix.detach().float().contiguous().numpy(), None
         rows = round_rows(matrix)
         return rows.values.numpy(), rows.scale.numpy()
 
-    for name, (a, b) in matrices.items():
-        native.set_masked(*_place(name), F32 if is_wide else INT8, packed(a), packed(b))
-    if mask_embedding is not None:
-        native.set_vector(-1, _MASK_EMBEDDING, mask_embedding.detach().float().contiguous().numpy())
+    masked, start = (factors.masked, factors.mask_embedding) if factors.has_masked_rows else native.masked_lora
+    kinds = [(False, factors.every)]
+    if masked or start is not None:  # else masked rows get what the others get
+        kinds.append((True, _side_by_side(factors.every, masked)))
+    return _Rounded(
+        [(kind, name, rounded(a), rounded(b)) for kind, matrices in kinds for name, (a, b) in matrices.items()],
+        None if start is None else start.detach().float().contiguous().numpy(),
+    )
+
+
+def _side_by_side(first: Matrices, second: Matrices) -> Matrices:
+    """Matrices whose product is the sum of both products."""
+    both = {name: [one[name] for one in (first, second) if name in one] for name in (*first, *second)}
+    return {
+        name: (torch.cat([a.float() for a, _ in pairs]), torch.cat([b.float() for _, b in pairs], dim=1))
+        for name, pairs in both.items()
+    }
 
 
 def format_names(native: NativeTransformer) -> str:

@@ -23,8 +23,7 @@ from wedlm.server.converters.responses import ResponsesRequest
 from wedlm.server.converters.tokens import DetokenizeRequest, TokenizeRequest
 from wedlm.server.limits import ApiKeys, BodyLimit, KnownHosts, RootPath
 from wedlm.server.logs import RequestLog
-from wedlm.server.protocol import ChatRequest, CompletionRequest
-from wedlm.server.served import ServedModel
+from wedlm.server.protocol import ChatRequest, CompletionRequest, LoadAdapterRequest, UnloadAdapterRequest
 from wedlm.server.service import WARNING, Service
 from wedlm.server.traces import Tracing, tracer_of
 
@@ -120,7 +119,10 @@ def _add_heads(app: FastAPI) -> None:
 
 def _add_api(app: FastAPI, service: Service) -> None:
     created = int(time.time())
-    known = {name: {"id": name, "object": "model", "created": created, "owned_by": "wedlm"} for name in service.models}
+
+    def shown(name: str, parent: str | None) -> dict[str, Any]:
+        about = {"id": name, "object": "model", "created": created, "owned_by": "wedlm"}
+        return about if parent is None else {**about, "parent": parent}
 
     generating = APIRouter(route_class=RawBody)
 
@@ -135,6 +137,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         return await service.respond(request, CompletionRequest)
 
     _add_converted(generating, service)
+    _add_adapters(generating, service)
     app.include_router(generating)
     _add_ollama(app, service)
 
@@ -151,13 +154,28 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses={401: _REFUSALS[401]})
     async def models() -> dict[str, Any]:
-        """The models there are."""
-        return {"object": "list", "data": list(known.values())}
+        """The models there are, and their adapters by name."""
+        return {"object": "list", "data": [shown(*one) for one in service.names.items()]}
 
     @app.get("/v1/models/{name:path}", responses={401: _REFUSALS[401], 404: _REFUSALS[404]})
     async def one_model(name: str) -> dict[str, Any]:
         """The model of that name."""
-        return known[service.model(name).name]
+        found = service.model(name).name
+        return shown(found, service.names.get(found))
+
+
+def _add_adapters(generating: APIRouter, service: Service) -> None:
+    """vLLM's calls for adapters at run time."""
+
+    @generating.post("/v1/load_lora_adapter", **_GENERATES)
+    async def load(request: Request, body: LoadAdapterRequest = _OWN) -> Response:
+        """Serve an adapter by name; needs an API key."""
+        return await service.load_adapter(request)
+
+    @generating.post("/v1/unload_lora_adapter", **_GENERATES)
+    async def unload(request: Request, body: UnloadAdapterRequest = _OWN) -> Response:
+        """Serve an adapter no more; needs an API key. Requests that have it end with it."""
+        return await service.unload_adapter(request)
 
 
 def _add_converted(generating: APIRouter, service: Service) -> None:
@@ -205,12 +223,12 @@ def _add_converted(generating: APIRouter, service: Service) -> None:
 
 def _add_ollama(app: FastAPI, service: Service) -> None:
     """What Ollama's clients ask before they generate."""
-    models = [_ollama_model(one, now()) for one in service.models.values()]
+    started = now()
 
     @app.get("/api/tags", responses={401: _REFUSALS[401]})
     async def tags() -> dict[str, Any]:
         """The models there are, by Ollama's API."""
-        return {"models": models}
+        return {"models": [_ollama_model(service, *one, started) for one in service.names.items()]}
 
     @app.get("/api/version")
     async def ollama_version() -> dict[str, str]:
@@ -218,11 +236,10 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
         return {"version": __version__}
 
 
-def _ollama_model(model: ServedModel, started: str) -> dict[str, Any]:
-    family = model.llm.model_config.model_type
+def _ollama_model(service: Service, name: str, parent: str | None, started: str) -> dict[str, Any]:
+    family = service.models[parent or name].llm.model_config.model_type
     details = {"format": "safetensors", "family": family, "families": [family]}
-    details |= {"parent_model": "", "parameter_size": "", "quantization_level": ""}
-    name = model.name
+    details |= {"parent_model": parent or "", "parameter_size": "", "quantization_level": ""}
     return {"name": name, "model": name, "modified_at": started, "size": 0, "digest": "", "details": details}
 
 

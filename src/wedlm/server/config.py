@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the server; those of the engine are the engine's."""
 
+import os
 import re
 from dataclasses import dataclass, field
 
@@ -18,10 +19,11 @@ class ServerConfig:
     may have it or not. ssl_certfile, ssl_keyfile: of TLS; the key may be in the first. otlp_traces_endpoint: URL that
     takes traces. api_keys: if any, one must come with each request to /v1, /api and /metrics. cors_origins: origins
     whose pages may call, or "*". allowed_hosts: names that clients may call the server by while it has no key, beside
-    addresses and localhost; or "*". max_connections: open at once. header_timeout_s: for a request's head to arrive,
-    from the connection's start or the head's first byte. max_queue: sequences that may wait beside those that run.
-    max_choices: sequences of one request. request_timeout_s: from the body's arrival to the answer's last byte.
-    body_timeout_s: for the body to arrive. shutdown_timeout_s: what running requests get to finish in.
+    addresses and localhost; or "*". adapter_folder: below which adapters may be loaded at run time, by who has a key;
+    None: none may. max_connections: open at once. header_timeout_s: for a request's head to arrive, from the
+    connection's start or the head's first byte. max_queue: sequences that may wait beside those that run. max_choices:
+    sequences of one request. request_timeout_s: from the body's arrival to the answer's last byte. body_timeout_s: for
+    the body to arrive. shutdown_timeout_s: what running requests get to finish in.
     """
 
     tool_parser: str = "auto"
@@ -36,6 +38,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    adapter_folder: str | None = None
     max_connections: int = 1024
     max_queue: int = 256
     max_choices: int = 64
@@ -58,6 +61,8 @@ class ServerConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0 seconds")
         if not self.shutdown_timeout_s >= 0:
             raise ValueError(f"shutdown_timeout_s is {self.shutdown_timeout_s}; expected at least 0 seconds")
+        if self.adapter_folder is not None and not os.path.isdir(self.adapter_folder):
+            raise ValueError(f"adapter_folder is {self.adapter_folder!r}; expected a directory")
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise ValueError("an API key is empty or not printable ASCII; expected printable ASCII characters")
 

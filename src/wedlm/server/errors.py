@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from wedlm.engine.adapters import UnknownAdapter
 from wedlm.server.neutral import UNSUPPORTED
 from wedlm.server.protocol import EXPECTED
 
@@ -116,8 +117,15 @@ def queue_full(message: str) -> ApiError:
     return ApiError(429, f"{message}, try again later", type="rate_limit_error", code="queue_full", headers=headers)
 
 
+def unknown_model(message: str) -> ApiError:
+    return ApiError(404, message, type="not_found_error", param="model", code="model_not_found")
+
+
 def refused(error: ValueError, kind: str) -> ApiError:
-    """A 400 for what the engine refuses, whose sentences name the field first, or begin with "the prompt"."""
+    """A 400 for what the engine refuses, whose sentences name the field first, or begin with "the prompt"; a 404 for an
+    adapter that is not there any more."""
+    if isinstance(error, UnknownAdapter):
+        return unknown_model(str(error).replace("adapter", "model", 1))
     name = str(error).partition(" ")[0]
     if name == "the":
         name = "messages" if kind == "chat" else "prompt"

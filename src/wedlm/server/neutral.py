@@ -86,7 +86,8 @@ TABLE = (
     Neutral(
         "request", "return_tokens_as_token_ids return_token_ids", (False,), "expected stream, whose chunks have ids"
     ),
-    Neutral("request", "kv_transfer_params lora_path lora_adapter", (), "there is one engine and one model"),
+    Neutral("request", "kv_transfer_params", (), "there is one engine"),
+    Neutral("request", "lora_path lora_adapter lora_request", (), "expected model to name an adapter"),
     Neutral("chat", "echo", (False,), "expected it in a completion"),
     Neutral("chat", "suffix", ("",), _NO_SUFFIX),
     Neutral("chat", "add_special_tokens", (False,), _SPECIAL_TOKENS),

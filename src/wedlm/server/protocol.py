@@ -345,3 +345,18 @@ class ChatRequest(Generation):
         if self.tool_choice == "required" and not tools:
             raise ValueError("tool_choice is required; expected tools beside it")
         return tools
+
+
+class LoadAdapterRequest(Strict):
+    """The body of POST /v1/load_lora_adapter. ``lora_path``: below the server's folder of adapters."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=256)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    base_model_name: str | None = None
+
+
+class UnloadAdapterRequest(Strict):
+    """The body of POST /v1/unload_lora_adapter."""
+
+    lora_name: Annotated[str, Field(max_length=256)]
+    lora_int_id: int | None = None  # vLLM's number of it, which changes nothing

@@ -2,6 +2,7 @@
 """One model that the server has: its engine, and from a checked body to what that engine is asked to do."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -14,7 +15,7 @@ from wedlm.engine.sampling_params import SamplingParams
 from wedlm.server.answers import Job, PromptEcho
 from wedlm.server.config import ServerConfig
 from wedlm.server.errors import ApiError, queue_full, refused, unavailable
-from wedlm.server.metrics import ModelMetrics
+from wedlm.server.metrics import Metrics
 from wedlm.server.prompts import Prompt, Prompts
 from wedlm.server.protocol import MAX_LOGPROB_ENTRIES, ChatRequest, CompletionRequest
 from wedlm.server.readers import CallReader, ForcedReader, PlainReader, Reader, ThinkReader
@@ -26,15 +27,18 @@ T = TypeVar("T")
 
 
 class ServedModel:
-    """``engine`` exists from ``start`` on. ``draining``: whether the server refuses whatever is new."""
+    """``engine`` exists from ``start`` on. ``draining``: whether the server refuses whatever is new. ``adapter``: None
+    is the model as it is."""
 
     engine: AsyncEngine
+    adapter: str | None = None
 
     def __init__(
-        self, name: str, llm: LLM, config: ServerConfig, metrics: ModelMetrics, draining: Callable[[], bool]
+        self, name: str, llm: LLM, config: ServerConfig, metrics: Metrics, draining: Callable[[], bool]
     ) -> None:
-        self.name, self.llm, self.config, self.metrics = name, llm, config, metrics
-        self._draining = draining
+        self.name, self.llm, self.config, self.metrics = name, llm, config, metrics.of(name)
+        self._draining, self._metrics_of = draining, metrics.of
+        self._adapted: dict[str, ServedModel] = {}
         self.prompts = Prompts(llm, config)
         self._grammars = self._load_grammars()  # now, because it holds up every thread for a fraction of a second
 
@@ -49,6 +53,17 @@ class ServedModel:
         """Hand the LLM's engine over to a thread. In the loop."""
         self.engine = AsyncEngine(self.llm.engine, self._renew, turns=self.llm.turns)
         self.metrics.watch(self.engine)
+
+    def adapted(self, adapter: str) -> "ServedModel | None":
+        """The model with this adapter, under its name; None if it is not loaded."""
+        if adapter not in self.llm.adapters:
+            return None
+        if adapter not in self._adapted:
+            one = copy(self)
+            one.name = one.adapter = adapter
+            one.metrics = self._metrics_of(adapter)
+            self._adapted[adapter] = one
+        return self._adapted[adapter]
 
     def _renew(self, broken: Engine) -> Engine:
         self.llm.engine = self.llm.blueprint.rebuild(broken)
@@ -163,7 +178,7 @@ class ServedModel:
             scores = None
             if count is not None:
                 try:
-                    scores = await self.engine.score_prompt(ids, count, body.cache_salt or "")
+                    scores = await self.engine.score_prompt(ids, count, body.cache_salt or "", self.adapter)
                 except ValueError as error:
                     raise refused(error, "text") from error
             echoes.append(PromptEcho(ids, text, scores, shown, body.prompt_logprobs))
@@ -228,7 +243,7 @@ class ServedModel:
             wants_usage=body.wants_usage,
             counts_always=body.counts_always,
             watches=bool(body.wedlm_trace),
-            warning=self.llm.window_warning(params),
+            warning=self.llm.window_warning(params, self.adapter),
         )
 
 

@@ -8,24 +8,27 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from wedlm.engine.adapters import UnknownAdapter
 from wedlm.engine.llm import LLM
 from wedlm.engine.outputs import GenerationOutput
 from wedlm.engine.request_stream import EngineFault, EngineStopped, RequestStream
+from wedlm.model.lora.row_factors import RowFactors
 from wedlm.server.answers import OPENAI, Job, in_pieces
 from wedlm.server.bodies import Parser, not_an_object, parse
 from wedlm.server.config import ServerConfig
 from wedlm.server.converters.base import Chat
 from wedlm.server.converters.responses import ResponseStore
-from wedlm.server.errors import ApiError, internal_error, queue_full, refused, unavailable
+from wedlm.server.errors import ApiError, internal_error, queue_full, refused, unavailable, unknown_model
 from wedlm.server.limits import takes_body
 from wedlm.server.metrics import Metrics, Stopwatch
-from wedlm.server.protocol import ChatRequest, CompletionRequest
+from wedlm.server.protocol import ChatRequest, CompletionRequest, LoadAdapterRequest, UnloadAdapterRequest
 from wedlm.server.served import ServedModel
 from wedlm.server.sse import CutOff, Disconnected, EventStream, Whole, unless_disconnected
 from wedlm.server.workers import Busy, Workers
@@ -35,6 +38,7 @@ WARNING = "X-Wedlm-Warning"
 _SEND_S = 10.0  # beyond the request's time, for a slow client to take the last of a stream
 _SMALL_BYTES = 2**15  # a body of up to this size does not wait for larger ones
 _MAX_WAITING = 256  # bodies to be read
+_MAX_LOADING = 8  # adapters to be read
 _SHOWN = 80  # characters of an unknown model's name
 _LOOP_ENTRIES = 512  # log-probabilities that are written in the event loop; more of them elsewhere
 T = TypeVar("T")
@@ -56,9 +60,12 @@ class Service:
         self.parser = Parser()  # for the thread of large bodies
         self._answers = Workers("answers", 2, _MAX_WAITING)
         self.models = {
-            name: ServedModel(name, llm, config, self.metrics.of(name), lambda: self.draining)
-            for name, llm in models.items()
+            name: ServedModel(name, llm, config, self.metrics, lambda: self.draining) for name, llm in models.items()
         }
+        names = [*self.models, *(adapter for one in self.models.values() for adapter in one.llm.adapters)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"models and adapters are called {', '.join(names)}; expected a name for each")
+        self._loading = Workers("adapters", 1, _MAX_LOADING)
 
     def start(self) -> None:
         """Hand the engines over to threads. In the loop."""
@@ -69,7 +76,8 @@ class Service:
 
     def _num_at_work(self) -> int:
         """Requests being prepared, or threads still at work on some that ended, whichever are more."""
-        working = sum(workers.num_working for workers in (self._small, self._large, self._answers))
+        threads = (self._small, self._large, self._answers, self._loading)
+        working = sum(workers.num_working for workers in threads)
         return max(self.num_preparing, working)
 
     def cut_off(self) -> None:
@@ -80,7 +88,7 @@ class Service:
         """End the engines and the threads."""
         self.cut_off()
         await self.stop_engines()
-        for workers in (self._small, self._large, self._answers):
+        for workers in (self._small, self._large, self._answers, self._loading):
             workers.close()
         self.parser.close()
 
@@ -108,18 +116,87 @@ class Service:
         """Whether an engine is beyond repair."""
         return any(one.engine.state == "dead" for one in self.models.values())
 
+    @property
+    def names(self) -> dict[str, str | None]:
+        """What clients may call a model: the models, and their adapters with the model that each belongs to."""
+        adapters = {adapter: name for name, one in self.models.items() for adapter in one.llm.adapters}
+        return {**dict.fromkeys(self.models), **adapters}
+
     def model(self, name: str | None) -> ServedModel:
-        """The model of that name; None is the only one. ApiError 404 if there is none."""
+        """The model, or the adapter, of that name; None is the only model. ApiError 404 if there is none."""
         if name is None and len(self.models) == 1:
             return next(iter(self.models.values()))
         if name is None:
             message = f"model is missing; expected one of {', '.join(self.models)}"
             raise ApiError(400, message, param="model", code="missing")
-        if name not in self.models:
+        if name in self.models:
+            return self.models[name]
+        adapted = (one.adapted(name) for one in self.models.values())
+        found = next((one for one in adapted if one is not None), None)
+        if found is None:
             shown = repr(name if len(name) <= _SHOWN else name[:_SHOWN] + "...")
-            message = f"model is {shown}; expected {' or '.join(self.models)}"
-            raise ApiError(404, message, type="not_found_error", param="model", code="model_not_found")
-        return self.models[name]
+            raise unknown_model(f"model is {shown}; expected {' or '.join(self.names)}")
+        return found
+
+    async def load_adapter(self, request: Request) -> Response:
+        """Have an adapter by name. ApiError."""
+        self._check_admin()
+        return await self._timed(request, lambda raw, _: self._load_adapter(raw))
+
+    async def unload_adapter(self, request: Request) -> Response:
+        """Take an adapter's name away. ApiError."""
+        self._check_admin()
+        return await self._timed(request, lambda raw, _: self._unload_adapter(raw))
+
+    def _check_admin(self) -> None:
+        if not self.config.api_keys:
+            message = "this server has no API key; expected one (--api-key) where adapters are loaded and unloaded"
+            raise ApiError(403, message, type="permission_error", code="needs_api_key")
+
+    async def _load_adapter(self, raw: bytes) -> Response:
+        asked = await self._small.run(partial(parse, raw, LoadAdapterRequest))
+        base = self._base(asked.base_model_name)
+        name, folder = asked.lora_name, self.config.adapter_folder
+        if folder is None:
+            message = "no folder of adapters was named at the server's start; expected one (--adapter-folder)"
+            raise ApiError(403, message, type="permission_error", code="no_adapter_folder")
+        try:
+            if name in self.names:
+                raise ValueError(f"lora_name is {name!r}, which is served already; expected another name")
+            base.llm.engine.adapters.check(name)
+            factors = await self._loading.run(partial(_read_adapter, base.llm, name, folder, asked.lora_path))
+            if name in self.models:
+                raise ValueError(f"lora_name is {name!r}, which is served already; expected another name")
+            await base.engine.load_adapter(name, factors)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="lora_path", code="invalid_value") from error
+        log.info("adapter %r of %s was loaded", name, base.name)
+        return Response(f"Success: LoRA adapter '{name}' added successfully.", media_type="text/plain")
+
+    async def _unload_adapter(self, raw: bytes) -> Response:
+        asked = await self._small.run(partial(parse, raw, UnloadAdapterRequest))
+        name = asked.lora_name
+        base = next((one for one in self.models.values() if name in one.llm.adapters), None)
+        try:
+            if base is None:
+                raise UnknownAdapter("there is no adapter of that name")
+            await base.engine.unload_adapter(name)
+        except UnknownAdapter:
+            known = [one for one, parent in self.names.items() if parent is not None]
+            message = f"lora_name is {name[:_SHOWN]!r}; expected {' or '.join(known) or 'one that is loaded'}"
+            raise ApiError(404, message, type="not_found_error", param="lora_name", code="model_not_found") from None
+        log.info("adapter %r of %s was unloaded", name, base.name)
+        return Response(f"Success: LoRA adapter '{name}' removed successfully.", media_type="text/plain")
+
+    def _base(self, name: str | None) -> ServedModel:
+        """The model that an adapter is for; None is the only one. ApiError."""
+        if name is None and len(self.models) > 1:
+            message = f"base_model_name is missing; expected one of {', '.join(self.models)}"
+            raise ApiError(400, message, param="base_model_name", code="missing")
+        if name is not None and name not in self.models:
+            message = f"base_model_name is {name[:_SHOWN]!r}; expected {' or '.join(self.models)}"
+            raise ApiError(404, message, type="not_found_error", param="base_model_name", code="model_not_found")
+        return next(iter(self.models.values())) if name is None else self.models[name]
 
     async def respond(self, request: Request, kind: type[BaseModel]) -> Response:
         """Read a request's body and answer it. ``kind`` is ``ChatRequest``, ``CompletionRequest``, or another API's
@@ -201,7 +278,7 @@ class Service:
         model.admit(len(job.sequences))  # once more: the prompts took time
         if job.only_prompt:
             return await self._prompt_alone(model, job, request)
-        ticket = model.engine.submit(job.sequences, job.watches, job.streams)
+        ticket = model.engine.submit(job.sequences, job.watches, job.streams, model.adapter)
         request.scope["wedlm.log"] |= {"id": job.id, "prompt_tokens": job.num_prompt_tokens}
         request.scope["wedlm.course"] = {"queued": time.perf_counter()}
         headers = {} if job.warning is None else {WARNING: job.warning}
@@ -283,6 +360,22 @@ class Service:
                 log.error("a stream failed", exc_info=error, extra={"fields": request.scope["wedlm.log"]})
             request.scope["wedlm.log"]["error"] = failure.detail.code
             yield stream.failure(failure)
+
+
+def _read_adapter(llm: LLM, name: str, folder: str, path: str) -> RowFactors:
+    """In a thread. ``path`` leads to below ``folder``; ValueErrors tell nothing of other places."""
+    root = Path(folder).resolve()
+    try:
+        directory = (root / path).resolve()
+        is_below = directory != root and directory.is_relative_to(root) and directory.is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long, a loop of links, or no path at all
+        is_below = False
+    if not is_below:
+        raise ValueError(f"lora_path is {path[:_SHOWN]!r}; expected a directory below the server's --adapter-folder")
+    try:
+        return llm.read_adapter(name, directory)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(directory), path)) from error
 
 
 def _in_order(outputs: dict[int, GenerationOutput], request: Request) -> list[GenerationOutput]:

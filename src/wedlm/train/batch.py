@@ -14,7 +14,7 @@ from wedlm.algorithm.dual_stream import DualStream, RowLabels, RowRanges, clean_
 from wedlm.algorithm.noise import draw_noise
 from wedlm.algorithm.objective import LossTotals, row_coefficients
 from wedlm.train.config import TrainConfig
-from wedlm.train.data import PackedSequence
+from wedlm.train.packing import PackedSequence
 
 # Losses are reported apart for each depth in a block up to this one, and for ratios in tenths.
 NUM_DEPTHS = 32

@@ -15,26 +15,12 @@ from wedlm.model.demo import default_cache_dir
 from wedlm.model.formats.tokenizer import Tokenizer
 from wedlm.train.config import Source, TrainConfig
 from wedlm.train.infill import with_gaps
-from wedlm.train.packing import Packs, Pieces, cut_documents, plan_epoch, random_order
+from wedlm.train.packing import PackedSequence, Packs, Pieces, cut_documents, plan_epoch, random_order
 from wedlm.train.prefetch import prefetch as prefetch
 from wedlm.train.token_cache import Progress, TokenCache, build_cache
 
 _KEPT_EPOCHS = 2  # a prefetching reader may be an epoch ahead
 PADDING = -1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedSequence:
-    """One sequence of L positions: arrays [L]. Padding, where there is any, comes last.
-
-    tokens int64 (padding: the pad id); positions int64, from 0 in each document (padding: 0), and ascending unless it
-    has a gap (``infill.py``); documents int64, 0, 1, 2… in this sequence (padding: -1); trainable bool (padding: no).
-    """
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    documents: np.ndarray
-    trainable: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,15 @@ prefix, and blocks of the middle see both and what of the middle comes before th
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from wedlm.train.data import PackedSequence
+from wedlm.train.packing import PackedSequence
 
 
 def with_gaps(
-    sequence: "PackedSequence", share: float, longest: int, end_token_id: int, generator: np.random.Generator
-) -> "PackedSequence":
+    sequence: PackedSequence, share: float, longest: int, end_token_id: int, generator: np.random.Generator
+) -> PackedSequence:
     """The sequence with a gap in ``share`` of its documents, of the same length.
 
     A middle has 1 to ``longest`` tokens that are to be learnt, in one run. As many end tokens at most follow it, to be

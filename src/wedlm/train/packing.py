@@ -11,6 +11,20 @@ _SHUFFLE_PIECES, _SHUFFLE_SEQUENCES, _PHASES = 1, 2, 3  # purposes of random key
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PackedSequence:
+    """One sequence of L positions: arrays [L]. Padding, where there is any, comes last.
+
+    tokens int64 (padding: the pad id); positions int64, from 0 in each document (padding: 0), and ascending unless it
+    has a gap (``infill.py``); documents int64, 0, 1, 2… in this sequence (padding: -1); trainable bool (padding: no).
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    documents: np.ndarray
+    trainable: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Pieces:
     """Spans of documents, at most a sequence long: int64 [P] each, in the order of the documents."""
 

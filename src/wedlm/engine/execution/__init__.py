@@ -9,7 +9,5 @@ preference. Each step goes to the first that takes its plan:
 * ``CapturedStep``: our Triton kernels (``DeviceStep``) as CUDA graphs (``StepGraphs``), launched ahead of the host.
 
 To add a way, write a class with the methods of ``StepExecutor`` and name it in ``wedlm.engine.factory``; nothing else
-changes. Ranks of tensor parallelism are such a class: one around an executor that sends the plan to the other ranks
-before it launches its own share. ``takes`` reads the plan alone, so every rank decides alike. A mere forward is a
-model for ``EagerStep``.
+changes. A mere forward is a model for ``EagerStep``; so are the ranks of tensor parallelism (``wedlm.engine.ranks``).
 """

@@ -16,7 +16,8 @@ A_co = TypeVar("A_co", covariant=True)
 
 
 class RowsModel(Protocol[A_contra]):
-    """A model over packed rows: logits [L, V] of the rows ``logits_rows`` [L]. ``masked``: indices of masked rows."""
+    """A model over packed rows: logits [L, V] of the rows ``logits_rows`` [L]. ``masked``: indices of masked rows.
+    ``adapters`` [T]: the slots of the rows' adapters, 0 for none; None: no row has one."""
 
     def __call__(
         self,
@@ -25,6 +26,7 @@ class RowsModel(Protocol[A_contra]):
         attend: A_contra,
         logits_rows: Tensor | None = None,
         masked: Tensor | None = None,
+        adapters: Tensor | None = None,
         /,
     ) -> Tensor: ...
 

@@ -2,6 +2,8 @@
 """Steps as CUDA graphs: what a step needs goes to the device unawaited, one replay runs it, and the host reads the
 results while the next step runs."""
 
+from typing import Literal, Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,25 +11,39 @@ from torch import Tensor
 from wedlm.algorithm.params import DecodeParams
 from wedlm.attention.base import KVCache
 from wedlm.engine.adaptive.step_costs import StepCosts
-from wedlm.engine.execution.device_step import ChunkRows, DeviceStep, DeviceTables, StepShape
+from wedlm.engine.execution.device_step import ChunkRows, DeviceModel, DeviceStep, DeviceTables, StepShape
 from wedlm.engine.execution.graphs import StepGraphs, step_shape
 from wedlm.engine.execution.pending import DeviceStepResults, HostBuffer
+from wedlm.engine.execution.rows import RowChoices
 from wedlm.engine.execution.sampling_tensors import BatchFlags, BatchParams
 from wedlm.engine.execution.transfer import scatter_rows, to_device_async
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.plan import ScheduledRequest, StepPlan
 from wedlm.engine.request import Request
-from wedlm.model.inference.triton_transformer import FusedTransformer
 
-_MAX_STOP_TOKENS = 8  # end tokens of a request; more need the host
+MAX_STOP_TOKENS = 8  # end tokens of a request; more need the host
 _MOST_CHUNK_ROWS = 2048
+
+
+class StepPeers(Protocol):
+    """Other ranks that take part in each step, told before it."""
+
+    def announce(self, what: Literal["capture", "run"], shape: StepShape) -> None: ...
+
+    def add_pages(self, rows: list[int], columns: list[int], pages: list[int]) -> None:
+        """Pages that the table has got, by slot and by place."""
+        ...
+
+    def choose_rows(
+        self, logits: Tensor, params: BatchParams, slot: Tensor, target: Tensor, flags: BatchFlags, /
+    ) -> RowChoices: ...
 
 
 class CapturedStep:
     """``StepExecutor`` for steps that do not need the host. The cache's last page must not be any pool's, and
     ``windows`` must have a null slot.
 
-    ``capture_chunks``: takes steps with prompt chunks, too.
+    ``capture_chunks``: takes steps with prompt chunks, too. ``peers``: where other ranks take part in each step.
     """
 
     runs_ahead = True
@@ -35,19 +51,23 @@ class CapturedStep:
 
     def __init__(
         self,
-        model: FusedTransformer,
+        model: DeviceModel,
         cache: KVCache,
         windows: Windows,
         mask_token_id: int,
         max_model_len: int,
         capture_chunks: bool,
+        peers: StepPeers | None = None,
     ) -> None:
         self.cache, self.windows, self.mask_token_id = cache, windows, mask_token_id
         self.device, self.capture_chunks = windows.device, capture_chunks
-        self.tables = DeviceTables(windows, -(-max_model_len // cache.page_size), _MAX_STOP_TOKENS)
-        self.step = DeviceStep(model, cache, windows, self.tables, mask_token_id)
-        self.graphs = StepGraphs(self.step)
+        self.tables = DeviceTables(windows, -(-max_model_len // cache.page_size), MAX_STOP_TOKENS)
+        self.peers = peers
+        choose_rows, announce = (None, None) if peers is None else (peers.choose_rows, peers.announce)
+        self.step = DeviceStep(model, cache, windows, self.tables, mask_token_id, choose_rows)
+        self.graphs = StepGraphs(self.step, announce)
         self._state = windows.state  # whose tensors the captured steps hold
+        self._factors = model.factors_version  # which, too
         self._budget = 1, 0  # rows and drafts
         self._flags: tuple[list[DecodeParams], BatchFlags] = [], BatchFlags.of([])  # of the latest windows
         self._num_pages_sent: dict[str, int] = {}  # by request: pages that the device's table has
@@ -68,7 +88,7 @@ class CapturedStep:
         for one in plan.scheduled:
             if not one.is_window:  # windows come first
                 return sum(one.count for one in plan.scheduled) <= most
-            if one.request.needs_host or len(one.request.decode.stop_token_ids) > _MAX_STOP_TOKENS:
+            if one.request.needs_host or len(one.request.decode.stop_token_ids) > MAX_STOP_TOKENS:
                 return False
         return bool(plan.scheduled)
 
@@ -91,9 +111,10 @@ class CapturedStep:
         new = [one.request for one in plan.scheduled if one.request.request_id not in self._num_pages_sent]
         if new:
             self.windows.load(new)
-            self._send_params([request for request in new if len(request.decode.stop_token_ids) <= _MAX_STOP_TOKENS])
-        if self.windows.state is not self._state:  # a wider window came
-            self._state = self.windows.state
+            self._send_params([request for request in new if len(request.decode.stop_token_ids) <= MAX_STOP_TOKENS])
+        factors = self.step.model.factors_version
+        if self.windows.state is not self._state or factors != self._factors:  # a wider window or an adapter came
+            self._state, self._factors = self.windows.state, factors
             self.graphs.clear()
         self.windows.propose(plan)
         budget = plan.row_budget, plan.max_drafts
@@ -122,9 +143,10 @@ class CapturedStep:
         if not shape.num_chunks:
             return None
         size, page_size = shape.num_rows, self.cache.page_size
-        numbers = np.empty(3 * size + 4 * shape.num_chunks, np.int64)
-        rows, sequences = numbers[: 3 * size].reshape(3, -1), numbers[3 * size :].reshape(4, -1)
-        rows[:] = [[self.mask_token_id], [0], [self.step.trash_slot]]  # tokens, positions, slots of padding
+        numbers = np.empty(4 * size + 4 * shape.num_chunks, np.int64)
+        rows, sequences = numbers[: 4 * size].reshape(4, -1), numbers[4 * size :].reshape(4, -1)
+        # Tokens, positions, slots and adapters of padding.
+        rows[:] = [[self.mask_token_id], [0], [self.step.trash_slot], [0]]
         sequences[:] = [[size], [0], [0], [self.windows.null_slot]]
         first = size - sum(one.count for one in chunks)
         for i, one in enumerate(chunks):
@@ -134,6 +156,7 @@ class CapturedStep:
             own = rows[:, first : first + one.count]
             own[0], own[1] = one.request.output.tokens[one.start : stop], one.request.decode.positions(one.start, stop)
             own[2] = pages[slot // page_size - first_page] * page_size + slot % page_size
+            own[3] = one.request.adapter_slot
             sequences[:, i] = first, one.count, one.start, self.windows.slots[one.request.request_id]
             first += one.count
         key = size, shape.num_chunks
@@ -144,9 +167,10 @@ class CapturedStep:
 
     def _send_params(self, requests: list[Request]) -> None:
         if requests:
-            params = BatchParams.stack([request.decode for request in requests], torch.device("cpu"), _MAX_STOP_TOKENS)
+            params = BatchParams.stack([request.decode for request in requests], torch.device("cpu"), MAX_STOP_TOKENS)
             slots = [self.windows.slots[request.request_id] for request in requests]
-            scatter_rows(slots, self.tables.params.pairs(params))
+            adapters = torch.tensor([request.adapter_slot for request in requests])
+            scatter_rows(slots, [*self.tables.params.pairs(params), (self.tables.adapter, adapters)])
 
     def _send_pages(self, scheduled: list[ScheduledRequest]) -> None:
         rows: list[int] = []
@@ -163,6 +187,8 @@ class CapturedStep:
         if rows:
             row, column, page = self._to_device([rows, columns, pages])
             self.tables.page_table[row, column] = page
+            if self.peers is not None:
+                self.peers.add_pages(rows, columns, pages)
 
     def _to_device(self, values: list) -> Tensor:
         return to_device_async(torch.tensor(values, dtype=torch.long), self.device)

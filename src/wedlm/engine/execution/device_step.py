@@ -7,6 +7,7 @@ The twin is ``EagerStep``. Whatever a step needs lies in tensors by request slot
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ from wedlm.kernels.logits import greedy_rows
 from wedlm.kernels.step_output import empty_results
 from wedlm.kernels.window_streaming import streaming_rows, update_streaming
 from wedlm.kernels.window_verified import VerifiedRows, update_verified, verified_rows
-from wedlm.model.inference.triton_transformer import FusedTransformer
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class StepShape:
     flags: BatchFlags
     num_window_rows: int
     num_chunks: int = 0
+    has_adapters: bool = False  # of some row
 
     @classmethod
     def of_windows(
@@ -55,6 +56,7 @@ class ChunkRows:
     tokens: Tensor
     positions: Tensor
     slots: Tensor
+    adapters: Tensor
     row_start: Tensor
     num_rows: Tensor
     cached: Tensor
@@ -62,12 +64,13 @@ class ChunkRows:
 
     @classmethod
     def views(cls, numbers: Tensor, num_rows: int, num_chunks: int) -> "ChunkRows":
-        """Of int64 [3 T + 4 N], the fields one after the other."""
-        return cls(*numbers.split([*[num_rows] * 3, *[num_chunks] * 4]))
+        """Of int64 [4 T + 4 N], the fields one after the other."""
+        return cls(*numbers.split([*[num_rows] * 4, *[num_chunks] * 4]))
 
 
 class DeviceTables:
-    """What persists between steps on the device, by request slot: parameters, pages, limits of rows.
+    """What persists between steps on the device, by request slot: parameters, pages, slots of adapters, limits of
+    rows.
 
     The windows' null slot has an empty window, and its pages are not any request's. ``row_budget`` and ``max_drafts``
     are those of ``params`` as ``limit`` last lowered them.
@@ -78,6 +81,7 @@ class DeviceTables:
         params = BatchParams.stack([DecodeParams("autoregressive")] * num_slots, windows.device, num_stop_tokens)
         self.params = replace(params, flags=replace(params.flags, adaptive=True))
         self.page_table = torch.zeros(num_slots, num_pages, dtype=torch.long, device=windows.device)
+        self.adapter = torch.zeros(num_slots, dtype=torch.long, device=windows.device)
         self.row_budget, self.max_drafts = params.window.row_budget.clone(), params.window.max_drafts.clone()
 
     def limit(self, row_budget: int, max_drafts: int) -> None:
@@ -87,16 +91,54 @@ class DeviceTables:
         self.max_drafts.copy_(limited.max_drafts)
 
 
+class DeviceModel(Protocol):
+    """A ``FusedTransformer``, or a part of one that computes with other ranks."""
+
+    @property
+    def has_masked_lora(self) -> bool: ...
+
+    @property
+    def deterministic(self) -> bool: ...
+
+    @property
+    def factors_version(self) -> int: ...
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: PagedAttend,
+        logits_rows: Tensor | None = None,
+        masked: Tensor | None = None,
+        adapters: Tensor | None = None,
+        /,
+    ) -> Tensor: ...
+
+
+# (logits, parameters by slot, slot [L], target [L], flags) -> one token a row
+ChooseRows = Callable[[Tensor, BatchParams, Tensor, Tensor, BatchFlags], RowChoices]
+
+
 class DeviceStep:
     """``step(shape, index)`` moves the windows at slots ``index`` [S] (padded with the null slot) one step on.
+
+    ``choose_rows``: where ranks share the model, whose logits are then of a part of the vocabulary, what chooses.
 
     ``force_choice``: for benchmarks, replaces the tokens [T] chosen for the rows of verified windows.
     """
 
     def __init__(
-        self, model: FusedTransformer, cache: KVCache, windows: Windows, tables: DeviceTables, mask_token_id: int
+        self,
+        model: DeviceModel,
+        cache: KVCache,
+        windows: Windows,
+        tables: DeviceTables,
+        mask_token_id: int,
+        choose_rows: ChooseRows | None = None,
     ) -> None:
         self.model, self.cache, self.mask_token_id = model, cache, mask_token_id
+        self._choose_rows = choose_rows
+        self.device = windows.device
         self.windows, self.tables = windows, tables
         self.force_choice: Callable[[VerifiedRows, Tensor], Tensor] | None = None
         self.trash_slot = cache.keys.shape[1] - cache.page_size  # of the page that no pool hands out
@@ -113,14 +155,16 @@ class DeviceStep:
             return self._chunks(shape, chunks)
         if not shape.flags.streaming:
             return self._verified(shape, index, chunks)
-        # The kernels know no flags of masked rows, and fill by entropy alone.
-        if shape.flags.verified or shape.flags.by_confidence or self.model.has_masked_lora:
+        # The kernels know no flags of masked rows and no sequence of each, and fill by entropy alone.
+        special = shape.flags.by_confidence or shape.has_adapters
+        if shape.flags.verified or special or self.model.has_masked_lora:
             return self._any(shape, index, chunks)
         return self._streaming(shape, index, chunks)
 
     def _chunks(self, shape: StepShape, chunks: ChunkRows) -> Tensor:
         attend = self._attend([self._plan_chunks(shape, chunks)], chunks.slots)
-        self.model(chunks.tokens, chunks.positions, attend, chunks.slots[:0])
+        adapters = chunks.adapters if shape.has_adapters else None
+        self.model(chunks.tokens, chunks.positions, attend, chunks.slots[:0], None, adapters)
         results, _ = empty_results(0, self.windows.state.tokens.shape[1], chunks.slots.device)
         return results
 
@@ -132,11 +176,13 @@ class DeviceStep:
 
     def _forward(
         self, shape: StepShape, tokens: Tensor, positions: Tensor, slots: Tensor, plan: PagedRows,
-        logits_indices: Tensor | None, chunks: ChunkRows | None, masked: Tensor | None = None,
+        logits_indices: Tensor | None, chunks: ChunkRows | None, kinds: tuple[Tensor | None, ...] = (None, None),
     ) -> Tensor:  # fmt: skip
         """Logits of the rows ``logits_indices`` (None: the first L), after the chunks' rows took the last places.
-        ``masked``: flags of masked rows, where the model has factors for them; rows of chunks have none."""
+        ``kinds``: flags of masked rows, where some factors are for them, and the slots of the adapters of windows'
+        rows, where there are any."""
         groups = [plan]
+        masked, adapters = kinds
         if chunks is not None:
             row = torch.arange(shape.num_rows, device=tokens.device)
             own = row >= chunks.row_start[0]
@@ -144,9 +190,18 @@ class DeviceStep:
                 torch.where(own, theirs, ours)
                 for theirs, ours in ((chunks.tokens, tokens), (chunks.positions, positions), (chunks.slots, slots))
             )
+            if adapters is not None:
+                adapters = torch.where(own, chunks.adapters, adapters)
             groups = [replace(plan, within=shape.num_window_rows), self._plan_chunks(shape, chunks)]
             logits_indices = row[: shape.num_logits] if logits_indices is None else logits_indices
-        return self.model(tokens, positions, self._attend(groups, slots), logits_indices, masked)
+        return self.model(tokens, positions, self._attend(groups, slots), logits_indices, masked, adapters)
+
+    def _kinds(
+        self, shape: StepShape, index: Tensor, sequence: Tensor, masked: Callable[[], Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """``kinds`` of ``_forward``, of rows of the windows ``sequence`` [T]; ``masked`` is asked where it matters."""
+        adapters = self.tables.adapter[index[sequence]] if shape.has_adapters else None
+        return masked() if shape.has_adapters or self.model.has_masked_lora else None, adapters
 
     def _attend(self, groups: list[PagedRows], slots: Tensor) -> PagedAttend:
         return PagedAttend(self.cache, groups, slots, self.model.deterministic)
@@ -161,8 +216,8 @@ class DeviceStep:
             shape.max_rows, self.max_keys,
             rows.shared if shape.flags.groups else None, rows.own_start if shape.flags.groups else None,
         )  # fmt: skip
-        masked = rows.shared > 0 if self.model.has_masked_lora and shape.flags.groups else None
-        logits = self._forward(shape, rows.tokens, rows.positions, rows.slots, plan, None, chunks, masked)
+        kinds = self._kinds(shape, index, rows.sequence, lambda: rows.shared > 0 if shape.flags.groups else None)
+        logits = self._forward(shape, rows.tokens, rows.positions, rows.slots, plan, None, chunks, kinds)
         last = shape.num_logits
         chosen = self._choose(logits, index, rows.sequence[:last], rows.target[:last], shape.flags)
         choice = chosen.choice if self.force_choice is None else self.force_choice(rows, chosen.choice)
@@ -203,9 +258,9 @@ class DeviceStep:
             rows.visibility.own_start if shape.flags.groups else None,
         )  # fmt: skip
         pick = torch.argsort(~rows.needs_logits, stable=True)[: shape.num_logits]
-        masked = ~rows.filled & real if self.model.has_masked_lora else None
+        kinds = self._kinds(shape, index, sequence, lambda: ~rows.filled & real)
         logits = self._forward(
-            shape, rows.tokens, rows.positions, key_slots, plan, rows.logits_row[pick], chunks, masked
+            shape, rows.tokens, rows.positions, key_slots, plan, rows.logits_row[pick], chunks, kinds
         )
         own, column = sequence[pick], rows.column[pick]
         chosen = self._choose(logits, index, own, (rows.positions + rows.filled)[pick], shape.flags)
@@ -219,6 +274,8 @@ class DeviceStep:
     def _choose(self, logits: Tensor, index: Tensor, sequence: Tensor, target: Tensor, flags: BatchFlags) -> RowChoices:
         """One token for each row of logits [L, V], which belongs to slot index[sequence]."""
         params = self.tables.params
+        if self._choose_rows is not None:
+            return self._choose_rows(logits, params, index[sequence], target, flags)
         if not flags.sampled:
             ends = (target, index[sequence], params.min_eos_position, params.stop_tokens) if flags.eos_banned else None
             return RowChoices(*greedy_rows(logits, self.mask_token_id, ends))

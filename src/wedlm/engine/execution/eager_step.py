@@ -18,7 +18,7 @@ from wedlm.engine.adaptive.step_costs import StepCosts
 from wedlm.engine.constraints.step import ConstrainedStep
 from wedlm.engine.execution.base import PlanAttention, RowsModel
 from wedlm.engine.execution.pending import FinishedStep
-from wedlm.engine.execution.rows import Report, choose_row_tokens, window_rows
+from wedlm.engine.execution.rows import ChooseRowTokens, Report, choose_row_tokens, window_rows, with_adapters
 from wedlm.engine.execution.sampling_tensors import BatchParams
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.plan import ScheduledRequest, StepPlan, StepResults, WindowResult
@@ -32,8 +32,9 @@ A = TypeVar("A")
 class EagerStep(Generic[A]):
     """``StepExecutor`` for every plan, on any device; waits for the device several times a step.
 
-    ``block_length``: as in ``ExtendBatch``. ``force_choice``: for benchmarks, replaces the tokens chosen by window
-    column, given the windows, what was chosen and the windows' parameters.
+    ``block_length``: as in ``ExtendBatch``. ``local_model`` and ``choose``: where ranks share a model, its forward
+    without whole logits, and the choice from what that returns. ``force_choice``: for benchmarks, replaces the tokens
+    chosen by window column, given the windows, what was chosen and the windows' parameters.
     """
 
     runs_ahead = False
@@ -47,8 +48,11 @@ class EagerStep(Generic[A]):
         windows: Windows,
         mask_token_id: int,
         block_length: int = 1,
+        local_model: RowsModel[A] | None = None,
+        choose: ChooseRowTokens = choose_row_tokens,
     ) -> None:
         self.model, self.plan_attention, self.cache = model, plan_attention, cache
+        self.local_model, self._choose = local_model, choose
         self.windows, self.mask_token_id, self.block_length = windows, mask_token_id, block_length
         self.device = windows.device
         self.force_choice: Callable[[WindowState, RowResults, WindowParams], Tensor] | None = None
@@ -85,7 +89,7 @@ class EagerStep(Generic[A]):
         results: StepResults = [*self._run_windows(windows, chunks, plan)] if windows else []
         if not windows:
             none = torch.zeros(0, dtype=torch.long, device=self.device)
-            self._forward(ExtendBatch([], [], []), chunks, none, none, none, None)
+            self._forward([], ExtendBatch([], [], []), chunks, none, none, none, None)
         return FinishedStep([*results, *[None] * len(chunks)])
 
     def _run_windows(
@@ -107,7 +111,13 @@ class EagerStep(Generic[A]):
         masked = (~rows.filled).nonzero()[:, 0]  # windows come first, so these are rows of the step, too
         batch = ExtendBatch(starts, num_rows, [one.pages for one in windows], rows.visibility if flags.groups else None)
         logits = self._forward(
-            batch, chunks, rows.tokens, rows.positions, rows.logits_row[wanted], masked if len(masked) else None
+            windows,
+            batch,
+            chunks,
+            rows.tokens,
+            rows.positions,
+            rows.logits_row[wanted],
+            masked if len(masked) else None,
         )
         sequence, column = rows.packed.sequence[wanted], rows.column[wanted]
         target = (rows.positions + rows.filled)[wanted]
@@ -115,7 +125,7 @@ class EagerStep(Generic[A]):
         report: Report = "choice" if flags.by_confidence else "none"
         if any(one.request.params.logprobs is not None for one in windows):
             report = "all"
-        chosen = choose_row_tokens(
+        chosen = self._choose(
             logits.float(), params, sequence, target, flags, self.mask_token_id, report=report,
             constrain=None if constrained is None else partial(constrained.apply, sequence, column),
         )  # fmt: skip
@@ -140,6 +150,7 @@ class EagerStep(Generic[A]):
 
     def _forward(
         self,
+        scheduled: list[ScheduledRequest],
         windows: ExtendBatch,
         chunks: list[ScheduledRequest],
         window_tokens: Tensor,
@@ -147,7 +158,8 @@ class EagerStep(Generic[A]):
         logits_indices: Tensor,
         masked: Tensor | None,
     ) -> Tensor:
-        """Windows' rows, then chunks' rows, through the model; logits [L, V] of window rows only."""
+        """Windows' rows, then chunks' rows, through the model; logits [L, V] of window rows only. ``scheduled``: the
+        windows' requests."""
         tokens, positions = [window_tokens], [window_positions]
         for one in chunks:
             stop = one.start + one.count
@@ -165,7 +177,10 @@ class EagerStep(Generic[A]):
             block_length=self.block_length,
         )
         attend = self.plan_attention(self.cache, batch)
-        return self.model(torch.cat(tokens), torch.cat(positions), attend, logits_indices, masked)
+        adapters = [one.request.adapter_slot for one in (*scheduled, *chunks)]
+        last = with_adapters(masked, adapters, batch.counts, self.device)
+        model = self.model if self.local_model is None else self.local_model
+        return model(torch.cat(tokens), torch.cat(positions), attend, logits_indices, *last)
 
     def _read(
         self,

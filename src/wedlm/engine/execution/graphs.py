@@ -2,14 +2,16 @@
 """CUDA graphs of device steps: which sizes there are, capture, replay."""
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from wedlm.algorithm.params import DecodeParams
 from wedlm.engine.adaptive.step_costs import StepCosts
-from wedlm.engine.execution.device_step import ChunkRows, DeviceStep, StepShape
+from wedlm.engine.execution.device_step import ChunkRows, StepShape
 from wedlm.engine.execution.sampling_tensors import BatchFlags
 from wedlm.engine.plan import ScheduledRequest
 
@@ -20,13 +22,24 @@ _FEWEST_BESIDE = 64  # rows of windows there
 _SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
 
 
+class ShapedStep(Protocol):
+    """A ``DeviceStep``, or another rank's share of one."""
+
+    device: torch.device
+
+    def __call__(self, shape: StepShape, index: Any, chunks: ChunkRows | None = None, /) -> Tensor: ...
+
+
+Announce = Callable[[Literal["capture", "run"], StepShape], None]
+
+
 class StepGraphs:
     """The steps captured so far, by shape. Without a GPU there is nothing to capture, and the same device code runs
-    directly, for the tests."""
+    directly, for the tests. ``announce``: told of each capture and of each run before it begins, with its shape."""
 
-    def __init__(self, step: DeviceStep) -> None:
-        self._step = step
-        self.captures = step.windows.device.type == "cuda"
+    def __init__(self, step: ShapedStep, announce: Announce | None = None) -> None:
+        self._step, self._announce = step, announce
+        self.captures = step.device.type == "cuda"
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._latest: torch.cuda.CUDAGraph | None = None  # keeps alive the memory that all captured steps share
 
@@ -38,20 +51,26 @@ class StepGraphs:
         """Whether the step has to be captured before it can run."""
         return self.captures and shape not in self._graphs
 
-    def add(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> None:
+    def add(self, shape: StepShape, index: Tensor | None, chunks: ChunkRows | None) -> None:
         """Capture the step. Its inputs name the null slot and empty chunks meanwhile, which no step changes."""
         self._graphs[shape] = self.capture(shape, index, chunks)
 
-    def run(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> Tensor:
+    def run(self, shape: StepShape, index: Tensor | None, chunks: ChunkRows | None) -> Tensor:
         """Start the step and return its results, which lie on the device. The inputs are those of the capture."""
+        if self._announce is not None:
+            self._announce("run", shape)
         if not self.captures:
             return self._step(shape, index, chunks)
         graph, results = self._graphs[shape]
         graph.replay()
         return results
 
-    def capture(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def capture(
+        self, shape: StepShape, index: Tensor | None, chunks: ChunkRows | None
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The step as a graph, and where its results will be."""
+        if self._announce is not None:
+            self._announce("capture", shape)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -73,11 +92,14 @@ class StepGraphs:
             return
         flags = BatchFlags.of([DecodeParams("verified")])
         for num_rows in [size for size in _SIZES if costs.most_rows < size <= _size(most_rows)]:
-            graph, _ = self.capture(StepShape.of_windows(1, num_rows, num_rows, 16, flags), index, None)
+            shape = StepShape.of_windows(1, num_rows, num_rows, 16, flags)
+            graph, _ = self.capture(shape, index, None)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            graph.replay()
-            start.record()
-            for _ in range(4):
+            for repeat in range(5):
+                if repeat == 1:
+                    start.record()
+                if self._announce is not None:
+                    self._announce("run", shape)
                 graph.replay()
             end.record()
             end.synchronize()
@@ -86,6 +108,11 @@ class StepGraphs:
 
 def step_shape(windows: list[ScheduledRequest], chunks: list[ScheduledRequest], flags: BatchFlags) -> StepShape:
     """The captured step that holds these windows, whose flags are ``flags``, and chunks."""
+    has_adapters = any(one.request.adapter is not None for one in (*windows, *chunks))
+    return replace(_sizes(windows, chunks, flags), has_adapters=has_adapters)
+
+
+def _sizes(windows: list[ScheduledRequest], chunks: list[ScheduledRequest], flags: BatchFlags) -> StepShape:
     counts = [one.count for one in windows]
     num_rows, most = sum(counts), max(counts, default=0)
     # A captured step does the same with and without these; windows of a row each have no groups, so auto is as AR.

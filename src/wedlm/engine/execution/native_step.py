@@ -77,7 +77,8 @@ class NativeStep:
         if new:
             self.windows.load(new)
             for request in new:
-                decoder.set_params(slots[request.request_id], request.decode, request.params.logprobs or 0)
+                num_top = request.params.logprobs or 0
+                decoder.set_params(slots[request.request_id], request.decode, num_top, request.adapter_slot)
                 self._num_pages[request.request_id] = 0
         self.windows.propose(plan)
         decoder.attach(self.windows.state)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows of a step's windows, and the choice of one token per row: shared by the eager step and the device step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +68,17 @@ def window_rows(
     return WindowRows(packed, layout, column, filled, tokens, positions, visibility, needs_logits, logits_row)
 
 
+def with_adapters(
+    masked: Tensor | None, slots: Sequence[int], counts: Sequence[int], device: torch.device
+) -> tuple[Tensor | None, ...]:
+    """What ``RowsModel`` takes last: masked rows, and if there are any, the slots of the rows' adapters, given those of
+    sequences of ``counts`` rows."""
+    if not any(slots):
+        return (masked,)
+    adapters = torch.repeat_interleave(torch.tensor(slots), torch.tensor(counts))
+    return masked, adapters.to(device)
+
+
 @dataclass(frozen=True)
 class RowChoices:
     """By row with logits [L]: the token chosen, and of the raw logits the entropy (nats) and the choice's
@@ -89,6 +100,24 @@ class RowChoices:
             for value in (self.choice, self.entropy, self.logprobs)
         )
         return RowResults(choice, entropy, logprobs)
+
+
+class ChooseRowTokens(Protocol):
+    """``choose_row_tokens``, or what does the same with the logits of one rank."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        params: BatchParams,
+        index: Tensor,
+        target: Tensor,
+        flags: BatchFlags,
+        mask_token_id: int,
+        /,
+        *,
+        report: Report,
+        constrain: Constrain | None = None,
+    ) -> RowChoices: ...
 
 
 def choose_row_tokens(

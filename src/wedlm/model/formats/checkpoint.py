@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from wedlm.model.config import SUPPORTED_DTYPES, ModelConfig, read_token_ids
 from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_DELTAS, DEMO_MASK_TOKEN_ID, DEMO_NEXT_TOKEN
 from wedlm.model.errors import CheckpointError, reading
+from wedlm.model.formats.cut import Cut, CutByName, part_of
 from wedlm.model.formats.fp8_checkpoint import FP8, SCALE, is_scale, is_unused, with_scales
 from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_model import gguf_shapes, read_gguf_config, read_gguf_tensors
+from wedlm.model.formats.int8_rows import SCALE as INT8_SCALE
 from wedlm.model.formats.int8_rows import Int8Rows, join_scale
 from wedlm.model.formats.json_file import read_json_object
 from wedlm.model.formats.resolve import DEMO_BASE_NAME, DEMO_NAME, locate
@@ -32,6 +34,7 @@ from wedlm.model.formats.save import save_shared, write_whole
 from wedlm.model.inference.layers import is_packed
 from wedlm.model.lora.masked_rows import has_masked_lora
 from wedlm.model.lora.weight_delta import apply_delta
+from wedlm.model.sharding import Shard
 from wedlm.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -67,17 +70,25 @@ class Checkpoint:
     deltas: tuple[Path, ...] = ()
     is_int8: bool = False
 
-    def tensors(self, keeps_fp8: bool = False) -> Iterator[tuple[str, Tensor | Int8Rows]]:
+    def tensors(self, keeps_fp8: bool = False, shard: Shard | None = None) -> Iterator[tuple[str, Tensor | Int8Rows]]:
         """(Hugging Face's name, tensor) of each; float32 where they come from blocks. ``keeps_fp8``: as ``with_scales``
-        has it."""
+        has it. ``shard``: of each tensor only that part is read, except where deltas are added: those are of whole
+        tensors, one at a time."""
+        cut = None if shard is None else self._cut_by(shard)
         if self.gguf is None:
             if self.is_int8:
-                return _read_int8(self.files, self.config, self.path)
-            return _read_tensors(self.files, self.config, keeps_fp8, self.path)
-        tensors = read_gguf_tensors(self.gguf, self.config)
-        for delta in self.deltas:
-            tensors = apply_delta(tensors, delta, in_place=True)
-        return iter(tensors)
+                return _read_int8(self.files, self.config, self.path, cut)
+            return _read_tensors(self.files, self.config, keeps_fp8, self.path, cut)
+        if not self.deltas or cut is None:
+            tensors = read_gguf_tensors(self.gguf, self.config, cut)
+            for delta in self.deltas:
+                tensors = apply_delta(tensors, delta, in_place=True)
+            return iter(tensors)
+        return ((name, part_of(tensor, cut(name))) for name, tensor in self.tensors() if isinstance(tensor, Tensor))
+
+    def _cut_by(self, shard: Shard) -> CutByName:
+        """A tensor that the model does not have is left whole, and refused by its name."""
+        return lambda name: shard.cut(name, self.shapes[name]) if name in self.shapes else None
 
 
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
@@ -139,15 +150,16 @@ def load_torch(
     device: str | torch.device = "cpu",
     *,
     keeps_fp8: bool = False,
+    shard: Shard | None = None,
 ) -> Transformer:
-    """``load_model`` of a checkpoint that was opened."""
-    config = checkpoint.config
+    """``load_model`` of a checkpoint that was opened; of one rank's part if there is a ``shard``."""
+    config = checkpoint.config if shard is None else shard.config
     dtype = getattr(torch, config.dtype) if dtype is None else dtype
     if str(dtype).removeprefix("torch.") not in SUPPORTED_DTYPES:
         raise CheckpointError(f"dtype is {dtype}; expected one of {', '.join(SUPPORTED_DTYPES)}")
     with torch.device("meta"):
         model = Transformer(config)
-    _fill(model, checkpoint.tensors(keeps_fp8), dtype, torch.device(device), checkpoint.path)
+    _fill(model, checkpoint.tensors(keeps_fp8, shard), dtype, torch.device(device), checkpoint.path)
     return model.eval()
 
 
@@ -331,9 +343,10 @@ def _safetensors(path: Path) -> Iterator[None]:
 
 
 def _read_files(
-    files: Iterable[Path], config: ModelConfig, wanted: Callable[[str], bool]
+    files: Iterable[Path], config: ModelConfig, wanted: Callable[[str], bool], cut: CutByName | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every wanted tensor in safetensors files that is not redundant, one at a time."""
+    """(name, tensor) of every wanted tensor in safetensors files that is not redundant, one at a time; of each only the
+    part that ``cut`` says, and nothing else is read."""
     for path in files:
         with _safetensors(path):
             with safe_open(path, framework="pt") as file:
@@ -341,16 +354,16 @@ def _read_files(
             for name in names:
                 # Opened anew for each tensor: closing unmaps the pages read, which otherwise count as a second copy.
                 with safe_open(path, framework="pt") as file:
-                    tensor = file.get_tensor(name)
-                    yield name, tensor
+                    part = None if cut is None else cut(name)
+                    yield name, file.get_tensor(name) if part is None else part.of(file.get_slice(name))
 
 
 def _read_tensors(
-    files: Iterable[Path], config: ModelConfig, keeps_fp8: bool, origin: Path
+    files: Iterable[Path], config: ModelConfig, keeps_fp8: bool, origin: Path, cut: CutByName | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """``_read_files``, what is in FP8 by ``with_scales``."""
     scales = dict(_read_files(files, config, is_scale))
-    tensors = _read_files(files, config, lambda name: not is_scale(name))
+    tensors = _read_files(files, config, lambda name: not is_scale(name), cut)
     if not scales:
         yield from tensors
         return
@@ -359,17 +372,26 @@ def _read_tensors(
         kind = " by blocks of 128 x 128" if blocks else ""
         log.warning("%s: weights in FP8%s are widened; quantization 'fp8' rounds them again, by output", origin, kind)
     try:
-        yield from with_scales(tensors, scales, keeps_fp8)
+        yield from with_scales(tensors, scales, keeps_fp8, cut)
     except CheckpointError as error:
         raise CheckpointError(f"{origin}: {error}") from error
 
 
-def _read_int8(files: Iterable[Path], config: ModelConfig, origin: Path) -> Iterator[tuple[str, Tensor | Int8Rows]]:
+def _read_int8(
+    files: Iterable[Path], config: ModelConfig, origin: Path, cut: CutByName | None = None
+) -> Iterator[tuple[str, Tensor | Int8Rows]]:
     """``_read_files``, matrices in int8 with their scales."""
     scales = dict(_read_files(files, config, is_scale))
-    for name, tensor in _read_files(files, config, lambda name: not is_scale(name)):
+    if cut is not None:
+        scales = {name: _scale_of(scale, cut(name.removesuffix(INT8_SCALE))) for name, scale in scales.items()}
+    for name, tensor in _read_files(files, config, lambda name: not is_scale(name), cut):
         is_rows = tensor.dtype == torch.int8 and tensor.ndim == 2
         yield name, join_scale(origin, name, tensor, scales) if is_rows else tensor
+
+
+def _scale_of(scale: Tensor, cut: Cut | None) -> Tensor:
+    """The scales of a matrix's rows that are read."""
+    return scale if cut is None else scale[cut.rows]
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -6,13 +6,14 @@ for the tensor, one for each output, or one for each block of 128 outputs and 12
 cache that a checkpoint records are not used: inputs are scaled row by row as they come.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wedlm.model.errors import CheckpointError
+from wedlm.model.formats.cut import Cut, CutByName
 
 FP8 = torch.float8_e4m3fn
 BLOCK = 128
@@ -58,11 +59,12 @@ def is_unused(name: str) -> bool:
 
 
 def with_scales(
-    tensors: Iterable[tuple[str, Tensor]], scales: Mapping[str, Tensor], keeps: bool
+    tensors: Iterable[tuple[str, Tensor]], scales: Mapping[str, Tensor], keeps: bool, cut: CutByName | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors, weights in FP8 in float32. ``keeps``: those of layers whose outputs have a scale each stay in FP8,
     and that scale [O] (float32) comes right before each, under its module's ``SCALE``. ``scales``: all of the
-    checkpoint's, by name. Raises CheckpointError for a scale that is missing, has another shape or is not above 0."""
+    checkpoint's, by name. ``cut``: which part of the weight of a name its tensor is. Raises CheckpointError for a scale
+    that is missing, has another shape or is not above 0."""
     used: set[str] = set()
     for name, tensor in tensors:
         if tensor.dtype != FP8:
@@ -75,20 +77,24 @@ def with_scales(
                 f"tensor {name} is in FP8 and has no scale; expected {name}_scale or {name}_scale_inv"
             )
         used.add(found[0])
-        scale = _checked_scale(found[0], scales[found[0]], tensor)
-        if scale.ndim == 1 and keeps and ".layers." in name:
-            yield name.removesuffix("weight") + SCALE, scale
+        part = (None if cut is None else cut(name)) or Cut(tuple(tensor.shape))
+        scale = _checked_scale(found[0], scales[found[0]], part.shape)
+        if scale.ndim == 2:
+            rows, columns = (torch.arange(size) // BLOCK for size in part.shape)
+            yield name, tensor.float() * scale[rows[part.rows]][:, columns[part.columns]]
+        elif keeps and ".layers." in name:
+            yield name.removesuffix("weight") + SCALE, scale[part.rows]
             yield name, tensor
         else:
-            yield name, widened(tensor, scale)
+            yield name, widened(tensor, scale[part.rows])
     for name in scales:
         if name not in used:
             raise CheckpointError(f"the tensor {name} has no weight in FP8 beside it")
 
 
-def _checked_scale(name: str, scale: Tensor, weight: Tensor) -> Tensor:
+def _checked_scale(name: str, scale: Tensor, shape: Sequence[int]) -> Tensor:
     """The scale in float32: [O], one for each output, or [O / 128, C / 128], rounded up, one for each block."""
-    outputs, inputs = weight.shape
+    outputs, inputs = shape
     blocks = (-(-outputs // BLOCK), -(-inputs // BLOCK))
     if not scale.is_floating_point() or scale.dtype == FP8:
         raise CheckpointError(f"tensor {name} has dtype {scale.dtype}; expected float32, bfloat16 or float16")
@@ -108,11 +114,8 @@ def _checked_scale(name: str, scale: Tensor, weight: Tensor) -> Tensor:
 
 
 def widened(weight: Tensor, scale: Tensor) -> Tensor:
-    """The weight [O, C] that values in e4m3 and their scale stand for, in float32."""
-    if scale.ndim == 1:
-        return weight.float() * scale[:, None]
-    whole = scale.repeat_interleave(BLOCK, 0)[: weight.shape[0]].repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
-    return weight.float() * whole
+    """The weight [O, C] that values in e4m3 and the scale [O] of its outputs stand for, in float32."""
+    return weight.float() * scale[:, None]
 
 
 def has_fp8(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wedlm.model.errors import CheckpointError
+from wedlm.model.formats.cut import Cut
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -128,27 +129,38 @@ class GGUFFile:
         self._block(name)
         return GGMLQuantizationType(self.tensors[name].ggml_type).name
 
-    def tensor(self, name: str) -> Tensor:
-        """Tensor ``name``, dequantised to float32 on the CPU; it may share memory with the mapped file."""
+    def tensor(self, name: str, part: Cut | None = None) -> Tensor:
+        """Tensor ``name``, dequantised to float32 on the CPU; it may share memory with the mapped file. Of a matrix no
+        blocks are read but those that hold some of ``part``."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
         place = self.tensors[name]
-        num_bytes, (_, block_bytes) = self._num_bytes(name), self._block(name)
+        num_bytes, (block_elements, block_bytes) = self._num_bytes(name), self._block(name)
         quantisation = GGMLQuantizationType(place.ggml_type)
         if place.start + num_bytes > len(self._bytes):
             raise CheckpointError(f"{self.path} is truncated: tensor {name} ends past the end of the file")
-        data = self._bytes[place.start : place.start + num_bytes]
-        # Blocks know nothing of rows, and dequantize works on 16 rows at a time: long rows make it faster.
-        rows = next(rows for rows in (256, 64, 1) if num_bytes // block_bytes % rows == 0)
+        if part is None or len(place.shape) == 1:
+            data = self._bytes[place.start : place.start + num_bytes]
+            # Blocks know nothing of rows, and dequantize works on 16 rows at a time: long rows make it faster.
+            rows = next(rows for rows in (256, 64, 1) if num_bytes // block_bytes % rows == 0)
+            data = data.reshape(rows, -1)
+        else:
+            first, stop, _ = part.columns.indices(place.shape[1])
+            skipped, end = first // block_elements, -(-stop // block_elements)
+            data = self.blocks(name)[part.rows, skipped * block_bytes : end * block_bytes]
         try:
-            values = dequantize(data.reshape(rows, -1), quantisation)
+            values = torch.from_numpy(np.asarray(dequantize(data, quantisation), dtype=np.float32))
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has the unsupported type {quantisation.name}; expected one of "
                 f"{', '.join(USUAL_TYPES)}"
             ) from error
-        return torch.from_numpy(np.asarray(values, dtype=np.float32)).reshape(place.shape)
+        if part is None:
+            return values.reshape(place.shape)
+        if len(place.shape) == 1:
+            return part.of(values.reshape(place.shape))
+        return values[:, first - skipped * block_elements : stop - skipped * block_elements]
 
 
 class _MalformedError(Exception):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from wedlm.model.config import DECODING_KEY, NEXT_TOKEN_KEY, ModelConfig
 from wedlm.model.errors import CheckpointError, reading
+from wedlm.model.formats.cut import CutByName
 from wedlm.model.formats.gguf_file import GGUFFile
 
 SUPPORTED_ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -94,14 +95,18 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
         return ModelConfig.from_hf(values)
 
 
-def read_gguf_tensors(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """(name, float32 tensor) of every tensor, one at a time; a tensor without a Hugging Face name keeps its own."""
+def read_gguf_tensors(
+    file: GGUFFile, config: ModelConfig, cut: CutByName | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 tensor) of every tensor, one at a time; a tensor without a Hugging Face name keeps its own. Of
+    each only the part that ``cut`` says, which holds whole heads, and of which whole blocks are read."""
     for name in file.tensors:
+        part = None if cut is None else cut(checkpoint_name(name))
         with reading(file.path):
-            tensor = file.tensor(name)
+            tensor = file.tensor(name, part)
             heads = permuted_heads(name, config.model_type, config)
             if heads is not None:
-                tensor = unpermute_rows(tensor, heads)
+                tensor = unpermute_rows(tensor, heads * len(tensor) // file.tensors[name].shape[0])
         yield checkpoint_name(name), tensor
         file.release()
 

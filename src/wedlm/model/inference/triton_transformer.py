@@ -5,7 +5,7 @@ Shape suffixes as in ``transformer.py``; F = (H + 2 K) D, the width of the packe
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,16 @@ from wedlm.kernels.matmul import MAX_ROWS, Tiling, few_rows_product, fixed_tilin
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.model.inference.layers import is_packed
 from wedlm.model.inference.quantization import Fp8Linear
+from wedlm.model.inference.tensor_parallel import ShardedEmbedding
 from wedlm.model.layers import DecoderLayer
-from wedlm.model.lora.masked_rows import MaskedLora, base_layer, has_masked_lora, put_at_masked
+from wedlm.model.lora.masked_rows import (
+    MaskedLora,
+    base_layer,
+    has_masked_lora,
+    put_at_masked,
+    without_adapters,
+)
+from wedlm.model.lora.row_factors import AdaptedLinear
 from wedlm.model.transformer import Transformer
 
 
@@ -42,6 +50,8 @@ class FusedTransformer:
     ) -> None:
         assert is_packed(model), "expected a model after pack_for_inference"
         self.model, self.deterministic = model, deterministic
+        embedding = model.model.embed_tokens
+        self.sharded = embedding if isinstance(embedding, ShardedEmbedding) else None  # where ranks share the model
         self.has_masked_lora = has_masked_lora(model)  # for masked rows
         self.dtype = model.model.embed_tokens.weight.dtype
         half = self.dtype.itemsize == 2
@@ -59,6 +69,11 @@ class FusedTransformer:
                 else None
             )
 
+    @property
+    def factors_version(self) -> int:
+        """Changes when the memory of adapters by name does, which captured steps hold."""
+        return 0 if self.model.adapters is None else self.model.adapters.version
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -67,25 +82,30 @@ class FusedTransformer:
         attend: FusedAttend,
         logits_rows: Tensor | None = None,
         masked: Tensor | None = None,
+        adapters_T: Tensor | None = None,
     ) -> Tensor:
-        """Logits [L, V] of the rows picked by ``logits_rows`` (None: all). ``masked`` as in ``Transformer``."""
-        rotary = self.model.model.rotary
-        x_TC, cos_TD, sin_TD = embed(
-            tokens_T, positions_T, _weight(self.model.model.embed_tokens), rotary.inv_freq, rotary.attention_factor
-        )
+        """Logits [L, V] of the rows picked by ``logits_rows`` (None: all). ``masked`` and ``adapters_T`` as in
+        ``Transformer``."""
+        x_TC, cos_TD, sin_TD = self._embedded(tokens_T, positions_T)
+        others = None
+        if adapters_T is not None:
+            assert self.model.adapters is not None, "rows have adapters, and none was loaded"
+            rows = self.model.adapters.rows(adapters_T, masked)
+            x_TC, masked, others = rows.embed(x_TC), rows.masked, rows.others
         x_TC, column = self._masked(x_TC, masked)
+        beside = _Beside(column, others)
         delta: Tensor | Unscaled | None = None
         for index, layer in enumerate(self.layers):
             attention, mlp = layer.self_attn, layer.mlp
             assert attention.qkv_proj is not None
             assert mlp.gate_up_proj is not None
-            x_TC, normed = self._normed(x_TC, delta, layer.input_layernorm, attention.qkv_proj, column)
-            qkv = self._product(normed, attention.qkv_proj, column)
+            x_TC, normed = self._normed(x_TC, delta, layer.input_layernorm, attention.qkv_proj, beside)
+            qkv = self._product(normed, attention.qkv_proj, beside)
             out_THD = attend(index, qkv, cos_TD, sin_TD, self.norms[index])
-            delta = self._product(out_THD.flatten(1), attention.o_proj, column)
-            x_TC, normed = self._normed(x_TC, delta, layer.post_attention_layernorm, mlp.gate_up_proj, column)
-            gated = self._gated(normed, mlp.gate_up_proj, column, _takes_fp8(mlp.down_proj, column))
-            delta = self._product(gated, mlp.down_proj, column)
+            delta = self._summed(self._product(out_THD.flatten(1), attention.o_proj, beside))
+            x_TC, normed = self._normed(x_TC, delta, layer.post_attention_layernorm, mlp.gate_up_proj, beside)
+            gated = self._gated(normed, mlp.gate_up_proj, beside, _takes_fp8(mlp.down_proj, beside))
+            delta = self._summed(self._product(gated, mlp.down_proj, beside))
         if logits_rows is not None:
             if len(logits_rows) == 0:
                 return x_TC.new_empty(0, self.model.config.vocab_size)
@@ -94,14 +114,34 @@ class FusedTransformer:
                 delta = Unscaled(delta.values[logits_rows], delta.row[logits_rows], delta.column)
             elif delta is not None:
                 delta = delta[..., logits_rows, :]
-        _, normed = self._normed(x_TC, delta, self.model.model.norm, self.model.lm_head, None)
-        return self._finished(self._product(normed, self.model.lm_head, None, splits=False))
+        _, normed = self._normed(x_TC, delta, self.model.model.norm, self.model.lm_head, _NOTHING)
+        return self._finished(self._product(normed, self.model.lm_head, _NOTHING, splits=False))
+
+    def _embedded(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings [T, C], and RoPE's cosines and sines."""
+        rotary, elsewhere = self.model.model.rotary, None
+        if self.sharded is not None:
+            tokens, elsewhere = self.sharded.local(tokens)
+        weight = _weight(self.model.model.embed_tokens)
+        x, cos, sin = embed(tokens, positions, weight, rotary.inv_freq, rotary.attention_factor)
+        if self.sharded is not None and elsewhere is not None:
+            x = self.sharded.ranks.sum(x.masked_fill_(elsewhere, 0.0))
+        return x, cos, sin
+
+    def _summed(self, product: Tensor | Unscaled) -> Tensor | Unscaled:
+        """What a row shard's product is over all ranks, in parts [N, T, C] perhaps; the product itself if there is one
+        rank."""
+        if self.sharded is None:
+            return product
+        product = self._finished(product)
+        product = product if product.ndim == 2 else product.sum(dim=0).to(self.dtype)
+        return self.sharded.ranks.parts(product)
 
     def _normed(
-        self, x: Tensor, delta: Tensor | Unscaled | None, norm: nn.Module, reader: nn.Module, masked: Tensor | None
+        self, x: Tensor, delta: Tensor | Unscaled | None, norm: nn.Module, reader: nn.Module, beside: "_Beside"
     ) -> tuple[Tensor, Tensor | Fp8Rows]:
         """(x + delta, its norm as ``reader`` takes it)."""
-        return add_rms_norm(x, delta, _weight(norm), self.eps, _takes_fp8(reader, masked))
+        return add_rms_norm(x, delta, _weight(norm), self.eps, _takes_fp8(reader, beside))
 
     def _masked(self, x: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x with the masked rows' own embedding, and a column [T, 1] that is 1 at them and 0 elsewhere; None: no row
@@ -135,10 +175,9 @@ class FusedTransformer:
         return out if linear.bias is None else out + linear.get_parameter("bias")
 
     def _product(
-        self, x: Tensor | Fp8Rows, linear: nn.Module, masked: Tensor | None, splits: bool = True
+        self, x: Tensor | Fp8Rows, linear: nn.Module, beside: "_Beside", splits: bool = True
     ) -> Tensor | Unscaled:
-        """[T, N], or partial sums [P, T, N] where allowed, or what lacks its scales. ``masked``: the column of
-        ``_masked``."""
+        """[T, N], or partial sums [P, T, N] where allowed, or what lacks its scales."""
         base = base_layer(linear)
         if isinstance(base, Fp8Linear):
             out = self._fp8_product(x, base, splits)
@@ -146,12 +185,20 @@ class FusedTransformer:
             assert isinstance(x, Tensor)
             tiling = self._tiling(len(x), base, splits)
             out = base(x) if tiling is None else self._own_product(x, base, tiling)
-        if masked is None or base is linear:
+        if not beside.acts_on(linear):
             return out
         assert isinstance(x, Tensor)
         out = self._finished(out)
-        _add_delta(out if out.ndim == 2 else out[0], x, linear, masked)
+        whole = out if out.ndim == 2 else out[0]
+        _add_delta(whole, x, without_adapters(linear), beside.column)
+        if beside.others is not None and isinstance(linear, AdaptedLinear):
+            linear.add_to(whole, x, beside.others, self._low_rank if self.deterministic else None)
         return out
+
+    def _low_rank(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, K] by weight [N, K], added up in one order for any number of rows."""
+        tiling = replace(tiling_for(len(weight), weight.shape[1], weight.dtype), splits=1)
+        return few_rows_product(x, weight, fixed_tiling(tiling, len(x), weight.dtype), whole=True)
 
     def _fp8_product(self, x: Tensor | Fp8Rows, linear: Fp8Linear, splits: bool) -> Tensor | Unscaled:
         rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
@@ -165,22 +212,37 @@ class FusedTransformer:
         """The product with its scales multiplied in."""
         return multiply_scales(product, None, self.dtype) if isinstance(product, Unscaled) else product
 
-    def _gated(
-        self, x: Tensor | Fp8Rows, linear: nn.Module, masked: Tensor | None, quantizes: bool
-    ) -> Tensor | Fp8Rows:
+    def _gated(self, x: Tensor | Fp8Rows, linear: nn.Module, beside: "_Beside", quantizes: bool) -> Tensor | Fp8Rows:
         """silu of the product's first half times the second; in eight bits if that is how it is read."""
         base = base_layer(linear)
-        if isinstance(x, Tensor) and not quantizes and (masked is None or base is linear):
+        if isinstance(x, Tensor) and not quantizes and not beside.acts_on(linear):
             tiling = self._tiling(len(x), base, splits=False)
             if tiling is not None and base.bias is None:
                 return few_rows_product(x, _weight(base), tiling, gated=True)
-        return silu_mul(self._product(x, linear, masked, splits=False), quantizes, self.dtype)
+        return silu_mul(self._product(x, linear, beside, splits=False), quantizes, self.dtype)
 
 
-def _takes_fp8(linear: nn.Module, masked: Tensor | None) -> bool:
-    """Whether the product reads nothing but rounded rows. A LoRA for masked rows reads the rows as they are."""
-    base = base_layer(linear)
-    return isinstance(base, Fp8Linear) and (masked is None or base is linear)
+@dataclass(frozen=True)
+class _Beside:
+    """What is added to products. ``column`` [T, 1]: 1 at the rows that meet a LoRA for masked rows, 0 elsewhere;
+    ``others``: that of ``AdaptedRows``. None: no row meets any."""
+
+    column: Tensor | None
+    others: Tensor | None
+
+    def acts_on(self, linear: nn.Module) -> bool:
+        """Whether anything is added to this layer's product."""
+        if self.others is not None and isinstance(linear, AdaptedLinear):
+            return True
+        return self.column is not None and isinstance(without_adapters(linear), MaskedLora)
+
+
+_NOTHING = _Beside(None, None)
+
+
+def _takes_fp8(linear: nn.Module, beside: _Beside) -> bool:
+    """Whether the product reads nothing but rounded rows. What is beside it reads the rows as they are."""
+    return isinstance(base_layer(linear), Fp8Linear) and not beside.acts_on(linear)
 
 
 def _add_delta(out: Tensor, x: Tensor, linear: nn.Module, masked: Tensor | None) -> None:

@@ -12,9 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from wedlm.model.lora.row_factors import AdaptedLinear, AdaptedRows
+
 # Of a saved adapter: its peft_type, and the name of the tensor that masked rows start from.
 MASKED_TYPE, MASK_EMBEDDING = "MASKED_LORA", "model.mask_embedding"
 MaskedParts = tuple[dict[str, tuple[Tensor, Tensor]], Tensor | None]  # (A, scale · B) by weight; the mask's embedding
+Masked = Tensor | AdaptedRows | None  # which rows are masked, as above; or this and the adapter of each
 
 
 class MaskedLora(nn.Module):
@@ -68,13 +71,26 @@ class ZeroLora(nn.Module):
         return hidden.new_zeros(*hidden.shape[:-1], self.size)
 
 
-def linear(layer: nn.Module, x: Tensor, masked: Tensor | None) -> Tensor:
+def linear(layer: nn.Module, x: Tensor, masked: Masked) -> Tensor:
     """``layer`` applied to rows x [T, C], of which ``masked`` are masked."""
+    if isinstance(layer, AdaptedLinear):
+        y = linear(layer.base_layer, x, masked)
+        if isinstance(masked, AdaptedRows):
+            layer.add_to(y, x, masked.others)
+        return y
+    if isinstance(masked, AdaptedRows):
+        masked = masked.masked
     return layer(x, masked) if isinstance(layer, MaskedLora) else layer(x)
 
 
+def without_adapters(layer: nn.Module) -> nn.Module:
+    """The layer without the factors of adapters that are chosen by row."""
+    return layer.base_layer if isinstance(layer, AdaptedLinear) else layer
+
+
 def base_layer(layer: nn.Module) -> nn.Module:
-    """The layer without its LoRA."""
+    """The layer without anything beside its weight."""
+    layer = without_adapters(layer)
     return layer.base_layer if isinstance(layer, MaskedLora) else layer
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters (arXiv 2106.09685) in peft's format, merged into the weights. One model, one adapter.
+"""LoRA adapters (arXiv 2106.09685) in peft's format: merged into the weights, or as factors that are chosen by row.
 
 Those of masked rows (``masked_rows.py``) cannot be merged and stay next to the weights. They have a type and names of
-their own, so that programs that know only LoRA refuse them.
+their own, so that programs that know only LoRA refuse them. An adapter that has both is a LoRA with one of masked rows
+in its folder MASKED_FOLDER, trained on top of it.
 
 Only tensors and a JSON file are read; peft is not needed. Everything is checked before the first weight changes.
 """
@@ -28,10 +29,13 @@ from wedlm.model.formats.resolve import locate_adapter
 from wedlm.model.inference.layers import is_packed
 from wedlm.model.lora.masked_rows import MASK_EMBEDDING, MASKED_TYPE, MaskedParts, attach_masked_lora, has_masked_lora
 from wedlm.model.lora.packed_adapter import unpack
+from wedlm.model.lora.row_factors import RowFactors
+from wedlm.model.sharding import Shard
 from wedlm.model.transformer import Transformer
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+MASKED_FOLDER = "masked_rows"
 _PREFIX = "base_model.model."
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 # Keys of the config that do not change what a merged weight is: where training put the matrices (the tensors' names
@@ -83,9 +87,10 @@ class Adapter:
     masked_rows: bool = False
 
 
-def apply_adapter(model: Transformer, directory: str | Path) -> None:
+def apply_adapter(model: Transformer, directory: str | Path, shard: Shard | None = None) -> None:
     """Merge the adapter in ``directory`` into ``model``, in place: sums in float32, stored in the model's dtype. One of
-    masked rows is attached next to the weights, in the model's dtype.
+    masked rows is attached next to the weights, in the model's dtype. ``shard``: the part of a whole model that
+    ``model`` is; of the adapter, which is the whole's, it gets the same part.
 
     Raises CheckpointError, with the model unchanged, for an adapter that cannot be read, is of an unsupported kind or
     does not fit; ValueError for a packed model.
@@ -94,11 +99,23 @@ def apply_adapter(model: Transformer, directory: str | Path) -> None:
         raise ValueError("the model is packed for inference; expected one to which the adapter is applied before that")
     if has_masked_lora(model):
         raise ValueError("the model has an adapter of masked rows, which cannot be merged; expected one without")
-    adapter = read_adapter(directory)
-    _check_fit(adapter, model, Path(directory))
-    if adapter.masked_rows:
-        attach_masked_lora(model, *_masked_parts(adapter))
-        return
+    adapter, masked = _read_both(directory)
+    if shard is None:
+        whole = model
+    else:
+        with torch.device("meta"):
+            whole = Transformer(shard.whole)
+    for one in (adapter, masked):
+        if one is not None:
+            _check_fit(one, whole, Path(directory))
+    if adapter is not None:
+        _merge(model, adapter if shard is None else _shard_of(adapter, shard, whole))
+    if masked is not None:
+        masked = masked if shard is None else _shard_of(masked, shard, whole)
+        attach_masked_lora(model, *_masked_parts(masked))
+
+
+def _merge(model: Transformer, adapter: Adapter) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in adapter.whole.items():
@@ -111,23 +128,118 @@ def apply_adapter(model: Transformer, directory: str | Path) -> None:
             _add(parameters[name], delta)
 
 
+def _shard_of(adapter: Adapter, shard: Shard, whole: Transformer) -> Adapter:
+    """The part of an adapter of the ``whole`` model, on the meta device, that belongs to one rank."""
+    rows: dict[str, Rows] = {}
+    for name, one in adapter.rows.items():
+        here = shard.cut(name, tuple(whole.get_parameter(name).shape)).rows.indices(whole.get_parameter(name).shape[0])
+        own = [i for i, token in enumerate(one.ids) if here[0] <= token < here[1]]
+        if own:
+            rows[name] = Rows(tuple(one.ids[i] - here[0] for i in own), one.values[own])
+    return dataclasses.replace(
+        adapter,
+        whole={name: shard.cut(name, tuple(tensor.shape)).of(tensor) for name, tensor in adapter.whole.items()},
+        rows=rows,
+        low_rank={
+            name: LowRank(*shard.low_rank(name, one.a, one.b), one.scale) for name, one in adapter.low_rank.items()
+        },
+    )
+
+
 def read_masked_adapter(directory: str | Path, config: ModelConfig) -> MaskedParts | None:
-    """The adapter in ``directory`` as ``attach_masked_lora`` takes it; None if it is not one of masked rows.
+    """The adapter in ``directory`` as ``attach_masked_lora`` takes it; None if it is not one of masked rows alone.
 
     Raises CheckpointError for one that cannot be read, or does not fit a model of ``config``.
     """
-    adapter = read_adapter(directory)
-    if not adapter.masked_rows:
+    adapter, masked = _read_both(directory)
+    if adapter is not None or masked is None:
         return None
+    _check_fit(masked, _shape_of(config), Path(directory))
+    return _masked_parts(masked)
+
+
+def read_row_factors(directory: str | Path, config: ModelConfig, max_rank: int) -> RowFactors:
+    """The adapter in ``directory`` as factors that are chosen by row, on the CPU.
+
+    Raises CheckpointError for one that cannot be read, does not fit a model of ``config``, changes more than linear
+    layers, or has a rank above ``max_rank``: its kinds' largest ones, added up. Files that would hold more than that
+    are not read.
+    """
+    directory, model = locate_adapter(directory), _shape_of(config)
+    matrices = [weight.shape for name, weight in model.named_parameters() if _is_layers_matrix(name, weight)]
+    most = 2**20 + 4 * max_rank * sum(map(sum, matrices)) + 4 * config.hidden_size
+    folders = (directory, directory / MASKED_FOLDER)
+    size = sum(path.stat().st_size for one in folders if (path := one / WEIGHTS_FILE).is_file())
+    if size > most:
+        raise CheckpointError(
+            f"{directory} has {size} bytes of weights; expected at most {most}, an adapter of rank {max_rank} "
+            "(max_adapter_rank)"
+        )
+    adapter, masked = _read_both(directory)
+    for one in (adapter, masked):
+        if one is not None:
+            _check_fit(one, model, directory)
+    if adapter is not None:
+        _check_by_row(adapter, model, directory)
+    noted = adapted_config(dataclasses.replace(config, mask_token_id=None, block_size=None), directory)
+    factors = RowFactors(
+        every={} if adapter is None else _matrices(adapter),
+        masked={} if masked is None else _matrices(masked),
+        mask_embedding=None if masked is None else masked.whole.get(MASK_EMBEDDING),
+        mask_token_id=noted.mask_token_id,
+        block_size=noted.block_size,
+    )
+    if factors.rank > max_rank:
+        raise CheckpointError(f"{directory} has rank {factors.rank}; expected at most {max_rank} (max_adapter_rank)")
+    return factors
+
+
+def _shape_of(config: ModelConfig) -> Transformer:
     with torch.device("meta"):
-        model = Transformer(config)
-    _check_fit(adapter, model, Path(directory))
-    return _masked_parts(adapter)
+        return Transformer(config)
+
+
+def _is_layers_matrix(name: str, weight: Tensor) -> bool:
+    return name.startswith("model.layers.") and weight.dim() == 2
+
+
+def _check_by_row(adapter: Adapter, model: Transformer, origin: Path) -> None:
+    """CheckpointError if the adapter changes anything but the layers' matrices by low-rank sums."""
+    whole = [*adapter.whole, *adapter.rows]
+    known = {name for name, weight in model.named_parameters() if _is_layers_matrix(name, weight)}
+    other = min([*whole, *(adapter.low_rank.keys() - known)], default=None)
+    if other is not None:
+        raise CheckpointError(
+            f"{origin} changes {other}, which cannot differ from row to row; expected a LoRA of the layers' "
+            "projections alone, or the adapter merged (adapter=DIR)"
+        )
+
+
+def _read_both(directory: str | Path) -> tuple[Adapter | None, Adapter | None]:
+    """(the LoRA, the adapter of masked rows) in a directory that has one of these or both. CheckpointError."""
+    directory = locate_adapter(directory)
+    adapter, folder = read_adapter(directory), directory / MASKED_FOLDER
+    if not folder.is_dir():
+        return (None, adapter) if adapter.masked_rows else (adapter, None)
+    masked = read_adapter(folder)
+    if adapter.masked_rows or not masked.masked_rows:
+        raise CheckpointError(
+            f"{directory} has the type {_type_of(adapter)} and its folder {MASKED_FOLDER} {_type_of(masked)}; expected "
+            f"LORA and {MASKED_TYPE}"
+        )
+    return adapter, masked
+
+
+def _type_of(adapter: Adapter) -> str:
+    return MASKED_TYPE if adapter.masked_rows else "LORA"
+
+
+def _matrices(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (delta.a, delta.scale * delta.b.float()) for name, delta in adapter.low_rank.items()}
 
 
 def _masked_parts(adapter: Adapter) -> MaskedParts:
-    matrices = {name: (delta.a, delta.scale * delta.b.float()) for name, delta in adapter.low_rank.items()}
-    return matrices, adapter.whole.get(MASK_EMBEDDING)
+    return _matrices(adapter), adapter.whole.get(MASK_EMBEDDING)
 
 
 def adapted_config(config: ModelConfig, directory: str | Path) -> ModelConfig:
@@ -136,8 +248,13 @@ def adapted_config(config: ModelConfig, directory: str | Path) -> ModelConfig:
     An adapter of another origin notes none, and the config stays as it is. Raises CheckpointError.
     """
     directory = locate_adapter(directory)
-    if not (directory / "config.json").is_file():
-        return config
+    for folder in (directory, directory / MASKED_FOLDER):
+        if (folder / "config.json").is_file():
+            config = _with_noted(config, folder)
+    return config
+
+
+def _with_noted(config: ModelConfig, directory: Path) -> ModelConfig:
     noted = read_config(directory)
     if (noted.model_type, noted.hidden_size, noted.num_layers) != (
         config.model_type,

@@ -32,7 +32,7 @@ int32_t guarded(char* error, int64_t size, const Body& body) {
 
 }  // namespace
 
-int32_t wedlm_abi_version(void) { return 5; }
+int32_t wedlm_abi_version(void) { return 6; }
 
 int32_t wedlm_physical_cores(void) { return wedlm::physical_cores(); }
 
@@ -70,10 +70,17 @@ int32_t wedlm_model_set_vector(WedlmModel* model, int32_t layer, int32_t which, 
   return guarded(error, error_size, [&] { model->model.set_vector(layer, which, size, data); });
 }
 
-int32_t wedlm_model_set_masked(WedlmModel* model, int32_t layer, int32_t which, int32_t format, int32_t rank, const void* a,
-                               const float* a_scale, const void* b, const float* b_scale, char* error, int64_t error_size) {
-  return guarded(error, error_size, [&] { model->model.set_masked(layer, which, format, rank, a, a_scale, b, b_scale); });
+int32_t wedlm_model_set_factors(WedlmModel* model, int32_t factors, int32_t layer, int32_t which, int32_t format, int32_t rank,
+                                const void* a, const float* a_scale, const void* b, const float* b_scale, char* error,
+                                int64_t error_size) {
+  return guarded(error, error_size, [&] { model->model.set_factors(factors, layer, which, format, rank, a, a_scale, b, b_scale); });
 }
+
+int32_t wedlm_model_set_start(WedlmModel* model, int32_t factors, int64_t size, const float* data, char* error, int64_t error_size) {
+  return guarded(error, error_size, [&] { model->model.set_start(factors, size, data); });
+}
+
+void wedlm_model_drop_factors(WedlmModel* model, int32_t factors) { model->model.drop_factors(factors); }
 
 void wedlm_model_tie(WedlmModel* model) { model->model.tie(); }
 

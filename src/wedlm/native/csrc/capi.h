@@ -21,8 +21,7 @@ typedef struct {
 enum {
   WEDLM_Q, WEDLM_K, WEDLM_V, WEDLM_O, WEDLM_GATE, WEDLM_UP, WEDLM_DOWN, WEDLM_EMBEDDING, WEDLM_HEAD,
   WEDLM_Q_BIAS, WEDLM_K_BIAS, WEDLM_V_BIAS, WEDLM_O_BIAS, WEDLM_GATE_BIAS, WEDLM_UP_BIAS, WEDLM_DOWN_BIAS,
-  WEDLM_INPUT_NORM, WEDLM_POST_NORM, WEDLM_Q_NORM, WEDLM_K_NORM, WEDLM_FINAL_NORM,
-  WEDLM_MASK_EMBEDDING /* what masked rows start from, if it is set */
+  WEDLM_INPUT_NORM, WEDLM_POST_NORM, WEDLM_Q_NORM, WEDLM_K_NORM, WEDLM_FINAL_NORM
 };
 
 /* One forward: rows of several sequences, packed. All arrays are the caller's. */
@@ -33,7 +32,8 @@ typedef struct {
   const int32_t* pages;               /* of all sequences, one after the other */
   const int64_t* page_offsets;        /* [num_sequences + 1] */
   const int64_t *shared, *own_start;  /* [num_rows], or both null: plain causal order */
-  const uint8_t* masked;              /* [num_rows], or null: none; matters to an adapter of masked rows */
+  const int32_t* factors;             /* [num_rows], or null: none; twice the slot of the row's adapter, 0 for none, and one
+                                         more for a masked row */
   void *keys, *values;                /* [layers, num_slots, kv heads, head_dim] */
   float *key_scale, *value_scale;     /* of each head in eight bits: [layers, num_slots, kv heads] */
   int32_t cache_type;                 /* 0 float32, 1 bfloat16, 2 int8 */
@@ -66,10 +66,15 @@ WEDLM_EXPORT int32_t wedlm_model_set_matrix(WedlmModel* model, int32_t layer, in
                                             int32_t cols, const void* data, const float* scale, char* error, int64_t error_size);
 WEDLM_EXPORT int32_t wedlm_model_set_vector(WedlmModel* model, int32_t layer, int32_t which, int64_t size, const float* data,
                                             char* error, int64_t error_size);
-/* What masked rows get beside a layer's matrix `which` [O, C]: B A x, A [rank, C] and B [O, rank] in one format. */
-WEDLM_EXPORT int32_t wedlm_model_set_masked(WedlmModel* model, int32_t layer, int32_t which, int32_t format, int32_t rank,
-                                            const void* a, const float* a_scale, const void* b, const float* b_scale,
-                                            char* error, int64_t error_size);
+/* What rows of `factors` get beside a layer's matrix `which` [O, C]: B A x, A [rank, C] and B [O, rank] in one format.
+   Masked rows of an adapter that has nothing for them alone get what its other rows do. */
+WEDLM_EXPORT int32_t wedlm_model_set_factors(WedlmModel* model, int32_t factors, int32_t layer, int32_t which, int32_t format,
+                                             int32_t rank, const void* a, const float* a_scale, const void* b,
+                                             const float* b_scale, char* error, int64_t error_size);
+/* What those rows start from in place of their token's embedding: [size], the hidden size. */
+WEDLM_EXPORT int32_t wedlm_model_set_start(WedlmModel* model, int32_t factors, int64_t size, const float* data, char* error,
+                                           int64_t error_size);
+WEDLM_EXPORT void wedlm_model_drop_factors(WedlmModel* model, int32_t factors);
 /* The head is the embedding's matrix. */
 WEDLM_EXPORT void wedlm_model_tie(WedlmModel* model);
 WEDLM_EXPORT int64_t wedlm_model_bytes(const WedlmModel* model);

@@ -57,7 +57,7 @@ struct WedlmDecoder {
   // Rows of the forward, and those with logits.
   std::vector<int64_t> row_token, row_position, row_shared, row_own, starts, counts, page_offsets;
   std::vector<int32_t> pages;
-  std::vector<uint8_t> row_masked;
+  std::vector<int32_t> row_factors;
   std::vector<int64_t> logits_rows, sequence, column, target, token, banned, banned_offsets;
   std::vector<int64_t> top_tokens;
   std::vector<float> token_logit, row_entropy, logsumexp, logits, raw, top_logprobs;
@@ -90,7 +90,7 @@ struct WedlmDecoder {
     for (auto* each : {&row_token, &row_position, &row_shared, &row_own, &starts, &counts, &logits_rows, &sequence, &column, &target, &banned})
       each->clear();
     pages.clear();
-    row_masked.clear();
+    row_factors.clear();
     page_offsets.assign(1, 0);
     banned_offsets.assign(1, 0);
     bool hides = false;
@@ -98,8 +98,9 @@ struct WedlmDecoder {
     const int64_t *token_of = step.chunk_tokens, *position_of = step.chunk_positions;
     for (int64_t c = 0; c < step.num_chunks; c++) {
       int64_t start = step.chunk_starts[c], many = step.chunk_counts[c];
-      add_sequence(step, step.slot[step.num_windows + c], start, many);
-      for (int64_t i = 0; i < many; i++) add_row(*token_of++, *position_of++, 0, 0, false);
+      int64_t slot = step.slot[step.num_windows + c];
+      add_sequence(step, slot, start, many);
+      for (int64_t i = 0; i < many; i++) add_row(*token_of++, *position_of++, 0, 0, 2 * step.slots->adapter[slot]);
     }
     return hides;
   }
@@ -113,9 +114,9 @@ struct WedlmDecoder {
     page_offsets.push_back(static_cast<int64_t>(pages.size()));
   }
 
-  void add_row(int64_t token_id, int64_t position, int64_t sees, int64_t own, bool is_masked) {
+  void add_row(int64_t token_id, int64_t position, int64_t sees, int64_t own, int32_t factors) {
     row_token.push_back(token_id);
-    row_masked.push_back(is_masked);
+    row_factors.push_back(factors);
     row_position.push_back(position);
     row_shared.push_back(sees);
     row_own.push_back(own);
@@ -155,7 +156,7 @@ struct WedlmDecoder {
         bool is_next = own.is_causal && c == moved;
         if (!filled_ones || own.is_verified)
           add_choice(own, is_next ? first_row + moved - 1 : static_cast<int64_t>(row_token.size()), s, c, first + offset + filled_ones);
-        add_row(filled_ones ? tokens[static_cast<size_t>(s * capacity + c)] : mask_token_id, first + offset, sees, own_start, !filled_ones);
+        add_row(filled_ones ? tokens[static_cast<size_t>(s * capacity + c)] : mask_token_id, first + offset, sees, own_start, 2 * step.slots->adapter[step.slot[s]] + !filled_ones);
       }
     return hides;
   }
@@ -224,7 +225,7 @@ struct WedlmDecoder {
     one.starts = starts.data(), one.counts = counts.data();
     one.pages = pages.data(), one.page_offsets = page_offsets.data();
     if (hides) one.shared = row_shared.data(), one.own_start = row_own.data();
-    one.masked = row_masked.data();
+    one.factors = row_factors.data();
     one.keys = step.keys, one.values = step.values;
     one.key_scale = step.key_scale, one.value_scale = step.value_scale;
     one.cache_type = step.cache_type, one.page_size = step.page_size, one.num_slots = step.num_slots;

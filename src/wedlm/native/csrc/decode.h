@@ -36,6 +36,7 @@ typedef struct {
   const WedlmWindowParams* params;
   const int32_t* pages;  /* [num_slots, max_pages] */
   const int64_t* num_pages;
+  const int32_t* adapter; /* slots of adapters, 0 for none */
 } WedlmSlots;
 
 /* One step: windows, then chunks. Memory of what is asked for is the caller's, of what is told the decoder's until its

@@ -30,11 +30,21 @@ struct Model::Rows {
   int64_t begin = 0, count = 0;
   std::vector<Part> parts;
   std::vector<int64_t> slot;  // of each row
-  struct Run {  // consecutive masked rows
+  struct Run {  // consecutive rows with the same factors
     int64_t begin, end;
+    Factors* factors;
   };
-  std::vector<Run> masked;  // those that an adapter acts on
+  std::vector<Run> runs;  // of those that have some
 };
+
+// What a row of the step gets beside the weights; null: nothing.
+Factors* Model::factors_of(const WedlmStep& step, int64_t row) const {
+  if (!step.factors) return nullptr;
+  auto at = [&](int32_t number) { return static_cast<size_t>(number) < factors_.size() ? factors_[static_cast<size_t>(number)].get() : nullptr; };
+  int32_t number = step.factors[row];
+  Factors* own = at(number);
+  return own || number % 2 == 0 ? own : at(number - 1);
+}
 
 void Model::check(const WedlmStep& step) const {
   int64_t rows = 0;
@@ -52,6 +62,7 @@ void Model::check(const WedlmStep& step) const {
   for (int64_t i = 0; i < rows; i++) {
     if (step.tokens[i] < 0 || step.tokens[i] >= shape_.vocab_size)
       throw Error("a token is " + number(step.tokens[i]) + "; expected 0 to " + number(shape_.vocab_size - 1));
+    if (step.factors && step.factors[i] < 0) throw Error("a row's factors are " + number(step.factors[i]) + "; expected no negative number");
     if (step.positions[i] < 0 || step.positions[i] >= step.num_positions)
       throw Error("a position is " + number(step.positions[i]) + "; expected 0 to " + number(step.num_positions - 1));
   }
@@ -76,15 +87,12 @@ void Model::reserve(int64_t rows) {
   auto uses = [&](std::initializer_list<const Projection Layer::*> members, InputKind kind) {
     auto reads = [&](const Weights& weights) { return format_info(weights.matrix.format)->input == kind; };
     return std::any_of(layers_.begin(), layers_.end(), [&](const Layer& layer) {
-      return std::any_of(members.begin(), members.end(), [&](auto member) {
-        const Projection& one = layer.*member;
-        return reads(one) || (one.has_masked() && reads(one.a));
-      });
+      return std::any_of(members.begin(), members.end(), [&](auto member) { return reads(layer.*member); });
     });
   };
   auto inputs = [&](Inputs& to, int64_t cols, std::initializer_list<const Projection Layer::*> members, const Weights* also) {
     auto kind = [&](InputKind k) { return uses(members, k) || (also && format_info(also->matrix.format)->input == k); };
-    to.reserve(rows, cols, kind(InputKind::kFloat), kind(InputKind::kInt8Blocks));
+    to.reserve(rows, cols, reads_floats_ || kind(InputKind::kFloat), reads_blocks_ || kind(InputKind::kInt8Blocks));
   };
   x_.reserve(rows * hidden_);
   normed_.reserve(rows * hidden_);
@@ -103,17 +111,17 @@ void Model::reserve(int64_t rows) {
     scratch.reserve(std::max({rows * kHeadOutputs, rows * panels * kPanel, rows * round_up(most_rank_, kPanel), attention_scratch(queries, shape_.head_dim)}));
 }
 
-// A x of the masked rows among those from `begin` to `end`, for the projections that read x.
+// A x of the rows with factors among those from `begin` to `end`, for the projections that read x.
 void Model::lower(std::initializer_list<const Projection*> projections, const Input& x, const Rows& rows, int64_t begin, int64_t end,
                   float* scratch) {
-  for (const Rows::Run& run : rows.masked) {
+  for (const Rows::Run& run : rows.runs) {
     int64_t first = std::max(begin, run.begin), count = std::min(end, run.end) - first;
     if (count <= 0) continue;
-    Inputs* low = low_;
+    Inputs* low = run.factors->low;
     for (const Projection* projection : projections) {
       Inputs& to = *low++;
-      if (!projection->has_masked()) continue;
-      const Matrix& a = projection->a.matrix;
+      const Matrix& a = run.factors->pairs[projection->number].a.matrix;
+      if (!a.data) continue;
       int64_t width = int64_t{a.panels()} * kPanel;
       kernels_.product(a, x.from(first, a.cols), static_cast<int32_t>(count), 0, a.panels(), scratch, width, false);
       for (int64_t i = 0; i < count; i++) to.put(kernels_, first + i, scratch + i * width);
@@ -121,18 +129,21 @@ void Model::lower(std::initializer_list<const Projection*> projections, const In
   }
 }
 
-// Adds B A x to the masked rows' outputs of panels `begin` to `end`, of which y is row 0's first.
-void Model::add_masked(const Projection& projection, const Inputs& low, const Rows& rows, int32_t begin, int32_t end, float* y, int64_t stride) const {
-  const Matrix& b = projection.b.matrix;
-  for (const Rows::Run& run : rows.masked)
-    if (projection.has_masked())
-      kernels_.product(b, low.view().from(run.begin, b.cols), static_cast<int32_t>(run.end - run.begin), begin, end, y + run.begin * stride, stride, true);
+// Adds B A x to the outputs, of panels `begin` to `end`, of the rows with factors; y is row 0's first. `place`: of the
+// projection among those that run together.
+void Model::add_factors(const Projection& projection, int32_t place, const Rows& rows, int32_t begin, int32_t end, float* y, int64_t stride) const {
+  for (const Rows::Run& run : rows.runs) {
+    const Matrix& b = run.factors->pairs[projection.number].b.matrix;
+    if (!b.data) continue;
+    Input low = run.factors->low[place].view().from(run.begin, b.cols);
+    kernels_.product(b, low, static_cast<int32_t>(run.end - run.begin), begin, end, y + run.begin * stride, stride, true);
+  }
 }
 
 void Model::products(std::initializer_list<const Projection*> projections, std::initializer_list<float*> outputs, const Input& x, const Rows& rows) {
   struct Piece {
     const Projection* projection;
-    const Inputs* low;
+    int32_t place;
     float* out;
     int32_t begin, end;
   };
@@ -141,12 +152,12 @@ void Model::products(std::initializer_list<const Projection*> projections, std::
   int32_t each = panels_per_piece(panels, threads_);
   std::vector<Piece> pieces;
   auto out = outputs.begin();
-  const Inputs* low = low_;
+  int32_t place = 0;
   for (const Projection* one : projections) {
     for (int32_t p = 0; p < one->matrix.panels(); p += each)
-      pieces.push_back({one, low, *out, p, std::min(p + each, one->matrix.panels())});
+      pieces.push_back({one, place, *out, p, std::min(p + each, one->matrix.panels())});
     ++out;
-    ++low;
+    ++place;
   }
   pool_->run(static_cast<int32_t>(pieces.size()), [&](int32_t i, int) {
     const Piece& piece = pieces[static_cast<size_t>(i)];
@@ -155,7 +166,7 @@ void Model::products(std::initializer_list<const Projection*> projections, std::
     kernels_.product(matrix, x, static_cast<int32_t>(rows.count), piece.begin, piece.end, piece.out + at, stride, false);
     if (piece.projection->has_bias)
       for (int64_t row = 0; row < rows.count; row++) kernels_.add(piece.out + row * stride + at, piece.projection->bias.data() + at, width);
-    add_masked(*piece.projection, *piece.low, rows, piece.begin, piece.end, piece.out + at, stride);
+    add_factors(*piece.projection, piece.place, rows, piece.begin, piece.end, piece.out + at, stride);
   });
 }
 
@@ -169,7 +180,7 @@ void Model::add_product(const Projection& projection, const Input& x, const Rows
     kernels_.product(matrix, x, static_cast<int32_t>(rows.count), begin, end, y, width, false);
     if (projection.has_bias)
       for (int64_t row = 0; row < rows.count; row++) kernels_.add(y + row * width, projection.bias.data() + at, width);
-    add_masked(projection, low_[0], rows, begin, end, y, width);
+    add_factors(projection, 0, rows, begin, end, y, width);
     for (int64_t row = 0; row < rows.count; row++) kernels_.add(x_.data() + row * hidden_ + at, y + row * width, width);
   });
 }
@@ -187,8 +198,8 @@ void Model::gated_product(const Layer& layer, const Input& x, const Rows& rows) 
       if (layer.gate.has_bias) kernels_.add(gate + row * inner_, layer.gate.bias.data() + at, width);
       if (layer.up.has_bias) kernels_.add(up + row * width, layer.up.bias.data() + at, width);
     }
-    add_masked(layer.gate, low_[0], rows, begin, end, gate, inner_);
-    add_masked(layer.up, low_[1], rows, begin, end, up, width);
+    add_factors(layer.gate, 0, rows, begin, end, gate, inner_);
+    add_factors(layer.up, 1, rows, begin, end, up, width);
     for (int64_t row = 0; row < rows.count; row++) {
       kernels_.silu_mul(gate + row * inner_, up + row * width, width);
       inner_inputs_.put(kernels_, row, at, std::min(width, shape_.intermediate_size - at), gate + row * inner_);
@@ -274,7 +285,7 @@ void Model::run_rows(const WedlmStep& step, const Rows& rows) {
   // Pieces of rows: body(first row, end, thread).
   auto each_rows = [&](auto body) {
     // A row alone takes a microsecond, less than handing it over.
-    int64_t most = rows.masked.empty() ? count : (count + kMaskedRows - 1) / kMaskedRows;
+    int64_t most = rows.runs.empty() ? count : (count + kMaskedRows - 1) / kMaskedRows;
     auto pieces = static_cast<int32_t>(std::min<int64_t>(count >= 4 ? threads_ * kPiecesPerThread : 1, most));
     pool_->run(pieces, [&](int32_t piece, int thread) { body(count * piece / pieces, count * (piece + 1) / pieces, thread); });
   };
@@ -283,15 +294,18 @@ void Model::run_rows(const WedlmStep& step, const Rows& rows) {
       for (int64_t row = begin; row < end; row++) body(row);
     });
   };
-  // Fills `inputs` row by row by `put`, and lowers masked rows for the projections that read them.
+  // Fills `inputs` row by row by `put`, and lowers rows with factors for the projections that read them.
   auto inputs = [&](const Inputs& to, std::initializer_list<const Projection*> readers, auto put) {
-    Inputs* low = low_;
-    for (const Projection* reader : readers) {
-      const Matrix& b = reader->b.matrix;
-      InputKind kind = format_info(b.format)->input;
-      if (!rows.masked.empty() && reader->has_masked())
-        low->reserve(count, b.cols, kind == InputKind::kFloat, kind == InputKind::kInt8Blocks);
-      low++;
+    for (const Rows::Run& run : rows.runs) {
+      Inputs* low = run.factors->low;
+      for (const Projection* reader : readers) {
+        const Matrix& b = run.factors->pairs[reader->number].b.matrix;
+        if (b.data) {
+          InputKind kind = format_info(b.format)->input;
+          low->reserve(count, b.cols, kind == InputKind::kFloat, kind == InputKind::kInt8Blocks);
+        }
+        low++;
+      }
     }
     each_rows([&](int64_t begin, int64_t end, int thread) {
       for (int64_t row = begin; row < end; row++) put(row);
@@ -313,8 +327,9 @@ void Model::run_rows(const WedlmStep& step, const Rows& rows) {
   };
   auto embed = [&](int64_t row) {
     float* x = x_.data() + row * hidden_;
-    if (has_mask_embedding_ && step.masked && step.masked[rows.begin + row])
-      std::memcpy(x, mask_embedding_.data(), static_cast<size_t>(shape_.hidden_size) * 4);
+    const Factors* own = factors_of(step, rows.begin + row);
+    if (own && own->has_start)
+      std::memcpy(x, own->start.data(), static_cast<size_t>(shape_.hidden_size) * 4);
     else
       unpack_row(embedding_.matrix, static_cast<int32_t>(step.tokens[rows.begin + row]), x);
   };
@@ -331,7 +346,7 @@ void Model::run_rows(const WedlmStep& step, const Rows& rows) {
     part("o", [&] { add_product(layer.o, x, rows); });
     x = part("norms and inputs", [&] { return normed(layer.post_norm, {&layer.gate, &layer.up}); });
     part("gate, up", [&] { gated_product(layer, x, rows); });
-    if (!rows.masked.empty() && layer.down.has_masked())
+    if (!rows.runs.empty())
       part("norms and inputs", [&] { inputs(inner_inputs_, {&layer.down}, [](int64_t) {}); });
     part("down", [&] { add_product(layer.down, inner_inputs_.view(), rows); });
   }
@@ -422,10 +437,11 @@ void Model::forward(const WedlmStep& step) {
       row += count;
       first_row += count;
     }
-    for (int64_t row = 0; most_rank_ && step.masked && row < rows.count; row++) {
-      if (!step.masked[begin + row]) continue;
-      if (rows.masked.empty() || rows.masked.back().end < row) rows.masked.push_back({row, row});
-      rows.masked.back().end = row + 1;
+    for (int64_t row = 0; row < rows.count; row++) {
+      Factors* own = factors_of(step, begin + row);
+      if (!own) continue;
+      if (rows.runs.empty() || rows.runs.back().end < row || rows.runs.back().factors != own) rows.runs.push_back({row, row, own});
+      rows.runs.back().end = row + 1;
     }
     run_rows(step, rows);
     std::vector<int64_t> wanted, at;

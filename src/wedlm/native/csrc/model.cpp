@@ -12,6 +12,9 @@ namespace wedlm {
 
 namespace {
 
+constexpr int32_t kMostFactors = 1 << 16;
+constexpr int64_t kSmallBytes = 1 << 16;  // packed sooner than handed over to other threads
+
 std::string number(int64_t n) { return std::to_string(n); }
 
 }  // namespace
@@ -83,7 +86,11 @@ Model::Model(const WedlmShape& shape, const Kernels& kernels, int threads)
       q_width_(round_up(int64_t{shape.num_heads} * shape.head_dim, kPanel)),
       kv_width_(round_up(int64_t{shape.num_kv_heads} * shape.head_dim, kPanel)),
       inner_(round_up(shape.intermediate_size, kPanel)),
-      scratch_(static_cast<size_t>(threads)) {}
+      scratch_(static_cast<size_t>(threads)) {
+  size_t number = 0;
+  for (Layer& layer : layers_)
+    for (Projection* one : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) one->number = number++;
+}
 
 Projection& Model::projection_of(int32_t layer, int32_t which, int32_t& rows, int32_t& cols) {
   int32_t hidden = shape_.hidden_size, inner = shape_.intermediate_size;
@@ -117,10 +124,6 @@ Buffer<float>& Model::vector_of(int32_t layer, int32_t which, int64_t& size, boo
   present = &always;
   size = shape_.hidden_size;
   if (layer == -1 && which == WEDLM_FINAL_NORM) return final_norm_;
-  if (layer == -1 && which == WEDLM_MASK_EMBEDDING) {
-    present = &has_mask_embedding_;
-    return mask_embedding_;
-  }
   if (layer >= 0 && layer < shape_.num_layers) {
     Layer& own = layers_[static_cast<size_t>(layer)];
     if (which == WEDLM_INPUT_NORM) return own.input_norm;
@@ -146,20 +149,49 @@ void Model::set_matrix(int32_t layer, int32_t which, int32_t format, int32_t row
   Weights& weights = matrix_of(layer, which, expected_rows, expected_cols);
   if (rows != expected_rows || cols != expected_cols)
     throw Error("a matrix is " + number(rows) + " x " + number(cols) + "; expected " + number(expected_rows) + " x " + number(expected_cols));
-  fill(weights, format, rows, cols, data, scale);
+  fill(weights, arena_, format, rows, cols, data, scale);
 }
 
-void Model::set_masked(int32_t layer, int32_t which, int32_t format, int32_t rank, const void* a, const float* a_scale, const void* b,
-                       const float* b_scale) {
+Factors& Model::factors_at(int32_t number) {
+  if (number < 0 || number > kMostFactors) throw Error("factors have the number " + std::to_string(number) + "; expected 0 to " + std::to_string(kMostFactors));
+  auto at = static_cast<size_t>(number);
+  if (factors_.size() <= at) factors_.resize(at + 1);
+  if (!factors_[at]) {
+    factors_[at] = std::make_unique<Factors>();
+    factors_[at]->pairs.resize(layers_.size() * kProjections);
+  }
+  return *factors_[at];
+}
+
+void Model::set_factors(int32_t factors, int32_t layer, int32_t which, int32_t format, int32_t rank, const void* a, const float* a_scale,
+                        const void* b, const float* b_scale) {
   int32_t rows, cols;
-  Projection& projection = projection_of(layer, which, rows, cols);
+  const Projection& projection = projection_of(layer, which, rows, cols);
   if (rank < 1) throw Error("the rank is " + number(rank) + "; expected at least 1");
-  fill(projection.a, format, rank, cols, a, a_scale);
-  fill(projection.b, format, rows, rank, b, b_scale);
+  Factors& own = factors_at(factors);
+  Factors::Pair& pair = own.pairs[projection.number];
+  fill(pair.a, own.arena, format, rank, cols, a, a_scale);
+  fill(pair.b, own.arena, format, rows, rank, b, b_scale);
   most_rank_ = std::max(most_rank_, rank);
+  bool floats = format_info(format)->input == InputKind::kFloat;
+  reads_floats_ = reads_floats_ || floats;
+  reads_blocks_ = reads_blocks_ || !floats;
 }
 
-void Model::fill(Weights& weights, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale) {
+void Model::set_start(int32_t factors, int64_t size, const float* data) {
+  if (size != shape_.hidden_size) throw Error("a vector has " + number(size) + " entries; expected " + number(shape_.hidden_size));
+  Factors& own = factors_at(factors);
+  own.start.reserve(size);
+  std::memcpy(own.start.data(), data, static_cast<size_t>(size) * 4);
+  own.has_start = true;
+}
+
+void Model::drop_factors(int32_t factors) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (factors >= 0 && static_cast<size_t>(factors) < factors_.size()) factors_[static_cast<size_t>(factors)].reset();
+}
+
+void Model::fill(Weights& weights, Arena& arena, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale) {
   const FormatInfo* info = format_info(format);
   if (!info) throw Error("weight format " + number(format) + " is not supported");
   if (format != INT8 && cols % info->block)
@@ -169,7 +201,7 @@ void Model::fill(Weights& weights, int32_t format, int32_t rows, int32_t cols, c
   matrix.rows = rows;
   matrix.cols = cols;
   matrix.panel_bytes = source_bytes(format, kPanel, format == INT8 ? round_up(cols, 32) : cols);
-  matrix.data = arena_.take(matrix.bytes());
+  matrix.data = arena.take(matrix.bytes());
   if (format == INT8) {
     weights.scale.reserve(int64_t{matrix.panels()} * kPanel);
     matrix.scale = weights.scale.data();
@@ -177,7 +209,7 @@ void Model::fill(Weights& weights, int32_t format, int32_t rows, int32_t cols, c
   }
   std::lock_guard<std::mutex> lock(mutex_);
   restart_after_fork();
-  int32_t panels = matrix.panels(), each = panels_per_piece(panels, threads_);
+  int32_t panels = matrix.panels(), each = matrix.bytes() < kSmallBytes ? panels : panels_per_piece(panels, threads_);
   pool_->run((panels + each - 1) / each, [&](int32_t i, int) {
     pack(matrix, static_cast<const uint8_t*>(data), i * each, std::min((i + 1) * each, panels));
   });
@@ -200,9 +232,12 @@ int64_t Model::bytes() const {
   add(head_);
   for (const Layer& layer : layers_) {
     for (const Projection* one : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
-      for (const Weights* weights : {static_cast<const Weights*>(one), &one->a, &one->b}) add(*weights);
+      add(*one);
     total += layer.input_norm.bytes() + layer.post_norm.bytes() + layer.q_norm.bytes() + layer.k_norm.bytes();
   }
+  for (const auto& factors : factors_)
+    if (factors)
+      for (const Factors::Pair& pair : factors->pairs) add(pair.a), add(pair.b);
   return total;
 }
 

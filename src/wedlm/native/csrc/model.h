@@ -69,9 +69,10 @@ struct Weights {  // a matrix and its bias (padded to panels; empty: none)
 };
 
 struct Projection : Weights {
-  Weights a, b;  // of masked rows: b a x is added to their outputs
-  bool has_masked() const { return a.matrix.data != nullptr; }
+  size_t number = 0;  // of all layers' projections
 };
+
+constexpr int32_t kProjections = 7;  // of a layer
 
 struct Layer {
   Projection q, k, v, o, gate, up, down;
@@ -96,6 +97,19 @@ class Inputs {
   Buffer<int32_t> minus32_, minus16_;
 };
 
+// What some rows get beside the weights: b a x is added to their outputs of a projection. Memory of its own, which goes
+// with it.
+struct Factors {
+  struct Pair {
+    Weights a, b;
+  };
+  Arena arena;
+  std::vector<Pair> pairs;  // by the projection's number; without data: nothing is added there
+  Buffer<float> start;      // what the rows start from, if it is set
+  bool has_start = false;
+  Inputs low[3];  // a x of the rows, of the projections that run together
+};
+
 // Panels of a piece of work, a multiple of `step`; several for each thread, so that one that is late delays little.
 inline int32_t panels_per_piece(int32_t panels, int threads, int32_t step = 1) {
   constexpr int32_t kPiecesPerThread = 4;
@@ -108,8 +122,10 @@ class Model {
   Model(const WedlmShape& shape, const Kernels& kernels, int threads);
 
   void set_matrix(int32_t layer, int32_t which, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale);
-  void set_masked(int32_t layer, int32_t which, int32_t format, int32_t rank, const void* a, const float* a_scale, const void* b,
-                  const float* b_scale);
+  void set_factors(int32_t factors, int32_t layer, int32_t which, int32_t format, int32_t rank, const void* a, const float* a_scale,
+                   const void* b, const float* b_scale);
+  void set_start(int32_t factors, int64_t size, const float* data);
+  void drop_factors(int32_t factors);
   void set_vector(int32_t layer, int32_t which, int64_t size, const float* data);
   void tie() { tied_ = true; }
   int64_t bytes() const;
@@ -121,7 +137,9 @@ class Model {
 
   Projection& projection_of(int32_t layer, int32_t which, int32_t& rows, int32_t& cols);
   Weights& matrix_of(int32_t layer, int32_t which, int32_t& rows, int32_t& cols);
-  void fill(Weights& weights, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale);
+  void fill(Weights& weights, Arena& arena, int32_t format, int32_t rows, int32_t cols, const void* data, const float* scale);
+  Factors& factors_at(int32_t number);
+  Factors* factors_of(const WedlmStep& step, int64_t row) const;
   Buffer<float>& vector_of(int32_t layer, int32_t which, int64_t& size, bool*& present);
   const Weights& head() const { return tied_ ? embedding_ : head_; }
   void check(const WedlmStep& step) const;
@@ -133,7 +151,7 @@ class Model {
   void add_product(const Projection& projection, const Input& x, const Rows& rows);
   void gated_product(const Layer& layer, const Input& x, const Rows& rows);
   void lower(std::initializer_list<const Projection*> projections, const Input& x, const Rows& rows, int64_t begin, int64_t end, float* scratch);
-  void add_masked(const Projection& projection, const Inputs& low, const Rows& rows, int32_t begin, int32_t end, float* y, int64_t stride) const;
+  void add_factors(const Projection& projection, int32_t place, const Rows& rows, int32_t begin, int32_t end, float* y, int64_t stride) const;
   void write_cache(const WedlmStep& step, const Rows& rows, const Layer& layer, int32_t index, int64_t row);
   void attend(const WedlmStep& step, const Rows& rows, int32_t index);
   void logits(const WedlmStep& step, const std::vector<int64_t>& wanted, const std::vector<int64_t>& at);
@@ -148,15 +166,15 @@ class Model {
   std::vector<Layer> layers_;
   Weights embedding_, head_;
   Buffer<float> final_norm_;
-  Buffer<float> mask_embedding_;
-  bool has_mask_embedding_ = false, tied_ = false, complete_ = false;
-  int32_t most_rank_ = 0;  // of what masked rows get; 0: nothing
+  std::vector<std::unique_ptr<Factors>> factors_;  // by number; null: none
+  bool reads_floats_ = false, reads_blocks_ = false;  // what some factors' a has read
+  bool tied_ = false, complete_ = false;
+  int32_t most_rank_ = 0;  // of all factors that there were
 
   // Rows of the step, and what each thread works in.
   int64_t hidden_, q_width_, kv_width_, inner_;  // padded to panels
   Buffer<float> x_, q_, k_, v_, attended_, gated_, normed_;
   Inputs hidden_inputs_, attended_inputs_, inner_inputs_;
-  Inputs low_[3];  // a x of the masked rows, of the projections that run together
   std::vector<Buffer<float>> scratch_;
 };
 

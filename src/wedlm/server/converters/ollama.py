@@ -125,7 +125,7 @@ class OllamaChatRequest(_Request):
             if message.thinking:
                 new["reasoning_content"] = message.thinking
             messages.append(new)
-        fields = {**self._chat_fields(service.models), "messages": messages}
+        fields = {**self._chat_fields(service.names), "messages": messages}
         if self.tools:
             fields["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
         return Chat(chat_request(fields), OllamaForm("chat", self.model))
@@ -143,12 +143,12 @@ class OllamaGenerateRequest(_Request):
         if self.raw:
             if self.system or self.format or self.think:
                 raise ValueError("raw is true beside system, format or think; expected the prompt alone")
-            fields = self._fields(service.models)
+            fields = self._fields(service.names)
             given = {name: value for name, value in fields.items() if value is not None}
             return Chat(CompletionRequest.model_validate({"max_tokens": None, **given, "prompt": self.prompt}), form)
         messages = [{"role": "system", "content": self.system}] if self.system else []
         messages.append({"role": "user", "content": self.prompt})
-        return Chat(chat_request({**self._chat_fields(service.models), "messages": messages}), form)
+        return Chat(chat_request({**self._chat_fields(service.names), "messages": messages}), form)
 
 
 def _openai_call(call: OllamaCall, message: int, index: int) -> dict[str, Any]:
