@@ -18,6 +18,7 @@ from wedlm.evaluate.harness import EngineBackend
 from wedlm.evaluate.provenance import model_provenance
 from wedlm.evaluate.run import Evaluation, load_tasks
 from wedlm.evaluate.settings import Params, Settings
+from wedlm.native import is_available
 
 ALL = ("gsm8k", "arc_e", "winogrande", "mmlu", "humaneval")
 PARAMS = Params(max_tokens=12, window_size=4)
@@ -61,6 +62,14 @@ def evaluation(llm, directory, tmp_path):
 
 def backend(llm, directory):
     return EngineBackend(llm, model_provenance(llm, str(directory), None))
+
+
+@pytest.mark.skipif(not is_available(), reason="the native library was not built: no C++ compiler")
+def test_weights_in_few_bits_are_another_run(llm, directory):
+    """Else what is there already of one would stand for the other."""
+    eight = LLM(directory, device="cpu", quantization="int8")
+    found = [model_provenance(one, str(directory), None).dtype for one in (llm, eight)]
+    assert found == ["float32", "float32, int8 weights"]
 
 
 def samples(evaluation, record, task):

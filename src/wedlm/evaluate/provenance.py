@@ -36,14 +36,15 @@ class ModelProvenance:
 
 def model_provenance(llm: "LLM", model: str, adapter: str | None) -> ModelProvenance:
     """``model`` and ``adapter`` as given to the ``LLM``."""
-    dtype = str(llm.engine.runner.cache.keys.dtype).removeprefix("torch.")
+    dtype, weights = str(llm.engine.runner.cache.keys.dtype).removeprefix("torch."), llm.blueprint.weights
+    dtype = dtype if weights == dtype else f"{dtype}, {weights} weights"
     return provenance_of_files(model, adapter, dtype, str(llm.device))
 
 
 def provenance_of_files(
     model: str, adapter: str | None, dtype: str, device: str, engine: str = "wedlm"
 ) -> ModelProvenance:
-    """A model by its files. ``dtype`` is that of the activations."""
+    """A model by its files. ``dtype`` is that of the activations, and what the weights are kept in."""
     paths = _files(locate(model))
     if model == DEMO_NAME:
         paths += DEMO_DELTAS
