@@ -1,0 +1,1 @@
+../../../tests/hf/test_trl.py
