@@ -41,7 +41,7 @@ def harm(outcomes: list[Outcome]) -> list[Outcome]:
 @pytest.fixture(scope="module")
 def quick() -> list[Outcome]:
     """What an attack found, and some changed files: most of the time is the start of the process."""
-    return run("found,99", 2)
+    return run("found,45", 2)
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +59,10 @@ def test_what_an_attack_found(name: str, found: dict[str, Outcome]) -> None:
 
 def test_some_changed_files(quick: list[Outcome]) -> None:
     outcomes = [outcome for outcome in quick if not outcome.case.startswith("found ")]
-    assert len(outcomes) == 99
+    assert len(outcomes) == 45
     assert not harm(outcomes)
     kinds = Counter(outcome.kind for outcome in outcomes)
-    assert (
-        min(kinds["loaded"], kinds["refused"]) > 10
-    )  # neither a loader that takes all, nor files that all are refused
+    assert min(kinds["loaded"], kinds["refused"]) > 5  # neither a loader that takes all, nor files that all are refused
 
 
 @pytest.mark.long

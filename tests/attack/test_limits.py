@@ -84,6 +84,7 @@ def test_a_log_that_nobody_reads(model):
         assert victim.end() < END_S
 
 
+@pytest.mark.long
 def test_an_end_by_force(model):
     """The loop hangs: the process ends all the same, five seconds after its grace, and says so."""
     with serving_process(model, probed=False, entry="tests.attack.faulty") as victim:

@@ -24,6 +24,7 @@ def run(*words: str) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.long
 def test_all_parts_on_random_weights(tmp_path):
     summary = run("all", "--shape", "tiny", "--prompt", "10", "--accept", "0.8,0.5", "--output", str(tmp_path))
     record = json.loads((tmp_path / "bench.json").read_text())

@@ -126,6 +126,7 @@ def test_demo_says_which_checkpoint_it_is(adapted, tmp_path, monkeypatch):
     assert "Peak memory" in result.stderr
 
 
+@pytest.mark.long
 def test_demo_shows_medians_of_runs_in_turn(model, monkeypatch):
     asked = []
 

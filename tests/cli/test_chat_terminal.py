@@ -96,6 +96,7 @@ def test_ctrl_d_leaves(talk):
     assert talk.process.wait(60) == 0
 
 
+@pytest.mark.long
 def test_history(model, tmp_path):
     """The arrow brings earlier messages back, also of an earlier conversation; the file is its owner's."""
     file = tmp_path / "wedlm" / "chat_history"

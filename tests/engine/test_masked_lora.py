@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.engine.native_model import attach_random
+from tests.engine.stub_engine import known_of
 from tests.engine.test_engine_reference import CONFIG, LENGTH, VOCAB, make_engine, requests_of
 from wedlm.algorithm import reference
 from wedlm.attention.sdpa import CausalAttend, PagedSdpa
@@ -73,7 +74,8 @@ def test_engine_equals_reference(adapted, decode, tight):
     engine = make_engine(adapted, 16, -(-LENGTH * (2 if tight else 8) // 16))
     requests = finish(engine, requests_of(seed=16)) + finish(engine, requests_of(seed=16))
     for request in requests:
-        expected = decode(tuple(request.prompt_token_ids), request.max_tokens, request.decode)
+        prefix, suffix = known_of(request)
+        expected = decode(tuple(prefix), request.max_tokens, request.decode, None, suffix)
         assert request.output_token_ids == expected.tokens
         assert request.counters.num_rows == sum(expected.rows)
     assert any(CONFIG.vocab_size - 1 in request.prompt_token_ids for request in requests)

@@ -132,7 +132,7 @@ def test_captured_steps_are_timed_once_each(monkeypatch):
 
     class Pretending(graphs.StepGraphs):
         def __init__(self):
-            self.captures = True
+            self.captures, self._announce = True, None
 
         def capture(self, shape, index, chunks):
             captured.append(shape.num_rows)

@@ -224,6 +224,7 @@ def test_long_prompts_beside_windows(device, monkeypatch, decodings):
     assert any(starts and not windows for windows, starts in shares)
 
 
+@pytest.mark.long
 def test_drafts_from_the_text(device):
     """Proposed one step late, as the host reads; the text is AR's."""
     prompts, texts = [[3, 4, 5, 6] * 3, [9, 8, 9, 8, 7]], []

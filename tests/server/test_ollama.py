@@ -63,7 +63,7 @@ def test_calls_are_sent_back():
     ]
 
     asked = OllamaChatRequest.model_validate({"model": MODEL, "messages": talk, "think": True})
-    body = asked.chat(SimpleNamespace(models={MODEL: None})).body
+    body = asked.chat(SimpleNamespace(names=[MODEL])).body
     _, assistant, *results = [message.for_template() for message in body.messages]
     assert assistant["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
     assert [call["id"] for call in assistant["tool_calls"]] == [result["tool_call_id"] for result in results]

@@ -13,10 +13,11 @@ from schemathesis.generation import GenerationMode
 
 from tests.server.running import MODEL, Running
 
-OPERATIONS = 18
+OPERATIONS = 20
 FIRST, THEN = {"model": MODEL}, {"model": MODEL, "n": 1}
 USER, OLLAMA = [{"role": "user", "content": "x"}], {"num_predict": 4}
 TALK, PROMPT = {**THEN, "messages": [{"role": "user", "content": "x"}]}, {**THEN, "prompt": "x"}
+LORA = {"lora_name": "x"}
 FEW = {"max_tokens": 4, "logit_bias": {}, "seed": 1}
 # What is put right in a request, one thing after another: most would only learn of the first that is wrong.
 TAME = {
@@ -29,6 +30,8 @@ TAME = {
     "/api/generate": [FIRST, FIRST, {**FIRST, "prompt": "x"}, {**FIRST, "prompt": "x", "options": OLLAMA}],
     "/tokenize": [FIRST, FIRST, FIRST, {"prompt": "x"}],
     "/detokenize": [FIRST, FIRST, FIRST, {"tokens": [1]}],
+    "/v1/load_lora_adapter": [LORA, LORA, LORA, {**LORA, "lora_path": "x"}],
+    "/v1/unload_lora_adapter": [LORA] * 4,
 }
 
 

@@ -139,7 +139,8 @@ class Blueprint:
             chunks = "with" if self.config.options.capture_chunks else "without"
             kernels = "deterministic Triton kernels" if self.config.options.deterministic else "Triton kernels"
             steps = f"{kernels} in CUDA graphs, {chunks} prompt chunks"
-        reasons = [one for one in (self.packed is None and self.eager_reason, self.note) if one]
+        on_torch = self.packed is None and not isinstance(self.model, NativeTransformer)
+        reasons = [one for one in (on_torch and self.eager_reason, self.note) if one]
         if reasons:
             steps += f" ({'; '.join(reasons)})"
         if self.ranks is not None:
