@@ -192,7 +192,7 @@ def run_histories(seeds: range) -> dict[str, int]:
 
 
 def test_histories():
-    run_histories(range(8))
+    run_histories(range(16))
 
 
 @pytest.mark.long
