@@ -3,9 +3,9 @@
 
     python benchmarks/tensor_parallel.py > benchmarks/results/tensor_parallel/memory.md
 
-What a rank sends in a step of so many rows, each of which wants its logits: the sum over the ranks of the embeddings
-and of two halves of each layer (``Group``: gathered up to 64 rows, NCCL's sum beyond), and four numbers a row for the
-choice. Rank 0 sends the rows' description, too: some 100 bytes a row.
+In a step each rank sends its part of the embeddings and of both halves of each layer, which the ranks add up
+(``Group``: gathered up to 64 rows, NCCL's sum beyond), and four numbers for each row whose token is chosen; here every
+row's is. Rank 0 also describes the rows to the others, in about 100 bytes a row.
 """
 
 import torch

@@ -4,6 +4,7 @@ computes the whole text, with a mask of blocks, for each forward."""
 
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from tests.engine.stub_engine import build
-from tests.engine.test_engine_reference import END, MASK, VOCAB
+from tests.engine.test_engine_reference import CONFIG as CAUSAL_CONFIG
+from tests.engine.test_engine_reference import END, MASK, VOCAB, random_model
 from tests.engine.tiny_llm import MASK as TINY_MASK
 from tests.engine.tiny_llm import save_tiny
 from tests.stub import BlockAttend
@@ -28,32 +30,12 @@ from wedlm.model.init_checkpoint import init_checkpoint
 from wedlm.model.quantize_checkpoint import quantize_checkpoint
 
 LENGTH = 94  # no multiple of a block of 3, 4 or 8: the last one is short
-CONFIG = ModelConfig(
-    model_type="sdar",
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    max_position_embeddings=LENGTH,
-    qk_norm=True,
-    mask_token_id=MASK,
-    block_size=4,
-)
+CONFIG = replace(CAUSAL_CONFIG, model_type="sdar", max_position_embeddings=LENGTH, mask_token_id=MASK, block_size=4)
 
 
 @cache
 def model() -> Transformer:
-    torch.manual_seed(2)
-    transformer = Transformer(CONFIG).eval()
-    for parameter in transformer.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return pack_for_inference(transformer)
+    return pack_for_inference(random_model(CONFIG, seed=2, std=0.5))
 
 
 def block_diffusion(

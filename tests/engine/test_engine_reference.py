@@ -35,15 +35,19 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    """Weights large enough that predictions differ in confidence, as a trained model's do."""
-    torch.manual_seed(0)
-    transformer = Transformer(CONFIG).eval()
+def random_model(config: ModelConfig = CONFIG, seed: int = 0, std: float = 0.35) -> Transformer:
+    """Weights large enough that predictions differ in confidence, as a trained model's do; not packed."""
+    torch.manual_seed(seed)
+    transformer = Transformer(config).eval()
     for parameter in transformer.parameters():
         if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.35)
-    return pack_for_inference(transformer)
+            torch.nn.init.normal_(parameter, std=std)
+    return transformer
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return pack_for_inference(random_model())
 
 
 @pytest.fixture(scope="module")

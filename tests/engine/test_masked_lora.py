@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.engine.native_model import attach_random
 from tests.engine.stub_engine import known_of
-from tests.engine.test_engine_reference import CONFIG, LENGTH, VOCAB, make_engine, requests_of
+from tests.engine.test_engine_reference import CONFIG, LENGTH, VOCAB, make_engine, random_model, requests_of
 from wedlm.algorithm import reference
 from wedlm.attention.sdpa import CausalAttend, PagedSdpa
 from wedlm.engine.engine import Engine
@@ -21,13 +21,9 @@ from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Transformer, pack_for_inference
 
 
-def random_model(adapter: bool) -> Transformer:
+def model_of(adapter: bool) -> Transformer:
     """The base of test_engine_reference's tests, with or without a random LoRA for masked rows."""
-    torch.manual_seed(0)
-    model = Transformer(CONFIG).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.35)
+    model = random_model()
     if adapter:
         attach_random(model)
     return pack_for_inference(model)
@@ -35,12 +31,12 @@ def random_model(adapter: bool) -> Transformer:
 
 @pytest.fixture(scope="module")
 def base() -> Transformer:
-    return random_model(adapter=False)
+    return model_of(adapter=False)
 
 
 @pytest.fixture(scope="module")
 def adapted() -> Transformer:
-    return random_model(adapter=True)
+    return model_of(adapter=True)
 
 
 @pytest.fixture(scope="module")

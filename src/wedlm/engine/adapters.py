@@ -57,6 +57,11 @@ def slot_of(adapter: LoadedAdapter | None) -> int:
     return 0 if adapter is None else adapter.slot
 
 
+def key_root_of(adapter: LoadedAdapter | None) -> int:
+    """0 where keys are the model's own."""
+    return 0 if adapter is None else adapter.key_root
+
+
 class Adapters:
     """At most ``max_adapters``, those included that are unloaded and still in use. ``slots``: None takes none."""
 

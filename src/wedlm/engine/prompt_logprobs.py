@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from wedlm.attention.base import ExtendBatch
-from wedlm.engine.adapters import UnknownAdapter, slot_of
+from wedlm.engine.adapters import UnknownAdapter, key_root_of, slot_of
 from wedlm.engine.engine import Engine
 from wedlm.engine.execution.rows import with_adapters
 from wedlm.engine.request import TopLogprobs
@@ -73,8 +73,7 @@ class PromptScorer:
         known = self._context - 1 + len(self.result.logprobs)
         end = min(known + _CHUNK, len(self._prompt) - 1)
         name = f"prompt logprobs {id(self)}"
-        key_root = 0 if adapter is None else adapter.key_root
-        cached = engine.pool.allocate(name, self._prompt, known, self._salt, key_root)
+        cached = engine.pool.allocate(name, self._prompt, known, self._salt, key_root_of(adapter))
         try:
             if not engine.pool.reserve(name, end):
                 return False

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import islice
 from operator import attrgetter
 
+from wedlm.engine.adapters import key_root_of
 from wedlm.engine.pages import PagePool
 from wedlm.engine.plan import ScheduledRequest, StepPlan
 from wedlm.engine.request import Request, WindowSnapshot
@@ -140,7 +141,7 @@ class Scheduler:
         if budget <= 0 or len(self.running) >= self.max_num_seqs:
             return None
         progress = request.progress
-        key_root = 0 if request.adapter is None else request.adapter.key_root
+        key_root = key_root_of(request.adapter)
         progress.num_cached = self.pool.allocate(
             request.request_id, request.placed_tokens, progress.window.cached, request.params.cache_salt, key_root
         )

@@ -100,18 +100,15 @@ def apply_adapter(model: Transformer, directory: str | Path, shard: Shard | None
     if has_masked_lora(model):
         raise ValueError("the model has an adapter of masked rows, which cannot be merged; expected one without")
     adapter, masked = _read_both(directory)
-    if shard is None:
-        whole = model
-    else:
-        with torch.device("meta"):
-            whole = Transformer(shard.whole)
+    whole = model if shard is None else _shape_of(shard.whole)
     for one in (adapter, masked):
         if one is not None:
             _check_fit(one, whole, Path(directory))
+    if shard is not None:
+        adapter, masked = (None if one is None else _shard_of(one, shard, whole) for one in (adapter, masked))
     if adapter is not None:
-        _merge(model, adapter if shard is None else _shard_of(adapter, shard, whole))
+        _merge(model, adapter)
     if masked is not None:
-        masked = masked if shard is None else _shard_of(masked, shard, whole)
         attach_masked_lora(model, *_masked_parts(masked))
 
 
