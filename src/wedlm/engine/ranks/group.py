@@ -63,7 +63,7 @@ class Group:
         if self.always_gathers or len(x) <= _MOST_GATHERED_ROWS:
             return self.gather(x)
         self._count(2 * (self.size - 1) * x.nbytes // self.size)
-        self._connected.allreduce([x]).wait()
+        self._connected.allreduce([x], _on_this_stream(distributed.AllreduceOptions())).wait()
         return x
 
     def gather(self, x: Tensor) -> Tensor:
@@ -73,12 +73,13 @@ class Group:
             self._count((self.size - 1) * x.nbytes)
             # Bytes, because gloo does not know every type.
             given, taken = x.contiguous().view(torch.uint8), out.view(torch.uint8)
-            self._connected._allgather_base(taken.view(-1), given.view(-1)).wait()
+            options = _on_this_stream(distributed.AllgatherOptions())
+            self._connected._allgather_base(taken.view(-1), given.view(-1), options).wait()
         return out
 
     def gather_to_first(self, x: Tensor) -> Tensor | None:
         """All ranks' ``x``, of one shape, on rank 0: [N, ...]; None on the others."""
-        options = distributed.GatherOptions()
+        options = _on_this_stream(distributed.GatherOptions())
         options.rootRank = 0
         x = x.contiguous()
         if self.rank:
@@ -92,7 +93,9 @@ class Group:
     def broadcast(self, x: Tensor) -> None:
         """Rank 0's ``x`` to all, in place."""
         self._count(0 if self.rank else (self.size - 1) * x.nbytes)
-        self._connected.broadcast(x, 0).wait()
+        options = _on_this_stream(distributed.BroadcastOptions())
+        options.rootRank = 0
+        self._connected.broadcast([x], options).wait()
 
     @property
     def _connected(self) -> Any:
@@ -102,6 +105,12 @@ class Group:
 
     def _count(self, num_bytes: int) -> None:
         self.bytes_sent += num_bytes
+
+
+def _on_this_stream(options: Any) -> Any:
+    """For an exchange between our kernels: NCCL has a stream of its own otherwise, and each exchange two waits."""
+    options.asyncOp = False
+    return options
 
 
 def add_up(parts: Tensor) -> Tensor:
