@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import AllgatherOptions
 
 # More rows than this are added up by NCCL's own sum, which sends fewer bytes; gathering takes one exchange instead of
 # two, which is what few rows wait for.
@@ -73,7 +74,7 @@ class Group:
             self._count((self.size - 1) * x.nbytes)
             # Bytes, because gloo does not know every type.
             given, taken = x.contiguous().view(torch.uint8), out.view(torch.uint8)
-            options = _on_this_stream(distributed.AllgatherOptions())
+            options = _on_this_stream(AllgatherOptions())
             self._connected._allgather_base(taken.view(-1), given.view(-1), options).wait()
         return out
 
