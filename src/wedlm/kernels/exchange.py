@@ -70,9 +70,10 @@ class Exchange:
         self.rank, self.size, self.dtype, self.most_rows = rank, size, dtype, most_rows
         self.most_blocks = triton.cdiv(most_rows * width, _BLOCK)
         self._half = size * most_rows * width  # numbers of a buffer
-        self.buffer, self._buffers = _shared(store, f"{name}-rows", rank, size, device, (2 * self._half,), dtype)
+        self.buffer, self._buffers, rows = _shared(store, f"{name}-rows", rank, size, device, (2 * self._half,), dtype)
         shape = 2, size * self.most_blocks
-        self.flags, self._flags = _shared(store, f"{name}-flags", rank, size, device, shape, torch.int32)
+        self.flags, self._flags, flags = _shared(store, f"{name}-flags", rank, size, device, shape, torch.int32)
+        self._mapped = rows, flags  # without these the others' memory is no longer there
         self._counts = torch.zeros(2, self.most_blocks, dtype=torch.int32, device=device)
         self._stop = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._turn = 0
@@ -101,8 +102,9 @@ class Exchange:
 
 def _shared(
     store: Store, name: str, rank: int, size: int, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(zeros in memory that the other ranks reach; by rank, where it is: addresses, for [2, ...] of each half)."""
+) -> tuple[Tensor, Tensor, Any]:
+    """(zeros in memory that the other ranks reach; by rank, where it is: addresses, for [2, ...] of each half; what
+    keeps it mapped)."""
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     from torch._C._distributed_c10d import _SymmetricMemory
     from torch.distributed import PrefixStore, _symmetric_memory
@@ -117,4 +119,4 @@ def _shared(
         addresses: list[Any] = [part.data_ptr() for part in parts]
     else:
         addresses = [[part[half].data_ptr() for part in parts] for half in range(2)]
-    return own, torch.tensor(addresses, dtype=torch.long, device=device)
+    return own, torch.tensor(addresses, dtype=torch.long, device=device), (handle, parts)
