@@ -113,7 +113,7 @@ def test_a_refused_line_leaves_the_others(model):
     ("words", "message"),
     [
         (["x", "--temperature", "-1"], "temperature is -1.0; expected a number >= 0"),
-        (["x", "--entropy-threshold", "low"], "entropy_threshold is 'low'; expected a number >= 0 or none"),
+        (["x", "--entropy-threshold", "low"], "entropy_threshold is 'low'; expected a number >= 0, none or auto"),
         (["x", "--decoding", "magic"], "decoding is 'magic'; expected one of auto, streaming, verified"),
         (["x", "--threads", "0"], "threads is 0; expected at least 1"),
         (["x", "--dtype", "int4"], "dtype is 'int4'; expected auto"),

@@ -151,6 +151,20 @@ def test_a_config_says_another_mode(original, tmp_path):
             request = llm.engine.add("r", [1, 2], SamplingParams(max_tokens=1, wedlm_next_token=asked))
             assert request.decode.next_token == expected
             llm.engine.abort("r")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "wedlm_entropy_threshold": 0.2}))
+    for directory, own in ((original, 0.4), (tmp_path, 0.2)):
+        llm = LLM(directory, device="cpu")
+        for given, expected in (
+            ({}, own),
+            ({"wedlm_entropy_threshold": None}, None),
+            ({"wedlm_entropy_threshold": 0.3}, 0.3),
+        ):
+            request = llm.engine.add("r", [1, 2], SamplingParams(max_tokens=1, **given))
+            assert request.decode.entropy_threshold == expected
+            llm.engine.abort("r")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "wedlm_entropy_threshold": "low"}))
+    with pytest.raises(ValueError, match="wedlm_entropy_threshold is 'low'; expected a number above 0"):
+        LLM(tmp_path, device="cpu")
     (tmp_path / "config.json").write_text(json.dumps({**config, "wedlm_next_token": "left"}))
     with pytest.raises(ValueError, match="wedlm_next_token is 'left'; expected masked or causal"):
         LLM(tmp_path, device="cpu")

@@ -85,12 +85,14 @@ def test_int8_directory_runs_as_the_original_in_int8(source, tmp_path):
 @pytest.mark.parametrize("said", [None, "verified"])
 def test_the_defaults_of_the_papers_format_survive_in_gguf(tmp_path, said):
     """Though the file has llama.cpp's name for the shape."""
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "decoding": said, "next_token": said and "causal"}
+    own = {"decoding": said, "next_token": said and "causal", "entropy_threshold": said and 0.2}
+    sizes = {"hidden_size": 64, "intermediate_size": 256, **own}
     source = save_smollm_like(tmp_path / "wedlm", model_type="wedlm", **sizes)
     quantize_checkpoint(source, tmp_path / "m.gguf", type="f16")
     _, stored = load_model(tmp_path / "m.gguf", torch.float32)
     assert (stored.model_type, stored.default_decoding) == ("qwen3", said or "streaming")
     assert (stored.next_token, stored.default_next_token) == (said and "causal", "causal" if said else "masked")
+    assert (stored.entropy_threshold, stored.default_entropy_threshold) == (said and 0.2, 0.2 if said else 0.4)
 
 
 @pytest.mark.parametrize("type", GGUF_TYPES)

@@ -90,12 +90,19 @@ def test_other_files_are_refused(base, tmp_path):
 @pytest.mark.demo_model
 def test_the_demo_model_is_the_base_and_its_deltas():
     from wedlm.model import load_model
-    from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_DELTAS, DEMO_MASK_TOKEN_ID, DEMO_NEXT_TOKEN
+    from wedlm.model.demo import (
+        DEMO_BLOCK_SIZE,
+        DEMO_DELTAS,
+        DEMO_ENTROPY_THRESHOLD,
+        DEMO_MASK_TOKEN_ID,
+        DEMO_NEXT_TOKEN,
+    )
 
     adapted, config = load_model("demo", torch.float32)
     base, base_config = load_model("demo-base", torch.float32)
     assert (config.block_size, base_config.block_size) == (DEMO_BLOCK_SIZE, None)
     assert (config.next_token, base_config.next_token) == (DEMO_NEXT_TOKEN, None)
+    assert (config.entropy_threshold, base_config.entropy_threshold) == (DEMO_ENTROPY_THRESHOLD, None)
     assert config.mask_token_id == base_config.mask_token_id == DEMO_MASK_TOKEN_ID
     assert sum(delta.stat().st_size for delta in DEMO_DELTAS) < 20_000_000
     same = {name for name, p in base.named_parameters() if torch.equal(p, adapted.get_parameter(name))}

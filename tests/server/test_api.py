@@ -122,9 +122,10 @@ def test_stop_and_our_fields(running, reference):
 def test_null_threshold_is_not_the_default():
     """None is a value of this field; of all others it is the default."""
     body = {"model": MODEL, "prompt": "abc"}
-    for extra, expected in (({}, 0.4), ({"wedlm_entropy_threshold": None}, None), ({"wedlm_entropy_threshold": 2}, 2)):
-        params = CompletionRequest.model_validate({**body, **extra}).sampling_params(5)
-        assert params.wedlm_entropy_threshold == expected
+    assert CompletionRequest.model_validate(body).sampling_params(5).wedlm_entropy_threshold == "auto"
+    for given in (None, 2, "auto"):
+        request = CompletionRequest.model_validate({**body, "wedlm_entropy_threshold": given})
+        assert request.sampling_params(5).wedlm_entropy_threshold == given
     nulls = {"temperature": None, "top_p": None, "seed": None, "stop": None, "max_tokens": None, "decoding": None}
     params = CompletionRequest.model_validate({**body, **nulls}).sampling_params(5)
     assert params == SamplingParams(temperature=1.0, max_tokens=5)

@@ -54,8 +54,8 @@ class WindowOptions:
         int | None, option("Positions of a window or block; most rows a forward of auto and verified. [16]", HOW)
     ] = DEFAULTS.wedlm_window_size
     entropy_threshold: Annotated[
-        str, option("Streaming, block: fill below this entropy (nats); none: one a forward.", HOW)
-    ] = str(DEFAULTS.wedlm_entropy_threshold)
+        str, option("Streaming, block: fill below this entropy (nats); none: one a forward; auto: the model's.", HOW)
+    ] = "auto"
     pos_penalty: Annotated[float, option("Streaming, block: entropy added per position of distance.", HOW)] = (
         DEFAULTS.wedlm_pos_penalty_factor
     )
@@ -208,9 +208,11 @@ def sampling_params(options: Mapping[str, Any]) -> "SamplingParams":
     return Home(**fields_of(options))
 
 
-def parse_threshold(text: str) -> float | None:
-    """A number of nats, or "none"."""
+def parse_threshold(text: str) -> float | Literal["auto"] | None:
+    """A number of nats, "none" or "auto"."""
+    if text.lower() == "auto":
+        return "auto"
     try:
         return None if text.lower() == "none" else float(text)
     except ValueError:
-        raise ValueError(f"entropy_threshold is {text!r}; expected a number >= 0 or none") from None
+        raise ValueError(f"entropy_threshold is {text!r}; expected a number >= 0, none or auto") from None

@@ -85,6 +85,7 @@ def decode_params(
     window_size = params.wedlm_window_size or config.options.wedlm_window_size
     if config.block_length is not None:
         window_size = _check_block(decoding, params.wedlm_window_size, config.block_length)
+    threshold = params.wedlm_entropy_threshold
     asked = params.wedlm_lookup_drafts
     lookup_drafts = config.options.wedlm_lookup_drafts if asked is None else asked
     if lookup_drafts is None:  # verified takes some where it would have none otherwise
@@ -100,7 +101,7 @@ def decode_params(
         window_size=window_size,
         lookup_drafts=lookup_drafts,
         has_masked_rows=has_masked_rows,
-        entropy_threshold=params.wedlm_entropy_threshold,
+        entropy_threshold=config.entropy_threshold if threshold == "auto" else threshold,
         pos_penalty=params.wedlm_pos_penalty_factor,
         next_token=params.wedlm_next_token or config.next_token,
         draft_entropy=params.wedlm_draft_entropy,

@@ -94,6 +94,7 @@ class LLM:
             has_masked_rows=chosen.mask_token_id is not None or self.model_config.mask_token_id is not None,
             model_decoding=self.model_config.default_decoding,
             next_token=self.model_config.default_next_token,
+            entropy_threshold=self.model_config.default_entropy_threshold,
             block_length=resolve_options.read_block_length(chosen.block_length, self.model_config),
         )
 

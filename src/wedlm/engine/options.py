@@ -252,6 +252,7 @@ class EngineConfig:
     )
     model_decoding: Decoding = "auto"  # the checkpoint's word
     next_token: NextToken = "masked"  # the checkpoint's, of requests that name none
+    entropy_threshold: float | None = DecodeParams.entropy_threshold  # the same
     block_length: int | None = None  # of a model whose rows see all of their own block; None: of a causal one
 
     @property

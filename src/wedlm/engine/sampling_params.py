@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from numbers import Integral, Real
+from typing import Literal
 
 from wedlm.algorithm.params import (
     DECODINGS,
@@ -49,7 +50,8 @@ class SamplingParams:
     cache_salt: keys are shared through the prefix cache only with requests of the same one.
     decoding: "auto", "streaming", "verified", "block" or "autoregressive"; None is the engine's default.
     wedlm_window_size: W of streaming and block decoding, most rows a step of verified and auto; None is the engine's.
-    wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
+    wedlm_entropy_threshold: τ in nats; "auto" is the checkpoint's, or 0.4 where it has none; None fills one position a
+    step. wedlm_pos_penalty_factor: λ, nats per position.
     wedlm_next_token: "masked" or "causal"; None is the checkpoint's. Streaming only: what decides the leftmost masked
     position. "masked": its own row, once it is sure enough (the paper's rule); "causal": in each step the row of the
     token before it, as in AR decoding, so that each forward gives at least one token. A gap is always filled "masked".
@@ -73,7 +75,7 @@ class SamplingParams:
     max_tokens: int = 256
     stop_token_ids: tuple[int, ...] | list[int] | None = None
     stop: str | tuple[str, ...] | list[str] | None = None
-    wedlm_entropy_threshold: float | None = DecodeParams.entropy_threshold
+    wedlm_entropy_threshold: float | Literal["auto"] | None = "auto"
     wedlm_pos_penalty_factor: float = DecodeParams.pos_penalty
     _: KW_ONLY
     min_p: float = 0.0
@@ -144,7 +146,7 @@ class SamplingParams:
             self._set("denoising_steps", _integer("denoising_steps", self.denoising_steps, low=1))
         if self.wedlm_window_size is not None:
             self._set("wedlm_window_size", _integer("wedlm_window_size", self.wedlm_window_size, low=1))
-        if self.wedlm_entropy_threshold is not None:
+        if self.wedlm_entropy_threshold is not None and self.wedlm_entropy_threshold != "auto":
             self._set("wedlm_entropy_threshold", _number("wedlm_entropy_threshold", self.wedlm_entropy_threshold))
         penalty = _number("wedlm_pos_penalty_factor", self.wedlm_pos_penalty_factor, high=_LARGEST)
         self._set("wedlm_pos_penalty_factor", penalty)

@@ -4,7 +4,7 @@
 import inspect
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from transformers import GenerationConfig, GenerationMixin, MaxTimeCriteria, StopStringCriteria
 
@@ -43,7 +43,7 @@ class Arguments:
     max_time: float | None = None
     decoding: Decoding | None = None
     wedlm_window_size: int = DecodeParams.window_size
-    wedlm_entropy_threshold: float | None = DecodeParams.entropy_threshold
+    wedlm_entropy_threshold: float | Literal["auto"] | None = "auto"
     wedlm_pos_penalty_factor: float = DecodeParams.pos_penalty
     wedlm_next_token: NextToken | None = None
     wedlm_draft_entropy: float = DecodeParams.draft_entropy

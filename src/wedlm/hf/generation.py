@@ -81,6 +81,7 @@ def generate(
         ),
         model_decoding=config.default_decoding,
         next_token=config.default_next_token,
+        entropy_threshold=config.default_entropy_threshold,
     )
     if streamer is not None:
         streamer.put(input_ids.cpu())

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, Decoding, NextToken
+from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, DecodeParams, Decoding, NextToken
 from wedlm.model.formats.fp8_checkpoint import check_quantization_config
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "wedlm", "sdar")
@@ -46,8 +46,9 @@ _ROPE_KEYS = {
 _ROPE_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
 # Our key of a config.json, and of a GGUF file: the mode of requests that name none.
 DECODING_KEY = "wedlm_decoding"
-# Another: what decides the next token of streaming, of requests that say nothing.
+# Others: what decides the next token of streaming, and τ in nats, of requests that say nothing.
 NEXT_TOKEN_KEY = "wedlm_next_token"
+THRESHOLD_KEY = "wedlm_entropy_threshold"
 # How a checkpoint in eight bits (``formats/int8_rows.py``) says so: a reader that does not know it refuses.
 QUANTIZATION_CONFIG = {"quant_method": "wedlm-int8"}
 # What no size of an honest model comes near; the positions that float32, in which RoPE counts, still tells apart.
@@ -105,8 +106,8 @@ class ModelConfig:
     checkpoint that was never adapted and where a WeDLM checkpoint does not record it; for ``sdar`` the block whose rows
     see each other. ``mask_token_id`` is None where
     none was chosen yet. ``dtype`` names the type that the weights are stored in. ``decoding`` is the mode that the
-    checkpoint asks for, ``next_token`` what decides its next token in streaming; None where it does not say. Raises
-    ValueError naming the field.
+    checkpoint asks for, ``next_token`` what decides its next token in streaming, ``entropy_threshold`` its τ in nats;
+    None where it does not say. Raises ValueError naming the field.
     """
 
     model_type: str
@@ -133,6 +134,7 @@ class ModelConfig:
     dtype: str = "float32"
     decoding: Decoding | None = None
     next_token: NextToken | None = None
+    entropy_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if self.model_type not in SUPPORTED_MODEL_TYPES:
@@ -165,6 +167,8 @@ class ModelConfig:
             raise ValueError(f"{DECODING_KEY} is {self.decoding!r}; expected one of {', '.join(DECODINGS)}")
         if self.next_token is not None and self.next_token not in NEXT_TOKENS:
             raise ValueError(f"{NEXT_TOKEN_KEY} is {self.next_token!r}; expected {' or '.join(NEXT_TOKENS)}")
+        if self.entropy_threshold is not None:
+            check_number(THRESHOLD_KEY, self.entropy_threshold)
         _check_ids(self)
 
     @property
@@ -198,6 +202,11 @@ class ModelConfig:
     def default_next_token(self) -> NextToken:
         """The config's word; else the paper's, because nothing says whether the AR head was trained, too."""
         return self.next_token or "masked"
+
+    @property
+    def default_entropy_threshold(self) -> float | None:
+        """The config's word; else the paper's."""
+        return DecodeParams.entropy_threshold if self.entropy_threshold is None else self.entropy_threshold
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -238,14 +247,15 @@ class ModelConfig:
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
             decoding=config.get(DECODING_KEY),
             next_token=config.get(NEXT_TOKEN_KEY),
+            entropy_threshold=config.get(THRESHOLD_KEY),
             **_read_flags(config),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a ``config.json`` from which ``from_hf`` rebuilds this config.
 
-        transformers 4 and 5 read the AR part; ``mask_token_id``, ``block_size``, ``wedlm_decoding`` and
-        ``wedlm_next_token`` are extra keys to them.
+        transformers 4 and 5 read the AR part; ``mask_token_id``, ``block_size``, ``wedlm_decoding``,
+        ``wedlm_next_token`` and ``wedlm_entropy_threshold`` are extra keys to them.
         """
         scaling = None if self.rope_scaling is None else asdict(self.rope_scaling)
         eos = list(self.eos_token_ids)
@@ -280,7 +290,11 @@ class ModelConfig:
             config["mlp_bias"] = self.mlp_bias
         if self.model_type == "wedlm":
             config["qk_norm"] = self.qk_norm
-        ours = {DECODING_KEY: self.decoding, NEXT_TOKEN_KEY: self.next_token}
+        ours = {
+            DECODING_KEY: self.decoding,
+            NEXT_TOKEN_KEY: self.next_token,
+            THRESHOLD_KEY: self.entropy_threshold,
+        }
         return config | {key: value for key, value in ours.items() if value is not None}
 
 

@@ -112,7 +112,7 @@ class Generation(Strict):
     remasking_strategy: Remasking | None = None
     confidence_threshold: float | None = None
     denoising_steps: int | None = None
-    wedlm_entropy_threshold: float | None = None
+    wedlm_entropy_threshold: float | Literal["auto"] | None = None
     wedlm_pos_penalty_factor: float | None = None
     wedlm_next_token: NextToken | None = None
     wedlm_draft_entropy: float | None = None

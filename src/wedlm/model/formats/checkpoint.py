@@ -20,7 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from wedlm.model.config import SUPPORTED_DTYPES, ModelConfig, read_token_ids
-from wedlm.model.demo import DEMO_BLOCK_SIZE, DEMO_DELTAS, DEMO_MASK_TOKEN_ID, DEMO_NEXT_TOKEN
+from wedlm.model.demo import (
+    DEMO_BLOCK_SIZE,
+    DEMO_DELTAS,
+    DEMO_ENTROPY_THRESHOLD,
+    DEMO_MASK_TOKEN_ID,
+    DEMO_NEXT_TOKEN,
+)
 from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.cut import Cut, CutByName, part_of
 from wedlm.model.formats.fp8_checkpoint import FP8, SCALE, is_scale, is_unused, with_scales
@@ -102,7 +108,12 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     if path_or_id in (DEMO_NAME, DEMO_BASE_NAME):
         config = dataclasses.replace(config, mask_token_id=DEMO_MASK_TOKEN_ID)
     if path_or_id == DEMO_NAME:
-        config = dataclasses.replace(config, block_size=DEMO_BLOCK_SIZE, next_token=DEMO_NEXT_TOKEN)
+        config = dataclasses.replace(
+            config,
+            block_size=DEMO_BLOCK_SIZE,
+            next_token=DEMO_NEXT_TOKEN,
+            entropy_threshold=DEMO_ENTROPY_THRESHOLD,
+        )
     return dataclasses.replace(checkpoint, config=config, deltas=DEMO_DELTAS if path_or_id == DEMO_NAME else ())
 
 

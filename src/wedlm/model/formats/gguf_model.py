@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from wedlm.model.config import DECODING_KEY, NEXT_TOKEN_KEY, ModelConfig
+from wedlm.model.config import DECODING_KEY, NEXT_TOKEN_KEY, THRESHOLD_KEY, ModelConfig
 from wedlm.model.errors import CheckpointError, reading
 from wedlm.model.formats.cut import CutByName
 from wedlm.model.formats.gguf_file import GGUFFile
@@ -33,6 +33,7 @@ _LAYER_NAMES = {
 # Ours: what a WeDLM checkpoint records beyond the AR model.
 MASK_TOKEN_KEY, BLOCK_SIZE_KEY = "wedlm.mask_token_id", "wedlm.block_size"
 GGUF_DECODING_KEY, GGUF_NEXT_TOKEN_KEY = "wedlm.decoding", "wedlm.next_token"
+GGUF_THRESHOLD_KEY = "wedlm.entropy_threshold"
 _LAYER_TENSOR = re.compile(r"blk\.(\d{1,9})\.(\w+)\.(weight|bias)")
 # Keys under "rope." that are read here; any other, and any other scale, would change what the model computes.
 _SCALING_KEYS = ("type", "factor", "finetuned", "original_context_length", "yarn_beta_fast", "yarn_beta_slow")
@@ -90,6 +91,7 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
         "dtype": "bfloat16",
         DECODING_KEY: file.optional(GGUF_DECODING_KEY, str),
         NEXT_TOKEN_KEY: file.optional(GGUF_NEXT_TOKEN_KEY, str),
+        THRESHOLD_KEY: file.optional(GGUF_THRESHOLD_KEY, float),
     }
     with reading(file.path):
         return ModelConfig.from_hf(values)

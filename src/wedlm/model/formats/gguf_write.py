@@ -19,6 +19,7 @@ from wedlm.model.formats.gguf_model import (
     BLOCK_SIZE_KEY,
     GGUF_DECODING_KEY,
     GGUF_NEXT_TOKEN_KEY,
+    GGUF_THRESHOLD_KEY,
     MASK_TOKEN_KEY,
     gguf_name,
     permute_rows,
@@ -160,6 +161,8 @@ def add_gguf_config(writer: GGUFWriter, config: ModelConfig) -> None:
         writer.add_string(GGUF_DECODING_KEY, config.default_decoding)
     if config.next_token is not None:
         writer.add_string(GGUF_NEXT_TOKEN_KEY, config.next_token)
+    if config.entropy_threshold is not None:
+        writer.add_float64(GGUF_THRESHOLD_KEY, config.entropy_threshold)  # in 32 bits it came back as another number
     _add_rope_scaling(writer, config)
 
 
