@@ -96,7 +96,9 @@ class CapturedStep:
         return bool(plan.scheduled)
 
     def _has_long_chunk(self, plan: StepPlan) -> bool:
-        return not self.step.model.deterministic and any(takes_chunk(self.cache, one.count) for one in plan.scheduled)
+        if self.peers is not None or self.step.model.deterministic:  # ranks would wait for each other's hosts
+            return False
+        return any(takes_chunk(self.cache, one.count) for one in plan.scheduled)
 
     def launch(self, plan: StepPlan) -> DeviceStepResults:
         """Start the step and return at once."""
