@@ -207,7 +207,7 @@ class Ranks:
         self.close()
         directory = Path(tempfile.mkdtemp(prefix="wedlm-ranks-"))
         self._processes = _Processes([{**task, "directory": str(directory)} for task in self._tasks], directory)
-        self._finalizer = weakref.finalize(self, self._processes.close)
+        self._finalizer = weakref.finalize(self, _close, self.group, self._processes)
 
     def connect(self) -> None:
         """Wait until the others have their weights, and meet them. RankFault."""
@@ -279,10 +279,14 @@ class Ranks:
 
     def close(self) -> None:
         """End the others. Nothing of them is left when this returns."""
-        self.group.abort()
         if self._finalizer is not None:
             self._finalizer()
         self._processes = None
+
+
+def _close(group: Group, processes: _Processes) -> None:
+    group.close()
+    processes.close()
 
 
 def _lost(reason: str) -> str:
