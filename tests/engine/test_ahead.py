@@ -5,8 +5,8 @@ import torch
 
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.stub import StubModel
+from wedlm.engine.execution.transfer import scatter_rows
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.kernels.transfer import scatter_rows
 
 MODEL = StubModel()
 

@@ -9,15 +9,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tests.kernels.test_graph_runner import engine, few_rows_beside_chunks, outcomes
 from tests.kernels.test_paged_attention import random_batch
 from wedlm.attention import cudnn, paged
 from wedlm.attention.base import FP8, KVCache
 from wedlm.attention.cudnn import LongChunk, cut_chunk, takes_chunk
 from wedlm.attention.paged import PagedAttend, plan_paged
 from wedlm.attention.sdpa import PagedSdpa
-from wedlm.engine.execution import captured_step
-from wedlm.engine.sampling_params import SamplingParams
 from wedlm.kernels.attention import paged_attention
 from wedlm.kernels.join import join
 
@@ -124,32 +121,6 @@ def test_which_chunks(device, monkeypatch):
     assert len(plan_paged(half, plain).long_chunks) == 1
     assert not plan_paged(half, plain, fixed=True).long_chunks
     assert not plan_paged(half, batch).long_chunks
-
-
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero|All-NaN slice):RuntimeWarning")
-@pytest.mark.parametrize("lengths", [[27], pytest.param([27, 12], marks=pytest.mark.long)])
-def test_an_engine_launches_long_chunks_directly(device, monkeypatch, lengths):
-    """Where no window waits for them; with windows they stay in the captured step. The texts are the same."""
-    few_rows_beside_chunks(device, monkeypatch)
-    params = SamplingParams(
-        max_tokens=2 * len(lengths) - 1, temperature=0.0, decoding="autoregressive", ignore_eos=True
-    )
-    requests = [(list(range(6, 6 + length)), params) for length in lengths]
-    expected, _ = outcomes(engine(device, False, most_rows=16), requests)
-    rows = []
-
-    def counted(q, k, v, causal):
-        rows.append((len(q), len(k)))
-        return plain_attention(q, k, v, causal)
-
-    for name, value in (("_ROW_STEP", 2), ("_SMALLEST_PART", 4), ("cudnn_attention", counted)):
-        monkeypatch.setattr(cudnn, name, value)
-    for module in (paged, captured_step):
-        monkeypatch.setattr(module, "takes_chunk", lambda _, count: count >= 9)
-    actual, _ = outcomes(engine(device, True, most_rows=16), requests)
-    assert actual == expected
-    # Two layers each: 16 rows, then 10 behind 16 keys. The other prompt meets windows.
-    assert rows == [(16, 16)] * 2 + [(10, 10), (10, 16)] * 2
 
 
 @pytest.mark.skipif(ON_HOPPER, reason="a Hopper GPU takes long chunks")

@@ -18,7 +18,6 @@ from torch import Tensor
 from wedlm.attention.base import KVCache
 from wedlm.attention.sdpa import consecutive
 from wedlm.kernels.join import join
-from wedlm.kernels.transfer import to_device_async
 
 MIN_ROWS = 1024  # a chunk of fewer rows occupies no large GPU, and our kernel splits its keys
 _ROW_STEP = 256  # numbers of rows up to 4,096 are multiples of it
@@ -123,4 +122,4 @@ class LongChunk:
 
 def _on(device: torch.device, slots: Tensor) -> slice | Tensor:
     """What reads the slots: nothing is copied where they are consecutive."""
-    return consecutive(slots) or to_device_async(slots, device)
+    return consecutive(slots) or slots.to(device)

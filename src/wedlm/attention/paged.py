@@ -7,7 +7,6 @@ kernel (``wedlm.kernels.rope``).
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from wedlm.attention.cudnn import LongChunk, takes_chunk
 from wedlm.kernels.attention import PagedRows, paged_attention
 from wedlm.kernels.fp8 import Unscaled
 from wedlm.kernels.rope import norm_rope_write
-from wedlm.kernels.transfer import to_device_async
 
 # A prompt's chunk and a window of few rows want different tiles, so they are different launches.
 _SHORT_ROWS = 32
@@ -68,8 +66,7 @@ def plan_paged(cache: KVCache, batch: ExtendBatch, fixed: bool = False) -> Paged
     first = counts.cumsum(0) - counts
     logical = torch.arange(len(sequence)) - first[sequence] + starts[sequence]
     slots = table[sequence, logical // page_size] * page_size + logical % page_size
-    send = partial(to_device_async, device=device)
-    visibility, device_table = batch.visibility, send(table)
+    visibility, device_table = batch.visibility, table.to(device)
     members: tuple[list[int], list[int]] = [], []  # short, long
     long_chunks = []
     for s, count in enumerate(batch.counts):
@@ -81,10 +78,10 @@ def plan_paged(cache: KVCache, batch: ExtendBatch, fixed: bool = False) -> Paged
             members[count > _SHORT_ROWS].append(s)
     groups = [
         PagedRows(
-            row_start=send(first[group]),
-            num_rows=send(counts[group]),
-            cached=send(starts[group]),
-            table_row=send(torch.tensor(group)),
+            row_start=first[group].to(device),
+            num_rows=counts[group].to(device),
+            cached=starts[group].to(device),
+            table_row=torch.tensor(group, device=device),
             page_table=device_table,
             page_size=page_size,
             max_rows=int(counts[group].max()),
@@ -95,7 +92,7 @@ def plan_paged(cache: KVCache, batch: ExtendBatch, fixed: bool = False) -> Paged
         for group in members
         if group
     ]
-    return PagedAttend(cache, groups, send(slots), fixed, long_chunks)
+    return PagedAttend(cache, groups, slots.to(device), fixed, long_chunks)
 
 
 def _sequences(batch: ExtendBatch) -> zip:

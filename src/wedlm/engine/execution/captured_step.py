@@ -10,17 +10,16 @@ from torch import Tensor
 
 from wedlm.algorithm.params import DecodeParams
 from wedlm.attention.base import KVCache
-from wedlm.attention.cudnn import takes_chunk
 from wedlm.engine.adaptive.step_costs import StepCosts
 from wedlm.engine.execution.device_step import ChunkRows, DeviceModel, DeviceStep, DeviceTables, StepShape
 from wedlm.engine.execution.graphs import StepGraphs, step_shape
 from wedlm.engine.execution.pending import DeviceStepResults, HostBuffer
 from wedlm.engine.execution.rows import RowChoices
 from wedlm.engine.execution.sampling_tensors import BatchFlags, BatchParams
+from wedlm.engine.execution.transfer import scatter_rows, to_device_async
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.plan import ScheduledRequest, StepPlan
 from wedlm.engine.request import Request
-from wedlm.kernels.transfer import scatter_rows, to_device_async
 
 MAX_STOP_TOKENS = 8  # end tokens of a request; more need the host
 _MOST_CHUNK_ROWS = 2048
@@ -84,21 +83,14 @@ class CapturedStep:
         self._num_pages_sent.pop(request.request_id, None)
 
     def takes(self, plan: StepPlan) -> bool:
-        """Whether the host has no part in the step. A step without windows whose chunks are long is launched directly:
-        cuDNN's attention, which plans for its number of keys, is worth more than a graph."""
+        """Whether the host has no part in the step."""
         most = _MOST_CHUNK_ROWS if self.capture_chunks else 0
         for one in plan.scheduled:
             if not one.is_window:  # windows come first
-                rows = sum(one.count for one in plan.scheduled)
-                return rows <= most and (plan.scheduled[0].is_window or not self._has_long_chunk(plan))
+                return sum(one.count for one in plan.scheduled) <= most
             if one.request.needs_host or len(one.request.decode.stop_token_ids) > MAX_STOP_TOKENS:
                 return False
         return bool(plan.scheduled)
-
-    def _has_long_chunk(self, plan: StepPlan) -> bool:
-        if self.peers is not None or self.step.model.deterministic:  # ranks would wait for each other's hosts
-            return False
-        return any(takes_chunk(self.cache, one.count) for one in plan.scheduled)
 
     def launch(self, plan: StepPlan) -> DeviceStepResults:
         """Start the step and return at once."""

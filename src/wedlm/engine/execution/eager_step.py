@@ -23,7 +23,6 @@ from wedlm.engine.execution.sampling_tensors import BatchParams
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.plan import ScheduledRequest, StepPlan, StepResults, WindowResult
 from wedlm.engine.request import Request
-from wedlm.kernels.transfer import to_device_async
 
 MEASURING_S = 0.7  # for the table of costs
 
@@ -31,7 +30,7 @@ A = TypeVar("A")
 
 
 class EagerStep(Generic[A]):
-    """``StepExecutor`` for every plan, on any device; waits for the device several times a step that has windows.
+    """``StepExecutor`` for every plan, on any device; waits for the device several times a step.
 
     ``block_length``: as in ``ExtendBatch``. ``local_model`` and ``choose``: where ranks share a model, its forward
     without whole logits, and the choice from what that returns. ``force_choice``: for benchmarks, replaces the tokens
@@ -164,9 +163,8 @@ class EagerStep(Generic[A]):
         tokens, positions = [window_tokens], [window_positions]
         for one in chunks:
             stop = one.start + one.count
-            own, places = one.request.output.tokens[one.start : stop], one.request.decode.positions(one.start, stop)
-            tokens.append(to_device_async(torch.tensor(own), self.device))
-            positions.append(to_device_async(torch.tensor(places), self.device))
+            tokens.append(torch.tensor(one.request.output.tokens[one.start : stop], device=self.device))
+            positions.append(torch.tensor(one.request.decode.positions(one.start, stop), device=self.device))
         visibility = windows.visibility
         if visibility is not None and chunks:  # a chunk's rows are in plain order
             more = (0, sum(one.count for one in chunks))

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from wedlm.algorithm.lookup import Proposals, propose, propose_one
 from wedlm.algorithm.window import WindowState
+from wedlm.engine.execution.transfer import scatter_rows, to_device_async
 from wedlm.engine.plan import ScheduledRequest, StepPlan
 from wedlm.engine.request import Request, TopLogprobs, WindowSnapshot
 from wedlm.engine.sampling_params import MAX_LOGPROBS
-from wedlm.kernels.transfer import scatter_rows, to_device_async
 
 
 class Windows:
