@@ -137,35 +137,22 @@ def test_whoever_is_told_of_a_lost_rank_finds_all_ended(three):
     assert three.reason in ("one", "another")
 
 
-@pytest.mark.parametrize(
-    "message", ["RuntimeError: [/x/third_party/gloo/gloo/pair.cc:9] closed", "DistBackendError: x"]
-)
-def test_the_rank_that_was_lost_is_named_and_not_one_that_missed_it(three, message):
+@pytest.mark.parametrize("missing", ["RuntimeError: [/x/gloo/transport/pair.cc:9] closed", "DistBackendError: x"])
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_the_rank_that_was_lost_is_named_rather_than_one_that_missed_it(three, missing, is_killed):
     ours, theirs = socket.socketpair()
     three.connections[0].close()
     three.connections[0] = ours
     lost = threading.Event()
     three.on_fault = lost.set
     with theirs:
-        send_report(theirs, FAILED, message=message)
-        three.processes[1].kill()
-        three.processes[1].wait()
+        send_report(theirs, FAILED, message=missing)
+        if is_killed:
+            three.processes[1].kill()
+            three.processes[1].wait()
         three.watch()
         assert lost.wait(60)
-    assert three.reason == "rank 2 of 4 was ended by SIGKILL"
-
-
-def test_a_rank_that_missed_another_is_named_if_no_other_is(three):
-    ours, theirs = socket.socketpair()
-    three.connections[0].close()
-    three.connections[0] = ours
-    lost = threading.Event()
-    three.on_fault = lost.set
-    with theirs:
-        send_report(theirs, FAILED, message="DistBackendError: x")
-        three.watch()
-        assert lost.wait(60)
-    assert three.reason == "rank 1 of 4 failed: DistBackendError: x"
+    assert three.reason == ("rank 2 of 4 was ended by SIGKILL" if is_killed else f"rank 1 of 4 failed: {missing}")
 
 
 def test_one_rank_has_nothing_of_it(directory, monkeypatch):
