@@ -16,7 +16,7 @@ import pytest
 
 from tests.engine.ranks_twin import chunk, engine_of, run_history
 from tests.engine.tiny_llm import PROMPTS, check_empty, save_tiny
-from tests.processes import is_running
+from tests.processes import is_running, peak_bytes
 from wedlm.algorithm.params import DECODINGS
 from wedlm.engine.async_llm import AsyncEngine
 from wedlm.engine.llm import LLM
@@ -194,12 +194,12 @@ def test_no_rank_ever_holds_the_whole_model(tmp_path, record_property):
     peaks = []
     for path in (small, large):
         llm = LLM(path, **ONE, tensor_parallel_size=2)
-        peaks.append(llm._ranks.reports[0]["peak_bytes"])
+        peaks.append(peak_bytes(llm._ranks.pids[0]))
         llm.exit()
     share = (peaks[1] - peaks[0]) / whole
     record_property("weights, MB", whole // 10**6)
     record_property("share of them at the peak of a rank of two", round(share, 2))
-    assert share < 0.85
+    assert 0.4 < share < 0.85
 
 
 def test_several_engines_of_one_process(directory):
