@@ -20,7 +20,7 @@ from wedlm.engine.execution.native_step import NativeStep
 from wedlm.engine.execution.runner import Runner
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.factory import Blueprint
-from wedlm.engine.options import EngineConfig, EngineOptions
+from wedlm.engine.options import EngineConfig, EngineOptions, SchedulingPolicy
 from wedlm.engine.pages import PagePool
 from wedlm.engine.plan import StepPlan
 from wedlm.engine.request import Request
@@ -59,6 +59,7 @@ def stub_engine(
     eos_token_ids: tuple[int, ...] = (),
     has_masked_rows: bool = True,
     chunk_step_ratio: float = 1.8,
+    scheduling_policy: SchedulingPolicy = "fcfs",
     clock: Callable[[], float] = time.perf_counter,
 ) -> Engine:
     """Float32 on the CPU."""
@@ -71,6 +72,7 @@ def stub_engine(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             chunk_step_ratio=chunk_step_ratio,
+            scheduling_policy=scheduling_policy,
         ),
         has_masked_rows=has_masked_rows,
         block_length=model.block_length if model.block_length > 1 else None,

@@ -56,7 +56,7 @@ def with_gap(rng: random.Random, prompt: list[int], params: SamplingParams) -> t
 
 def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
     """One history; returns how often each interesting thing happened."""
-    rng = random.Random(seed)
+    rng, other_rng = random.Random(seed), random.Random(-1 - seed)
     native = model if isinstance(model, NativeModel) else None
     page_size = rng.choice([1, 1, 2, 4, 16])
     lagging, has_masked_rows = rng.random() < 0.5, rng.random() < 0.8
@@ -68,6 +68,7 @@ def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
         num_pages=-(-90 // page_size) + rng.randint(0, 60 // page_size),
         max_num_seqs=rng.randint(1, 5),
         max_num_batched_tokens=rng.choice([18, 24, 64]),
+        scheduling_policy=other_rng.choice(["fcfs", "priority"]),
     )
     stems = [[rng.randrange(model.vocab_size) for _ in range(30)] for _ in range(2)]
     finished, aborted, added = [], 0, 0
@@ -79,6 +80,7 @@ def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
             prompt, params = random_prompt(rng, stems, model), random_params(rng, model.block_length)
             if has_masked_rows and model.block_length == 1:
                 prompt, params = with_gap(rng, prompt, params)
+            params = replace(params, priority=other_rng.choice([0, 0, 5, -5]))
             engine.add(f"r{added}", prompt, params, turn=turn)
             added += 1
         elif action < 0.36 and engine.requests:

@@ -54,6 +54,8 @@ INVALID: list[tuple[str, Any]] = [
     *(("repetition_penalty", value) for value in (0, -1, 101, NAN, None, "1", True)),
     *(("min_p", value) for value in (-0.1, 1.1, NAN, None, True)),
     ("cache_salt", 5),
+    ("priority", 0.5),
+    ("priority", 2**31),
     ("include_stop_str_in_output", 1),
     ("logit_bias", [1]),
     ("logit_bias", 5),

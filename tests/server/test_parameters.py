@@ -83,6 +83,20 @@ def test_keys_are_shared_within_a_salt_alone(running):
     assert reused == [False, True, False, False, True]
 
 
+@pytest.mark.parametrize("address", [CHAT, TEXT, "/v1/responses"])
+def test_priority_reaches_the_engine(running, monkeypatch, address):
+    """Which minds it where its options say so."""
+    engine, seen = running.model.llm.engine, []
+    add = engine.add
+    monkeypatch.setattr(engine, "add", lambda *words, **more: (seen.append(words[2].priority), add(*words, **more))[1])
+    asked = {CHAT: {"messages": MESSAGES, "max_tokens": 2}, TEXT: {"prompt": "abc", "max_tokens": 2}}
+    for more in ({"priority": -3}, {"priority": None}, {}):
+        answer = running.post(address, {**asked.get(address, {"input": "abc", "max_output_tokens": 2}), **more})
+        assert answer.status_code == 200, answer.text
+    assert seen == [-3, 0, 0]
+    assert running.post(TEXT, {"prompt": "abc", "priority": 1.5}).status_code == 400
+
+
 GRAMMAR = 'root ::= "say " word\nword ::= [a-c]+ "!"'
 FORMS = [
     ({"guided_regex": r"^\d{2}/\d{2}$"}, r"\d{2}/\d{2}"),

@@ -28,7 +28,7 @@ def make_request(  # noqa: PLR0913 - each is a fact of the request or of the eng
     prompt_token_ids: Sequence[int],
     params: SamplingParams,
     *,
-    order: tuple[int, int],
+    order: tuple[int, int, int],
     arrival_time: float,
     streamed: bool,
     watched: bool,

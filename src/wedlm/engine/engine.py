@@ -69,13 +69,14 @@ class Engine:
         """
         if request_id in self.requests:
             raise ValueError(f"request_id is {request_id!r}, which is running; expected a new one")
+        first = params.priority if self.config.options.scheduling_policy == "priority" else 0
         request = make_request(
             self.config,
             self.tokenizer,
             request_id,
             prompt_token_ids,
             params,
-            order=(self._arrivals + turn * TURN, self._arrivals),
+            order=(first, self._arrivals + turn * TURN, self._arrivals),
             arrival_time=self.clock(),
             streamed=streamed,
             watched=watched,

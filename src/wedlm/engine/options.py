@@ -14,6 +14,7 @@ from wedlm.engine.original_names import translated
 
 WeightBits = Literal["auto", "none", "int8", "fp8"]
 CacheBits = Literal["auto", "fp8", "int8"]
+SchedulingPolicy = Literal["fcfs", "priority"]
 Check = Callable[[str, Any], Any]  # (name, value) -> the value to keep; ValueError naming the option
 
 
@@ -72,6 +73,13 @@ def read_decoding(name: str, value: object) -> Decoding:
     """A decoding mode."""
     if value not in DECODINGS:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(DECODINGS)}")
+    return value  # type: ignore[return-value]
+
+
+def read_scheduling_policy(name: str, value: object) -> SchedulingPolicy:
+    """ "fcfs" or "priority"."""
+    if value not in get_args(SchedulingPolicy):
+        raise ValueError(f"{name} is {value!r}; expected fcfs or priority")
     return value  # type: ignore[return-value]
 
 
@@ -175,6 +183,11 @@ class EngineOptions:
     max_num_seqs: int = _option(64, "Most sequences in one forward.", read_positive_integer)
     max_num_batched_tokens: int = _option(
         2048, "Most rows in one forward, of windows and prompts together.", read_positive_integer
+    )
+    scheduling_policy: SchedulingPolicy = _option(  # noqa: RUF009
+        "fcfs",
+        "Who runs first: fcfs (first come, first served), or priority (requests whose priority is a lower number).",
+        read_scheduling_policy,
     )
     page_size: int = _option(16, "Slots in one page of the key/value cache.", read_positive_integer)
     kv_cache_bytes: int | None = _option(

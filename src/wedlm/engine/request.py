@@ -123,7 +123,7 @@ class Request:
     params: SamplingParams
     decode: DecodeParams
     max_tokens: int
-    order: tuple[int, int]
+    order: tuple[int, int, int]
     streamed: bool
     watched: bool
     output: RequestOutput

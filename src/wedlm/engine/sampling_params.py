@@ -47,6 +47,7 @@ class SamplingParams:
     it admits. grammar: a context-free grammar that the output keeps to, in llguidance's Lark syntax or as EBNF with
     ::= (GBNF, whose first rule is root). Both need the serve extra.
     cache_salt: keys are shared through the prefix cache only with requests of the same one.
+    priority: where the engine's scheduling_policy is "priority", requests with a lower number run first.
     decoding: "auto", "streaming", "verified", "block" or "autoregressive"; None is the engine's default.
     wedlm_window_size: W of streaming and block decoding, most rows a step of verified and auto; None is the engine's.
     wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
@@ -89,6 +90,7 @@ class SamplingParams:
     json_schema: str | dict | None = None
     grammar: str | None = None
     cache_salt: str = ""
+    priority: int = 0
     decoding: Decoding | None = None
     wedlm_window_size: int | None = None
     wedlm_next_token: NextToken | None = None
@@ -117,6 +119,7 @@ class SamplingParams:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected True or False")
         if not isinstance(self.cache_salt, str) or len(self.cache_salt) > _MAX_SALT:
             raise ValueError(f"cache_salt is {self.cache_salt!r:.80}; expected at most {_MAX_SALT} characters")
+        self._set("priority", _integer("priority", self.priority, low=-(2**31)))
         if self.seed is not None:
             self._set("seed", _integer("seed", self.seed, low=-(2**63), high=2**63 - 1))
         if self.logprobs is not None:

@@ -99,6 +99,7 @@ class Generation(Strict):
     repetition_penalty: float | None = None
     include_stop_str_in_output: bool | None = None
     cache_salt: str | None = None
+    priority: int | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | str | None = None
     guided_regex: GrammarText | None = None
@@ -147,6 +148,7 @@ class Generation(Strict):
             "repetition_penalty",
             "include_stop_str_in_output",
             "cache_salt",
+            "priority",
             "min_tokens",
             "ignore_eos",
             "seed",
