@@ -46,14 +46,14 @@ def read_ratio(name: str, value: object) -> float:
 
 
 def read_flag(name: str, value: object) -> bool:
-    """True or False, and nothing that merely counts as one."""
+    """True or False only, not other values that count as true or false."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; expected True or False")
     return value
 
 
 def read_quantization(name: str, value: object) -> WeightBits:
-    """None is the default."""
+    """None means the default."""
     if value is None:
         return "auto"
     if value not in get_args(WeightBits):
@@ -100,10 +100,10 @@ def _option(default: Any, help: str, check: Check) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What a user may choose about an engine. Every value is checked when it is made (ValueError naming the option).
+    """The options of an engine. Each value is checked on construction (ValueError naming the option).
 
-    A field's metadata holds ``help`` (one sentence or two) and ``check`` (``(name, value) -> value``). A check that
-    needs the model, such as that of ``max_model_len``, is made when the engine is built.
+    A field's metadata holds ``help`` (one or two sentences) and ``check`` (``(name, value) -> value``). If a check
+    needs the model, as that of ``max_model_len`` does, it happens when the engine is built.
     """
 
     dtype: str = _option(
@@ -223,14 +223,14 @@ class EngineOptions:
 
     @property
     def rounded_to(self) -> Literal["int8", "fp8"] | None:
-        """The bits that were asked for by name."""
+        """The bits that the user asked for by name."""
         asked = self.quantization
         return None if asked == "auto" or asked == "none" else asked
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "EngineOptions":
-        """The options of these names, or of those that the original implementation has for them (``original_names``).
-        TypeError for a name that is not an option."""
+        """The options of these names, or of those that the original implementation uses for them (``original_names``).
+        Raises TypeError for an unknown name."""
         names, given = option_fields(), translated(given)
         for name in given:
             if name not in names:
@@ -240,7 +240,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What all requests of an engine share: facts of its model, lengths in tokens, and the options."""
+    """What all requests of an engine share: facts about its model, lengths in tokens, and the options."""
 
     vocab_size: int
     mask_token_id: int
@@ -256,10 +256,10 @@ class EngineConfig:
 
     @property
     def decoding(self) -> Decoding:
-        """The mode of requests that name none."""
+        """The decoding mode of requests that do not name one."""
         return self.options.decoding or self.model_decoding
 
 
 def option_fields() -> dict[str, Field]:
-    """All options by name, in the order in which they are declared."""
+    """All options by name, in the order of their declaration."""
     return {one.name: one for one in fields(EngineOptions)}

@@ -10,12 +10,12 @@ from wedlm.engine.request import Request, RequestStats, TopLogprobs, WindowSnaps
 
 @dataclass(frozen=True, slots=True)
 class GenerationOutput(ByName):
-    """What became of one prompt; fields by attribute or by name in brackets.
+    """The result for one prompt; read fields as attributes or by name in brackets.
 
-    ``finish_reason``: "stop" (end token or stop string), "length", "abort", or "error", which ``error`` explains.
-    ``token_steps[i]`` is the forward, counted from 0 after the prompt, that made token i final.
-    ``logprobs``, ``top_logprobs`` and ``text_offsets`` (where each token's text begins, in characters, stop strings not
-    yet cut off) are there if ``SamplingParams.logprobs`` asked for them.
+    * ``finish_reason``: "stop" (end token or stop string), "length", "abort", or "error", which ``error`` explains.
+    * ``token_steps[i]``: the forward, counted from 0 after the prompt, that made token i final.
+    * ``logprobs``, ``top_logprobs`` and ``text_offsets`` are set if ``SamplingParams.logprobs`` asked for them. The
+      last says where each token's text begins, in characters, before any stop string is cut off.
     """
 
     text: str
@@ -48,11 +48,11 @@ class GenerationOutput(ByName):
 
 @dataclass(frozen=True, slots=True)
 class StreamPiece(ByName):
-    """One update of a stream: text that will not change any more, tokens, the forward that made them final.
+    """One update of a stream: text that will not change any more, its tokens, and the forward that made them final.
 
-    The last piece carries the whole ``output``. From an ``AsyncEngine`` only: ``token_texts``, what each token added to
-    the text, stop strings not yet cut off; ``logprobs`` and ``top_logprobs`` of the tokens, if asked for; ``window``
-    after the step, for requests that asked to watch it.
+    The last piece has the whole ``output``. Only an ``AsyncEngine`` sets these: ``token_texts``, what each token added
+    to the text, before any stop string is cut off; ``logprobs`` and ``top_logprobs`` of the tokens, if requested;
+    ``window`` after the step, for requests that watch it.
     """
 
     also: ClassVar = {

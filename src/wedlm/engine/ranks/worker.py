@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program of every rank but the first: ``python -m wedlm.engine.ranks.worker CONNECTION LIFE``, two descriptors.
+"""The program of every rank but the first: ``python -m wedlm.engine.ranks.worker CONNECTION LIFE``, two file
+descriptors.
 
-It loads its part of the weights, then does what rank 0 tells it until the connection closes. When ``LIFE`` closes, rank
-0's process has ended, and this one ends at once, whatever it waits for.
+It loads its part of the weights, then follows rank 0 until the connection closes. When ``LIFE`` closes, rank 0's
+process has ended, and this one ends at once, whatever it waits for.
 """
 
 import json
