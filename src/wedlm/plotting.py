@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What figures of evaluations and benchmarks share: panels, a legend below them, SVG."""
+"""What the figures of evaluations and benchmarks share: panels, a legend below them, SVG."""
 
 import io
 import math
@@ -20,7 +20,7 @@ _LEGEND_LINE_INCHES = 0.18
 
 @dataclass(frozen=True)
 class Plot:
-    """``svg`` is a whole SVG document; ``text`` says what it shows to those who do not see it."""
+    """``svg`` is a whole SVG document; ``text`` describes it for those who cannot see it."""
 
     title: str
     text: str
@@ -28,14 +28,14 @@ class Plot:
 
 
 def need_matplotlib() -> None:
-    """ValueError if it is missing."""
+    """Raises ValueError if matplotlib is missing."""
     if find_spec("matplotlib") is None:
         command = install_extras("train")
         raise ValueError(f"plots need the package matplotlib, which is not installed: {command}, or --no-plots")
 
 
 def group_by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    """Items of the same key together, keys in the order of their first item."""
+    """Group items with the same key; keys come in the order of their first item."""
     groups: dict[Any, list[Any]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -43,7 +43,7 @@ def group_by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[
 
 
 def new_figure(columns: int) -> tuple["Figure", list["Axes"]]:
-    """So many panels side by side."""
+    """A figure with this many panels side by side."""
     from matplotlib.figure import Figure  # without pyplot there is no window, and nothing stays behind
 
     width, height = _PANEL_INCHES
@@ -56,7 +56,7 @@ def new_figure(columns: int) -> tuple["Figure", list["Axes"]]:
 
 
 def place_legend(figure: "Figure", *panels: "Axes") -> None:
-    """Below the panels, because names are long; the figure grows by it."""
+    """Put the legend below the panels, because names are long, and make the figure taller by it."""
     entries = [entry for axes in panels for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
     columns = 1 if max(len(label) for _, label in entries) > 60 else 2
     height = _PANEL_INCHES[1] + _LEGEND_LINE_INCHES * (1 + math.ceil(len(entries) / columns))

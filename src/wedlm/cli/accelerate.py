@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm accelerate``: options to a run, its progress to the terminal."""
+"""``wedlm accelerate``: turns options into a run, and shows its progress on the terminal."""
 
 import dataclasses
 import time
@@ -30,7 +30,7 @@ _QUIET_SECONDS = 30.0  # between two lines of progress where there is no termina
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Prompts, and the length of answers."""
+    """The prompts, and the length of answers."""
 
     prompts: Annotated[
         list[Path] | None,
@@ -102,7 +102,7 @@ def accelerate(
 def run_accelerate(
     model: str, output: Path, data: DataOptions, training: TrainingOptions, engine: EngineOptions
 ) -> None:
-    """All stages that are not done; prints the report's path. Raises ValueError."""
+    """Run all unfinished stages and print the report's path. Raises ValueError."""
     with status("Loading torch ..."):
         from wedlm.model.formats.resolve import locate
         from wedlm.plotting import need_matplotlib
@@ -136,7 +136,7 @@ def run_accelerate(
 
 
 class _Shown:
-    """Progress with the time left: a bar on a terminal, elsewhere a line now and then."""
+    """Progress with the time left: a bar on a terminal, elsewhere an occasional line."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm bench``: options to a run, a run to a table, a file and figures."""
+"""``wedlm bench``: turns options into a run, and a run into a table, a file and figures."""
 
 import sys
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ WHAT, MUCH = "What to measure", "How much"
 
 @dataclass(frozen=True, kw_only=True)
 class WhatOptions:
-    """What is measured and where it goes."""
+    """What is measured, and where the results go."""
 
     parts: Annotated[
         list[str] | None,
@@ -148,7 +148,7 @@ def read_settings(
     engine: EngineOptions,
     modes: str | None,
 ) -> "Settings":
-    """Options of the command line, checked. Raises ValueError."""
+    """Check the options of the command line. Raises ValueError."""
     from wedlm.bench.settings import Settings, check_against, read_modes, read_numbers, read_parts
 
     shape, model = target.shape, target.model
@@ -184,7 +184,7 @@ def read_settings(
 
 
 def _workload(options: WorkloadOptions, device: str, random_weights: bool, against: str | None) -> "Workload":
-    """The device's, with those that were given. Raises ValueError."""
+    """The device's workload, with the options that were given. Raises ValueError."""
     from wedlm.bench.settings import Workload, change_workload, read_numbers
     from wedlm.engine.resolve_options import read_device
 
@@ -236,7 +236,7 @@ def run(settings: "Settings", output: Path | None, evaluation: Path | None, draw
 
 
 def show_run(folder: Path, evaluation: Path | None, draws: bool) -> None:
-    """The tables of a finished run, and its figures beside it. ValueError if there is none."""
+    """Show the tables of a finished run, and write its figures next to it. Raises ValueError if there is no run."""
     from wedlm.bench.record import read_record
     from wedlm.bench.tables import show_tables
     from wedlm.plotting import need_matplotlib
@@ -250,7 +250,7 @@ def show_run(folder: Path, evaluation: Path | None, draws: bool) -> None:
 
 
 def _report(values: dict[str, Any], folder: Path | None) -> None:
-    """Beside llama.cpp: the table of README.md, which is the head of report.md."""
+    """The report beside llama.cpp: the table of README.md, which is also the head of report.md."""
     if "llamacpp" in values:
         from wedlm.bench.laptop_report import headline, report
 

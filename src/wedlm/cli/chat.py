@@ -74,7 +74,7 @@ def chat(
 
 
 class ChatSession:
-    """History, options and the loop. Answers go to standard output, all about them to standard error."""
+    """History, options and the loop. Answers go to standard output, everything else to standard error."""
 
     def __init__(self, llm: "LLM", params: "SamplingParams", system: str | None, keeps_history: bool = False) -> None:
         if not llm.tokenizer.has_chat_template:
@@ -87,7 +87,7 @@ class ChatSession:
         self._read = message_reader(keeps_history)
 
     def run(self) -> None:
-        """Read and answer messages until the end of input, /exit, or Ctrl-C twice where nothing is typed."""
+        """Read and answer messages until the end of input, /exit, or Ctrl-C twice on an empty line."""
         colours = "Tokens of one colour became final in one forward. " if has_colours() else ""
         note(f"{colours}/help lists the commands.")
         warned = False
@@ -161,7 +161,7 @@ class ChatSession:
 
 
 def _parse(option: str, value: str) -> object:
-    """The value as a type that SamplingParams can check."""
+    """Convert the value to a type that SamplingParams can check."""
     if value.lower() == "none":
         return None
     if option in ("decoding", "next_token", "remasking_strategy", "stop"):

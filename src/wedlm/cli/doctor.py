@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm doctor``: what this machine has, and what wedlm chooses by it."""
+"""``wedlm doctor``: what this machine has, and what wedlm chooses accordingly."""
 
 import os
 import platform
@@ -33,7 +33,7 @@ def doctor() -> None:
 
 
 def report() -> Iterator[str]:
-    """The lines. A fact that cannot be had has a line that says why."""
+    """The lines. If a fact cannot be found out, its line says why."""
     for name, fact in FACTS.items():
         try:
             text = fact()

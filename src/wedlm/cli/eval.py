@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm eval``: options to runs, runs to a table."""
+"""``wedlm eval``: turns options into runs, and runs into a table."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ class WhatOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ParamOptions:
-    """The fields of ``Params``; None is the protocol's value."""
+    """The fields of ``Params``; None takes the protocol's value."""
 
     decoding: Annotated[str | None, option("auto, verified, streaming, block or autoregressive.", HOW)] = None
     window_size: Annotated[int | None, option("Positions of a window or block; rows of verified.", HOW)] = None
@@ -89,7 +89,7 @@ class ParamOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class HostOptions:
-    """What answers: ours in this process, replicas, or vLLM."""
+    """What computes the answers: our engine in this process, replicas of it, or vLLM."""
 
     engine: Annotated[str, option("wedlm, or vllm: its AR decoding, as a baseline.", MODEL)] = "wedlm"
     workers: Annotated[
@@ -173,8 +173,8 @@ def evaluate(
 
 
 def _of_blocks(params: ParamOptions, model: str, block_length: int | None) -> ParamOptions:
-    """The parameters for this checkpoint: one that sees by blocks decodes by those, and by probability, unless others
-    are given."""
+    """The parameters for this checkpoint. One that sees by blocks decodes by those, and by probability, unless other
+    parameters are given."""
     from wedlm.model.formats.checkpoint import open_checkpoint
 
     config = open_checkpoint(model).config
@@ -197,16 +197,16 @@ def run_download(directory: Path) -> None:
 
 
 def names_of(text: str) -> list[str]:
-    """Names with commas between."""
+    """Split names at commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def run_eval(
     what: WhatOptions, params: ParamOptions, host: HostOptions, load: Callable[[int], "Backend"]
 ) -> list[dict[str, Any]]:
-    """Evaluate the runs that the output folder lacks; print and return all of them. ValueError for a wrong option.
+    """Evaluate the runs that the output folder lacks; print and return all runs. Raises ValueError for a wrong option.
 
-    ``load`` makes the model, given the most rows of a sequence in a step.
+    ``load`` loads the model, given the most rows of a sequence per step.
     """
     from wedlm.evaluate.settings import Settings, protocol_tasks
 
@@ -243,7 +243,7 @@ def run_eval(
 
 
 def _grid(what: WhatOptions, params: ParamOptions, engine: str) -> tuple["Params", list[dict[str, Any]]]:
-    """The protocol's parameters with those that were given, and what is swept. Raises ValueError."""
+    """The protocol's parameters with those that were given, and the swept ones. Raises ValueError."""
     from wedlm.evaluate.settings import make_params, parse_sweep, parse_value
 
     chosen = {name: value for name, value in values_of(params).items() if value is not None}
@@ -273,7 +273,7 @@ def _record(
 def _backend(
     what: WhatOptions, host: HostOptions, model: ModelOptions, options: EngineOptions, max_rows: int
 ) -> "Backend":
-    """The model on the engine that was asked for. ``max_rows``: of a sequence in a step. ValueError."""
+    """The model on the requested engine. ``max_rows``: the most rows of a sequence per step. Raises ValueError."""
     from wedlm.model import load_tokenizer
 
     if what.chat_template and not load_tokenizer(model.model).has_chat_template:
@@ -318,7 +318,7 @@ def _refuse(options: Mapping[str, Any], names: Sequence[str], beside: str) -> No
 
 @contextmanager
 def _bar(title: str) -> Iterator[Any]:
-    """A progress bar; yields what to call with a task, answers so far, and answers in all."""
+    """A progress bar; yields the function to call with a task, answers so far, and answers in all."""
     with progress_bar(err.is_terminal) as bar:
         shown: dict[str, Any] = {}
 
@@ -331,7 +331,7 @@ def _bar(title: str) -> Iterator[Any]:
 
 
 def show_records(records: Sequence[dict[str, Any]]) -> None:
-    """A row per run and task; what the runs differ in comes first."""
+    """Print a row for each run and task; the parameters in which runs differ come first."""
     varied = list(dict.fromkeys(name for record in records for name in record["swept"]))
     rows = []
     for record in records:

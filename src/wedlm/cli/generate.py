@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm generate``: prompts from the command line, a file or standard input, answers as text or JSON."""
+"""``wedlm generate``: prompts from the command line, a file or standard input; answers as text or JSON."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ class _Output:
 
 @dataclass(frozen=True, kw_only=True)
 class _Answer(SamplingOptions):
-    """Where answers end, and what is reported of them, besides what every command takes."""
+    """Where answers end and what is reported, in addition to the options of every command."""
 
     min_tokens: Annotated[int, option("No end before so many tokens.", DRAW)] = DEFAULTS.min_tokens
     stop: Annotated[list[str] | None, option("End before this string; may be repeated.", DRAW)] = None
@@ -114,7 +114,8 @@ def generate(
 
 
 def read_prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:
-    """The argument, the file, or standard input; with ``lines`` one prompt a line, blank lines left out."""
+    """The prompts from the argument, the file, or standard input. With ``lines`` each line is one, and blank lines are
+    left out."""
     if prompt is not None and file is not None:
         raise ValueError("both a prompt and --file are given; expected one of them")
     if prompt is None:
@@ -145,9 +146,10 @@ def _read(file: Path | None) -> str:
 def run_generate(
     llm: "LLM", prompts: list[str], params: "SamplingParams", use_chat: bool | None, as_json: bool
 ) -> None:
-    """Complete the prompts and print texts or JSON; exit code 1 if some prompt was refused, 130 after Ctrl-C.
+    """Complete the prompts and print texts or JSON. The exit code is 1 if some prompt was refused, and 130 after
+    Ctrl-C.
 
-    ``use_chat`` None: if the model has a chat template.
+    ``use_chat`` None uses the chat template if the model has one.
     """
     if use_chat is None:
         use_chat = llm.tokenizer.has_chat_template
@@ -173,9 +175,9 @@ def run_generate(
 def _outputs(
     llm: "LLM", prompts: Sequence[str], params: "SamplingParams", use_chat: bool, interrupt: Interrupt
 ) -> Iterator["GenerationOutput"]:
-    """The outputs in the order of the prompts, each as soon as it and those before it are there.
+    """The outputs in the order of the prompts, each as soon as it and all before it are finished.
 
-    All run together: reading one stream steps the engine for all. ValueError if every prompt is refused.
+    All run together, because reading one stream steps the engine for all. Raises ValueError if every prompt is refused.
     """
     streams: list[Any] = []
     for prompt in prompts:
@@ -199,7 +201,7 @@ def _outputs(
 
 
 def _finish(llm: "LLM", stream: Any, index: int, interrupt: Interrupt) -> "GenerationOutput":
-    """The output of a stream, of a refusal, or of a prompt that Ctrl-C came before (None)."""
+    """The output of a stream or of a refusal; None for a prompt that Ctrl-C prevented."""
     from wedlm import GenerationOutput
 
     if stream is None:
@@ -226,7 +228,7 @@ def _record(prompt: str, output: "GenerationOutput") -> dict[str, Any]:
 
 
 def _total_line(outputs: Sequence["GenerationOutput"], seconds: float) -> str:
-    """The figures of several prompts; forwards and rows are summed over prompts, though they shared forwards."""
+    """The figures of several prompts. Forwards and rows are summed over prompts, although these shared forwards."""
     stats = [output.stats for output in outputs if output.stats is not None]
     tokens, forwards, rows = (
         sum(getattr(one, name) for one in stats) for name in ("num_tokens", "num_forwards", "num_rows")

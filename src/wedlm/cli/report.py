@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm report``: results of ``wedlm eval`` as a page."""
+"""``wedlm report``: shows results of ``wedlm eval`` as a page."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ _EMBEDDED = ("demo", "demo-base")
 
 @dataclass(frozen=True, kw_only=True)
 class _Drawing:
-    """Which figures there are, and where."""
+    """Which figures to draw, and where."""
 
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw figures (needs matplotlib).")] = True
     seconds: Annotated[
@@ -88,7 +88,7 @@ def report(
 
 
 def _write_figures(folder: Path, sections: "Sequence[Section]", drawn: "Sequence[Sequence[Plot]]") -> None:
-    """One file per section and figure, named by both."""
+    """Write one file per section and figure, named after both."""
     folder.mkdir(parents=True, exist_ok=True)
     for section, plots in zip(sections, drawn, strict=True):
         for plot in plots:
@@ -98,7 +98,7 @@ def _write_figures(folder: Path, sections: "Sequence[Section]", drawn: "Sequence
 
 
 class _Decoders:
-    """The tokenizer of a run's model, loaded once; None where none is known."""
+    """The tokenizer of a run's model, loaded once; None if it is unknown."""
 
     def __init__(self, given: str | None) -> None:
         self._given, self._loaded = given, {}  # type: ignore[var-annotated]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm serve``: options to a running server."""
+"""``wedlm serve``: turns options into a running server."""
 
 import dataclasses
 import os
@@ -173,7 +173,7 @@ def serve(
 def _loaded(
     models: dict[str, str], adapters: dict[str, str], threads: int | None, engine: EngineOptions
 ) -> dict[str, "LLM"]:
-    """The models, the only one with its adapters by name."""
+    """The models; a single model also has its adapters by name."""
     llms = load_llms(models, threads, engine)
     for name, directory in adapters.items():
         next(iter(llms.values())).load_adapter(name, directory)
@@ -222,7 +222,7 @@ def served_adapters(words: list[str]) -> tuple[str | None, dict[str, str]]:
 
 
 def check_adapters(by_name: Mapping[str, str], models: Mapping[str, str]) -> None:
-    """Raises ValueError."""
+    """Raises ValueError for adapters that do not fit the models' number or names."""
     if by_name and len(models) > 1:
         raise ValueError(f"adapters stand beside {len(models)} models; expected one model with them")
     for name in by_name:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm train``, and the same as ``accelerate launch -m wedlm.train``: arguments in, exit code out.
+"""``wedlm train``, also as ``accelerate launch -m wedlm.train``: takes arguments and returns an exit code.
 
-Its options are the fields of ``TrainConfig``, which need pydantic and are read as YAML: so this command reads its own.
+Its options are the fields of ``TrainConfig``, which need pydantic and are read as YAML, so this command reads its
+options itself.
 """
 
 import os
@@ -37,7 +38,7 @@ def train(ctx: typer.Context) -> None:
 def main(arguments: list[str]) -> int:
     """Do what the arguments say. Faults of the input, the disk or the numbers are one sentence on standard error.
 
-    Of several processes the first of each machine speaks.
+    If there are several processes, only the first on each machine prints.
     """
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
@@ -97,7 +98,7 @@ def _run(arguments: list[str], speaks: bool) -> None:
 
 
 def _leave() -> None:
-    """Processes part in order; without this torch complains as they end."""
+    """Disconnect the processes in order; without this torch complains as they end."""
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``generate`` of a model in transformers: this package's engine over the model's own weights."""
+"""``generate`` of a model in transformers runs this package's engine over the model's own weights."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,20 +43,21 @@ def generate(
     tokenizer: Any = None,
     **options: Any,
 ) -> Tensor:
-    """``input_ids`` [N, R] and up to ``max_new_tokens`` new ones: [N · num_return_sequences, R + most new], padded on
-    the right.
+    """Continue ``input_ids`` [N, R] by up to ``max_new_tokens`` tokens: [N · num_return_sequences, R + most new],
+    padded on the right.
 
-    The text is ``LLM``'s for the same weights and options, which are the fields of ``Arguments``: transformers' and, by
-    its names, those of ``SamplingParams``; they may come in a ``generation_config``, too. ``temperature`` None is 0, or
-    1 if ``do_sample``. ``max_length`` counts the R rows. ``stop_strings`` needs ``tokenizer``.
+    The text equals ``LLM``'s for the same weights and options. The options are the fields of ``Arguments``:
+    transformers' names and the names of ``SamplingParams``; they may also come in a ``generation_config``.
+    ``temperature`` None means 0, or 1 with ``do_sample``. ``max_length`` counts the R rows. ``stop_strings`` needs
+    ``tokenizer``.
 
-    Prompts of different lengths are padded on either side, with ``attention_mask`` 0 there; new tokens come behind all
-    of it. ``stopping_criteria`` are asked after each token of each sequence, with its tokens [1, ...] without padding
-    and None for scores; what a forward made beyond is dropped. ``streamer`` gets the prompt [1, R], then each token
-    [1]; there must be one sequence. End tokens default to those of the model's generation config and its config,
-    padding to the config's or the first end token, the mask token to the config's. All else in the model's own
-    ``generation_config.json`` is not used. Raises ValueError, also for options of transformers that would change the
-    tokens, or the form of the answer, and have no meaning here.
+    Prompts of different lengths are padded on either side, with ``attention_mask`` 0 there; new tokens come after all
+    of it. ``stopping_criteria`` are called after each token of each sequence, with its tokens [1, ...] without padding
+    and None for scores; tokens that a forward made beyond that point are dropped. ``streamer`` gets the prompt [1, R],
+    then each token [1], and needs a single sequence. End tokens default to those of the model's generation config and
+    its config, padding to the config's or the first end token, and the mask token to the config's. Nothing else in the
+    model's own ``generation_config.json`` is used. Raises ValueError, also for options of transformers that would
+    change the tokens or the form of the answer and are not supported.
     """
     arguments = Arguments.of(generation_config, options)
     prompts, several = _prompts(input_ids, attention_mask), arguments.num_return_sequences
@@ -94,7 +95,8 @@ def generate(
 
 
 class _Watch:
-    """Shows the tokens of each sequence, one after the other, to who wants to see them or to end the sequence."""
+    """Shows the tokens of each sequence, one after the other, to streamers, and to criteria that may end the
+    sequence."""
 
     def __init__(self, prompts: Sequence[list[int]], criteria: Sequence[Any], streamer: Any) -> None:
         if streamer is not None and len(prompts) > 1:
@@ -106,7 +108,7 @@ class _Watch:
         self._seen = [0] * len(prompts)
 
     def ends(self, index: int, tokens: list[int]) -> bool:
-        """Look at what is new of ``tokens``, the sequence's so far, and take off what lies behind its end."""
+        """Look at the new part of ``tokens``, the sequence so far, and remove what lies after its end."""
         start, self._seen[index] = self._seen[index], len(tokens)
         if not self._criteria and self._streamer is None:
             return False
@@ -128,7 +130,7 @@ def _decode(
     several: int,
     watch: _Watch,
 ) -> list[list[int]]:
-    """New tokens of each prompt, from an engine whose cache holds all of them to their ends."""
+    """The new tokens of each prompt, from an engine whose cache holds all of them to their ends."""
     config, embedding = model.config.model_config(), model.model.embed_tokens.weight
     window = 2 * engine_config.options.wedlm_window_size
     lengths = [min(len(prompt) + params.max_tokens + window, config.max_length) for prompt in prompts]
@@ -163,7 +165,7 @@ def _decode(
 
 
 def _of_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    """Under one seed each further answer to a prompt has its own, the first the one given."""
+    """Give each further answer to a prompt a seed of its own; the first keeps the given one."""
     return params if params.seed is None or not choice else replace(params, seed=params.seed + choice)
 
 
