@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grammars, in llguidance's Lark syntax, for the forms of an answer that clients ask for."""
+"""Grammars, in llguidance's Lark syntax, for the forms of an answer that clients request."""
 
 import json
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def choice_grammar(texts: Sequence[str]) -> str:
 def answer_or_calls_grammar(answer: dict[str, Any] | str, call: dict[str, Any], form: ToolForm, several: bool) -> str:
     """JSON of the schema ``answer``, or calls, each of the schema ``call``, as a model of ``form`` writes them.
 
-    ValueError for a form whose calls are no JSON, or for a schema whose oneOf may hold twice.
+    Raises ValueError for a form whose calls are not JSON, or for a schema whose oneOf may hold twice.
     """
     if form.call_grammar is None:
         raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the text of an answer, as it comes, to what a message has: content and calls."""
+"""Turn the text of an answer, as it comes, into content and calls."""
 
 import json
 import re
@@ -25,7 +25,7 @@ class Delta:
     reasoning: str = ""
 
     def add(self, other: "Delta") -> None:
-        """Take over what ``other`` adds; arguments of a call that is here already are appended to it."""
+        """Add what ``other`` adds; arguments of a known call are appended to it."""
         self.content += other.content
         self.reasoning += other.reasoning
         known = {call["index"]: call for call in self.calls}
@@ -40,7 +40,7 @@ class Reader(Protocol):
     """Turns the text of one choice into content and calls."""
 
     def push(self, text: str) -> Delta:
-        """More text, none of which will change."""
+        """More text, which is final."""
 
     def finish(self, reason: str) -> Delta:
         """No more text follows, for ``reason``."""
@@ -64,8 +64,8 @@ class PlainReader:
 class CallReader:
     """Calls of known functions in the form of the model; everything else is content.
 
-    Where text that began as a call turns out to be none, it becomes content, and reading goes on behind it; what stands
-    inside is not read as a call once more, so that each character is read a few times at most.
+    If text that began as a call turns out not to be one, it becomes content and reading continues after it. Its inside
+    is not read as a call again, so that each character is read a few times at most.
     """
 
     def __init__(self, form: ToolForm, names: Sequence[str], parallel: bool) -> None:
@@ -106,7 +106,7 @@ class CallReader:
         self._delta.content += text
 
     def _scan(self, text: str) -> str:
-        """Content up to where a call may begin; what is left to read."""
+        """Yield content up to where a call may begin; return the rest."""
         if self._beginning:
             start = len(text) - len(text.lstrip())
             first = text[start:]
@@ -136,7 +136,7 @@ class CallReader:
         return rest
 
     def _read(self, text: str) -> str:
-        """Give text to the attempt until it ends, one way or the other; what is left to read."""
+        """Give text to the attempt until it ends, one way or the other; return the rest."""
         assert self._attempt is not None
         for index, character in enumerate(text):
             self._raw.append(character)
@@ -163,8 +163,9 @@ class CallReader:
 
 
 class ThinkReader:
-    """Splits what stands between <think> and </think> at the beginning off as reasoning, without the white space around
-    it; ``inner`` reads the rest. ``inside``: the prompt has opened it. Without the closing tag all is reasoning."""
+    """Splits off what stands between <think> and </think> at the beginning as reasoning, without the white space around
+    it; ``inner`` reads the rest. ``inside``: the prompt has opened it. Without the closing tag everything is reasoning.
+    """
 
     def __init__(self, inner: Reader, inside: bool) -> None:
         self._inner, self._held = inner, ""
@@ -211,7 +212,8 @@ class ThinkReader:
         return (text.strip() if self._empty else text.rstrip()), ""
 
     def _shown(self, text: str) -> tuple[str, str]:
-        """What of the reasoning is sure to belong to it, and the rest: white space, or what may become the tag."""
+        """The part of the reasoning that certainly belongs to it, and the rest, which is white space or may become the
+        tag."""
         text = text.lstrip() if self._empty else text
         closing = THINK[1]
         kept = next((size for size in range(len(closing) - 1, 0, -1) if text.endswith(closing[:size])), 0)
@@ -221,7 +223,8 @@ class ThinkReader:
 
 
 class ForcedReader:
-    """The text is one call, whose arguments are passed on as they come; a text cut before them is no call."""
+    """The text is one call, whose arguments are passed on as they come; a text that is cut before them is not
+    a call."""
 
     def __init__(self) -> None:
         self._head, self._arguments = "", JsonText()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's own answers to the prompts of a chat file, as training data (self-distillation).
 
-Training on what the model itself says makes its text easier to predict for its masked rows, and keeps its AR head where
-it was; continuations of text do so for text. The sampler is a plain AR loop over a dense cache, for thousands of short
-prompts at once on one device.
+Training on the model's own text makes that text easier to predict for its masked rows, and keeps its AR head where it
+was; continuations of text do the same for text. The sampler is a plain AR loop over a dense cache, for thousands of
+short prompts at once on one device.
 """
 
 import json
@@ -27,7 +27,7 @@ _KEY_STEP = 64
 @dataclass(frozen=True)
 class AnswerSettings:
     """``temperature`` 0 takes the most likely token. Answers that do not end within ``max_tokens`` are left out, unless
-    ``keep_cut``, which marks them as unfinished."""
+    ``keep_cut`` is set, which marks them as unfinished."""
 
     max_prompt_tokens: int = 512
     max_tokens: int = 256
@@ -72,7 +72,7 @@ class _DenseCacheAttend:
         return out.transpose(1, 2).flatten(0, 1)
 
     def keep(self, index: Tensor) -> None:
-        """Go on with these sequences only."""
+        """Continue with only these sequences."""
         self.keys, self.values = self.keys[:, index], self.values[:, index]
         self.visible = self.visible[index]
 
@@ -81,7 +81,7 @@ class _DenseCacheAttend:
 def sample_answers(
     model: Transformer, prompts: Sequence[Sequence[int]], settings: AnswerSettings, generator: torch.Generator
 ) -> list[list[int] | None]:
-    """Token ids of one answer a prompt, without the end token; None where it did not end in time."""
+    """Token ids of one answer per prompt, without the end token; None if it did not end in time."""
     device = model.model.embed_tokens.weight.device
     width = max(map(len, prompts))
     tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
@@ -126,14 +126,14 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> T
 
 
 def usable_text(answer: str, ended: bool) -> str:
-    """What of an answer can be trained on: one that a limit cut (``ended`` False) may stop within a character, whose
-    beginning goes. "" for one that is empty or has no whole characters."""
+    """The part of an answer that can be trained on. An answer that a limit cut (``ended`` False) may stop within a
+    character, whose beginning is removed. "" if the answer is empty or has no whole characters."""
     text = answer if ended else answer.rstrip("\N{REPLACEMENT CHARACTER}")
     return text if text.strip() and "\N{REPLACEMENT CHARACTER}" not in text else ""
 
 
 def with_reply(messages: Sequence[dict[str, Any]], reply: str, ended: bool) -> dict[str, Any]:
-    """The conversation as a line of training data; ``ended`` False: the reply was about to go on."""
+    """The conversation as a line of training data; ``ended`` False if the reply was about to continue."""
     line: dict[str, Any] = {"messages": [*messages, {"role": "assistant", "content": reply}]}
     return line if ended else {**line, "unfinished": True}
 
@@ -146,10 +146,10 @@ def write_answers(
     settings: AnswerSettings,
     part: tuple[int, int] = (0, 1),
 ) -> tuple[int, int]:
-    """Answer the first question of each conversation in ``source``; write {"messages"} lines to ``target``.
+    """Answer the first question of each conversation in ``source``, and write {"messages"} lines to ``target``.
 
     Returns (answers written, answers left out because they did not end or were empty). Prompts that are too long, and
-    lines of plain text, are passed over. ``part`` (i, n): every n-th prompt from the i-th on, for n processes.
+    lines of plain text, are skipped. ``part`` (i, n): every n-th prompt from the i-th on, for n processes.
     """
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(settings.seed)
@@ -181,7 +181,7 @@ def write_continuations(
     every: int = 1,
     num_prompt_tokens: int = 24,
 ) -> int:
-    """Continue the beginning of every ``every``-th paragraph in ``source``; write {"text"} lines to ``target``.
+    """Continue the beginning of every ``every``-th paragraph in ``source``, and write {"text"} lines to ``target``.
 
     A paragraph is 200 or more characters between empty lines, of a text or of a conversation's first message. Returns
     how many were written.

@@ -29,14 +29,15 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """One file of training data; ``repeat`` 2 shows it twice an epoch, 0.5 half of it, another half each epoch."""
+    """One file of training data. ``repeat`` 2 shows it twice an epoch; 0.5 shows half of it, and the other half in the
+    next epoch."""
 
     path: str
     repeat: float = Field(default=1.0, gt=0)
 
 
 class TrainConfig(_Strict):
-    """All settings of a run; the line under each is what ``wedlm train --help`` prints."""
+    """All settings of a run; ``wedlm train --help`` prints the line under each."""
 
     model_path: str
     """Where training starts: a Hugging Face directory, a hub id, a .gguf file or demo-base."""
@@ -173,7 +174,7 @@ class TrainConfig(_Strict):
     @field_validator("*", mode="before")
     @classmethod
     def _a_flag_is_not_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would read true as 1."""
+        """Refuse true for a number, which pydantic would read as 1."""
         if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("expected no flag")
         return value
@@ -181,7 +182,7 @@ class TrainConfig(_Strict):
     @field_validator("train_data", "validation_data", mode="before")
     @classmethod
     def _one_path_is_a_source(cls, value: Any) -> Any:
-        """ "data.jsonl", ["a.jsonl", {"path": "b.jsonl", "repeat": 2}]: paths may stand for themselves."""
+        """Read "data.jsonl" and ["a.jsonl", {"path": "b.jsonl", "repeat": 2}]: a path may stand for a source."""
         values = value if isinstance(value, list) else [value]
         return [{"path": one} if isinstance(one, str) else one for one in values]
 
@@ -212,7 +213,7 @@ class TrainConfig(_Strict):
 
     @model_validator(mode="after")
     def _needs_a_lora(self) -> Self:
-        """Settings of a LoRA that acts on all rows."""
+        """Check settings that need a LoRA on all rows."""
         for name, on in (
             ("distill_text is set without teacher_model", self.distill_text and self.teacher_model is None),
             ("lora_init is set", self.lora_init is not None),
@@ -223,7 +224,7 @@ class TrainConfig(_Strict):
 
     @model_validator(mode="after")
     def _masked_rows_alone(self) -> Self:
-        """No setting is changed silently for a LoRA of masked rows."""
+        """Check the settings of a LoRA for masked rows, instead of silently changing them."""
         if self.lora_rows == "all":
             return self
         if not self.lora_rank or self.objective != "wedlm":
@@ -250,7 +251,8 @@ class TrainConfig(_Strict):
 
 
 def load_config(path: str | Path | None, overrides: dict[str, Any]) -> TrainConfig:
-    """The YAML file's keys, overridden by ``overrides``. ValueError, a sentence a fault, names key and expectation."""
+    """The YAML file's keys, overridden by ``overrides``. Raises ValueError with one sentence per fault, which names key
+    and expectation."""
     values: Any = {}
     if path is not None:
         try:
@@ -285,7 +287,7 @@ def _sentence(fault: Any) -> str:
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """``["--learning_rate", "1e-4", "--bf16=false"]`` as keys and values, the values read as YAML."""
+    """Read ``["--learning_rate", "1e-4", "--bf16=false"]`` as keys and values; values are read as YAML."""
     overrides: dict[str, Any] = {}
     rest = iter(arguments)
     for argument in rest:

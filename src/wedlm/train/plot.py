@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm train --plot``: the curves of one run, or of several over each other, from their ``metrics.jsonl``."""
+"""``wedlm train --plot``: draws the curves of one run, or of several in one picture, from their ``metrics.jsonl``."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Curve:
-    """A figure over steps. Of several kinds the first is drawn solid, the second dashed."""
+    """A figure over steps. If there are several kinds, the first is drawn solid, the second dashed."""
 
     title: str
     figure: str
@@ -53,7 +53,7 @@ class _Curve:
 
 @dataclass(frozen=True)
 class _Profile:
-    """A figure with one value a group of rows, in the last record of its kind; None leaves a gap."""
+    """A figure with one value per group of rows, from the last record of its kind; None leaves a gap."""
 
     title: str
     figure: str
@@ -77,9 +77,9 @@ _Panel = _Curve | _Profile
 
 
 def draw_curves(directories: Sequence[Path]) -> Path:
-    """Draw the runs whose ``output_dir`` these are to ``curves.png`` in the first one, and return that path.
+    """Draw the runs with these ``output_dir``s to ``curves.png`` in the first one, and return that path.
 
-    Panels that no run has figures for are left out. Raises ValueError where there is nothing to draw or matplotlib is
+    Panels for which no run has figures are left out. Raises ValueError if there is nothing to draw or matplotlib is
     missing.
     """
     require("matplotlib", "drawing curves")
@@ -131,7 +131,7 @@ def _panels(runs: Sequence[_Run]) -> list[_Panel]:
 
 
 def _read_runs(directories: Sequence[Path]) -> list[_Run]:
-    """Runs under the names of their directories, or under the whole paths where names alone do not tell them apart."""
+    """Runs under the names of their directories, or under the whole paths if names alone do not distinguish them."""
     names = [directory.resolve().name for directory in directories]
     if len(set(names)) < len(names):
         names = [str(directory) for directory in directories]
