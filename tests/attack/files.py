@@ -490,7 +490,7 @@ FOUND: dict[str, tuple[Callable[[Path], str], str]] = {
     ),
     "infinite YaRN": (
         _change_config("hf/config.json", rope_scaling={"rope_type": "yarn", "factor": 1e999}),
-        "config.json is not valid JSON: Infinity is no JSON number",
+        "config.json is not valid JSON: Infinity is not a JSON number",
     ),
     "deep JSON": (_deep_json, "config.json is not valid JSON: maximum recursion depth exceeded"),
     "an escape sequence": (_change_config("hf/config.json", model_type="\x1b[2J\n"), r"model_type is '\\x1b\[2J\\n'"),
@@ -517,7 +517,7 @@ FOUND: dict[str, tuple[Callable[[Path], str], str]] = {
     ),
     "half a surrogate pair": (
         _change_config("hf/tokenizer_config.json", chat_template="{{ messages[0]['content'] }}\ud800"),
-        "the prompt is no Unicode text",
+        "the prompt is not valid Unicode",
     ),
     **{
         f"template: {name}": (_template(source), "" if name == "the source" else "the chat template ")

@@ -83,7 +83,7 @@ def test_ctrl_c_warns_before_it_leaves(talk):
     talk.type("\x03")
     warned = talk.wait_for("Ctrl-C once more leaves")
     talk.type("/stats\r")
-    talk.wait_for("No answer yet.", warned)
+    talk.wait_for("There is no answer yet.", warned)
     talk.type("\x03")
     talk.wait_for("Ctrl-C once more leaves", warned)
     assert talk.process.poll() is None

@@ -102,7 +102,7 @@ def test_impossible_prompts_fail_alone(directory):
         5: ([1, -1], "the prompt contains -1; expected ids from 0"),
         6: ([1, 2.0], "the prompt contains 2.0; expected ids from 0"),
         7: ([1] * 110, "cache slots; expected at most"),
-        9: ("\ud800", "the prompt is no Unicode text (surrogates not allowed); expected valid characters"),
+        9: ("\ud800", "the prompt is not valid Unicode (surrogates not allowed); expected valid characters"),
         10: (None, "the prompt is None; expected a string or a list of token ids"),
     }
     for index, (prompt, _) in impossible.items():

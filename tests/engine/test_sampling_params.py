@@ -205,7 +205,7 @@ def test_constraints_have_bounds():
         ({"grammar": "x" * 70_000}, "grammar has 70000 characters; expected at most 65536"),
         ({"json_schema": endless}, "json_schema is nested more than 64 deep"),
         ({"json_schema": "[" * 100_000}, "json_schema is '[[["),
-        ({"json_schema": {}, "grammar": "start: /a/"}, "grammar is set beside json_schema; expected one of them"),
+        ({"json_schema": {}, "grammar": "start: /a/"}, "grammar is set and so is json_schema; expected one of them"),
         ({"logit_bias": {1: 101}}, "logit_bias[1] is 101; expected a number >= -100 and <= 100"),
         ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias has 1025 entries; expected at most 1024"),
     ):

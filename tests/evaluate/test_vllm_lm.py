@@ -125,8 +125,8 @@ def test_other_decoding_is_refused(directory, tmp_path, vllm):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--decoding", "streaming"], "--decoding is streaming; expected autoregressive beside --engine vllm"),
-        (["--kv-cache-gb", "1"], "--kv-cache-gb is 1.0; expected no such option beside --engine vllm"),
+        (["--decoding", "streaming"], "--decoding is streaming; expected autoregressive with --engine vllm"),
+        (["--kv-cache-gb", "1"], "--kv-cache-gb is 1.0; expected no such option with --engine vllm"),
         ([], "vllm is not installed"),
     ],
 )

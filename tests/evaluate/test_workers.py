@@ -137,7 +137,7 @@ def test_too_many_workers_are_refused(directory, stub):
     stub(CPU=8, GPU=1)
     with pytest.raises(ValueError, match="--workers is 2, and each takes 1 GPU"):
         RayBackend({**options(directory), "device": "auto"}, 2)
-    with pytest.raises(ValueError, match="--device is cuda:1; expected auto, cuda or cpu beside --workers"):
+    with pytest.raises(ValueError, match="--device is cuda:1; expected auto, cuda or cpu with --workers"):
         RayBackend({**options(directory), "device": "cuda:1"}, 1)
 
 

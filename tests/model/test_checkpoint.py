@@ -265,5 +265,5 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.Monkey
         raise ConnectionError("no route\nand a long tail")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    with pytest.raises(CheckpointError, match=r"is no local path and could not be fetched .*: no route$"):
+    with pytest.raises(CheckpointError, match=r"is not a local path, and it could not be fetched .*: no route$"):
         load_model("some-org/some-model")

@@ -82,7 +82,7 @@ def test_a_unix_socket(directory, tmp_path):
             answer = client.post(TEXT, json={**ASKED, "model": directory.name}).json()
             assert answer["usage"]["completion_tokens"] == 4
             assert client.get("/health").status_code == 200
-        with pytest.raises(AddressError, match="cannot be listened on: address already in use"), unix_socket(path):
+        with pytest.raises(AddressError, match="cannot be used: address already in use"), unix_socket(path):
             pass
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0

@@ -102,7 +102,7 @@ def test_a_port_in_use_is_one_sentence(directory):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert f"error: port {port} of '127.0.0.1' cannot be listened on: address already in use; expected" in done.stderr
+    assert f"error: port {port} of '127.0.0.1' cannot be used: address already in use; expected" in done.stderr
     assert "serving" not in done.stderr
 
 
@@ -227,7 +227,7 @@ def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
         ([], (None, {})),
         (["DIR"], ("DIR", {})),
         (["demo-masked", "a=x", "b=y"], ("demo-masked", {"a": "x", "b": "y"})),
-        (["a=x", "a=y"], "two adapters are called 'a'; expected names of their own"),
+        (["a=x", "a=y"], "two adapters are called 'a'; expected different names"),
         (["x", "y"], "adapter is 'x' and 'y', both without a name; expected NAME=DIR for one"),
         (["=x"], "adapter is '=x'; expected DIR, or NAME=DIR"),
         (["a="], "adapter is 'a='; expected DIR, or NAME=DIR"),

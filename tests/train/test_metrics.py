@@ -130,7 +130,7 @@ def test_rewind_keeps_what_stays_true(tmp_path):
     rewind(tmp_path, 3)
     assert read_metrics(path) == lines[:4]
     path.write_text('nonsense\n{"step": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is not valid JSON; expected one record a line"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is not valid JSON; expected one record per line"):
         rewind(tmp_path, 3)
 
 

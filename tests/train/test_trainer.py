@@ -139,7 +139,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(parts, monkeypatch, error):
         save(tensors, path, *arguments)
 
     monkeypatch.setattr(checkpoint_module, "save_file", fails_later)
-    with pytest.raises(ValueError, match=r"checkpoint-000004 cannot be written .*earlier checkpoints are as they were"):
+    with pytest.raises(ValueError, match=r"checkpoint-000004 cannot be written .*earlier checkpoints are untouched"):
         train(base, data, output, save_steps=2)
     assert [path.name for path in output.glob("*checkpoint*")] == ["checkpoint-000002"]
     monkeypatch.undo()

@@ -106,8 +106,8 @@ def write_training_data(prompts: Sequence[Prompt], log: Path, target: Path) -> A
         lines.append(json.dumps(with_answer(prompt, answer, ended), ensure_ascii=False) + "\n")
     if not lines:
         raise ValueError(
-            f"none of the {len(prompts)} answers can be trained on: all are empty, or no whole characters; expected "
-            "other prompts"
+            f"none of the {len(prompts)} answers can be trained on: all are empty or contain incomplete characters; "
+            "expected other prompts"
         )
     with write_whole(target) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")

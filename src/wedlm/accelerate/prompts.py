@@ -21,7 +21,7 @@ from wedlm.train.sources import numbered_lines, read_samples
 Prompt = dict[str, Any]
 
 DEFAULT_PROMPTS = 2000
-_BEGINNING = 32  # tokens of a plain text that the model goes on with
+_BEGINNING = 32  # tokens of a plain text that the model continues
 
 
 def make_prompts(
@@ -122,7 +122,7 @@ def _lines_of(path: Path) -> Iterator[str]:
             lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise ValueError(f"{path} cannot be read: {reason}; expected a file of prompts, one a line") from error
+            raise ValueError(f"{path} cannot be read: {reason}; expected a file of prompts, one per line") from error
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise ValueError(f"{path} is empty; expected a prompt on each line")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of a run, in their order. Each leaves its result under the output directory, and a second start goes on
-behind what is there:
+"""The stages of a run, in their order. Each leaves its result under the output directory, and a second start
+continues after the stages that are done:
 
-prompts/      what the model is asked: to train on, and held out
-answers/      the model's own answers, one a line as they end; then the training data
+prompts/      the prompts to train on, and those held out
+answers/      the model's own answers, one per line as they end; then the training data
 training/     the trainer's directory, with its checkpoints
 adapter/      the result
 measurement/  the parts measured so far

@@ -135,8 +135,8 @@ def _launch(file: Path, device: torch.device, processes: int) -> None:
         raise KeyboardInterrupt
     if code:
         raise ValueError(
-            f"training in {processes} processes ended with exit code {code}; what they said stands above, and the same "
-            "command goes on from the last checkpoint"
+            f"training in {processes} processes ended with exit code {code}, see their messages above; the same "
+            "command continues from the last checkpoint"
         )
 
 

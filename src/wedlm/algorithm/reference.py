@@ -66,7 +66,7 @@ def decode(
             drafts = propose(prompt + out.tokens)[: max(0, most)]
             window = [window[0], *drafts] if drafts else window
         emitted, committed, window, rows = step(model, committed, window, params)
-        if not params.is_verified:  # what the prompt had of a block is no output
+        if not params.is_verified:  # the prompt's part of a block is not output
             emitted = emitted[max(0, len(prompt) - len(committed)) :]
         out.rows.append(rows)
         for token in emitted:

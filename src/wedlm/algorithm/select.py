@@ -32,7 +32,7 @@ def select_fill(
         smallest = masked & (adjusted == adjusted.amin(dim=1, keepdim=True))
         leftmost = smallest & (smallest.cumsum(dim=1) == 1)
         return torch.where(below.any(dim=1, keepdim=True), below, leftmost)
-    # Masked columns before all others, even those whose uncertainty is no number.
+    # Masked columns before all others, even those whose uncertainty is not a number.
     finite = adjusted.clamp(max=torch.finfo(adjusted.dtype).max)
     rank = torch.where(masked, finite, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
     enough = below.sum(dim=1) >= least

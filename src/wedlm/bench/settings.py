@@ -125,7 +125,7 @@ def read_parts(names: list[str], shape: str | None, against: str | None = None) 
         for name in names:
             if name not in ("all", *LLAMACPP_PARTS):
                 known = ", ".join(LLAMACPP_PARTS)
-                raise ValueError(f"the part is {name!r}; expected, beside llama.cpp, all or some of {known}")
+                raise ValueError(f"the part is {name!r}; expected, with llama.cpp, all or some of {known}")
         return tuple(LLAMACPP_PARTS if "all" in names else dict.fromkeys(names)) or tuple(LLAMACPP_PARTS)
     if names == ["all"]:
         return tuple(part for part in PRIORITY if part != "scenarios" or shape is None)

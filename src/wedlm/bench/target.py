@@ -59,7 +59,7 @@ def load_target(settings: Settings) -> Target:
     )
     options, ranks, shape = engine_config.options, None, config
     if options.tensor_parallel_size > 1:
-        from wedlm.engine.ranks.start import random_over_ranks  # which one rank alone has no use for
+        from wedlm.engine.ranks.start import random_over_ranks  # which a single rank does not need
 
         loaded = random_over_ranks(config, replace(options, dtype=str(dtype).removeprefix("torch.")), device)
         model, ranks = loaded.model, loaded.ranks

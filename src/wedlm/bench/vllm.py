@@ -38,7 +38,7 @@ _SHOWN_CHARACTERS = 400
 def check_vllm() -> None:
     """Raises ValueError if vLLM is not installed."""
     if find_spec("vllm") is None:
-        raise ValueError("--against is vllm, which is not installed here; expected an environment that has it")
+        raise ValueError("--against is vllm, which is not installed here; expected an environment with it")
 
 
 def measure_vllm(settings: Settings, timeout_s: float | None) -> dict[str, Any]:

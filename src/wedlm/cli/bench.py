@@ -73,7 +73,7 @@ class WorkloadOptions:
     """How much is measured; None is the device's default."""
 
     quick: Annotated[bool, option("One run of few steps and short answers: minutes become seconds.", MUCH)] = False
-    budget_s: Annotated[float | None, option("Begin nothing new after so many seconds.", MUCH)] = None
+    budget_s: Annotated[float | None, option("Begin nothing new after this many seconds.", MUCH)] = None
     batches: Annotated[str | None, option("Batch sizes with commas between. [GPU 1,8,32,64,128; CPU 1,4]", MUCH)] = None
     runs: Annotated[int | None, option("Runs of each case. [3]", MUCH)] = None
     pairs: Annotated[int | None, option("Pairs of auto and AR. [10]", MUCH)] = None
@@ -120,7 +120,7 @@ def bench(
     target: TargetOptions,
     engine: Annotated[EngineOptions, Only(*_ENGINE)],
 ) -> None:
-    """Measure speed: our modes beside AR in one engine, runs taking turns; optionally beside vLLM.
+    """Measure speed: compare our modes with AR in one engine, and optionally with vLLM or llama.cpp.
 
     \b
     Examples:
@@ -129,8 +129,8 @@ def bench(
     wedlm bench --against llamacpp --quick
     wedlm bench all --shape qwen3-8b --against vllm --budget-s 460 --output ./results
 
-    Figures are medians of runs, their spread in bench.json; the last line is JSON. Ctrl-C ends the run and keeps
-    what is done. docs/benchmarks.md explains it all.
+    Figures are medians of runs, and bench.json has their spread; the last line is JSON. Ctrl-C ends the run and keeps
+    what is done. docs/benchmarks.md explains the parts.
     """
     if what.show is not None:
         show_run(what.show, what.evaluation, what.plots)

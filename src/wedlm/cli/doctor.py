@@ -20,13 +20,13 @@ _GIB = 2**30
 
 @command
 def doctor() -> None:
-    """Say what this machine has, and what wedlm chooses by it.
+    """Say what this machine has, and what wedlm chooses for it.
 
     \b
     Example:
     wedlm doctor
 
-    One line each, on standard output; nothing is fetched or changed. Put them into a report of a fault.
+    It prints one line for each fact, and fetches or changes nothing. Please include the lines when you report a bug.
     """
     for line in report():
         write(line + "\n")

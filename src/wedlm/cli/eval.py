@@ -42,12 +42,12 @@ class WhatOptions:
 
     tasks: Annotated[str, option("Names with commas between: gsm8k,arc_e,...", WHAT)] = ""
     data_dir: Annotated[Path, option("Folder of the data files.", WHAT)] = Path("data")
-    output: Annotated[Path, option("Folder for results; what it has already is not run again.", WHAT)] = Path("results")
+    output: Annotated[Path, option("Folder for results; runs that it already has are skipped.", WHAT)] = Path("results")
     download: Annotated[Path | None, option("Fetch the public data files into this folder, and end.", WHAT)] = None
-    protocol: Annotated[str, option("default; paper: asks and decodes as it does; paper-decoding.", WHAT)] = "default"
-    sweep: Annotated[list[str] | None, option("key=value,value: a run for each value; repeated: a grid.", WHAT)] = None
+    protocol: Annotated[str, option("default, paper (asks and decodes like it) or paper-decoding.", WHAT)] = "default"
+    sweep: Annotated[list[str] | None, option("key=value,value: a run for each value; repeat for a grid.", WHAT)] = None
     limit: Annotated[int | None, option("Only the first N questions of each task.", WHAT)] = None
-    num_fewshot: Annotated[int | None, option("Examples in a prompt; default: each task's own.", WHAT)] = None
+    num_fewshot: Annotated[int | None, option("Examples in each prompt; default: the task's number.", WHAT)] = None
     chat_template: Annotated[
         bool, option("Ask in the model's chat template, for instruct models.", WHAT, "--chat-template")
     ] = False
@@ -61,7 +61,7 @@ class WhatOptions:
     ] = ""
     answers_only: Annotated[
         bool,
-        option("Answer, but do not score: the same call without this does.", WHAT, "--answers-only"),
+        option("Answer only; the same call without this option scores.", WHAT, "--answers-only"),
     ] = False
 
 
@@ -71,7 +71,9 @@ class ParamOptions:
 
     decoding: Annotated[str | None, option("auto, verified, streaming, block or autoregressive.", HOW)] = None
     window_size: Annotated[int | None, option("Positions of a window or block; rows of verified.", HOW)] = None
-    entropy_threshold: Annotated[str | None, option("Fill below this entropy (nats); none: one a forward.", HOW)] = None
+    entropy_threshold: Annotated[str | None, option("Fill below this entropy (nats); none: one per forward.", HOW)] = (
+        None
+    )
     pos_penalty: Annotated[float | None, option("Entropy added per position of distance.", HOW)] = None
     next_token: Annotated[str | None, option("Streaming: masked or causal.", HOW)] = None
     draft_entropy: Annotated[float | None, option("Verified: draft up to the first row this uncertain.", HOW)] = None
@@ -79,12 +81,12 @@ class ParamOptions:
     top_p: Annotated[float | None, option("Sample from the smallest set with this probability.", HOW)] = None
     top_k: Annotated[int | None, option("Sample from the k most probable tokens; 0: all.", HOW)] = None
     seed: Annotated[int | None, option("Same seed, same answers.", HOW)] = None
-    max_tokens: Annotated[int | None, option("Cut answers after so many tokens.", HOW)] = None
+    max_tokens: Annotated[int | None, option("Largest number of tokens of an answer.", HOW)] = None
     remasking_strategy: Annotated[
         str | None, option("Block: entropy, low_confidence_static or low_confidence_dynamic.", HOW)
     ] = None
     confidence_threshold: Annotated[float | None, option("Block, low_confidence_dynamic: fill above it.", HOW)] = None
-    denoising_steps: Annotated[int | None, option("Block, low_confidence_...: most forwards a block.", HOW)] = None
+    denoising_steps: Annotated[int | None, option("Block, low_confidence_...: most forwards per block.", HOW)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ class HostOptions:
 
     engine: Annotated[str, option("wedlm, or vllm: its AR decoding, as a baseline.", MODEL)] = "wedlm"
     workers: Annotated[
-        int | None, option("Replicas of the model by Ray, on this machine or a cluster; one GPU each.", MODEL)
+        int | None, option("Replicas of the model with Ray, on this machine or a cluster; one GPU each.", MODEL)
     ] = None
     kv_cache_gb: KvCacheGb = None
 
@@ -128,7 +130,7 @@ def evaluate(
     model: ModelOptions,
     options: Annotated[EngineOptions, Only(*_ENGINE)],
 ) -> None:
-    """Measure accuracy and speed on benchmarks, one decoding mode or a grid of parameters.
+    """Measure accuracy and speed on benchmarks, in one decoding mode or over a grid of parameters.
 
     \b
     Examples:
@@ -137,7 +139,7 @@ def evaluate(
     wedlm eval --tasks arc_c,hellaswag,mmlu --model ./my-checkpoint --protocol paper
     wedlm eval reproduce --paper-tables --data-dir ./data --workers 8
 
-    Generated code runs in a sandbox. A killed run goes on where it was. docs/evaluation.md has the tasks and the files.
+    Generated code runs in a sandbox. A killed run continues where it was. docs/evaluation.md describes the tasks.
     """
     if what.download is not None:
         run_download(what.download)
@@ -225,7 +227,7 @@ def run_eval(
 
         runs = sweep_params(*grid)
         if host.engine == "vllm" and (other := {p.decoding for p, _ in runs} - {"autoregressive"}):
-            raise ValueError(f"--decoding is {', '.join(sorted(other))}; expected autoregressive beside --engine vllm")
+            raise ValueError(f"--decoding is {', '.join(sorted(other))}; expected autoregressive with --engine vllm")
         tasks = load_tasks(settings, scores=not what.answers_only)
     evaluation = Evaluation(load(max(run.max_rows for run, _ in runs)), settings, tasks)
     records = []
@@ -313,7 +315,7 @@ def _replicas(given: dict[str, Any], workers: int, threads: int | None) -> "Back
 def _refuse(options: Mapping[str, Any], names: Sequence[str], beside: str) -> None:
     for name in names:
         if options[name] is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is {options[name]}; expected no such option beside {beside}")
+            raise ValueError(f"--{name.replace('_', '-')} is {options[name]}; expected no such option with {beside}")
 
 
 @contextmanager

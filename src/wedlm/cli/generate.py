@@ -43,7 +43,7 @@ class _Output:
 
     prompt: Annotated[str | None, typer.Argument(help="The prompt; without it and --file: standard input.")] = None
     file: Annotated[Path | None, option("Read the prompt from this file; - is standard input.", PROMPT)] = None
-    lines: Annotated[bool, option("One prompt a line (blank ones skipped), decoded together.", PROMPT, "--lines")] = (
+    lines: Annotated[bool, option("One prompt per line (blank ones skipped), decoded together.", PROMPT, "--lines")] = (
         False
     )
     chat: Annotated[
@@ -56,11 +56,11 @@ class _Output:
     ] = None
     suffix: Annotated[
         str | None,
-        option("Text after the answer, which fills the gap between the prompt, as it stands, and it.", PROMPT),
+        option("Text after the answer, which fills the gap between the prompt and this text.", PROMPT),
     ] = None
-    gap: Annotated[int, option("With --suffix: positions of the gap, in place of --max-tokens.", PROMPT)] = GAP
+    gap: Annotated[int, option("With --suffix: length of the gap in tokens, instead of --max-tokens.", PROMPT)] = GAP
     as_json: Annotated[
-        bool, option("One JSON object a line: prompt, text, token_ids, finish_reason, stats, ...", PROMPT, "--json")
+        bool, option("One JSON object per line: prompt, text, token_ids, finish_reason, stats, ...", PROMPT, "--json")
     ] = False
 
 
@@ -68,10 +68,10 @@ class _Output:
 class _Answer(SamplingOptions):
     """Where answers end and what is reported, in addition to the options of every command."""
 
-    min_tokens: Annotated[int, option("No end before so many tokens.", DRAW)] = DEFAULTS.min_tokens
-    stop: Annotated[list[str] | None, option("End before this string; may be repeated.", DRAW)] = None
-    ignore_eos: Annotated[bool, option("Go on after end tokens.", DRAW, "--ignore-eos")] = DEFAULTS.ignore_eos
-    logprobs: Annotated[int | None, option("With --json: log-probabilities, also of so many alternatives.", PROMPT)] = (
+    min_tokens: Annotated[int, option("Smallest number of tokens of the answer.", DRAW)] = DEFAULTS.min_tokens
+    stop: Annotated[list[str] | None, option("Stop before this string; may be repeated.", DRAW)] = None
+    ignore_eos: Annotated[bool, option("Continue after end tokens.", DRAW, "--ignore-eos")] = DEFAULTS.ignore_eos
+    logprobs: Annotated[int | None, option("With --json: log-probabilities, also of N alternatives.", PROMPT)] = (
         DEFAULTS.logprobs
     )
 
@@ -86,7 +86,7 @@ def generate(
     model: ModelOptions,
     engine: Annotated[EngineOptions, Only(*USUAL, "max_num_seqs", "deterministic")],
 ) -> None:
-    """Complete prompts: the argument, a file, or standard input.
+    """Complete prompts from the argument, a file, or standard input.
 
     \b
     Examples:
@@ -131,7 +131,7 @@ def _read(file: Path | None) -> str:
     name = "standard input" if file is None else str(file)
     if file is None:
         if sys.stdin.isatty():
-            note("Type the prompt, then Ctrl-D on a line of its own.")
+            note("Type the prompt, then press Ctrl-D on an empty line.")
         data = sys.stdin.buffer.read()
     elif file.is_file():
         data = file.read_bytes()

@@ -43,7 +43,7 @@ def option(help: str, panel: str | None, *names: str) -> Any:
 
 
 Decoding = Annotated[str | None, option("auto, verified, streaming, block, autoregressive. [the model's]", HOW)]
-MaxTokens = Annotated[int, option("Cut the answer after so many tokens.", DRAW)]
+MaxTokens = Annotated[int, option("Largest number of tokens of the answer.", DRAW)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,10 @@ class WindowOptions:
     """What a decoding mode does with its window."""
 
     window_size: Annotated[
-        int | None, option("Positions of a window or block; most rows a forward of auto and verified. [16]", HOW)
+        int | None, option("Positions of a window or block; most rows per forward in auto, verified. [16]", HOW)
     ] = DEFAULTS.wedlm_window_size
     entropy_threshold: Annotated[
-        str, option("Streaming, block: fill below this entropy (nats); none: one a forward.", HOW)
+        str, option("Streaming, block: fill below this entropy (nats); none: one per forward.", HOW)
     ] = str(DEFAULTS.wedlm_entropy_threshold)
     pos_penalty: Annotated[float, option("Streaming, block: entropy added per position of distance.", HOW)] = (
         DEFAULTS.wedlm_pos_penalty_factor
@@ -70,13 +70,13 @@ class WindowOptions:
         float, option("Block, low_confidence_dynamic: fill above this probability.", HOW)
     ] = DEFAULTS.confidence_threshold
     denoising_steps: Annotated[
-        int | None, option("Block, low_confidence_...: most forwards a block; default: one a position.", HOW)
+        int | None, option("Block, low_confidence_...: most forwards per block; default: one per position.", HOW)
     ] = DEFAULTS.denoising_steps
     draft_entropy: Annotated[float, option("Verified: draft up to the first row this uncertain (nats).", HOW)] = (
         DEFAULTS.wedlm_draft_entropy
     )
     lookup_drafts: Annotated[
-        int | None, option("Auto, verified: most drafts a forward from the text so far; 0: none.", HOW)
+        int | None, option("Auto, verified: most drafts per forward from the text so far; 0: none.", HOW)
     ] = DEFAULTS.wedlm_lookup_drafts
 
 

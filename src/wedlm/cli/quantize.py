@@ -26,7 +26,7 @@ def quantize(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
-    """Write a checkpoint in fewer bits: for a smaller start, or as GGUF for llama.cpp.
+    """Write a checkpoint in fewer bits, to save disk and memory, or as GGUF for llama.cpp.
 
     \b
     Examples:

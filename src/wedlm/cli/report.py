@@ -54,7 +54,7 @@ def report(
     title: Annotated[str, typer.Option(help="Heading of the report.")] = "Evaluation",
     drawing: _Drawing,
 ) -> None:
-    """Write report.html, one page that needs nothing else, and report.md, its tables.
+    """Write report.html, a self-contained page, and report.md with its tables.
 
     \b
     Examples:
@@ -69,7 +69,7 @@ def report(
     if examples < 0:
         raise ValueError(f"--examples is {examples}; expected 0 or more")
     if drawing.figures is not None and not drawing.plots:
-        raise ValueError(f"--figures is {drawing.figures}; expected no such option beside --no-plots")
+        raise ValueError(f"--figures is {drawing.figures}; expected no such option with --no-plots")
     runs = read_runs(folders)
     chosen = None if baseline is None else choose_baseline(runs, baseline)
     sections = build_sections(runs, chosen, examples, _Decoders(tokenizer))
@@ -80,7 +80,7 @@ def report(
         ("report.html", html_page(sections, drawn, title, chosen)),
         ("report.md", markdown_page(sections, title, chosen)),
     ):
-        # Half of a surrogate pair, which JSON can carry, is no text.
+        # Half of a surrogate pair, which JSON can carry, is not text.
         (target / name).write_text(text, encoding="utf-8", errors="replace")
         note(f"wrote {target / name}")
     if drawing.figures is not None:

@@ -32,7 +32,7 @@ def reproduce_tables(
         if name not in SETS:
             raise ValueError(f"the task {name!r} is not in the paper's tables; expected some of {', '.join(SETS)}")
     if not tasks and find_file(data_dir, "gpqa_diamond") is None:
-        note(f"gpqa is left out: {data_dir} has no gpqa_diamond.csv, which its authors give to who asks them")
+        note(f"gpqa is left out: {data_dir} has no gpqa_diamond.csv, which its authors give to those who ask")
         names.remove("gpqa")
     columns = []
     for number, (model, kind) in enumerate(chosen, start=1):

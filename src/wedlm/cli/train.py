@@ -16,15 +16,15 @@ from wedlm.train.optional_deps import ALWAYS, is_missing, require
 
 FAILED, INTERRUPTED = 1, 130
 _USAGE = """\
-Train a WeDLM from an AR checkpoint, go on training one, or fine-tune with the AR loss alone.
+Train a WeDLM from an AR checkpoint, train one further, or fine-tune with the AR loss alone.
 
-wedlm train CONFIG.yaml [--KEY VALUE ...]    train, or go on from the latest checkpoint under output_dir
+wedlm train CONFIG.yaml [--KEY VALUE ...]    train, or continue from the latest checkpoint under output_dir
 wedlm train --KEY VALUE ...                  the same without a file
 wedlm train --plot DIR [DIR ...]             draw the curves of runs to the first DIR/curves.png
 wedlm train --data alpaca --download         fetch the set of the original's example to data/alpaca_cleaned_sft.jsonl
 accelerate launch -m wedlm.train CONFIG.yaml on several devices; --config_file for FSDP2, DeepSpeed
 
-Values are read as YAML: --train_data '[a.jsonl, {path: b.jsonl, repeat: 2}]'. docs/training.md explains.
+Values are read as YAML: --train_data '[a.jsonl, {path: b.jsonl, repeat: 2}]'. docs/training.md explains the keys.
 
 Keys (default):
 """
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     try:
         _run(arguments, speaks)
     except KeyboardInterrupt:
-        return _fail("stopped; the same command goes on from the latest checkpoint", speaks, INTERRUPTED)
+        return _fail("stopped; the same command continues from the latest checkpoint", speaks, INTERRUPTED)
     except (ValueError, OSError, FloatingPointError) as error:  # CheckpointError is a ValueError
         return _fail(str(error), speaks)
     except RuntimeError as error:

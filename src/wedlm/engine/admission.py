@@ -142,7 +142,7 @@ def _check_block(decoding: str, window_size: int | None, block_length: int) -> i
     if decoding != "block":
         raise ValueError(
             f"decoding is {decoding!r} and the model sees by blocks of {block_length}; expected 'block': no row of "
-            "such a model foretells the token after it, and windows that slide would not be its blocks"
+            "such a model predicts the token after it, and windows that slide would not be its blocks"
         )
     if window_size not in (None, block_length):
         raise ValueError(

@@ -257,7 +257,7 @@ class AsyncEngine:
     def _score(self) -> None:
         """Score one chunk of one prompt, taking turns among prompts, so that streams do not wait for long."""
         future, scorer = self._scores[0]
-        if future.done():  # whoever asked has left
+        if future.done():  # the caller has left
             self._scores.popleft()
             return
         try:

@@ -168,7 +168,7 @@ class Blueprint:
 
     def _runner_over_ranks(self, ranks: "Ranks", cache: KVCache) -> Runner:
         """The runner of rank 0; the other ranks get caches of the same size."""
-        from wedlm.engine.ranks.build import first_runner, tell_cache  # which one rank alone has no use for
+        from wedlm.engine.ranks.build import first_runner, tell_cache  # which a single rank does not need
 
         tell_cache(ranks, cache, self.config, self.packed is not None)
         return first_runner(ranks, cache, self.model, self.packed, self.config)

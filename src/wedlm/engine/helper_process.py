@@ -53,7 +53,7 @@ class HelperProcess:
             answer = self._exchange(question, time.monotonic() + limit_s)
         except TimeoutError:
             self.late = True
-        except OSError:  # nobody reads the question
+        except OSError:  # the question is not read
             pass
         if answer is None:
             self._process.kill()

@@ -81,7 +81,7 @@ class LLM:
         self.allow_control_tokens = chosen.allow_control_tokens
         self.tokenizer: Tokenizer = load_tokenizer(model)
         if chosen.tensor_parallel_size > 1:
-            from wedlm.engine.ranks.start import load_over_ranks  # which one rank alone has no use for
+            from wedlm.engine.ranks.start import load_over_ranks  # which a single rank does not need
 
             loaded = load_over_ranks(model, chosen, self.device)
         else:
@@ -301,7 +301,7 @@ class LLM:
         """The ``params`` for a request that fills the gap between its prompt and ``suffix``."""
         ids = self.tokenizer.encode(suffix, add_special_tokens=False) if isinstance(suffix, str) else suffix
         if not ids:
-            raise ValueError(f"the suffix is {suffix!r}; expected some text: generate continues without one")
+            raise ValueError(f"the suffix is {suffix!r}; expected some text, since generate continues without one")
         return replace(params, suffix_token_ids=tuple(ids))
 
     def _likelihood(self, prefix: Prompt, params: SamplingParams, output: GenerationOutput) -> float:
@@ -388,14 +388,14 @@ class LLM:
         if unadapted and not self._warned_unadapted and not params.suffix_token_ids:
             self._warned_unadapted = True
             return (
-                f"this checkpoint was never adapted to predict masked positions, so {decoding} decoding makes no sense "
-                "of them; auto gives its own text"
+                f"this checkpoint was never adapted to predict masked positions, so {decoding} decoding "
+                "gives meaningless text; auto gives the model's own text"
             )
         if block is None or window <= block:
             return None
         return (
             f"the window of {window} is wider than the noise block of {block} that this checkpoint was trained with: "
-            "it meets distances it never saw"
+            "it meets distances that it never saw"
         )
 
     @contextmanager

@@ -114,34 +114,34 @@ class EngineOptions:
     )
     quantization: WeightBits = _option(  # noqa: RUF009
         "auto",
-        "Bits of the weights: auto (unless dtype is given, few bits stay as a file has them if those can run, and on a "
-        "CPU 16 bits become int8), none (the dtype's), int8 (all, by a CPU's native forward), fp8 (the layers', and "
-        "their inputs, on NVIDIA GPUs that multiply such numbers).",
+        "Bits of the weights: auto (a file's few bits stay if they can run, and on a CPU 16 bits become int8, unless "
+        "dtype is given), none (those of dtype), int8 (everything, on a CPU's native forward), fp8 (the layers' "
+        "weights and inputs, on NVIDIA GPUs that multiply such numbers).",
         read_quantization,
     )
     quantize_head: bool = _option(
         False,
-        "With quantization fp8: the output projection, too. A little faster, at a further cost in quality.",
+        "With quantization fp8, round the output projection, too: a little faster, at a further cost in quality.",
         read_flag,
     )
-    device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...", _text)
+    device: str = _option("auto", "auto (CUDA if there is a GPU), cpu, cuda, cuda:1, ...", _text)
     tensor_parallel_size: int = _option(
         1,
-        "Processes that share the model, each with a part of every layer and a device of its own (on CPUs, of the "
-        "threads).",
+        "Processes that share the model, each with a part of every layer and its own device (on CPUs, its own part of "
+        "the threads).",
         read_positive_integer,
     )
     adapter: str | None = _option(
         None,
-        "Directory of a LoRA, or 'demo-masked', the embedded one for demo-base. One in peft's format is merged into "
-        "the weights, one for masked rows stays beside them.",
+        "Directory of a LoRA, or 'demo-masked', the embedded one for demo-base. A LoRA in peft's format is merged into "
+        "the weights; one for masked rows stays apart from them.",
         _or_none(_text),
     )
     max_adapters: int = _option(
-        8, "Most adapters by name at once, those included that are unloaded and still in use.", read_positive_integer
+        8, "Most adapters by name at once, including unloaded ones that are still in use.", read_positive_integer
     )
     max_adapter_rank: int = _option(
-        128, "Largest rank of an adapter by name; of one for all and one for masked rows, both together.",
+        128, "Largest rank of an adapter by name; its parts for all rows and for masked rows count together.",
         read_positive_integer,
     )  # fmt: skip
     max_model_len: int | None = _option(
@@ -152,13 +152,13 @@ class EngineOptions:
     )
     decoding: Decoding | None = _option(  # noqa: RUF009
         None,
-        "Decoding mode of requests that name none. Default: the checkpoint's: streaming for the paper's, else auto.",
+        "Decoding mode of requests that do not name one. Default: the checkpoint's, streaming or auto.",
         _or_none(read_decoding),
     )
     wedlm_window_size: int = _option(
         DecodeParams.window_size,
-        "Window of requests that name none: positions in streaming and block decoding, most rows a step in verified "
-        "and auto.",
+        "Window of requests that do not set one: positions in streaming and block decoding, most rows per step in "
+        "verified and auto.",
         read_positive_integer,
     )
     block_length: int | None = _option(
@@ -168,8 +168,8 @@ class EngineOptions:
     )
     wedlm_lookup_drafts: int | None = _option(
         None,
-        "Most drafts a step from the text, of requests that name no number; 0: none. Default: what pays in auto; in "
-        "verified none, unless the model has no masked rows.",
+        "Most drafts per step from the text, for requests that do not set it; 0: none. Default: what pays off in auto; "
+        "none in verified, unless the model has no masked rows.",
         _or_none(read_count),
     )
     max_num_seqs: int = _option(64, "Most sequences in one forward.", read_positive_integer)
@@ -202,7 +202,7 @@ class EngineOptions:
     )
     deterministic: bool = _option(
         False,
-        "On a GPU in bfloat16, float16 or FP8: no bit of an answer depends on what else runs, at some cost in speed.",
+        "On a GPU in bfloat16, float16 or FP8, make answers independent of what else runs. Costs speed.",
         read_flag,
     )
     chunk_step_ratio: float | None = _option(

@@ -29,7 +29,7 @@ def translated(given: Mapping[str, Any]) -> dict[str, Any]:
     if "kvcache_block_size" in ours:
         size = ours.pop("kvcache_block_size")
         if "page_size" in ours:
-            raise ValueError("kvcache_block_size is set beside page_size, its name here; expected one of them")
+            raise ValueError("kvcache_block_size is set and so is page_size, its name here; expected one of them")
         ours["page_size"] = size
     blocks = ours.pop("num_kvcache_blocks", -1)
     if isinstance(blocks, bool) or blocks != -1:

@@ -48,13 +48,15 @@ class PromptScorer:
         if config.block_length is not None:
             raise ValueError(
                 f"log-probabilities of a prompt are asked for and the model sees by blocks of {config.block_length}; "
-                "expected a causal model, whose rows foretell the token after them"
+                "expected a causal model, whose rows predict the token after them"
             )
         if not 0 < len(prompt) <= config.max_model_len or pool.pages_for(len(prompt)) > pool.num_pages:
             most = min(config.max_model_len, pool.num_pages * pool.page_size)
             raise ValueError(f"the prompt has {len(prompt)} tokens; expected 1 to {most}")
         if any(not 0 <= token < config.vocab_size for token in prompt):
-            raise ValueError(f"the prompt has an id that is no token; expected ids from 0 to {config.vocab_size - 1}")
+            raise ValueError(
+                f"the prompt has an id that is not a token; expected ids from 0 to {config.vocab_size - 1}"
+            )
         self._prompt, self._num_top, self._salt, self._context = list(prompt), num_top, salt, context
         self._adapter = None if adapter is None else engine.adapters.get(adapter)
         self.result = PromptLogprobs()

@@ -141,7 +141,7 @@ class SamplingParams:
         if self.grammar is not None and len(self.grammar) > MAX_GRAMMAR_CHARACTERS:
             raise ValueError(f"grammar has {len(self.grammar)} characters; expected at most {MAX_GRAMMAR_CHARACTERS}")
         if self.grammar is not None and self.json_schema is not None:
-            raise ValueError("grammar is set beside json_schema; expected one of them")
+            raise ValueError("grammar is set and so is json_schema; expected one of them")
         if self.decoding is not None and self.decoding not in DECODINGS:
             raise ValueError(f"decoding is {self.decoding!r}; expected one of {', '.join(DECODINGS)}")
         if self.remasking_strategy is not None and self.remasking_strategy not in REMASKINGS:

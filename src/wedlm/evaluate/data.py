@@ -90,11 +90,11 @@ def read_rows(directory: Path, name: str) -> list[Document]:
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read ({error}); expected one JSON object a line") from error
+        raise ValueError(f"{path} cannot be read ({error}); expected one JSON object per line") from error
     if not rows:
         raise ValueError(f"{path} has no rows; expected at least one")
     if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} has a row that is no JSON object; expected one a line, with names for its fields")
+        raise ValueError(f"{path} has a row that is not a JSON object; expected one per line, with named fields")
     return rows
 
 
@@ -189,5 +189,5 @@ class First(ContextSampler):
 def _first(examples: Iterable[Document], n: int, of: str) -> list[Document]:
     found = list(itertools.islice(examples, n))
     if len(found) < n:
-        raise ValueError(f"num_fewshot is {n}, but there are {len(found)} examples{of}; expected at most so many")
+        raise ValueError(f"num_fewshot is {n}, but there are {len(found)} examples{of}; expected at most that many")
     return found

@@ -14,7 +14,7 @@ from fractions import Fraction
 
 Readings = tuple[Fraction, ...]
 
-# Longer ones are no answers, and Python refuses to read numbers of thousands of digits.
+# Longer ones are not answers, and Python refuses to read numbers of thousands of digits.
 _MOST_DIGITS, _MOST_EXPONENT = 60, 100
 # A person does not look further, and a text made of marks must not cost the square of its length.
 _MOST_PLACES, _MOST_CHARACTERS = 100, 1000

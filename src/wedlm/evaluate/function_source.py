@@ -22,7 +22,7 @@ _CODE_LINE = re.compile(r"(?:async def|def|class|import|from|@\w|return\b|if |fo
 _START = re.compile(r"(?:async def|def|class|import|from|@\w|[A-Za-z_]\w* ?=[^=])")
 _SHOWS = {"print", "input", "__name__"}
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-# A longer answer is no function, and Python's parser is not made for a stranger's megabyte.
+# A longer answer is not a function, and Python's parser is not made for a stranger's megabyte.
 _MOST_CHARACTERS, _MOST_BLOCKS, _MOST_ENDS, _MOST_CUTS = 100_000, 100, 8, 50
 
 

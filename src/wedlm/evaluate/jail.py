@@ -32,7 +32,7 @@ _ATTR_READ_ONLY, _ATTR_NOSUID, _ATTR_NODEV, _AT_RECURSIVE = 1, 2, 4, 0x8000
 _DETACH = 2
 _SET_DEATH_SIGNAL, _SET_SECCOMP, _SET_NO_NEW_PRIVILEGES = 1, 22, 38
 _NOBODY = 65534
-# Per jail one user id that nobody else has, so that its processes are counted apart. Above all real ids.
+# Each jail has a user id that no other has, so that its processes are counted separately. Above all real ids.
 _FIRST_UID = 2**30
 _SYSTEM_DIRECTORIES = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")

@@ -23,7 +23,7 @@ Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of a co
 
 # Rows of a sequence with its own visibility must fit into one block of the attention backend.
 _MAX_TREE_ROWS = 256
-# A batch is cut short if the next context could then reuse so many more tokens.
+# A batch is cut short if the next context could then reuse this many more tokens.
 _WORTH_WAITING_FOR = 64
 
 
@@ -119,7 +119,7 @@ class LikelihoodScorer:
         if self.pool.block_length > 1:
             raise ValueError(
                 f"this task compares likelihoods and the model sees by blocks of {self.pool.block_length}; expected a "
-                "causal model, whose rows foretell the token after them, or a task that generates"
+                "causal model, whose rows predict the token after them, or a task that generates"
             )
         batch: list[_Item] = []
         rows = 0

@@ -38,7 +38,7 @@ Status = Literal["passed", "failed", "timed_out", "killed"]
 
 _JAIL = Path(__file__).with_name("jail.py")
 _DETAIL_CHARACTERS = 300
-# Building the jail takes about 0.1 s; a crowded machine may need much longer, which is no fault of the program.
+# Building the jail takes about 0.1 s; a crowded machine may need much longer, which is not the program's fault.
 _START_SECONDS = 60.0
 _CHUNK_BYTES = 2**16
 

@@ -76,7 +76,7 @@ class RayBackend:
         given = ray.cluster_resources()
         on_gpu = options["device"] != "cpu" and (options["device"] != "auto" or given.get("GPU", 0) > 0)
         if on_gpu and options["device"] not in ("auto", "cuda"):
-            raise ValueError(f"--device is {options['device']}; expected auto, cuda or cpu beside --workers")
+            raise ValueError(f"--device is {options['device']}; expected auto, cuda or cpu with --workers")
         threads = threads or 1
         needs = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"num_gpus": 0, "num_cpus": threads}
         name, each = ("GPU", 1) if on_gpu else ("CPU", threads)

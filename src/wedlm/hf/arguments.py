@@ -59,7 +59,7 @@ class Arguments:
         own = {}
         for name, value in {**values, **given}.items():
             if name in known:
-                if value is not None or name == "wedlm_entropy_threshold":  # whose None is no limit
+                if value is not None or name == "wedlm_entropy_threshold":  # for which None means no limit
                     own[name] = value
             elif name not in _HARMLESS and not (name in _KNOWN and _does_nothing(name, value)):
                 raise ValueError(
@@ -101,7 +101,7 @@ class Arguments:
             raise ValueError(f"num_return_sequences is {count!r}; expected an integer >= 1")
         if count > 1 and params.temperature == 0:
             raise ValueError(
-                f"num_return_sequences is {count} without sampling; expected do_sample, or all were the same"
+                f"num_return_sequences is {count} without sampling; expected do_sample, or all would be equal"
             )
         return params
 

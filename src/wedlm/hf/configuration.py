@@ -56,7 +56,7 @@ class WeDLMConfig(PreTrainedConfig):
         shape_type = config_dict.get("shape_type", config_dict.get("model_type"))
         if ModelConfig.from_hf({**config_dict, "model_type": shape_type}).sees_by_block:
             raise ValueError(
-                f"model_type is {shape_type!r}; expected a causal model, as all that this class computes is"
+                f"model_type is {shape_type!r}; expected a causal model, the only kind that this class computes"
             )
         return super().from_dict({**config_dict, "model_type": cls.model_type, "shape_type": shape_type}, **kwargs)
 

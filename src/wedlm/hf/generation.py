@@ -100,7 +100,7 @@ class _Watch:
 
     def __init__(self, prompts: Sequence[list[int]], criteria: Sequence[Any], streamer: Any) -> None:
         if streamer is not None and len(prompts) > 1:
-            raise ValueError(f"streamer is given beside {len(prompts)} sequences; expected one sequence")
+            raise ValueError(f"streamer is given with {len(prompts)} sequences; expected one sequence")
         for name in ("put", "end"):
             if streamer is not None and not callable(getattr(streamer, name, None)):
                 raise ValueError(f"streamer is {streamer!r}; expected an object with put and end")

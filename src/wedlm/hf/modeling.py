@@ -33,7 +33,7 @@ class WeDLMModel(DecoderStack):
         row_labels = take_row_labels(batch)
         if batch.pop("loss_coefficient", None) is not None and torch.is_grad_enabled():
             raise ValueError(
-                "the batch is a WeDLMCollator's, and the trainer adds up its losses by itself; expected "
+                "the batch is a WeDLMCollator's, and the trainer adds up losses itself; expected "
                 "compute_loss_func=masked_loss"
             )
         mask, positions = batch.pop("attention_mask", None), batch.pop("position_ids", None)

@@ -44,7 +44,7 @@ _ROPE_KEYS = {
     ),
 }
 _ROPE_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
-# Our key of a config.json, and of a GGUF file: the mode of requests that name none.
+# Our key of a config.json, and of a GGUF file: the mode of requests that do not name one.
 DECODING_KEY = "wedlm_decoding"
 # Another: what decides the next token of streaming, of requests that say nothing.
 NEXT_TOKEN_KEY = "wedlm_next_token"

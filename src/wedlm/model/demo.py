@@ -59,7 +59,7 @@ def demo_model_path(cache_dir: str | Path | None = None, progress: bool = True) 
     if path.is_file():
         if _is_intact(path):
             return path
-        console.print(f"The cached demo model {path} is damaged (wrong checksum): fetching it anew.")
+        console.print(f"The cached demo model {path} is damaged (wrong checksum): fetching it again.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with console.status(f"Fetching the demo model SmolLM2-135M-Instruct (93 MB, once) into {path.parent} ..."):

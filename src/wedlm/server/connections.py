@@ -18,7 +18,7 @@ from wedlm.server.errors import unavailable
 log = logging.getLogger("wedlm.server")
 _RECEIVED_BYTES = 2048  # at once: what a client packs into as much is parsed before others have their turn
 _FREE_PIECES, _PIECE_BYTES = 1024, 256  # pieces that any body may have, and from there on their mean size
-_RESERVED_DESCRIPTORS = 64  # for everything that is no client's connection
+_RESERVED_DESCRIPTORS = 64  # for everything except clients' connections
 _STUCK_S = 60.0  # in which a client must take something of what is sent to it
 _QUIET_S = 10.0  # between two lines about one kind of trouble
 

@@ -187,7 +187,7 @@ class BodyLimit:
                 chunks.append(message.get("body", b""))
                 self._held += len(chunks[-1])
                 if self._held > _HELD * self.max_bytes:
-                    raise queue_full("too many bodies are on their way")
+                    raise queue_full("too many bodies are being received")
                 if not more:
                     return b"".join(chunks)
             elif not more or size > _DRAINED * self.max_bytes:

@@ -63,7 +63,7 @@ class Prompts:
             messages = without_system(messages)
         continues = bool(body.continue_final_message)
         if continues and body.add_generation_prompt:
-            raise ValueError("continue_final_message is true beside add_generation_prompt; expected one of them")
+            raise ValueError("continue_final_message is true and so is add_generation_prompt; expected one of them")
         prompt = self._llm.tokenizer.chat_prompt(
             messages,
             not continues and body.add_generation_prompt is not False,

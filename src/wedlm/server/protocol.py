@@ -18,7 +18,7 @@ MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_TOKENS, MAX_MESSAGES = 16, 256, 64, 4096
 MAX_PROMPTS, MAX_CHOICE_TEXTS = 1024, 1024
 # Log-probabilities that an answer may have: the tokens' own and their alternatives, 60 bytes each.
 MAX_LOGPROB_ENTRIES = 2**18
-# What the server itself says to the template, or to whoever renders it.
+# What the server itself passes to the template, or to its renderer.
 _RESERVED_VARIABLES = {"self", "messages", "tools", "add_generation_prompt", "allow_control_tokens"}
 # What fields expect, where pydantic's own words would not tell a user.
 EXPECTED = {
@@ -294,7 +294,7 @@ class ChatRequest(Generation):
     def num_logprobs(self) -> int | None:
         """Raises ValueError if alternatives are requested without log-probabilities."""
         if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"top_logprobs is {self.top_logprobs}; expected logprobs to be true beside it")
+            raise ValueError(f"top_logprobs is {self.top_logprobs}; expected logprobs to be true with it")
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def forms_asked_for(self) -> list[tuple[str, dict[str, Any] | str | None, str | None]]:
@@ -311,9 +311,7 @@ class ChatRequest(Generation):
         if not offered or (schema is None and grammar is None):
             return name, schema, grammar
         if schema is None:
-            raise ValueError(
-                f"{name} is a grammar beside tools that may be called; expected a JSON schema, or no tools"
-            )
+            raise ValueError(f"{name} is a grammar while tools may be called; expected a JSON schema, or no tools")
         several = self.parallel_tool_calls is not False
         return name, None, answer_or_calls_grammar(schema, call_schema(offered), tool_form, several)
 
@@ -345,7 +343,7 @@ class ChatRequest(Generation):
             if not tools:
                 raise ValueError(f"tool_choice names the function {name}; expected one of tools")
         if self.tool_choice == "required" and not tools:
-            raise ValueError("tool_choice is required; expected tools beside it")
+            raise ValueError("tool_choice is required; expected tools with it")
         return tools
 
 

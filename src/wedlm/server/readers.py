@@ -72,10 +72,10 @@ class CallReader:
         self._form, self._names, self._most = form, frozenset(names), 2**31 if parallel else 1
         self._longest = max(map(len, form.tags))
         self._held = ""  # what may become a tag
-        self._beginning = True  # white space before a call is no content either
+        self._beginning = True  # white space before a call is not content either
         self._attempt: Generator[None, str, str | None] | None = None
         self._raw: list[str] = []  # of the attempt, since its last call
-        self._num_calls, self._behind_call = 0, False  # white space behind a call is no content
+        self._num_calls, self._behind_call = 0, False  # white space after a call is not content
         self._delta = Delta()
 
     @property

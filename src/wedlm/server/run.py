@@ -53,9 +53,7 @@ def bound_sockets(host: str, port: int) -> Iterator[list[socket.socket]]:
             bound = [_bind(stack, *one) for one in dict.fromkeys(found)]
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            raise AddressError(
-                f"port {port} of {host!r} cannot be listened on: {reason}; expected a free one"
-            ) from error
+            raise AddressError(f"port {port} of {host!r} cannot be used: {reason}; expected a free one") from error
         yield bound
 
 
@@ -77,7 +75,7 @@ def unix_socket(path: str) -> Iterator[list[socket.socket]]:
     except OSError as error:
         one.close()
         reason = (error.strerror or str(error)).lower()
-        raise AddressError(f"uds is {path!r}, which cannot be listened on: {reason}; expected a free path") from error
+        raise AddressError(f"uds is {path!r}, which cannot be used: {reason}; expected a free path") from error
     try:
         yield [one]
     finally:
@@ -217,7 +215,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         self._loop = asyncio.get_running_loop()
         if self.service.is_dead and not self.failed:
-            log.critical("the engine could not be restarted; the server ends, for its supervisor to start it anew")
+            log.critical("the engine could not be restarted; the server ends so that its supervisor can restart it")
             self.failed = self.should_exit = True
         return await super().on_tick(counter)
 

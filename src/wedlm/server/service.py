@@ -216,7 +216,7 @@ class Service:
                 return await unless_disconnected(request.receive, work(raw, deadline), self._cut_off)
         except Disconnected:
             request.scope["wedlm.log"]["disconnected"] = True
-            return Response(status_code=499)  # nobody will see it but the log
+            return Response(status_code=499)  # only the log will see it
         except CutOff:
             raise _failure(EngineStopped()) from None
         except Busy as error:

@@ -64,7 +64,7 @@ def save_checkpoint(
         building.replace(target)
         _flush(directory)
     except Exception as error:  # safetensors has its own type for a full disk
-        raise ValueError(f"{target} cannot be written ({error}); earlier checkpoints are as they were") from error
+        raise ValueError(f"{target} cannot be written ({error}); earlier checkpoints are untouched") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     for old in _checkpoints(directory)[:-keep]:
@@ -160,7 +160,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}); expected a whole checkpoint: without {path.parent.name} the run goes on "
+            f"{path} cannot be read ({error}); expected a whole checkpoint: delete {path.parent.name} to continue "
             "from the one before"
         ) from error
 

@@ -29,7 +29,7 @@ class EncodedSample:
 
 
 class TemplateRewritesError(SampleError):
-    """The chat template renders a reply differently once the conversation goes on (Qwen3's drops its thinking part)."""
+    """The chat template renders a reply differently in a longer conversation (Qwen3's drops its thinking part)."""
 
 
 class _Span(NamedTuple):
@@ -279,7 +279,7 @@ def _render(
         if not text.startswith(before) or not text.startswith(through) or len(through) <= len(before):
             raise TemplateRewritesError(
                 "rewritten by the template",
-                f"{origin}: the chat template renders message {reply + 1} differently where the conversation goes on; "
+                f"{origin}: the chat template renders message {reply + 1} differently when the conversation continues; "
                 "expected a template whose every rendering is a prefix of the longer ones",
             )
         spans.append(_Span(len(before), len(through)))

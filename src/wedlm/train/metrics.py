@@ -205,7 +205,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path} line {number} is not valid JSON; expected one record a line") from error
+                raise ValueError(f"{path} line {number} is not valid JSON; expected one record per line") from error
     return records
 
 

@@ -90,7 +90,7 @@ def draw_curves(directories: Sequence[Path]) -> Path:
     runs = _read_runs(directories)
     panels = [panel for panel in _panels(runs) if panel.is_in(runs)]
     if not panels:
-        raise ValueError(f"{directories[0] / METRICS_FILE} has no losses yet; expected a run that has told some")
+        raise ValueError(f"{directories[0] / METRICS_FILE} has no losses yet; expected a run that has logged some")
     rows = math.ceil(len(panels) / _COLUMNS)
     columns = min(len(panels), _COLUMNS)
     width, height = _PANEL_INCHES

@@ -57,7 +57,7 @@ class Controller:
         if most_rows > self._most_rows_measured:
             self._last_read = None
             self._source.measure_costs(self.costs, most_rows)
-            self._most_rows_measured = most_rows  # only now: whoever asks again after an error has it measured
+            self._most_rows_measured = most_rows  # only now, so that a call after an error measures again
 
     def prepare(self, request: Request) -> None:
         """For an adaptive request, make sure that its steps' costs are known, and start from the current row budget."""

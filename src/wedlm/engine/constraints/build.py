@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-# One optional space wherever JSON may have white space: a weak model cannot go on with blanks for ever. oneOf is taken
+# One optional space wherever JSON may have white space: a weak model cannot write blanks forever. oneOf is taken
 # for anyOf, after ``check_one_of`` has found that it is the same: llguidance's own proof does not follow references.
 _JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?", "lenient": False, "coerce_one_of": True}
 # At 1 to 2 kB each: what a grammar may come to hold while text is generated. The steps' own limits, about 15 ms of
@@ -39,7 +39,7 @@ def load_tokens(tokenizer_json: str, vocab_size: int) -> Any:
     except ValueError:
         raise
     except Exception as error:  # The Rust library raises plain Exception.
-        raise ValueError(f"this model's tokenizer has no grammars: {sentence(error)}") from error
+        raise ValueError(f"this model's tokenizer cannot be used with grammars: {sentence(error)}") from error
 
 
 def build(tokens: Any, schema: str | None, grammar: str | None) -> Any:
@@ -72,7 +72,7 @@ def _lark(grammar: str | None) -> str | None:
     try:
         return gbnf_to_lark(grammar)
     except Exception as error:
-        raise ValueError(f"it is no EBNF: {sentence(error)}") from error
+        raise ValueError(f"it is not valid EBNF: {sentence(error)}") from error
 
 
 def sentence(error: object) -> str:

@@ -19,7 +19,7 @@ from wedlm.engine.constraints.trial import NUM_WORKERS, Cancellation, TrialFaile
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer
 
-# Kept for whoever asks again. What took processor time takes memory, at 160 MB a second at most.
+# Kept for the next caller. What took processor time takes memory, at 160 MB a second at most.
 _MAX_KEPT, _MAX_KEPT_SECONDS = 64, 3.0
 _NEW_STATES_S = 0.001  # a step that takes longer has found states that will be kept
 _MAX_REFUSALS = 256

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _TYPES = frozenset({"null", "boolean", "number", "string", "array", "object"})
-_DATA = ("const", "enum", "default", "examples")  # what stands there is no schema
+_DATA = ("const", "enum", "default", "examples")  # the values of these are not schemas
 _DEPTH = 8  # of references and properties that are followed
 _MAX_STEPS = 200_000  # about 0.2 s
 _MAX_TAGS = 8  # properties that are tried as what tells alternatives apart

@@ -196,7 +196,7 @@ class EagerStep(Generic[A]):
         widest = max(counts)
         tokens, logprobs = emitted.tokens[:, :widest].tolist(), emitted.logprobs[:, :widest].tolist()
         for s, one in enumerate(windows):
-            # What the prompt had of a block is no output.
+            # The prompt's part of a block is not output.
             first = max(0, len(one.request.prompt_token_ids) - cached[s]) if self.block_length > 1 else 0
             new = slice(first, max(first, counts[s]))
             top = self.windows.pop_top_logprobs(one.request, new.stop - first)

@@ -31,5 +31,5 @@ def receive_report(connection: socket.socket) -> dict[str, Any] | None:
         return None
     report = json.loads(data)
     if not isinstance(report, dict) or "kind" not in report:
-        raise ValueError("a report is no object with a kind")
+        raise ValueError("a report is not an object with a kind")
     return report

@@ -330,7 +330,7 @@ def _shapes(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], bool]:
     is_int8 = False
     for path in files:
         with _safetensors(path), safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                 part = file.get_slice(name)
                 shapes[name] = tuple(part.get_shape())
                 is_int8 = is_int8 or (part.get_dtype() == "I8" and not is_scale(name))
@@ -355,7 +355,7 @@ def _read_files(
             with safe_open(path, framework="pt") as file:
                 names = [name for name in file.keys() if wanted(name) and not _is_redundant(name, config)]  # noqa: SIM118
             for name in names:
-                # Opened anew for each tensor: closing unmaps the pages read, which otherwise count as a second copy.
+                # Opened again for each tensor: closing unmaps the pages read, which otherwise count as a second copy.
                 with safe_open(path, framework="pt") as file:
                     part = None if cut is None else cut(name)
                     yield name, file.get_tensor(name) if part is None else part.of(file.get_slice(name))

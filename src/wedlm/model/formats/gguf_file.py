@@ -52,7 +52,7 @@ class GGUFFile:
         with path.open("rb") as file:
             start = file.read(24)
             if len(start) < 24 or not start.startswith(b"GGUF"):
-                raise CheckpointError(f"{path} is no GGUF file: it does not start with its signature")
+                raise CheckpointError(f"{path} is not a GGUF file: it does not start with the signature")
             # Private, copy on write, because torch refuses read-only arrays; nothing is ever written.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)

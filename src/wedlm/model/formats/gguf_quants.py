@@ -17,7 +17,7 @@ from torch import Tensor
 SUPER = 256
 _CHUNK_ELEMENTS = 2**22
 _TINY, _LARGEST_HALF = 1e-30, 65504.0
-# Candidates of a scale: the range is divided into so many levels more than there are.
+# Candidates of a scale: the range is divided into this many more levels than there are.
 _AFFINE_STEPS = tuple(step / 10 for step in range(-10, 13, 2))
 _SYMMETRIC_STEPS = tuple(step / 10 for step in range(-10, 11, 2))
 

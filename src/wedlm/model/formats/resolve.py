@@ -63,5 +63,5 @@ def _from_hub(repo_id: str, weights: bool) -> Path:
     ) as error:  # The hub client and its HTTP library raise many unrelated types; all mean "not fetched".
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{repo_id} is no local path and could not be fetched from the Hugging Face hub: {reason}"
+            f"{repo_id} is not a local path, and it could not be fetched from the Hugging Face hub: {reason}"
         ) from error

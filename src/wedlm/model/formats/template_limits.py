@@ -423,7 +423,7 @@ def _foresee_method(budget: Budget, owner: Any, name: str, args: tuple[Any, ...]
     if methods is None:
         return
     if name not in methods:
-        raise ExceededError(f"calls {type(owner).__name__}.{name}, which templates may not; expected another way")
+        raise ExceededError(f"calls {type(owner).__name__}.{name}, which templates must not call; expected another way")
     if not isinstance(owner, str):
         return
     arguments = [*args, *kwargs.values()]

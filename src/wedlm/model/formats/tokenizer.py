@@ -268,6 +268,6 @@ def _drops_first_space(backend: tokenizers.Tokenizer) -> bool:
 
 def _check_unicode(text: str) -> None:
     try:
-        text.encode()  # the library's own message for a lone surrogate tells nobody anything
+        text.encode()  # the library's own message for a lone surrogate explains nothing
     except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt is no Unicode text ({error.reason}); expected valid characters") from error
+        raise ValueError(f"the prompt is not valid Unicode ({error.reason}); expected valid characters") from error

@@ -96,7 +96,7 @@ def apply_delta(
             if (file.metadata() or {}).get("format") != _FORMAT:
                 raise CheckpointError(f"{path} is not a delta file; expected the format {_FORMAT}")
             stored: dict[str, dict[str, Tensor]] = {}
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                 name, _, part = key.partition(":")
                 stored.setdefault(name, {})[part] = file.get_tensor(key)
     except (SafetensorError, OSError) as error:

@@ -142,7 +142,7 @@ class OllamaGenerateRequest(_Request):
         form = OllamaForm("generate", self.model)
         if self.raw:
             if self.system or self.format or self.think:
-                raise ValueError("raw is true beside system, format or think; expected the prompt alone")
+                raise ValueError("raw is true with system, format or think; expected only the prompt")
             fields = self._fields(service.names)
             given = {name: value for name, value in fields.items() if value is not None}
             return Chat(CompletionRequest.model_validate({"max_tokens": None, **given, "prompt": self.prompt}), form)

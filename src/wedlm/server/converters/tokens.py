@@ -58,6 +58,6 @@ class DetokenizeRequest(Strict):
     def answer(self, prompts: "Prompts") -> dict[str, Any]:
         """Runs in a thread. Raises ValueError for an id that the model does not have."""
         if any(not 0 <= token < prompts.vocab_size for token in self.tokens):
-            raise ValueError(f"tokens has an id that is no token; expected ids from 0 to {prompts.vocab_size - 1}")
+            raise ValueError(f"tokens has an id that is not a token; expected ids from 0 to {prompts.vocab_size - 1}")
         text = prompts.decode(self.tokens)
         return {"prompt": text, "content": text}
