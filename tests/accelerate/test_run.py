@@ -164,7 +164,7 @@ def test_ctrl_c_keeps_answers(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "answer_prompts", stops)
     cut = accelerate(base, tmp_path / "out", "--prompts", prompts)
     assert cut.exit_code == 130
-    assert "the same command goes on from here" in cut.stderr
+    assert "the same command continues from here" in cut.stderr
     assert len(lines(tmp_path / "out/answers/answers.jsonl")) == 9
 
 

@@ -131,7 +131,7 @@ def test_replicas_answer_as_one_engine(directory, tmp_path, stub):
 def test_too_many_workers_are_refused(directory, stub):
     stub(CPU=3)
     with pytest.raises(
-        ValueError, match="--workers is 2, and each takes 2 CPU; expected no more than Ray has CPUs for, 3"
+        ValueError, match="--workers is 2, and each takes 2 CPU; expected at most the 3 CPUs that Ray has"
     ):
         RayBackend(options(directory), 2, threads=2)
     stub(CPU=8, GPU=1)

@@ -178,7 +178,7 @@ NAME = "model.layers.0.self_attn.q_proj.weight"
         ({f"{NAME}_scale": torch.full((96, 1), -1.0)}, "holds a scale that is not above 0"),
         ({f"{NAME}_scale": torch.full((96, 1), torch.nan)}, "holds a scale that is not above 0"),
         ({f"{NAME}_scale": torch.ones(96, 1, dtype=torch.int8)}, r"has dtype torch\.int8; expected float32"),
-        ({NAME: torch.ones(96, 144)}, r"q_proj\.weight_scale has no weight in FP8 beside it"),
+        ({NAME: torch.ones(96, 144)}, r"q_proj\.weight_scale belongs to no weight in FP8"),
     ],
 )
 @pytest.mark.parametrize("keeps", [False, True])

@@ -190,5 +190,5 @@ class TestErrors:
 
     def test_file_that_is_not_gguf(self, tmp_path: Path) -> None:
         (tmp_path / "m.gguf").write_bytes(b"PK\3\4" + bytes(100))
-        with pytest.raises(CheckpointError, match="is no GGUF file"):
+        with pytest.raises(CheckpointError, match="is not a GGUF file"):
             load_model(tmp_path / "m.gguf")

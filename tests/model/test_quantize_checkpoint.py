@@ -194,7 +194,7 @@ def test_kinds_of_tokenizers(kind, tmp_path):
     ("options", "message"),
     [
         ({"to": "gptq"}, "to is 'gptq'; expected one of int8, gguf"),
-        ({"type": "q3_k"}, "type is 'q3_k', which is one of GGUF files; expected --to gguf"),
+        ({"type": "q3_k"}, "type is 'q3_k', which is a type of GGUF files; expected --to gguf"),
         ({"to": "gguf", "type": "q3_k"}, "type is 'q3_k'; expected one of f32, f16"),
         ({"to": "gguf"}, "is not the name of a GGUF file"),
     ],

@@ -113,7 +113,7 @@ def test_every_address_of_a_host_has_a_socket_of_its_own():
         assert len(families) == len(sockets)
     assert all(one.fileno() == -1 for one in sockets)
     with (
-        pytest.raises(AddressError, match="port 1 of 'no such host' cannot be listened on"),
+        pytest.raises(AddressError, match="port 1 of 'no such host' cannot be used"),
         bound_sockets("no such host", 1),
     ):
         pass
@@ -245,10 +245,10 @@ def test_names_of_adapters_beside_those_of_models():
     check_adapters({"a": "x"}, {"model": "demo"})
     with pytest.raises(ValueError, match="a model and an adapter are called 'a'"):
         check_adapters({"a": "x"}, {"a": "demo"})
-    with pytest.raises(ValueError, match="adapters stand beside 2 models; expected one model with them"):
+    with pytest.raises(ValueError, match="adapters by name are given with 2 models; expected one model with them"):
         check_adapters({"a": "x"}, {"b": "demo", "c": "demo"})
 
 
 def test_what_belongs_to_one_model():
-    with pytest.raises(ValueError, match="adapter is 'x' beside 2 models"):
+    with pytest.raises(ValueError, match="adapter is 'x' with 2 models"):
         served_models(ServedOptions(model=["a", "b"]), EngineOptions(adapter="x"))

@@ -70,7 +70,7 @@ def name_of(kind: str) -> str:
 
 
 def chat_prompts(of_each_kind: int) -> list[tuple[str, str]]:
-    """Kind and prompt, kinds in turn, four of each at most."""
+    """(kind, prompt) of the chats, at most four of each kind, with kinds in turn."""
     kinds = json.loads((files("wedlm.bench") / "chat_prompts.json").read_text(encoding="utf-8"))
     turns = list(zip(*([(kind, text) for text in texts] for kind, texts in kinds.items()), strict=True))
     return [one for turn in turns[:of_each_kind] for one in turn]

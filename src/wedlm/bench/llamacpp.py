@@ -163,7 +163,7 @@ def check_llamacpp(binary: str | None) -> None:
             "or --llama-server with the path of a llama-server"
         )
     if binary is not None and not os.access(binary, os.X_OK):
-        raise ValueError(f"--llama-server is {binary}; expected the path of a program llama-server")
+        raise ValueError(f"--llama-server is {binary}; expected the path of llama-server")
 
 
 def base_files() -> dict[str, Path]:

@@ -17,7 +17,7 @@ PARTS = {
     "prefill": "tokens a second of a long prompt",
     "host": "work of the host in a step, by what it does",
     "contexts": "milliseconds a step by length of the context",
-    "scenarios": "the paper's four scenarios, mode beside mode (needs a checkpoint)",
+    "scenarios": "the paper's four scenarios, in every mode (needs a checkpoint)",
 }
 # Beside llama.cpp.
 LLAMACPP_PARTS = {

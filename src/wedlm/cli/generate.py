@@ -105,7 +105,7 @@ def generate(
     if how.suffix is not None:
         options["max_tokens"] = how.gap
         if how.chat:
-            raise ValueError("--suffix is set beside --chat; expected one of them: a gap is in a text as it stands")
+            raise ValueError("--suffix and --chat are both set; expected one of them, as a gap is in plain text")
     params = sampling_params(options)
     llm = load_llm(model, engine)
     if how.suffix is not None:

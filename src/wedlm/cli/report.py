@@ -30,7 +30,7 @@ class _Drawing:
         bool,
         typer.Option(
             "--seconds/--no-seconds",
-            help="Figures with tokens a second beside tokens a forward; no: the machine did other work meanwhile.",
+            help="Draw tokens a second, too; leave them out if the machine did other work at the same time.",
         ),
     ] = True
     figures: Annotated[Path | None, typer.Option(help="Also write each figure into this folder, as an SVG file.")] = (

@@ -190,7 +190,7 @@ def served_models(model: ServedOptions, engine: EngineOptions) -> dict[str, str]
             if model.model_name is not None:
                 name = model.model_name
         elif model.model_name is not None:
-            raise ValueError(f"model_name is {model.model_name!r} beside --model {word}; expected one name")
+            raise ValueError(f"model_name is {model.model_name!r} with --model {word}; expected one name")
         if not name or not path:
             raise ValueError(f"model is {word!r}; expected a checkpoint, or NAME=CHECKPOINT")
         if name in models:
@@ -198,7 +198,7 @@ def served_models(model: ServedOptions, engine: EngineOptions) -> dict[str, str]
         models[name] = path
     for option_name in ("adapter", "mask_token_id"):
         if len(models) > 1 and (value := getattr(engine, option_name)) is not None:
-            raise ValueError(f"{option_name} is {value!r} beside {len(models)} models; expected a single model")
+            raise ValueError(f"{option_name} is {value!r} with {len(models)} models; expected a single model")
     return models
 
 
@@ -224,7 +224,7 @@ def served_adapters(words: list[str]) -> tuple[str | None, dict[str, str]]:
 def check_adapters(by_name: Mapping[str, str], models: Mapping[str, str]) -> None:
     """Raises ValueError for adapters that do not fit the models' number or names."""
     if by_name and len(models) > 1:
-        raise ValueError(f"adapters stand beside {len(models)} models; expected one model with them")
+        raise ValueError(f"adapters by name are given with {len(models)} models; expected one model with them")
     for name in by_name:
         if name in models:
             raise ValueError(f"a model and an adapter are called {name!r}; expected different names")

@@ -204,7 +204,7 @@ class CachingLM(TemplateLM):
         return not (bos and text.startswith(bos))
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-        raise NotImplementedError("loglikelihood does not come by here")
+        raise NotImplementedError("loglikelihood does not use this method")
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         raise NotImplementedError("no task asks for the likelihood of whole texts")

@@ -42,7 +42,9 @@ def divergences(
     found = []
     for x, y in zip(ar, other, strict=True):
         if x["doc_id"] != y["doc_id"]:
-            raise ValueError(f"question {x['doc_id']} meets question {y['doc_id']}; expected the same questions")
+            raise ValueError(
+                f"question {x['doc_id']} is paired with question {y['doc_id']}; expected the same questions"
+            )
         token = first_difference(x["token_ids"], y["token_ids"])
         if token is None:
             continue

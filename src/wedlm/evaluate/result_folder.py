@@ -180,7 +180,7 @@ def read_samples(task: TaskResult) -> list[Sample]:
     """The samples of a task, in the file's order. Raises ValueError naming the file and the line."""
     path = task.samples_path
     if not path.is_file():
-        raise ValueError(f"{path} is missing; expected the samples of {task.name} beside the run's file")
+        raise ValueError(f"{path} is missing; expected the samples of {task.name} next to the run's file")
     samples, seen = [], set()
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():

@@ -106,7 +106,7 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
     """
     limits = limits or Limits()
     if sys.platform != "linux":
-        raise SandboxUnavailable(f"the sandbox does not know {sys.platform}; running generated code needs Linux")
+        raise SandboxUnavailable(f"the sandbox does not support {sys.platform}; running generated code needs Linux")
     token = secrets.token_hex(16)
     reader, writer = os.pipe()
     try:

@@ -82,8 +82,8 @@ class RayBackend:
         name, each = ("GPU", 1) if on_gpu else ("CPU", threads)
         if num_workers * each > given.get(name, 0):
             raise ValueError(
-                f"--workers is {num_workers}, and each takes {each} {name}; expected no more than Ray has "
-                f"{name}s for, {given.get(name, 0):g}"
+                f"--workers is {num_workers}, and each takes {each} {name}; expected at most the "
+                f"{given.get(name, 0):g} {name}s that Ray has"
             )
         actor: Any = ray.remote(Replica).options(**needs)
         options = {**options, "device": "cuda" if on_gpu else "cpu"}

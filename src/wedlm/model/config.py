@@ -360,7 +360,7 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     theta = read_number(scaling, "rope_theta", read_number(config, "rope_theta", 10000.0))
     rotated = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if rotated not in (None, 1, 1.0):
-        raise ValueError(f"partial_rotary_factor is {rotated!r}; expected 1, that every dimension is rotated")
+        raise ValueError(f"partial_rotary_factor is {rotated!r}; expected 1, so that every dimension is rotated")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type == "default":
         return theta, None

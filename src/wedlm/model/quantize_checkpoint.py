@@ -49,7 +49,7 @@ def quantize_checkpoint(
     if to not in FORMS:
         raise ValueError(f"to is {to!r}; expected one of {', '.join(FORMS)}")
     if to == "int8" and type is not None:
-        raise ValueError(f"type is {type!r}, which is one of GGUF files; expected --to gguf, or none")
+        raise ValueError(f"type is {type!r}, which is a type of GGUF files; expected --to gguf, or none")
     type = (type or DEFAULT_TYPE).lower()
     if type not in GGUF_TYPES:
         raise ValueError(f"type is {type!r}; expected one of {', '.join(GGUF_TYPES)}")

@@ -170,7 +170,7 @@ class NativeTransformer:
         rows = GreedyRows(torch.empty(count, dtype=torch.long), *(torch.empty(count) for _ in range(3)))
         lists = banned if banned is not None else [()] * count
         if len(lists) != count:
-            raise NativeError(f"there are {len(lists)} lists of banned tokens; expected {count}, one a row")
+            raise NativeError(f"there are {len(lists)} lists of banned tokens; expected {count}, one per row")
         ids = np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int64)
         offsets = np.cumsum([0, *(len(one) for one in lists)], dtype=np.int64)
         outputs = {
@@ -203,7 +203,7 @@ class NativeTransformer:
         # Kept in variables: the library reads them by their addresses.
         tokens, positions, wanted = (_int64(part) for part in (tokens, positions, logits_rows))
         if len(positions) != len(tokens):
-            raise NativeError(f"there are {len(positions)} positions; expected {len(tokens)}, one a token")
+            raise NativeError(f"there are {len(positions)} positions; expected {len(tokens)}, one per token")
         starts, counts = np.asarray(batch.starts, dtype=np.int64), np.asarray(batch.counts, dtype=np.int64)
         lengths = [len(pages) for pages in batch.pages]
         if not len(starts) == len(counts) == len(lengths):

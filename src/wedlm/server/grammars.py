@@ -39,8 +39,8 @@ def answer_or_calls_grammar(answer: dict[str, Any] | str, call: dict[str, Any], 
     """
     if form.call_grammar is None:
         raise ValueError(
-            "response_format asks for JSON beside tools that may be called, and this model's calls "
-            f"({form.name}) are no JSON; expected tool_choice to be none, required or a tool's name beside it"
+            "response_format asks for JSON while tools may be called, and this model's calls "
+            f"({form.name}) are not JSON; expected tool_choice to be none, required or a tool's name"
         )
     schema = json.loads(answer) if isinstance(answer, str) else answer
     if not isinstance(schema, dict):

@@ -28,7 +28,7 @@ EXPECTED = {
     "content": 'a string or a list of {"type": "text", "text": ...}',
     "type": '"text" in a content part, "function" in a tool, or a response_format\'s text, json_object or json_schema',
     "response_format": '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {...}}',
-    "json_schema": '{"name": ..., "schema": {...}} beside the type json_schema, and nothing beside others',
+    "json_schema": '{"name": ..., "schema": {...}} with the type json_schema, and nothing with others',
     "tools": f'a list of at most {MAX_TOOLS} of {{"type": "function", "function": {{"name": ...}}}}',
     "tool_choice": '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
     "tool_call_id": "the id of the call that a message of the role tool answers",
@@ -186,7 +186,7 @@ class Generation(Strict):
         asked = self.forms_asked_for()
         if len(asked) > 1:
             names = " and ".join(name for name, *_ in asked)
-            raise ValueError(f"{asked[0][0]} stands beside another form of the answer ({names}); expected one of them")
+            raise ValueError(f"{asked[0][0]} is set with another form of the answer ({names}); expected one of them")
         return asked[0] if asked else ("response_format", None, None)
 
     def forms_asked_for(self) -> list[tuple[str, dict[str, Any] | str | None, str | None]]:
@@ -285,9 +285,7 @@ class ChatRequest(Generation):
         """The limit, by the old name or the new one. Raises ValueError if they differ."""
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             other = self.max_completion_tokens
-            raise ValueError(
-                f"max_tokens is {self.max_tokens} beside max_completion_tokens {other}; expected one of them"
-            )
+            raise ValueError(f"max_tokens is {self.max_tokens} and max_completion_tokens {other}; expected one of them")
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property

@@ -151,7 +151,7 @@ class ServedModel:
             return job
         if body.echo or body.num_prompt_logprobs is not None:
             shown = "echo" if body.echo else "prompt_logprobs"
-            message = f"{shown} is set beside suffix; expected one of them"
+            message = f"{shown} is set with suffix; expected one of them"
             raise ApiError(400, message, param=shown, code="invalid_value")
         encode = partial(self.llm.tokenizer.encode, body.suffix, add_special_tokens=False)
         suffix = await self._tokens(workers, encode, "suffix")
@@ -167,7 +167,7 @@ class ServedModel:
         if not body.echo and count is None:
             return []
         if body.streams and (count is not None or body.only_prompt):
-            message = "the prompt alone, or log-probabilities of it, are asked for beside stream; expected no stream"
+            message = "the prompt alone, or log-probabilities of it, are requested with stream; expected no stream"
             raise ApiError(400, message, param="stream", code="invalid_value")
         shown = body.logprobs if body.echo else None
         echoes = []
@@ -202,10 +202,10 @@ class ServedModel:
     def _job(self, kind: str, body: ChatRequest | CompletionRequest, prompts: list[list[int]], room: int) -> Job:
         if body.stream_options is not None and not body.streams:
             shown = body.stream_options.model_dump_json(exclude_unset=True)
-            message = f"stream_options is {shown}; expected stream to be true beside it"
+            message = f"stream_options is {shown}; expected stream to be true with it"
             raise ApiError(400, message, param="stream_options", code="invalid_value")
         if body.wedlm_trace and not body.streams:
-            message = "wedlm_trace is true; expected stream to be true beside it"
+            message = "wedlm_trace is true; expected stream to be true with it"
             raise ApiError(400, message, param="wedlm_trace", code="invalid_value")
         if not prompts:
             raise ApiError(400, "prompt is []; expected at least one prompt", param="prompt", code="invalid_value")
@@ -269,6 +269,6 @@ def _best_of(body: CompletionRequest, kept: int) -> int:
         message = f"best_of is {body.best_of}; expected at least n, {kept}"
         raise ApiError(400, message, param="best_of", code="invalid_value")
     if body.streams and body.best_of > kept:
-        message = f"best_of is {body.best_of} beside stream; expected n, {kept}, or no stream"
+        message = f"best_of is {body.best_of} with stream; expected n, {kept}, or no stream"
         raise ApiError(400, message, param="best_of", code="invalid_value")
     return body.best_of

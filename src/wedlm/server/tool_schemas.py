@@ -138,7 +138,7 @@ class ResponseFormat(Strict):
         if kind == "json_schema" and value is None:
             raise PydanticKnownError("missing")
         if kind in ("text", "json_object") and value is not None:
-            raise ValueError("no json_schema beside this type")
+            raise ValueError("no json_schema with this type")
         return value
 
     @property

@@ -35,9 +35,9 @@ def make_accelerator(bf16: bool, zero_stage: int = 0) -> Accelerator:
             "with fsdp_version 2"
         )
     if kind in _PLAIN and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise ValueError("accelerate's configuration asks for DeepSpeed, which it runs on GPUs alone; expected GPUs")
+        raise ValueError("accelerate's configuration asks for DeepSpeed, which it only runs on GPUs; expected GPUs")
     if kind in _PLAIN and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ValueError("accelerate's configuration asks for FSDP, which it runs on GPUs alone; expected GPUs")
+        raise ValueError("accelerate's configuration asks for FSDP, which it only runs on GPUs; expected GPUs")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:
         raise ValueError(

@@ -91,7 +91,7 @@ def with_scales(
             yield name, widened(tensor, scale[part.rows])
     for name in scales:
         if name not in used:
-            raise CheckpointError(f"the tensor {name} has no weight in FP8 beside it")
+            raise CheckpointError(f"the tensor {name} belongs to no weight in FP8")
 
 
 def _checked_scale(name: str, scale: Tensor, shape: Sequence[int]) -> Tensor:

@@ -32,7 +32,7 @@ class TokenizeRequest(Strict):
         """Runs in a thread. Raises ValueError or ApiError."""
         given = [name for name in ("prompt", "content", "messages") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"prompt stands beside {given or 'nothing'}; expected one of prompt, content and messages")
+            raise ValueError(f"prompt is given with {given or 'nothing'}; expected one of prompt, content and messages")
         if self.messages is not None:
             names = ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
             fields = {name: getattr(self, name) for name in names}
