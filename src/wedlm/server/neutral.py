@@ -49,7 +49,7 @@ _WHERE = {
     "ollama_options": "`options` there",
 }
 _EMPTY: tuple[Any, ...] = ("", [], {})
-_TEXT_ONLY = "text alone is supported"
+_TEXT_ONLY = "only text is supported"
 _OLD_TOOLS = "the old form of tools is not supported; expected tools and tool_choice"
 _SPECIAL_TOKENS = "special tokens are added to a text that is continued, and not to a chat"
 _NO_SUFFIX = "text after the answer is for /v1/completions; expected nothing"
@@ -73,7 +73,7 @@ TABLE = (
     Neutral("request", "spaces_between_special_tokens length_penalty early_stopping", ANYTHING),
     Neutral("request", "xtc_threshold dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers", ANYTHING),
     Neutral("request", "mirostat_tau mirostat_eta dynatemp_exponent stream_reasoning", ANYTHING),
-    Neutral("request", "skip_special_tokens", (True,), "control tokens have no place in an answer"),
+    Neutral("request", "skip_special_tokens", (True,), "answers do not contain control tokens"),
     Neutral("request", "use_beam_search", (False,), "searching with beams is not supported"),
     Neutral("request", "mirostat xtc_probability dry_multiplier dynatemp_range top_a", (0,), _NOT_SAMPLED),
     Neutral("request", "typical_p typ_p tfs_z", (1,), _NOT_SAMPLED),

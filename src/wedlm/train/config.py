@@ -44,7 +44,7 @@ class TrainConfig(_Strict):
     output_dir: str = "outputs"
     """Checkpoints, metrics.jsonl, TensorBoard files, and the result in final/."""
     train_data: list[Source] = Field(min_length=1)
-    """Files of JSON lines (also .gz, .xz): a path, or several, each alone or as {path: ..., repeat: ...}."""
+    """Files of JSON lines (also .gz, .xz): a path, or several, each as a path or as {path: ..., repeat: ...}."""
     validation_data: list[Source] = []
     """Files that are only measured on, with all of their documents."""
     validation_documents: int | float = Field(default=0, ge=0)
@@ -77,11 +77,11 @@ class TrainConfig(_Strict):
     num_learnable_im_end: int = Field(default=8, ge=1)
     """End tokens after a document or reply."""
     trainable_messages: Literal["replies", "last"] = "replies"
-    """Which messages are learnt: replies: each reply with its end; last: the last message alone, as in the original."""
+    """Which messages are learnt: replies: each reply with its end; last: only the last message, as in the original."""
     entropy_weight: float = Field(default=0.0, ge=0)
     """Weight of the entropy penalty on correctly predicted masked tokens, relative to the masked loss."""
     enable_ar_loss: bool = True
-    """false trains the masked loss alone."""
+    """false trains only the masked loss."""
     ar_loss_weight: float = Field(default=1.0, ge=0)
     """a in (masked + a AR) / (1 + a)."""
     attention_backend: Literal["auto", "dense", "flex", "magi"] = "auto"
@@ -90,7 +90,7 @@ class TrainConfig(_Strict):
     train_embeddings: bool = True
     """false freezes embeddings and output projection, except the mask token's embedding."""
     lora_rank: int = Field(default=0, ge=0)
-    """Above 0 trains a LoRA of this rank and the mask token's embedding alone."""
+    """Above 0 trains only a LoRA of this rank and the mask token's embedding."""
     lora_alpha: float | None = Field(default=None, gt=0)
     """The LoRA's delta is scaled by alpha / rank; none is twice the rank."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -104,7 +104,7 @@ class TrainConfig(_Strict):
     teacher_model: str | None = None
     """A model of the same vocabulary; none is the base without its LoRA of all rows."""
     distill_masked: float = Field(default=0.0, ge=0, le=1)
-    """Share of the model's own AR distribution, beside the token, in a masked row's target."""
+    """Share of the model's own AR distribution in a masked row's target; the token has the rest."""
     lora_targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     """Kinds of layers that get a LoRA."""
     lora_layers: list[int] = []
