@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tests.kernels.test_graph_runner import engine
+from tests.kernels.graph_engine import engine
 from wedlm.engine.plan import StepPlan
 from wedlm.engine.sampling_params import SamplingParams
 
