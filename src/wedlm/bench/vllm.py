@@ -26,6 +26,9 @@ from wedlm.bench.stats import TableRow
 from wedlm.engine import resolve_options
 from wedlm.model import ModelConfig, load_model, load_tokenizer, save_model
 
+# Over several GPUs these all-reduces of its, and a fusion that its compiler makes (``vllm_worker.py``), may use NVLink
+# multicast, which not every machine lets a program have.
+_NO_MULTICAST = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
 _NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
 _MEASURABLE = ("latency", "throughput", "serving", "steps", "prefill")
 _TIMEOUT_S = 900.0
@@ -72,7 +75,7 @@ def _run(values: dict[str, Any], directory: Path, timeout_s: float) -> dict[str,
         process = subprocess.Popen(
             [sys.executable, "-m", "wedlm.bench.vllm_worker", str(task), str(found)],
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"},
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", **_NO_MULTICAST},
         )  # fmt: skip
         try:
             code = process.wait(timeout_s)
@@ -122,6 +125,7 @@ def _task(settings: Settings, directory: Path) -> dict[str, Any]:
         "load_format": "auto" if settings.shape is None else "dummy",
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": settings.engine.get("quantization"),
+        "tensor_parallel_size": settings.engine.get("tensor_parallel_size", 1),
         "speculation": None,
         "max_model_len": min(config.max_length, max(workload.long_prompt + 16, 4096)),
         "max_num_seqs": max(workload.batches),

@@ -15,6 +15,8 @@ from wedlm.bench.stats import Delivered, Figures, TableRow, answer_figures, make
 
 _SHORT = 32  # tokens of the shorter of two answers
 _LOAD = 0.7
+# Over several GPUs; ``vllm.py`` says why.
+_NO_MULTICAST = {"pass_config": {"fuse_allreduce_rms": False}}
 
 
 class Worker:
@@ -23,12 +25,13 @@ class Worker:
     def __init__(self, task: dict[str, Any]) -> None:
         from vllm import LLM
 
-        self.task, self._count = task, 0
+        self.task, self._count, size = task, 0, task["tensor_parallel_size"]
         self.llm = LLM(
             model=task["model"], load_format=task["load_format"], skip_tokenizer_init=True, dtype=task["dtype"],
             max_model_len=task["max_model_len"], max_num_seqs=task["max_num_seqs"], max_num_batched_tokens=8192,
             gpu_memory_utilization=0.85, enable_prefix_caching=False,
-            quantization=task["quantization"], speculative_config=task["speculation"],
+            quantization=task["quantization"], speculative_config=task["speculation"], tensor_parallel_size=size,
+            **({} if size == 1 else {"compilation_config": _NO_MULTICAST}),
         )  # fmt: skip
 
     def params(self, max_tokens: int, ignore_eos: bool) -> Any:

@@ -77,7 +77,9 @@ class StepGraphs:
             self._step(shape, index, chunks)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=None if self._latest is None else self._latest.pool()):
+        pool = None if self._latest is None else self._latest.pool()
+        # Other threads may look at their events meanwhile, as NCCL's does.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             results = self._step(shape, index, chunks)
         self._latest = graph
         return graph, results

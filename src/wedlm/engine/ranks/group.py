@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import AllgatherOptions
 
 # More rows than this are added up by NCCL's own sum, which sends fewer bytes; gathering takes one exchange instead of
-# two, which is what few rows wait for.
+# two, which is what few rows wait for. Of two ranks both send the same.
 _MOST_GATHERED_ROWS = 64
+_MOST_ROWS_OF_TWO = 256
 
 
 class Group:
@@ -24,7 +26,9 @@ class Group:
         self.rank, self.size, self.device = rank, size, device
         self.always_gathers = deterministic or device.type != "cuda"
         self.bytes_sent = 0  # by this rank, of numbers; what the libraries add is not counted
+        self.rows_of: tuple[int, torch.dtype] | None = None  # width and type of the rows that are summed, once known
         self._group: Any = None
+        self._exchange: Any = None  # between GPUs
 
     def connect(self, directory: Path, timeout_s: float) -> None:
         """Meet the others, who know the same empty directory; whoever then waits longer for one of them gets a
@@ -44,10 +48,18 @@ class Group:
             options._devices = [gloo.create_device(hostname="127.0.0.1")]
             options._timeout = timeout
             self._group = gloo(store, self.rank, self.size, options)
+        if self.device.type == "cuda" and self.rows_of is not None:
+            from wedlm.kernels.exchange import Exchange  # which imports triton
+
+            most = _MOST_ROWS_OF_TWO if self.size == 2 else _MOST_GATHERED_ROWS
+            self._exchange = Exchange(store, directory.name, self.rank, self.size, self.device, *self.rows_of, most)
         self.gather(torch.zeros(1, device=self.device))  # NCCL connects at its first exchange, no later one may
 
     def abort(self) -> None:
         """End what waits for another rank, with an error, from any thread."""
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.stop()
         group, self._group = self._group, None
         if group is not None and self.device.type == "cuda":
             group.abort()
@@ -55,16 +67,21 @@ class Group:
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' ``x`` [T, ...], the same bits on each rank. Gathered numbers are added up in the order
         of the ranks, in float32, and rounded once."""
-        parts = self.parts(x)
-        return parts if parts.ndim == x.ndim else add_up(parts)
-
-    def parts(self, x: Tensor) -> Tensor:
-        """``sum``, or what is still to be added up so: [N, T, ...]."""
         if self.always_gathers or len(x) <= _MOST_GATHERED_ROWS:
-            return self.gather(x)
+            return add_up(self.gather(x))
         self._count(2 * (self.size - 1) * x.nbytes // self.size)
-        self._connected.allreduce([x]).wait()
+        self._connected.allreduce([x], _on_this_stream(distributed.AllreduceOptions())).wait()
         return x
+
+    def parts(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What adds up to all ranks' ``x`` as ``sum`` would: [N, T, C], or their sum [T, C]. ``x`` [T, C], or partial
+        sums [P, T, C], which are added up in order, in float32, and rounded to ``dtype``."""
+        exchange = self._exchange
+        if exchange is not None and x.shape[-2] <= exchange.most_rows:
+            self._count((self.size - 1) * x.shape[-2] * x.shape[-1] * dtype.itemsize)
+            return exchange(x)
+        x = add_up(x, dtype) if x.ndim == 3 else x
+        return self.gather(x) if self.always_gathers or len(x) <= _MOST_GATHERED_ROWS else self.sum(x)
 
     def gather(self, x: Tensor) -> Tensor:
         """All ranks' ``x``, of one shape: [N, ...] in their order."""
@@ -73,12 +90,13 @@ class Group:
             self._count((self.size - 1) * x.nbytes)
             # Bytes, because gloo does not know every type.
             given, taken = x.contiguous().view(torch.uint8), out.view(torch.uint8)
-            self._connected._allgather_base(taken.view(-1), given.view(-1)).wait()
+            options = _on_this_stream(AllgatherOptions())
+            self._connected._allgather_base(taken.view(-1), given.view(-1), options).wait()
         return out
 
     def gather_to_first(self, x: Tensor) -> Tensor | None:
         """All ranks' ``x``, of one shape, on rank 0: [N, ...]; None on the others."""
-        options = distributed.GatherOptions()
+        options = _on_this_stream(distributed.GatherOptions())
         options.rootRank = 0
         x = x.contiguous()
         if self.rank:
@@ -92,7 +110,9 @@ class Group:
     def broadcast(self, x: Tensor) -> None:
         """Rank 0's ``x`` to all, in place."""
         self._count(0 if self.rank else (self.size - 1) * x.nbytes)
-        self._connected.broadcast(x, 0).wait()
+        options = _on_this_stream(distributed.BroadcastOptions())
+        options.rootRank = 0
+        self._connected.broadcast([x], options).wait()
 
     @property
     def _connected(self) -> Any:
@@ -104,9 +124,15 @@ class Group:
         self.bytes_sent += num_bytes
 
 
-def add_up(parts: Tensor) -> Tensor:
-    """The sum over the first dimension, one after the other, in float32 and rounded once."""
-    total = parts[0].float() + parts[1]
-    for part in parts[2:]:
-        total += part
-    return total.to(parts.dtype)
+def _on_this_stream(options: Any) -> Any:
+    """For an exchange between our kernels: NCCL has a stream of its own otherwise, and each exchange two waits."""
+    options.asyncOp = False
+    return options
+
+
+def add_up(parts: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum over the first dimension, in its order, in float32 and rounded once, to ``dtype`` (None: theirs)."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part
+    return total.to(dtype or parts.dtype)

@@ -47,8 +47,7 @@ def random_shard(config: ModelConfig, options: EngineOptions, device: torch.devi
     dtype = resolve_options.read_dtype(options.dtype, device) or torch.bfloat16
     model = random_model(shard.config, device, dtype, options.rounded_to, options.quantize_head)
     assert isinstance(model, Transformer), "ranks never have integers"
-    connect_ranks(model, shard, group)
-    return LoadedShard(model, shard, config, options, group)
+    return _connected(model, shard, config, options, group)
 
 
 def load_shard(path_or_id: str | Path, options: EngineOptions, device: torch.device, group: Group) -> LoadedShard:
@@ -59,6 +58,13 @@ def load_shard(path_or_id: str | Path, options: EngineOptions, device: torch.dev
         raise ValueError(f"vocab_size is {checkpoint.config.vocab_size}; expected at most {MOST_EXACT_ID} with ranks")
     model, config, options = load_transformer(checkpoint, options, device, shard)
     assert isinstance(model, Transformer), "ranks never have integers"
+    return _connected(model, shard, config, options, group)
+
+
+def _connected(
+    model: Transformer, shard: Shard, config: ModelConfig, options: EngineOptions, group: Group
+) -> LoadedShard:
+    group.rows_of = config.hidden_size, model.model.embed_tokens.weight.dtype
     connect_ranks(model, shard, group)
     return LoadedShard(model, shard, config, options, group)
 

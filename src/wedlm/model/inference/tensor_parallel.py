@@ -6,6 +6,7 @@ A rank's layer computes its own heads and its own part of the feed-forward; what
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,8 +22,9 @@ class SumOverRanks(Protocol):
         """The sum of all ranks' ``x`` [T, ...], the same bits on each; x may be changed."""
         ...
 
-    def parts(self, x: Tensor) -> Tensor:
-        """``sum``, or what is still to be added up over the first dimension: [N, T, ...]."""
+    def parts(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``sum``, or what is still to be added up over the first dimension: [N, T, C]. ``x`` [T, C] in ``dtype``, or
+        float32 partial sums [P, T, C]."""
         ...
 
 

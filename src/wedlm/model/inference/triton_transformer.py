@@ -133,9 +133,7 @@ class FusedTransformer:
         rank."""
         if self.sharded is None:
             return product
-        product = self._finished(product)
-        product = product if product.ndim == 2 else product.sum(dim=0).to(self.dtype)
-        return self.sharded.ranks.parts(product)
+        return self.sharded.ranks.parts(self._finished(product), self.dtype)
 
     def _normed(
         self, x: Tensor, delta: Tensor | Unscaled | None, norm: nn.Module, reader: nn.Module, beside: "_Beside"
