@@ -24,8 +24,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wedlm.attention import cudnn
-from wedlm.attention.cudnn import LongChunk
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.bench.forced_acceptance import injected
 from wedlm.bench.loop import Loop
@@ -50,9 +48,6 @@ from wedlm.model.inference.quantization import Fp8Linear, quantize
 RATES = (0.748, 0.795, 0.725)  # drafts accepted by depth: the embedded checkpoint's on GSM8K
 ROWS = (1, 16, 64, 128, 256, 2048)
 OWN_ROWS = 256  # our kernel is not tried beyond
-# Of prompts: rows, keys before them. The last two begin and end anywhere.
-CHUNKS = ((2048, 0), (2048, 2048), (2048, 6144), (8192, 0), (1024, 0), (1024, 1024), (512, 0), (512, 1536))
-CHUNKS += ((2032, 2032), (1500, 6160))
 
 
 class Run:
@@ -424,74 +419,39 @@ def kernels(run: Run) -> None:
             requests = loop.start(both.prompts[:1], asked("autoregressive", 64))
             loop.steps(requests, 4)
             try:
-                with profiled() as table:
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                     loop.steps(requests, 5)
+                    if run.device.type == "cuda":
+                        torch.cuda.synchronize()
             finally:
                 loop.end(requests)
-        found[key] = table(5)
-
-
-@contextmanager
-def profiled() -> Iterator[Callable[[int], dict[str, Any]]]:
-    """The kernels that take longest in what runs within, afterwards, of so many steps."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        yield lambda steps: {
-            event.key[:90]: {
-                "per_step": event.count / steps,
-                "us_each": round(event.device_time_total / event.count, 2),
-            }
-            for event in sorted(profile.key_averages(), key=lambda event: -event.device_time_total)[:16]
+        events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
+        found[key] = {
+            event.key[:90]: {"per_step": event.count / 5, "us_each": round(event.device_time_total / event.count, 2)}
+            for event in events[:16]
             if event.count
         }
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
 
 def prefill(run: Run) -> None:
-    """Tokens a second of one prompt of 8,192, in chunks of 2,048 and whole, with our attention alone and with cuDNN's
-    in long chunks."""
+    """Tokens a second of one prompt of 8,192."""
     found = run.values["prefill"]
     both = engines(run)
     (prompt,) = load_prompts(run, 1, 8192)
 
     def measure(key: str, loop: Loop) -> None:
-        scheduler, least = loop.engine.scheduler, cudnn.MIN_ROWS
-        usual = scheduler.max_num_batched_tokens
-        try:
-            for chunk, (way, min_rows) in itertools.product((2048, 8192), (("ours", 10**9), ("cuDNN", least))):
-                scheduler.max_num_batched_tokens, cudnn.MIN_ROWS = chunk, min_rows
-                seconds = []
-                for _ in range(4):
-                    loop.engine.pool.reset_prefix_cache()
-                    start = time.perf_counter()
-                    loop.end(loop.start([prompt], asked("autoregressive", 8)))
-                    seconds.append(time.perf_counter() - start)
-                found.setdefault(key, {})[f"chunks of {chunk}, {way}"] = round(len(prompt) / min(seconds[1:]))
-        finally:
-            scheduler.max_num_batched_tokens, cudnn.MIN_ROWS = usual, least
+        seconds = []
+        for _ in range(4):
+            loop.engine.pool.reset_prefix_cache()
+            start = time.perf_counter()
+            loop.end(loop.start([prompt], asked("autoregressive", 8)))
+            seconds.append(time.perf_counter() - start)
+        found[key] = round(len(prompt) / min(seconds[1:]))
 
     measure("bfloat16", both.loops["bfloat16"])
     for key in ("fp8_library_precise", "fp8_library_fast"):
         with both.fp8_as(**VARIANTS[key]) as loop:
             measure(key, loop)
-
-
-def prompt_kernels(run: Run) -> None:
-    """Microseconds of each kernel in a prompt of 8,192, first token included."""
-    found = run.values["prompt_kernels"]
-    both = engines(run)
-    (prompt,) = load_prompts(run, 1, 8192)
-
-    def measure(key: str, loop: Loop) -> None:
-        for _ in range(2):  # the first time compiles
-            loop.engine.pool.reset_prefix_cache()
-            with profiled() as table:
-                loop.end(loop.start([prompt], asked("autoregressive", 8)))
-        found[key] = table(1)
-
-    measure("bfloat16", both.loops["bfloat16"])
-    with both.fp8_as(**VARIANTS["fp8_library_fast"]) as loop:
-        measure("fp8_library_fast", loop)
 
 
 def auto(run: Run) -> None:
@@ -675,12 +635,12 @@ def many(base: Tiling, kind: str) -> list[Tiling]:
 
 
 def prompt_attention(run: Run) -> None:
-    """One layer's attention of a prompt's chunk: ms and TFLOP/s of whatever is at hand. ``first_call_ms``: what the
-    host waits for cuDNN's plans of new shapes. ``apart``: how far the engine's ways are from each other."""
+    """One layer's attention of a chunk of 2,048 rows behind 0, 2,048 and 6,144 keys, and of 8,192 rows: ms and TFLOP/s
+    of whatever is at hand."""
     found = run.values["prompt_attention"]
     config, device = run.config, run.device
     heads, kv, d = config.num_heads, config.num_kv_heads, config.head_dim
-    cases = CHUNKS if device.type == "cuda" else ((8, 8),)
+    cases = ((2048, 0), (2048, 2048), (2048, 6144), (8192, 0)) if device.type == "cuda" else ((8, 8),)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for rows, cached in cases:
         num_keys, page = rows + cached, 16
@@ -704,23 +664,13 @@ def prompt_attention(run: Run) -> None:
         }
         for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
             ways[f"torch, {name}"] = partial(by_torch, name, queries, wide, rows, cached)
-        chunk, joined = LongChunk(0, cached, rows, torch.arange(num_keys), device), torch.empty_like(q)
-        many_heads = [part.repeat_interleave(heads // kv, 1) for part in (k, v)]
-        ways["cuDNN's parts, joined"] = partial(chunk, q, k, v, joined)
-        ways["cuDNN's parts, joined, a key head for each query head"] = partial(chunk, q, *many_heads, joined)
         ways["FlashAttention-3 of vLLM"] = partial(by_flash_attention_3, q, k, v, table, page, num_keys)
         for name, work in ways.items():
             try:
-                start = time.perf_counter()
-                work()
-                first_ms = round(1e3 * (time.perf_counter() - start), 1)
                 ms = run.milliseconds(work)
-                entry[name] = {"ms": ms, "tflops": round(flops / ms / 1e9, 1), "first_call_ms": first_ms}
+                entry[name] = {"ms": ms, "tflops": round(flops / ms / 1e9, 1)}
             except Exception as error:
                 entry[name] = f"{type(error).__name__}: {error}"[:200]
-        if "ms" in entry["cuDNN's parts, joined"]:
-            chunk(q, k, v, joined)
-            entry["apart"] = error_of(joined.float(), paged_attention(q, k, v, plan).float())
         run.write()
 
 
@@ -779,7 +729,6 @@ PARTS: dict[str, tuple[Callable[[Run], None], float]] = {  # with the fewest sec
     "quality": (quality, 30),
     "prefill": (prefill, 20),
     "kernels": (kernels, 15),
-    "prompt_kernels": (prompt_kernels, 15),
     "tilings": (tilings, 30),
     "prompt_attention": (prompt_attention, 10),
 }

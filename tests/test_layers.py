@@ -48,9 +48,11 @@ FILES = [
 ALGORITHM_NEEDS = {"torch", "jaxtyping"}
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Full names of all modules that a file imports, wherever in it, the type-checking-only ones included."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imported(path: Path, anywhere: bool = True) -> Iterator[str]:
+    """Full names of all modules that a file imports, wherever in it, the type-checking-only ones included; or only
+    those that it imports whenever it is imported."""
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(module) if anywhere else module.body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -129,6 +131,14 @@ def test_layers(path):
     part = part_of(path)
     allowed = MAY_IMPORT[part] | {part}
     assert parts(path) <= allowed, f"wedlm.{part} may import {sorted(allowed)}"
+
+
+def test_one_rank_imports_nothing_of_several():
+    """What runs on several ranks is imported where several were asked for."""
+    mentioning = [path for path in SOURCES if "engine.ranks" in path.read_text(encoding="utf-8")]
+    found = {path for path in mentioning if any("engine.ranks" in name for name in imported(path, anywhere=False))}
+    outside = {path.relative_to(ROOT).as_posix() for path in found if path.parent.name != "ranks"}
+    assert outside == {"src/wedlm/cli/replica.py"}  # one of several processes
 
 
 PROGRAM_FILES = [(name, path) for name in PROGRAMS for path in sorted((ROOT / name).rglob("*.py"))]

@@ -16,6 +16,7 @@ import pytest
 
 from tests.engine.ranks_twin import chunk, engine_of, run_history
 from tests.engine.tiny_llm import PROMPTS, check_empty, save_tiny
+from tests.processes import is_running
 from wedlm.algorithm.params import DECODINGS
 from wedlm.engine.async_llm import AsyncEngine
 from wedlm.engine.llm import LLM
@@ -71,13 +72,6 @@ def test_every_mode_writes_what_one_rank_writes(directory, size, record_property
         ranks.exit()
     record_property("texts equal to one rank's", f"{same} of {total}")
     assert same == total
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 def end(pid: int, how: str) -> None:

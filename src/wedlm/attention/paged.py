@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over paged keys on GPUs, by our Triton kernel; plans from the host's lists or from tensors on the device.
-A prompt's long chunk that the host describes may be cuDNN's (``wedlm.attention.cudnn``).
 
 The twin is ``PagedSdpa``. Takes the q, k, v product itself, so that norm, RoPE and the write to the cache are one
 kernel (``wedlm.kernels.rope``).
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from wedlm.attention.base import ExtendBatch, KVCache
-from wedlm.attention.cudnn import LongChunk, takes_chunk
 from wedlm.kernels.attention import PagedRows, paged_attention
 from wedlm.kernels.fp8 import Unscaled
 from wedlm.kernels.rope import norm_rope_write
@@ -22,18 +20,11 @@ _SHORT_ROWS = 32
 
 
 class PagedAttend:
-    """Attention of one step's rows, each sequence in one of ``groups`` or one of the ``long_chunks``. ``slots`` [T]:
-    where each row's key goes (a slot nobody reads, for padding). ``fixed`` as ``paged_attention`` has it."""
+    """Attention of one step's rows, each sequence in one of ``groups``. ``slots`` [T]: where each row's key goes
+    (a slot nobody reads, for padding). ``fixed`` as ``paged_attention`` has it."""
 
-    def __init__(
-        self,
-        cache: KVCache,
-        groups: Sequence[PagedRows],
-        slots: Tensor,
-        fixed: bool = False,
-        long_chunks: Sequence[LongChunk] = (),
-    ) -> None:
-        self.cache, self.groups, self.slots, self.fixed, self.long_chunks = cache, groups, slots, fixed, long_chunks
+    def __init__(self, cache: KVCache, groups: Sequence[PagedRows], slots: Tensor, fixed: bool = False) -> None:
+        self.cache, self.groups, self.slots, self.fixed = cache, groups, slots, fixed
 
     def __call__(
         self,
@@ -50,8 +41,6 @@ class PagedAttend:
         out = torch.empty_like(q)
         for rows in self.groups:
             paged_attention(q, keys, values, rows, out, self.fixed, scales)
-        for chunk in self.long_chunks:
-            chunk(q, keys, values, out)
         return out
 
 
@@ -66,16 +55,10 @@ def plan_paged(cache: KVCache, batch: ExtendBatch, fixed: bool = False) -> Paged
     first = counts.cumsum(0) - counts
     logical = torch.arange(len(sequence)) - first[sequence] + starts[sequence]
     slots = table[sequence, logical // page_size] * page_size + logical % page_size
-    visibility, device_table = batch.visibility, table.to(device)
     members: tuple[list[int], list[int]] = [], []  # short, long
-    long_chunks = []
     for s, count in enumerate(batch.counts):
-        if not fixed and visibility is None and takes_chunk(cache, count):
-            keys = torch.arange(batch.starts[s] + count)
-            own = table[s, keys // page_size] * page_size + keys % page_size
-            long_chunks.append(LongChunk(int(first[s]), batch.starts[s], count, own, device))
-        else:
-            members[count > _SHORT_ROWS].append(s)
+        members[count > _SHORT_ROWS].append(s)
+    visibility, device_table = batch.visibility, table.to(device)
     groups = [
         PagedRows(
             row_start=first[group].to(device),
@@ -92,7 +75,7 @@ def plan_paged(cache: KVCache, batch: ExtendBatch, fixed: bool = False) -> Paged
         for group in members
         if group
     ]
-    return PagedAttend(cache, groups, slots.to(device), fixed, long_chunks)
+    return PagedAttend(cache, groups, slots.to(device), fixed)
 
 
 def _sequences(batch: ExtendBatch) -> zip:

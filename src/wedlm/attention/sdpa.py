@@ -64,7 +64,7 @@ class PagedSdpa:
         ]
         new_slots = [s[start:] for s, start in zip(slots, batch.starts, strict=True)]
         all_new = torch.cat(new_slots)
-        self.new_slots, self.new_span = all_new.to(device), consecutive(all_new)
+        self.new_slots, self.new_span = all_new.to(device), _span(all_new)
         short, groups, offset = [], [], 0
         for start, count, own in zip(batch.starts, batch.counts, slots, strict=True):
             if 0 < count <= _MAX_ROWS_PADDED:
@@ -130,7 +130,7 @@ def _slots(pages: list[int], num_slots: int, page_size: int) -> Int[Tensor, " J"
     return (first + torch.arange(page_size)).flatten()[:num_slots]
 
 
-def consecutive(slots: Int[Tensor, " J"]) -> slice | None:
+def _span(slots: Int[Tensor, " J"]) -> slice | None:
     """The slots as a slice, if they are consecutive: reading and writing them then needs no index."""
     first, last = int(slots[0]), int(slots[-1])
     consecutive = last - first + 1 == len(slots) and bool((slots.diff() == 1).all())
@@ -148,7 +148,7 @@ def _plan_group(
     real = row < counts[:, None]
     if len(members) == 1:
         padded = members[0].slots[None]
-        span = consecutive(padded[0])
+        span = _span(padded[0])
     else:
         # A padded key repeats the sequence's first slot; no row sees it.
         padded = torch.nn.utils.rnn.pad_sequence([m.slots for m in members], batch_first=True, padding_value=-1)

@@ -116,5 +116,8 @@ def _watch(replicas: list[_Running], stopping: list[int]) -> int:
                 return 1
             note(f"replica {one.index} ended with code {code} and is started again", "yellow")
             time.sleep(_PAUSE_S)
-            one.start()
+            if not stopping:
+                one.start()
+                if stopping:  # while it started, and the signal has not reached it
+                    one.process.terminate()
         time.sleep(0.05)

@@ -100,23 +100,51 @@ class Exchange:
         return self.buffer[start : start + self.size * count].view(self.size, rows, width)
 
 
+class _FromFirst(Store):
+    """A store whose keys PREFIX/NUMBER/RANK are counted from the first number that was used here: torch counts all that
+    a process has ever shared, and the processes of the other ranks are new."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self._store = store
+        self._first: int | None = None
+
+    def _key(self, key: str) -> str:
+        prefix, number, rank = key.rsplit("/", 2)
+        if self._first is None:
+            self._first = int(number)
+        return f"{prefix}/{int(number) - self._first}/{rank}"
+
+    def set(self, key: str, value: Any) -> None:
+        self._store.set(self._key(key), value)
+
+    def get(self, key: str) -> bytes:
+        return self._store.get(self._key(key))
+
+    def wait(self, keys: list[str], *timeout: Any) -> None:
+        self._store.wait([self._key(key) for key in keys], *timeout)
+
+
 def _shared(
     store: Store, name: str, rank: int, size: int, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Any]:
     """(zeros in memory that the other ranks reach; by rank, where it is: addresses, for [2, ...] of each half; what
     keeps it mapped)."""
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-    from torch._C._distributed_c10d import _SymmetricMemory
-    from torch.distributed import PrefixStore, _symmetric_memory
+    from torch._C import _distributed_c10d as c10d
+    from torch.distributed import PrefixStore, ProcessGroup, _symmetric_memory
 
-    _SymmetricMemory.set_group_info(name, rank, size, PrefixStore(name, store))
+    meeting = _FromFirst(PrefixStore(name, store))
+    group = ProcessGroup(meeting, rank, size)
+    register: Any = c10d._register_process_group  # by this name torch finds the store, to share memory over
+    register(name, group)
     own = _symmetric_memory.empty(shape, dtype=dtype, device=device)
     own.zero_()
     torch.cuda.synchronize(device)
-    handle: Any = _SymmetricMemory.rendezvous(own, name)
+    handle: Any = c10d._SymmetricMemory.rendezvous(own, name)
     parts = [handle.get_buffer(other, shape, dtype) for other in range(size)]
     if len(shape) == 1:
         addresses: list[Any] = [part.data_ptr() for part in parts]
     else:
         addresses = [[part[half].data_ptr() for part in parts] for half in range(2)]
-    return own, torch.tensor(addresses, dtype=torch.long, device=device), (handle, parts)
+    return own, torch.tensor(addresses, dtype=torch.long, device=device), (handle, parts, group, meeting)

@@ -46,6 +46,7 @@ class StepGraphs:
     def clear(self) -> None:
         """Capture each step again when it is next needed."""
         self._graphs.clear()
+        self._latest = None
 
     def lacks(self, shape: StepShape) -> bool:
         """Whether the step has to be captured before it can run."""

@@ -54,6 +54,7 @@ def first_runner(
     peers = FirstDeviceRank(fused, rank, mask, ranks)
     captured = WatchedStep(peers, cache, windows, mask, config.max_model_len, options.capture_chunks, peers)
     captured.ranks = ranks
+    ranks.group.captured.add(captured.graphs)
     return Runner(windows, _eager(FirstRank(rank, ranks), cache, windows, mask), [captured])
 
 

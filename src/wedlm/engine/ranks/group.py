@@ -2,6 +2,8 @@
 """What ranks exchange while they compute: gloo between processes on a CPU, NCCL between GPUs."""
 
 import os
+import threading
+import weakref
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 # two, which is what few rows wait for. Of two ranks both send the same.
 _MOST_GATHERED_ROWS = 64
 _MOST_ROWS_OF_TWO = 256
+_ABORT_S = 10.0
 
 
 class Group:
@@ -27,8 +30,10 @@ class Group:
         self.always_gathers = deterministic or device.type != "cuda"
         self.bytes_sent = 0  # by this rank, of numbers; what the libraries add is not counted
         self.rows_of: tuple[int, torch.dtype] | None = None  # width and type of the rows that are summed, once known
+        self.captured: weakref.WeakSet[Any] = weakref.WeakSet()  # ``StepGraphs`` that have exchanges in them
         self._group: Any = None
         self._exchange: Any = None  # between GPUs
+        self._aborting: threading.Thread | None = None
 
     def connect(self, directory: Path, timeout_s: float) -> None:
         """Meet the others, who know the same empty directory; whoever then waits longer for one of them gets a
@@ -62,7 +67,18 @@ class Group:
             exchange.stop()
         group, self._group = self._group, None
         if group is not None and self.device.type == "cuda":
-            group.abort()
+            # It ends what waits at once, and returns only when no captured step has its exchanges any longer.
+            self._aborting = threading.Thread(target=group.abort, name="wedlm-abort", daemon=True)
+            self._aborting.start()
+
+    def close(self) -> None:
+        """``abort``, and nothing of the libraries is left; from the thread that runs the steps. They are captured again
+        when they are next needed."""
+        self.abort()
+        for graphs in list(self.captured):
+            graphs.clear()
+        if self._aborting is not None:
+            self._aborting.join(_ABORT_S)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' ``x`` [T, ...], the same bits on each rank. Gathered numbers are added up in the order
@@ -70,7 +86,7 @@ class Group:
         if self.always_gathers or len(x) <= _MOST_GATHERED_ROWS:
             return add_up(self.gather(x))
         self._count(2 * (self.size - 1) * x.nbytes // self.size)
-        self._connected.allreduce([x], _on_this_stream(distributed.AllreduceOptions())).wait()
+        _end(self._connected.allreduce([x], _on_this_stream(distributed.AllreduceOptions())))
         return x
 
     def parts(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,7 +107,7 @@ class Group:
             # Bytes, because gloo does not know every type.
             given, taken = x.contiguous().view(torch.uint8), out.view(torch.uint8)
             options = _on_this_stream(AllgatherOptions())
-            self._connected._allgather_base(taken.view(-1), given.view(-1), options).wait()
+            _end(self._connected._allgather_base(taken.view(-1), given.view(-1), options))
         return out
 
     def gather_to_first(self, x: Tensor) -> Tensor | None:
@@ -101,10 +117,10 @@ class Group:
         x = x.contiguous()
         if self.rank:
             self._count(x.nbytes)
-            self._connected.gather([], [x], options).wait()
+            _end(self._connected.gather([], [x], options))
             return None
         out = x.new_empty(self.size, *x.shape)
-        self._connected.gather([list(out.unbind())], [x], options).wait()
+        _end(self._connected.gather([list(out.unbind())], [x], options))
         return out
 
     def broadcast(self, x: Tensor) -> None:
@@ -112,7 +128,7 @@ class Group:
         self._count(0 if self.rank else (self.size - 1) * x.nbytes)
         options = _on_this_stream(distributed.BroadcastOptions())
         options.rootRank = 0
-        self._connected.broadcast([x], options).wait()
+        _end(self._connected.broadcast([x], options))
 
     @property
     def _connected(self) -> Any:
@@ -128,6 +144,12 @@ def _on_this_stream(options: Any) -> Any:
     """For an exchange between our kernels: NCCL has a stream of its own otherwise, and each exchange two waits."""
     options.asyncOp = False
     return options
+
+
+def _end(work: Any) -> None:
+    """Of an exchange; NCCL has nothing to wait for on the stream of its caller."""
+    if work is not None:
+        work.wait()
 
 
 def add_up(parts: Tensor, dtype: torch.dtype | None = None) -> Tensor:

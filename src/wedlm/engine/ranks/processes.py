@@ -53,7 +53,7 @@ class _Processes:
         self.closing = False
         self.deadline = math.inf  # by time.monotonic, when someone will have waited too long
         self.on_fault = lambda: None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may close while this thread fails
         self.connections: list[socket.socket] = []
         self.processes: list[subprocess.Popen[bytes]] = []
         self._thread: threading.Thread | None = None
@@ -134,18 +134,27 @@ class _Processes:
         self.fail(self._explain(index, report))
 
     def fail(self, reason: str) -> None:
-        """End all of them, for this reason unless there was one before."""
+        """End all of them, for this reason unless there was one before. Whoever sees a ``reason`` finds them ended,
+        unless a device takes longer than ``_NOTICE_S`` to let one go."""
         with self._lock:
-            if self.closing:
+            if self.closing or self.reason is not None:
                 return
-            first, self.reason = self.reason is None, self.reason or reason
-        if first:
-            self.kill()
-            self.on_fault()
+            for process in self.processes:
+                process.kill()
+            self._wait(_NOTICE_S)
+            self.reason = reason
+        self.on_fault()
 
-    def kill(self) -> None:
+    def _wait(self, seconds: float) -> list[subprocess.Popen[bytes]]:
+        """For all of them to end, at most so long; those that have not."""
+        end = time.monotonic() + seconds
+        late = []
         for process in self.processes:
-            process.kill()
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                late.append(process)
+        return late
 
     def close(self) -> None:
         """End all of them: by themselves at first, which they do when the connection closes."""
@@ -158,13 +167,9 @@ class _Processes:
                 connection.shutdown(socket.SHUT_RDWR)
         if self._life >= 0:
             os.close(self._life)
-        end = time.monotonic() + _ENDING_S
-        for process in self.processes:
-            try:
-                process.wait(max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        for process in self._wait(_ENDING_S):
+            process.kill()
+            process.wait()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         for connection in self.connections:
@@ -202,7 +207,7 @@ class Ranks:
         self.close()
         directory = Path(tempfile.mkdtemp(prefix="wedlm-ranks-"))
         self._processes = _Processes([{**task, "directory": str(directory)} for task in self._tasks], directory)
-        self._finalizer = weakref.finalize(self, self._processes.close)
+        self._finalizer = weakref.finalize(self, _close, self.group, self._processes)
 
     def connect(self) -> None:
         """Wait until the others have their weights, and meet them. RankFault."""
@@ -274,10 +279,14 @@ class Ranks:
 
     def close(self) -> None:
         """End the others. Nothing of them is left when this returns."""
-        self.group.abort()
         if self._finalizer is not None:
             self._finalizer()
         self._processes = None
+
+
+def _close(group: Group, processes: _Processes) -> None:
+    group.close()
+    processes.close()
 
 
 def _lost(reason: str) -> str:
