@@ -223,7 +223,7 @@ def test_a_streamer_gets_the_text(directory: Path, model: WeDLMForCausalLM) -> N
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     found = model.generate(ids, max_new_tokens=20, streamer=streamer)
     assert "".join(streamer) == tokenizer.decode(found[0, 3:])
-    with pytest.raises(ValueError, match="streamer is given beside 2 sequences"):
+    with pytest.raises(ValueError, match="streamer is given with 2 sequences"):
         model.generate(ids.repeat(2, 1), max_new_tokens=2, streamer=streamer)
 
 

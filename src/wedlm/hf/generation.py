@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``generate`` of a model in transformers: this package's engine over the model's own weights."""
+"""``generate`` of a model in transformers runs this package's engine over the model's own weights."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -43,20 +43,21 @@ def generate(
     tokenizer: Any = None,
     **options: Any,
 ) -> Tensor:
-    """``input_ids`` [N, R] and up to ``max_new_tokens`` new ones: [N · num_return_sequences, R + most new], padded on
-    the right.
+    """Continue ``input_ids`` [N, R] by up to ``max_new_tokens`` tokens: [N · num_return_sequences, R + most new],
+    padded on the right.
 
-    The text is ``LLM``'s for the same weights and options, which are the fields of ``Arguments``: transformers' and, by
-    its names, those of ``SamplingParams``; they may come in a ``generation_config``, too. ``temperature`` None is 0, or
-    1 if ``do_sample``. ``max_length`` counts the R rows. ``stop_strings`` needs ``tokenizer``.
+    The text equals ``LLM``'s for the same weights and options. The options are the fields of ``Arguments``:
+    transformers' names and the names of ``SamplingParams``; they may also come in a ``generation_config``.
+    ``temperature`` None means 0, or 1 with ``do_sample``. ``max_length`` counts the R rows. ``stop_strings`` needs
+    ``tokenizer``.
 
-    Prompts of different lengths are padded on either side, with ``attention_mask`` 0 there; new tokens come behind all
-    of it. ``stopping_criteria`` are asked as transformers asks them, with prompts and new tokens [N, R + 1], [N, R + 2]
-    and so on and None for scores; what a forward made beyond an end is dropped. ``streamer`` gets the prompt [1, R],
-    then each token [1]; there must be one sequence. End tokens default to those of the model's generation config and
-    its config, padding to the config's or the first end token, the mask token to the config's. All else in the model's
-    own ``generation_config.json`` is not used. Raises ValueError, also for options of transformers that would change
-    the tokens, or the form of the answer, and have no meaning here.
+    Prompts of different lengths are padded on either side, with ``attention_mask`` 0 there; new tokens come after all
+    of it. ``stopping_criteria`` are called as transformers calls them, with prompts and new tokens [N, R + 1], then
+    [N, R + 2] and so on, and None for scores; tokens that a forward made beyond an end are dropped. ``streamer`` gets
+    the prompt [1, R], then each token [1], and needs a single sequence. End tokens default to those of the model's
+    generation config and its config, padding to the config's or the first end token, and the mask token to the
+    config's. Nothing else in the model's own ``generation_config.json`` is used. Raises ValueError, also for options of
+    transformers that would change the tokens or the form of the answer and are not supported.
     """
     arguments = Arguments.of(generation_config, options)
     prompts, several = _prompts(input_ids, attention_mask), arguments.num_return_sequences
@@ -94,12 +95,12 @@ def generate(
 
 
 class _Watch:
-    """Shows the sequences, token by token, to who wants to see them or to end some: all at one length, as transformers'
-    own ``generate`` has them. ``ids`` [N, R]: the prompts."""
+    """Shows the sequences to streamers, and to criteria that may end some of them. All are shown at each length, as in
+    transformers' own ``generate``. ``ids`` [N, R] are the prompts."""
 
     def __init__(self, ids: Tensor, pad: int, criteria: Sequence[Any], streamer: Any) -> None:
         if streamer is not None and len(ids) > 1:
-            raise ValueError(f"streamer is given beside {len(ids)} sequences; expected one sequence")
+            raise ValueError(f"streamer is given with {len(ids)} sequences; expected one sequence")
         for name in ("put", "end"):
             if streamer is not None and not callable(getattr(streamer, name, None)):
                 raise ValueError(f"streamer is {streamer!r}; expected an object with put and end")
@@ -107,8 +108,8 @@ class _Watch:
         self._seen = 0
 
     def ended(self, found: list[list[int]], running: Collection[int]) -> set[int]:
-        """Look at what all sequences have of ``found``, the new tokens of each, where those ``running`` get more. Which
-        are to end; what lies behind their ends is taken off."""
+        """Look at the new part of ``found``, the new tokens of each sequence, of which those ``running`` get more.
+        Remove what lies after the ends that the criteria set, and return the sequences that have one."""
         if not self._criteria and self._streamer is None:
             return set()
         length = min((len(found[index]) for index in running), default=max(map(len, found)))
@@ -138,7 +139,7 @@ def _decode(
     several: int,
     watch: _Watch,
 ) -> list[list[int]]:
-    """New tokens of each prompt, from an engine whose cache holds all of them to their ends."""
+    """The new tokens of each prompt, from an engine whose cache holds all of them to their ends."""
     config, embedding = model.config.model_config(), model.model.embed_tokens.weight
     window = 2 * engine_config.options.wedlm_window_size
     lengths = [min(len(prompt) + params.max_tokens + window, config.max_length) for prompt in prompts]
@@ -177,7 +178,7 @@ def _decode(
 
 
 def _of_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    """Under one seed each further answer to a prompt has its own, the first the one given."""
+    """Give each further answer to a prompt a seed of its own; the first keeps the given one."""
     return params if params.seed is None or not choice else replace(params, seed=params.seed + choice)
 
 

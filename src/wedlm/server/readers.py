@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the text of an answer, as it comes, to what a message has: content and calls."""
+"""Turn the text of an answer, as it comes, into content and calls."""
 
 import json
 import re
@@ -25,7 +25,7 @@ class Delta:
     reasoning: str = ""
 
     def add(self, other: "Delta") -> None:
-        """Take over what ``other`` adds; arguments of a call that is here already are appended to it."""
+        """Add what ``other`` adds; arguments of a known call are appended to it."""
         self.content += other.content
         self.reasoning += other.reasoning
         for call in other.calls:
@@ -40,7 +40,7 @@ class Reader(Protocol):
     """Turns the text of one choice into content and calls."""
 
     def push(self, text: str) -> Delta:
-        """More text, none of which will change."""
+        """More text, which is final."""
 
     def finish(self, reason: str) -> Delta:
         """No more text follows, for ``reason``."""
@@ -64,19 +64,19 @@ class PlainReader:
 class CallReader:
     """Calls of known functions in the form of the model; everything else is content.
 
-    Where text that began as a call turns out to be none, it becomes content, and reading goes on behind it; what stands
-    inside is not read as a call once more, so that each character is read a few times at most.
+    If text that began as a call turns out not to be one, it becomes content and reading continues after it. Its inside
+    is not read as a call again, so that each character is read a few times at most.
     """
 
     def __init__(self, form: ToolForm, names: Sequence[str], parallel: bool) -> None:
         self._form, self._names, self._most = form, frozenset(names), 2**31 if parallel else 1
         self._longest = max(map(len, form.tags))
         self._held = ""  # what may become a tag
-        self._lead: list[str] = []  # white space at the beginning: before a call it is no content either
+        self._lead: list[str] = []  # white space at the beginning: before a call it is not content
         self._beginning = True
         self._attempt: Generator[None, str, str | None] | None = None
         self._raw: list[str] = []  # of the attempt, since its last call
-        self._num_calls, self._behind_call = 0, False  # white space behind a call is no content
+        self._num_calls, self._behind_call = 0, False  # white space after a call is not content
         self._contents: list[str] = []
         self._calls: list[dict[str, Any]] = []
 
@@ -113,7 +113,7 @@ class CallReader:
         self._contents.append(text)
 
     def _scan(self, text: str, place: int) -> int:
-        """Content up to where a call may begin; from where to read on."""
+        """Take content up to where a call may begin; return the place to continue at."""
         if self._beginning:
             return self._scan_beginning(text)
         places = [(found, tag) for tag in self._form.tags if (found := text.find(tag, place)) >= 0]
@@ -130,7 +130,7 @@ class CallReader:
         return len(text)
 
     def _scan_beginning(self, text: str) -> int:
-        """As ``_scan``, of all that has come and is no white space."""
+        """As ``_scan``, for the beginning of the answer."""
         first = text.lstrip()
         start = len(text) - len(first)
         self._lead.append(text[:start])
@@ -150,7 +150,7 @@ class CallReader:
         next(self._attempt)
 
     def _read(self, text: str, place: int) -> tuple[str, int]:
-        """Give text to the attempt until it ends, one way or the other; what to read on, and from where."""
+        """Give text to the attempt until it ends, one way or the other; return the text and where to continue."""
         assert self._attempt is not None
         raw, send = self._raw, self._attempt.send
         for index in range(place, len(text)):
@@ -181,12 +181,13 @@ class CallReader:
 
 
 class ThinkReader:
-    """Splits what stands between <think> and </think> at the beginning off as reasoning, without the white space around
-    it; ``inner`` reads the rest. ``inside``: the prompt has opened it. Without the closing tag all is reasoning."""
+    """Splits off what stands between <think> and </think> at the beginning as reasoning, without the white space around
+    it; ``inner`` reads the rest. ``inside``: the prompt has opened it. Without the closing tag everything is reasoning.
+    """
 
     def __init__(self, inner: Reader, inside: bool) -> None:
         self._inner, self._held = inner, ""  # what may become a tag
-        self._spaces: list[str] = []  # white space in front of it, of which it will say what it belongs to
+        self._spaces: list[str] = []  # white space before it, which may belong to the reasoning or not
         self._state = "inside" if inside else "before"
         self._empty = True  # no reasoning yet
 
@@ -219,7 +220,7 @@ class ThinkReader:
         return delta
 
     def _begin(self, text: str) -> str:
-        """Find out whether there is reasoning at all; what is left to read."""
+        """Find out whether there is reasoning at all; return what is left to read."""
         opening, begun = THINK[0], text.lstrip()
         self._spaces.append(text[: len(text) - len(begun)])
         if begun.startswith(opening):
@@ -232,7 +233,7 @@ class ThinkReader:
         return before + begun
 
     def _think(self, text: str) -> tuple[str, str]:
-        """What is sure to belong to the reasoning, and what stands behind the closing tag."""
+        """The part of the text that certainly belongs to the reasoning, and what stands after the closing tag."""
         thought, closing, rest = text.partition(THINK[1])
         if not closing:
             kept = next((size for size in range(len(THINK[1]) - 1, 0, -1) if text.endswith(THINK[1][:size])), 0)
@@ -249,7 +250,8 @@ class ThinkReader:
 
 
 class ForcedReader:
-    """The text is one call, whose arguments are passed on as they come; a text cut before them is no call."""
+    """The text is one call, whose arguments are passed on as they come; a text that is cut before them is not
+    a call."""
 
     def __init__(self) -> None:
         self._head, self._arguments = "", JsonText()
