@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the figures of evaluations and benchmarks share: panels, a legend below them, SVG."""
+"""What the figures of evaluations, benchmarks and training share: panels, a legend below them, SVG."""
 
 import io
 import math
@@ -42,13 +42,15 @@ def group_by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[
     return groups
 
 
-def new_figure(columns: int) -> tuple["Figure", list["Axes"]]:
-    """A figure with this many panels side by side."""
+def new_figure(count: int, columns: int | None = None) -> tuple["Figure", list["Axes"]]:
+    """A figure of ``count`` panels, at most ``columns`` side by side (None: all of them)."""
     from matplotlib.figure import Figure  # without pyplot there is no window, and nothing stays behind
 
     width, height = _PANEL_INCHES
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    panels = [figure.add_subplot(1, columns, number) for number in range(1, columns + 1)]
+    columns = min(count, columns or count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    panels = [figure.add_subplot(rows, columns, number) for number in range(1, count + 1)]
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.locator_params(axis="x", nbins=7)  # more numbers would touch each other

@@ -110,8 +110,8 @@ def write_bases(directory: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from tests.model.test_tokenizer import CHATML, train
     from tests.model.tiny import our_model
+    from tests.model.trained_tokenizers import CHATML, train
     from wedlm.model.formats.checkpoint import save_model
 
     model = our_model("llama", vocab_size=640, num_hidden_layers=2)
@@ -137,8 +137,8 @@ def write_bases(directory: Path) -> None:
 
 
 def _write_gguf(directory: Path, model: Any, backend: Any) -> None:
-    from tests.model.test_gguf import gguf_tensors
-    from tests.model.test_tokenizer import CHATML
+    from tests.model.gguf_files import gguf_tensors
+    from tests.model.trained_tokenizers import CHATML
 
     directory.mkdir()
     config = model.config
@@ -652,8 +652,8 @@ def main() -> None:
     import gguf.quants  # noqa: F401 - imported before the forks, as are the two below
     import torch
 
-    import tests.model.test_gguf
-    import tests.model.test_tokenizer  # noqa: F401
+    import tests.model.gguf_files
+    import tests.model.trained_tokenizers  # noqa: F401
     import wedlm
 
     assert wedlm.LLM is not None

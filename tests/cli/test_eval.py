@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-pytest.importorskip("lm_eval")
 from tests.cli.command import FAST, wedlm
 from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.eval_data import write_small_sets

@@ -7,7 +7,7 @@ import pytest
 
 from tests.cli.command import generate, records, wedlm
 from tests.engine.native_model import needs_native
-from tests.model.test_quantize_checkpoint import save_smollm_like
+from tests.model.named_tokenizer import save_smollm_like
 from wedlm import LLM
 
 

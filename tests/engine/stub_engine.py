@@ -133,6 +133,16 @@ def _check_keys(engine: Engine, request: Request, model: StubModel | NativeModel
     model.check_cache(engine.runner.cache, slots, request.output.tokens[:cached], positions)
 
 
+def preempt_last(engine: Engine) -> bool:
+    """Preempt the last running request in the line; False, and nothing happens, if none runs or a step is under way."""
+    if not engine.scheduler.running or engine._pending is not None:
+        return False
+    victim = max(engine.scheduler.running, key=lambda request: request.order)
+    engine.scheduler.preempt(victim)
+    engine._save_windows([victim])
+    return True
+
+
 def known_of(request: Request) -> tuple[list[int], tuple[int, ...]]:
     """Its tokens before and after what it decodes."""
     suffix = tuple(request.params.suffix_token_ids or ())

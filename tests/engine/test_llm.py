@@ -163,7 +163,7 @@ def test_seed_none_draws_a_new_one(llm):
 
 
 def test_params_are_not_edited(llm):
-    """Defect 5 of the reference engine."""
+    """The original implementation edits the object that its caller gave it."""
     params = SamplingParams(stop=["q", "zz"], stop_token_ids=[3], temperature=0.7, max_tokens=9, top_k=-1)
     before = copy.copy(params)
     llm.generate(PROMPTS, params)

@@ -97,6 +97,8 @@ def test_fifty_lost_ranks(directory, size, block, record_property):
             with pytest.raises(RankFault, match="the engine's ranks were ended, and what they were generating is lost"):
                 loss.generate()
             latest = max(latest, time.monotonic() - loss.at)
+            name = f"rank {pids.index(loss.victim) + 1} of {size} "
+            assert ("a rank did not answer" if loss.how == "SIGSTOP" else name) in str(llm._fault), loss.how
             reasons.add(str(llm._fault).rpartition("lost: ")[2][:60])
             assert not any(map(is_running, pids)), loss.how
             assert [output.token_ids for output in llm.generate(SOME, LONG)] == expected

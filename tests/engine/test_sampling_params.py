@@ -127,7 +127,7 @@ def test_more_tokens_required_than_allowed():
 
 
 def test_unknown_option_is_an_error():
-    """The reference engine drops unknown options without a word."""
+    """The original implementation drops unknown options without a word."""
     with pytest.raises(TypeError, match="unexpected keyword argument 'temperatur'"):
         SamplingParams(temperatur=0.5)
     with pytest.raises(TypeError):

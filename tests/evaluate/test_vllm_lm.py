@@ -10,11 +10,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("lm_eval")
 from tests.cli.command import wedlm
 from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.eval_data import write_small_sets
-from tests.evaluate.test_run import samples, without_time
+from tests.evaluate.result_files import samples, without_time
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.engine.llm import LLM
 from wedlm.engine.sampling_params import SamplingParams

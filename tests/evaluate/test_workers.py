@@ -5,13 +5,11 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
-
-pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.eval_data import write_small_sets
-from tests.evaluate.test_run import samples, without_time
+from tests.evaluate.result_files import samples, without_time
 from wedlm.engine.llm import LLM
 from wedlm.evaluate.harness import EngineBackend
 from wedlm.evaluate.provenance import model_provenance
@@ -144,7 +142,8 @@ def test_too_many_workers_are_refused(directory, stub):
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_two_workers_of_ray_answer_as_one_engine(directory, tmp_path, record_property):
-    ray = pytest.importorskip("ray")
+    import ray
+
     ray.init(num_cpus=2, address="local", include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         many = results(RayBackend(options(directory), 2), tmp_path, "many")

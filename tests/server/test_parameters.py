@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.tiny_llm import save_tiny
+from tests.server.reading_calls import calls_in
 from tests.server.running import MODEL, events, serving
-from tests.server.test_tool_calls import calls_in
 from wedlm import LLM, SamplingParams
 from wedlm.server.config import ServerConfig
 from wedlm.server.prompts import Prompts

@@ -3,8 +3,8 @@
 
 import pytest
 
+from tests.server.asking import check_error
 from tests.server.running import events
-from tests.server.test_refusals import check_error
 from wedlm import SamplingParams
 
 TEXT = "/v1/completions"

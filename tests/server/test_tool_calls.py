@@ -5,33 +5,13 @@ written; and what untrusted text does to a call."""
 import codecs
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wedlm.server.readers import CallReader, Delta, message
+from tests.server.reading_calls import NAMES, calls_in
 from wedlm.server.tool_forms import FORMS, form_of
-
-NAMES = ["add", "get_weather", "f.g-2", "a"]
-
-
-def read(reader, pieces: list[str], reason: str = "stop") -> tuple[list[Delta], dict]:
-    deltas = [reader.push(piece) for piece in pieces]
-    deltas.append(reader.finish(reason))
-    whole = Delta()
-    for delta in json.loads(json.dumps([[delta.content, delta.calls] for delta in deltas])):
-        whole.add(Delta(*delta))
-    return deltas, dict(message(whole))
-
-
-def calls_in(form: str, pieces: list[str], names: list[str] = NAMES, parallel: bool = True) -> tuple[Any, list]:
-    """Content and calls, names with the text of their arguments."""
-    whole = read(CallReader(FORMS[form], names, parallel), pieces)[1]
-    found = [(call["function"]["name"], call["function"]["arguments"]) for call in whole.get("tool_calls", ())]
-    return whole["content"], found
-
 
 characters = st.characters(codec="utf-8") | st.sampled_from("\"'\\{}[]()<>/,:=; \n\t\x00é")
 texts = st.text(characters, max_size=12) | st.sampled_from(

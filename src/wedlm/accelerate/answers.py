@@ -11,9 +11,7 @@ from wedlm import LLM, SamplingParams
 from wedlm.accelerate.prompts import Prompt, encode_prompt, with_answer
 from wedlm.engine.outputs import GenerationOutput
 from wedlm.model.formats.save import write_whole
-from wedlm.train.answers import usable_text
-
-Done = Callable[[int, GenerationOutput], None]
+from wedlm.train.answers import each_answer, usable_text
 
 
 @dataclass(frozen=True)
@@ -25,29 +23,6 @@ class AnswerCounts:
     cut: int
     unusable: int
     tokens: int
-
-
-def each_answer(llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams, done: Done) -> None:
-    """Answer all prompts together; ``done`` gets the index and the output of each as soon as it ends.
-
-    The engine always holds twice as many requests as run in a step, and nothing else may use it at the same time.
-    """
-    engine = llm.engine
-    most = 2 * engine.config.options.max_num_seqs
-    running: dict[str, int] = {}
-    following = 0
-    try:
-        while running or following < len(prompts):
-            while following < len(prompts) and len(running) < most:
-                request = engine.add(f"answer-{following}", list(prompts[following]), params, streamed=False)
-                running[request.request_id] = following
-                following += 1
-            for request in engine.step():
-                if request.finish_reason is not None:
-                    done(running.pop(request.request_id), GenerationOutput.of(request))
-    finally:
-        for request_id in running:
-            engine.abort(request_id)
 
 
 def read_log(path: Path) -> dict[int, dict[str, Any]]:

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from wedlm import LLM, SamplingParams
-from wedlm.accelerate.answers import each_answer
 from wedlm.engine.adaptive.fixed_rows import CountedRows
 from wedlm.engine.factory import eager_reason, release_memory
-from wedlm.engine.outputs import GenerationOutput
+from wedlm.engine.outputs import GenerationOutput, Totals
 from wedlm.engine.resolve_options import read_device, read_dtype
 from wedlm.model.formats.checkpoint import open_checkpoint
 from wedlm.model.formats.save import write_whole
 from wedlm.native import NativeTransformer
+from wedlm.train.answers import each_answer
 
 Values = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -87,15 +87,13 @@ def answer_all(
     progress(0)
     each_answer(llm, prompts, params, done)
     found = [outputs[place] for place in range(len(prompts))]
-    stats = [output.stats for output in found if output.stats is not None]
-    tokens, rows = (sum(getattr(one, f"num_{what}") for one in stats) for what in ("tokens", "rows"))
-    forwards = [one.num_forwards for one in stats]
+    totals = Totals.of(found)
     return {
         "token_ids": [output.token_ids for output in found],
         "ended": [output.finish_reason == "stop" for output in found],
-        "forwards": forwards,
-        "tokens_per_forward": tokens / max(1, sum(forwards)),
-        "p_cache": tokens / max(1, rows),
+        "forwards": [output.stats.num_forwards for output in found if output.stats is not None],
+        "tokens_per_forward": totals.tokens_per_forward,
+        "p_cache": totals.p_cache,
     }
 
 
@@ -129,10 +127,10 @@ def speed(
             for prompt in chosen:
                 llm.engine.pool.reset_prefix_cache()
                 outputs += llm.generate([prompt], params[mode], progress=False)
-            took, tokens = time.perf_counter() - began, sum(len(output.token_ids) for output in outputs)
-            forwards[mode] = tokens / max(1, sum(o.stats.num_forwards for o in outputs if o.stats is not None))
+            took, totals = time.perf_counter() - began, Totals.of(outputs)
+            forwards[mode] = totals.tokens_per_forward
             if number:
-                rates[mode].append(tokens / took)
+                rates[mode].append(totals.num_tokens / took)
                 progress(sum(map(len, rates.values())))
     medians = {mode: statistics.median(found) for mode, found in rates.items()}
     return {"tok_per_s": medians, "rounds": rates, "tokens_per_forward": forwards, "prompts": len(chosen)}

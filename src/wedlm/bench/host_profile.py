@@ -90,6 +90,6 @@ def _stages(engine: Engine) -> list[tuple[Any, str, str]]:
         (engine.controller, "observe", "rows"),
         (engine.runner, "launch", "launch"),
         (engine.runner, "run", "launch"),
-        (engine, "_process", "deliver"),
+        (engine, "process", "deliver"),
         (*wait, "wait"),
     ]

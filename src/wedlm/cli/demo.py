@@ -214,13 +214,12 @@ class Figures:
 
 
 def _figures(prompts: list[dict[str, Answers]], mode: str) -> Figures:
-    stats = [_stats(found[mode].output) for found in prompts]
-    tokens, forwards, rows = (
-        sum(getattr(one, name) for one in stats) for name in ("num_tokens", "num_forwards", "num_rows")
-    )
-    speed = tokens / sum(found[mode].median_s for found in prompts)
+    from wedlm.engine.outputs import Totals
+
+    totals = Totals.of(found[mode].output for found in prompts)
+    speed = totals.num_tokens / sum(found[mode].median_s for found in prompts)
     same = sum(found[mode].output.token_ids == found["autoregressive"].output.token_ids for found in prompts)
-    return Figures(speed, tokens / forwards, tokens / rows, same)
+    return Figures(speed, totals.tokens_per_forward, totals.p_cache, same)
 
 
 def _table(prompts: list[dict[str, Answers]]) -> Table:

@@ -229,14 +229,13 @@ def _record(prompt: str, output: "GenerationOutput") -> dict[str, Any]:
 
 def _total_line(outputs: Sequence["GenerationOutput"], seconds: float) -> str:
     """The figures of several prompts. Forwards and rows are summed over prompts, although these shared forwards."""
-    stats = [output.stats for output in outputs if output.stats is not None]
-    tokens, forwards, rows = (
-        sum(getattr(one, name) for one in stats) for name in ("num_tokens", "num_forwards", "num_rows")
-    )
+    from wedlm.engine.outputs import Totals
+
+    stats, totals = [output.stats for output in outputs if output.stats is not None], Totals.of(outputs)
     modes = "/".join(sorted({one.decoding for one in stats})) or "nothing ran"
     return (
-        f"{modes}: {len(stats)} prompts, {tokens} tokens, {tokens / max(1, forwards):.2f} tokens/forward, "
-        f"p_cache {tokens / max(1, rows):.2f}, {tokens / seconds:.0f} tok/s"
+        f"{modes}: {len(stats)} prompts, {totals.num_tokens} tokens, {totals.tokens_per_forward:.2f} tokens/forward, "
+        f"p_cache {totals.p_cache:.2f}, {totals.num_tokens / seconds:.0f} tok/s"
     )
 
 

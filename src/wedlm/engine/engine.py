@@ -102,11 +102,11 @@ class Engine:
                 assert not self.requests, "requests wait, but nothing can run"
                 return []
             if not self.runner.can_launch(plan):
-                return self._process(plan, self.runner.run(plan))
+                return self.process(plan, self.runner.run(plan))
             self._pending = plan, self.runner.launch(plan)
         plan, pending = self._pending
         following = self._launch_after(plan)
-        changed = self._process(plan, pending.wait())
+        changed = self.process(plan, pending.wait())
         self._pending = following if self.requests else None
         return changed
 
@@ -167,7 +167,7 @@ class Engine:
             return None
         return ahead, self.runner.launch(ahead)
 
-    def _process(self, plan: StepPlan, results: StepResults) -> list[Request]:
+    def process(self, plan: StepPlan, results: StepResults) -> list[Request]:
         """Deliver a step's results to the requests that still run."""
         self.controller.observe(plan, results)
         changed = []

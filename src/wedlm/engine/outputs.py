@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What callers get back."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from wedlm.engine.original_names import ByName
-from wedlm.engine.request import Request, RequestStats, TopLogprobs, WindowSnapshot
+from wedlm.engine.request import Request, RequestStats, TopLogprobs, WindowSnapshot, ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,30 @@ class GenerationOutput(ByName):
             top_logprobs=list(output.top_logprobs) if asked else None,
             text_offsets=None if asked is None else [0, *output.text.ends][: request.num_output_tokens],
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Tokens, forwards and rows of several answers. Each counts its own forwards, also those that it shared."""
+
+    num_tokens: int
+    num_forwards: int
+    num_rows: int
+
+    @classmethod
+    def of(cls, outputs: Iterable[GenerationOutput]) -> "Totals":
+        """Of those that ran."""
+        stats = [output.stats for output in outputs if output.stats is not None]
+        return cls(*(sum(getattr(one, part.name) for one in stats) for part in fields(cls)))
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return ratio(self.num_tokens, self.num_forwards)
+
+    @property
+    def p_cache(self) -> float:
+        """Tokens for each row run."""
+        return ratio(self.num_tokens, self.num_rows)
 
 
 @dataclass(frozen=True, slots=True)

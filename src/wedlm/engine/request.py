@@ -184,7 +184,7 @@ class RequestStats(ByName):
         "prefill_tokens": lambda stats: stats.num_prompt_tokens,
         "decode_tokens": lambda stats: stats.num_tokens,
         "decode_forwards": lambda stats: stats.num_forwards,
-        "prefill_speed": lambda stats: _ratio(stats.num_prompt_tokens, stats.time_to_first_token_s),
+        "prefill_speed": lambda stats: ratio(stats.num_prompt_tokens, stats.time_to_first_token_s),
         "decode_speed": lambda stats: stats.tokens_per_second,
     }
 
@@ -225,15 +225,16 @@ class RequestStats(ByName):
             num_lookup_drafted=counters.num_lookup_drafted,
             num_lookup_accepted=counters.num_lookup_accepted,
             num_preemptions=progress.num_preemptions,
-            tokens_per_forward=_ratio(tokens, counters.num_forwards),
-            p_cache=_ratio(tokens, counters.num_rows),
+            tokens_per_forward=ratio(tokens, counters.num_forwards),
+            p_cache=ratio(tokens, counters.num_rows),
             queue_s=started - counters.arrival_time,
             time_to_first_token_s=first - counters.arrival_time,
             elapsed_s=elapsed,
-            tokens_per_second=_ratio(tokens, elapsed),
+            tokens_per_second=ratio(tokens, elapsed),
             decoding=request.decode.decoding,
         )
 
 
-def _ratio(value: float, unit: float) -> float:
+def ratio(value: float, unit: float) -> float:
+    """``value`` for each ``unit``; 0 where there is none."""
     return value / unit if unit > 0 else 0.0

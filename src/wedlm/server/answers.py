@@ -10,7 +10,7 @@ from secrets import token_hex
 from typing import Any, Literal, Protocol
 
 from wedlm.engine.constraints.grammar import Compiled
-from wedlm.engine.outputs import GenerationOutput, StreamPiece
+from wedlm.engine.outputs import GenerationOutput, StreamPiece, Totals
 from wedlm.engine.prompt_logprobs import PromptLogprobs
 from wedlm.engine.request import TopLogprobs
 from wedlm.engine.sampling_params import SamplingParams
@@ -145,15 +145,15 @@ class Job:
 def usage(job: Job, outputs: Sequence[GenerationOutput]) -> dict[str, Any]:
     """OpenAI's counts, then ours over all choices, without the prompt's forwards and rows."""
     stats = [output.stats for output in outputs if output.stats is not None]
-    tokens, forwards, rows = (sum(getattr(s, n) for s in stats) for n in ("num_tokens", "num_forwards", "num_rows"))
+    totals = Totals.of(outputs)
     cached = sum(s.num_reused_tokens for s in stats[:: job.num_choices])
     return {
-        **_counts(job.num_prompt_tokens, tokens),
+        **_counts(job.num_prompt_tokens, totals.num_tokens),
         "prompt_tokens_details": {"cached_tokens": cached},
-        "forwards": forwards,
-        "rows": rows,
-        "tokens_per_forward": tokens / forwards if forwards else 0.0,
-        "p_cache": tokens / rows if rows else 0.0,
+        "forwards": totals.num_forwards,
+        "rows": totals.num_rows,
+        "tokens_per_forward": totals.tokens_per_forward,
+        "p_cache": totals.p_cache,
         "decoding": stats[0].decoding if stats else None,
     }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wedlm.plotting import new_figure
 from wedlm.train.metrics import METRICS_FILE, read_metrics
 from wedlm.train.optional_deps import require
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 CURVES_FILE = "curves.png"
 _COLUMNS = 3
-_PANEL_INCHES = (4.4, 3.4)
 
 
 @dataclass(frozen=True)
@@ -83,25 +83,17 @@ def draw_curves(directories: Sequence[Path]) -> Path:
     missing.
     """
     require("matplotlib", "drawing curves")
-    from matplotlib.figure import Figure
-
     if not directories:
         raise ValueError("--plot has no directory; expected the output_dir of a run, or of several")
     runs = _read_runs(directories)
     panels = [panel for panel in _panels(runs) if panel.is_in(runs)]
     if not panels:
         raise ValueError(f"{directories[0] / METRICS_FILE} has no losses yet; expected a run that has logged some")
-    rows = math.ceil(len(panels) / _COLUMNS)
-    columns = min(len(panels), _COLUMNS)
-    width, height = _PANEL_INCHES
-    # Without pyplot there is no window, and nothing stays behind in this process.
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    for number, panel in enumerate(panels, 1):
-        axes = figure.add_subplot(rows, columns, number)
+    figure, places = new_figure(len(panels), _COLUMNS)
+    for axes, panel in zip(places, panels, strict=True):
         for index, run in enumerate(runs):
             panel.draw(axes, run, f"C{index % 10}")
         axes.set_title(panel.title, fontsize="medium")
-        axes.grid(alpha=0.3)
         if len(runs) > 1 or isinstance(panel, _Profile):
             axes.legend(fontsize="small")
     target = directories[0] / CURVES_FILE

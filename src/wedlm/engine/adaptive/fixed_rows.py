@@ -22,11 +22,8 @@ class CountedRows(FixedRows):
     def __init__(self, rows: int) -> None:
         super().__init__(StepCosts([(1, 1.0)], padded=False), budget=Budget.of(rows))
         self.trials, self.accepted = [0] * drafts_of(rows), [0] * drafts_of(rows)
-        self.steps = self.tokens = 0
 
     def observe(self, num_drafts: int, num_accepted: int, longest: int, num_windows: int, count: int = 1) -> None:
-        self.steps += count
-        self.tokens += count * (1 + num_accepted)
         for depth in range(min(num_drafts, num_accepted + 1)):
             self.trials[depth] += count
             self.accepted[depth] += count * (depth < num_accepted)

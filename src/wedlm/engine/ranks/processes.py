@@ -36,6 +36,7 @@ from wedlm.model.sharding import Shard
 ANSWER_S = 8.0  # how long rank 0 waits for another one in one exchange
 _LOADING_S = 3600.0  # reading weights from a slow disk takes long; a process that ends meanwhile is seen at once
 _ENDING_S, _NOTICE_S = 2.0, 1.0
+_CAUSE_S = 0.3  # how long a rank's word that it lost another one may wait for that other one's
 _LOOK_MS = 500  # how often the thread that watches looks at the clock
 _LATE = f"a rank did not answer within {ANSWER_S:.0f} s"
 
@@ -121,17 +122,27 @@ class _Processes:
         for connection in self.connections:
             poll.register(connection, select.POLLIN)
         places = {connection.fileno(): index for index, connection in enumerate(self.connections)}
-        while not (events := poll.poll(_LOOK_MS)):
+        while not poll.poll(_LOOK_MS):
             if time.monotonic() > self.deadline:
                 self.fail(_LATE)
                 return
-        if self.closing:
-            return
-        index = places[events[0][0]]
-        report = None
-        with suppress(OSError, ValueError):
-            report = receive_report(self.connections[index])
-        self.fail(self._explain(index, report))
+        if not self.closing:
+            self.fail(self._cause(poll, places))
+
+    def _cause(self, poll: select.poll, places: Mapping[int, int]) -> str:
+        """Why the ranks are lost. Those that lost another one say so, too, and may come first."""
+        end = time.monotonic() + _CAUSE_S
+        reason = ""
+        while self.reason is None and (left := end - time.monotonic()) > 0:
+            for descriptor, _ in poll.poll(1e3 * left):
+                poll.unregister(descriptor)
+                index, report = places[descriptor], None
+                with suppress(OSError, ValueError):
+                    report = receive_report(self.connections[index])
+                if report is None or not _lost_another(report):
+                    return self._explain(index, report)
+                reason = reason or self._explain(index, report)
+        return reason
 
     def fail(self, reason: str) -> None:
         """End all of them, for this reason unless there was an earlier one. Whoever sees a ``reason`` finds them ended,
@@ -288,6 +299,12 @@ class Ranks:
 def _close(group: Group, processes: _Processes) -> None:
     group.close()
     processes.close()
+
+
+def _lost_another(report: Mapping[str, Any]) -> bool:
+    """Whether a rank failed because another one had gone, by what gloo and NCCL say then."""
+    message = str(report.get("message"))
+    return "/gloo/" in message or message.startswith("DistBackendError")
 
 
 def _lost(reason: str) -> str:
