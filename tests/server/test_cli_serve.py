@@ -171,7 +171,7 @@ def test_keys_of_the_environment_and_the_options():
         (["a=x", "./a"], None, "two models are called 'a'"),
         (["demo", "demo"], None, "two models are called 'demo'"),
         (["x", "y"], "mine", "two models are called 'mine'"),
-        (["a=x"], "mine", "model_name is 'mine' beside --model a=x"),
+        (["a=x"], "mine", "model_name is 'mine' with --model a=x"),
         (["=x"], None, "model is '=x'"),
         (["x="], None, "model is 'x='"),
         (["x"], "", "model is 'x'"),
