@@ -21,6 +21,13 @@ def children(pid: int) -> list[int]:
     return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def peak_bytes(pid: int) -> int:
+    """The most memory that it has had since its program began. What getrusage says of a process includes that of the
+    one which started it."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
+
+
 @contextmanager
 def stopped(pid: int) -> Iterator[None]:
     """It does nothing meanwhile."""

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "plotting": {"extras"},
     "tables": set(),
     "machine": set(),
-    "train": _ENGINE_AND_BELOW | {"extras"},
+    "train": _ENGINE_AND_BELOW | {"extras", "plotting"},
     "hf": _ENGINE_AND_BELOW,
     "server": _ENGINE_AND_BELOW,
     "evaluate": _ENGINE_AND_BELOW | {"plotting", "machine", "extras"},
@@ -153,6 +153,13 @@ def test_layers_of_programs(folder, path):
 def test_the_package_imports_nothing_beside_it():
     for path in SOURCES:
         assert not {name.split(".")[0] for name in imported(path)} & {"tests", *PROGRAMS}, path
+
+
+def test_no_test_module_is_imported():
+    """What several tests need lies in a module of its own, beside them."""
+    for path in FILES:
+        for name in imported(path):
+            assert not any(part.startswith("test_") for part in name.split(".")), f"{path.name} imports {name}"
 
 
 def test_every_part_has_a_rule():

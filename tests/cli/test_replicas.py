@@ -11,8 +11,8 @@ import pytest
 
 from tests.engine.tiny_llm import save_tiny
 from tests.processes import children, is_running, stopped
+from tests.server.processes import process_of
 from tests.server.running import wait_until
-from tests.server.test_cli_serve import process_of
 from wedlm.cli import replicas
 
 _LOADED_S = 120  # the machine may be busy

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 from tests.engine.tiny_llm import save_tiny
-from tests.kernels.test_graph_runner import engine
+from tests.kernels.graph_engine import engine
 from wedlm.engine.llm import LLM
 from wedlm.engine.plan import StepPlan
 from wedlm.engine.sampling_params import SamplingParams

@@ -3,9 +3,6 @@
 
 from dataclasses import asdict
 
-import pytest
-
-pytest.importorskip("lm_eval")
 from benchmarks.embedded_eval import AR, STREAMING, Stage, claimed, difference, pairs_of, stages
 from wedlm.evaluate.settings import task_names
 from wedlm.model.demo import DEMO_NEXT_TOKEN

@@ -20,7 +20,7 @@ from wedlm.model import Transformer
 
 
 def tell_cache(ranks: Ranks, cache: KVCache, config: EngineConfig, on_kernels: bool) -> None:
-    """Let the others have a cache like this one, in place of any they had."""
+    """Tell the other ranks to make a cache like this one, in place of the one they had."""
     size = CacheSize(
         num_pages=cache.keys.shape[1] // cache.page_size,
         page_size=cache.page_size,

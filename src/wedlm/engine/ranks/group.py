@@ -20,9 +20,10 @@ _ABORT_S = 10.0
 
 
 class Group:
-    """The ranks of one model on ``device``, once they are connected. A step's exchanges come in one order on all.
+    """The ranks of one model on ``device``, once they are connected. All ranks make a step's exchanges in the same
+    order.
 
-    ``deterministic``: no bit of a sum depends on how many rows there are. On a CPU that is always so.
+    ``deterministic``: no bit of a sum depends on the number of rows. On a CPU this always holds.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device, deterministic: bool = False) -> None:
@@ -36,8 +37,8 @@ class Group:
         self._aborting: threading.Thread | None = None
 
     def connect(self, directory: Path, timeout_s: float) -> None:
-        """Meet the others, who know the same empty directory; whoever then waits longer for one of them gets a
-        RuntimeError. Only the loopback interface is used between processes on a CPU."""
+        """Connect to the other ranks, which know the same empty directory. A rank that waits longer for another gets a
+        RuntimeError. Between processes on a CPU only the loopback interface is used."""
         store = distributed.FileStore(str(directory / "store"), self.size)
         timeout = timedelta(seconds=timeout_s)
         if self.device.type == "cuda":
@@ -61,7 +62,7 @@ class Group:
         self.gather(torch.zeros(1, device=self.device))  # NCCL connects at its first exchange, no later one may
 
     def abort(self) -> None:
-        """End what waits for another rank, with an error, from any thread."""
+        """End every wait for another rank with an error; call it from any thread."""
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.stop()
@@ -81,8 +82,8 @@ class Group:
             self._aborting.join(_ABORT_S)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' ``x`` [T, ...], the same bits on each rank. Gathered numbers are added up in the order
-        of the ranks, in float32, and rounded once."""
+        """The sum of all ranks' ``x`` [T, ...], with the same bits on each rank. Gathered numbers are added in the
+        order of the ranks, in float32, and rounded once."""
         if self.always_gathers or len(x) <= _MOST_GATHERED_ROWS:
             return add_up(self.gather(x))
         self._count(2 * (self.size - 1) * x.nbytes // self.size)
@@ -90,8 +91,8 @@ class Group:
         return x
 
     def parts(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What adds up to all ranks' ``x`` as ``sum`` would: [N, T, C], or their sum [T, C]. ``x`` [T, C], or partial
-        sums [P, T, C], which are added up in order, in float32, and rounded to ``dtype``."""
+        """Parts that add up to all ranks' ``x`` as ``sum`` would: [N, T, C], or their sum [T, C]. ``x`` is [T, C], or
+        partial sums [P, T, C], which are added in order, in float32, and rounded to ``dtype``."""
         exchange = self._exchange
         if exchange is not None and x.shape[-2] <= exchange.most_rows:
             self._count((self.size - 1) * x.shape[-2] * x.shape[-1] * dtype.itemsize)
@@ -124,7 +125,7 @@ class Group:
         return out
 
     def broadcast(self, x: Tensor) -> None:
-        """Rank 0's ``x`` to all, in place."""
+        """Send rank 0's ``x`` to all, in place."""
         self._count(0 if self.rank else (self.size - 1) * x.nbytes)
         options = _on_this_stream(distributed.BroadcastOptions())
         options.rootRank = 0
@@ -141,7 +142,7 @@ class Group:
 
 
 def _on_this_stream(options: Any) -> Any:
-    """For an exchange between our kernels: NCCL has a stream of its own otherwise, and each exchange two waits."""
+    """Run an exchange on our kernels' stream; otherwise NCCL uses its own stream, and each exchange costs two waits."""
     options.asyncOp = False
     return options
 
@@ -153,7 +154,7 @@ def _end(work: Any) -> None:
 
 
 def add_up(parts: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The sum over the first dimension, in its order, in float32 and rounded once, to ``dtype`` (None: theirs)."""
+    """The sum over the first dimension, in order, in float32 and rounded once to ``dtype`` (None: the input's)."""
     total = parts[0].float()
     for part in parts[1:]:
         total = total + part
