@@ -147,6 +147,18 @@ def test_controls_reach_the_request(page):
     expect(page.locator("#timeline")).to_be_hidden()
 
 
+def test_the_models_threshold_counts_until_another_is_chosen(page):
+    bodies = requests(page)
+    page.get_by_text("Streaming", exact=True).click()
+    expect(page.locator("output[for=threshold]")).to_have_text("the model's")
+    page.get_by_label("Max tokens").fill("4")
+    ask(page)
+    expect(page.locator(".verdict")).to_be_visible()
+    assert bodies[0]["wedlm_entropy_threshold"] == "auto"
+    page.get_by_label("Entropy threshold").fill("1")
+    expect(page.locator("output[for=threshold]")).to_have_text("1")
+
+
 def test_a_server_with_keys(browser, directory):
     llm = LLM(directory, device="cpu", max_num_seqs=16)
     with serving(llm, api_keys=(KEY,)) as running:

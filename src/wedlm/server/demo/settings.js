@@ -26,9 +26,13 @@ const ORDER_HINTS = {
     "and tokens / forward compares the two.",
 };
 const number = (id) => Number(byId(id).value);
+let hasThreshold = false; // until someone moves it, the model's own counts
 
 /** Keep labels, hints and the fields that a choice needs up to date. */
 export function watchSettings() {
+  byId("threshold").addEventListener("input", () => {
+    hasThreshold = true;
+  });
   byId("settings-form").addEventListener("input", show);
   byId("settings-form").addEventListener("submit", (event) => event.preventDefault());
   show();
@@ -41,7 +45,7 @@ function show() {
   for (const slider of document.querySelectorAll(".slider")) {
     const input = slider.querySelector("input");
     slider.hidden = Boolean(slider.dataset.modes) && !slider.dataset.modes.split(" ").includes(mode);
-    slider.querySelector("output").value = input.value;
+    slider.querySelector("output").value = input.id === "threshold" && !hasThreshold ? "the model's" : input.value;
   }
   const rival = byId("rival").value;
   byId("other").hidden = rival !== "other";
@@ -98,5 +102,6 @@ function ownBody(mode) {
   if (mode === "autoregressive") return body;
   body.wedlm_window_size = number("window");
   if (mode === "verified" || mode === "auto") return { ...body, wedlm_draft_entropy: number("draft") };
-  return { ...body, wedlm_entropy_threshold: number("threshold"), wedlm_pos_penalty_factor: number("penalty") };
+  const threshold = hasThreshold ? number("threshold") : "auto";
+  return { ...body, wedlm_entropy_threshold: threshold, wedlm_pos_penalty_factor: number("penalty") };
 }
