@@ -13,7 +13,7 @@ class RayActorError(Exception):
 
 
 class StubRay(ModuleType):
-    """``ends(prompts)``: whether the worker that is at these prompts ends; ``started``: all actors there were."""
+    """``ends(prompts)``: whether the worker at these prompts, or loading (none), ends; ``started``: all actors there were."""
 
     def __init__(self, ends, seed):
         super().__init__("ray")
@@ -55,7 +55,7 @@ class StubRay(ModuleType):
             ref.actor.alive = False
         else:
             ref.actor.queue.pop(0)
-            self._results[ref] = ref.actor.instance.answer(ref.prompts)
+            self._results[ref] = ref.actor.instance.answer(ref.prompts) if ref.prompts else 1
         return [ref], []
 
     def get(self, ref):
@@ -68,6 +68,7 @@ class StubActor:
     def __init__(self, instance):
         self.instance, self.queue, self.alive = instance, [], True
         self.answer = SimpleNamespace(remote=self._answer)
+        self.load = SimpleNamespace(remote=lambda: self._answer([]))
 
     def _answer(self, prompts):
         ref = Ref(self, list(prompts))

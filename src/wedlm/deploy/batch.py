@@ -61,7 +61,7 @@ class BatchWorker:
 
     @cached_property
     def _llm(self) -> "LLM":
-        """Loaded by the first call, since only a call's errors come back as they are."""
+        """Not loaded by the constructor, since only a call's errors come back as they are."""
         import torch
 
         from wedlm.engine.llm import LLM
@@ -70,8 +70,9 @@ class BatchWorker:
             torch.set_num_threads(self._share.num_cpus)
         return LLM(self._job.model, **{**self._job.options, "device": self._share.device})
 
-    def pid(self) -> int:
-        """Of its process."""
+    def load(self) -> int:
+        """Load the model; the process' id."""
+        _ = self._llm
         return os.getpid()
 
     def answer(self, prompts: Sequence[str]) -> list[str]:
@@ -123,7 +124,7 @@ class _Part:
 
 class Batch:
     """A job on ``num_workers`` workers. ValueError if the file belongs to another job or process, or Ray has too few
-    devices. ``num_done``: answers that the file has."""
+    devices. ``num_done``: answers that the file has. ``loaded``: the processes of workers that can answer."""
 
     def __init__(
         self,
@@ -136,7 +137,8 @@ class Batch:
     ) -> None:
         self._job, self._prompts, self._output, self._share = job, prompts, output, share
         self._num_workers, self._part_size = num_workers, part_size
-        self.workers: list[Any] = []
+        self._workers: list[Any] = []
+        self.loaded: dict[Any, int] = {}
         self.num_done = self.num_refused = self.num_replaced = 0
 
     def run(self, stop: Callable[[], bool] = lambda: False, wrote: Callable[[int], None] = lambda _: None) -> None:
@@ -151,18 +153,25 @@ class Batch:
             self._ray = join_ray()
             self._share.check(self._num_workers, "--num-workers")
             actor = self._ray.remote(BatchWorker).options(**self._share.needs)
-            self._start: Callable[[], Any] = lambda: actor.remote(self._job, self._share)
-            self.workers = [self._start() for _ in range(self._num_workers)]
+            self._actor: Callable[[], Any] = lambda: actor.remote(self._job, self._share)
+            self._flying: dict[Any, tuple[Any, _Part | None]] = {}  # what was asked for, of whom; None: to load
             try:
+                for _ in range(self._num_workers):
+                    self._start()
                 self._spread(file, stop, wrote)
             finally:
-                for worker in self.workers:
+                for worker in self._workers:
                     self._ray.kill(worker)
+
+    def _start(self) -> None:
+        """One more worker; it gets parts once it has loaded the model, so that none waits for that."""
+        worker = self._actor()
+        self._workers.append(worker)
+        self._flying[worker.load.remote()] = worker, None
 
     def _spread(self, file: BinaryIO, stop: Callable[[], bool], wrote: Callable[[int], None]) -> None:
         starts = range(self.num_done, len(self._prompts), self._part_size)
         self._waiting = deque(_Part(one, self._prompts[one : one + self._part_size]) for one in starts)
-        self._flying: dict[Any, tuple[Any, _Part]] = {}  # answers to come, in the order in which they were asked for
         finished: dict[int, list[str]] = {}
         in_a_row = 0
         while self.num_done < len(self._prompts) and not stop():
@@ -172,18 +181,20 @@ class Batch:
                 if answer not in self._flying:
                     continue  # its worker ended, and the part is in the queue again
                 worker, part = self._flying[answer]
-                lines, error = self._result(answer)
-                if lines is None:
+                result, error = self._result(answer)
+                if result is None:
                     in_a_row += 1
                     if in_a_row >= _MOST_IN_A_ROW:
-                        raise ChildProcessError(
-                            f"workers ended {in_a_row} times in a row and answered nothing: {error}"
-                        )
-                    self._replace(worker, part, finished)
+                        message = f"workers ended {in_a_row} times in a row and answered nothing: {error}"
+                        raise ChildProcessError(message)
+                    self._replace(worker, finished)
                     continue
-                in_a_row = 0
                 del self._flying[answer]
-                finished[part.start] = lines
+                if part is None:
+                    self.loaded[worker] = result
+                else:
+                    in_a_row = 0
+                    finished[part.start] = result
             before = self.num_done
             while self.num_done in finished:
                 lines = finished.pop(self.num_done)
@@ -197,11 +208,12 @@ class Batch:
 
     def _hand_out(self) -> None:
         """Parts to workers that have few, unless that would run too far ahead of what is written."""
-        load = dict.fromkeys(self.workers, 0)
-        for worker, _ in self._flying.values():
-            load[worker] += 1
+        load = dict.fromkeys(self.loaded, 0)
+        for worker, part in self._flying.values():
+            if part is not None:
+                load[worker] += 1
         last = self.num_done + _AHEAD * self._num_workers * self._part_size
-        while self._waiting and self._waiting[0].start < last:
+        while load and self._waiting and self._waiting[0].start < last:
             worker = min(load, key=lambda one: load[one])
             if load[worker] >= _QUEUED:
                 return
@@ -209,8 +221,8 @@ class Batch:
             self._flying[worker.answer.remote(part.prompts)] = worker, part
             load[worker] += 1
 
-    def _result(self, answer: Any) -> tuple[list[str] | None, str]:
-        """The lines; or None, and why the worker ended."""
+    def _result(self, answer: Any) -> tuple[Any, str]:
+        """What the worker gave; or None, and why it ended."""
         from ray.exceptions import RayActorError
 
         try:
@@ -219,17 +231,19 @@ class Batch:
         except RayActorError as error:
             return None, str(error)
 
-    def _replace(self, ended: Any, part: _Part, finished: dict[int, list[str]]) -> None:
-        """Start a worker in place of one that ended with ``part``; its parts go to the head of the queue."""
-        index = self.workers.index(ended)
+    def _replace(self, ended: Any, finished: dict[int, list[str]]) -> None:
+        """Start a worker in place of one that ended; its parts go to the head of the queue."""
         self._ray.kill(ended)  # nothing, unless Ray had only lost it
-        self.workers[index] = self._start()
-        self.num_replaced += 1
-        lost = [one for worker, one in self._flying.values() if worker is ended]
+        self._workers.remove(ended)
+        self.loaded.pop(ended, None)
+        lost = [part for worker, part in self._flying.values() if worker is ended and part is not None]
         self._flying = {answer: one for answer, one in self._flying.items() if one[0] is not ended}
-        part = min(lost, key=lambda one: one.start, default=part)  # the other one had not begun
+        self._start()
+        self.num_replaced += 1
+        if not lost:
+            return
+        part, *back = sorted(lost, key=lambda one: one.start)  # it was at work at the first alone
         part.num_ends += 1
-        back = [one for one in lost if one is not part]
         if part.num_ends < _MOST_ENDS:
             back.append(part)
         elif len(part.prompts) > 1:
