@@ -13,7 +13,7 @@ class RayActorError(Exception):
 
 
 class StubRay(ModuleType):
-    """``ends(prompts)``: whether the worker at these prompts, or loading (none), ends; ``started``: all actors there were."""
+    """``ends(prompts)``: whether the worker at these prompts, or loading (none), ends; ``started``: all actors."""
 
     def __init__(self, ends, seed):
         super().__init__("ray")
