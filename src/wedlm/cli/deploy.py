@@ -125,6 +125,8 @@ def _run(options: Any, engine: EngineOptions, threads: int | None, host: str, po
 
     from wedlm.deploy.ray_serve import build
 
+    # Serve ends its own proxy if that has not loaded three times as long, 5 s by default: not enough on a busy machine.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     stopping = threading.Event()
     is_ours = not ray.is_initialized()
     try:

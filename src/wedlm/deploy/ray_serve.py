@@ -16,7 +16,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ray import serve
@@ -41,6 +41,7 @@ _LATE_S = 15.0  # beyond a request's time, for a replica that says nothing any m
 _SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path",
           "headers", "client", "server")  # fmt: skip
 _HEALTH_S = 5.0
+REPLICA_HEADER = b"x-wedlm-replica"  # of an answer: who gave it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,13 +160,18 @@ class Replica:
         left = asyncio.Event()
         bodies: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (REPLICA_HEADER, self._name.encode())]}
+            ready.put_nowait(message)
+
         async def receive() -> Message:
             if bodies:
                 return bodies.pop()
             await left.wait()
             return {"type": "http.disconnect"}
 
-        task = asyncio.ensure_future(self._app(scope, receive, ready.put))
+        task = asyncio.ensure_future(self._app(scope, receive, send))
         self._tasks.add(task)  # which may go on for a moment after the client has left
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _: ready.put_nowait(None))
@@ -351,7 +357,9 @@ def build(values: dict[str, Any]) -> Any:
     ingress: Any = serve.deployment(
         Ingress, name="Ingress", max_ongoing_requests=_MOST_OPEN, ray_actor_options={"num_cpus": 0}
     )
-    return ingress.bind(replica.bind(options.plain()), options.plain())
+    # What these do not depend on must not restart them when it changes.
+    inside = replace(options, replicas=1, autoscale=None, routing="prefix", spill=SPILL).plain()
+    return ingress.bind(replica.bind(inside), inside)
 
 
 def _default(name: str) -> Any:
