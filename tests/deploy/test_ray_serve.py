@@ -6,6 +6,7 @@ import json
 import socket
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -144,15 +145,22 @@ class Deployed:
         wait_until(lambda: len(self.replicas()) == self.options.replicas)
 
     def replicas(self):
-        page = httpx2.get(f"{self.url}/metrics", timeout=60).text
-        return {line.split('replica="')[1].split('"')[0] for line in page.splitlines() if "wedlm_engine_up" in line}
+        try:
+            page = httpx2.get(f"{self.url}/metrics", timeout=60).text
+        except httpx2.TransportError:
+            return set()
+        return {
+            line.split('replica="')[1].split('"')[0]
+            for line in page.splitlines()
+            if line.startswith("wedlm_engine_up{")
+        }
 
     def expected(self, prompts, num_tokens):
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
         return [output.text for output in self.llm.generate(prompts, params)]
 
 
-def wait_until(condition, seconds=300):
+def wait_until(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about in time"
@@ -173,7 +181,8 @@ def deployed(tmp_path_factory):
             one.bind(("127.0.0.1", 0))
             port = one.getsockname()[1]
         try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            with suppress(TimeoutError):  # after a minute, which a busy machine's proxy needs; then it goes on loading
+                serve.start(http_options={"host": "127.0.0.1", "port": port})
             options = RayOptions(model=str(directory), name="tiny", engine={"dtype": "float32"}, replicas=2)
             one = Deployed(f"http://127.0.0.1:{port}", options, LLM(directory, dtype="float32", device="cpu"))
             one.deploy()
@@ -238,27 +247,6 @@ def say(*words):
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_64_streams(deployed, record_property):
-    prompts = [f"Tell me about the number {i}." for i in range(64)]
-    wanted = deployed.expected(prompts, 64)
-    seconds = {}
-    for count in (1, 2, 1, 2):
-        deployed.deploy(replicas=count)
-        start = time.monotonic()
-        streams = asyncio.run(complete(deployed, prompts, 64))
-        seconds.setdefault(count, []).append(time.monotonic() - start)
-        say(count, "replicas:", seconds[count][-1], "s")
-        assert [one.text for one in streams] == wanted
-        assert all(one.ended and one.error is None for one in streams)
-        assert len({one.replica for one in streams}) == count
-    rates = {count: 64 * 64 / min(some) for count, some in seconds.items()}
-    record_property("right texts", "64 of 64, four times")
-    for count, rate in rates.items():
-        record_property(f"tok/s of {count} replicas", round(rate))
-
-
-@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_who_leaves_stops_the_engine(deployed, record_property):
     async def leave():
@@ -315,6 +303,27 @@ def test_conversations_of_ten_turns(deployed, record_property):
         record_property(f"{routing}: hit rate", round(rate, 3))
         record_property(f"{routing}: median ms to the first token, turns 2 to 10", round(first * 1e3))
     assert rates["prefix"] > rates["round_robin"]
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_64_streams(deployed, record_property):
+    prompts = [f"Tell me about the number {i}." for i in range(64)]
+    wanted = deployed.expected(prompts, 64)
+    seconds = {}
+    for count in (2, 2, 1, 1):
+        deployed.deploy(replicas=count)
+        start = time.monotonic()
+        streams = asyncio.run(complete(deployed, prompts, 64))
+        seconds.setdefault(count, []).append(time.monotonic() - start)
+        say(count, "replicas:", seconds[count][-1], "s")
+        assert [one.text for one in streams] == wanted
+        assert all(one.ended and one.error is None for one in streams)
+        assert len({one.replica for one in streams}) == count
+    rates = {count: 64 * 64 / min(some) for count, some in seconds.items()}
+    record_property("right texts", "64 of 64, four times")
+    for count, rate in rates.items():
+        record_property(f"tok/s of {count} replicas", round(rate))
 
 
 @pytest.mark.long
