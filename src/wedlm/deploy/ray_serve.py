@@ -357,7 +357,7 @@ def build(values: dict[str, Any]) -> Any:
     ingress: Any = serve.deployment(
         Ingress, name="Ingress", max_ongoing_requests=_MOST_OPEN, ray_actor_options={"num_cpus": 0}
     )
-    # What these do not depend on must not restart them when it changes.
+    # Without what these do not depend on: another number of replicas restarts none.
     inside = replace(options, replicas=1, autoscale=None, routing="prefix", spill=SPILL).plain()
     return ingress.bind(replica.bind(inside), inside)
 

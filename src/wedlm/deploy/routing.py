@@ -11,7 +11,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-SPILL = 8  # requests that a replica may have more than the least busy one before conversations leave it
+SPILL = (
+    32  # requests that a replica may have more than the least busy one before conversations leave it (docs/scale.md)
+)
 _PROMPT_CHARACTERS, _PROMPT_TOKENS = 256, 64  # of a text that goes on and on, what names it
 
 
