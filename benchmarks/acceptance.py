@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from wedlm import LLM, SamplingParams
-from wedlm.engine.adaptive.fixed_rows import CountedRows
+from wedlm.accelerate.measure import MASKED_ROWS_ALONE, drafted
 
 
 def main() -> None:
@@ -32,20 +32,18 @@ def main() -> None:
     with gzip.open(arguments.data, "rt", encoding="utf-8") as file:
         questions = [json.loads(line)["question"] for line in file][: arguments.limit]
     llm = LLM(arguments.model, dtype=arguments.dtype, device=arguments.device, wedlm_window_size=arguments.rows)
-    llm.engine.controller.draft_budget = counting = CountedRows(arguments.rows)
-    params = SamplingParams(
-        max_tokens=arguments.max_tokens, decoding="auto", wedlm_draft_entropy=1e9, wedlm_lookup_drafts=0
-    )
-    llm.chat([[{"role": "user", "content": question}] for question in questions], params)
+    prompts = [llm.chat_prompt([{"role": "user", "content": question}]) for question in questions]
+    params = SamplingParams(temperature=0.0, max_tokens=arguments.max_tokens, decoding="auto", **MASKED_ROWS_ALONE)
+    found = drafted(llm, prompts, params, lambda _: None)
     report = {
         "model": str(Path(*Path(arguments.model).parts[-2:])),
         "questions": len(questions),
         "rows": arguments.rows,
         "dtype": str(next(llm.model.parameters()).dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if llm.device.type == "cuda" else "cpu",
-        "tokens_per_step": round(counting.tokens / counting.steps, 3),
-        "drafts": counting.trials,
-        "accepted": [round(share, 3) for share in counting.shares],
+        "tokens_per_forward": round(found["tokens_per_forward"], 3),
+        "drafts": found["trials"],
+        "accepted": [round(share, 3) for share in found["shares"]],
     }
     print(json.dumps(report))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

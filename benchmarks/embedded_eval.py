@@ -1,26 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded model's whole table and sweeps on one GPU, in order of importance, within a time limit; resumable.
 
-    python -m benchmarks.embedded_eval answer --data-dir ./data --output RESULTS --seconds 560 --pack answers.tar.xz
+    python -m benchmarks.embedded_eval answer --data-dir ./data --output RESULTS --processes 4 --seconds 450
     python -m benchmarks.embedded_eval score --data-dir ./data --output RESULTS --summary summary.json
 
-``answer`` only answers (generated texts and likelihoods), which is what needs the GPU; a stage that its limit or the
-whole limit cuts short goes on in the next call. ``score`` scores the finished stages, on any machine: it runs the
-generated code, compares verified with AR decoding, and writes one summary. Everything in between is in the output
-folder (``--pack`` puts it into one archive, whatever happens; unpack it there to go on).
-
-One process does not fill a GPU at this size: N of them with ``--share 0/N`` to ``--share N-1/N`` take turns of stages,
-each with an output folder and an archive of its own; unpacked into one folder these are scored together.
+``answer`` only answers (generated texts and likelihoods), which is what needs the GPU; a stage that its own limit cuts
+short goes on after the others, one that the whole limit cuts short in the next call. One process does not fill a GPU at
+this size: ``--processes`` run beside each other, each taking the next stage that no other has. ``score`` scores the
+finished stages, on any machine: it runs the generated code, compares verified with AR decoding and streaming with AR
+question by question, and writes one summary. Everything in between is in the output folder (``--pack`` puts it into one
+archive, whatever happens; unpack it there to go on).
 """
 
 import argparse
+import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import sys
 import tarfile
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,22 +34,46 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; before tqd
 from wedlm import LLM
 from wedlm.engine.factory import release_memory
 from wedlm.evaluate.answer_log import AnswerLog
+from wedlm.evaluate.compare import compare_samples
 from wedlm.evaluate.divergence import divergences
 from wedlm.evaluate.harness import EngineBackend
 from wedlm.evaluate.provenance import model_provenance
+from wedlm.evaluate.result_folder import Sample
 from wedlm.evaluate.run import Evaluation, load_tasks
-from wedlm.evaluate.settings import Params, Settings
+from wedlm.evaluate.settings import Params, Settings, make_params, protocol_tasks
+from wedlm.model.demo import DEMO_NEXT_TOKEN
+from wedlm.model.formats.save import write_whole
 
-MODES = {
-    "ar": Params(decoding="autoregressive"),
-    "verified": Params(decoding="verified"),
-    "streaming": Params(decoding="streaming"),
-}
+AR, VERIFIED = Params(decoding="autoregressive"), Params(decoding="verified")
+STREAMING = Params(decoding="streaming", next_token=DEMO_NEXT_TOKEN)
 GENERATED = ("gsm8k", "humaneval", "mbpp", "math500", "humaneval_plus", "mbpp_plus")
-LIKELIHOODS = ("arc_c", "arc_e", "hellaswag", "mmlu")
-THRESHOLDS = (0.4, None, 0.2, 0.6, 0.8, 0.1, 0.3, 0.5, 0.7, 0.9)
-PENALTIES = (0.02, 0.0, 0.05, 0.1, 0.01, 0.2)
-SWEEP_QUESTIONS, SWEEP_TOKENS = 256, 256
+# What streaming trades: window, threshold, penalty, and what decides the next token; the likeliest to keep AR's score
+# at 1.8 tokens a forward first. The default is the table's.
+SWEEP = [
+    replace(STREAMING, next_token=rule, window_size=window, entropy_threshold=threshold, pos_penalty=penalty)
+    for rule, window, threshold, penalty in (
+        ("causal", 8, 0.3, 0.02),
+        ("causal", 4, 0.4, 0.02),
+        ("causal", 4, 0.3, 0.02),
+        ("causal", 8, 0.4, 0.02),
+        ("causal", 16, 0.3, 0.02),
+        ("causal", 8, 0.2, 0.02),
+        ("causal", 4, 0.2, 0.02),
+        ("causal", 3, 0.4, 0.02),
+        ("causal", 8, 0.4, 0.1),
+        ("causal", 16, 0.2, 0.02),
+        ("masked", 4, 0.4, 0.02),
+        ("masked", 16, 0.4, 0.02),
+        ("causal", 16, 0.1, 0.02),
+        ("causal", 8, 0.1, 0.02),
+        ("causal", 4, 0.1, 0.02),
+    )
+]
+SWEPT = ("next_token", "window_size", "entropy_threshold", "pos_penalty")
+NUM_URGENT, NUM_ON_CODE = 10, 4  # of the sweep: before the rest of the table; on HumanEval and MBPP, too
+PAPER_GENERATED = ("gsm8k", "humaneval", "mbpp", "math500", "humaneval_plus", "arc_c", "arc_e")
+PAPER_LARGE, LARGE_LIMIT = ("hellaswag", "mmlu"), 2000
+GRACE_S = 10  # for what runs at the deadline
 
 
 @dataclass(frozen=True)
@@ -57,42 +84,64 @@ class Stage:
     folder: str
     task: str
     params: Params
-    seconds: int
+    seconds: int = 120
     sweep: tuple[str, ...] = ()
     limit: int | None = None
     num_fewshot: int | None = None
     chat: bool = True
     dtype: str = "float32"
+    protocol: str = "default"
+
+    @property
+    def asks(self) -> tuple[Any, ...]:
+        """What two stages that put the same questions in the same words to the same weights share."""
+        return self.task, self.limit, self.num_fewshot, self.chat, self.dtype
 
 
 def stages() -> list[Stage]:
     """All, the most important first."""
-    found = []
-    for task in GENERATED:
-        limits = {"ar": 120, "verified": 120, "streaming": 180}
-        for mode, params in MODES.items():
-            found.append(Stage(f"{task} {mode}", "table", task, params, limits[mode], num_fewshot=0))
-    found += [Stage(task, "table", task, MODES["ar"], 180) for task in LIKELIHOODS]
-    sweep = {"limit": SWEEP_QUESTIONS, "num_fewshot": 0}
-    short = replace(MODES["streaming"], max_tokens=SWEEP_TOKENS)
-    for threshold in THRESHOLDS:
-        for mode in ("streaming", "block"):
-            params = replace(short, decoding=mode, entropy_threshold=threshold)
-            varied = ("decoding", "entropy_threshold")
-            found.append(Stage(f"threshold {threshold} {mode}", "sweeps", "gsm8k", params, 60, varied, **sweep))
-    for penalty in PENALTIES:
-        params = replace(short, pos_penalty=penalty)
-        found.append(Stage(f"penalty {penalty}", "sweeps", "gsm8k", params, 60, ("pos_penalty",), **sweep))
-    for mode in ("ar", "verified"):
-        params = replace(MODES[mode], max_tokens=SWEEP_TOKENS)
-        found.append(Stage(f"{mode} beside the sweeps", "sweeps", "gsm8k", params, 60, ("decoding",), **sweep))
-    for mode in ("ar", "verified"):
-        name = f"gsm8k {mode} bfloat16"
-        found.append(Stage(name, "bfloat16", "gsm8k", MODES[mode], 60, num_fewshot=0, dtype="bfloat16"))
-    paper = replace(MODES["streaming"], window_size=6, pos_penalty=0.1, entropy_threshold=None, temperature=0.1)
-    for task in ("gsm8k", "humaneval"):
-        found.append(Stage(f"{task} as the paper", "paper", task, paper, 120, num_fewshot=0))
-    return found
+
+    def table(params: Params, tasks: tuple[str, ...]) -> list[Stage]:
+        return [Stage(f"{task} {params.decoding}", "table", task, params, num_fewshot=0) for task in tasks]
+
+    def sweep(task: str, several: list[Params]) -> list[Stage]:
+        return [Stage(f"{task} {_short(one)}", "sweeps", task, one, sweep=SWEPT, num_fewshot=0) for one in several]
+
+    def paper(tasks: tuple[str, ...], limit: int | None = None, seconds: int = 120) -> list[Stage]:
+        more: dict[str, Any] = {"limit": limit, "chat": False, "protocol": "paper", "seconds": seconds}
+        first = f" first {limit}" if limit else ""
+        return [
+            Stage(f"{task} {mode}{first}", "paper", task, make_params("paper", {"decoding": mode}), **more)
+            for mode in ("streaming", "autoregressive")
+            for task in protocol_tasks("paper", tasks)
+        ]
+
+    most, code, rest = GENERATED[:1], GENERATED[1:3], GENERATED[3:]
+    return [
+        *table(AR, most),
+        *table(STREAMING, most),
+        *sweep("gsm8k", SWEEP[:NUM_URGENT]),
+        *[stage for params in (AR, STREAMING) for stage in table(params, code)],
+        *[stage for task in code for stage in sweep(task, SWEEP[:NUM_ON_CODE])],
+        *[stage for params in (AR, STREAMING) for stage in table(params, rest)],
+        *table(VERIFIED, GENERATED),
+        *[Stage(task, "table", task, AR) for task in ("arc_c", "arc_e")],
+        *paper(PAPER_GENERATED),
+        *paper(PAPER_LARGE, LARGE_LIMIT),
+        *[Stage(task, "table", task, AR, 300) for task in ("hellaswag", "mmlu")],
+        *sweep("gsm8k", SWEEP[NUM_URGENT:]),
+        *paper(PAPER_LARGE, seconds=300),
+        *[
+            Stage(f"gsm8k {params.decoding} bfloat16", "bfloat16", "gsm8k", params, num_fewshot=0, dtype="bfloat16")
+            for params in (AR, VERIFIED)
+        ],
+    ]
+
+
+def _short(params: Params) -> str:
+    threshold, penalty = params.entropy_threshold, params.pos_penalty
+    more = "" if penalty == STREAMING.pos_penalty else f" penalty {penalty:g}"
+    return f"{params.next_token} W{params.window_size} tau {threshold:g}{more}"
 
 
 class OutOfTime(Exception):
@@ -131,6 +180,7 @@ class Bench:
             self.arguments.output / stage.folder,
             limit=None if limit == 10**9 else limit,
             num_fewshot=stage.num_fewshot,
+            protocol=stage.protocol,
             chat_template=stage.chat,
         )
         key = stage.task, stage.num_fewshot, stage.chat, scores
@@ -142,43 +192,74 @@ class Bench:
 
 
 def finished(output: Path) -> dict[str, dict[str, Any]]:
-    """What is known of finished stages, of all shares, by name."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(output.glob("stages*.json")):
-        found |= json.loads(path.read_text(encoding="utf-8"))
-    return found
+    """What is known of finished stages, by name."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (output / "stages").glob("*.json")]
+    return {record["stage"]: record for record in records}
 
 
-def read_share(text: str) -> tuple[int, int]:
-    """(i, n) of I/N."""
-    first, _, second = text.partition("/")
-    if not (first.isdecimal() and second.isdecimal() and int(first) < int(second)):
-        raise argparse.ArgumentTypeError(f"it is {text!r}; expected I/N with I from 0 to N - 1")
-    return int(first), int(second)
-
-
-def answer(bench: Bench, deadline: float) -> None:
-    """Run the stages that are not finished; one JSON line for each."""
-    output = bench.arguments.output
-    output.mkdir(parents=True, exist_ok=True)
-    done = finished(output)
-    index, count = bench.arguments.share
-    kept = output / ("stages.json" if count == 1 else f"stages-{index}-of-{count}.json")
-    for stage in [one for one in chosen(bench.arguments) if one.name not in done]:
-        if deadline - time.monotonic() < 5:
-            print(json.dumps({"stage": stage.name, "ended": "no time left"}), flush=True)
-            return
+@contextmanager
+def claimed(output: Path, stage: Stage) -> Iterator[bool]:
+    """Whether the stage is this process's; a process that dies has no claim."""
+    with (output / "stages" / f"{stage.name}.lock").open("w") as file:
         try:
-            done[stage.name] = answer_one(bench, stage, deadline)
-        except OutOfTime as error:
-            print(json.dumps({"stage": stage.name, "ended": str(error)}), flush=True)
-            continue
-        except Exception:  # the stages after it may be well
-            traceback.print_exc()
-            print(json.dumps({"stage": stage.name, "ended": "error"}), flush=True)
-            continue
-        kept.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps({"stage": stage.name, **done[stage.name]}), flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
+
+
+def answer(arguments: argparse.Namespace, deadline: float) -> None:
+    """Run the stages that are neither finished nor another process's; one JSON line for each."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    bench, left = Bench(arguments), chosen(arguments)
+    while left:
+        cut = []
+        for stage in left:
+            if deadline - time.monotonic() < 5:
+                return
+            with claimed(arguments.output, stage) as mine:
+                if mine and stage.name not in finished(arguments.output) and not try_one(bench, stage, deadline):
+                    cut.append(stage)
+        left = cut
+
+
+def try_one(bench: Bench, stage: Stage, deadline: float) -> bool:
+    """False if it took too long."""
+    try:
+        record = {"stage": stage.name, **answer_one(bench, stage, deadline)}
+    except OutOfTime as error:
+        print(json.dumps({"stage": stage.name, "ended": str(error)}), flush=True)
+        return False
+    except Exception:  # the stages after it may be well
+        traceback.print_exc()
+        print(json.dumps({"stage": stage.name, "ended": "error"}), flush=True)
+        return True
+    with write_whole(bench.arguments.output / "stages" / f"{stage.name}.json") as path:
+        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    print(json.dumps(record), flush=True)
+    return True
+
+
+def answer_beside_each_other(arguments: argparse.Namespace, deadline: float) -> None:
+    (arguments.output / "stages").mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=answer, args=(arguments, deadline)) for _ in range(arguments.processes)]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(0.0, deadline + GRACE_S - time.monotonic()))
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+        for process in processes:
+            if process.pid is not None:
+                process.join(GRACE_S)
+        if arguments.pack is not None:
+            pack(arguments.output, arguments.pack)
 
 
 def answer_one(bench: Bench, stage: Stage, deadline: float) -> dict[str, Any]:
@@ -215,13 +296,14 @@ def score(bench: Bench) -> None:
         samples = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         runs.append((stage, record, samples))
         print(json.dumps(row_of(stage, record)), flush=True)
-    pairs = [same_texts(bench, *pair) for pair in pairs_of(runs)]
+    pairs = [same_texts(bench, *pair) for pair in pairs_of(runs, "verified")]
     machine = runs[0][1] if runs else {}
     report = {
         "model": machine.get("model"),
         "environment": machine.get("environment"),
         "command": "python -m benchmarks.embedded_eval answer ...; python -m benchmarks.embedded_eval score ...",
         "verified_against_ar": pairs,
+        "streaming_against_ar": [difference(*pair) for pair in pairs_of(runs, "streaming")],
         "points": [row_of(stage, record) for stage, record, _ in runs],
     }
     bench.arguments.summary.parent.mkdir(parents=True, exist_ok=True)
@@ -237,14 +319,33 @@ def row_of(stage: Stage, record: dict[str, Any]) -> dict[str, Any]:
     return {"stage": stage.name, "task": stage.task, **{k: result[k] for k in kept}, "speed": result["speed"], **facts}
 
 
-def pairs_of(runs: list) -> list[tuple]:
-    """AR beside verified decoding of the same task and data type."""
-    by_name = {(stage.task, stage.folder, stage.dtype, stage.params.decoding): one for one in runs for stage in one[:1]}
-    return [
-        (one, by_name[task, folder, dtype, "verified"])
-        for (task, folder, dtype, decoding), one in by_name.items()
-        if decoding == "autoregressive" and (task, folder, dtype, "verified") in by_name
-    ]
+def pairs_of(runs: list[tuple], decoding: str) -> list[tuple]:
+    """AR beside each run of that mode of the same questions."""
+    ar = {one[0].asks: one for one in runs if one[0].params.decoding == "autoregressive"}
+    modes = [one for one in runs if one[0].params.decoding == decoding and one[0].asks in ar]
+    return [(ar[one[0].asks], one) for one in modes]
+
+
+def difference(ar: tuple, streaming: tuple) -> dict[str, Any]:
+    """Score less AR's, paired, in points with the half width of its 95 % interval."""
+    stage, _, _ = streaming
+    a, b = ([_sample(line) for line in one[2]] for one in (ar, streaming))
+    pairs = compare_samples(a, b)
+    return {
+        "stage": stage.name,
+        "task": stage.task,
+        "questions": pairs.num_questions,
+        "points": round(100 * pairs.difference, 2),
+        "half_width": round(100 * pairs.half_width, 2),
+        "only_ar_right": pairs.only_a,
+        "only_streaming_right": pairs.only_b,
+        "p_value": round(pairs.p_value, 4),
+        "same_text": round(pairs.same_text, 3),
+    }
+
+
+def _sample(line: dict[str, Any]) -> Sample:
+    return Sample(line["doc_id"], line["prompt"], line["target"], line["correct"], line["text"])
 
 
 def same_texts(bench: Bench, ar: tuple, verified: tuple) -> dict[str, Any]:
@@ -253,7 +354,6 @@ def same_texts(bench: Bench, ar: tuple, verified: tuple) -> dict[str, Any]:
     differing = divergences(bench.llm(stage.dtype), a, b, stage.chat)
     return {
         "task": stage.task,
-        "folder": stage.folder,
         "dtype": stage.dtype,
         "answers": len(a),
         "same": len(a) - len(differing),
@@ -266,15 +366,13 @@ def same_texts(bench: Bench, ar: tuple, verified: tuple) -> dict[str, Any]:
 def chosen(arguments: argparse.Namespace) -> list[Stage]:
     """Those of the names asked for, with this run's data type and patience."""
     found = [stage for stage in stages() if arguments.only is None or arguments.only in stage.name]
-    index, count = arguments.share
-    found = found[index::count]
     return [replace(one, seconds=one.seconds * arguments.patience, dtype=arguments.dtype or one.dtype) for one in found]
 
 
 def pack(output: Path, archive: Path) -> None:
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, "w:xz", preset=1) as tar:
-        tar.add(output, ".")
+        tar.add(output, ".", filter=lambda one: None if one.name.endswith(".lock") else one)
     print(f"packed {archive}: {archive.stat().st_size / 2**20:.1f} MiB", flush=True)
 
 
@@ -287,29 +385,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results"))
     parser.add_argument("--seconds", type=float, default=560, help="answer: of everything, loading included")
     parser.add_argument("--only", help="stages with this in their names")
-    parser.add_argument("--share", type=read_share, default=(0, 1), metavar="I/N", help="every N-th stage, from I on")
+    parser.add_argument("--processes", type=int, default=1, help="answer: so many beside each other")
     parser.add_argument("--limit", type=int, help="questions of a task, for a trial")
     parser.add_argument("--patience", type=float, default=1, help="answer: times each stage's own limit")
     parser.add_argument("--dtype", help="of all stages; by default float32, except where bfloat16 is what is measured")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--max-num-seqs", type=int, default=512)
-    parser.add_argument("--kv-cache-gb", type=float, default=24.0)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--kv-cache-gb", type=float, default=8.0, help="of each process")
     parser.add_argument("--pack", type=Path, help="answer: put the output folder into this .tar.xz at the end")
     parser.add_argument("--summary", type=Path, default=Path("summary.json"), help="score: where to write")
     arguments = parser.parse_args()
-    bench = Bench(arguments)
     if arguments.what == "list":
         for stage in chosen(arguments):
             print(f"{stage.name}: at most {stage.seconds} s")
     elif arguments.what == "score":
-        score(bench)
+        score(Bench(arguments))
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        try:
-            answer(bench, began + arguments.seconds)
-        finally:
-            if arguments.pack is not None:
-                pack(arguments.output, arguments.pack)
+        answer_beside_each_other(arguments, began + arguments.seconds)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from native_quality import Model, compare
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -127,34 +129,6 @@ def variants(layers: int) -> dict[str, Callable[[str], Rounding | None]]:
     }
 
 
-@torch.inference_mode()
-def log_probs(model: nn.Module, texts: list[Tensor], attend: CausalAttend | None = None) -> list[Tensor]:
-    found = []
-    for tokens in texts:
-        positions = torch.arange(len(tokens), device=tokens.device)
-        found.append(model(tokens, positions, attend or CausalAttend()).float().log_softmax(-1))
-    return found
-
-
-def compare(exact: list[Tensor], other: list[Tensor], texts: list[Tensor]) -> dict[str, float]:
-    count = sum(map(len, texts))
-    pairs = list(zip(exact, other, strict=True))
-    agree = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs) / count
-    kl = sum(float((a.exp() * (a - b)).sum()) for a, b in pairs) / count
-    losses = [
-        -sum(float(out[:-1].gather(1, t[1:, None]).sum()) for out, t in zip(outs, texts, strict=True))
-        / sum(len(t) - 1 for t in texts)
-        for outs in (exact, other)
-    ]
-    before, after = (math.exp(loss) for loss in losses)
-    return {
-        "perplexity": round(after, 4),
-        "change": round(after / before - 1, 5),
-        "top1": round(agree, 5),
-        "kl": round(kl, 6),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
@@ -172,24 +146,27 @@ def main() -> None:
     texts = [part.to(args.device) for part in torch.tensor(ids).split(args.context)]
     model, config = load_model(args.model, torch.float32, args.device)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    exact = log_probs(model, texts)
     found: dict[str, object] = {
         "benchmark": "fp8_quality",
         "model": args.model,
         "tokens": len(ids),
         "context": args.context,
     }
-    found["float32"] = compare(exact, exact, texts)
-    if args.cache:
-        found["cache"] = compare(exact, log_probs(model, texts, RoundedCache()), texts)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
-    for name, rounding_of in ({} if args.cache else variants(config.num_layers)).items():
-        if args.only and args.only not in name:
-            continue
+
+    def made(rounding_of: Callable[[str], Rounding | None]) -> nn.Module:
         for path, linear in linears.items():
             rounding = rounding_of(path)
             model.set_submodule(path, linear if rounding is None else Rounded(linear, *rounding))
-        found[name] = compare(exact, log_probs(model, texts), texts)
+        return model
+
+    others: dict[str, Callable[[], Model]] = {"float32": lambda: model}
+    if args.cache:
+        others["cache"] = lambda: lambda tokens, positions, _: model(tokens, positions, RoundedCache())
+    else:
+        chosen = variants(config.num_layers).items()
+        others |= {name: partial(made, one) for name, one in chosen if args.only is None or args.only in name}
+    for name, figures in compare(model, others, texts):
+        found[name] = {key: round(figures[key], 6) for key in ("perplexity", "change", "top1", "kl")}
         print(json.dumps({name: found[name]}), flush=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))

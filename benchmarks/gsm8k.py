@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from wedlm import LLM, SamplingParams
+from wedlm.engine.outputs import Totals
 from wedlm.evaluate.divergence import first_difference
 from wedlm.evaluate.final_number import same_number
 
@@ -45,19 +46,18 @@ def run_mode(
     began = time.perf_counter()
     outputs = llm.chat(asked, params)
     seconds = time.perf_counter() - began
-    stats = [output.stats for output in outputs]
-    tokens = sum(one.tokens_per_forward * one.num_forwards for one in stats)
+    totals = Totals.of(outputs)
     right = sum(same_number(output["text"], answer) for output, answer in zip(outputs, answers, strict=True))
     return {
         "mode": mode,
         "settings": options,
         "accuracy": right / len(questions),
-        "tokens_per_forward": tokens / sum(one.num_forwards for one in stats),
-        "p_cache": tokens / sum(one.num_rows for one in stats),
+        "tokens_per_forward": totals.tokens_per_forward,
+        "p_cache": totals.p_cache,
         "mean_tokens": sum(len(output["token_ids"]) for output in outputs) / len(outputs),
         "cut_by_length": sum(output["finish_reason"] == "length" for output in outputs),
         "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": totals.num_tokens / seconds,
         "texts": [output["text"] for output in outputs],
         "token_ids": [output["token_ids"] for output in outputs],
     }

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from wedlm import LLM, SamplingParams
-from wedlm.engine.outputs import GenerationOutput
+from wedlm.engine.outputs import GenerationOutput, Totals
 from wedlm.train.sources import numbered_lines
 
 
@@ -36,17 +36,16 @@ def questions(spec: str) -> list[list[dict[str, str]]]:
 
 def figures(outputs: Sequence[GenerationOutput]) -> dict:
     """``steps``: the share of forwards that made at least 1, 2, ... tokens final, each answer's last forward apart."""
-    tokens = sum(len(one.token_ids) for one in outputs)
-    forwards = sum(one.stats.num_forwards for one in outputs if one.stats)
+    totals = Totals.of(outputs)
     sizes = Counter(
         size for one in outputs for step, size in Counter(one.token_steps).items() if step != one.token_steps[-1]
     )
     steps = sum(sizes.values())
     return {
         "answers": len(outputs),
-        "tokens": tokens,
-        "tokens_per_forward": round(tokens / max(forwards, 1), 3),
-        "p_cache": round(tokens / max(sum(one.stats.num_rows for one in outputs if one.stats), 1), 3),
+        "tokens": totals.num_tokens,
+        "tokens_per_forward": round(totals.tokens_per_forward, 3),
+        "p_cache": round(totals.p_cache, 3),
         "steps": [
             round(sum(n for size, n in sizes.items() if size >= least) / steps, 3)
             for least in range(1, max(sizes, default=0) + 1)

@@ -39,7 +39,8 @@ def contexts(path: Path, num_tokens: int) -> Iterator[Tensor]:
 
 
 def _logprobs(model: Model, tokens: Tensor) -> Tensor:
-    return model(tokens, torch.arange(len(tokens)), CausalAttend()).float().log_softmax(-1)
+    positions = torch.arange(len(tokens), device=tokens.device)
+    return model(tokens, positions, CausalAttend()).float().log_softmax(-1)
 
 
 def _loss(logprobs: Tensor, tokens: Tensor) -> float:

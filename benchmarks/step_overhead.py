@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step times of two trees, in interleaved pairs of processes: the median ratio says what a change of the engine costs.
 
-    git worktree add ../before e7d5c80
+    git worktree add ../before REVISION
     python benchmarks/step_overhead.py ../before .                   # CPU: tiny random weights and the demo model
     python benchmarks/step_overhead.py ../before . --device cuda     # 8B shape, batch 1 and 128
 
-Each pair runs every case in both trees, one process per tree, in turns of which is first. A tree is a checkout; its
-sources lie in TREE/src or in TREE. Last line: JSON.
+Each pair runs every case in both trees, one process per tree, in turns of which is first. Last line: JSON.
 """
 
 import argparse
@@ -64,6 +63,8 @@ def shape_engine(shape: str, device: str, max_num_seqs: int):  # type: ignore[no
     import torch
 
     from wedlm.bench.shapes import MASK_TOKEN_ID, random_model, shape_config
+    from wedlm.engine.factory import plan_engine
+    from wedlm.engine.options import EngineConfig, EngineOptions
 
     config = shape_config(shape)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -71,23 +72,11 @@ def shape_engine(shape: str, device: str, max_num_seqs: int):  # type: ignore[no
     facts = (config.vocab_size, MASK_TOKEN_ID, config.eos_token_ids, config.max_length)
     limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max(2048, 16 * max_num_seqs)}
     cache_bytes = (20 << 30) if device == "cuda" else (64 << 20)
-    try:
-        from wedlm.engine.factory import plan_engine
-        from wedlm.engine.options import EngineConfig, EngineOptions
-    except ImportError:  # a tree from before these
-        try:
-            from wedlm.engine.factory import build_engine
-        except ImportError:
-            from wedlm.engine.build import build_engine
-        from wedlm.engine.engine import EngineConfig
-
-        return build_engine(model, EngineConfig(*facts, **limits), None, kv_cache_bytes=cache_bytes)
     return plan_engine(model, EngineConfig(*facts, EngineOptions(**limits, kv_cache_bytes=cache_bytes)), None).build()
 
 
 def run(tree: Path, arguments: argparse.Namespace, subject: str) -> dict[str, float]:
-    sources = tree / "src" if (tree / "src" / "wedlm").is_dir() else tree
-    environment = {**os.environ, "PYTHONPATH": str(sources.resolve()), "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, "PYTHONPATH": str((tree / "src").resolve()), "OMP_WAIT_POLICY": "passive"}
     words = ["--measure", subject, "--device", arguments.device, "--steps", str(arguments.steps)]
     words += ["--batches", arguments.batches]
     command = [sys.executable, str(Path(__file__).resolve()), *words]

@@ -16,7 +16,7 @@ import torch
 
 from wedlm import LLM, SamplingParams
 from wedlm.bench.laptop import chat_prompts
-from wedlm.engine.outputs import GenerationOutput
+from wedlm.engine.outputs import GenerationOutput, Totals
 
 COUNTING = "Count from 1 to 100."
 
@@ -24,12 +24,12 @@ COUNTING = "Count from 1 to 100."
 def figures(outputs: list[GenerationOutput]) -> dict:
     """Of some answers together; ``fewest``: the tokens a forward of the slowest one."""
     stats = [output.stats for output in outputs if output.stats is not None]
-    tokens, forwards = sum(one.num_tokens for one in stats), sum(one.num_forwards for one in stats)
+    totals = Totals.of(outputs)
     return {
-        "tokens_per_forward": round(tokens / forwards, 3),
-        "p_cache": round(tokens / sum(one.num_rows for one in stats), 3),
+        "tokens_per_forward": round(totals.tokens_per_forward, 3),
+        "p_cache": round(totals.p_cache, 3),
         "fewest": round(min(one.tokens_per_forward for one in stats), 3),
-        "mean_tokens": tokens / len(stats),
+        "mean_tokens": totals.num_tokens / len(stats),
     }
 
 

@@ -56,7 +56,7 @@ def sent_bytes(config: ModelConfig, size: int, rows: int) -> int:
     group = Counting(0, size, torch.device("cuda"))
     x = torch.empty(rows, config.hidden_size, dtype=torch.bfloat16, device="meta")
     for _ in range(1 + 2 * config.num_layers):
-        group.parts(x)
+        group.parts(x, x.dtype)
     return group.bytes_sent + (size - 1) * rows * _CHOICE_BYTES
 
 

@@ -93,7 +93,6 @@ def test_decode_params():
 
 
 def test_generate_in_transformers():
-    pytest.importorskip("transformers")
     from wedlm.hf.arguments import Arguments
 
     renamed = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
@@ -114,7 +113,6 @@ def test_params_of_an_evaluation():
 
 
 def test_the_servers_requests():
-    pytest.importorskip("fastapi")
     from wedlm.server.protocol import CompletionRequest
 
     # OpenAI's default temperature is 1; the server gives the limit of tokens.

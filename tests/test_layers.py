@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "tables": set(),
     "machine": set(),
     "cluster": set(),
-    "train": _ENGINE_AND_BELOW | {"extras"},
+    "train": _ENGINE_AND_BELOW | {"extras", "plotting"},
     "hf": _ENGINE_AND_BELOW,
     "server": _ENGINE_AND_BELOW,
     "evaluate": _ENGINE_AND_BELOW | {"plotting", "machine", "extras", "cluster"},
@@ -52,9 +52,11 @@ FILES = [
 ALGORITHM_NEEDS = {"torch", "jaxtyping"}
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Full names of all modules that a file imports, wherever in it, the type-checking-only ones included."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imported(path: Path, anywhere: bool = True) -> Iterator[str]:
+    """Full names of all modules that a file imports, wherever in it, the type-checking-only ones included; or only
+    those that it imports whenever it is imported."""
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(module) if anywhere else module.body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -135,6 +137,14 @@ def test_layers(path):
     assert parts(path) <= allowed, f"wedlm.{part} may import {sorted(allowed)}"
 
 
+def test_one_rank_imports_nothing_of_several():
+    """What runs on several ranks is imported where several were asked for."""
+    mentioning = [path for path in SOURCES if "engine.ranks" in path.read_text(encoding="utf-8")]
+    found = {path for path in mentioning if any("engine.ranks" in name for name in imported(path, anywhere=False))}
+    outside = {path.relative_to(ROOT).as_posix() for path in found if path.parent.name != "ranks"}
+    assert outside == {"src/wedlm/cli/replica.py"}  # one of several processes
+
+
 PROGRAM_FILES = [(name, path) for name in PROGRAMS for path in sorted((ROOT / name).rglob("*.py"))]
 
 
@@ -147,6 +157,13 @@ def test_layers_of_programs(folder, path):
 def test_the_package_imports_nothing_beside_it():
     for path in SOURCES:
         assert not {name.split(".")[0] for name in imported(path)} & {"tests", *PROGRAMS}, path
+
+
+def test_no_test_module_is_imported():
+    """What several tests need lies in a module of its own, beside them."""
+    for path in FILES:
+        for name in imported(path):
+            assert not any(part.startswith("test_") for part in name.split(".")), f"{path.name} imports {name}"
 
 
 def test_every_part_has_a_rule():

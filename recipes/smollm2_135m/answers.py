@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from wedlm.model import load_model, load_tokenizer
+from wedlm import LLM
+from wedlm.engine.factory import release_memory
 from wedlm.train.answers import AnswerSettings, write_answers, write_continuations
 
 # Prompts that the teacher answers greedily: what is to be learnt is a function of the prompt.
@@ -37,27 +38,34 @@ TEXTS = {
 }
 
 
-def load(name: str) -> tuple:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, _ = load_model(name, torch.bfloat16 if device == "cuda" else torch.float32, device)
-    return model, load_tokenizer(name)
+# Short answers of a small model: many of them fill a step.
+ENGINE = {"dtype": "bfloat16" if torch.cuda.is_available() else "float32", "max_num_seqs": 512}
+
+
+def answer(teacher: str, data: Path, prompts: Path, out: Path) -> None:
+    llm = LLM(teacher, **ENGINE)
+    settings = AnswerSettings(max_prompt_tokens=384, max_tokens=240)
+    sources = {name: data / file for name, file in PROMPTS.items()} | {"gsm8k_numbers": prompts / "gsm8k_numbers.jsonl"}
+    for name, source in sources.items():
+        began = time.perf_counter()
+        written, left_out = write_answers(llm, source, out / f"{name}.jsonl", settings)
+        print(f"{name}: {written} answers, {left_out} left out, {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def go_on(data: Path, out: Path) -> None:
+    llm = LLM("demo-base", **ENGINE)
+    settings = AnswerSettings(max_tokens=200, temperature=1.0)
+    for name, (file, every, begun) in TEXTS.items():
+        began = time.perf_counter()
+        written = write_continuations(llm, data / file, out / f"{name}.jsonl", settings, every, begun)
+        print(f"{name}: {written} continuations, {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def main(teacher: str, data: Path, prompts: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load(teacher)
-    settings = AnswerSettings(max_prompt_tokens=384, max_tokens=240, batch_size=2048)
-    sources = {name: data / file for name, file in PROMPTS.items()} | {"gsm8k_numbers": prompts / "gsm8k_numbers.jsonl"}
-    for name, source in sources.items():
-        began = time.perf_counter()
-        written, left_out = write_answers(model, tokenizer, source, out / f"{name}.jsonl", settings)
-        print(f"{name}: {written} answers, {left_out} left out, {time.perf_counter() - began:.0f} s", flush=True)
-    model, tokenizer = load("demo-base")
-    settings = AnswerSettings(max_tokens=200, temperature=1.0, batch_size=2048, keep_cut=True)
-    for name, (file, every, begun) in TEXTS.items():
-        began = time.perf_counter()
-        written = write_continuations(model, tokenizer, data / file, out / f"{name}.jsonl", settings, every, begun)
-        print(f"{name}: {written} continuations, {time.perf_counter() - began:.0f} s", flush=True)
+    answer(teacher, data, prompts, out)
+    release_memory()
+    go_on(data, out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from wedlm.model import load_model, load_tokenizer
+from wedlm import LLM
 from wedlm.train.answers import AnswerSettings, write_answers
 
 
@@ -23,19 +23,23 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--part", default="0/1", help="I/N: every N-th prompt from the I-th on")
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=256, help="answers in one step")
+    parser.add_argument("--kv-cache-gb", type=float, default=4.0, help="of this process: several share the GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     index, _, count = given.part.partition("/")
-    model, _ = load_model(given.model, torch.bfloat16 if given.device == "cuda" else torch.float32, given.device)
-    settings = AnswerSettings(
-        max_prompt_tokens=448, max_tokens=given.max_tokens, batch_size=given.batch_size, keep_cut=True
+    llm = LLM(
+        given.model,
+        device=given.device,
+        dtype="bfloat16" if given.device == "cuda" else "float32",
+        max_num_seqs=given.batch_size,
+        kv_cache_bytes=int(given.kv_cache_gb * 1e9),
     )
+    settings = AnswerSettings(max_prompt_tokens=448, max_tokens=given.max_tokens, keep_cut=True)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     building = given.out.with_name(f".{given.out.name}")
     began = time.perf_counter()
-    part = int(index), int(count)
-    written, left_out = write_answers(model, load_tokenizer(given.model), given.prompts, building, settings, part)
+    written, left_out = write_answers(llm, given.prompts, building, settings, (int(index), int(count)))
     building.replace(given.out)
     print(f"{given.out.name}: {written} answers, {left_out} left out, {time.perf_counter() - began:.0f} s", flush=True)
 

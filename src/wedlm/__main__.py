@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m wedlm``: the command ``wedlm``, where scripts are not on the path."""
+"""``python -m wedlm`` runs the command ``wedlm`` if scripts are not on the path."""
 
 from wedlm.cli import main
 

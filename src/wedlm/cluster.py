@@ -44,8 +44,8 @@ class Share:
         given, (name, each) = join_ray().cluster_resources(), self._main
         if count * each > given.get(name, 0):
             raise ValueError(
-                f"{option} is {count}, and each takes {each} {name}; expected no more than Ray has {name}s for, "
-                f"{given.get(name, 0):g}"
+                f"{option} is {count}, and each takes {each} {name}; expected at most the "
+                f"{given.get(name, 0):g} {name}s that Ray has"
             )
 
     @property
@@ -57,7 +57,7 @@ def share_of(device: str, threads: int | None, option: str, num_devices: int = 1
     """What a copy takes on ``device``, the engine's option: GPUs if Ray has some, unless it is cpu. ``num_devices``: of
     one copy. ValueError for a device that a copy cannot choose by itself, beside ``option``."""
     if device not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"--device is {device}; expected auto, cuda or cpu beside {option}")
+        raise ValueError(f"--device is {device}; expected auto, cuda or cpu with {option}")
     if device != "cpu" and (device != "auto" or join_ray().cluster_resources().get("GPU", 0) > 0):
         return Share(num_gpus=num_devices, num_cpus=0)
     return Share(num_gpus=0, num_cpus=threads or 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a user installs what is missing, into the environment that runs and no other."""
+"""How a user installs what is missing into the environment that is running."""
 
 import shlex
 import sys
@@ -13,8 +13,8 @@ def pip_install(*packages: str) -> str:
 
 
 def install_extras(*extras: str) -> str:
-    """The command that installs these of wedlm's extras. ``wedlm`` is on no package index: pip takes the one that is
-    installed, or else its folder."""
+    """The command that installs these extras of wedlm. ``wedlm`` is not on a package index, so pip takes the installed
+    package, or else its folder."""
     try:
         version("wedlm")
     except PackageNotFoundError:

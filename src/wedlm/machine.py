@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine under us is called, and how much of it this process may use. No torch here."""
+"""The machine's name, and how much of it this process may use. Does not import torch."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ _BUSY = 0.5  # of the cores
 
 
 def cpu_name() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
+    """The processor's name if Linux gives it, else its architecture."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.exists() else []
     return names[0] if names else platform.machine()
@@ -24,7 +24,7 @@ def usable_cores() -> int:
 
 
 def memory_bytes() -> int:
-    """Memory of the machine, or of its control group if that has less."""
+    """The machine's memory, or that of its control group if that has less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="ascii").strip() if limit.exists() else "max"
@@ -32,12 +32,12 @@ def memory_bytes() -> int:
 
 
 def peak_memory_bytes() -> int:
-    """The most that this process has held so far."""
+    """The most memory that this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def busy_notice() -> str | None:
-    """A sentence for whoever is about to measure, if other programs compute; the load is the last minute's."""
+    """A sentence for someone about to measure, if other programs are computing; it goes by the last minute's load."""
     load, cores = os.getloadavg()[0], usable_cores()
     if load < _BUSY * cores:
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What figures of evaluations and benchmarks share: panels, a legend below them, SVG."""
+"""What the figures of evaluations, benchmarks and training share: panels, a legend below them, SVG."""
 
 import io
 import math
@@ -20,7 +20,7 @@ _LEGEND_LINE_INCHES = 0.18
 
 @dataclass(frozen=True)
 class Plot:
-    """``svg`` is a whole SVG document; ``text`` says what it shows to those who do not see it."""
+    """``svg`` is a whole SVG document; ``text`` describes it for those who cannot see it."""
 
     title: str
     text: str
@@ -28,27 +28,29 @@ class Plot:
 
 
 def need_matplotlib() -> None:
-    """ValueError if it is missing."""
+    """Raises ValueError if matplotlib is missing."""
     if find_spec("matplotlib") is None:
         command = install_extras("train")
         raise ValueError(f"plots need the package matplotlib, which is not installed: {command}, or --no-plots")
 
 
 def group_by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    """Items of the same key together, keys in the order of their first item."""
+    """Group items with the same key; keys come in the order of their first item."""
     groups: dict[Any, list[Any]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
 
 
-def new_figure(columns: int) -> tuple["Figure", list["Axes"]]:
-    """So many panels side by side."""
+def new_figure(count: int, columns: int | None = None) -> tuple["Figure", list["Axes"]]:
+    """A figure of ``count`` panels, at most ``columns`` side by side (None: all of them)."""
     from matplotlib.figure import Figure  # without pyplot there is no window, and nothing stays behind
 
     width, height = _PANEL_INCHES
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    panels = [figure.add_subplot(1, columns, number) for number in range(1, columns + 1)]
+    columns = min(count, columns or count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    panels = [figure.add_subplot(rows, columns, number) for number in range(1, count + 1)]
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.locator_params(axis="x", nbins=7)  # more numbers would touch each other
@@ -56,7 +58,7 @@ def new_figure(columns: int) -> tuple["Figure", list["Axes"]]:
 
 
 def place_legend(figure: "Figure", *panels: "Axes") -> None:
-    """Below the panels, because names are long; the figure grows by it."""
+    """Put the legend below the panels, because names are long, and make the figure taller by it."""
     entries = [entry for axes in panels for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
     columns = 1 if max(len(label) for _, label in entries) > 60 else 2
     height = _PANEL_INCHES[1] + _LEGEND_LINE_INCHES * (1 + math.ceil(len(entries) / columns))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables on standard output, none of whose cells is cut."""
+"""Tables on standard output whose cells are never cut."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _GAP = 2
 def show_table(title: str | None, labels: Sequence[str], figures: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table with a column for each label and each figure; a row has the text of all in that order.
 
-    Where the terminal is too narrow it comes as several tables, each with the labels. A file or a pipe has no width.
+    If the terminal is too narrow, it prints several tables, each with the labels. A file or a pipe has no width.
     """
     cells = list(zip([*labels, *figures], *rows, strict=True))  # by column
     widths = [max(map(cell_len, column)) + _GAP for column in cells]

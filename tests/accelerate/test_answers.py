@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from tests.engine.tiny_llm import check_empty, save_tiny
+from tests.engine.tiny_llm import save_tiny
 from wedlm import LLM, SamplingParams
-from wedlm.accelerate.answers import answer_prompts, each_answer, read_log, write_training_data
+from wedlm.accelerate.answers import answer_prompts, read_log, write_training_data
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=12, decoding="autoregressive")
 PROMPTS = [{"messages": [{"role": "user", "content": text}]} for text in "abcdefghijkl"]
@@ -16,23 +16,6 @@ PROMPTS = [{"messages": [{"role": "user", "content": text}]} for text in "abcdef
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
     return LLM(save_tiny(tmp_path_factory.mktemp("answers") / "tiny"), device="cpu", max_num_seqs=2)
-
-
-def test_each_answer_is_ars(llm):
-    prompts = [llm.chat_prompt(prompt["messages"]) for prompt in PROMPTS]
-    found = {}
-    each_answer(llm, prompts, PARAMS, lambda place, output: found.update({place: output.token_ids}))
-    assert [found[place] for place in range(len(prompts))] == [o.token_ids for o in llm.generate(prompts, PARAMS)]
-    check_empty(llm)
-
-
-def test_who_stops_leaves_nothing_running(llm):
-    def stops(place, output):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        each_answer(llm, [llm.chat_prompt(prompt["messages"]) for prompt in PROMPTS], PARAMS, stops)
-    check_empty(llm)
 
 
 def test_only_what_lacks_is_answered(llm, tmp_path):

@@ -104,7 +104,7 @@ def test_a_second_start_does_nothing_again(parts, monkeypatch):
 # Where each stage is cut: the function at whose so-manieth call the process is killed.
 CUTS = {
     "prompts": ("wedlm.accelerate.prompts:encode_prompt", 30),
-    "answers": ("wedlm.accelerate.answers:GenerationOutput.of", 20),
+    "answers": ("wedlm.train.answers:GenerationOutput.of", 20),
     "training": ("wedlm.train.trainer:Trainer._step", 7),
     "measurement": ("wedlm.accelerate.measure:drafted", 2),
     "report": ("wedlm.accelerate.report:_markdown", 1),
@@ -164,7 +164,7 @@ def test_ctrl_c_keeps_answers(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "answer_prompts", stops)
     cut = accelerate(base, tmp_path / "out", "--prompts", prompts)
     assert cut.exit_code == 130
-    assert "the same command goes on from here" in cut.stderr
+    assert "the same command continues from here" in cut.stderr
     assert len(lines(tmp_path / "out/answers/answers.jsonl")) == 9
 
 

@@ -110,8 +110,8 @@ def write_bases(directory: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from tests.model.test_tokenizer import CHATML, train
     from tests.model.tiny import our_model
+    from tests.model.trained_tokenizers import CHATML, train
     from wedlm.model.formats.checkpoint import save_model
 
     model = our_model("llama", vocab_size=640, num_hidden_layers=2)
@@ -137,8 +137,8 @@ def write_bases(directory: Path) -> None:
 
 
 def _write_gguf(directory: Path, model: Any, backend: Any) -> None:
-    from tests.model.test_gguf import gguf_tensors
-    from tests.model.test_tokenizer import CHATML
+    from tests.model.gguf_files import gguf_tensors
+    from tests.model.trained_tokenizers import CHATML
 
     directory.mkdir()
     config = model.config
@@ -490,7 +490,7 @@ FOUND: dict[str, tuple[Callable[[Path], str], str]] = {
     ),
     "infinite YaRN": (
         _change_config("hf/config.json", rope_scaling={"rope_type": "yarn", "factor": 1e999}),
-        "config.json is not valid JSON: Infinity is no JSON number",
+        "config.json is not valid JSON: Infinity is not a JSON number",
     ),
     "deep JSON": (_deep_json, "config.json is not valid JSON: maximum recursion depth exceeded"),
     "an escape sequence": (_change_config("hf/config.json", model_type="\x1b[2J\n"), r"model_type is '\\x1b\[2J\\n'"),
@@ -517,7 +517,7 @@ FOUND: dict[str, tuple[Callable[[Path], str], str]] = {
     ),
     "half a surrogate pair": (
         _change_config("hf/tokenizer_config.json", chat_template="{{ messages[0]['content'] }}\ud800"),
-        "the prompt is no Unicode text",
+        "the prompt is not valid Unicode",
     ),
     **{
         f"template: {name}": (_template(source), "" if name == "the source" else "the chat template ")
@@ -652,8 +652,8 @@ def main() -> None:
     import gguf.quants  # noqa: F401 - imported before the forks, as are the two below
     import torch
 
-    import tests.model.test_gguf
-    import tests.model.test_tokenizer  # noqa: F401
+    import tests.model.gguf_files
+    import tests.model.trained_tokenizers  # noqa: F401
     import wedlm
 
     assert wedlm.LLM is not None

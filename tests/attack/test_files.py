@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.attack.files import FOUND, MEMORY_BYTES, SECONDS, Outcome
-from tests.model.test_tokenizer import CHATML, train
+from tests.model.trained_tokenizers import CHATML, train
 from tests.train.chat_data import THINKING
 from wedlm.model import Tokenizer
 

@@ -127,7 +127,7 @@ def fails(*words: str) -> str:
         (("--against", "sglang"), "--against is 'sglang'; expected vllm or llamacpp"),
         (
             ("--against", "llamacpp", "latency"),
-            "the part is 'latency'; expected, beside llama.cpp, all or some of step,",
+            "the part is 'latency'; expected, with llama.cpp, all or some of step,",
         ),
         (("--against", "llamacpp", "--model", "x"), "--model is x, and --gguf is missing"),
         (("--against", "llamacpp", "--llama-server", "/nowhere"), "--llama-server is /nowhere; expected the path"),

@@ -99,7 +99,7 @@ def test_whole_runs(target):
 def test_a_small_vocabulary_and_captured_steps(monkeypatch):
     """Refused drafts become tokens that exist; device steps accept at the rates, too."""
     pytest.importorskip("triton")
-    from tests.kernels.test_graph_runner import engine, few_rows_beside_chunks
+    from tests.kernels.graph_engine import engine, few_rows_beside_chunks
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     few_rows_beside_chunks(device, monkeypatch)

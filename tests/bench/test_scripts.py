@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from benchmarks import acceptance, gsm8k, masked_adapter, streaming_next_token
+from benchmarks import acceptance, context_32k, gsm8k, masked_adapter, streaming_next_token
 from tests.engine.tiny_llm import save_tiny
 from tests.train.tiny_run import save_base, train, write_chats
 from wedlm import LLM, SamplingParams
+from wedlm.engine.outputs import Totals
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,7 @@ def test_acceptance_counts_what_verification_accepts(monkeypatch, tmp_path, chec
     llm = LLM(checkpoint, device="cpu")
     params = SamplingParams(temperature=0.0, max_tokens=40, decoding="verified", wedlm_draft_entropy=1e9)
     outputs = llm.chat([[{"role": "user", "content": text}] for text in ("One?", "And two?", "Three?")], params)
-    forwards = sum(output.stats.num_forwards for output in outputs)
-    # Each step emits AR's token and the drafts accepted; drafts behind the last token of an answer are not delivered.
-    assert report["tokens_per_step"] * forwards >= sum(len(output["token_ids"]) for output in outputs) - 0.05
+    assert report["tokens_per_forward"] == pytest.approx(Totals.of(outputs).tokens_per_forward, abs=1e-3)
     assert report["questions"] == 3
     assert len(report["drafts"]) == 3
     first, second, third = report["drafts"]
@@ -54,6 +53,14 @@ def test_gsm8k_compares_texts_with_ars(monkeypatch, tmp_path, checkpoint, questi
         assert (mode["same_text_as_ar"], mode["tokens_to_first_difference"]) == (3, tokens)
         assert mode["tokens_per_second"] == pytest.approx(tokens / mode["seconds"])
         assert mode["accuracy"] == 0
+
+
+def test_verified_is_ar_at_the_end_of_a_context(monkeypatch, tmp_path):
+    report = run(context_32k, monkeypatch, tmp_path / "out.json", "tiny", "--context", "300", "--tokens", "12")
+    ar, verified = report["rows"]
+    assert (report["verified_is_ar"], report["same_tokens"]) == (True, 12)
+    assert (ar["tokens"], ar["rows_per_forward"]) == (12, 1)
+    assert verified["rows_per_forward"] > 8
 
 
 def test_causal_streaming_takes_a_token_a_forward_at_least(monkeypatch, tmp_path, checkpoint):

@@ -41,7 +41,14 @@ class Engine:
 class LLM:
     def __init__(self, *, model, load_format, skip_tokenizer_init, dtype, max_model_len, max_num_seqs,
                  max_num_batched_tokens, gpu_memory_utilization, enable_prefix_caching, quantization,
-                 speculative_config):
+                 speculative_config, tensor_parallel_size, compilation_config=None):
+        import os
+        multicast = os.environ["VLLM_ALLREDUCE_USE_SYMM_MEM"], os.environ["VLLM_ALLREDUCE_USE_FLASHINFER"]
+        several = {"pass_config": {"fuse_allreduce_rms": False}}
+        assert multicast == ("0", "0")
+        assert compilation_config == (several if tensor_parallel_size > 1 else None)
+        global __version__
+        __version__ += f" on {tensor_parallel_size}"
         assert quantization in (None, "fp8")
         assert speculative_config is None or speculative_config["method"] == "ngram"
         import json, pathlib
@@ -68,7 +75,7 @@ def test_beside_vllm(stand_in, tmp_path):
     asked = settings(parts=("latency", "serving", "prefill", "throughput"), against="vllm")
     record = run_bench(asked, ["bench"], tmp_path / "out", lambda part, row: told.append((part, row)))
     found = record.values["vllm"]
-    assert found["versions"] == {"vllm": "0.0-stand-in"}
+    assert found["versions"] == {"vllm": "0.0-stand-in on 1"}
     assert [row["batch"] for row in found["steps"]] == [1, 2]
     assert [row["load"] for row in found["serving"]] == ["all at once", "arrivals"]
     assert all(row["runs"] == 2 for part in ("steps", "latency", "serving", "prefill") for row in found[part])
@@ -110,6 +117,13 @@ def test_in_bfloat16_beside_fp8_and_with_its_own_speculation_on_text(stand_in, t
     on_text = vllm.measure_vllm(settings(parts=("latency",), shape=None, model=str(tiny_checkpoint)), None)
     assert set(on_text["ngram"]) == {"versions", "latency"}
     assert "bfloat16" not in on_text
+
+
+def test_over_as_many_gpus_as_ours(stand_in, monkeypatch):
+    monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "1")
+    found = vllm.measure_vllm(settings(parts=("prefill",), engine={"tensor_parallel_size": 2}), None)
+    assert "error" not in found
+    assert found["versions"] == {"vllm": "0.0-stand-in on 2"}
 
 
 def test_as_autoregressive(tmp_path, tiny_checkpoint):

@@ -51,16 +51,16 @@ def test_chat_commands(model):
     (output,) = llm.chat([{"role": "user", "content": "Hello"}], wanted)
     assert result.stdout.rstrip("\n") == output.text.rstrip("\n")
     for line in (
-        "No answer yet.",
+        "There is no answer yet.",
         "/set NAME VALUE",
         "decoding = verified",
         "entropy_threshold = none",
         "temperature = 0.7",
         "next_token = causal",
         "error: temperature is 'hot'; expected a number, true, false or none",
-        "error: colour is no option; expected one of",
+        "error: colour is not an option; expected one of",
         "error: '/set seed' gives no value",
-        "error: /no is no command; /help lists them",
+        "error: /no is not a command; /help lists the commands",
     ):
         assert line in result.stderr
     assert result.stderr.count("verified: 6 tokens") == 2

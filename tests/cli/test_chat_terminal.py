@@ -81,11 +81,11 @@ def test_keys_typed_during_an_answer_do_not_show(tmp_path):
 def test_ctrl_c_warns_before_it_leaves(talk):
     talk.type("half a line\x03")
     talk.type("\x03")
-    warned = talk.wait_for("Ctrl-C once more leaves")
+    warned = talk.wait_for("To leave, press Ctrl-C again")
     talk.type("/stats\r")
-    talk.wait_for("No answer yet.", warned)
+    talk.wait_for("There is no answer yet.", warned)
     talk.type("\x03")
-    talk.wait_for("Ctrl-C once more leaves", warned)
+    talk.wait_for("To leave, press Ctrl-C again", warned)
     assert talk.process.poll() is None
     talk.type("\x03")
     assert talk.process.wait(60) == 0

@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-pytest.importorskip("lm_eval")
 from tests.cli.command import FAST, wedlm
 from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.eval_data import write_small_sets
@@ -138,11 +137,11 @@ def test_the_papers_tables(words, tmp_path):
     [
         (["reproduce"], "the arguments begin with reproduce; expected reproduce --paper-tables, or options alone"),
         (["chess"], "the arguments begin with chess; expected reproduce --paper-tables"),
-        (["--models", "a"], "--models is a; expected no such option beside wedlm eval without reproduce"),
+        (["--models", "a"], "--models is a; expected no such option with wedlm eval without reproduce"),
         (["reproduce", "--paper-tables", "--tasks", "piqa"], "the task 'piqa' is not in the paper's tables; expected"),
         (["reproduce", "--paper-tables", "--models", "x=chat"], "--models has 'x=chat'; expected NAME"),
-        (["reproduce", "--paper-tables", "--model", "x"], "--model is x; expected no such option beside reproduce"),
-        (["reproduce", "--paper-tables", "--sweep", "seed=1,2"], "expected no such option beside reproduce"),
+        (["reproduce", "--paper-tables", "--model", "x"], "--model is x; expected no such option with reproduce"),
+        (["reproduce", "--paper-tables", "--sweep", "seed=1,2"], "expected no such option with reproduce"),
     ],
 )
 def test_what_cannot_be_reproduced(words, more, message):

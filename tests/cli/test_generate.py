@@ -63,7 +63,7 @@ def test_a_gap_is_filled(model):
     assert len(record["token_ids"]) == 16
     result = generate(model, *words, "--chat")
     assert result.exit_code == 2
-    assert "--suffix is set beside --chat; expected one of them" in result.stderr
+    assert "--suffix and --chat are both set; expected one of them" in result.stderr
 
 
 def test_json_record(model):

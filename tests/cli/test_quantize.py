@@ -7,7 +7,7 @@ import pytest
 
 from tests.cli.command import generate, records, wedlm
 from tests.engine.native_model import needs_native
-from tests.model.test_quantize_checkpoint import save_smollm_like
+from tests.model.named_tokenizer import save_smollm_like
 from wedlm import LLM
 
 
@@ -50,7 +50,7 @@ def test_what_is_written_is_run_as_it_is(source, tmp_path, name, words, said, we
 def test_errors_are_one_sentence(source, tmp_path):
     for words, message in (
         ((source, str(tmp_path / "x.gguf"), "--type", "q3_k"), "type is 'q3_k'; expected one of f32, f16, bf16"),
-        ((source, str(tmp_path / "x"), "--type", "q8_0"), "type is 'q8_0', which is one of GGUF files"),
+        ((source, str(tmp_path / "x"), "--type", "q8_0"), "type is 'q8_0', which is a type of GGUF files"),
         ((source, source), "is the source itself"),
         (("./absent", str(tmp_path / "x")), "absent does not exist; expected a checkpoint"),
     ):

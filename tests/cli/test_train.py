@@ -108,7 +108,7 @@ def test_ctrl_c(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "__init__", stops)
-    assert "goes on from the latest checkpoint" in fails(capsys, *LEAST, code=INTERRUPTED)
+    assert "continues from the latest checkpoint" in fails(capsys, *LEAST, code=INTERRUPTED)
 
 
 def test_one_process_speaks(monkeypatch, capsys):

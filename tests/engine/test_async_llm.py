@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine.faulty_runner import FaultyRunner
 from tests.engine.tiny_llm import PROMPTS, check_empty
 from wedlm import LLM, SamplingParams
 from wedlm.engine import async_llm as async_engine
@@ -47,27 +48,6 @@ async def pieces_of(ticket: RequestStream) -> list[list[StreamPiece]]:
 
 def encoded(llm: LLM, prompt: str, **options: Any) -> tuple[list[int], SamplingParams]:
     return llm.tokenizer.encode(prompt), SamplingParams(**options)
-
-
-class FaultyRunner:
-    """Stands in for an engine's runner: its step number ``at`` raises, after half of the work is done."""
-
-    def __init__(
-        self, engine: Engine, at: int, hold: threading.Event | None = None, error: type[BaseException] = RuntimeError
-    ) -> None:
-        self.runner, self.left, self.hold, self.error = engine.runner, at, hold, error
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.runner, name)
-
-    def run(self, plan: Any) -> Any:
-        if self.hold is not None:
-            self.hold.wait(30)
-        results = self.runner.run(plan)
-        if self.left == 0:
-            raise self.error("injected")
-        self.left -= 1
-        return results
 
 
 @pytest.mark.parametrize("decoding", ["streaming", "verified", "block", "autoregressive"])

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests.engine.random_transformer import CONFIG, END, LENGTH, MASK, VOCAB
 from tests.engine.stub_engine import build
-from tests.engine.test_engine_reference import CONFIG, END, LENGTH, MASK, VOCAB
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.sampling_params import SamplingParams

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine.random_transformer import CONFIG as CAUSAL_CONFIG
+from tests.engine.random_transformer import END, MASK, VOCAB, random_model
 from tests.engine.stub_engine import build
-from tests.engine.test_engine_reference import CONFIG as CAUSAL_CONFIG
-from tests.engine.test_engine_reference import END, MASK, VOCAB, random_model
 from tests.engine.tiny_llm import MASK as TINY_MASK
 from tests.engine.tiny_llm import save_tiny
 from tests.stub import BlockAttend

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
+from tests.engine.histories import add_up
+from tests.engine.stub_engine import check_engine, check_outcome, preempt_last, stub_engine
 from tests.engine.table_matcher import TableMatcher, decode_constrained
 from tests.stub import StubModel
 from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS
@@ -135,11 +136,7 @@ def run_history(seed: int) -> dict[str, int]:
             add(engine, f"r{len(given) - 1}", (prompt, params, grammar))
         elif action < 0.35 and engine.requests:
             engine.abort(rng.choice(list(engine.requests)))
-        elif action < 0.45 and engine.scheduler.running:
-            victim = max(engine.scheduler.running, key=lambda r: r.order)
-            engine.scheduler.preempt(victim)
-            engine._save_windows([victim])
-        else:
+        elif not (action < 0.45 and preempt_last(engine)):
             step()
         check_engine(engine)
     while engine.has_work:
@@ -166,22 +163,13 @@ def run_history(seed: int) -> dict[str, int]:
     return {"free": free, "constrained": len(finished) - free, "preempted": preempted}
 
 
-def run_histories(seeds: range) -> dict[str, int]:
-    totals: dict[str, int] = {}
-    for seed in seeds:
-        for name, value in run_history(seed).items():
-            totals[name] = totals.get(name, 0) + value
-    assert all(totals.values()), totals
-    return totals
-
-
 def test_histories():
-    run_histories(range(15))
+    add_up(map(run_history, range(15)))
 
 
 @pytest.mark.long
 def test_a_thousand_histories(record_property):
-    for name, value in run_histories(range(1000, 2000)).items():
+    for name, value in add_up(map(run_history, range(1000, 2000))).items():
         record_property(name, value)
 
 

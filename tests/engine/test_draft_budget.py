@@ -5,14 +5,11 @@ import random
 
 import pytest
 
+from tests.engine.measured_costs import CPU, GPU, NATIVE
 from wedlm.algorithm.params import verified_rows
 from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, Budget, DraftBudget, expected_step, longest_draft
 from wedlm.engine.adaptive.step_costs import StepCosts
 
-# Seconds by rows: an H200 with the 8B shape, and two CPU cores with the demo model (docs/log.md).
-GPU = [(1, 4.2e-3), (16, 4.5e-3), (32, 5.2e-3), (64, 5.9e-3), (128, 7.6e-3), (256, 10e-3), (512, 15e-3), (2048, 50e-3)]
-CPU = [(1, 15e-3), (2, 17e-3), (4, 20e-3), (8, 26e-3), (16, 40e-3), (32, 72e-3)]
-NATIVE = [(1, 9.2e-3), (2, 9.9e-3), (4, 10.5e-3), (8, 16.6e-3), (16, 27.9e-3), (32, 48.4e-3)]  # a step in the library
 NEVER, DEMO, OFTEN = (0.0,) * 4, (0.78, 0.72, 0.64, 0.6), (0.97, 0.97, 0.97, 0.97)
 
 

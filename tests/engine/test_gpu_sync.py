@@ -7,7 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tests.kernels.test_graph_runner import engine
+from tests.engine.tiny_llm import save_tiny
+from tests.kernels.graph_engine import engine
+from wedlm.engine.llm import LLM
 from wedlm.engine.plan import StepPlan
 from wedlm.engine.sampling_params import SamplingParams
 
@@ -19,15 +21,22 @@ from wedlm.engine.sampling_params import SamplingParams
     [("autoregressive", None), ("verified", None), ("verified", 7), ("streaming", None), ("block", None)],
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_captured_steps_do_not_wait(decoding, lookup_drafts, temperature):
-    one = engine(torch.device("cuda"), True)
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize("window", [16, 36])
+def test_captured_steps_do_not_wait(tmp_path, decoding, lookup_drafts, temperature, quantization, window):
+    if quantization == "none":
+        one = engine(torch.device("cuda"), True, length=128, most_rows=256)
+    else:
+        directory = save_tiny(tmp_path, hidden_size=64, intermediate_size=128)
+        options = {"dtype": "bfloat16", "quantization": quantization, "kv_cache_bytes": 1 << 26, "max_num_seqs": 4}
+        one = LLM(directory, device="cuda", **options).engine
     captured = one.runner.executors[0]
     plans: list[StepPlan] = []
     launch = one.runner.launch
     one.runner.launch = lambda plan: plans.append(plan) or launch(plan)
     params = SamplingParams(
         decoding=decoding, max_tokens=40, temperature=temperature, seed=1, ignore_eos=True,
-        wedlm_lookup_drafts=lookup_drafts,
+        wedlm_lookup_drafts=lookup_drafts, wedlm_window_size=window,
     )  # fmt: skip
     for name in "abc":
         one.add(name, [3, 4, 5, 3, 4, 5], params)

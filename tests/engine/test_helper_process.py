@@ -54,18 +54,14 @@ def test_a_process_that_is_late(helper, question):
     assert helper.ask(b"ab", 30) == b"ba"
     if question != b"sleep":
         os.kill(helper.pid, signal.SIGSTOP)
-    start = time.monotonic()
     assert helper.ask(question, 0.2) is None
-    assert 0.2 <= time.monotonic() - start < 5
     assert (helper.alive, helper.late) == (False, True)
 
 
 def test_a_process_that_another_thread_kills(helper):
     assert helper.ask(b"ab", 30) == b"ba"
     threading.Timer(0.2, helper.kill).start()
-    start = time.monotonic()
     assert helper.ask(b"sleep", 30) is None
-    assert time.monotonic() - start < 5
     assert (helper.late, helper.killed) == (False, True)
 
 

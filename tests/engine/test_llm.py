@@ -102,7 +102,7 @@ def test_impossible_prompts_fail_alone(directory):
         5: ([1, -1], "the prompt contains -1; expected ids from 0"),
         6: ([1, 2.0], "the prompt contains 2.0; expected ids from 0"),
         7: ([1] * 110, "cache slots; expected at most"),
-        9: ("\ud800", "the prompt is no Unicode text (surrogates not allowed); expected valid characters"),
+        9: ("\ud800", "the prompt is not valid Unicode (surrogates not allowed); expected valid characters"),
         10: (None, "the prompt is None; expected a string or a list of token ids"),
     }
     for index, (prompt, _) in impossible.items():
@@ -163,7 +163,7 @@ def test_seed_none_draws_a_new_one(llm):
 
 
 def test_params_are_not_edited(llm):
-    """Defect 5 of the reference engine."""
+    """The original implementation edits the object that its caller gave it."""
     params = SamplingParams(stop=["q", "zz"], stop_token_ids=[3], temperature=0.7, max_tokens=9, top_k=-1)
     before = copy.copy(params)
     llm.generate(PROMPTS, params)

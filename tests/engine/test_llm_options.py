@@ -71,7 +71,7 @@ def test_invalid_option(directory, option, value, expected):
 
 
 def test_unknown_option_is_an_error(directory):
-    """The reference engine drops unknown options without a word."""
+    """The original implementation drops unknown options without a word."""
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_model_length'"):
         LLM(directory, max_model_length=20)
 

@@ -111,7 +111,7 @@ def test_interleaved_streams(llm):
 
 
 def test_threads_share_one_engine(llm):
-    """Defect 4 of the reference engine: its demo steps one engine from several threads without a lock."""
+    """The original implementation's demo steps one engine from several threads without a lock."""
     params = [
         SamplingParams(max_tokens=25, decoding=DECODINGS[i % 4], temperature=i % 2, seed=i) for i in range(len(PROMPTS))
     ]

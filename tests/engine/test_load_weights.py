@@ -3,14 +3,12 @@
 
 import logging
 
-import gguf
-import numpy as np
 import pytest
 import torch
 
 from tests.engine.native_model import needs_native
 from tests.engine.tiny_llm import alone, save_tiny
-from tests.model.test_gguf import gguf_tensors
+from tests.model.gguf_files import write_blocks
 from wedlm import LLM, SamplingParams
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.engine import factory, load_weights
@@ -20,51 +18,6 @@ from wedlm.native.library import InstructionSet
 from wedlm.native.weights import native_from_torch
 
 PARAMS = SamplingParams(max_tokens=12, temperature=0.0)
-
-
-def write_blocks(path, directory, kind: str, others: str = "F32", cut: int = 0):
-    """A GGUF of the tiny model in ``directory``: layers in ``kind``, all else in ``others``, but for ``cut`` bytes."""
-    model, config = load_model(directory, torch.float32)
-    writer = gguf.GGUFWriter(path, "qwen3")
-    numbers = {
-        "block_count": config.num_layers,
-        "context_length": 128,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_dim,
-    }
-    for key, value in numbers.items():
-        writer.add_uint32(f"qwen3.{key}", value)
-    writer.add_float32("qwen3.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    tokens = ["a", "b", "ab", *(f"t{i}" for i in range(3, config.vocab_size))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * (config.vocab_size - 4) + [3] * 4)
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(config.eos_token_ids[0])
-    for name, tensor in gguf_tensors(model, "qwen3").items():
-        chosen = kind if name.startswith("blk") else others
-        data = tensor.detach().numpy()
-        if data.ndim == 2 and chosen != "F32":
-            block = gguf.GGMLQuantizationType[chosen]
-            try:
-                packed = gguf.quants.quantize(data, block)
-            except NotImplementedError:  # a type that only llama.cpp writes: the values do not matter
-                elements, size = gguf.GGML_QUANT_SIZES[block]
-                packed = np.zeros((len(data), data.shape[1] // elements * size), dtype=np.uint8)
-            writer.add_tensor(name, packed, raw_dtype=block)
-        else:
-            writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    if cut:
-        path.write_bytes(path.read_bytes()[:-cut])
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.engine.random_transformer import CONFIG as SHORT_CONFIG
+from tests.engine.random_transformer import END, MASK, VOCAB
 from tests.engine.stub_engine import build
-from tests.engine.test_engine_reference import CONFIG as SHORT_CONFIG
-from tests.engine.test_engine_reference import END, MASK, VOCAB
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.sampling_params import SamplingParams

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tests.engine.test_draft_budget import CPU, GPU, NATIVE
+from tests.engine.measured_costs import CPU, GPU, NATIVE
 from wedlm.algorithm.lookup import Proposal, TextLookup
 from wedlm.algorithm.params import verified_rows
 from wedlm.engine.adaptive.draft_budget import Budget, DraftBudget, expected_step

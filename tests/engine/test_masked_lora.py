@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.engine.native_model import attach_random
+from tests.engine.random_transformer import CONFIG, LENGTH, VOCAB, make_engine, random_model, requests_of
 from tests.engine.stub_engine import known_of
-from tests.engine.test_engine_reference import CONFIG, LENGTH, VOCAB, make_engine, random_model, requests_of
 from wedlm.algorithm import reference
 from wedlm.attention.sdpa import CausalAttend, PagedSdpa
 from wedlm.engine.engine import Engine

@@ -4,19 +4,17 @@
 import json
 import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.engine.native_model import NativeModel, needs_native
-from tests.engine.test_engine_histories import run_histories
-from tests.engine.test_load_weights import write_blocks
+from tests.engine.histories import run_histories
+from tests.engine.native_model import NativeModel, needs_native, torch_threads
 from tests.engine.tiny_llm import LENGTH, MASK, SLOT_BYTES, VOCAB, check_empty, save_tiny
-from tests.model.test_masked_lora import write_adapter
+from tests.model.gguf_files import write_blocks
+from tests.model.masked_adapters import write_adapter
 from tests.native.shapes import parts_of
 from wedlm import LLM, SamplingParams
 from wedlm.algorithm.params import DECODINGS
@@ -32,16 +30,6 @@ FAMILIES = {
     "llama, tied": {"qk_norm": False, "tie_word_embeddings": True, "num_kv_heads": 1},
     "qwen2": {"qk_norm": False, "qkv_bias": True, "num_heads": 2},
 }
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def native_llm(directory: str | Path, threads: int = 1, **options) -> LLM:

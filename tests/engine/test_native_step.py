@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine.histories import random_params, random_prompt, with_gap
 from tests.engine.native_model import NativeModel, needs_native
 from tests.engine.stub_engine import stub_engine
-from tests.engine.test_engine_histories import random_params, random_prompt, with_gap
 from tests.native.shapes import parts_of
 from wedlm.engine.engine import Engine
 from wedlm.engine.execution.base import StepExecutor

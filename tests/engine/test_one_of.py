@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 from pydantic import BaseModel, Field
 
+from tests.engine.alternatives import EXCLUSIVE, OVERLAPPING
 from tests.engine.random_schemas import random_schema
 from tests.engine.tiny_llm import save_tiny
 from wedlm import LLM, SamplingParams
@@ -32,30 +33,6 @@ class Dog(Closed):
 
 class Owner(Closed):
     pet: Annotated[Cat | Dog, Field(discriminator="kind")]
-
-
-TYPED = [{"type": "integer"}, {"type": "string"}, {"type": ["null", "boolean"]}, {"enum": [[1], {}]}]
-KINDS = [{"properties": {"k": {"const": c}}, "required": ["k"], "type": "object"} for c in ("a", "b", 1, True, None)]
-EXCLUSIVE = [
-    TYPED,
-    KINDS,
-    [{"const": 1}, {"enum": [2, True, "1"]}, {"enum": [[1], "2"]}],
-    [{"allOf": [{"type": "string"}]}, {"anyOf": [{"type": "integer"}, {"type": "null"}]}],
-    [False, {}],
-]
-OVERLAPPING = [
-    [{"type": "string"}, {"type": "string"}],
-    [{"type": "integer"}, {"type": "number"}],
-    [{"const": 1}, {"enum": [1.0, 2]}],
-    [{"type": "string"}, True],
-    [
-        {"properties": {"k": {"const": "a"}}, "required": ["k"]},
-        {"properties": {"k": {"const": "b"}}, "required": ["k"]},
-    ],
-    [{"type": "object", "properties": {"k": {"const": c}}} for c in "ab"],  # {} is both
-    [{"$ref": "#/nowhere"}, {"type": "null"}],
-    [{"type": "null"}, {"anyOf": [{"type": "integer"}, {"type": "null"}]}],
-]
 
 
 @pytest.mark.parametrize("alternatives", EXCLUSIVE, ids=str)

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from tests.attack.schemas import nested_references
-from tests.engine.test_one_of import EXCLUSIVE, OVERLAPPING
+from tests.engine.alternatives import EXCLUSIVE, OVERLAPPING
 from wedlm.engine.constraints import one_of
 from wedlm.engine.constraints.one_of import check_one_of, exclude
 

@@ -211,7 +211,7 @@ def test_its_engine_options(original):
         ({"hf_config": {"a": 1}}, "hf_config is {'a': 1}; expected none: the checkpoint's config.json is read"),
         ({"enforce_eager": 1}, "enforce_eager is 1; expected True or False"),
         ({"enforce_eager": True, "cuda_graphs": True}, "enforce_eager is True and cuda_graphs is True; expected one"),
-        ({"kvcache_block_size": 256, "page_size": 16}, "kvcache_block_size is set beside page_size"),
+        ({"kvcache_block_size": 256, "page_size": 16}, "kvcache_block_size is set and so is page_size"),
         ({"kvcache_block_size": 0}, "page_size is 0; expected an integer >= 1"),
     ],
 )

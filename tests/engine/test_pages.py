@@ -26,7 +26,7 @@ def state(pool: PagePool) -> dict:
 
 
 def test_pages_reserved_ahead_for_a_window_are_never_found():
-    """Defect 1 of the reference engine: its cache hands out pages that hold a window's scratch."""
+    """The original implementation's cache hands out pages that hold a window's scratch."""
     pool = PagePool(16, 4)
     tokens = list(range(20))
     pool.allocate("a", tokens, 10)
@@ -195,7 +195,7 @@ CORRUPTIONS: dict[str, Callable[[PagePool], object]] = {
     "page twice in a table": lambda p: p.table("a").append(p.table("a")[0]),
     "page dropped from a table": lambda p: p.table("a").pop(),
     "table dropped": lambda p: p._tables.pop("b"),
-    "scratch page filed (defect 1)": lambda p: (
+    "scratch page filed": lambda p: (
         p._page_of.__setitem__(b"x", p.table("a")[-1]),
         p._digest_of.__setitem__(p.table("a")[-1], b"x"),
     ),

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.engine.measured_costs import GPU
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
-from tests.engine.test_draft_budget import GPU
 from tests.stub import StubModel
 from wedlm.engine.adaptive.prefill_budget import PrefillBudget
 from wedlm.engine.adaptive.step_costs import StepCosts

@@ -2,6 +2,8 @@
 """Tensor parallelism on a CPU: two processes on one tiny model, as one."""
 
 import socket
+import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,8 @@ from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, ent
 from wedlm.engine.llm import LLM
 from wedlm.engine.ranks.choice import ChoiceRows, choose_over_ranks
 from wedlm.engine.ranks.messages import Kind, encode, receive
+from wedlm.engine.ranks.processes import _Processes
+from wedlm.engine.ranks.reports import FAILED, send_report
 from wedlm.engine.sampling_params import SamplingParams
 
 ONE = {"device": "cpu", "dtype": "float32", "quantization": "none", "max_num_batched_tokens": 36, "max_num_seqs": 4}
@@ -105,9 +109,59 @@ def test_bad_values_are_one_sentence(directory):
         LLM(directory, device="cpu", quantization="int8", tensor_parallel_size=2)
 
 
-def test_one_rank_has_nothing_of_it(directory):
-    """No process group, no hook, no wrapper: with one rank the engine is the one without the option."""
+@pytest.fixture
+def three(tmp_path, monkeypatch):
+    """Other ranks that do nothing."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    processes = _Processes([{"threads": 1}] * 3, tmp_path / "meeting")
+    yield processes
+    processes.close()
+
+
+def test_whoever_is_told_of_a_lost_rank_finds_all_ended(three):
+    codes: list[int | None] = []
+
+    def fail(reason: str) -> None:
+        three.fail(reason)
+        codes.extend(process.returncode for process in three.processes)
+
+    threads = [threading.Thread(target=fail, args=(reason,)) for reason in ("one", "another")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [-9] * 6
+    assert three.reason in ("one", "another")
+
+
+@pytest.mark.parametrize("missing", ["RuntimeError: [/x/gloo/transport/pair.cc:9] closed", "DistBackendError: x"])
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_the_rank_that_was_lost_is_named_rather_than_one_that_missed_it(three, missing, is_killed):
+    ours, theirs = socket.socketpair()
+    three.connections[0].close()
+    three.connections[0] = ours
+    lost = threading.Event()
+    three.on_fault = lost.set
+    with theirs:
+        send_report(theirs, FAILED, message=missing)
+        if is_killed:
+            three.processes[1].kill()
+            three.processes[1].wait()
+        three.watch()
+        assert lost.wait(60)
+    assert three.reason == ("rank 2 of 4 was ended by SIGKILL" if is_killed else f"rank 1 of 4 failed: {missing}")
+
+
+def test_one_rank_has_nothing_of_it(directory, monkeypatch):
+    """No process group, no hook, no wrapper: with one rank the engine is the one without the option, and imports
+    nothing of several while it is made and runs (``test_layers.py``: nor before)."""
+    for name in [name for name in sys.modules if name.startswith("wedlm.engine.ranks")]:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it is an error
     llm = LLM(directory, **ONE, tensor_parallel_size=1)
+    assert llm.generate(["x"], SamplingParams(max_tokens=4))[0].token_ids
     assert llm._ranks is None
     assert not any(module._forward_hooks for module in llm.model.modules())
     assert llm.engine.runner.eager.model is llm.model

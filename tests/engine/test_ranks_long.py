@@ -16,6 +16,7 @@ import pytest
 
 from tests.engine.ranks_twin import chunk, engine_of, run_history
 from tests.engine.tiny_llm import PROMPTS, check_empty, save_tiny
+from tests.processes import is_running, peak_bytes
 from wedlm.algorithm.params import DECODINGS
 from wedlm.engine.async_llm import AsyncEngine
 from wedlm.engine.llm import LLM
@@ -73,13 +74,6 @@ def test_every_mode_writes_what_one_rank_writes(directory, size, record_property
     assert same == total
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
 def end(pid: int, how: str) -> None:
     """One way to lose a rank."""
     if how == "memory":  # the next allocation of any size fails
@@ -103,6 +97,8 @@ def test_fifty_lost_ranks(directory, size, block, record_property):
             with pytest.raises(RankFault, match="the engine's ranks were ended, and what they were generating is lost"):
                 loss.generate()
             latest = max(latest, time.monotonic() - loss.at)
+            name = f"rank {pids.index(loss.victim) + 1} of {size} "
+            assert ("a rank did not answer" if loss.how == "SIGSTOP" else name) in str(llm._fault), loss.how
             reasons.add(str(llm._fault).rpartition("lost: ")[2][:60])
             assert not any(map(is_running, pids)), loss.how
             assert [output.token_ids for output in llm.generate(SOME, LONG)] == expected
@@ -198,12 +194,12 @@ def test_no_rank_ever_holds_the_whole_model(tmp_path, record_property):
     peaks = []
     for path in (small, large):
         llm = LLM(path, **ONE, tensor_parallel_size=2)
-        peaks.append(llm._ranks.reports[0]["peak_bytes"])
+        peaks.append(peak_bytes(llm._ranks.pids[0]))
         llm.exit()
     share = (peaks[1] - peaks[0]) / whole
     record_property("weights, MB", whole // 10**6)
     record_property("share of them at the peak of a rank of two", round(share, 2))
-    assert share < 0.85
+    assert 0.4 < share < 0.85
 
 
 def test_several_engines_of_one_process(directory):

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.native_model import needs_native
-from tests.engine.test_native_engine import torch_threads
+from tests.engine.native_model import needs_native, torch_threads
 from tests.engine.tiny_llm import check_empty, save_tiny
 from wedlm import LLM, SamplingParams
 from wedlm.attention.base import KVCache

@@ -54,6 +54,8 @@ INVALID: list[tuple[str, Any]] = [
     *(("repetition_penalty", value) for value in (0, -1, 101, NAN, None, "1", True)),
     *(("min_p", value) for value in (-0.1, 1.1, NAN, None, True)),
     ("cache_salt", 5),
+    ("priority", 0.5),
+    ("priority", 2**31),
     ("include_stop_str_in_output", 1),
     ("logit_bias", [1]),
     ("logit_bias", 5),
@@ -127,7 +129,7 @@ def test_more_tokens_required_than_allowed():
 
 
 def test_unknown_option_is_an_error():
-    """The reference engine drops unknown options without a word."""
+    """The original implementation drops unknown options without a word."""
     with pytest.raises(TypeError, match="unexpected keyword argument 'temperatur'"):
         SamplingParams(temperatur=0.5)
     with pytest.raises(TypeError):
@@ -205,7 +207,7 @@ def test_constraints_have_bounds():
         ({"grammar": "x" * 70_000}, "grammar has 70000 characters; expected at most 65536"),
         ({"json_schema": endless}, "json_schema is nested more than 64 deep"),
         ({"json_schema": "[" * 100_000}, "json_schema is '[[["),
-        ({"json_schema": {}, "grammar": "start: /a/"}, "grammar is set beside json_schema; expected one of them"),
+        ({"json_schema": {}, "grammar": "start: /a/"}, "grammar is set and so is json_schema; expected one of them"),
         ({"logit_bias": {1: 101}}, "logit_bias[1] is 101; expected a number >= -100 and <= 100"),
         ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias has 1025 entries; expected at most 1024"),
     ):

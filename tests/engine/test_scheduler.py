@@ -106,17 +106,21 @@ def test_who_asks_for_many_keeps_nobody_from_pages(pages):
         check_outcome(MODEL, request)
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
 @pytest.mark.parametrize("lagging", [False, True])
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))])
-def test_those_that_run_come_first(seed, lagging):
-    """Where pages and rows suffice. Each group has one sequence or several."""
+def test_those_that_run_come_first(seed, lagging, policy):
+    """Where pages and rows suffice. Each group has one sequence or several, of one priority."""
     rng = random.Random(seed)
-    engine = stub_engine(MODEL, lagging=lagging, max_num_seqs=4, num_pages=2000, max_num_batched_tokens=1000)
+    limits = {"max_num_seqs": 4, "num_pages": 2000, "max_num_batched_tokens": 1000}
+    engine = stub_engine(MODEL, lagging=lagging, scheduling_policy=policy, **limits)
     added: list = []
-    moved = 0
+    moved = passed_over = 0
     for group in range(60):
+        priority = rng.choice([0, 0, -3, 7])
         for turn in range(rng.choice([1, 1, 5])):
-            params = SamplingParams(decoding=rng.choice(["autoregressive", "verified"]), max_tokens=rng.randint(1, 20))
+            decoding, most = rng.choice(["autoregressive", "verified"]), rng.randint(1, 20)
+            params = SamplingParams(decoding=decoding, max_tokens=most, priority=priority)
             prompt = [rng.randrange(MODEL.vocab_size) for _ in range(rng.randint(1, 12))]
             added.append(engine.add(f"{group} {turn}", prompt, params, turn=turn))
         for _ in range(rng.randint(0, 6)):
@@ -128,6 +132,8 @@ def test_those_that_run_come_first(seed, lagging):
             if not lagging:  # else it shows a step later
                 first = sorted(before, key=lambda request: request.order)[:4]
                 assert {r for r in first if not r.finish_reason} == set(engine.scheduler.running)
+                runs = max((r.params.priority for r in engine.scheduler.running), default=-4)
+                passed_over += any(r.params.priority < runs for r in engine.scheduler.waiting)
     while engine.has_work:
         engine.step()
         check_engine(engine)
@@ -136,4 +142,5 @@ def test_those_that_run_come_first(seed, lagging):
         if request.finish_reason != "abort":
             check_outcome(MODEL, request)
     assert moved > 3
+    assert lagging or (passed_over > 0) == (policy == "fcfs")
     assert engine.pool.num_available == engine.pool.num_pages

@@ -144,3 +144,13 @@ def write_sweep(folder: Path, num: int = 40) -> None:
                     pos_penalty=penalty,
                 )
                 number += 1
+
+
+def samples(evaluation, record, task):
+    path = evaluation.settings.output / record["tasks"][task]["samples_file"]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def without_time(line):
+    line = {name: value for name, value in line.items() if name != "seconds"}
+    return line | {"logprobs": [round(value, 4) for value in line.get("logprobs", [])]}

@@ -165,5 +165,5 @@ def test_divergences_say_where_and_how_undecided_ar_was(tmp_path):
     first, second = (logprob for _, logprob in output.top_logprobs[3])
     assert [(one.doc_id, one.token) for one in found + shorter] == [(5, 3), (5, 2)]
     assert found[0].gap == pytest.approx(first - second, abs=1e-5)
-    with pytest.raises(ValueError, match="question 5 meets question 6; expected the same questions"):
+    with pytest.raises(ValueError, match="question 5 is paired with question 6; expected the same questions"):
         divergences(llm, [line], [{**line, "doc_id": 6}], chat=False)

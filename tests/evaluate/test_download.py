@@ -3,7 +3,6 @@
 
 import pytest
 
-pytest.importorskip("lm_eval")
 from wedlm.evaluate.data import load, read_rows
 from wedlm.evaluate.download import SOURCES, download_all
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("lm_eval")
 from tests.evaluate.eval_data import REAL, needs_data
 from wedlm.engine.llm import LLM
 from wedlm.evaluate.divergence import divergences

@@ -8,14 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
 from tests.engine.tiny_llm import save_tiny
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.engine.llm import LLM
-
-pytest.importorskip("lm_eval")
-from lm_eval.api.instance import Instance
-
 from wedlm.evaluate.harness import EngineLM
 from wedlm.evaluate.likelihood import LikelihoodScorer
 

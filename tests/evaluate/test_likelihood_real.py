@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("lm_eval")
 from tests.evaluate.eval_data import REAL, needs_data
 from wedlm.engine.llm import LLM
 from wedlm.evaluate.harness import EngineLM

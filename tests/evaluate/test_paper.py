@@ -3,7 +3,6 @@
 
 import pytest
 
-pytest.importorskip("lm_eval")
 from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.eval_data import write_rows
 from wedlm.engine.llm import LLM

@@ -214,7 +214,7 @@ def test_figures_are_written_as_files_too(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--figures", "x", "--no-plots"], "--figures is x; expected no such option beside --no-plots"),
+        (["--figures", "x", "--no-plots"], "--figures is x; expected no such option with --no-plots"),
         (["--examples", "-1"], "--examples is -1; expected 0 or more"),
         (["--baseline", "x"], "the baseline 'x' fits no run"),
         (["--tokenizer", "no-such-directory"], "no-such-directory does not exist"),

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs from start to files, with a tiny model: what the files say, resuming, and sharing of prompts."""
 
-import json
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-pytest.importorskip("lm_eval")
 from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.eval_data import write_rows, write_small_sets
+from tests.evaluate.result_files import samples, without_time
 from wedlm.engine.llm import LLM
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.evaluate.data import load
@@ -70,11 +69,6 @@ def test_weights_in_few_bits_are_another_run(llm, directory):
     eight = LLM(directory, device="cpu", quantization="int8")
     found = [model_provenance(one, str(directory), None).dtype for one in (llm, eight)]
     assert found == ["float32", "float32, int8 weights"]
-
-
-def samples(evaluation, record, task):
-    path = evaluation.settings.output / record["tasks"][task]["samples_file"]
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_the_files_of_a_run(evaluation, llm, sandbox):
@@ -206,11 +200,6 @@ def scorer(llm, max_rows):
     from wedlm.evaluate.likelihood import LikelihoodScorer
 
     return LikelihoodScorer(llm, max_rows)
-
-
-def without_time(line):
-    line = {name: value for name, value in line.items() if name != "seconds"}
-    return line | {"logprobs": [round(value, 4) for value in line.get("logprobs", [])]}
 
 
 def test_too_long_prompts_lose_their_beginning(directory, tmp_path):

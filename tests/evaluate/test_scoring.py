@@ -5,7 +5,6 @@ import importlib.util
 
 import pytest
 
-pytest.importorskip("lm_eval")
 from tests.evaluate.eval_data import REAL, needs_data
 from tests.evaluate.programs import runs
 from wedlm.evaluate import code_tasks as code

@@ -10,11 +10,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("lm_eval")
 from tests.cli.command import wedlm
 from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.eval_data import write_small_sets
-from tests.evaluate.test_run import samples, without_time
+from tests.evaluate.result_files import samples, without_time
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.engine.llm import LLM
 from wedlm.engine.sampling_params import SamplingParams
@@ -125,8 +124,8 @@ def test_other_decoding_is_refused(directory, tmp_path, vllm):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--decoding", "streaming"], "--decoding is streaming; expected autoregressive beside --engine vllm"),
-        (["--kv-cache-gb", "1"], "--kv-cache-gb is 1.0; expected no such option beside --engine vllm"),
+        (["--decoding", "streaming"], "--decoding is streaming; expected autoregressive with --engine vllm"),
+        (["--kv-cache-gb", "1"], "--kv-cache-gb is 1.0; expected no such option with --engine vllm"),
         ([], "vllm is not installed"),
     ],
 )

@@ -5,13 +5,11 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
-
-pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.eval_data import write_small_sets
-from tests.evaluate.test_run import samples, without_time
+from tests.evaluate.result_files import samples, without_time
 from wedlm.engine.llm import LLM
 from wedlm.evaluate.harness import EngineBackend
 from wedlm.evaluate.provenance import model_provenance
@@ -131,20 +129,21 @@ def test_replicas_answer_as_one_engine(directory, tmp_path, stub):
 def test_too_many_workers_are_refused(directory, stub):
     stub(CPU=3)
     with pytest.raises(
-        ValueError, match="--workers is 2, and each takes 2 CPU; expected no more than Ray has CPUs for, 3"
+        ValueError, match="--workers is 2, and each takes 2 CPU; expected at most the 3 CPUs that Ray has"
     ):
         RayBackend(options(directory), 2, threads=2)
     stub(CPU=8, GPU=1)
     with pytest.raises(ValueError, match="--workers is 2, and each takes 1 GPU"):
         RayBackend({**options(directory), "device": "auto"}, 2)
-    with pytest.raises(ValueError, match="--device is cuda:1; expected auto, cuda or cpu beside --workers"):
+    with pytest.raises(ValueError, match="--device is cuda:1; expected auto, cuda or cpu with --workers"):
         RayBackend({**options(directory), "device": "cuda:1"}, 1)
 
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_two_workers_of_ray_answer_as_one_engine(directory, tmp_path, record_property):
-    ray = pytest.importorskip("ray")
+    import ray
+
     ray.init(num_cpus=2, address="local", include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         many = results(RayBackend(options(directory), 2), tmp_path, "many")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextIteratorStreamer
 
-from tests.engine.tiny_llm import END, PROMPTS, save_tiny
+from tests.engine.tiny_llm import END, LENGTH, PROMPTS, save_tiny
 from wedlm import LLM, SamplingParams
 from wedlm.hf import WeDLMForCausalLM
 
@@ -181,25 +181,29 @@ def test_several_sequences_of_a_prompt(model: WeDLMForCausalLM) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_criteria_end_a_sequence_at_their_token(model: WeDLMForCausalLM, mode: str) -> None:
-    """Each sees every length once; tokens that a forward made beyond the end are dropped, and other rows go on."""
+    """They see all rows at every length, once; tokens that a forward made beyond the end are dropped, and other rows go
+    on."""
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
     options = {"max_new_tokens": 20, "decoding": mode, "wedlm_entropy_threshold": 3.0, "eos_token_id": END}
     whole = model.generate(ids, **options)
-    seen: dict[int, list[int]] = {5: [], 8: []}
+    seen: list[int] = []
 
     def criterion(tokens: torch.Tensor, scores: None) -> torch.Tensor:
         assert scores is None
-        first, length = int(tokens[0, 0]), tokens.shape[1]
-        seen[first].append(length)
-        assert torch.equal(tokens[0], whole[0 if first == 5 else 1, :length])
-        return torch.tensor([first == 5 and length == 10])
+        length = tokens.shape[1]
+        seen.append(length)
+        assert torch.equal(tokens[1], whole[1, :length])
+        assert torch.equal(tokens[0, :10], whole[0, : min(length, 10)])
+        assert set(tokens[0, 10:].tolist()) <= {END}
+        return torch.tensor([length == 10, False])
 
     found = model.generate(ids, stopping_criteria=[criterion], pad_token_id=END, **options)
     assert torch.equal(found[1], whole[1])
     assert torch.equal(found[0, :10], whole[0, :10])
     assert set(found[0, 10:].tolist()) == {END}
-    assert seen[5] == list(range(4, 11))
-    assert seen[8] == list(range(4, 24))
+    assert seen == list(range(4, 24))
+    found = model.generate(ids, stopping_criteria=[lambda tokens, scores: tokens.shape[1] == 8], **options)
+    assert torch.equal(found, whole[:, :8])
 
 
 def test_stop_strings_and_time(directory: Path, model: WeDLMForCausalLM) -> None:
@@ -219,5 +223,28 @@ def test_a_streamer_gets_the_text(directory: Path, model: WeDLMForCausalLM) -> N
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     found = model.generate(ids, max_new_tokens=20, streamer=streamer)
     assert "".join(streamer) == tokenizer.decode(found[0, 3:])
-    with pytest.raises(ValueError, match="streamer is given beside 2 sequences"):
+    with pytest.raises(ValueError, match="streamer is given with 2 sequences"):
         model.generate(ids.repeat(2, 1), max_new_tokens=2, streamer=streamer)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lm_evals_backend_for_transformers_runs_on_it(directory: Path, model: WeDLMForCausalLM, llm: LLM) -> None:
+    """With both kinds of its tasks: texts until a string, in batches, and likelihoods."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, pad_token="<|end|>")
+    backend = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=LENGTH)
+    until = llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=20))[0].text[10:12]
+    options = {"until": [until], "max_gen_toks": 20, "do_sample": False}
+    asked = [Instance("generate_until", {}, (prompt, options), 0) for prompt in PROMPTS]
+    params = SamplingParams(temperature=0, max_tokens=20, stop=until)
+    expected = [output.text for output in llm.generate(PROMPTS, params)]
+    assert backend.generate_until(asked, disable_tqdm=True) == expected
+    asked = [Instance("loglikelihood", {}, (prompt, " and so on"), 0) for prompt in PROMPTS]
+    for (found, _), prompt in zip(backend.loglikelihood(asked, disable_tqdm=True), PROMPTS, strict=True):
+        whole = llm.tokenizer.encode(prompt + " and so on")
+        start = len(llm.tokenizer.encode(prompt))
+        logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        score = sum(float(logits[i - 1, whole[i]]) for i in range(start, len(whole)))
+        assert found == pytest.approx(score, abs=1e-3)

@@ -23,8 +23,6 @@ from tests.hf.masked_batches import (
 from wedlm import LLM
 from wedlm.hf import WeDLMForCausalLM, masked_loss, masked_training
 
-pytest.importorskip("trl", reason="TRL is not installed")
-
 CHATS = [
     {"messages": [{"role": "user", "content": f"Hello {i}"}, {"role": "assistant", "content": "abc abc"}]}
     for i in range(16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tests.kernels.test_kernels import DTYPES, close, summable
+from tests.kernels.comparing import DTYPES, close, summable
 from tests.model.tiny import our_model
 from wedlm import LLM
 from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility

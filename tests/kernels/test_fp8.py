@@ -9,20 +9,12 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from tests.kernels.test_kernels import DTYPES, close
+from tests.kernels.comparing import DTYPES, close, same_rows
 from wedlm.kernels.fp8 import Fp8Rows, Unscaled, multiply_scales, quantize_rows
 from wedlm.kernels.matmul import Tiling, few_rows_product
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.kernels.rope import norm_rope_write
-from wedlm.model.inference.quantization import FP8, Fp8Linear, quantize
-
-
-def same_rows(actual: Fp8Rows, expected: torch.Tensor) -> None:
-    """Those of ``quantize(expected)``, exactly."""
-    values, scale = quantize(expected)
-    assert actual.values.dtype == FP8
-    assert torch.equal(actual.values.float(), values.float())
-    assert torch.equal(actual.scale, scale)
+from wedlm.model.inference.quantization import Fp8Linear, quantize
 
 
 def near_rows(actual: Fp8Rows, expected: torch.Tensor) -> None:

@@ -9,10 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 from tests.engine.tiny_llm import PROMPTS, save_tiny
-from tests.kernels.test_fp8 import same_rows
-from tests.kernels.test_graph_runner import LENGTH, MASK, PAGE_SIZE, PAGES, few_rows_beside_chunks, outcomes
-from tests.kernels.test_kernels import DTYPES
-from tests.kernels.test_paged_attention import random_batch
+from tests.kernels.comparing import DTYPES, same_rows
+from tests.kernels.graph_engine import LENGTH, MASK, PAGE_SIZE, PAGES, few_rows_beside_chunks, outcomes
+from tests.kernels.random_batches import random_batch
 from tests.model.tiny import our_model
 from wedlm import LLM, SamplingParams
 from wedlm.attention.base import FP8, KVCache

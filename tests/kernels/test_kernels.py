@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
+from tests.kernels.comparing import DTYPES, close, summable
 from tests.model.tiny import our_model
 from wedlm.algorithm.sample import ban_tokens, entropy_and_logsumexp
 from wedlm.kernels.embed import embed
@@ -14,20 +15,6 @@ from wedlm.kernels.matmul import Tiling, few_rows_product
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.kernels.rope import norm_rope_write
 from wedlm.model.rope import RotaryEmbedding, rotate
-
-# Triton's interpreter has no dot of bfloat16.
-DTYPES = [torch.float32, torch.bfloat16 if torch.cuda.is_available() else torch.float16]
-
-
-def close(actual, expected, dtype, scale=1.0):
-    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype] * scale
-    torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
-
-
-def summable(x, unit):
-    """On a GPU x itself. On a CPU x in multiples of ``unit``, whose sums float32 holds exactly in any order: the
-    interpreter's products are BLAS's, which on some CPUs orders a sum by its place in the tile."""
-    return x if x.is_cuda else (x / unit).round() * unit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

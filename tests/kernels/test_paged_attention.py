@@ -8,10 +8,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from tests.kernels.test_kernels import DTYPES
-from tests.model.test_masked_lora import random_lora
+from tests.kernels.comparing import DTYPES
+from tests.kernels.random_batches import random_batch
+from tests.model.masked_adapters import random_lora
 from tests.model.tiny import our_model
-from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
+from wedlm.attention.base import ExtendBatch, KVCache
 from wedlm.attention.paged import plan_paged
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.kernels import attention
@@ -22,22 +23,6 @@ from wedlm.model.inference.layers import pack_for_inference
 from wedlm.model.inference.triton_transformer import FusedTransformer
 from wedlm.model.lora.masked_rows import attach_masked_lora
 from wedlm.model.lora.row_factors import RowFactors
-
-
-def random_batch(rng: random.Random, lengths, page_size: int, device, groups: bool):
-    needed = [-(-(start + count) // page_size) + rng.randint(0, 2) for start, count in lengths]
-    pages = list(range(sum(needed) + 3))
-    rng.shuffle(pages)
-    tables = [[pages.pop() for _ in range(n)] for n in needed]
-    shared, own = [], []
-    for _, count in lengths:
-        first = rng.randint(1, count)  # rows of the anchor and drafts, then one group after some of them
-        for row in range(count):
-            shared.append(rng.randint(1, first) if row >= first else 0)
-            own.append(rng.randint(first, row) if row >= first else 0)
-    visibility = RowVisibility(torch.tensor(shared, device=device), torch.tensor(own, device=device))
-    starts, counts = [s for s, _ in lengths], [c for _, c in lengths]
-    return ExtendBatch(starts, counts, tables, visibility if groups else None), sum(needed) + 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

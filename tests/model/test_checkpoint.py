@@ -9,10 +9,9 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.model.tiny import CASES, hf_config, hf_model, logits_of, our_model
+from tests.model.tiny import CASES, hf_config, hf_model, logits_of, our_model, rewrite
 from wedlm.model import CheckpointError, ModelConfig, load_model, pack_for_inference, save_model
 
 TOKENS = [1, 5, 42, 7, 96]
@@ -24,16 +23,6 @@ def saved(tmp_path: Path) -> Path:
     """A checkpoint directory written by us."""
     save_model(our_model("llama"), ModelConfig.from_hf(hf_config("llama")), tmp_path)
     return tmp_path
-
-
-def rewrite(directory: Path, **changes: torch.Tensor | None) -> None:
-    """Replace tensors of the checkpoint by name; None drops one."""
-    tensors = load_file(directory / WEIGHTS)
-    for name, tensor in changes.items():
-        tensors.pop(name, None)
-        if tensor is not None:
-            tensors[name] = tensor
-    save_file(tensors, directory / WEIGHTS)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -106,7 +95,7 @@ def test_end_tokens_of_generation_config_come_first(saved: Path, recorded: objec
 def test_redundant_tensors_are_ignored(tmp_path: Path) -> None:
     save_model(our_model("llama-tied"), ModelConfig.from_hf(hf_config("llama-tied")), tmp_path)
     rewrite(
-        tmp_path,
+        tmp_path / WEIGHTS,
         **{
             "lm_head.weight": our_model("llama-tied").model.embed_tokens.weight.detach().clone(),
             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
@@ -119,7 +108,7 @@ def test_redundant_tensors_are_ignored(tmp_path: Path) -> None:
 
 def test_an_output_projection_that_is_not_the_embedding_is_kept_whatever_the_config_says(tmp_path: Path) -> None:
     save_model(our_model("llama-tied"), ModelConfig.from_hf(hf_config("llama-tied")), tmp_path)
-    rewrite(tmp_path, **{"lm_head.weight": torch.ones(97, 48)})
+    rewrite(tmp_path / WEIGHTS, **{"lm_head.weight": torch.ones(97, 48)})
     model, config = load_model(tmp_path)
     assert not config.tie_word_embeddings
     assert torch.equal(model.lm_head.weight, torch.ones(97, 48))
@@ -191,12 +180,12 @@ class TestErrors:
             load_model(saved)
 
     def test_missing_tensor(self, saved: Path) -> None:
-        rewrite(saved, **{"model.norm.weight": None, "lm_head.weight": None})
+        rewrite(saved / WEIGHTS, **{"model.norm.weight": None, "lm_head.weight": None})
         with pytest.raises(CheckpointError, match=r"lacks the tensor model\.norm\.weight and 1 more"):
             load_model(saved)
 
     def test_unexpected_tensor(self, saved: Path) -> None:
-        rewrite(saved, **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)})
+        rewrite(saved / WEIGHTS, **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)})
         with pytest.raises(CheckpointError, match=r"q_proj\.bias, which a llama model of this config does not have"):
             load_model(saved)
 
@@ -208,12 +197,12 @@ class TestErrors:
             load_model(saved)
 
     def test_wrong_shape(self, saved: Path) -> None:
-        rewrite(saved, **{"model.norm.weight": torch.zeros(47)})
+        rewrite(saved / WEIGHTS, **{"model.norm.weight": torch.zeros(47)})
         with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \[47\]; expected \[48\]"):
             load_model(saved)
 
     def test_wrong_dtype(self, saved: Path) -> None:
-        rewrite(saved, **{"model.norm.weight": torch.zeros(48, dtype=torch.int8)})
+        rewrite(saved / WEIGHTS, **{"model.norm.weight": torch.zeros(48, dtype=torch.int8)})
         with pytest.raises(CheckpointError, match=r"model\.norm\.weight has dtype torch\.int8; expected one of"):
             load_model(saved)
 
@@ -265,5 +254,5 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.Monkey
         raise ConnectionError("no route\nand a long tail")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    with pytest.raises(CheckpointError, match=r"is no local path and could not be fetched .*: no route$"):
+    with pytest.raises(CheckpointError, match=r"is not a local path, and it could not be fetched .*: no route$"):
         load_model("some-org/some-model")

@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.model.test_gguf import gguf_tensors
-from tests.model.test_peft import KINDS as ADAPTERS
-from tests.model.test_peft import trained
-from tests.model.test_tokenizer import CHATML, MESSAGES, TEXTS, TOOL, train
+from tests.model.gguf_files import gguf_tensors
+from tests.model.peft_kinds import KINDS as ADAPTERS
+from tests.model.peft_kinds import trained
 from tests.model.tiny import LLAMA3_ROPE, hf_config, hf_model, logits_of
+from tests.model.trained_tokenizers import CHATML, MESSAGES, TEXTS, TOOL, train
 from wedlm.model import ModelConfig, Transformer, load_model, load_tokenizer
 from wedlm.model.formats.checkpoint import with_end_tokens
 from wedlm.model.lora.peft import apply_adapter
@@ -330,7 +330,8 @@ def write_gguf(path: Path, model: Transformer, arch: str, pre: str, keys: dict[s
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapter(name: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     model_name, options = ADAPTERS[name]
     hf_model(model_name, vocab_size=VOCAB).save_pretrained(tmp_path / "base")
     with warnings.catch_warnings():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 
-from tests.model.test_tokenizer import CHATML, TEMPLATES, train
+from tests.model.trained_tokenizers import CHATML, TEMPLATES, train
 from tests.train.chat_data import THINKING, metaspace_tokenizer
 from wedlm.model import Tokenizer
 from wedlm.model.formats.control_tokens import MAX_SPELLED, ControlTokens

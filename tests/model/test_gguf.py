@@ -7,67 +7,14 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from torch import Tensor
 
+from tests.model.gguf_files import permute_rows, write_gguf
 from tests.model.tiny import YARN_ROPE, hf_config, logits_of, our_model
-from wedlm.model import CheckpointError, ModelConfig, RopeScaling, Transformer, load_model
+from wedlm.model import CheckpointError, ModelConfig, RopeScaling, load_model
 from wedlm.model.formats.gguf_file import GGUFFile
-from wedlm.model.formats.gguf_model import _LAYER_NAMES, _TOP_NAMES, unpermute_rows
+from wedlm.model.formats.gguf_model import unpermute_rows
 
 TOKENS = [1, 5, 42, 7, 96]
-
-
-def permute_rows(tensor: Tensor, num_heads: int) -> Tensor:
-    """What llama.cpp's converter does to q and k: rows (head, 2, D/2) -> (head, D/2, 2)."""
-    halves = tensor.reshape(num_heads, 2, -1, *tensor.shape[1:])
-    return halves.swapaxes(1, 2).reshape(tensor.shape)
-
-
-def write_gguf(
-    path: Path, model: Transformer, arch: str, change: dict[str, Any] | None = None, **extra: Tensor
-) -> Path:
-    """``change`` replaces metadata (key without architecture -> value, None drops); ``extra`` adds tensors."""
-    config = model.config
-    keys: dict[str, Any] = {
-        "block_count": config.num_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": config.rope_theta,
-        **(change or {}),
-    }
-    writer = gguf.GGUFWriter(path, arch)
-    for key, value in keys.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        if value is not None:
-            add[type(value)](f"{arch}.{key}", value)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_eot_token_id(7)
-    for name, tensor in gguf_tensors(model, arch).items() | extra.items():
-        writer.add_tensor(name, tensor.detach().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def gguf_tensors(model: Transformer, arch: str) -> dict[str, Tensor]:
-    tensors = {}
-    for name, tensor in model.named_parameters():
-        for theirs, ours in {**_TOP_NAMES, **_LAYER_NAMES}.items():
-            if name == ours:
-                tensors[theirs] = tensor
-            elif name.startswith("model.layers.") and name.split(".", 3)[3].rpartition(".")[0] == ours:
-                heads = {"attn_q": model.config.num_heads, "attn_k": model.config.num_kv_heads}.get(theirs)
-                permuted = permute_rows(tensor, heads) if heads and arch == "llama" else tensor
-                tensors[f"blk.{name.split('.')[2]}.{theirs}.{name.rpartition('.')[2]}"] = permuted
-    return tensors
 
 
 @pytest.mark.parametrize(
@@ -185,10 +132,10 @@ class TestErrors:
     def test_truncated_file(self, keep: int, tmp_path: Path) -> None:
         path = write_gguf(tmp_path / "m.gguf", our_model("llama"), "llama")
         path.write_bytes(path.read_bytes()[:keep])
-        with pytest.raises(CheckpointError, match=r"m\.gguf is (no|a truncated or corrupt) GGUF file|is truncated"):
+        with pytest.raises(CheckpointError, match=r"m\.gguf is (not a|a truncated or corrupt) GGUF file|is truncated"):
             load_model(path)
 
     def test_file_that_is_not_gguf(self, tmp_path: Path) -> None:
         (tmp_path / "m.gguf").write_bytes(b"PK\3\4" + bytes(100))
-        with pytest.raises(CheckpointError, match="is no GGUF file"):
+        with pytest.raises(CheckpointError, match="is not a GGUF file"):
             load_model(tmp_path / "m.gguf")

@@ -15,7 +15,8 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.engine.tiny_llm import ASSISTANT, CHARACTERS, CHAT_TEMPLATE, END, USER, VOCAB, save_tiny, tiny_tokenizer
-from tests.model import test_gguf, test_tokenizer
+from tests.model import trained_tokenizers
+from tests.model.gguf_files import gguf_tensors
 from tests.model.tiny import hf_config, logits_of, our_model
 from wedlm import LLM, SamplingParams
 from wedlm.cli.init import run_init
@@ -78,22 +79,25 @@ class TestInitialise:
     @pytest.mark.parametrize("kind", ["smollm", "qwen2", "llama-bpe"])
     def test_from_gguf_the_tokenizer_is_written_so_that_all_agree(self, kind: str, tmp_path: Path) -> None:
         """One file with a model and a tokenizer; then the GGUF's ids = ours = transformers'."""
-        backend = test_tokenizer.train(kind)
+        backend = trained_tokenizers.train(kind)
         source = tmp_path / "model.gguf"
         write_model_and_tokenizer(source, backend, kind)
         made = init_checkpoint(source, tmp_path / "out")
         assert made.mask_token == "<unk>"
         original, written = load_tokenizer(source), load_tokenizer(tmp_path / "out")
         theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
-        for text in test_tokenizer.TEXTS:
+        for text in trained_tokenizers.TEXTS:
             for special in (True, False):
                 ids = original.encode(text, special)
                 assert ids == written.encode(text, special)
                 assert ids == theirs.encode(text, add_special_tokens=special)
                 assert written.decode(ids, special) == theirs.decode(ids, skip_special_tokens=special)
-        prompt = original.apply_chat_template(test_tokenizer.MESSAGES)
-        assert written.apply_chat_template(test_tokenizer.MESSAGES) == prompt
-        assert theirs.apply_chat_template(test_tokenizer.MESSAGES, tokenize=False, add_generation_prompt=True) == prompt
+        prompt = original.apply_chat_template(trained_tokenizers.MESSAGES)
+        assert written.apply_chat_template(trained_tokenizers.MESSAGES) == prompt
+        assert (
+            theirs.apply_chat_template(trained_tokenizers.MESSAGES, tokenize=False, add_generation_prompt=True)
+            == prompt
+        )
         assert (theirs.bos_token, theirs.eos_token) == ("<s>", "<|im_end|>")
         assert torch.equal(load_model(tmp_path / "out")[0].model.norm.weight, load_model(source)[0].model.norm.weight)
 
@@ -216,7 +220,7 @@ class TestChoice:
                 check_mask_token_id(token_id, config, tokenizer)
 
     def test_tokens_that_the_tokenizer_adds_are_passed_over(self) -> None:
-        tokenizer = Tokenizer(test_tokenizer.train("llama-bpe"))
+        tokenizer = Tokenizer(trained_tokenizers.train("llama-bpe"))
         assert tokenizer.encode("")[0] == 1
         with pytest.raises(ValueError, match="'<s>' of the chat template, or one that the tokenizer adds"):
             check_mask_token_id(1, config_of(1000, bos_token_id=None), tokenizer)
@@ -266,8 +270,8 @@ def write_model_and_tokenizer(path: Path, backend: Backend, kind: str) -> None:
     writer.add_token_merges([" ".join(merge) for merge in json.loads(backend.to_str())["model"]["merges"]])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(3)
-    writer.add_chat_template(test_tokenizer.CHATML)
-    for name, tensor in test_gguf.gguf_tensors(model, "llama").items():
+    writer.add_chat_template(trained_tokenizers.CHATML)
+    for name, tensor in gguf_tensors(model, "llama").items():
         writer.add_tensor(name, tensor.detach().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -11,44 +11,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.model.masked_adapters import CONFIG, PREFIX, WEIGHTS, random_lora, write_adapter
 from tests.model.tiny import causal_attend, our_model
 from wedlm.model import CheckpointError, Transformer, pack_for_inference, save_model
 from wedlm.model.lora.masked_rows import MaskedLora, attach_masked_lora, attach_to_layer, linear_of
 from wedlm.model.lora.peft import apply_adapter, read_adapter
 
-NAME, WEIGHTS, CONFIG = "llama-biases", "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."
+NAME = "llama-biases"
 TOKENS, POSITIONS = torch.tensor([5, 90, 7, 90, 90, 90]), torch.tensor([0, 1, 4, 2, 3, 5])
 OBSERVED = 3  # the second observed row holds the mask token as an ordinary one
 MASKED = torch.arange(len(TOKENS)) >= OBSERVED
-
-
-def random_lora(model: Transformer, rank: int = 3, layers: str = "proj.weight") -> dict[str, tuple[Tensor, Tensor]]:
-    torch.manual_seed(5)
-    return {
-        name: (0.3 * torch.randn(rank, weight.shape[1]), 0.3 * torch.randn(weight.shape[0], rank))
-        for name, weight in model.named_parameters()
-        if name.endswith(layers) and name.startswith("model.layers.")
-    }
 
 
 def adapted(name: str = NAME, layers: str = "proj.weight") -> Transformer:
     model = our_model(name)
     attach_masked_lora(model, random_lora(model, layers=layers), torch.randn(model.config.hidden_size))
     return model
-
-
-def write_adapter(directory: Path, model: Transformer, alpha: float = 6.0) -> Path:
-    """What the trainer writes: matrices of rank 3, scaled by alpha / 3."""
-    tensors = {f"{PREFIX}model.mask_embedding": torch.linspace(-1, 1, model.config.hidden_size)}
-    for weight, (a, b) in random_lora(model).items():
-        module = PREFIX + weight.removesuffix(".weight")
-        tensors |= {f"{module}.masked_lora_A.weight": a, f"{module}.masked_lora_B.weight": b}
-    directory.mkdir(exist_ok=True)
-    save_file(tensors, directory / WEIGHTS)
-    values = {"peft_type": "MASKED_LORA", "r": 3, "lora_alpha": alpha, "target_modules": ["q_proj"]}
-    (directory / CONFIG).write_text(json.dumps(values))
-    return directory
 
 
 def logits(model: Transformer, masked: Tensor | None) -> Tensor:
@@ -144,7 +122,8 @@ class TestRefusals:
 
     @pytest.mark.filterwarnings("ignore")
     def test_peft_does_not_take_it_for_lora(self, saved, tmp_path):
-        peft = pytest.importorskip("peft")
+        import peft
+
         model = our_model(NAME)
         save_model(model, model.config, tmp_path / "base")
         from transformers import AutoModelForCausalLM

@@ -8,58 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.engine.tiny_llm import save_tiny
-from tests.model.tiny import hf_model, logits_of, our_model
+from tests.model.peft_kinds import ALL_LINEAR, KINDS, trained
+from tests.model.tiny import hf_model, logits_of, our_model, rewrite
 from wedlm import LLM, SamplingParams
 from wedlm.model import CheckpointError, load_model, pack_for_inference
 from wedlm.model.lora.peft import adapted_config, apply_adapter, read_adapter
 
-peft = pytest.importorskip("peft")
 # peft asks transformers for a property that transformers renames.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 
 TOKENS = [1, 5, 42, 7, 96, 7, 3]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# name -> (model, options of LoraConfig)
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "attention": ("llama", {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 3}),
-    "all-tied": ("llama-tied", {"target_modules": ALL_LINEAR}),
-    "qwen3": ("qwen3-wide-heads", {"target_modules": ALL_LINEAR, "bias": "none"}),
-    "rank-stabilised": ("llama", {"target_modules": ALL_LINEAR, "use_rslora": True, "lora_alpha": 6}),
-    "patterns": (
-        "llama",
-        {
-            "target_modules": ALL_LINEAR,
-            "rank_pattern": {"k_proj": 2, r"layers\.1\.mlp\..*": 6},
-            "alpha_pattern": {"k_proj": 20, "self_attn.q_proj": 5},
-        },
-    ),
-    "some-layers": ("llama", {"target_modules": ["down_proj"], "layers_to_transform": [1]}),
-    "embeddings": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
-    "token-rows": ("llama", {"target_modules": ["o_proj"], "trainable_token_indices": [7, 90, 5]}),
-    "token-rows-tied": ("llama-tied", {"target_modules": ["o_proj"], "trainable_token_indices": [7, 90]}),
-    "token-rows-by-module": (
-        "llama",
-        {"target_modules": ["o_proj"], "trainable_token_indices": {"embed_tokens": [7], "lm_head": [3, 8]}},
-    ),
-    "whole-modules": ("llama", {"target_modules": ["o_proj"], "modules_to_save": ["embed_tokens", "norm"]}),
-    "biases": ("llama-biases", {"target_modules": ["q_proj", "up_proj"], "bias": "all"}),
-}
-
-
-def trained(model: torch.nn.Module) -> None:
-    """Give what peft would train random values: as it initialises them they change nothing."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
 
 
 def save_adapter(directory: Path, name: str, **options: Any) -> Tensor:
@@ -158,14 +124,6 @@ class TestErrors:
         for key, tensor in model.state_dict().items():
             assert torch.equal(tensor, before[key]), key
 
-    def rewrite(self, directory: Path, **changes: Tensor | None) -> None:
-        tensors = load_file(directory / WEIGHTS)
-        for name, tensor in changes.items():
-            tensors.pop(name, None)
-            if tensor is not None:
-                tensors[name] = tensor
-        save_file(tensors, directory / WEIGHTS)
-
     @pytest.mark.parametrize(
         ("key", "value", "sentence"),
         [
@@ -210,16 +168,16 @@ class TestErrors:
         self.refused(saved, "corrupt or truncated")
 
     def test_half_a_pair(self, saved: Path) -> None:
-        self.rewrite(saved, **{"base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight": None})
+        rewrite(saved / WEIGHTS, **{"base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight": None})
         self.refused(saved, r"q_proj has the LoRA matrices \['A'\]; expected both")
 
     def test_tensor_of_a_variant(self, saved: Path) -> None:
         key = "base_model.model.model.layers.1.self_attn.q_proj.lora_magnitude_vector"
-        self.rewrite(saved, **{key: torch.ones(48)})
+        rewrite(saved / WEIGHTS, **{key: torch.ones(48)})
         self.refused(saved, r"q_proj\.lora_magnitude_vector, which this model does not have")
 
     def test_integers(self, saved: Path) -> None:
-        self.rewrite(saved, **{"base_model.model.model.norm.weight": torch.ones(48, dtype=torch.int8)})
+        rewrite(saved / WEIGHTS, **{"base_model.model.model.norm.weight": torch.ones(48, dtype=torch.int8)})
         self.refused(saved, "has dtype torch.int8; expected floating point")
 
     def test_module_that_the_model_lacks(self, saved: Path) -> None:

@@ -12,40 +12,18 @@ import torch
 from gguf import GGMLQuantizationType
 
 from tests.engine.native_model import needs_native
-from tests.engine.tiny_llm import CHARACTERS, VOCAB, save_tiny
+from tests.engine.tiny_llm import VOCAB, save_tiny
+from tests.model.named_tokenizer import TEMPLATES, save_smollm_like
 from tests.model.tiny import YARN_ROPE, logits_of, our_model
 from wedlm import LLM, SamplingParams
-from wedlm.model import CheckpointError, ModelConfig, Tokenizer, Transformer, load_model, load_tokenizer, save_model
+from wedlm.model import CheckpointError, ModelConfig, Transformer, load_model, load_tokenizer, save_model
 from wedlm.model.config import RopeScaling
 from wedlm.model.formats.gguf_file import GGUFFile
 from wedlm.model.formats.gguf_model import checkpoint_name, gguf_name, permute_rows, unpermute_rows
-from wedlm.model.formats.gguf_tokenizer import SUPPORTED_PRE_TOKENIZERS, _pre_tokenizer
+from wedlm.model.formats.gguf_tokenizer import SUPPORTED_PRE_TOKENIZERS
 from wedlm.model.formats.gguf_write import GGUF_TYPES, tensor_type
 from wedlm.model.formats.int8_rows import round_rows
 from wedlm.model.quantize_checkpoint import quantize_checkpoint
-
-TEMPLATES = {"default": "{{ messages[0].content }}<|assistant|>", "tool_use": "{{ tools }}"}
-
-
-def save_smollm_like(directory: Path, kind: str = "smollm", **changes) -> Path:
-    """A WeDLM checkpoint with a tokenizer that GGUF has a name for, in bfloat16."""
-    from tokenizers import AddedToken, decoders
-    from tokenizers import Tokenizer as Backend
-    from tokenizers.models import BPE
-
-    directory = save_tiny(directory, **changes)
-    vocab = {c: i for i, c in enumerate([*CHARACTERS, "th", "the"])}
-    backend = Backend(BPE(vocab, [("t", "h"), ("th", "e")], ignore_merges=kind == "llama-bpe"))
-    backend.pre_tokenizer, backend.decoder = _pre_tokenizer(kind), decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True) for t in ("<|end|>", "<|assistant|>")])
-    tokenizer = Tokenizer(backend, TEMPLATES, {"eos_token": "<|end|>"})
-    tokenizer.save(directory)
-    end = tokenizer.token_id("<|end|>")
-    model, config = load_model(directory, torch.bfloat16)
-    values = {**{name: getattr(config, name) for name in config.__slots__}, "eos_token_ids": (end, 5)}
-    config = ModelConfig(**values)
-    save_model(model, config, directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +172,7 @@ def test_kinds_of_tokenizers(kind, tmp_path):
     ("options", "message"),
     [
         ({"to": "gptq"}, "to is 'gptq'; expected one of int8, gguf"),
-        ({"type": "q3_k"}, "type is 'q3_k', which is one of GGUF files; expected --to gguf"),
+        ({"type": "q3_k"}, "type is 'q3_k', which is a type of GGUF files; expected --to gguf"),
         ({"to": "gguf", "type": "q3_k"}, "type is 'q3_k'; expected one of f32, f16"),
         ({"to": "gguf"}, "is not the name of a GGUF file"),
     ],

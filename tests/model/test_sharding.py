@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.engine.native_model import attach_random
 from tests.engine.tiny_llm import save_tiny
-from tests.model.test_fp8_checkpoint import save_fp8
-from tests.model.test_gguf import write_gguf
+from tests.model.fp8_files import save_fp8
+from tests.model.gguf_files import write_gguf
 from tests.model.thread_ranks import ThreadRanks
 from tests.model.tiny import CASES, hf_config, our_model
 from wedlm.attention.sdpa import CausalAttend

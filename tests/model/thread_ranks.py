@@ -33,7 +33,10 @@ class _OneRank:
     def __init__(self, ranks: ThreadRanks, rank: int) -> None:
         self.ranks, self.rank = ranks, rank
 
-    def parts(self, x: Tensor) -> Tensor:
+    def parts(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._gather(add_up(x, dtype) if x.ndim == 3 else x)
+
+    def _gather(self, x: Tensor) -> Tensor:
         ranks = self.ranks
         ranks._given[self.rank] = x
         ranks._barrier.wait()
@@ -42,4 +45,4 @@ class _OneRank:
         return parts
 
     def sum(self, x: Tensor) -> Tensor:
-        return add_up(self.parts(x))
+        return add_up(self._gather(x))

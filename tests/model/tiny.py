@@ -2,9 +2,11 @@
 """Tiny random models in pairs: transformers' and ours, with equal weights."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -85,3 +87,13 @@ def logits_of(model: Transformer, tokens: list[int] | Tensor) -> Tensor:
     tokens_T = torch.as_tensor(tokens)
     with torch.inference_mode():
         return model(tokens_T, torch.arange(len(tokens_T)), causal_attend)
+
+
+def rewrite(path: Path, **changes: Tensor | None) -> None:
+    """Replace tensors of a file by name; None drops one."""
+    tensors = load_file(path)
+    for name, tensor in changes.items():
+        tensors.pop(name, None)
+        if tensor is not None:
+            tensors[name] = tensor
+    save_file(tensors, path)

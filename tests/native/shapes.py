@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
 from wedlm.model import ModelConfig, Transformer
+from wedlm.model.lora.masked_rows import attach_masked_lora
 
 
 def tiny_model(seed: int, **changes: object) -> Transformer:
@@ -97,3 +98,27 @@ def random_rows(rng: np.random.Generator, vocab_size: int, num_pages: int, page_
         positions=torch.from_numpy(rng.integers(0, 500, total)),
         batch=ExtendBatch(starts, counts, pages, visibility),
     )
+
+
+FAMILIES = {
+    "llama": {},
+    "qwen2, biases": {"model_type": "qwen2", "qkv_bias": True, "num_heads": 6, "num_kv_heads": 1, "head_dim": 10},
+    "qwen3, norms": {"model_type": "qwen3", "qk_norm": True, "head_dim": 80, "tie_word_embeddings": True},
+    "llama, all biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "hidden_size": 50, "num_heads": 2},
+}
+
+
+def adapted_model(seed: int, layers: str = "proj.weight", **changes: object) -> Transformer:
+    """``tiny_model`` with matrices of ranks 3 to 40 beside the layers named so, as large as the weights' own part."""
+    model, generator = tiny_model(seed, **changes), torch.Generator().manual_seed(seed)
+    matrices = {}
+    for name, weight in model.named_parameters():
+        if name.startswith("model.layers.") and name.endswith(layers):
+            rank = int(torch.randint(3, 41, (1,), generator=generator))
+            a, b = (
+                torch.randn(rank, weight.shape[1], generator=generator),
+                torch.randn(len(weight), rank, generator=generator),
+            )
+            matrices[name] = (a / weight.shape[1] ** 0.5, b / rank**0.5)
+    attach_masked_lora(model, matrices, torch.randn(model.config.hidden_size, generator=generator))
+    return model

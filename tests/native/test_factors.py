@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from tests.native.conftest import PATHS
-from tests.native.shapes import copy_of, parts_of, random_cache, random_rows, tiny_model
-from tests.native.test_forward import FAMILIES
-from tests.native.test_masked_lora import adapted_model
+from tests.native.shapes import FAMILIES, adapted_model, copy_of, parts_of, random_cache, random_rows, tiny_model
 from wedlm.attention.base import ExtendBatch
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.model import Transformer, pack_for_inference

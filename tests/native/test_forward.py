@@ -6,17 +6,10 @@ import pytest
 import torch
 
 from tests.native.conftest import PATHS
-from tests.native.shapes import copy_of, parts_of, random_cache, random_rows, tiny_model
+from tests.native.shapes import FAMILIES, copy_of, parts_of, random_cache, random_rows, tiny_model
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.native import NativeAttend
 from wedlm.native.weights import native_from_torch
-
-FAMILIES = {
-    "llama": {},
-    "qwen2, biases": {"model_type": "qwen2", "qkv_bias": True, "num_heads": 6, "num_kv_heads": 1, "head_dim": 10},
-    "qwen3, norms": {"model_type": "qwen3", "qk_norm": True, "head_dim": 80, "tie_word_embeddings": True},
-    "llama, all biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "hidden_size": 50, "num_heads": 2},
-}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,32 +9,13 @@ import torch
 from torch import Tensor
 
 from tests.native.conftest import PATHS
-from tests.native.shapes import Rows, copy_of, random_cache, random_rows, tiny_model
-from tests.native.test_forward import FAMILIES
+from tests.native.shapes import FAMILIES, Rows, adapted_model, copy_of, random_cache, random_rows, tiny_model
 from wedlm.attention.base import ExtendBatch, KVCache
 from wedlm.attention.sdpa import PagedSdpa
-from wedlm.model import Transformer
-from wedlm.model.lora.masked_rows import attach_masked_lora
 from wedlm.native import NativeAttend, NativeError, NativeTransformer
 from wedlm.native.weights import native_from_torch
 
 PAGE = 8
-
-
-def adapted_model(seed: int, layers: str = "proj.weight", **changes: object) -> Transformer:
-    """``tiny_model`` with matrices of ranks 3 to 40 beside the layers named so, as large as the weights' own part."""
-    model, generator = tiny_model(seed, **changes), torch.Generator().manual_seed(seed)
-    matrices = {}
-    for name, weight in model.named_parameters():
-        if name.startswith("model.layers.") and name.endswith(layers):
-            rank = int(torch.randint(3, 41, (1,), generator=generator))
-            a, b = (
-                torch.randn(rank, weight.shape[1], generator=generator),
-                torch.randn(len(weight), rank, generator=generator),
-            )
-            matrices[name] = (a / weight.shape[1] ** 0.5, b / rank**0.5)
-    attach_masked_lora(model, matrices, torch.randn(model.config.hidden_size, generator=generator))
-    return model
 
 
 def random_masks(rng: np.random.Generator, rows: Rows) -> Tensor:

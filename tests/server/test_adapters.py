@@ -11,8 +11,8 @@ import pytest
 
 from tests.adapter_files import KINDS, write_adapter
 from tests.engine.tiny_llm import save_tiny
+from tests.server.asking import CHAT, TEXT
 from tests.server.running import MODEL, Running, figures, serving, wait_until
-from tests.server.test_refusals import CHAT, TEXT
 from wedlm import LLM, SamplingParams
 from wedlm.model.formats.checkpoint import read_config
 

@@ -2,21 +2,16 @@
 """``wedlm serve`` as a process: it answers, says so in JSON lines, and ends well on a signal."""
 
 import json
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
+from tests.cli.command import wedlm
 from tests.engine.tiny_llm import save_tiny
+from tests.server.processes import process_of
 from tests.server.running import wait_until
 from wedlm.cli.options import EngineOptions
 from wedlm.cli.serve import (
@@ -24,35 +19,11 @@ from wedlm.cli.serve import (
     LimitOptions,
     ServedOptions,
     check_adapters,
-    serve,
     served_adapters,
     served_models,
     server_config,
 )
 from wedlm.server.run import AddressError, bound_sockets
-
-app = typer.Typer()
-app.command()(serve)
-
-
-@contextmanager
-def process_of(directory: Path, *words: str) -> Iterator[tuple[subprocess.Popen, str, list[str]]]:
-    """A process that serves, its address, and the lines of its standard error, all of which are there at the end."""
-    options = ["--model", str(directory), "--port", "0", "--device", "cpu", "--threads", "1"]
-    command = [sys.executable, "-m", "wedlm", "serve", *options, *words]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    lines: list[str] = []
-    reader = threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")))
-    reader.start()
-    try:
-        pattern = re.compile(r"serving [^;]+ at (http://127\.0\.0\.1:\d+|unix:\S+);")
-        wait_until(lambda: process.poll() is not None or bool(pattern.search("".join(lines))), seconds=60)
-        yield process, pattern.search("".join(lines))[1], lines
-    finally:
-        process.kill()
-        process.wait()
-        reader.join()
-        process.stderr.close()
 
 
 def test_a_process(directory):
@@ -102,7 +73,7 @@ def test_a_port_in_use_is_one_sentence(directory):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert f"error: port {port} of '127.0.0.1' cannot be listened on: address already in use; expected" in done.stderr
+    assert f"error: port {port} of '127.0.0.1' cannot be used: address already in use; expected" in done.stderr
     assert "serving" not in done.stderr
 
 
@@ -113,7 +84,7 @@ def test_every_address_of_a_host_has_a_socket_of_its_own():
         assert len(families) == len(sockets)
     assert all(one.fileno() == -1 for one in sockets)
     with (
-        pytest.raises(AddressError, match="port 1 of 'no such host' cannot be listened on"),
+        pytest.raises(AddressError, match="port 1 of 'no such host' cannot be used"),
         bound_sockets("no such host", 1),
     ):
         pass
@@ -135,7 +106,7 @@ def test_every_address_of_a_host_has_a_socket_of_its_own():
     ],
 )
 def test_wrong_options(words, message):
-    result = CliRunner().invoke(app, words)
+    result = wedlm("serve", *words)
     assert result.exit_code == 2
     assert message in result.stderr
 
@@ -153,7 +124,7 @@ def test_options_of_prompt_chunks(directory, monkeypatch, words, expected):
     monkeypatch.setattr(
         "wedlm.cli.serve.run", lambda models, *_: served.extend(llm.engine.config.options for llm in models.values())
     )
-    result = CliRunner().invoke(app, ["--model", str(directory), "--port", "0", "--device", "cpu", *words])
+    result = wedlm("serve", "--model", str(directory), "--port", "0", "--device", "cpu", *words)
     assert result.exit_code == 0, result.stderr
     assert [(config.capture_chunks, config.chunk_step_ratio) for config in served] == [expected]
 
@@ -162,25 +133,24 @@ def test_options_of_prompt_chunks(directory, monkeypatch, words, expected):
 def test_control_tokens(directory, monkeypatch, words):
     served = []
     monkeypatch.setattr("wedlm.cli.serve.run", lambda models, *_: served.extend(models.values()))
-    assert CliRunner().invoke(app, ["--model", str(directory), "--port", "0", "--device", "cpu", *words]).exit_code == 0
+    assert wedlm("serve", "--model", str(directory), "--port", "0", "--device", "cpu", *words).exit_code == 0
     assert [llm.allow_control_tokens for llm in served] == [bool(words)]
 
 
 def test_eight_bits(directory, monkeypatch):
     served = []
     monkeypatch.setattr("wedlm.cli.serve.run", lambda models, *_: served.extend(models.values()))
-    words = ["--model", str(directory), "--port", "0", "--device", "cpu", "--quantization"]
-    assert CliRunner().invoke(app, [*words, "int8"]).exit_code == 0
+    words = ["serve", "--model", str(directory), "--port", "0", "--device", "cpu", "--quantization"]
+    assert wedlm(*words, "int8").exit_code == 0
     assert "int8" in served[0].describe()
-    result = CliRunner().invoke(app, [*words, "fp4"])
+    result = wedlm(*words, "fp4")
     assert (result.exit_code, len(served)) == (2, 1)
     assert "quantization is 'fp4'; expected one of auto, none, int8, fp8" in result.stderr
 
 
 def test_a_wrong_option_of_the_engine(directory):
-    result = CliRunner().invoke(
-        app, ["--model", str(directory), "--port", "0", "--device", "cpu", "--chunk-step-ratio", "1"]
-    )
+    words = ["--model", str(directory), "--port", "0", "--device", "cpu", "--chunk-step-ratio", "1"]
+    result = wedlm("serve", *words)
     assert result.exit_code == 2
     assert "chunk_step_ratio is 1.0; expected a number > 1, or inf" in " ".join(result.stderr.split())
 
@@ -201,7 +171,7 @@ def test_keys_of_the_environment_and_the_options():
         (["a=x", "./a"], None, "two models are called 'a'"),
         (["demo", "demo"], None, "two models are called 'demo'"),
         (["x", "y"], "mine", "two models are called 'mine'"),
-        (["a=x"], "mine", "model_name is 'mine' beside --model a=x"),
+        (["a=x"], "mine", "model_name is 'mine' with --model a=x"),
         (["=x"], None, "model is '=x'"),
         (["x="], None, "model is 'x='"),
         (["x"], "", "model is 'x'"),
@@ -227,7 +197,7 @@ def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
         ([], (None, {})),
         (["DIR"], ("DIR", {})),
         (["demo-masked", "a=x", "b=y"], ("demo-masked", {"a": "x", "b": "y"})),
-        (["a=x", "a=y"], "two adapters are called 'a'; expected names of their own"),
+        (["a=x", "a=y"], "two adapters are called 'a'; expected different names"),
         (["x", "y"], "adapter is 'x' and 'y', both without a name; expected NAME=DIR for one"),
         (["=x"], "adapter is '=x'; expected DIR, or NAME=DIR"),
         (["a="], "adapter is 'a='; expected DIR, or NAME=DIR"),
@@ -245,10 +215,10 @@ def test_names_of_adapters_beside_those_of_models():
     check_adapters({"a": "x"}, {"model": "demo"})
     with pytest.raises(ValueError, match="a model and an adapter are called 'a'"):
         check_adapters({"a": "x"}, {"a": "demo"})
-    with pytest.raises(ValueError, match="adapters stand beside 2 models; expected one model with them"):
+    with pytest.raises(ValueError, match="adapters by name are given with 2 models; expected one model with them"):
         check_adapters({"a": "x"}, {"b": "demo", "c": "demo"})
 
 
 def test_what_belongs_to_one_model():
-    with pytest.raises(ValueError, match="adapter is 'x' beside 2 models"):
+    with pytest.raises(ValueError, match="adapter is 'x' with 2 models"):
         served_models(ServedOptions(model=["a", "b"]), EngineOptions(adapter="x"))

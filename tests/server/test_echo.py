@@ -6,8 +6,8 @@ import asyncio
 import pytest
 import torch
 
+from tests.server.asking import check_error
 from tests.server.running import events
-from tests.server.test_refusals import check_error
 from wedlm import LLM, SamplingParams
 from wedlm.attention.sdpa import CausalAttend
 from wedlm.engine.async_llm import AsyncEngine

@@ -7,10 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.engine.test_async_llm import FaultyRunner
+from tests.engine.faulty_runner import FaultyRunner
+from tests.server.asking import LONG, TEXT, check_error
 from tests.server.running import events, serving, wait_until
-from tests.server.test_limits import LONG
-from tests.server.test_refusals import TEXT, check_error
 from wedlm import LLM, SamplingParams
 from wedlm.engine import async_llm as async_engine
 from wedlm.engine.factory import Blueprint

@@ -3,8 +3,8 @@
 
 import pytest
 
+from tests.server.asking import TEXT, check_error
 from tests.server.running import serving
-from tests.server.test_refusals import TEXT, check_error
 
 REBOUND = {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"}
 

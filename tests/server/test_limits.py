@@ -13,13 +13,11 @@ import httpx2
 import pytest
 
 from tests.engine.tiny_llm import check_empty
+from tests.server.asking import LONG, TEXT, check_error
 from tests.server.running import MODEL, events, serving, wait_until
-from tests.server.test_refusals import TEXT, check_error
 from wedlm import SamplingParams
 from wedlm.server.config import ServerConfig
 from wedlm.server.sse import EventStream
-
-LONG = {"prompt": "abc", "max_tokens": 120, "ignore_eos": True, "temperature": 0, "decoding": "autoregressive"}
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 
 from tests.model.tiny import causal_attend
 from tests.server.running import serving
-from tests.server.test_load import all_streams, text_of
+from tests.server.streams import all_streams, text_of
 from wedlm import LLM, SamplingParams
 from wedlm.engine.outputs import GenerationOutput
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.server.asking import ADD_SCHEMA
 from tests.server.running import MODEL, Running, serving
 from wedlm import LLM, SamplingParams
 from wedlm.server.config import ServerConfig
@@ -14,15 +15,7 @@ from wedlm.server.prompts import Prompts
 
 PATH = "/v1/messages"
 MESSAGES = [{"role": "user", "content": "Hello"}]
-ADD = {
-    "name": "add",
-    "input_schema": {
-        "type": "object",
-        "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}},
-        "required": ["a"],
-        "additionalProperties": False,
-    },
-}
+ADD = {"name": "add", "input_schema": ADD_SCHEMA}
 
 
 @pytest.fixture(scope="module")

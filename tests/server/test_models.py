@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.engine.tiny_llm import save_tiny
+from tests.server.asking import CHAT, TEXT, check_error
 from tests.server.running import Running, figures, serving, wait_until
-from tests.server.test_refusals import CHAT, TEXT, check_error
 from wedlm import LLM, SamplingParams
 
 NAMES = ("one", "org/other")

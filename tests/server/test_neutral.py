@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.asking import CHAT, MESSAGES, TEXT, ask, check_error
 from tests.server.running import Running, events
-from tests.server.test_refusals import CHAT, MESSAGES, TEXT, ask, check_error
 from wedlm.server.neutral import ANYTHING, TABLE, UNSUPPORTED, Neutral, written
 
 MANY = ["x", 5, {"a": [None]}, False]  # what a field may have whose value has no effect

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.tiny_llm import save_tiny
+from tests.server.reading_calls import calls_in
 from tests.server.running import MODEL, events, serving
-from tests.server.test_tool_calls import calls_in
 from wedlm import LLM, SamplingParams
 from wedlm.server.config import ServerConfig
 from wedlm.server.prompts import Prompts
@@ -81,6 +81,20 @@ def test_keys_are_shared_within_a_salt_alone(running):
         answer = running.post(TEXT, {**body, "cache_salt": salt}).json()
         reused.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0)
     assert reused == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize("address", [CHAT, TEXT, "/v1/responses"])
+def test_priority_reaches_the_engine(running, monkeypatch, address):
+    """Which minds it where its options say so."""
+    engine, seen = running.model.llm.engine, []
+    add = engine.add
+    monkeypatch.setattr(engine, "add", lambda *words, **more: (seen.append(words[2].priority), add(*words, **more))[1])
+    asked = {CHAT: {"messages": MESSAGES, "max_tokens": 2}, TEXT: {"prompt": "abc", "max_tokens": 2}}
+    for more in ({"priority": -3}, {"priority": None}, {}):
+        answer = running.post(address, {**asked.get(address, {"input": "abc", "max_output_tokens": 2}), **more})
+        assert answer.status_code == 200, answer.text
+    assert seen == [-3, 0, 0]
+    assert running.post(TEXT, {"prompt": "abc", "priority": 1.5}).status_code == 400
 
 
 GRAMMAR = 'root ::= "say " word\nword ::= [a-c]+ "!"'

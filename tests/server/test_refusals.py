@@ -6,10 +6,9 @@ import json
 import openai
 import pytest
 
-from tests.server.running import MODEL, Running
+from tests.server.asking import CHAT, MESSAGES, TEXT, ask, check_error
+from tests.server.running import MODEL
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-MESSAGES = [{"role": "user", "content": "Hello"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/x.png"}}
 
 
@@ -127,22 +126,6 @@ INVALID = [
     (CHAT, "unheard_of", 1),
     (CHAT, "wedlm_windowsize", 8),
 ]
-
-
-def ask(running: Running, path: str, **fields):
-    base = {"messages": MESSAGES, "max_completion_tokens": 2} if path == CHAT else {"prompt": "Hello", "max_tokens": 2}
-    return running.post(path, {**base, **fields})
-
-
-def check_error(answer, status: int = 400) -> dict:
-    """The OpenAI form, and no path and no trace."""
-    assert answer.status_code == status, answer.text
-    assert set(answer.json()) == {"error"}
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    for word in ("Traceback", "site-packages", ".py", "pydantic"):
-        assert word not in answer.text
-    return error
 
 
 @pytest.mark.parametrize(("path", "field", "value"), UNSUPPORTED + INVALID, ids=lambda v: str(v)[:30])

@@ -8,24 +8,15 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
+from tests.server.asking import ADD_SCHEMA, check_error
 from tests.server.running import MODEL, Running, serving
-from tests.server.test_refusals import check_error
 from wedlm import LLM, SamplingParams
 from wedlm.server.config import ServerConfig
 from wedlm.server.converters.responses import ResponsesRequest, ResponseStore, Stored
 from wedlm.server.prompts import Prompts
 
 PATH = "/v1/responses"
-ADD = {
-    "type": "function",
-    "name": "add",
-    "parameters": {
-        "type": "object",
-        "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}},
-        "required": ["a"],
-        "additionalProperties": False,
-    },
-}
+ADD = {"type": "function", "name": "add", "parameters": ADD_SCHEMA}
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 
 import pytest
 
+from tests.server.asking import check_error
 from tests.server.running import events
-from tests.server.test_refusals import check_error
 from wedlm import SamplingParams
 
 TEXT = "/v1/completions"
@@ -54,8 +54,8 @@ def test_several_prompts_and_choices(running, reference):
     [
         ({"decoding": "verified"}, "decoding", "which sees no suffix; expected streaming or block"),
         ({"decoding": "auto"}, "decoding", "which sees no suffix; expected streaming or block"),
-        ({"echo": True}, "echo", "echo is set beside suffix; expected one of them"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs", "prompt_logprobs is set beside suffix; expected one of them"),
+        ({"echo": True}, "echo", "echo is set with suffix; expected one of them"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs", "prompt_logprobs is set with suffix; expected one of them"),
         ({"max_tokens": 200}, "max_tokens", "the length of a gap between 15 and 11 tokens; expected at most 102"),
         ({"suffix": "x" * 200}, "prompt", "the prompt and its suffix have 215 tokens; expected at most 127"),
         ({"suffix": ["x"]}, "suffix", "suffix"),

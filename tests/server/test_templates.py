@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from tests.attack.files import HOSTILE_TEMPLATES
+from tests.server.asking import check_error
 from tests.server.running import serving
-from tests.server.test_refusals import check_error
 from wedlm import LLM
 
 CHAT = "/v1/chat/completions"

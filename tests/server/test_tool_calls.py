@@ -5,33 +5,14 @@ written; and what untrusted text does to a call."""
 import codecs
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wedlm.server.readers import CallReader, Delta, message
+from tests.server.reading_calls import NAMES, calls_in
+from wedlm.server.readers import CallReader, Delta, PlainReader, ThinkReader
 from wedlm.server.tool_forms import FORMS, form_of
-
-NAMES = ["add", "get_weather", "f.g-2", "a"]
-
-
-def read(reader, pieces: list[str], reason: str = "stop") -> tuple[list[Delta], dict]:
-    deltas = [reader.push(piece) for piece in pieces]
-    deltas.append(reader.finish(reason))
-    whole = Delta()
-    for delta in json.loads(json.dumps([[delta.content, delta.calls] for delta in deltas])):
-        whole.add(Delta(*delta))
-    return deltas, dict(message(whole))
-
-
-def calls_in(form: str, pieces: list[str], names: list[str] = NAMES, parallel: bool = True) -> tuple[Any, list]:
-    """Content and calls, names with the text of their arguments."""
-    whole = read(CallReader(FORMS[form], names, parallel), pieces)[1]
-    found = [(call["function"]["name"], call["function"]["arguments"]) for call in whole.get("tool_calls", ())]
-    return whole["content"], found
-
 
 characters = st.characters(codec="utf-8") | st.sampled_from("\"'\\{}[]()<>/,:=; \n\t\x00é")
 texts = st.text(characters, max_size=12) | st.sampled_from(
@@ -73,16 +54,18 @@ def halves(text: str) -> Iterator[list[str]]:
         yield [decoder.decode(data[:cut]), decoder.decode(data[cut:], final=True)]
 
 
-def check_random_calls(form: str, examples: int, all_cuts: bool) -> int:
-    """Returns how many ways to cut were compared with the whole."""
-    num_cuts = 0
+def check_random_calls(form: str, examples: int, all_cuts: bool, most: int = 3) -> tuple[int, int]:
+    """Random answers of at most ``most`` calls each. How many calls there were, and how many ways to cut an answer were
+    compared with the whole."""
+    num_calls = num_cuts = 0
 
     @settings(
         max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=[*HealthCheck]
     )
-    @given(st.lists(keyed if form == "pythonic" else plain, min_size=1, max_size=3), before, st.booleans())
+    @given(st.lists(keyed if form == "pythonic" else plain, min_size=1, max_size=most), before, st.booleans())
     def check(calls, lead, ascii_only):
-        nonlocal num_cuts
+        nonlocal num_calls, num_cuts
+        num_calls += len(calls)
         if not FORMS[form].tags[0].startswith(("<tool", "[TOOL")):
             lead = "\n " if lead.isspace() else ""  # such calls are the whole answer
         text = lead + written(form, calls, ascii_only)
@@ -96,7 +79,7 @@ def check_random_calls(form: str, examples: int, all_cuts: bool) -> int:
                 num_cuts += 1
 
     check()
-    return num_cuts
+    return num_calls, num_cuts
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -108,9 +91,12 @@ def test_random_calls(form):
 @pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_1000_random_calls(form, record_property):
-    num_cuts = check_random_calls(form, 1000, all_cuts=True)
-    assert num_cuts > 20_000
-    record_property(form, f"1,000 random answers, whole, by characters and cut at each of {num_cuts:,} bytes: the same")
+    """Each cut reads the whole answer, so an answer's time grows with the square of its length: most are one call."""
+    alone, together = check_random_calls(form, 1000, True, most=1), check_random_calls(form, 100, True)
+    num_calls, num_cuts = alone[0] + together[0], alone[1] + together[1]
+    assert num_calls > 1100
+    assert num_cuts > 100_000
+    record_property(form, f"{num_calls:,} random calls, whole, by characters, cut at each of {num_cuts:,} bytes: equal")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -239,6 +225,72 @@ def test_nested_beginnings_take_time_in_proportion():
         sys.setprofile(None)
     assert (content, calls) == (text, [])
     assert count < 5 * len(text)
+
+
+class Counted(str):
+    """Counts the characters of whatever is cut out of it, or joined to it."""
+
+    made = 0
+
+    def _new(self, text: str) -> "Counted":
+        Counted.made += len(text)
+        return Counted(text)
+
+    def __getitem__(self, part):
+        return self._new(super().__getitem__(part))
+
+    def __add__(self, other):
+        return self._new(super().__add__(other))
+
+    def __radd__(self, other):
+        return self._new(str.__add__(other, self))
+
+    def lstrip(self, *characters):
+        return self._new(super().lstrip(*characters))
+
+    def rstrip(self, *characters):
+        return self._new(super().rstrip(*characters))
+
+
+READERS = {
+    **{form: lambda form=form: CallReader(FORMS[form], NAMES, True) for form in FORMS},
+    "reasoning": lambda: ThinkReader(PlainReader(), True),
+    "before reasoning": lambda: ThinkReader(PlainReader(), False),
+}
+
+
+@pytest.mark.parametrize("size", [1, 4, 10**6])
+@pytest.mark.parametrize(
+    "unit", [" ", "x <tool_call>", "[TOOL_CALLS]!", '<tool_call>{"name": "a"}</tool_call>', "</think"]
+)
+@pytest.mark.parametrize("reader", READERS)
+def test_any_text_takes_time_in_proportion(reader, unit, size):
+    """Beginnings that fail, white space without end and whole calls, however the text is cut."""
+    text = unit * (4000 // len(unit))
+    one = READERS[reader]()
+    Counted.made = 0
+    for start in range(0, len(text), size):
+        one.push(Counted(text[start : start + size]))
+    one.finish("stop")
+    assert Counted.made < 40 * len(text)
+
+
+def test_many_calls_take_time_in_proportion():
+    """An answer is put together of its pieces: each call is looked at a few times."""
+
+    class Call(dict):
+        read = 0
+
+        def __getitem__(self, name):
+            Call.read += 1
+            return super().__getitem__(name)
+
+    whole = Delta()
+    for index in range(500):
+        whole.add(Delta(calls=[Call(index=index, function={"name": "a", "arguments": "{"})]))
+        whole.add(Delta(calls=[{"index": index, "function": {"arguments": "}"}}]))
+    assert [(call["index"], call["function"]["arguments"]) for call in whole.calls] == [(i, "{}") for i in range(500)]
+    assert Call.read < 10 * 500
 
 
 def test_the_form_of_a_template():

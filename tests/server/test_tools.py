@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.server.reading_calls import read
 from tests.server.running import MODEL, Running, serving
-from tests.server.test_tool_calls import read
 from wedlm import LLM
 from wedlm.model import Tokenizer
 from wedlm.server.messages import Message

@@ -7,8 +7,8 @@ import logging
 import pytest
 
 from tests.engine.tiny_llm import save_tiny
+from tests.server.asking import TEXT, check_error
 from tests.server.running import figures, serving, wait_until
-from tests.server.test_refusals import TEXT, check_error
 from wedlm import LLM
 from wedlm.server.logs import JsonFormatter
 

@@ -24,7 +24,7 @@ MASKED = {"lora_rank": 4, "lora_rows": "masked"}
         ({"model_path": None}, "model_path is None; input should be a valid string"),
         ({"block_size": "x"}, "block_size is 'x'; input should be a valid integer"),
         ({"block_size": 0}, "block_size is 0; input should be greater than or equal to 1"),
-        ({"block_size": True}, "block_size is True; expected no flag"),
+        ({"block_size": True}, "block_size is True; expected a value that is not true or false"),
         ({"bf16": "maybe"}, "bf16 is 'maybe'; input should be a valid boolean"),
         ({"seed": 1.5}, "seed is 1.5; input should be a valid integer"),
         ({"learning_rate": float("nan")}, "learning_rate is nan; input should be a finite number"),

@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 
 from tests.train.chat_data import THINKING, chat, chat_tokenizer, write_lines
+from tests.train.packed_data import END, LENGTH, TOKENIZER, digest, packed
 from wedlm.model import ModelConfig
 from wedlm.train.config import TrainConfig
 from wedlm.train.data import PackedData, load_data, split_validation
 from wedlm.train.token_cache import TokenCache, build_cache
 
-TOKENIZER = chat_tokenizer()
-END = TOKENIZER.token_id("<|im_end|>")
 UNUSED = TOKENIZER.token_id("<|unused|>")
-LENGTH = 48
 MODEL = ModelConfig(
     model_type="llama",
     vocab_size=TOKENIZER.vocab_size,
@@ -52,10 +50,6 @@ def files(tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def cache(files, tmp_path_factory) -> TokenCache:
     return build_cache(files, TOKENIZER, tmp_path_factory.mktemp("cache"), eos_token_id=END).cache
-
-
-def packed(cache, repeats=(1, 1), seed=5, **options) -> PackedData:
-    return PackedData(cache, repeats, LENGTH, seed, pad_token_id=END, **options)
 
 
 def documents_of(sequence) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
@@ -95,10 +89,6 @@ def epoch_of(data, epoch: int) -> Counter:
     return Counter(piece for index in sequences for piece in documents_of(data.sequence(index)))
 
 
-def digest(data, indices) -> list[list[int]]:
-    return [[int(data.sequence(i).tokens @ np.arange(LENGTH)), *data.sequence(i).documents.tolist()] for i in indices]
-
-
 def test_an_epoch_shows_everything_once(cache):
     data = packed(cache)
     for epoch in range(3):
@@ -129,7 +119,7 @@ def test_rows_are_the_same_in_another_process_and_thread(cache, files):
     script = (
         "import json, sys\n"
         "from pathlib import Path\n"
-        "from tests.train.test_data import digest, packed\n"
+        "from tests.train.packed_data import digest, packed\n"
         "from wedlm.train.token_cache import TokenCache\n"
         "data = packed(TokenCache(Path(sys.argv[1]), sys.argv[2:]), repeats=(1.5, 0.3))\n"
         "print(json.dumps([data.fingerprint, digest(data, range(20, 40))]))"

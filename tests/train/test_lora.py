@@ -7,12 +7,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.tiny_run import config_of, metrics, save_base, train, weights, write_chats
+from tests.train.tiny_run import (
+    StopHereError,
+    at_step,
+    config_of,
+    metrics,
+    save_base,
+    stop_here,
+    train,
+    weights,
+    write_chats,
+)
 from wedlm import LLM, SamplingParams
 from wedlm.model import load_model
 from wedlm.model.formats.checkpoint import read_config
 from wedlm.model.lora.peft import apply_adapter
-from wedlm.train.trainer import Trainer
 
 EMBEDDING = "model.embed_tokens.weight"
 TARGETS = ("q_proj", "down_proj")
@@ -77,15 +86,8 @@ def test_dropout_repeats_itself_after_a_resume(runs, monkeypatch):
     data = directory / "data.jsonl"
     settings = {**SETTINGS, "lora_dropout": 0.3, "save_steps": 2, "save_total_limit": 9}
     whole = train(base, data, directory / "whole", **settings)
-    step = Trainer._step
-
-    def stops(self, number, micro_batches):
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(self, number, micro_batches)
-
-    monkeypatch.setattr(Trainer, "_step", stops)
-    with pytest.raises(KeyboardInterrupt):
+    at_step(monkeypatch, 3, stop_here)
+    with pytest.raises(StopHereError):
         train(base, data, directory / "broken", **settings)
     monkeypatch.undo()
     broken = train(base, data, directory / "broken", **settings)

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.train.processes import run_processes
-from tests.train.test_step import (
+from tests.train.plain_loop import (
     LENGTH,
     MASK,
     VOCAB,
@@ -22,9 +21,9 @@ from tests.train.test_step import (
     plain_loop,
     run,
     settings,
-    transformer,
     two_micro_batches,
 )
+from tests.train.processes import run_processes
 from tests.train.tiny_run import config_of, metrics, questions, save_base, train, weights, write_chats
 from wedlm import LLM, SamplingParams
 from wedlm.model import Transformer
@@ -36,7 +35,6 @@ from wedlm.train import batch as batch_module
 from wedlm.train.lora import add_masked_lora
 from wedlm.train.step import TrainingModel, hidden_states
 
-__all__ = ["transformer"]  # a fixture
 ROOT = Path(__file__).parents[2]
 LORA = {"lora_rank": 4, "lora_rows": "masked", "merge_lora": False, "enable_ar_loss": False}
 

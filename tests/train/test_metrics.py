@@ -2,7 +2,6 @@
 """What a run logs: figures, what a resumed run repeats of them, TensorBoard, and that no secret is told."""
 
 import json
-import math
 import sys
 import types
 
@@ -10,10 +9,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.train.tiny_run import config_of, metrics, save_base, train, write_chats
+from tests.train.tiny_run import (
+    StopHereError,
+    at_step,
+    config_of,
+    metrics,
+    poison,
+    save_base,
+    stop_here,
+    train,
+    write_chats,
+)
 from wedlm.train.batch import AR_GROUP, NUM_DEPTHS, NUM_GROUPS
 from wedlm.train.metrics import Meter, Records, read_metrics, rewind, summarise
-from wedlm.train.trainer import Trainer
 
 SECRET = "0123456789abcdef-a-secret-key"
 
@@ -23,21 +31,6 @@ def parts(tmp_path_factory):
     """(base checkpoint, data, directory for runs)"""
     directory = tmp_path_factory.mktemp("records")
     return save_base(directory / "base"), write_chats(directory / "data.jsonl", 30), directory
-
-
-class StopHereError(Exception):
-    """A run that ends in the middle."""
-
-
-def break_at(monkeypatch, number: int) -> None:
-    step = Trainer._step
-
-    def stops(self, at, micro_batches):
-        if at == number:
-            raise StopHereError
-        return step(self, at, micro_batches)
-
-    monkeypatch.setattr(Trainer, "_step", stops)
 
 
 def test_summaries_are_means_over_rows():
@@ -78,7 +71,7 @@ def test_a_resumed_run_tells_the_same_between_its_checkpoints(parts, monkeypatch
     base, data, directory = parts
     settings = {"max_steps": 8, "logging_steps": 4, "save_steps": 3, "eval_steps": 4, "validation_documents": 4}
     train(base, data, directory / "whole", **settings, tensorboard=True)
-    break_at(monkeypatch, 5)
+    at_step(monkeypatch, 5, stop_here)
     with pytest.raises(StopHereError):
         train(base, data, directory / "broken", **settings)
     monkeypatch.undo()
@@ -130,19 +123,13 @@ def test_rewind_keeps_what_stays_true(tmp_path):
     rewind(tmp_path, 3)
     assert read_metrics(path) == lines[:4]
     path.write_text('nonsense\n{"step": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is not valid JSON; expected one record a line"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is not valid JSON; expected one record per line"):
         rewind(tmp_path, 3)
 
 
 def test_no_figure_of_a_bad_step_is_told(parts, monkeypatch):
     base, data, directory = parts
-    step = Trainer._step
-
-    def poisons(self, number, micro_batches):
-        done = step(self, number, micro_batches)
-        return done._replace(loss=done.loss * math.nan) if number == 2 else done
-
-    monkeypatch.setattr(Trainer, "_step", poisons)
+    at_step(monkeypatch, 2, poison)
     with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
         train(base, data, directory / "bad")
     assert [record["step"] for record in metrics(directory / "bad")] == [1, 2]
@@ -161,7 +148,7 @@ def read_scalars(directory) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_shows_every_step_once(parts, monkeypatch):
     base, data, directory = parts
     output = directory / "board"
-    break_at(monkeypatch, 5)
+    at_step(monkeypatch, 5, stop_here)
     with pytest.raises(StopHereError):
         train(base, data, output, save_steps=3, tensorboard=True)
     monkeypatch.undo()

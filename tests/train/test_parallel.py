@@ -141,7 +141,7 @@ def test_what_zero_is_not_run_with(zero_config, sentence):
 
 def test_what_accelerate_would_leave_out_in_silence(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="asks for FSDP, which it runs on GPUs alone; expected GPUs"):
+    with pytest.raises(ValueError, match="asks for FSDP, which it only runs on GPUs; expected GPUs"):
         make_accelerator(bf16=False)
     monkeypatch.undo()
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -151,7 +151,7 @@ def test_what_accelerate_would_leave_out_in_silence(monkeypatch):
     monkeypatch.setattr(optional_deps, "find_spec", lambda _: True)
     alone = SimpleNamespace(distributed_type=DistributedType.NO, is_fsdp2=False)
     monkeypatch.setattr(parallel, "Accelerator", lambda **_: alone)
-    with pytest.raises(ValueError, match="asks for DeepSpeed, which it runs on GPUs alone; expected GPUs"):
+    with pytest.raises(ValueError, match="asks for DeepSpeed, which it only runs on GPUs; expected GPUs"):
         make_accelerator(bf16=False)
     monkeypatch.undo()
     monkeypatch.setenv("WORLD_SIZE", "2")  # without ACCELERATE_USE_CPU

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from wedlm.train import optional_deps
-from wedlm.train.plot import _panels, _read_runs, draw_curves
+from wedlm.train.plot import draw_curves
 
 PNG = b"\x89PNG\r\n\x1a\n"
 MASKED = {"masked_loss": 2.0, "masked_accuracy": 0.5, "loss_by_depth": [1.0, None, 3.0], "loss_by_ratio": [None, 2.0]}
@@ -41,7 +41,7 @@ def drawn(monkeypatch, *directories):
 
 def test_one_run(tmp_path, monkeypatch):
     panels = drawn(monkeypatch, wedlm_run(tmp_path / "run"))
-    assert len(panels) == len(_panels(_read_runs([tmp_path / "run"]))) == 9
+    assert len(panels) == 9
     assert all(panels.values())
     by_depth = next(lines[0] for title, lines in panels.items() if "by depth" in title)
     assert by_depth.get_xdata().tolist() == [0, 1, 2]
@@ -57,9 +57,10 @@ def test_runs_lie_over_each_other(tmp_path, monkeypatch):
     assert lines[0].get_color() != lines[1].get_color()
 
 
-def test_equal_names_are_told_apart(tmp_path):
-    runs = _read_runs([wedlm_run(tmp_path / "x" / "run"), wedlm_run(tmp_path / "y" / "run")])
-    assert [run.name for run in runs] == [str(tmp_path / "x" / "run"), str(tmp_path / "y" / "run")]
+def test_equal_names_are_told_apart(tmp_path, monkeypatch):
+    panels = drawn(monkeypatch, wedlm_run(tmp_path / "x" / "run"), wedlm_run(tmp_path / "y" / "run"))
+    labels = [line.get_label() for line in panels["masked loss (nats)"]]
+    assert labels == [str(tmp_path / "x" / "run"), str(tmp_path / "y" / "run")]
 
 
 def test_profiles_compare_under_the_same_noise_or_not_at_all(tmp_path, monkeypatch):

@@ -14,7 +14,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tests.train.processes import RUN, config_file, run_processes
-from tests.train.tiny_run import config_of, metrics, save_base, train, weights, write_chats
+from tests.train.tiny_run import (
+    StopHereError,
+    at_step,
+    config_of,
+    metrics,
+    poison,
+    save_base,
+    stop_here,
+    train,
+    weights,
+    write_chats,
+)
 from wedlm.model.formats import checkpoint as model_checkpoint
 from wedlm.train import checkpoint as checkpoint_module
 from wedlm.train.checkpoint import latest_checkpoint
@@ -42,21 +53,10 @@ def same_weights(a: Path, b: Path, tolerance: float = 0.0) -> None:
         assert torch.allclose(first[name], second[name], rtol=0, atol=tolerance), name
 
 
-class StopHereError(Exception):
-    """A run that ends in the middle."""
-
-
 def test_a_resumed_run_equals_an_unbroken_one(parts, unbroken, monkeypatch):
     base, data, directory = parts
     config = config_of(base, data, directory / "resumed", save_steps=2)
-    step = Trainer._step
-
-    def stops(self, number, micro_batches):
-        if number == 5:
-            raise StopHereError
-        return step(self, number, micro_batches)
-
-    monkeypatch.setattr(Trainer, "_step", stops)
+    at_step(monkeypatch, 5, stop_here)
     with pytest.raises(StopHereError):
         Trainer(config).run()
     assert latest_checkpoint(directory / "resumed").name == "checkpoint-000004"
@@ -70,20 +70,13 @@ def test_a_resumed_run_equals_an_unbroken_one(parts, unbroken, monkeypatch):
 def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(parts, unbroken, monkeypatch, capsys):
     base, data, directory = parts
     config = config_of(base, data, directory / "interrupted", save_steps=100)
-    trainer = Trainer(config)
-    step = trainer._step
-
-    def interrupted(number, batches):
-        if number == 2:
-            signal.raise_signal(signal.SIGINT)
-        return step(number, batches)
-
-    monkeypatch.setattr(trainer, "_step", interrupted)
+    at_step(monkeypatch, 2, lambda _: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+        Trainer(config).run()
     assert "stopping after this step, with a checkpoint" in capsys.readouterr().err
     assert latest_checkpoint(directory / "interrupted").name == "checkpoint-000003"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
     Trainer(config).run()
     same_weights(directory / "interrupted", unbroken)
     assert metrics(directory / "interrupted") == metrics(unbroken)
@@ -112,7 +105,7 @@ def test_a_killed_run_goes_on(parts, unbroken):
 def test_a_finished_run_is_not_trained_again(parts, unbroken, monkeypatch):
     base, data, _ = parts
     before = weights(unbroken / "final")
-    monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("wedlm.train.trainer.collate_sequences", lambda *_: 1 / 0)  # no step is made
     train(base, data, unbroken)
     after = weights(unbroken / "final")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -139,7 +132,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(parts, monkeypatch, error):
         save(tensors, path, *arguments)
 
     monkeypatch.setattr(checkpoint_module, "save_file", fails_later)
-    with pytest.raises(ValueError, match=r"checkpoint-000004 cannot be written .*earlier checkpoints are as they were"):
+    with pytest.raises(ValueError, match=r"checkpoint-000004 cannot be written .*earlier checkpoints are untouched"):
         train(base, data, output, save_steps=2)
     assert [path.name for path in output.glob("*checkpoint*")] == ["checkpoint-000002"]
     monkeypatch.undo()
@@ -188,15 +181,7 @@ def test_other_directories_are_left_alone(parts):
 def test_a_loss_that_is_no_number_stops_the_run(parts, monkeypatch):
     base, data, directory = parts
     output = directory / "nan"
-    step = Trainer._step
-
-    def poisons(self, number, micro_batches):
-        if number == 3:
-            with torch.no_grad():
-                next(self.model.parameters())[5:] = torch.nan
-        return step(self, number, micro_batches)
-
-    monkeypatch.setattr(Trainer, "_step", poisons)
+    at_step(monkeypatch, 3, poison)
     with pytest.raises(
         FloatingPointError, match=r"step 3: the loss is nan .* The batch is saved in .*bad_batch_step3_rank0"
     ):

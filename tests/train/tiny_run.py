@@ -2,9 +2,11 @@
 """A tiny AR checkpoint with a chat tokenizer, a small chat file, and runs of the trainer over them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -96,6 +98,32 @@ def config_of(base: Path, data: Path, output: Path, **settings: Any) -> TrainCon
 
 def train(base: Path, data: Path, output: Path, **settings: Any) -> Path:
     return Trainer(config_of(base, data, output, **settings)).run()
+
+
+class StopHereError(Exception):
+    """A run that ends in the middle."""
+
+
+def stop_here(trainer: Trainer) -> None:
+    raise StopHereError
+
+
+def poison(trainer: Trainer) -> None:
+    """From now on losses are no numbers."""
+    with torch.no_grad():
+        next(trainer.model.parameters())[5:] = torch.nan
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, happens: Callable[[Trainer], object]) -> None:
+    """What happens before step ``number``, counted from 0, of every run from now on."""
+    step = Trainer._step
+
+    def patched(self: Trainer, at: int, micro_batches: Any) -> Any:
+        if at == number:
+            happens(self)
+        return step(self, at, micro_batches)
+
+    monkeypatch.setattr(Trainer, "_step", patched)
 
 
 def weights(directory: Path) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm accelerate``: from an AR checkpoint to an adapter of masked rows, in stages that go on where they were cut.
+"""``wedlm accelerate`` makes an adapter of masked rows from an AR checkpoint, in stages that continue where they
+stopped.
 
 ``run.py`` has the stages in their order: START HERE.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2: the model's own greedy answers, by our engine, each on the disk as soon as it ends."""
+"""Stage 2: our engine writes the model's own greedy answers, and each is on disk as soon as it ends."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,15 +11,13 @@ from wedlm import LLM, SamplingParams
 from wedlm.accelerate.prompts import Prompt, encode_prompt, with_answer
 from wedlm.engine.outputs import GenerationOutput
 from wedlm.model.formats.save import write_whole
-from wedlm.train.answers import usable_text
-
-Done = Callable[[int, GenerationOutput], None]
+from wedlm.train.answers import each_answer, usable_text
 
 
 @dataclass(frozen=True)
 class AnswerCounts:
-    """What became of the prompts. ``cut``: of those written, the ones that did not end within the limit; ``unusable``:
-    empty, or no whole characters."""
+    """Counts of answers. ``cut``: written answers that did not end within the limit. ``unusable``: answers that are
+    empty or contain an incomplete character."""
 
     written: int
     cut: int
@@ -27,31 +25,8 @@ class AnswerCounts:
     tokens: int
 
 
-def each_answer(llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams, done: Done) -> None:
-    """Answer all prompts together; ``done`` gets the place and the output of each as soon as it ends.
-
-    At any time twice as many are in the engine as run in a step. Nothing else uses the engine meanwhile.
-    """
-    engine = llm.engine
-    most = 2 * engine.config.options.max_num_seqs
-    running: dict[str, int] = {}
-    following = 0
-    try:
-        while running or following < len(prompts):
-            while following < len(prompts) and len(running) < most:
-                request = engine.add(f"answer-{following}", list(prompts[following]), params, streamed=False)
-                running[request.request_id] = following
-                following += 1
-            for request in engine.step():
-                if request.finish_reason is not None:
-                    done(running.pop(request.request_id), GenerationOutput.of(request))
-    finally:
-        for request_id in running:
-            engine.abort(request_id)
-
-
 def read_log(path: Path) -> dict[int, dict[str, Any]]:
-    """The answers that are there already, by their prompt's number. A last line that was cut, by a kill, is removed."""
+    """Read the answers that exist already, by their prompt's number. If a kill cut the last line, it is removed."""
     if not path.is_file():
         return {}
     whole = path.read_bytes()
@@ -66,7 +41,8 @@ def read_log(path: Path) -> dict[int, dict[str, Any]]:
 def answer_prompts(
     llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, log: Path, progress: Callable[[int, int, int], None]
 ) -> None:
-    """Append to ``log`` the answers that it lacks. ``progress``: (answers so far, of how many, tokens of this call)."""
+    """Append the missing answers to ``log``. ``progress`` gets (answers so far, answers in all, tokens of
+    this call)."""
     there = read_log(log)
     missing = [number for number in range(len(prompts)) if number not in there]
     tokens, count = 0, len(there)
@@ -90,7 +66,8 @@ def answer_prompts(
 
 
 def write_training_data(prompts: Sequence[Prompt], log: Path, target: Path) -> AnswerCounts:
-    """The prompts with their answers as training data, in the prompts' order. ValueError if none can be used."""
+    """Write the prompts with their answers as training data, in the prompts' order. Raises ValueError if no answer is
+    usable."""
     there = read_log(log)
     lines, cut, unusable, tokens = [], 0, 0, 0
     for number, prompt in enumerate(prompts):
@@ -104,8 +81,8 @@ def write_training_data(prompts: Sequence[Prompt], log: Path, target: Path) -> A
         lines.append(json.dumps(with_answer(prompt, answer, ended), ensure_ascii=False) + "\n")
     if not lines:
         raise ValueError(
-            f"none of the {len(prompts)} answers can be trained on: all are empty, or no whole characters; expected "
-            "other prompts"
+            f"none of the {len(prompts)} answers can be trained on: all are empty or contain incomplete characters; "
+            "expected other prompts"
         )
     with write_whole(target) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")

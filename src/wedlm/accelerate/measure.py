@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 4: what the adapter gains on prompts that it never saw, and whether the text stays.
+"""Stage 4: measure what the adapter gains on held-out prompts, and whether the text stays the same.
 
-Parts are measured one after another and each is on the disk once it is done, so that a run that was cut goes on behind
-the last one.
+The parts run one after another, and each is on disk once it is done, so that a run that was stopped continues after the
+last finished part.
 """
 
 import json
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from wedlm import LLM, SamplingParams
-from wedlm.accelerate.answers import each_answer
 from wedlm.engine.adaptive.fixed_rows import CountedRows
 from wedlm.engine.factory import eager_reason, release_memory
-from wedlm.engine.outputs import GenerationOutput
+from wedlm.engine.outputs import GenerationOutput, Totals
 from wedlm.engine.resolve_options import read_device, read_dtype
 from wedlm.model.formats.checkpoint import open_checkpoint
 from wedlm.model.formats.save import write_whole
 from wedlm.native import NativeTransformer
+from wedlm.train.answers import each_answer
 
 Values = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -35,10 +35,10 @@ _SPEED_PROMPTS, _SPEED_ROUNDS, _SPEED_TOKENS = 6, 3, 96
 
 
 def same_arithmetic(model: str, adapter: Path, options: Mapping[str, Any]) -> Values:
-    """Options under which base and adapter run the same arithmetic, exact whatever runs together.
+    """Options under which base and adapter run the same arithmetic, one that is exact whatever runs together.
 
-    Those of the user count. On a GPU they are its deterministic kernels, unless it computes in float32 or without
-    them; on a CPU that runs the adapter natively the engine's defaults, on any other float32.
+    The user's options take precedence. Otherwise a GPU uses its deterministic kernels, unless it computes in float32 or
+    without kernels; a CPU that runs the adapter natively uses the engine's defaults, and any other CPU float32.
     """
     device = read_device(options["device"])
     if device.type == "cuda":
@@ -53,14 +53,14 @@ def same_arithmetic(model: str, adapter: Path, options: Mapping[str, Any]) -> Va
 
 
 class Measurement:
-    """The parts measured so far, in one JSON file."""
+    """The parts measured so far, kept in one JSON file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.parts: dict[str, Values] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def part(self, name: str, measure: Callable[[], Values]) -> Values:
-        """What was measured, or is measured now and kept."""
+        """The result of a part; measures and keeps it if it does not exist yet."""
         if name not in self.parts:
             began = time.perf_counter()
             values = measure()
@@ -76,7 +76,8 @@ class Measurement:
 def answer_all(
     llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, progress: Callable[[int], None]
 ) -> Values:
-    """All prompts together: the ids of each answer, its forwards and whether it ended, tokens a forward and a row."""
+    """Answer all prompts together. Gives the ids of each answer, its number of forwards, whether it ended, and tokens
+    per forward and per row."""
     outputs: dict[int, GenerationOutput] = {}
 
     def done(place: int, output: GenerationOutput) -> None:
@@ -86,21 +87,20 @@ def answer_all(
     progress(0)
     each_answer(llm, prompts, params, done)
     found = [outputs[place] for place in range(len(prompts))]
-    stats = [output.stats for output in found if output.stats is not None]
-    tokens, rows = (sum(getattr(one, f"num_{what}") for one in stats) for what in ("tokens", "rows"))
-    forwards = [one.num_forwards for one in stats]
+    totals = Totals.of(found)
     return {
         "token_ids": [output.token_ids for output in found],
         "ended": [output.finish_reason == "stop" for output in found],
-        "forwards": forwards,
-        "tokens_per_forward": tokens / max(1, sum(forwards)),
-        "p_cache": tokens / max(1, rows),
+        "forwards": [output.stats.num_forwards for output in found if output.stats is not None],
+        "tokens_per_forward": totals.tokens_per_forward,
+        "p_cache": totals.p_cache,
     }
 
 
 def drafted(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, progress: Callable[[int], None]) -> Values:
-    """``answer_all`` of verified decoding in which every masked row is drafted, however unsure; and the shares of
-    drafts accepted by depth, with how often each was tried. ``params`` are for auto decoding, whose rows are fixed."""
+    """Run ``answer_all`` with verified decoding that drafts every masked row, however uncertain. Also gives the share
+    of drafts accepted by depth, with the number of trials. ``params`` are for auto decoding with a fixed number of
+    rows."""
     rows = params.wedlm_window_size or llm.engine.config.options.wedlm_window_size
     controller = llm.engine.controller
     before, controller.draft_budget = controller.draft_budget, (counted := CountedRows(rows))
@@ -114,9 +114,9 @@ def drafted(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, prog
 def speed(
     llm: LLM, prompts: Sequence[list[int]], params: Mapping[str, SamplingParams], progress: Callable[[int], None]
 ) -> Values:
-    """Tokens a second of one stream, for each mode: the median of rounds in which modes take turns, and all rounds.
+    """Tokens a second of one stream in each mode: the median over rounds in which the modes take turns, and all rounds.
 
-    A round before them does not count: costs are measured, graphs captured, and memory touched for the first time.
+    A discarded round comes first, in which costs are measured, graphs captured and memory touched for the first time.
     """
     chosen = list(prompts[:_SPEED_PROMPTS])
     rates: dict[str, list[float]] = {mode: [] for mode in params}
@@ -127,17 +127,17 @@ def speed(
             for prompt in chosen:
                 llm.engine.pool.reset_prefix_cache()
                 outputs += llm.generate([prompt], params[mode], progress=False)
-            took, tokens = time.perf_counter() - began, sum(len(output.token_ids) for output in outputs)
-            forwards[mode] = tokens / max(1, sum(o.stats.num_forwards for o in outputs if o.stats is not None))
+            took, totals = time.perf_counter() - began, Totals.of(outputs)
+            forwards[mode] = totals.tokens_per_forward
             if number:
-                rates[mode].append(tokens / took)
+                rates[mode].append(totals.num_tokens / took)
                 progress(sum(map(len, rates.values())))
     medians = {mode: statistics.median(found) for mode, found in rates.items()}
     return {"tok_per_s": medians, "rounds": rates, "tokens_per_forward": forwards, "prompts": len(chosen)}
 
 
 class Measurer:
-    """Measures a base and its adapter on the same prompts. ``rows``: most rows of a step."""
+    """Measures a base and its adapter on the same prompts. ``rows`` is the largest number of rows of a step."""
 
     def __init__(self, kept: Measurement, max_tokens: int, rows: int, progress: Progress) -> None:
         self.kept, self.max_tokens, self.rows, self._progress = kept, max_tokens, rows, progress
@@ -147,7 +147,8 @@ class Measurer:
         return SamplingParams(**{**limits, "decoding": mode, **options})
 
     def run(self, model: str, adapter: Path, encode: Encode, mask_token_id: int, options: Values) -> None:
-        """Everything that is not there yet. ``encode`` gives an engine's prompts, ``options`` are the user's."""
+        """Measure all missing parts. ``encode`` turns prompts into an engine's token ids; ``options`` are the
+        user's."""
         exact = self.kept.part("options", lambda: {"engine": same_arithmetic(model, adapter, options)})["engine"]
         if self.kept.lacks("base_ar", "before"):
             self._base(LLM(model, mask_token_id=mask_token_id, **exact), encode)
@@ -184,5 +185,5 @@ class Measurer:
 
 
 def same_texts(parts: Mapping[str, Mapping[str, Any]], name: str) -> int:
-    """How many answers of a part are the base's, token for token."""
+    """How many answers of a part equal the base's, token for token."""
     return sum(a == b for a, b in zip(parts["base_ar"]["token_ids"], parts[name]["token_ids"], strict=True))

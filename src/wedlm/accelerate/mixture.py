@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The default mixture of prompts: templates and their fillers, written for this package (``mixture.json``, Apache-2.0).
+"""The default mixture of prompts, made from templates and fillers that were written for this package (``mixture.json``,
+Apache-2.0).
 
-Ten kinds of requests, in equal parts as long as a kind has further different ones: questions, code, letters, stories,
-instructions, lists, work on a sentence, sums, sequences, records. It stands for everyday use only roughly.
+It has ten kinds of requests, in equal parts as long as a kind has enough different ones: questions, code, letters,
+stories, instructions, lists, work on a sentence, sums, sequences, records. It represents everyday use only roughly.
 """
 
 import json
@@ -16,7 +17,8 @@ _TRIES = 100  # numbers drawn for one prompt until it is a new one
 
 
 def mixture(num_training: int, num_held_out: int, seed: int) -> tuple[list[str], list[str]]:
-    """(training prompts, held-out ones), all different; no filler is in both. ValueError if the kinds have too few."""
+    """(training prompts, held-out prompts), all different; no filler is in both. Raises ValueError if there are too
+    few."""
     content = json.loads(files("wedlm.accelerate").joinpath("mixture.json").read_text(encoding="utf-8"))
     rng = random.Random(seed)
     return tuple(
@@ -25,7 +27,7 @@ def mixture(num_training: int, num_held_out: int, seed: int) -> tuple[list[str],
 
 
 def _take(content: dict[str, Any], held_out: bool, count: int, rng: random.Random) -> list[str]:
-    """One prompt of each kind in turn, until ``count`` of them are there."""
+    """Take one prompt of each kind in turn, until there are ``count``."""
     kinds = [_prompts(content, kind, held_out, rng) for kind, value in content.items() if isinstance(value, dict)]
     found: dict[str, None] = {}
     while kinds and len(found) < count:
@@ -44,7 +46,7 @@ def _take(content: dict[str, Any], held_out: bool, count: int, rng: random.Rando
 
 
 def _prompts(content: dict[str, Any], kind: str, held_out: bool, rng: random.Random) -> Iterator[str]:
-    """All prompts of a kind in a random order; those with numbers in them again and again with other numbers."""
+    """All prompts of a kind in a random order; those that contain numbers repeat with different numbers."""
     fillers = [f for i, f in enumerate(content[kind]["fillers"]) if (i % _HELD_OUT_EVERY == 7) == held_out]
     pairs = [template.replace("{x}", filler) for template in content[kind]["templates"] for filler in fillers]
     has_numbers = any("{" in pair for pair in pairs)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1: what the model is asked, as files, and what of it is kept for the measurement.
+"""Stage 1: choose the prompts, write them to files, and hold some of them out for the measurement.
 
-A prompt is the messages of a conversation up to where the model speaks, or a text that it goes on with; a line of a
-file is {"messages": [...]} or {"text": ...}.
+A prompt is either the messages of a conversation up to where the model speaks, or a text that the model continues. A
+line of a file is {"messages": [...]} or {"text": ...}.
 """
 
 import json
@@ -21,17 +21,18 @@ from wedlm.train.sources import numbered_lines, read_samples
 Prompt = dict[str, Any]
 
 DEFAULT_PROMPTS = 2000
-_BEGINNING = 32  # tokens of a plain text that the model goes on with
+_BEGINNING = 32  # tokens of a plain text that the model continues
 
 
 def make_prompts(
     settings: Settings, tokenizer: Tokenizer, longest: int, training: Path, held_out: Path
 ) -> tuple[int, int, int]:
-    """Write the prompts to two files of JSON lines; (prompts to train on, held-out ones, left out because too long).
-    ``longest`` is the model's length: a prompt leaves room in it for an answer.
+    """Write the prompts to two files of JSON lines. Gives the numbers of (training prompts, held-out prompts, prompts
+    left out because they are too long). ``longest`` is the model's length, in which a prompt must leave room for an
+    answer.
 
-    The user's prompts are shuffled, each once, and the first ``held_out`` of them, at most a quarter, are held out.
-    Raises ValueError.
+    The user's prompts are shuffled, each taken once, and the first ``held_out`` of them, at most a quarter, are held
+    out. Raises ValueError.
     """
     most = min(settings.max_prompt_tokens, longest - settings.max_tokens)
     if most < 1:
@@ -63,21 +64,21 @@ def make_prompts(
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
-    """The ids after which the model writes."""
+    """The token ids after which the model writes."""
     if "messages" in prompt:
         return tokenizer.encode_chat(prompt["messages"])
     return tokenizer.encode(prompt["text"], True)
 
 
 def with_answer(prompt: Prompt, answer: str, ended: bool) -> dict[str, Any]:
-    """The prompt and what the model said, as a line of training data; ``ended`` False: it was about to say more."""
+    """The prompt and the answer as a line of training data. ``ended`` is False if the model was about to say more."""
     if "messages" not in prompt:
         return {"text": prompt["text"] + answer}
     return with_reply(prompt["messages"], answer, ended)
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """A file that ``make_prompts`` wrote."""
+    """Read a file that ``make_prompts`` wrote."""
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
@@ -88,7 +89,7 @@ def _write(prompts: Iterable[Prompt], path: Path) -> None:
 
 
 def _asked(text: str, tokenizer: Tokenizer) -> Prompt:
-    """A prompt of a user's words: a message where the model has a chat template."""
+    """Turn a user's words into a prompt: a message if the model has a chat template, else plain text."""
     if tokenizer.has_chat_template:
         return {"messages": [{"role": "user", "content": text}]}
     return {"text": text}
@@ -114,13 +115,14 @@ def _given(settings: Settings, tokenizer: Tokenizer) -> Iterator[Prompt]:
 
 
 def _lines_of(path: Path) -> Iterator[str]:
-    """The prompts of a file: of JSON lines the string or its "prompt", of any other file each line but empty ones."""
+    """The prompts of a file. From JSON lines it takes the string or its "prompt", from any other file each non-empty
+    line."""
     if not path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise ValueError(f"{path} cannot be read: {reason}; expected a file of prompts, one a line") from error
+            raise ValueError(f"{path} cannot be read: {reason}; expected a file of prompts, one per line") from error
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise ValueError(f"{path} is empty; expected a prompt on each line")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 5: the report, as Markdown and as one HTML page that needs nothing else, and how the adapter is used."""
+"""Stage 5: write the report as Markdown and as one self-contained HTML page, with the lines that use the adapter."""
 
 import base64
 import html
@@ -26,7 +26,7 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a report is made of. ``state``: of each stage, what ``run.json`` has; ``parts``: what was measured."""
+    """What a report is made of. ``state`` has what ``run.json`` says of each stage, ``parts`` what was measured."""
 
     settings: Settings
     state: Mapping[str, Values]
@@ -37,7 +37,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Block:
-    """A part of the report: a heading, a paragraph, code, a table (its first row the head) or a figure."""
+    """A part of the report: a heading, a paragraph, code, a table (whose first row is its head) or a figure."""
 
     kind: str
     text: str = ""
@@ -47,12 +47,12 @@ class Block:
 
 
 def machine_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and its cores."""
+    """The GPU's name, or the processor's name and its number of cores."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {usable_cores()} cores"
 
 
 def write_report(facts: Facts) -> Path:
-    """Write ``report.md``, ``report.html`` and the figures under the output directory; the page's path."""
+    """Write ``report.md``, ``report.html`` and the figures to the output directory. Returns the page's path."""
     output = facts.settings.output
     blocks = _blocks(facts)
     (output / "figures").mkdir(exist_ok=True)
@@ -67,7 +67,7 @@ def write_report(facts: Facts) -> Path:
 
 
 def usage(settings: Settings) -> tuple[str, str]:
-    """(lines of Python, a command line) that use the result."""
+    """The lines of Python and the command line that use the result."""
     adapter = str(settings.output / ADAPTER)
     python = f"from wedlm import LLM\n\nllm = LLM({json.dumps(settings.model)}, adapter={json.dumps(adapter)})"
     return python, f"wedlm serve {shlex.join(['--model', settings.model, '--adapter', adapter])}"
@@ -140,7 +140,7 @@ def _text_rows(facts: Facts) -> tuple[tuple[str, ...], ...]:
 
 
 def _tokens_of_ended(part: Values) -> str:
-    """Tokens a forward of the answers that ended by themselves."""
+    """Tokens per forward of the answers that ended within the limit."""
     ended = [
         (len(ids), n) for ids, n, end in zip(part["token_ids"], part["forwards"], part["ended"], strict=True) if end
     ]
@@ -211,7 +211,7 @@ def _acceptance_plot(facts: Facts) -> Plot:
 
 
 def _training_plot(output: Path) -> Plot | None:
-    """None for a run that told no figures."""
+    """The training curves, or None if the run logged no figures."""
     path = output / "training" / METRICS_FILE
     records = [one for one in read_metrics(path) if "masked_loss" in one] if path.is_file() else []
     if not records:
@@ -307,7 +307,7 @@ img { max-width: 100%; background: #fff; border-radius: 4px; }
 
 
 def _html(title: str, blocks: Sequence[Block]) -> str:
-    """One page without scripts; everything that a user or a model named is escaped."""
+    """One page without scripts, in which everything that a user or a model named is escaped."""
     escape = html.escape
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     body = [f"<h1>{escape(title)}</h1>"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of a run, in their order. Each leaves its result under the output directory, and a second start goes on
-behind what is there:
+"""The stages of a run, in their order. Each leaves its result under the output directory, and a second start
+continues after the stages that are done:
 
-prompts/      what the model is asked: to train on, and held out
-answers/      the model's own answers, one a line as they end; then the training data
+prompts/      the prompts to train on, and those held out
+answers/      the model's own answers, one per line as they end; then the training data
 training/     the trainer's directory, with its checkpoints
 adapter/      the result
 measurement/  the parts measured so far
@@ -38,23 +38,23 @@ _GPU_SEQUENCES = 256  # answers at once there; on a CPU the engine's default
 
 
 class Teller(Protocol):
-    """Who shows the user how a run comes along."""
+    """Shows the user how a run progresses."""
 
     def stage(self, number: int, text: str) -> None:
-        """A stage begins; 1 to 5."""
+        """A stage begins; ``number`` is 1 to 5."""
 
     def progress(self, what: str, done: int, total: int, speed: str = "") -> None:
-        """So much of a part is done."""
+        """Report how much of a part is done."""
 
     def finish(self) -> None:
-        """A part ended: nothing more is said of its progress."""
+        """A part has ended, and reports no more progress."""
 
     def note(self, text: str) -> None:
-        """A sentence."""
+        """Show a sentence."""
 
 
 class Run:
-    """One run. Everything that can be wrong with the options is found when it is made (ValueError)."""
+    """One run. Its constructor finds everything that can be wrong with the options (ValueError)."""
 
     def __init__(self, settings: Settings, teller: Teller) -> None:
         self.settings, self.teller, self.output = settings, teller, settings.output
@@ -73,7 +73,7 @@ class Run:
         settings.output.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> Path:
-        """All stages that are not done; returns the report's path."""
+        """Run all unfinished stages and return the report's path."""
         for stage, begin in (
             ("prompts", self._prompts),
             ("answers", self._answers),
@@ -87,7 +87,7 @@ class Run:
         return write_report(self.facts())
 
     def path(self, *parts: str) -> Path:
-        """A place under the output directory; its folder is made."""
+        """A path in the output directory; its folder is created."""
         path = self.output.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -97,12 +97,12 @@ class Run:
         return self.output / ADAPTER
 
     def facts(self) -> Facts:
-        """What the report tells, once everything is measured."""
+        """Collect what the report says, once everything is measured."""
         parts = Measurement(self.path("measurement", "parts.json")).parts
         return Facts(self.settings, self.state, parts, machine_name(self.device), self.mask_token_id)
 
     def training_config(self) -> TrainConfig:
-        """The trainer's configuration. Raises ValueError."""
+        """Make the trainer's configuration. Raises ValueError."""
         places = self.output / "answers" / "training.jsonl", self.output / "training"
         return training_config(self.settings, *places, self.mask_token_id, self.config.max_length, self.device)
 
@@ -167,7 +167,7 @@ class Run:
         self.teller.finish()
 
     def _mask_token_id(self) -> int:
-        """As ``wedlm init`` chooses it."""
+        """The mask token that ``wedlm init`` would choose."""
         asked = self.settings.mask_token_id
         if asked is None:
             asked = self.config.mask_token_id
@@ -193,8 +193,8 @@ class Run:
 
     @contextmanager
     def _begun(self, stage: str) -> Iterator[None]:
-        """Around a stage: its options are on the disk before it begins, its seconds once it ends or is cut, unless by a
-        kill."""
+        """Wrap a stage. Its options are on disk before it begins, and its seconds once it ends or is interrupted,
+        except by a kill."""
         made = self.state.setdefault(stage, {"options": self.wanted[stage], "seconds": 0.0, "done": False})
         self._write_state()
         began = time.perf_counter()
@@ -207,7 +207,7 @@ class Run:
 
 
 def _digest(path: Path) -> str:
-    """What tells a changed file. ValueError if it cannot be read."""
+    """A digest that changes with the file. Raises ValueError if the file cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user may choose about a run, and which of it decides what a stage makes. No torch here."""
+"""The choices a user has about a run, and which of them decide the result of a stage. Does not import torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,10 +16,11 @@ _LEAST_ROWS = 4  # for one draft
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A run. Lengths are in tokens; None is chosen by the device. Checked on construction (ValueError).
+    """The settings of a run, checked on construction (ValueError). Lengths are in tokens; None takes the device's
+    default.
 
-    ``prompts``: files of prompts; ``data``: files of conversations, whose questions are the prompts; neither: the
-    default mixture. ``trainer``: settings of the trainer that replace those of ``training.py``.
+    ``prompts``: files of prompts. ``data``: files of conversations whose questions become the prompts. Without either,
+    the default mixture is used. ``trainer``: settings that replace those of ``training.py``.
     """
 
     model: str
@@ -59,7 +60,7 @@ class Settings:
 
     @property
     def engine_options(self) -> dict[str, Any]:
-        """The options that every engine of the run gets."""
+        """The options for every engine of the run."""
         return {name: getattr(self.engine, name) for name in ENGINE}
 
 
@@ -73,7 +74,7 @@ DECIDES: dict[str, tuple[str, ...]] = {
 
 
 def decisions(settings: Settings, stage: str) -> dict[str, Any]:
-    """The options that decide a stage, as JSON keeps them."""
+    """The options that decide a stage, as they are kept in JSON."""
     values: dict[str, Any] = {}
     for name in DECIDES[stage]:
         value = getattr(settings.engine if name in ENGINE else settings, name)
@@ -84,7 +85,8 @@ def decisions(settings: Settings, stage: str) -> dict[str, Any]:
 
 
 def check_unchanged(stage: str, made_with: Mapping[str, Any], wanted: Mapping[str, Any], output: Path) -> None:
-    """ValueError, in one sentence, naming the first option whose value is another than the stage was begun with."""
+    """Raises ValueError, in one sentence, naming the first option that differs from the value that the stage began
+    with."""
     for name, value in wanted.items():
         before = made_with.get(name)
         if before != value:

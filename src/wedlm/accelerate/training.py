@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 3: the trainer, by a configuration that this module makes. It is written beside the results, for reading and
-for ``wedlm train``."""
+"""Stage 3: run the trainer. This module makes its configuration and writes it next to the results, for you to read or
+to give to ``wedlm train``."""
 
 import os
 import shutil
@@ -42,9 +42,10 @@ _OURS = {
 def training_config(
     settings: Settings, data: Path, output: Path, mask_token_id: int, longest: int, device: torch.device
 ) -> TrainConfig:
-    """The trainer's configuration; ``longest`` is the model's length. Raises ValueError.
+    """Make the trainer's configuration; ``longest`` is the model's length. Raises ValueError.
 
-    What it shares with recipes/smollm2_135m/masked_lora.yaml was measured there; lengths and batches fit the device.
+    The settings it shares with recipes/smollm2_135m/masked_lora.yaml were measured there; lengths and batches fit the
+    device.
     """
     on_gpu = device.type == "cuda"
     processes = num_processes(settings, device)
@@ -86,15 +87,15 @@ def training_config(
 
 
 def num_processes(settings: Settings, device: torch.device) -> int:
-    """One for each GPU, unless the user says otherwise."""
+    """One process for each GPU, unless the user says otherwise."""
     if settings.processes is not None:
         return settings.processes
     return torch.cuda.device_count() if str(device) == "cuda" else 1
 
 
 def train(config: TrainConfig, file: Path, device: torch.device, processes: int) -> Path:
-    """Train, or go on; returns the directory of the adapter. Raises ValueError, and KeyboardInterrupt after Ctrl-C,
-    which has saved a checkpoint where one process trains."""
+    """Train, or continue training, and return the adapter's directory. Raises ValueError, and KeyboardInterrupt after
+    Ctrl-C; a single process has then saved a checkpoint."""
     file.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
     if processes > 1:
         _launch(file, device, processes)
@@ -108,7 +109,8 @@ def train(config: TrainConfig, file: Path, device: torch.device, processes: int)
 
 @contextmanager
 def _trains_on(device: torch.device) -> Iterator[None]:
-    """accelerate takes a GPU where there is one, unless the environment says otherwise."""
+    """Make accelerate train on this kind of device. By itself it takes a GPU if there is one, unless the environment
+    says otherwise."""
     before = os.environ.get("ACCELERATE_USE_CPU")
     if device.type == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -124,7 +126,7 @@ def _trains_on(device: torch.device) -> Iterator[None]:
 
 
 def _launch(file: Path, device: torch.device, processes: int) -> None:
-    """``wedlm train`` in so many processes, through accelerate's launcher."""
+    """Run ``wedlm train`` in this many processes, through accelerate's launcher."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--cpu", "--num_cpu_threads_per_process", "1"] if device.type == "cpu" else ["--multi_gpu"]
@@ -133,13 +135,13 @@ def _launch(file: Path, device: torch.device, processes: int) -> None:
         raise KeyboardInterrupt
     if code:
         raise ValueError(
-            f"training in {processes} processes ended with exit code {code}; what they said stands above, and the same "
-            "command goes on from the last checkpoint"
+            f"training in {processes} processes ended with exit code {code}, see their messages above; the same "
+            "command continues from the last checkpoint"
         )
 
 
 def copy_adapter(final: Path, target: Path) -> None:
-    """The finished adapter in one step: ``target`` is whole or not there."""
+    """Copy the finished adapter in one step, so that ``target`` is complete or does not exist."""
     building = target.with_name(f".{target.name}")
     shutil.rmtree(building, ignore_errors=True)
     shutil.copytree(final, building)

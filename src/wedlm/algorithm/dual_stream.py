@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dual-stream training rows (paper section 3.3): a clean stream, a prediction stream, and who sees whom.
+"""Dual-stream training rows (paper section 3.3): a clean stream, a prediction stream, and which rows see which.
 
-``sees`` is the one rule. The dense mask and the list of ranges are made from it here, FlexAttention's block mask in
-``wedlm.attention.flex``; tests compare all of them with the rule applied pair by pair.
+``sees`` is the only rule. This module derives the dense mask and the list of ranges from it, and
+``wedlm.attention.flex`` FlexAttention's block mask; tests compare all of them with the rule applied pair by pair.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ PADDING = -1
 
 
 class RowLabels(NamedTuple):
-    """What decides who sees whom, for R rows (or [..., R] of several sequences).
+    """The labels that decide which rows see each other, for R rows (or [..., R] of several sequences).
 
-    ``document`` is PADDING for rows that are not there; ``block`` rises along each document in both streams;
-    ``prediction`` tells the streams apart. Rows are ordered: clean ones by position, then prediction ones by document,
-    block, and inside a block observed before masked.
+    ``document`` is PADDING for padding rows. ``block`` rises along each document in both streams. ``prediction``
+    distinguishes the streams. Clean rows come first, ordered by position; prediction rows follow, ordered by document,
+    then block, and within a block observed before masked.
     """
 
     document: Int[Tensor, "*S R"]
@@ -78,8 +78,8 @@ def dense_mask(labels: RowLabels) -> Bool[Tensor, "*S R R"]:
 
 class RowRanges(NamedTuple):
     """``sees`` as two ranges of key rows for each query row q (of R, or [..., R] of several sequences): [clean_start,
-    clean_end), which is empty for clean rows, and [own_start, q]. What kernels take: three numbers a query row and
-    nothing about the key."""
+    clean_end), which is empty for clean rows, and [own_start, q]. Kernels take these: three numbers per query row, and
+    none per key."""
 
     clean_start: Int[Tensor, "*S R"]
     clean_end: Int[Tensor, "*S R"]
@@ -87,7 +87,7 @@ class RowRanges(NamedTuple):
 
 
 def row_ranges(labels: RowLabels) -> RowRanges:
-    """The ranges of one sequence, which rely on its order of rows."""
+    """The ranges of one sequence; they rely on the order of its rows."""
     document, block, prediction = labels
     row = torch.arange(len(document), device=document.device)
     there = document != PADDING
@@ -122,8 +122,8 @@ class AttentionRange(NamedTuple):
 
 
 def attention_ranges(ranges: RowRanges) -> list[AttentionRange]:
-    """The ranges of one sequence with equal query rows put together, for kernels that take those (MagiAttention). A
-    pair is covered at most once."""
+    """The ranges of one sequence, with equal query rows merged, for kernels that take ranges (MagiAttention). No pair
+    is covered twice."""
     changed = torch.ones(len(ranges.own_start), dtype=torch.bool, device=ranges.own_start.device)
     changed[1:] = torch.stack([part[1:] != part[:-1] for part in ranges]).any(dim=0)
     starts = torch.nonzero(changed).flatten().tolist()
@@ -148,11 +148,12 @@ def dual_stream(  # noqa: PLR0913 - the text, its noise and three choices
     uniform_weights: bool = False,
     clean_rows: int = 0,
 ) -> DualStream:
-    """The rows of one sequence, padded to ``num_rows`` (2L always suffices), of which the first ``clean_rows`` or more
-    are the clean stream, padded, too.
+    """The rows of one sequence, padded to ``num_rows`` (2L always suffices). The first ``clean_rows`` or more are the
+    clean stream, padded, too.
 
-    Blocks without a masked position have no loss and are seen by nobody: they stay out of the prediction stream.
-    ``documents`` is PADDING at padded positions. ``uniform_weights`` True weighs every masked row 1 instead of 1/γ.
+    A block without a masked position has no loss, and no row sees it, so it is left out of the prediction stream.
+    ``documents`` is PADDING at padded positions. ``uniform_weights`` True gives every masked row weight 1 instead of
+    1/γ.
     """
     there = documents != PADDING
     masked_here = noise.masked & there
@@ -207,13 +208,13 @@ def clean_stream(
     documents: Int[Tensor, " L"],
     trainable: Bool[Tensor, " L"],
 ) -> DualStream:
-    """Rows of AR training alone: the clean stream, L rows."""
+    """The rows of AR training: only the clean stream, L rows."""
     nothing = Noise(torch.zeros_like(documents), torch.zeros_like(trainable), torch.ones(len(tokens)))
     return dual_stream(tokens, positions, documents, trainable, nothing, 0, len(tokens))
 
 
 def _masked_before(masked: Bool[Tensor, " R"], block: Int[Tensor, " R"]) -> Int[Tensor, " R"]:
-    """Masked rows of the same block before each row; a block's masked rows are contiguous."""
+    """The number of masked rows of the same block before each row; a block's masked rows are contiguous."""
     index = torch.arange(len(masked))
     starts = masked.clone()
     starts[1:] &= ~masked[:-1] | (block[1:] != block[:-1])

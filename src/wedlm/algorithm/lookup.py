@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts looked up in the text (n-gram, or prompt-lookup, drafts): what followed when it last ended as it does now.
+"""Drafts looked up in the text (n-gram, or prompt-lookup, drafts): what followed the last tokens where they stood
+before.
 
-They need no masked rows, and so no training; verification takes them as it takes any draft. ``TextLookup`` is on the
-host; ``propose`` puts what it found in windows, wherever these are.
+They need neither masked rows nor training, and verification treats them like any draft. ``TextLookup`` runs on the
+host; ``propose`` puts its finds into windows on any device.
 """
 
 from array import array
@@ -24,12 +25,12 @@ _MOST_ADDED = 4096  # tokens that one call of ``find`` adds
 class TextLookup:
     """Finds where the end of a growing text has stood before.
 
-    Each pair of tokens knows where it stood last, and each of those places the one before it, so that a search walks
-    back over at most ``candidates`` places and compares at most ``longest`` tokens at each: its time has a bound that
-    no text changes, and memory is linear in the text. Among equally long matches the latest counts. A match that goes
-    on as the text does is kept: it grows with the text, and may lie further back than a search looks.
+    Each pair of tokens knows where it stood last, and each of those places the one before it. A search walks back over
+    at most ``candidates`` places and compares at most ``longest`` tokens at each, so its time is bounded for any text,
+    and memory is linear in the text. Among equally long matches the latest wins. A match that continues like the text
+    is kept: it grows with the text, and may lie further back than a search looks.
 
-    ``text`` is the caller's, who only appends to it.
+    The caller owns ``text`` and may only append to it.
     """
 
     def __init__(self, text: list[int], longest: int = _LONGEST, candidates: int = _MOST_CANDIDATES) -> None:
@@ -40,7 +41,7 @@ class TextLookup:
 
     def find(self) -> tuple[int, int]:
         """(length, source): ``text[:source]`` ends with the last ``length`` tokens of the text. (0, 0) if fewer than
-        ``SHORTEST`` do, or if the text has grown by more than can be added at once."""
+        ``SHORTEST`` tokens match, or if the text has grown by more than one call may add."""
         self._add()
         if len(self._before) <= len(self._text):
             return 0, 0
@@ -49,8 +50,8 @@ class TextLookup:
         return (self._length, self._source) if self._length >= SHORTEST else (0, 0)
 
     def draft(self, source: int, count: int) -> list[int]:
-        """``count`` tokens that follow ``source``, a place that ``find`` gave. Beyond the text they repeat themselves,
-        as it would if it went on so."""
+        """The ``count`` tokens after ``source``, a place from ``find``. Past the end of the text they repeat, as the
+        text would if it continued in the same way."""
         tokens = self._text[source : source + count]
         period = len(self._text) - source
         while len(tokens) < count:
@@ -86,7 +87,7 @@ class TextLookup:
                     return
 
     def _common(self, place: int, end: int) -> int:
-        """Tokens before ``place`` that equal those before ``end``, at most ``longest``."""
+        """How many tokens before ``place`` equal those before ``end``, at most ``longest``."""
         text, most = self._text, min(self._longest, place)
         length = SHORTEST
         while length < most and text[place - 1 - length] == text[end - 1 - length]:
@@ -96,9 +97,11 @@ class TextLookup:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """``tokens`` that may follow the first ``known`` tokens of a text, of whose end ``length`` were found before.
+    """``tokens`` that may follow the first ``known`` tokens of a text, found by a match of ``length`` tokens at their
+    end.
 
-    A step takes at most ``most`` of them as drafts."""
+    A step takes at most ``most`` of them as drafts.
+    """
 
     known: int
     tokens: list[int]
@@ -106,8 +109,8 @@ class Proposal:
     most: int
 
     def drafts(self, num_tokens: int, last: int, max_positions: int) -> list[int]:
-        """What a step takes of it for a text that may have grown to ``num_tokens`` since: the tokens after the ``last``
-        of those, if that was proposed, as far as the model reaches."""
+        """The drafts of a step for a text that may have grown to ``num_tokens`` since: the tokens after ``last``, the
+        newest one, if ``last`` was proposed, up to the model's length."""
         grown = num_tokens - self.known
         if grown > len(self.tokens) or (grown and self.tokens[grown - 1] != last):
             return []
@@ -116,8 +119,8 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Proposals:
-    """One for each of S windows: P columns of tokens, of which ``count`` are proposed; ``known`` and ``most`` as in
-    ``Proposal``."""
+    """One proposal for each of S windows: P columns of tokens, of which ``count`` are proposed; ``known`` and ``most``
+    as in ``Proposal``."""
 
     tokens: Int[Tensor, "S P"]
     count: Int[Tensor, " S"]
@@ -132,9 +135,9 @@ def propose(
     max_positions: Int[Tensor, " S"],
     proposals: Proposals,
 ) -> WindowState:
-    """Verified windows with what was proposed in place of their drafts, as ``Proposal.drafts`` says; those to which no
-    proposal fits stay as they are. A window's text ends with its anchor; only that is compared. The masked rows are
-    those that the limits leave beside so many drafts, if they leave any."""
+    """Put proposals into verified windows in place of their own drafts, as ``Proposal.drafts`` says. A window whose
+    anchor, the end of its text, fits no proposal stays as it is. If the limits leave rows besides the drafts, masked
+    rows take them."""
     anchor, room = state.tokens[:, 0], max_positions - state.cached
     grown = state.cached + 1 - proposals.known
     last = proposals.tokens.shape[1] - 1
@@ -160,7 +163,7 @@ def propose(
 def propose_one(
     state: WindowState, window: int, row_budget: int, max_drafts: int, max_positions: int, proposal: Proposal
 ) -> None:
-    """``propose`` for one window of a state on the CPU, in place, without its many small operations."""
+    """``propose`` for one window of a state on the CPU, in place and without many small operations."""
     num_tokens = int(state.cached[window]) + 1
     drafts = proposal.drafts(num_tokens, int(state.tokens[window, 0]), max_positions)
     if not drafts or not int(state.width[window]):

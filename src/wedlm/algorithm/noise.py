@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which positions of a training sequence are masked (paper section 3.3), in two ways.
+"""Two ways to choose which positions of a training sequence are masked (paper section 3.3).
 
 A sequence is L positions that hold one or more documents; a *block* is a run of consecutive positions of one document.
-Only ``trainable`` positions are ever masked: in fine-tuning the replies, in continued training everything.
+Only ``trainable`` positions are ever masked: the replies in fine-tuning, everything in continued training.
 """
 
 from dataclasses import dataclass
@@ -36,9 +36,9 @@ def random_noise(
     """The paper's noise: every block of ``block_size`` positions draws γ ~ U(0, 1] and masks round(γ · n) of its n
     trainable positions, uniformly and without replacement.
 
-    ``positions`` count from 0 in each document, ``documents`` number the documents; where positions jump, as before and
-    after a suffix that comes before the gap, a block ends. ``ratio_per_block`` False draws one γ for a whole document
-    instead.
+    ``positions`` count from 0 in each document, and ``documents`` number the documents. A block also ends where
+    positions jump, as they do around a suffix that comes before its gap. ``ratio_per_block`` False draws one γ for a
+    whole document.
     """
     jump = torch.zeros(len(positions), dtype=torch.long)
     jump[1:] = (positions[1:] != positions[:-1] + 1).long()
@@ -59,12 +59,12 @@ def random_noise(
 def suffix_noise(
     documents: Int[Tensor, " L"], trainable: Bool[Tensor, " L"], block_size: int, generator: torch.Generator
 ) -> Noise:
-    """Noise as verified decoding meets it: a filled prefix, then only masks.
+    """The noise that verified decoding meets: a filled prefix, then only masks.
 
-    A block with a random observed prefix and a masked suffix is the same thing as a fully masked block that starts
-    where the suffix did, because observed positions before the first mask are computed as in the clean stream. So
-    blocks have random lengths, uniform in 1 .. ``block_size``, and γ = 1: no row of the prediction stream is wasted on
-    a prefix. A block never mixes trainable and other positions; the latter are never masked.
+    A block with a random observed prefix and a masked suffix equals a fully masked block that starts where the suffix
+    did, because observed positions before the first mask are computed as in the clean stream. Blocks therefore have
+    random lengths, uniform in 1 .. ``block_size``, and γ = 1, so that the prediction stream wastes no row on a prefix.
+    A block never mixes trainable and other positions, and the latter are never masked.
     """
     run = _number_runs(documents, trainable.long())
     lengths = torch.randint(1, block_size + 1, (len(run),), generator=generator)
@@ -78,7 +78,7 @@ def suffix_noise(
 
 
 def mix_noise(documents: Int[Tensor, " L"], first: Noise, second: Noise, use_second: Bool[Tensor, " L"]) -> Noise:
-    """Two kinds of noise in one sequence; ``use_second`` is the same at all positions of a document."""
+    """Combine two kinds of noise in one sequence; ``use_second`` is the same at all positions of a document."""
     return Noise(
         _number_runs(documents, torch.where(use_second, second.block, first.block)),
         torch.where(use_second, second.masked, first.masked),
@@ -95,8 +95,8 @@ def draw_noise(
     ratio_per_block: bool = True,
     suffix_share: float = 0.0,
 ) -> Noise:
-    """The noise of training: ``suffix_noise`` for this share of the documents, drawn one by one, ``random_noise`` for
-    the others."""
+    """Draw the noise of training: ``suffix_noise`` for this share of the documents, chosen one by one, ``random_noise``
+    for the others."""
     noise = random_noise(positions, documents, trainable, block_size, generator, ratio_per_block)
     if not suffix_share:
         return noise
@@ -106,7 +106,7 @@ def draw_noise(
 
 
 def _number_runs(*keys: Int[Tensor, " L"]) -> Int[Tensor, " L"]:
-    """Number of the run of equal keys that each position belongs to, from 0."""
+    """The number, from 0, of the run of equal keys that each position belongs to."""
     changed = torch.zeros(len(keys[0]), dtype=torch.bool)
     for key in keys:
         changed[1:] |= key[1:] != key[:-1]

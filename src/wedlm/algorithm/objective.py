@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training objective (paper section 3.3): masked loss, AR loss, and their mixture.
 
-All of it is one sum over rows, Σ coefficient · cross-entropy, whose coefficients are known before the forward. That is
-what makes the loss of a whole optimiser batch independent of how it is split over devices and accumulation steps.
+The objective is one sum over rows, Σ coefficient · cross-entropy, whose coefficients are known before the forward. This
+makes the loss of an optimiser batch independent of how it is split over devices and accumulation steps.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 
 class LossTotals(NamedTuple):
-    """Denominators over the whole optimiser batch: Σ w of masked rows, and how many rows have an AR target."""
+    """Denominators over the whole optimiser batch: Σ w of masked rows, and the number of rows with an AR target."""
 
     weight: float
     num_ar: float
@@ -25,10 +25,10 @@ class LossTotals(NamedTuple):
 def row_coefficients(
     weight: Float[Tensor, " R"], is_ar: Bool[Tensor, " R"], totals: LossTotals, ar_loss_weight: float
 ) -> Float[Tensor, " R"]:
-    """c with Σ c · CE = (Σ w·CE / Σ w + a · mean AR CE) / (1 + a), a = ``ar_loss_weight``.
+    """Coefficients c with Σ c · CE = (Σ w·CE / Σ w + a · mean AR CE) / (1 + a), where a = ``ar_loss_weight``.
 
-    ``weight`` is 0 except at masked rows. A batch without masked rows is AR training alone, and one without AR targets
-    masked training alone: the missing term and its share of the denominator disappear.
+    ``weight`` is 0 except at masked rows. A batch without masked rows trains only AR, and one without AR targets only
+    the masked loss: the missing term and its share of the denominator disappear.
     """
     a = ar_loss_weight if totals.num_ar else 0.0
     masked_share = 1.0 if totals.weight else 0.0
@@ -40,10 +40,10 @@ def row_coefficients(
 
 
 class Teacher(NamedTuple):
-    """A model whose distributions stand in for target tokens.
+    """A model whose distributions replace target tokens.
 
     ``hidden`` are its hidden states, ``projection`` its output projection. A row's target is ``share`` times the
-    teacher's distribution and 1 - ``share`` times its token. The CE with a distribution, Σ -p_teacher · log p, is its
+    teacher's distribution plus 1 - ``share`` times its token. The CE with a distribution, Σ -p_teacher · log p, is its
     KL divergence up to a constant.
     """
 
@@ -53,8 +53,8 @@ class Teacher(NamedTuple):
 
 
 class RowLosses(NamedTuple):
-    """``loss`` = Σ coefficient · CE + Σ entropy_coefficient · H of rows that are right, the only part with a gradient;
-    per row the CE (nats) of the target and whether the arg max of the logits is the target."""
+    """``loss`` = Σ coefficient · CE + Σ entropy_coefficient · H of correct rows; only this has a gradient. Also, for
+    each row, the CE (nats) of the target and whether the logits' arg max is the target."""
 
     loss: Float[Tensor, ""]
     cross_entropy: Float[Tensor, " N"]
@@ -69,11 +69,11 @@ def plain_losses(
     entropy_coefficient: Float[Tensor, " N"] | None = None,
     teacher: Teacher | None = None,
 ) -> RowLosses:
-    """The definition, with all logits in memory at once: slow twin of ``chunked_losses``.
+    """The definition of the losses, with all logits in memory at once: the slow twin of ``chunked_losses``.
 
-    ``entropy_coefficient`` weighs the entropy H (nats) of rows whose arg max is the target already: a right guess is
+    ``entropy_coefficient`` weighs the entropy H (nats) of rows whose arg max is the target already. A correct guess is
     pushed to be confident, so that parallel decoding may take it; a wrong one is left to the cross-entropy (as in
-    dParallel, arXiv 2509.26488). None: no such term.
+    dParallel, arXiv 2509.26488). None leaves this term out.
     """
     logits = (hidden @ projection.T).float()
     cross_entropy = F.cross_entropy(logits, target, reduction="none")
@@ -101,7 +101,7 @@ def chunked_losses(
 ) -> RowLosses:
     """``plain_losses`` without ever holding more than ``chunk`` rows of logits.
 
-    A vocabulary's logits are the largest tensor of training. Coefficients are known in advance, so each chunk's
+    The vocabulary's logits are the largest tensor of training. Since coefficients are known in advance, each chunk's
     gradient is computed right after its logits, in the forward, and the logits are dropped. Products run in
     ``hidden``'s dtype; the projection's gradient adds up in float32. ``compiled`` fuses the softmax (CUDA).
     """
@@ -169,7 +169,7 @@ def _softmax_losses(
     other: Float[Tensor, "N V"] | None,
     share: Float[Tensor, " N"] | None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Bool[Tensor, " N"], Float[Tensor, "N V"]]:
-    """(loss, cross-entropy, arg max is the target, gradient of the loss with respect to the logits)."""
+    """(loss, cross-entropy, whether the arg max is the target, gradient of the loss with respect to the logits)."""
     wide = logits.float()
     log_probs = wide - torch.logsumexp(wide, dim=-1, keepdim=True)
     probs = log_probs.exp()
@@ -193,5 +193,5 @@ def _softmax_losses(
 
 @functools.cache
 def _compiled_softmax_losses() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Made at first use: importing the compiler takes over a second."""
+    """Compile ``_softmax_losses`` at first use, because importing the compiler takes over a second."""
     return torch.compile(_softmax_losses)

@@ -19,15 +19,16 @@ MOST_LOOKUP_DRAFTS = 63  # in a step: further ones are hardly ever right, and ea
 
 
 def drafts_of(row_budget: int) -> int:
-    """Most drafts k that ``row_budget`` rows sustain: beside the anchor and k drafts stand k + 1 groups of masked rows,
-    one for each number of drafts that may be accepted, and k rows in each (docs/algorithm.md, "Verified decoding")."""
+    """The largest number of drafts k that ``row_budget`` rows sustain. Besides the anchor and k drafts a step needs k +
+    1 groups of masked rows, one for each number of drafts that may be accepted, with k rows each (docs/algorithm.md,
+    "Verified decoding")."""
     return max(0, math.isqrt(row_budget) - 1)
 
 
 def verified_rows(num_drafts: int, row_budget: int, max_drafts: int) -> int:
-    """Rows of a verified step: the anchor, its drafts, and what ``row_budget`` leaves to masked rows, each of which can
-    become one of the next step's ``max_drafts``. The first row of a group stands at the position that AR's token takes,
-    so groups of one row each would be for nothing, and do not run."""
+    """The rows of a verified step: the anchor, its drafts, and the rows that ``row_budget`` leaves to masked rows, each
+    of which can become one of the next step's ``max_drafts``. The first row of a group stands where AR's token goes, so
+    groups of one row would be useless and do not run."""
     groups = num_drafts + 1
     masked = min(row_budget - groups, groups * (max_drafts + 1) if max_drafts else 0)
     return groups + (masked if masked > groups else 0)
@@ -37,21 +38,21 @@ def verified_rows(num_drafts: int, row_budget: int, max_drafts: int) -> int:
 class DecodeParams:
     """Everything that the text of one sequence depends on, besides the model and the prompt.
 
-    ``window_size`` is W, the positions a window covers, in streaming and block decoding, and R, the most rows of a
-    step, in verified decoding. Autoregressive decoding is verified decoding with R=1: an anchor, no drafts, no masked
-    rows. Auto is verified decoding whose R may be lowered from step to step (``row_budget`` is the most).
-    ``lookup_drafts``: most drafts of a verified step that come from the text instead of masked rows
+    ``window_size`` is W, the positions of a window, in streaming and block decoding, and R, the largest number of rows
+    of a step, in verified decoding. Autoregressive decoding is verified decoding with R=1: an anchor without drafts or
+    masked rows. Auto is verified decoding whose R may be lowered from step to step (``row_budget`` is the most).
+    ``lookup_drafts``: the largest number of drafts per verified step that come from the text instead of masked rows
     (``wedlm.algorithm.lookup``). ``has_masked_rows``: whether the model predicts anything in masked rows.
-    ``entropy_threshold`` (τ, nats) None fills exactly one position a step. ``next_token``: what decides the leftmost
-    masked position of a streaming window; "masked": its own row, if it is sure enough; "causal": in each step, the row
-    of the token before it, as in AR decoding. ``remasking``: block decoding by the probability of tokens instead, in
-    ``denoising_steps`` steps a block at most (None: one a position), which are fewer where positions exceed the
-    probability ``confidence_threshold``. ``block_length``: rows see all of their own block of so many positions, which
-    begin at multiples of it, and windows are such blocks; 1: rows see what is before them. ``max_positions`` is the
-    model's length: no position at or past it exists. ``stop_token_ids`` end the text; ``min_eos_position`` is the first
-    position at which one may stand (prompt length + min_tokens). A text with a gap has ``prefix_length`` tokens before
-    the gap and ``suffix_length`` known ones after it, which end at ``max_positions``. What follows from the fields is
-    kept, since each step asks for it.
+    ``entropy_threshold`` (τ, nats): None fills exactly one position per step. ``next_token`` says what decides the
+    leftmost masked position of a streaming window: "masked" takes its own row, if that is sure enough; "causal" takes,
+    in each step, the row of the token before it, as in AR decoding. ``remasking``: block decoding fills by the
+    probability of tokens, in at most ``denoising_steps`` steps per block (None: one per position), and in fewer where
+    positions exceed the probability ``confidence_threshold``. ``block_length``: rows see all of their own block of this
+    many positions, blocks begin at multiples of it, and windows are such blocks; with 1, rows only see what is before
+    them. ``max_positions`` is the model's length; positions are below it. ``stop_token_ids`` end the text;
+    ``min_eos_position`` is the first position at which one may stand (prompt length + min_tokens). A text with a gap
+    has ``prefix_length`` tokens before the gap and ``suffix_length`` known ones after it, which end at
+    ``max_positions``. Values that follow from the fields are cached, because each step needs them.
     """
 
     decoding: Decoding
@@ -78,8 +79,8 @@ class DecodeParams:
     suffix_length: int = 0
 
     def positions(self, start: int, stop: int) -> Sequence[int]:
-        """Those of the tokens in the cache's slots ``start`` to ``stop`` - 1: the same numbers, but in a text with a
-        suffix, which stands in the cache before what fills the gap."""
+        """The positions of the tokens in the cache's slots ``start`` to ``stop`` - 1. They equal the slots, except in a
+        text with a suffix, which lies in the cache before the tokens that fill the gap."""
         if not self.suffix_length:
             return range(start, stop)
         border = self.prefix_length + self.suffix_length
@@ -92,20 +93,20 @@ class DecodeParams:
 
     @cached_property
     def is_verified(self) -> bool:
-        """Whether tokens are chosen by the shifted head (AR's text) rather than by the masked rows."""
+        """Whether the shifted head chooses the tokens (AR's text) rather than the masked rows."""
         return self.decoding in ("auto", "verified", "autoregressive")
 
     @cached_property
     def is_causal(self) -> bool:
-        """Whether streaming takes each next token from the row before it. A block is committed as a whole, so its rows
-        may stand where no token before them is in the forward; and the last known token of a text with a gap is not
-        the one before the gap."""
+        """Whether streaming takes each next token from the row before it. Blocks cannot: a block is committed as a
+        whole, so the forward may not have the token before it. Neither can texts with a gap, whose last known token is
+        not the one before the gap."""
         return self.decoding == "streaming" and self.next_token == "causal" and not self.suffix_length
 
     @cached_property
     def has_anchor(self) -> bool:
-        """Whether a window begins with a known token, whose row gives the token after it: the prompt's last one at
-        first, which is therefore not cached before."""
+        """Whether a window begins with a known token whose row gives the next one. At first this is the prompt's last
+        token, which is therefore not cached with the prompt."""
         return self.is_verified or self.is_causal
 
     @cached_property
@@ -120,16 +121,16 @@ class DecodeParams:
 
     @cached_property
     def fill_below(self) -> float:
-        """A masked position is filled if it is less uncertain than this (nats): by its entropy, or by its token's
-        negative log-probability."""
+        """The uncertainty (nats) below which a masked position is filled: its entropy, or its token's negative
+        log-probability."""
         if self.remasking == "low_confidence_dynamic":
             return -math.log(self.confidence_threshold) if self.confidence_threshold > 0 else math.inf
         return -math.inf if self.by_confidence or self.entropy_threshold is None else self.entropy_threshold
 
     @cached_property
     def fill_schedule(self) -> tuple[int, int]:
-        """(n, m): a step fills n positions at least, one more while fewer than m of its block are filled. So a block is
-        done in ``denoising_steps`` steps, the longer ones first."""
+        """(n, m): a step fills at least n positions, and one more while fewer than m of its block are filled. A block
+        therefore takes ``denoising_steps`` steps, with the larger ones first."""
         if not self.by_confidence or self.denoising_steps is None:
             return 1, 0
         steps = min(self.denoising_steps, self.window_size)
@@ -138,7 +139,7 @@ class DecodeParams:
 
     @cached_property
     def row_budget(self) -> int:
-        """R when verifying (1 for AR, and where no masked row is worth running), W otherwise."""
+        """R when verifying (1 for AR, and where masked rows are not worth running), W otherwise."""
         alone = self.decoding == "autoregressive" or (self.is_verified and not self.has_masked_rows)
         return 1 if alone else self.window_size
 
@@ -149,20 +150,21 @@ class DecodeParams:
 
     @cached_property
     def max_lookup(self) -> int:
-        """Most drafts from the text in a step: no more than R has rows for, however wide the window is."""
+        """The largest number of drafts from the text per step, limited by the rows of R, however wide the window is."""
         verifies = self.is_verified and self.decoding != "autoregressive"
         return min(self.lookup_drafts, self.window_size - 1, MOST_LOOKUP_DRAFTS) if verifies else 0
 
     def num_before_window(self, num_prompt_tokens: int) -> int:
-        """Tokens of a prompt that the first window does not hold: they only need keys."""
+        """How many tokens of a prompt lie before the first window; these only need keys."""
         return num_prompt_tokens - (1 if self.has_anchor else num_prompt_tokens % self.block_length)
 
     def width(self, num_drafts: int, room: int) -> int:
-        """Rows at the start of a step, ``room`` positions before the model's length; streaming then extends them."""
+        """The rows at the start of a step, ``room`` positions before the model's length; streaming then
+        extends them."""
         budget = min(self.row_budget, room)
         return min(room, verified_rows(num_drafts, budget, self.max_drafts)) if self.is_verified else budget
 
     @cached_property
     def max_rows(self) -> int:
-        """Upper bound of the rows of any step: a full window commits while as many masked positions join it."""
+        """Upper bound of the rows of any step: a full window may commit while as many masked positions join it."""
         return max(self.row_budget, 1 + self.max_lookup) if self.is_verified else 2 * self.window_size

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slow, obvious decoder: one sequence, no cache, plain Python. The oracle of every other decoder.
+"""The slow, obvious decoder: one sequence, no cache, plain Python. It is the oracle of every other decoder.
 
 ``model(tokens, positions, num_masked)`` takes rows in order, the last ``num_masked`` of them masked, and returns logits
-[rows, vocabulary]; row i attends to rows 0..i, and in models that see by blocks to all whose block is not a later one.
+[rows, vocabulary]. Row i attends to rows 0..i, and in models that see by blocks to all rows whose block is not later.
 """
 
 import math
@@ -38,10 +38,10 @@ def decode(
 ) -> ReferenceOutput:
     """Decode one sequence until an end token or ``max_tokens`` (docs/algorithm.md, "Decoding").
 
-    ``suffix``: known tokens that stand ``max_tokens`` positions after the prompt; what is decoded fills that gap.
+    ``suffix``: known tokens that begin ``max_tokens`` positions after the prompt; decoding fills that gap.
 
-    ``propose``: from the text so far to drafts that take the place of a verified step's own, if there are any.
-    Raises ValueError if there is no known token, or if they leave no position for a token.
+    ``propose`` maps the text so far to drafts that replace a verified step's own, if it finds any. Raises ValueError if
+    there is no known token, or no position left for a token.
     """
     known = [*prompt, *suffix]
     if not known or len(known) >= params.max_positions:
@@ -66,7 +66,7 @@ def decode(
             drafts = propose(prompt + out.tokens)[: max(0, most)]
             window = [window[0], *drafts] if drafts else window
         emitted, committed, window, rows = step(model, committed, window, params)
-        if not params.is_verified:  # what the prompt had of a block is no output
+        if not params.is_verified:  # the prompt's part of a block is not output
             emitted = emitted[max(0, len(prompt) - len(committed)) :]
         out.rows.append(rows)
         for token in emitted:
@@ -83,8 +83,8 @@ def _forward(
     params: DecodeParams,
     places: list[int] | None = None,
 ) -> tuple[list[int], dict[int, Tensor]]:
-    """Run committed tokens, then the window's filled columns, then its masked ones; logits by window column.
-    ``places``: positions where they are not 0, 1, 2…"""
+    """Run committed tokens, then the window's filled columns, then its masked ones; returns logits by window column.
+    ``places``: the positions, if they are not 0, 1, 2…"""
     filled = [c for c, token in enumerate(window) if token is not None]
     order = filled + [c for c, token in enumerate(window) if token is None]
     n = len(committed)
@@ -99,11 +99,12 @@ def _forward(
 def _streaming_step(
     places: list[int] | None, model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
 ) -> tuple[list[int], list[int], list[int | None], int]:
-    """Commit the leading filled run (block: only a full window), fill what is least uncertain, emit what became
-    final.
+    """Commit the leading filled run (for blocks only a full window), fill the least uncertain positions, emit what
+    became final.
 
-    Causal: the last row of that run, the one that AR decoding would run, has the logits of the first masked position,
-    which is filled whatever its entropy."""
+    With causal streaming the last row of that run, the one that AR decoding would run, gives the logits of the first
+    masked position, which is filled whatever its entropy.
+    """
     room = params.max_positions - len(committed)
     window = window[:room]
     run = _leading_run(window, params)
@@ -139,8 +140,9 @@ def _leading_run(window: list[int | None], params: DecodeParams) -> int:
 def _verified_step(
     model: RowsModel, committed: list[int], window: list[int | None], params: DecodeParams
 ) -> tuple[list[int], list[int], list[int | None], int]:
-    """Accept drafts that equal AR's choices, commit AR's next token as the new anchor, take the next drafts from the
-    group of masked rows that foresaw just this number of accepted drafts. ``window`` is the anchor and the drafts."""
+    """Accept drafts that equal AR's choices, commit AR's next token as the new anchor, and take the next drafts from
+    the group of masked rows that foresaw exactly this number of accepted drafts. ``window`` is the anchor and the
+    drafts."""
     n, k = len(committed), len(window) - 1
     width = params.width(k, params.max_positions - n)
     # The masked rows, shared out evenly; what is left over goes to the groups of more accepted drafts.
@@ -170,7 +172,7 @@ def _entropy(logits: Tensor) -> float:
 
 
 def choose_token(logits: Tensor, position: int, params: DecodeParams) -> int:
-    """The token for ``position``: arg max, or top-k, then top-p, then temperature, then Gumbel arg max."""
+    """Choose the token for ``position``: the arg max, or top-k, then top-p, then temperature, then Gumbel arg max."""
     logits = logits.clone()
     logits[params.mask_token_id] = -torch.inf
     if position < params.min_eos_position:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def leading_run(flags: Bool[Tensor, "S C"]) -> Int[Tensor, " S"]:
-    """How many columns from the left are True before the first False."""
+    """The number of True columns from the left before the first False."""
     return flags.long().cumprod(dim=1).sum(dim=1)
 
 
@@ -27,8 +27,8 @@ def topological_order(filled: Bool[Tensor, "S C"], width: Int[Tensor, " S"]) -> 
 class PackedRows:
     """Rows of several sequences, one after the other, padded at the end to a capacity T.
 
-    ``sequence`` and ``row`` (index within the sequence) of each packed row; ``real`` is False for padding, whose other
-    fields repeat some valid index so that they may be gathered with.
+    ``sequence`` and ``row`` (index within the sequence) describe each packed row. ``real`` is False for padding, whose
+    other fields hold some valid index so that they can be gathered with.
     """
 
     sequence: Int[Tensor, " T"]

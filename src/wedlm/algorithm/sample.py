@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing one token per row of logits, reproducibly whatever else is in the batch."""
+"""Choose one token per row of logits, reproducibly, whatever else is in the batch."""
 
 from dataclasses import dataclass, replace
 
@@ -17,8 +17,8 @@ _GOLDEN_32, _MURMUR_1, _MURMUR_2 = -0x61C88647, -0x7A143595, -0x3D4D51CB
 class SamplingBatch:
     """Per-row parameters of ``choose_tokens``, L rows.
 
-    ``any_sampled`` / ``any_truncated`` are what the host knows: whether any row has temperature > 0, and whether any of
-    those uses top-k or top-p. They skip work for the whole batch; they never change a result.
+    The host knows ``any_sampled`` and ``any_truncated``: whether any row has temperature > 0, and whether any of those
+    uses top-k or top-p. They skip work for the whole batch and never change a result.
     """
 
     temperature: Float[Tensor, " L"]
@@ -30,7 +30,7 @@ class SamplingBatch:
     any_truncated: bool
 
     def row(self, index: int) -> "SamplingBatch":
-        """One row of it."""
+        """One row of the batch."""
         names = ("temperature", "top_k", "top_p", "seed", "position")
         return replace(self, **{name: getattr(self, name)[index : index + 1] for name in names})
 
@@ -52,9 +52,10 @@ def entropy_and_logsumexp(
 def gumbel_noise(
     seed: Int[Tensor, " L"], position: Int[Tensor, " L"], tokens: Int[Tensor, " V"]
 ) -> Float[Tensor, "L V"]:
-    """Standard Gumbel noise, a pure function of (seed, position, token id): the same when drafting and when verifying.
+    """Standard Gumbel noise, a pure function of (seed, position, token id), so drafting and verifying see the same.
 
-    A counter-based generator: no state to save, nothing that depends on the batch, the draft length or a preemption.
+    It comes from a counter-based generator, which has no state to save and does not depend on the batch, the draft
+    length or a preemption.
     """
     key = _splitmix(_splitmix(seed + _GOLDEN_64) ^ (position * _GOLDEN_64))
     key_low, key_high = key.to(torch.int32), (key >> 32).to(torch.int32)
@@ -88,9 +89,9 @@ def ban_tokens(
     stop_tokens: Int[Tensor, "L E"],
     eos_banned: Bool[Tensor, " L"],
 ) -> Float[Tensor, "L V"]:
-    """Logits without the mask token (no mode ever emits it) and, in rows of ``eos_banned``, without their stop tokens.
+    """Remove the mask token from the logits (no mode ever emits it) and, in rows of ``eos_banned``, their stop tokens.
 
-    ``stop_tokens`` is padded with -1. Works in place: the caller has taken the entropy of the raw logits already.
+    ``stop_tokens`` is padded with -1. Works in place, so take the entropy of the raw logits before.
     """
     logits[:, mask_token_id] = -torch.inf
     if stop_tokens.shape[1]:
@@ -101,7 +102,7 @@ def ban_tokens(
 def ban_stop_tokens(
     logits: Float[Tensor, "L V"], stop_tokens: Int[Tensor, "L E"], eos_banned: Bool[Tensor, " L"]
 ) -> None:
-    """``ban_tokens`` for stop tokens alone."""
+    """``ban_tokens`` for stop tokens only."""
     banned = (stop_tokens >= 0) & eos_banned[:, None]
     index = stop_tokens.clamp(min=0)
     # Every pad points at token 0, so the write must be a minimum, whose order does not matter.
@@ -110,7 +111,7 @@ def ban_stop_tokens(
 
 
 def choose_tokens(logits: Float[Tensor, "L V"], batch: SamplingBatch) -> Int[Tensor, " L"]:
-    """Arg max where temperature is 0; elsewhere top-k, then top-p, then temperature, then Gumbel arg max.
+    """Take the arg max where temperature is 0; elsewhere top-k, then top-p, then temperature, then Gumbel arg max.
 
     ``top_k`` 0 and ``top_p`` 1 keep everything. Equal logits rank by token id, lowest first.
     """
@@ -126,8 +127,8 @@ def choose_tokens(logits: Float[Tensor, "L V"], batch: SamplingBatch) -> Int[Ten
 def scores_with_noise(
     logits: Float[Tensor, "L V"], best: Float[Tensor, " L"], batch: SamplingBatch, first: int = 0
 ) -> Float[Tensor, "L V"]:
-    """What sampling takes the largest of. The logits are of the token ids from ``first`` on; ``best`` is each row's
-    largest of all."""
+    """The scores whose arg max sampling takes. The logits belong to the token ids from ``first`` on; ``best`` is each
+    row's largest logit of all."""
     scale = torch.where(batch.temperature > 0, batch.temperature, 1.0)
     # Differences to the best, so that a tiny temperature cannot overflow into a tie of infinities.
     scores = (logits - best[:, None]) / scale[:, None]
@@ -136,7 +137,7 @@ def scores_with_noise(
 
 
 def _kept(logits: Float[Tensor, "L V"], batch: SamplingBatch) -> Bool[Tensor, "L V"]:
-    """Which tokens survive top-k and then top-p. The best token always does."""
+    """The tokens that survive top-k and then top-p. The best token always does."""
     ranked, order = torch.sort(logits, dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
     beyond_k = (batch.top_k[:, None] > 0) & (rank >= batch.top_k[:, None])

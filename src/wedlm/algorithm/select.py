@@ -15,10 +15,11 @@ def select_fill(
     causal: Bool[Tensor, " S"],
     least: Int[Tensor, " S"] | None = None,
 ) -> Bool[Tensor, "S C"]:
-    """Columns to fill: H + λ·d < τ, or the ``least`` smallest (leftmost among equals) if there are fewer.
+    """The columns to fill: H + λ·d < τ, or the ``least`` smallest (leftmost among equals) if there are fewer.
 
-    H is the ``uncertainty`` in nats; d counts columns from the sequence's first masked one, which is filled whatever
-    its H where ``causal``. ``least`` None: one each. τ = -inf fills exactly so many. No masked column: none is chosen.
+    H is the ``uncertainty`` in nats, and d counts columns from the sequence's first masked one, which is filled
+    whatever its H where ``causal``. ``least`` None means one for each sequence; with τ = -inf exactly this many are
+    filled. A window without a masked column gets none.
     """
     column = torch.arange(masked.shape[1], device=masked.device)
     first = torch.where(masked, column, masked.shape[1]).amin(dim=1, keepdim=True)
@@ -31,7 +32,7 @@ def select_fill(
         smallest = masked & (adjusted == adjusted.amin(dim=1, keepdim=True))
         leftmost = smallest & (smallest.cumsum(dim=1) == 1)
         return torch.where(below.any(dim=1, keepdim=True), below, leftmost)
-    # Masked columns before all others, even those whose uncertainty is no number.
+    # Masked columns before all others, even those whose uncertainty is not a number.
     finite = adjusted.clamp(max=torch.finfo(adjusted.dtype).max)
     rank = torch.where(masked, finite, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
     enough = below.sum(dim=1) >= least

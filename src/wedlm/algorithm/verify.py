@@ -13,7 +13,7 @@ from wedlm.algorithm.reorder import leading_run
 def accepted_drafts(
     tokens: Int[Tensor, "S C"], filled: Bool[Tensor, "S C"], choice: Int[Tensor, "S C"]
 ) -> Int[Tensor, " S"]:
-    """a: how many leading drafts equal what AR decoding chooses there.
+    """The number a of leading drafts that equal AR decoding's choices.
 
     Column 0 is the anchor and columns 1..k are drafts (the filled ones); ``choice[:, i]`` of a filled column i is AR's
     token for the position after it.
@@ -23,10 +23,10 @@ def accepted_drafts(
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where window rows stand and what they see of each other, by column; a window's rows are its columns in order
-    when verifying, filled columns before masked ones otherwise.
+    """Where window rows stand and what they see of each other, by column. When verifying, a window's rows are its
+    columns in order; otherwise filled columns come before masked ones.
 
-    ``offset``: the column's position minus the first one's. A row sees the rows of its step before ``shared``, and
+    ``offset`` is the column's position minus the first one's. A row sees the rows of its step before ``shared``, and
     those from ``own_start`` up to itself; (0, 0) is plain causal order.
     """
 
@@ -37,7 +37,8 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class _Groups:
-    """``width`` - 1 - k masked rows shared out over k + 1 groups; the last of them get one more where it is uneven."""
+    """``width`` - 1 - k masked rows divided among k + 1 groups; if they do not divide evenly, the last groups get one
+    more."""
 
     first: Int[Tensor, " S"]  # column of the first masked row: k + 1
     small: Int[Tensor, " S"]  # groups without the extra row
@@ -55,7 +56,7 @@ class _Groups:
         return self.first[:, None] + group * self.size[:, None] + extra
 
     def of_column(self, column: Int[Tensor, " C"]) -> Int[Tensor, "S C"]:
-        """The group of a masked column; anything where the column is not masked."""
+        """The group of a masked column; meaningless where the column is not masked."""
         place = (column - self.first[:, None]).clamp(min=0)
         in_small = self.small * self.size
         after = (place - in_small[:, None]).clamp(min=0)
@@ -64,8 +65,8 @@ class _Groups:
 
 
 def row_layout(filled: Bool[Tensor, "S C"], width: Int[Tensor, " S"], is_verified: Bool[Tensor, " S"]) -> RowLayout:
-    """Layout of each window. Verifying: the anchor and k drafts, then for each i in 0..k a group of masked rows that
-    stands where i accepted drafts would leave it, seeing the anchor, those i drafts and itself."""
+    """The layout of each window. When verifying: the anchor and k drafts, then for each i in 0..k a group of masked
+    rows at the positions after i accepted drafts, which sees the anchor, those i drafts and itself."""
     column = torch.arange(filled.shape[1], device=filled.device)
     groups = _Groups.of(filled.sum(dim=1) - 1, width)
     group = groups.of_column(column)
@@ -86,8 +87,8 @@ def next_drafts(
     accepted: Int[Tensor, " S"],
     draft_entropy: Float[Tensor, " S"],
 ) -> tuple[Int[Tensor, "S C"], Int[Tensor, " S"]]:
-    """(tokens, count): what the group that foresaw ``accepted`` drafts predicts after AR's token, from column 1 on, as
-    far as its entropies stay below the limit. Column 0 holds the group's guess at AR's token itself."""
+    """(tokens, count): what the group that foresaw ``accepted`` drafts predicts after AR's token, from column 1 on, for
+    as long as its entropies stay below the limit. Column 0 holds the group's guess at AR's token itself."""
     groups = _Groups.of(filled.sum(dim=1) - 1, width)
     start = groups.start(accepted[:, None])
     end = groups.start(accepted[:, None] + 1)
@@ -101,7 +102,7 @@ def next_drafts(
 def verified_width(
     num_drafts: Int[Tensor, " S"], row_budget: Int[Tensor, " S"], max_drafts: Int[Tensor, " S"], room: Int[Tensor, " S"]
 ) -> Int[Tensor, " S"]:
-    """``DecodeParams.width`` of verified windows."""
+    """``DecodeParams.width`` for verified windows."""
     groups = num_drafts + 1
     masked = torch.where(max_drafts > 0, groups * (max_drafts + 1), 0)
     masked = torch.minimum(torch.minimum(row_budget, room) - groups, masked)

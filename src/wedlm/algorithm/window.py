@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windows of a batch of sequences, and the two transitions that one forward brings about.
+"""Windows of a batch of sequences, and the two transitions around one forward.
 
 Every mode decodes over the same state: ``cached`` committed tokens with valid keys, then a window of ``width``
-positions from there on, each filled or masked. Where a suffix is known it is among the cached tokens, so that the
-window's positions begin that many earlier. Streaming and block decoding fill masked columns; verified decoding
-holds the anchor in column 0, its drafts behind it, then groups of masked rows (``verify.row_layout``: there a column is
-a row, not a position). One step is ``extend`` -> rows -> forward -> ``update_windows``.
+positions, each filled or masked. A known suffix is among the cached tokens, so the window's positions then begin that
+many earlier. Streaming and block decoding fill masked columns. Verified decoding holds the anchor in column 0, then its
+drafts, then groups of masked rows (``verify.row_layout``: there a column is a row, not a position). One step is
+``extend`` -> rows -> forward -> ``update_windows``.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ _Tensors = TypeVar("_Tensors", "WindowState", "Emitted")
 
 @dataclass(frozen=True)
 class WindowParams:
-    """``DecodeParams`` of S sequences as tensors. ``any_*`` are known to the host and only skip work."""
+    """``DecodeParams`` of S sequences as tensors. The host knows ``any_*``, which only skip work."""
 
     is_verified: Bool[Tensor, " S"]
     block: Bool[Tensor, " S"]
@@ -86,7 +86,7 @@ class WindowState:
 
     @classmethod
     def empty(cls, num_sequences: int, capacity: int, device: torch.device) -> "WindowState":
-        """All windows of width 0: they have no rows and never change."""
+        """Windows of width 0, which have no rows and never change."""
         shape = (num_sequences, capacity)
         return cls(
             cached=torch.zeros(num_sequences, dtype=torch.long, device=device),
@@ -114,11 +114,11 @@ class WindowState:
 
 @dataclass(frozen=True)
 class RowResults:
-    """What the forward said, by window column. Columns without logits may hold anything.
+    """The forward's results by window column. Columns without logits may hold anything.
 
-    ``choice``: a masked column's token AT that position (of a causal window's first one, as the row before it says), a
-    filled column's AR token for the position AFTER it;
-    ``entropy``: of the raw logits, nats; ``logprobs``: raw log-probability of the choice.
+    ``choice``: for a masked column the token AT its position (for a causal window's first one, from the row before it),
+    for a filled column AR's token for the position AFTER it. ``entropy``: of the raw logits, in nats. ``logprobs``: the
+    raw log-probability of the choice.
     """
 
     choice: Int[Tensor, "S C"]
@@ -136,7 +136,7 @@ class Emitted:
 
 
 def extend(state: WindowState, params: WindowParams) -> tuple[WindowState, Int[Tensor, " S"]]:
-    """Extend each window by as many masked positions as this step will commit; also returns that number.
+    """Extend each window by the number of masked positions that this step will commit, and return that number.
 
     Verified windows are laid out for their drafts already, so they neither extend nor commit before the forward.
     """
@@ -146,14 +146,14 @@ def extend(state: WindowState, params: WindowParams) -> tuple[WindowState, Int[T
 
 
 def num_drafts(state: WindowState, params: WindowParams) -> Int[Tensor, " S"]:
-    """Drafts that the next forward verifies; 0 where nothing is verified."""
+    """The number of drafts that the next forward verifies; 0 where nothing is verified."""
     return torch.where(params.is_verified, state.filled.sum(dim=1) - 1, 0).clamp(min=0)
 
 
 def update_windows(
     state: WindowState, run: Int[Tensor, " S"], results: RowResults, params: WindowParams
 ) -> tuple[WindowState, Emitted]:
-    """The transition after the forward of ``extend``'s window: commit, slide, fill or verify, emit."""
+    """The transition after the forward over ``extend``'s window: commit, slide, fill or verify, emit."""
     if not params.any_verified:
         return _update_streaming(state, run, results, params)
     if not params.any_streaming:
@@ -207,7 +207,7 @@ def _update_verified(state: WindowState, results: RowResults, params: WindowPara
 
 
 def shift_left(columns: Tensor, by: Int[Tensor, " S"]) -> Tensor:
-    """Each row moved left by its own number of columns; zeros (False) enter on the right. [S, C] -> [S, C]"""
+    """Move each row left by its own number of columns; zeros (False) enter on the right. [S, C] -> [S, C]"""
     source = torch.arange(columns.shape[1], device=columns.device) + by[:, None]
     inside = source < columns.shape[1]
     return columns.gather(1, torch.where(inside, source, 0)).masked_fill(~inside, 0)
@@ -220,7 +220,7 @@ def _final_run(filled: Bool[Tensor, "S C"], width: Int[Tensor, " S"], block: Boo
 
 
 def _where(condition: Bool[Tensor, " S"], yes: _Tensors, no: _Tensors) -> _Tensors:
-    """Row by row, one of two dataclasses of tensors."""
+    """Choose row by row between two dataclasses of tensors."""
     values = []
     for f in fields(yes):
         a, b = getattr(yes, f.name), getattr(no, f.name)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface between the model and its keys: an ``Attend`` for the rows of one step, planned once.
 
-An extend step is all there is: sequence s has ``starts[s]`` cached keys and brings ``counts[s]`` new rows; row i of it
+Everything is an extend step: sequence s has ``starts[s]`` cached keys and brings ``counts[s]`` new rows; row i of it
 writes its key to slot starts[s] + i and sees keys 0 .. starts[s] + i. A prompt's chunk, an AR step and a decoding
-window are the same thing; only a verified window hides some of its own rows from others (``RowVisibility``), and models
-that see by blocks see to the end of a row's block.
+window are the same thing. There are two exceptions: a verified window hides some of its own rows from others
+(``RowVisibility``), and models that see by blocks see to the end of a row's block.
 """
 
 import math
@@ -26,7 +26,7 @@ LARGEST = {FP8: 448.0, torch.int8: 127.0}  # of the types whose numbers have sca
 
 @runtime_checkable  # the tests check annotations when functions are called
 class Attend(Protocol):
-    """Attention of one forward's rows. Called once a layer, with RoPE applied to queries and keys."""
+    """Attention over one forward's rows. Called once per layer, with RoPE applied to queries and keys."""
 
     def __call__(
         self, layer: int, q: Float[Tensor, "T H D"], k: Float[Tensor, "T K D"], v: Float[Tensor, "T K D"]
@@ -38,7 +38,7 @@ Norms = tuple[Tensor, Tensor, float]  # weights of the query and the key norm, e
 
 class FusedAttend(Protocol):
     """``Attend`` on fused kernels: norm, RoPE, cache and attention of one forward's rows, given their q, k, v product
-    [T, (H + 2 K) D] (or partial sums of it, or one that lacks its scales) and RoPE's cosines and sines [T, D]."""
+    [T, (H + 2 K) D] (or partial sums of it, or a product without its scales) and RoPE's cosines and sines [T, D]."""
 
     def __call__(
         self, layer: int, qkv: "Tensor | Unscaled", cos: Tensor, sin: Tensor, norms: Norms | None, /
@@ -47,8 +47,8 @@ class FusedAttend(Protocol):
 
 @dataclass(frozen=True)
 class RowVisibility:
-    """Which new rows of its sequence each packed row sees: rows j < ``shared``, and ``own_start`` <= j <= itself. All
-    rows see all cached keys. (0, 0) is plain causal order."""
+    """The new rows of its sequence that each packed row sees: rows j < ``shared``, and ``own_start`` <= j <= itself.
+    All rows see all cached keys. (0, 0) is plain causal order."""
 
     shared: Int[Tensor, " T"]
     own_start: Int[Tensor, " T"]
@@ -59,8 +59,8 @@ class ExtendBatch:
     """Rows of one step, packed sequence by sequence: ``counts[s]`` rows over ``starts[s]`` cached keys in ``pages[s]``.
 
     ``pages[s]`` lists the pages of sequence s in logical order and covers slots 0 .. starts[s] + counts[s] - 1.
-    ``visibility`` None: plain causal order for all rows. ``block_length``: a row sees all keys up to the end of its own
-    block of so many slots, of those that there are; 1 is causal order.
+    ``visibility`` None means plain causal order for all rows. ``block_length``: a row sees all existing keys up to the
+    end of its own block of this many slots; 1 is causal order.
     """
 
     starts: list[int]
@@ -73,8 +73,8 @@ class ExtendBatch:
 class KVCache:
     """Keys and values of all layers, in pages of ``page_size`` slots; a slot is ``page * page_size + offset``.
 
-    In FP8 (e4m3) and int8 each head of a slot counts ``key_scale`` or ``value_scale`` [layers, slots, heads] (float32)
-    times, by its own largest number: nothing has to be known beforehand.
+    In FP8 (e4m3) and int8 each head of a slot is multiplied by ``key_scale`` or ``value_scale`` [layers, slots, heads]
+    (float32), which comes from its own largest number, so nothing has to be known beforehand.
     """
 
     def __init__(
@@ -97,13 +97,13 @@ class KVCache:
             self.key_scale, self.value_scale = (_zeros(shape[:-1], torch.float32, device) for _ in range(2))
 
     def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Of a layer's keys and values, [slots, heads] each; None: they count once."""
+        """The scales of a layer's keys and values, [slots, heads] each; None means that they have none."""
         if self.key_scale is None or self.value_scale is None:
             return None
         return self.key_scale[layer], self.value_scale[layer]
 
     def clear(self) -> None:
-        """Zeros, as at first."""
+        """Set everything to zero, as at first."""
         for part in (self.keys, self.values, self.key_scale, self.value_scale):
             if part is not None:
                 part.zero_()
@@ -116,9 +116,10 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, not garbage: masked keys are multiplied by a weight of exactly 0, and 0 · nan is nan.
+    """Zeros, not garbage, because masked keys are multiplied by a weight of exactly 0, and 0 · nan is nan.
 
-    On the CPU through numpy, whose zero pages take memory only once they are written; torch's are all written at once.
+    On the CPU they come from numpy, whose zero pages take memory only once they are written; torch writes all of its
+    own at once.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of the training rows of N sequences, R rows each, by the rule in ``wedlm.algorithm.dual_stream``.
 
-``plan_training_attention`` is called once a forward and gives the ``Attend`` of all its layers. Backends: ``dense``
+``plan_training_attention`` is called once per forward and gives the ``Attend`` of all its layers. Backends: ``dense``
 (scaled_dot_product_attention with a mask; any device; the oracle of the others), ``flex`` (FlexAttention, CUDA) and
-``magi`` (MagiAttention, CUDA, where it is installed).
+``magi`` (MagiAttention, CUDA, if it is installed).
 """
 
 import functools
@@ -25,7 +25,8 @@ TRAINING_BACKENDS = ("dense", "flex", "magi")
 
 
 def choose_training_backend(name: str, device: torch.device) -> str:
-    """``name``, or for "auto" what the device runs best: flex on CUDA, dense elsewhere. ValueError if it cannot run."""
+    """``name``, or for "auto" what the device runs best: flex on CUDA, dense elsewhere. Raises ValueError if it cannot
+    run."""
     if name == "auto":
         return "flex" if device.type == "cuda" else "dense"
     if name not in TRAINING_BACKENDS:
@@ -41,9 +42,9 @@ def choose_training_backend(name: str, device: torch.device) -> str:
 
 
 def plan_training_attention(backend: str, labels: RowLabels, ranges: RowRanges) -> Attend:
-    """``Attend`` for rows flattened to T = N · R; all tensors are [N, R] and on the device that runs.
+    """Plan the ``Attend`` for rows flattened to T = N · R; all tensors are [N, R] and on the device that runs.
 
-    ``ranges`` must be those of ``labels``; kernels take them, the dense mask is made from the labels.
+    ``ranges`` must be those of ``labels``. Kernels use the ranges; the dense mask is made from the labels.
     """
     if backend == "magi":
         return MagiAttend(ranges)
@@ -51,7 +52,7 @@ def plan_training_attention(backend: str, labels: RowLabels, ranges: RowRanges) 
 
 
 def _plan(backend: str, labels: RowLabels, ranges: RowRanges, queries: slice) -> "DenseAttend | FlexAttend":
-    """Of these rows of each sequence as queries, and all rows up to their last as keys."""
+    """Plan attention with these rows of each sequence as queries, and all rows up to the last of them as keys."""
     num_sequences, end = len(labels.document), queries.stop
     if backend == "flex":
         own = RowRanges(*(part[:, queries] for part in ranges))
@@ -61,8 +62,8 @@ def _plan(backend: str, labels: RowLabels, ranges: RowRanges, queries: slice) ->
 
 
 class StreamPlan:
-    """Attention of a batch whose clean rows, the first ``num_clean_rows`` of each sequence, are computed before the
-    others and without gradients. ``dense`` or ``flex``; arguments as those of ``plan_training_attention``."""
+    """Attention of a batch whose clean rows, the first ``num_clean_rows`` of each sequence, are computed first and
+    without gradients. The backend is ``dense`` or ``flex``; arguments are those of ``plan_training_attention``."""
 
     def __init__(self, backend: str, labels: RowLabels, ranges: RowRanges, num_clean_rows: int) -> None:
         num_rows = labels.document.shape[1]
@@ -71,13 +72,13 @@ class StreamPlan:
         self.prediction = _plan(backend, labels, ranges, slice(num_clean_rows, num_rows))
 
     def layer(self) -> tuple["CleanAttend", "PredictionAttend"]:
-        """For one layer: the second sees the keys that the first was called with."""
+        """A pair for one layer; the second sees the keys that the first was called with."""
         clean = CleanAttend(self.clean)
         return clean, PredictionAttend(self.prediction, clean, self.num_sequences)
 
 
 class CleanAttend:
-    """Attention of clean rows, whose keys and values it keeps."""
+    """Attention of clean rows; keeps their keys and values."""
 
     def __init__(self, attend: "DenseAttend | FlexAttend") -> None:
         self.attend = attend
@@ -102,7 +103,7 @@ class PredictionAttend:
         return self.attend(layer, q, self._behind(self.clean.keys, k), self._behind(self.clean.values, v))
 
     def _behind(self, clean: Tensor, own: Tensor) -> Tensor:
-        """Both, sequence by sequence."""
+        """Join both, sequence by sequence."""
         parts = [part.unflatten(0, (self.num_sequences, -1)) for part in (clean, own)]
         return torch.cat(parts, dim=1).flatten(0, 1)
 
@@ -116,7 +117,7 @@ def _rows_first(x: Float[Tensor, "N H R D"]) -> Float[Tensor, "T H D"]:
 
 
 class DenseAttend:
-    """``visible`` is the whole mask, [N, 1, query R, key R]. There may be other keys than queries."""
+    """``visible`` is the whole mask, [N, 1, query R, key R]. Keys and queries may be different rows."""
 
     def __init__(self, visible: Bool[Tensor, "N 1 Q R"], num_sequences: int) -> None:
         self.visible, self.num_sequences = visible, num_sequences
@@ -129,14 +130,15 @@ class DenseAttend:
 
 
 def flex_block_mask(ranges: RowRanges, block_rows: int = 128, first_row: int = 0) -> BlockMask:
-    """FlexAttention's block mask: tiles of ``block_rows`` squared that are empty are skipped, full ones need no mask.
+    """FlexAttention's block mask: tiles of ``block_rows`` squared that are empty are skipped, and full ones need no
+    mask.
 
     ``ranges`` are those of the query rows, of which the first is ``first_row``; the keys are those of all rows up to
     the last of them.
 
-    Tiles are sorted out here by arithmetic on the ranges, because torch's ``create_block_mask`` would look at every
-    pair, and its compilation costs most of a minute. The kernel evaluates ranges, not labels: those would be six loads
-    a pair, and its forward ran eight times slower than its backward.
+    Arithmetic on the ranges sorts out the tiles here, because torch's ``create_block_mask`` would look at every pair,
+    and its compilation costs most of a minute. The kernel evaluates ranges, not labels: those would need six loads per
+    pair, and made its forward eight times slower than its backward.
     """
     clean_start, clean_end, own_start = (part.int() for part in ranges)
     num_sequences, num_queries = own_start.shape
@@ -172,7 +174,7 @@ def flex_block_mask(ranges: RowRanges, block_rows: int = 128, first_row: int = 0
 
 
 def _listed(tiles: Bool[Tensor, "N Q K"]) -> tuple[Int[Tensor, "N 1 Q"], Int[Tensor, "N 1 Q K"]]:
-    """How many key tiles each query tile has, and their indices, those first."""
+    """How many key tiles each query tile has, and their indices, which come first."""
     index = torch.argsort(tiles.int(), dim=-1, descending=True, stable=True)
     return tiles.sum(dim=-1, dtype=torch.int32)[:, None], index.int()[:, None]
 
@@ -183,7 +185,7 @@ _FLEX_OPTIONS: Any = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64}
 
 
 class FlexAttend:
-    """FlexAttention. It is compiled with the layer around it where that is compiled, alone otherwise."""
+    """FlexAttention. It is compiled with the layer around it if that is compiled, and otherwise alone."""
 
     def __init__(self, block_mask: BlockMask, num_sequences: int) -> None:
         self.block_mask, self.num_sequences = block_mask, num_sequences
@@ -206,7 +208,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 class MagiAttend:
     """MagiAttention's flexible flash attention: the mask as ranges of query rows and key rows.
 
-    Not run by this project's tests, which have no such package: they check the ranges and the call's arguments.
+    This project's tests do not have the package and never run it; they check the ranges and the call's arguments.
     """
 
     CAUSAL, FULL = 1, 0

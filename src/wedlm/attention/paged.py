@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over paged keys on GPUs, by our Triton kernel; plans from the host's lists or from tensors on the device.
+"""Attention over paged keys on GPUs, by our Triton kernel; it is planned from the host's lists or from tensors on the
+device.
 
-The twin is ``PagedSdpa``. Takes the q, k, v product itself, so that norm, RoPE and the write to the cache are one
+The twin is ``PagedSdpa``. It takes the q, k, v product itself, so that norm, RoPE and the write to the cache are one
 kernel (``wedlm.kernels.rope``).
 """
 
@@ -20,8 +21,8 @@ _SHORT_ROWS = 32
 
 
 class PagedAttend:
-    """Attention of one step's rows, each sequence in one of ``groups``. ``slots`` [T]: where each row's key goes
-    (a slot nobody reads, for padding). ``fixed`` as ``paged_attention`` has it."""
+    """Attention of one step's rows, each sequence in one of ``groups``. ``slots`` [T]: where each row's key goes (for
+    padding, a slot that is never read). ``fixed`` is as in ``paged_attention``."""
 
     def __init__(self, cache: KVCache, groups: Sequence[PagedRows], slots: Tensor, fixed: bool = False) -> None:
         self.cache, self.groups, self.slots, self.fixed = cache, groups, slots, fixed

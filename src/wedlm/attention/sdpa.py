@@ -104,7 +104,7 @@ class PagedSdpa:
         return out
 
     def _scaled(self, cached: Tensor, scale: Tensor, new: Float[Tensor, "T K D"]) -> Float[Tensor, "A K D"]:
-        """Write new keys or values in FP8 or int8; all of the layer as they are read, which is slow."""
+        """Write new keys or values in FP8 or int8, and return all of the layer's as they are read, which is slow."""
         largest = new.float().abs().amax(dim=-1).clamp(min=1e-30)
         top = torch.full_like(largest, LARGEST[cached.dtype])
         rounded = new.float() * (top / largest)[..., None]
@@ -117,7 +117,7 @@ class PagedSdpa:
 def _fold_mask(
     visible: Bool[Tensor, "N 1 R J"] | None, share: int, dtype: torch.dtype
 ) -> Float[Tensor, "N 1 G J"] | None:
-    """Additive mask whose rows are repeated for the ``share`` query heads of a key head, G = share · R."""
+    """An additive mask whose rows are repeated for the ``share`` query heads of a key head, G = share · R."""
     if visible is None:
         return None
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
@@ -131,7 +131,7 @@ def _slots(pages: list[int], num_slots: int, page_size: int) -> Int[Tensor, " J"
 
 
 def _span(slots: Int[Tensor, " J"]) -> slice | None:
-    """The slots as a slice, if they are consecutive: reading and writing them then needs no index."""
+    """The slots as a slice if they are consecutive, because reading and writing them then needs no index."""
     first, last = int(slots[0]), int(slots[-1])
     consecutive = last - first + 1 == len(slots) and bool((slots.diff() == 1).all())
     return slice(first, last + 1) if consecutive else None

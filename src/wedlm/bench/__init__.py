@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm bench``: what steps cost and what requests get, mode beside mode in one engine."""
+"""``wedlm bench`` measures what steps cost and what requests get, with all modes in one engine."""

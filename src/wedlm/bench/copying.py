@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts whose answers are mostly in them: 50 edits of code and 50 extractions, always the same ones.
+"""Prompts whose answers repeat most of them: 50 edits of code and 50 extractions, always the same ones.
 
-An edit shows a Python program of two or three functions, made of templates and of names from several trades, asks for
-one change (five kinds, in turn) and wants the whole program back. An extraction shows records, as sentences, as a log,
-as a table, as an invoice or as a page of contacts (in turn), and wants facts of them as JSON, as CSV or as a list.
+An edit shows a Python program of two or three functions, made from templates and names from several trades, asks for
+one change (five kinds, in turn) and wants the whole program back. An extraction shows records, as sentences, a log, a
+table, an invoice or a page of contacts (in turn), and wants facts from them as JSON, as CSV or as a list.
 """
 
 import random

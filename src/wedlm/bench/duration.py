@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a run will take, said before it begins. Right to a factor of two; captures and compilation come on top."""
+"""How long a run will take, announced before it begins. The estimate is right to a factor of two, without captures and
+compilation."""
 
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ _LLAMACPP_START_STEPS = 1500  # until its servers are up, once a part
 
 
 def step_seconds(target: Target) -> float:
-    """Of AR, one stream, measured now."""
+    """Seconds of an AR step of one stream, measured now."""
     from wedlm.bench.loop import Loop
     from wedlm.engine.sampling_params import SamplingParams
 
@@ -28,7 +29,7 @@ def step_seconds(target: Target) -> float:
 
 
 def expected_seconds(settings: Settings, step_s: float) -> float:
-    """Of all parts, by the length of a step of one row."""
+    """Expected seconds of all parts, given the length of a step of one row."""
     workload = settings.workload
     if settings.against == "llamacpp":
         share = {"chat": workload.chats * workload.answer / 256, "streams": workload.answer / 64}
@@ -57,7 +58,7 @@ def expected_seconds(settings: Settings, step_s: float) -> float:
 
 
 def in_words(seconds: float) -> str:
-    """Half a minute at the least."""
+    """The duration in words, at least half a minute."""
     return (
         f"about {max(0.5, round(2 * seconds / 60) / 2):g} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
     )

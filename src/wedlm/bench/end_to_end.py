@@ -12,7 +12,7 @@ LOAD = 0.7  # of what the baseline can serve
 
 
 def latency(bench: Bench) -> list[TableRow]:
-    """One request after the other: medians over as many prompts as there are runs."""
+    """Run one request after the other; figures are medians over as many prompts as there are runs."""
     workload = bench.settings.workload
 
     def case(mode: str) -> Case:
@@ -29,7 +29,7 @@ def latency(bench: Bench) -> list[TableRow]:
 
 
 def throughput(bench: Bench) -> list[TableRow]:
-    """A batch of requests at once, to the end of the last: those that answer longest run alone in the end."""
+    """Run a batch of requests at once, to the end of the last; at the end those with the longest answers run alone."""
     workload = bench.settings.workload
     found = []
     for batch in workload.batches:
@@ -41,8 +41,8 @@ def throughput(bench: Bench) -> list[TableRow]:
 
 
 def find_rate(bench: Bench) -> float:
-    """Requests a second: the rate asked for, or 0.7 of what the baseline serves when all requests are there at once;
-    that is vLLM's AR if it was measured, ours otherwise."""
+    """Requests a second: the requested rate, or 0.7 of what the baseline serves when all requests are there at once.
+    The baseline is vLLM's AR if it was measured, otherwise ours."""
     settings = bench.settings
     if settings.rate is not None:
         return settings.rate
@@ -62,7 +62,7 @@ def capacity(bench: Bench, count: int) -> float:
 
 
 def serving(bench: Bench) -> list[TableRow]:
-    """The same arrivals in every mode."""
+    """Run the same arrivals in every mode."""
     workload, rate = bench.settings.workload, find_rate(bench)
     arrivals = bench.target.prompts.arrivals(workload.requests, workload.answer, rate)
     label = {"requests": workload.requests, "requests_per_s": rate}
@@ -78,7 +78,7 @@ def serving(bench: Bench) -> list[TableRow]:
 
 
 def prefill(bench: Bench) -> list[TableRow]:
-    """One long prompt whose answer is one token, nothing of it cached; in chunks as configured, and as a whole."""
+    """Run one long prompt whose answer is one token, with nothing cached, in chunks as configured and as a whole."""
     scheduler = bench.target.engine.scheduler
     usual = scheduler.max_num_batched_tokens
     length = min(bench.settings.workload.long_prompt, bench.target.prompts.max_model_len - 2)
@@ -100,7 +100,7 @@ def prefill(bench: Bench) -> list[TableRow]:
 
 
 def scenarios(bench: Bench) -> list[TableRow]:
-    """What follows a pattern, and what does not."""
+    """Run prompts whose answers follow a pattern, and prompts whose answers do not."""
     workload, found = bench.settings.workload, []
     for name, text in SCENARIOS.items():
         arrivals = [Arrival(0.0, bench.target.prompts.ask(text), workload.answer)]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts accepted at will: random weights refuse all of them, so a checkpoint's acceptance is put in their place.
+"""Accept drafts at given rates: random weights refuse all drafts, so this imposes a checkpoint's acceptance on them.
 
-Inside the step, captured or not, AR's choice after each draft becomes the draft itself with the chance of its depth,
-and something else otherwise. All else of the step, its cost included, is as it is; the texts mean nothing.
+Inside the step, captured or not, AR's choice after each draft becomes the draft itself with the probability of its
+depth, and something else otherwise. Everything else in the step, including its cost, stays the same; the texts mean
+nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ _DEPTHS = 8  # what lies deeper has the last one's chance
 
 
 class Chances:
-    """The rates in force, on the device: captured steps read them anew each time."""
+    """The rates in force, on the device, where captured steps read them each time."""
 
     def __init__(self, device: torch.device, vocab_size: int) -> None:
         assert vocab_size > 32, "refused drafts are replaced by tokens from 10 on"
@@ -31,19 +32,19 @@ class Chances:
         self.count = torch.zeros(1, dtype=torch.int32, device=device)  # of steps: what makes each draw another
 
     def set(self, rates: Sequence[float]) -> None:
-        """Share of drafts accepted by depth, given their predecessors."""
+        """Set the share of drafts accepted by depth, given their predecessors."""
         padded = [*rates, *[rates[-1]] * _DEPTHS][:_DEPTHS]
         self.by_depth.copy_(torch.tensor(padded))
 
     def another(self, token: Tensor) -> Tensor:
-        """A token that is not this one, and neither a mask nor an end in random weights' vocabularies."""
+        """A different token, which is neither a mask nor an end token in random weights' vocabularies."""
         return (token + 1) % self.num_others + FIRST_OTHER
 
 
 @contextmanager
 def injected(engine: Engine) -> Iterator[Chances]:
-    """Meanwhile verification accepts at the rates that ``set`` was last given, at first none. Auto decoding begins anew
-    before and after: what it learns from one says nothing of the other."""
+    """Inside the block verification accepts at the rates that ``set`` was last given, at first none. Auto decoding
+    starts over before and after, because what it learns from one says nothing about the other."""
     chances = Chances(engine.runner.device, engine.config.vocab_size)
     direct: list[Any] = [one for one in engine.runner.executors if not one.runs_ahead]
     captured = _device_steps(engine)
@@ -65,12 +66,12 @@ def injected(engine: Engine) -> Iterator[Chances]:
 
 
 def _device_steps(engine: Engine) -> list[Any]:
-    """The device steps that captured ones are made of, where there are any."""
+    """The device steps inside captured ones, if there are any."""
     return [one.step for one in engine.runner.executors if one.runs_ahead]  # type: ignore[attr-defined]
 
 
 def _start_over(engine: Engine) -> None:
-    """Forget captured steps, and what auto decoding has learnt of drafts."""
+    """Forget captured steps, and what auto decoding has learnt about drafts."""
     for one in engine.runner.executors:
         if one.runs_ahead:
             one.graphs.clear()  # type: ignore[attr-defined]
@@ -80,7 +81,7 @@ def _start_over(engine: Engine) -> None:
 
 
 def force_choices(state: WindowState, results: RowResults, params: WindowParams, chances: Chances) -> Tensor:
-    """``results.choice`` with AR's choice after each draft forced; streaming windows as they are. [S, C]"""
+    """``results.choice`` with AR's choice after each draft forced; streaming windows stay as they are. [S, C]"""
     column = torch.arange(state.tokens.shape[1], device=state.tokens.device)
     following = state.tokens.roll(-1, dims=1)
     drafted = state.filled.roll(-1, dims=1) & state.filled & params.is_verified[:, None]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``force_choices`` for packed rows of a captured step, in one kernel, so that it adds little to the step. It is apart
-from ``forced_acceptance`` because it needs triton, which is optional."""
+"""``force_choices`` for packed rows of a captured step, in one kernel, so that it adds little to the step. It is
+separate from ``forced_acceptance`` because it needs triton, which is optional."""
 
 import triton
 import triton.language as tl
@@ -40,7 +40,7 @@ def force_rows(
 ) -> Tensor:
     """Choices [T] of packed rows with AR's choice after each draft forced.
 
-    ``by_depth`` to ``first_other`` are those of ``Chances``; ``count`` goes up by one.
+    ``by_depth`` to ``first_other`` are those of ``Chances``; ``count`` is increased by one.
     """
     out = choice.new_empty(choice.shape)
     _force[(1,)](

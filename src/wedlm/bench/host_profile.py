@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the host's time goes in a step: each stage under a clock of its own, waiting for the device apart."""
+"""Where the host's time in a step goes: each stage has a clock, and waiting for the device is separate."""
 
 import statistics
 import time
@@ -18,7 +18,7 @@ _STAGES = ("schedule", "rows", "launch", "replay", "fetch", "read", "deliver")
 
 
 class _Clock:
-    """Seconds by stage, those of stages inside a stage not counted twice."""
+    """Seconds by stage; the time of a stage inside another counts once."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -40,7 +40,7 @@ class _Clock:
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of an object or a class, meanwhile another one."""
+    """Replace an attribute of an object or a class inside the block."""
     held = name in vars(owner)
     before = getattr(owner, name)
     setattr(owner, name, value)
@@ -54,8 +54,8 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def host_work(engine: Engine, num_steps: int) -> Figures:
-    """Milliseconds a step (medians): ``host_ms`` is all but waiting for the device, which is an event's
-    ``synchronize`` on a GPU and the model's forward on a CPU; then the stages of it, then the step as a whole."""
+    """Milliseconds per step (medians). ``host_ms`` is everything except waiting for the device, which means an event's
+    ``synchronize`` on a GPU and the model's forward on a CPU. Then come its stages, and the step as a whole."""
     per_step: list[dict[str, float]] = []
     for _ in range(num_steps):
         clock = _Clock()
@@ -73,7 +73,7 @@ def host_work(engine: Engine, num_steps: int) -> Figures:
 
 
 def _stages(engine: Engine) -> list[tuple[Any, str, str]]:
-    """(owner, method, stage) of what a step consists of."""
+    """(owner, method, stage) of each part of a step."""
     device = engine.runner.device
     wait: tuple[Any, str] = (engine.runner.eager, "model")
     if device.type == "cuda":
@@ -90,6 +90,6 @@ def _stages(engine: Engine) -> list[tuple[Any, str, str]]:
         (engine.controller, "observe", "rows"),
         (engine.runner, "launch", "launch"),
         (engine.runner, "run", "launch"),
-        (engine, "_process", "deliver"),
+        (engine, "process", "deliver"),
         (*wait, "wait"),
     ]

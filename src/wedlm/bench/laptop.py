@@ -36,7 +36,8 @@ QUIET, BUSY = "quiet", "one core busy"
 
 @dataclass(frozen=True)
 class Peer:
-    """Files that llama.cpp runs, by kind of their weights; ``binary`` a llama-server instead of the wheel's."""
+    """Files that llama.cpp runs, by kind of their weights; ``binary`` names a llama-server to use instead of the
+    wheel's."""
 
     files: dict[str, Path]
     threads: int
@@ -49,8 +50,9 @@ class Peer:
 
 
 def find_peer(files: dict[str, Path], threads: int, binary: str) -> tuple[Peer, dict[str, str]]:
-    """llama.cpp with the way of waiting in which it is faster here: OpenMP's threads spin between two products, which
-    is best with every core free, or sleep, which is best beside other programs. And what its build says of itself."""
+    """llama.cpp with the way of waiting that is faster here, and what its build says about itself. OpenMP's threads
+    either spin between two products, which is best with every core free, or sleep, which is best when other programs
+    run."""
     kind, speeds = next(iter(files)), {}
     for waiting in ("", _PASSIVE):
         peer = Peer(files, threads, waiting, binary)
@@ -68,14 +70,15 @@ def name_of(kind: str) -> str:
 
 
 def chat_prompts(of_each_kind: int) -> list[tuple[str, str]]:
-    """Kind and prompt, kinds in turn, four of each at most."""
+    """(kind, prompt) of the chats, at most four of each kind, with kinds in turn."""
     kinds = json.loads((files("wedlm.bench") / "chat_prompts.json").read_text(encoding="utf-8"))
     turns = list(zip(*([(kind, text) for text in texts] for kind, texts in kinds.items()), strict=True))
     return [one for turn in turns[:of_each_kind] for one in turn]
 
 
 def step(peer: Peer, bench: Bench) -> list[TableRow]:
-    """One sequence at context 256: our rows, the same model's step in torch's bfloat16, llama.cpp's single row."""
+    """Measure one sequence at context 256: our rows, the same model's step in torch's bfloat16, llama.cpp's
+    single row."""
     beside = load_target(replace(bench.settings, dtype="bfloat16", engine=_on_torch(bench)))
     with serving(*(peer.serving(kind) for kind in peer.files)) as servers:
         cases = [
@@ -103,7 +106,7 @@ def best_peer(rows: Sequence[TableRow], figure: str) -> TableRow | None:
 
 
 def _beside_peer(rows: Sequence[TableRow], figure: str) -> list[TableRow]:
-    """Ours, and llama.cpp's own with drafts, with ``vs_llamacpp``: the figure over that of llama.cpp's best row."""
+    """Our rows, and llama.cpp's own with drafts, with ``vs_llamacpp``: the figure over that of llama.cpp's best row."""
     best = best_peer(rows, figure)
     if best is None:
         return list(rows)
@@ -126,8 +129,8 @@ def _on_torch(bench: Bench) -> dict[str, Any]:
 
 
 def _our_step(bench: Bench, rows: int, loop: Loop | None = None) -> Callable[[int], Figures]:
-    """Milliseconds of a step of one request that runs exactly ``rows`` rows: AR's, or streaming's, whose window fills
-    its first position alone. Verified steps vary by what was accepted."""
+    """Milliseconds per step of one request that runs exactly ``rows`` rows, by AR or by streaming whose window fills
+    only its first position. (The rows of verified steps vary with what was accepted.)"""
     loop, tokens, steps = loop or bench.loop, _prompt(bench, CONTEXT), bench.settings.workload.steps
     one_by_one = {"wedlm_entropy_threshold": None, "wedlm_pos_penalty_factor": 1e6, "wedlm_window_size": rows - 1}
     mode, options = (AR, {}) if rows == 1 else ("streaming", one_by_one)
@@ -163,7 +166,8 @@ def _peer_step(bench: Bench) -> Callable[[LlamaServer], Figures]:
 
 
 def chat(peer: Peer, bench: Bench) -> list[TableRow]:
-    """Chats of five kinds, one stream: tokens a second, prompt included. Engines take turns prompt by prompt."""
+    """Measure chats of five kinds with one stream: tokens a second, prompt included. Engines take turns prompt by
+    prompt."""
     prompts = [(kind, bench.target.prompts.ask(text)) for kind, text in chat_prompts(bench.settings.workload.chats)]
     most = bench.settings.workload.answer
     drafting = peer.serving(next(iter(peer.files)), speculation=SPECULATION)
@@ -207,7 +211,7 @@ def _ask_in_turn(
     prompts: Sequence[tuple[str, list[int]]],
     askers: dict[tuple[str, str], Callable[[list[int]], Figures]],
 ) -> dict[tuple[str, str], list[dict[int, Figures]]]:
-    """For each asker and run the answers by prompt, as far as the time went."""
+    """For each asker and run the answers by prompt, as far as there was time."""
     found: dict[tuple[str, str], list[dict[int, Figures]]] = {label: [] for label in askers}
     labels = list(askers)
     for run in range(-1, bench.settings.workload.runs):
@@ -224,7 +228,7 @@ def _ask_in_turn(
 
 
 def _sums(answers: Sequence[dict[int, Figures]], chosen: Sequence[int]) -> list[Figures]:
-    """Tokens a second over the prompts chosen, for each run that has all of them."""
+    """Tokens a second over the chosen prompts, for each run that has all of them."""
     found = []
     for run in answers:
         if all(number in run for number in chosen):
@@ -238,7 +242,7 @@ def _sums(answers: Sequence[dict[int, Figures]], chosen: Sequence[int]) -> list[
 
 
 def streams(peer: Peer, bench: Bench) -> list[TableRow]:
-    """4 and 16 chats at once, to the end of the last; llama.cpp's server has a slot for each."""
+    """Measure 4 and 16 chats at once, to the end of the last; llama.cpp's server has a slot for each."""
     most, texts = bench.settings.workload.answer, [text for _, text in chat_prompts(4)]
     found = []
     for slots in SLOTS:
@@ -268,7 +272,7 @@ def _rate(figures: Figures) -> Figures:
 
 
 def prompt(peer: Peer, bench: Bench) -> list[TableRow]:
-    """A prompt of 1,024 tokens, nothing of it cached, and one token of an answer."""
+    """Measure a prompt of 1,024 tokens, with nothing cached, and one token of an answer."""
     length = bench.settings.workload.long_prompt
     tokens, params = _prompt(bench, length), bench.settings.params(AR, 1)
 
@@ -287,8 +291,8 @@ def prompt(peer: Peer, bench: Bench) -> list[TableRow]:
 
 
 def cold(peer: Peer, bench: Bench) -> list[TableRow]:
-    """One row whose weights no cache can hold: copies of more than 1 GB in all take one step each in turn. llama.cpp's
-    step is the evaluation of a prompt's last token, all others of which are cached."""
+    """Measure one row whose weights no cache can hold: copies of more than 1 GB in all take one step each in turn.
+    llama.cpp's step is the evaluation of a prompt's last token, with all others cached."""
     copies = [load_target(bench.settings) for _ in range(_num_copies(_weight_bytes(bench)))]
     tokens, steps = _prompt(bench, CONTEXT), bench.settings.workload.steps
     params = bench.settings.params(AR, 1000, ignore_eos=True)
@@ -325,7 +329,7 @@ def cold(peer: Peer, bench: Bench) -> list[TableRow]:
 
 
 def _weight_bytes(bench: Bench) -> int:
-    """At one byte a weight; the embedding is the head, too."""
+    """Bytes of the weights at one byte each; the embedding is the head, too."""
     config = bench.target.config
     layer = config.hidden_size * (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     layer += 3 * config.hidden_size * config.intermediate_size
@@ -343,8 +347,8 @@ def _time(call: Callable[[], object]) -> float:
 
 
 def busy(peer: Peer, bench: Bench) -> list[TableRow]:
-    """A step of one row with every core free, and with one core taken by another program; llama.cpp also with OpenMP
-    threads that sleep instead of spinning, which is its best beside a busy core."""
+    """Measure a step of one row with every core free, and with one core taken by another program. llama.cpp also runs
+    with OpenMP threads that sleep instead of spinning, which is best for it next to a busy core."""
     tasks = [peer.serving(kind, waiting=waiting) for waiting in ("", _PASSIVE) for kind in peer.files]
     names = [*peer.files, *(f"{kind}, passive" for kind in peer.files)]
     with serving(*tasks) as servers:

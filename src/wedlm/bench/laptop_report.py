@@ -16,7 +16,7 @@ Line = tuple[str, float | None, float | None, str]  # what, llama.cpp's figure, 
 
 
 def headline(values: dict[str, Any]) -> str:
-    """What a newcomer wants to know, our figures beside llama.cpp's best; parts that were not measured are left out."""
+    """The table for newcomers: our figures beside llama.cpp's best. Parts that were not measured are left out."""
     lines = ["| | llama.cpp | wedlm | |", "| --- | --- | --- | --- |"]
     for what, theirs, ours, unit in _lines(values["parts"], values["settings"]["workload"]["chats"]):
         if ours is not None:
@@ -25,7 +25,8 @@ def headline(values: dict[str, Any]) -> str:
 
 
 def _caveat(values: dict[str, Any]) -> list[str]:
-    """What makes the figures provisional, or was cut, stands below them, wherever they are shown."""
+    """Notes that make the figures provisional or say what was cut; they stand below the figures wherever these are
+    shown."""
     load, threads = values["load_average"]["start"], values.get("hardware", {}).get("threads", 1)
     asked = values["settings"]["workload"]["runs"]
     fewest = min((row.get("runs", asked) for rows in values["parts"].values() for row in rows), default=asked)

@@ -31,7 +31,7 @@ _SHOWN_CHARACTERS = 400
 
 @dataclass(frozen=True)
 class Serving:
-    """One server: ``context`` tokens for each of ``slots``; ``speculation`` names a way of llama.cpp's to draft."""
+    """One server: ``context`` tokens for each of ``slots``; ``speculation`` names one of llama.cpp's ways to draft."""
 
     model: str
     threads: int
@@ -49,9 +49,9 @@ class LlamaServer:
         self.serving, self.about, self._where = serving, about, urlsplit(address)
 
     def complete(self, prompt: Sequence[int], num_tokens: int, **more: Any) -> Figures:
-        """An answer at temperature 0, nothing of the prompt cached unless ``more`` says so. llama.cpp's own clock:
-        ``prompt_ms``, ``step_ms`` for each token after the first; ``seconds`` are the sum; ``wall_s`` contains the
-        way there and back."""
+        """An answer at temperature 0, with no part of the prompt cached unless ``more`` says so. llama.cpp's own clock
+        gives ``prompt_ms``, ``step_ms`` for each token after the first, and ``seconds``, their sum; ``wall_s`` includes
+        the way there and back."""
         request = {"temperature": 0, "cache_prompt": False, "n_predict": num_tokens, "prompt": list(prompt), **more}
         start = time.perf_counter()
         answer = self._ask("POST", "/completion", json.dumps(request))
@@ -67,14 +67,14 @@ class LlamaServer:
         }
 
     def complete_all(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Figures:
-        """All at once: tokens, and seconds until the last has ended."""
+        """Ask all at once. Gives the number of tokens, and the seconds until the last has ended."""
         start = time.perf_counter()
         with ThreadPoolExecutor(len(prompts)) as pool:
             answers = list(pool.map(lambda prompt: self.complete(prompt, num_tokens), prompts))
         return {"tokens": sum(one["tokens"] for one in answers), "seconds": time.perf_counter() - start}
 
     def answers(self, deadline: float) -> bool:
-        """Waits until it does; False past the deadline (time.monotonic)."""
+        """Wait until the server answers; returns False after the deadline (time.monotonic)."""
         while time.monotonic() < deadline:
             try:
                 self._ask("GET", "/health", None)
@@ -99,7 +99,8 @@ class LlamaServer:
 
 @contextmanager
 def serving(*all_of: Serving) -> Iterator[list[LlamaServer]]:
-    """Servers, up and warm, that end with the block. ValueError if one does not come up."""
+    """Start servers, and yield them once they are up and warm; they end with the block. Raises ValueError if one does
+    not start."""
     with ExitStack() as stack:
         servers = [stack.enter_context(_one(one)) for one in all_of]
         yield servers
@@ -134,7 +135,8 @@ def _environment(waiting: str) -> dict[str, str]:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """It ends by itself when its input does; after five seconds, or whatever is left of its group, by force."""
+    """End a server: it ends itself when its input does, and after five seconds the rest of its process group
+    is killed."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.close()
@@ -154,19 +156,19 @@ def _last_words(log: Any, line: bytes) -> str:
 
 
 def check_llamacpp(binary: str | None) -> None:
-    """ValueError if there is nothing to compare with."""
+    """Raises ValueError if llama.cpp is not available."""
     if binary is None and find_spec("xllamacpp") is None:
         raise ValueError(
             f"--against is llamacpp, whose wheel is not installed here; expected {install_extras('llamacpp')} first, "
             "or --llama-server with the path of a llama-server"
         )
     if binary is not None and not os.access(binary, os.X_OK):
-        raise ValueError(f"--llama-server is {binary}; expected the path of a program llama-server")
+        raise ValueError(f"--llama-server is {binary}; expected the path of llama-server")
 
 
 def base_files() -> dict[str, Path]:
-    """The demo model before its adaptation, by kind of weights: as it is published, and what is written from that
-    into the cache once."""
+    """Files of the demo model before its adaptation, by kind of weights: the published one, and those that are written
+    from it into the cache once."""
     source = demo_model_path()
     files = {KINDS[0]: source}
     for kind in KINDS[1:]:

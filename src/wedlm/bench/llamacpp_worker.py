@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""llama.cpp's server in a process of its own: ``python -m wedlm.bench.llamacpp_worker TASK``, as
-``wedlm.bench.llamacpp`` calls it.
+"""llama.cpp's server in a separate process: ``python -m wedlm.bench.llamacpp_worker TASK``, as called by
+``wedlm.bench.llamacpp``.
 
-TASK is JSON. The first line on standard output is JSON with the server's address and what its build uses; then
-it serves until standard input ends, so that it never outlives who started it.
+TASK is JSON. The first line on standard output is JSON with the server's address and what its build uses. Then it
+serves until standard input ends, so that it never outlives the process that started it.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def serve_wheel(task: dict[str, Any]) -> Any:
-    """A server of the wheel ``xllamacpp``. It lives as long as the object that this returns."""
+    """A server from the wheel ``xllamacpp``. It lives as long as the returned object."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -53,13 +53,12 @@ def serve_binary(task: dict[str, Any], children: "list[subprocess.Popen[bytes]]"
 
 
 def tell(address: str, system: str, version: str) -> None:
-    """One line to who started this process."""
+    """Print one line for the process that started this one."""
     print(json.dumps({"address": address, "system": system.strip(), "version": version}), flush=True)
 
 
 def end_with_input(children: "list[subprocess.Popen[bytes]]") -> None:
-    """Ends the process, at whatever it is, when standard input does; the wheel's server has threads that nothing else
-    ends."""
+    """End the process when standard input ends, whatever it is doing, because nothing else ends the wheel's threads."""
     try:
         sys.stdin.buffer.read()
     finally:

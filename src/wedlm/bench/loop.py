@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's own loop under a clock: a fixed batch for a number of steps, or requests that arrive and end."""
+"""The engine's own loop with a clock: a fixed batch for a number of steps, or requests that arrive and end."""
 
 import itertools
 import statistics
@@ -15,14 +15,15 @@ from wedlm.engine.sampling_params import SamplingParams
 
 
 class Loop:
-    """Runs requests through the target's engine. Nothing else uses the engine meanwhile."""
+    """Runs requests through the target's engine, which nothing else may use at the same time."""
 
     def __init__(self, target: Target) -> None:
         self.engine, self._ids = target.engine, itertools.count()
 
     def start(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Request]:
-        """Requests past their prompts, each with at least one token. On a GPU prompts may be found in the cache; on a
-        CPU, where attention copies keys whose pages are not consecutive, that would change what a step costs."""
+        """Start requests and run them past their prompts, until each has at least one token. On a GPU prompts may come
+        from the cache. On a CPU attention copies keys whose pages are not consecutive, so this would change what a step
+        costs."""
         if self.engine.runner.device.type == "cpu":
             self.engine.pool.reset_prefix_cache()
         requests = [self._add(prompt, params) for prompt in prompts]
@@ -31,7 +32,7 @@ class Loop:
         return requests
 
     def steps(self, requests: Sequence[Request], num_steps: int) -> Figures:
-        """``num_steps`` steps of a batch; AssertionError if a request finished within them."""
+        """Run ``num_steps`` steps of a batch; raises AssertionError if a request finished within them."""
         tokens, rows = (sum(map(count, requests)) for count in (_tokens, _rows))
         times = [time.perf_counter()]
         for _ in range(num_steps):
@@ -54,7 +55,7 @@ class Loop:
             self.engine.abort(request.request_id)
 
     def batch(self, prompts: Sequence[list[int]], params: SamplingParams, warm: int, num_steps: int) -> Figures:
-        """``steps`` of requests of their own, after ``warm`` steps."""
+        """Run ``steps`` with separate requests, after ``warm`` steps."""
         requests = self.start(prompts, params)
         try:
             self.steps(requests, warm)
@@ -63,7 +64,7 @@ class Loop:
             self.end(requests)
 
     def serve(self, arrivals: Sequence[Arrival], params: SamplingParams) -> Figures:
-        """All requests to their ends, none of their prompts in the cache: ``answer_figures``, tokens a forward and a
+        """Run all requests to their ends, with no prompt in the cache: ``answer_figures``, tokens per forward and per
         row."""
         self.engine.pool.reset_prefix_cache()
         waiting, running = list(arrivals), {}  # type: ignore[var-annotated]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases that take turns, so that a machine's drift meets all of them alike."""
+"""Cases that take turns, so that a machine's drift affects all of them alike."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -28,14 +28,14 @@ class Bench:
         self.loop = Loop(self.target)
 
     def past_deadline(self, what: str) -> bool:
-        """Whether the budget is spent, or the user has had enough; ``what`` then counts as skipped."""
+        """Whether the budget is spent, or the user has stopped the run; ``what`` then counts as skipped."""
         past = self.stopped() or (self.deadline is not None and time.perf_counter() > self.deadline)
         if past:
             self.skipped.append(what)
         return past
 
     def beside_vllm(self, part: str, row: TableRow, **case: Any) -> TableRow:
-        """The row with ``vs_vllm``, tokens a second over those of vLLM's AR, if it has a row of that case."""
+        """Add ``vs_vllm`` to the row: tokens a second over those of vLLM's AR, if it has a row for that case."""
         baseline = self.baseline(part, **case)
         return row if baseline is None else {**row, "vs_vllm": rounded(row["tok_per_s"] / baseline["tok_per_s"])}
 
@@ -53,8 +53,8 @@ class Case:
 
 
 def take_turns(bench: Bench, part: str, cases: Sequence[Case], warm: bool = True) -> list[TableRow]:
-    """A row per case that ran at all; each run begins with another case. ``warm``: first a discarded run, in which
-    steps are captured and kernels compiled."""
+    """One row for each case that ran at all; each run begins with a different case. ``warm`` starts with a discarded
+    run, in which steps are captured and kernels compiled."""
     found: list[list[Figures]] = [[] for _ in cases]
     for run in range(-1 if warm else 0, bench.settings.workload.runs):
         for shift in range(len(cases)):
@@ -67,7 +67,7 @@ def take_turns(bench: Bench, part: str, cases: Sequence[Case], warm: bool = True
 
 
 def beside_ar(rows: Sequence[TableRow], *same: str) -> list[TableRow]:
-    """Each row with ``vs_ar``: tokens a second over those of AR in the row with the same values of ``same``."""
+    """Add ``vs_ar`` to each row: tokens a second over those of AR in the row with the same values of ``same``."""
 
     def key(row: TableRow) -> tuple[Any, ...]:
         return tuple(row[name] for name in same)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Auto against AR in interleaved pairs: what looking for drafts costs where there are none, and what it brings."""
+"""Auto against AR in interleaved pairs: what looking for drafts costs where there are none, and what it brings
+otherwise."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ _LOAD = 1.2  # arrivals faster than they can be served, so that speed decides wh
 
 
 def pairs(bench: Bench) -> list[TableRow]:
-    """Ratios of tokens a second. The sides of a pair take turns in being first."""
+    """Ratios of tokens a second. The sides of a pair take turns in going first."""
     workload, prompts, found = bench.settings.workload, bench.target.prompts, []
     for batch in workload.batches[:_NUM_BATCHES]:
         arrivals = prompts.batch(batch, workload.prompt, workload.answer)

@@ -12,7 +12,7 @@ _Parts = dict[str, list[TableRow]]
 
 
 def draw_bench(values: dict[str, Any]) -> list[Plot]:
-    """The figures that a record has the rows for. ValueError if matplotlib is missing."""
+    """Draw the figures for which a record has rows. Raises ValueError if matplotlib is missing."""
     parts: _Parts = values["parts"]
     drawn = [_step_time(parts, values.get("step_costs_ms", {})), _rows_kept(parts), _speed(parts)]
     return [plot for plot in drawn if plot is not None]
@@ -48,7 +48,7 @@ def _step_time(parts: _Parts, costs: dict[int, float]) -> Plot | None:
 
 
 def _rows_kept(parts: _Parts) -> Plot | None:
-    """What a row buys: the diagonal is every row kept."""
+    """What a row buys; on the diagonal every row is kept."""
     points: list[tuple[str, float, float]] = []
     for part in ("steps", "accept"):
         points += [(part, row["rows_per_step"], row["tokens_per_step"]) for row in parts.get(part, [])]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmark asks: the paper's four scenarios, everyday questions, filler of any length; random ids where the
-weights are random. And when requests arrive."""
+"""The benchmark's prompts: the paper's four scenarios, everyday questions, filler of any length, random ids for random
+weights. Also when requests arrive."""
 
 import random
 from dataclasses import dataclass
@@ -63,14 +63,14 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts for a checkpoint, or of random ids for random weights (``tokenizer`` None); always the same ones."""
+    """Prompts for a checkpoint, or random ids for random weights (``tokenizer`` None); always the same ones."""
 
     tokenizer: Tokenizer | None
     vocab_size: int
     max_model_len: int
 
     def of(self, number: int, length: int | None) -> list[int]:
-        """``length`` None: a question as it is asked, for checkpoints alone."""
+        """A prompt. ``length`` None gives a plain question, for checkpoints only."""
         if self.tokenizer is None:
             assert length is not None
             rng = random.Random(f"{number} {length}")
@@ -89,17 +89,17 @@ class Prompts:
         return self.tokenizer.encode_chat(messages)
 
     def counting(self, number: int) -> list[int]:
-        """Each number another prompt, all of them counting."""
+        """A prompt that asks to count; each number gives a different one."""
         first, last = 1 + 7 * number, 150 + 7 * number
         return self.ask(f"Count from {first} to {last}. Write only the numbers, with commas between them.")
 
     def batch(self, count: int, length: int | None, max_tokens: int) -> list[Arrival]:
-        """All at once."""
+        """Requests that are all there at once."""
         return [Arrival(0.0, self.of(number, length), max_tokens) for number in range(count)]
 
     def arrivals(self, count: int, most: int, rate: float) -> list[Arrival]:
-        """``rate`` requests a second on average, exponential times between them (infinite: all at once); prompts of
-        16 to 1,024 tokens, log-uniform, answers of a quarter of ``most`` up to all."""
+        """Arrivals of ``rate`` requests a second on average, with exponential times between them (infinite: all at
+        once). Prompts have 16 to 1,024 tokens, log-uniform, and answers a quarter of ``most`` up to all of it."""
         rng = random.Random("arrivals")
         longest = min(_LONGEST, self.max_model_len - most)
         found, now = [], 0.0
@@ -112,7 +112,7 @@ class Prompts:
 
 
 def _filler(number: int, num_words: int) -> str:
-    """English words in sentences without sense; each ``number`` its own."""
+    """English words in sentences without sense, different for each ``number``."""
     rng, sentences, left = random.Random(f"filler {number}"), [], num_words
     while left > 0:
         length = min(left, rng.randint(6, 14))

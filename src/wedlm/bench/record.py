@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file of a run: hardware, versions, configuration, rows by part; rewritten after each part."""
+"""The file of a run: hardware, versions, configuration and rows by part. It is rewritten after each part."""
 
 import json
 import math
@@ -44,7 +44,7 @@ _FILE = "bench.json"
 
 
 class Record:
-    """Everything a reader needs to judge the figures or to repeat them."""
+    """Everything that a reader needs to judge the figures or to repeat them."""
 
     def __init__(self, settings: Settings, command: list[str]) -> None:
         self.values: dict[str, Any] = {
@@ -58,7 +58,7 @@ class Record:
         }
 
     def describe(self, target: Target) -> None:
-        """Note the machine and the engine."""
+        """Record the machine and the engine."""
         engine, config = target.engine, target.config
         heads = (config.num_kv_heads, config.head_dim, engine.runner.cache.keys.dtype)
         self.values |= {
@@ -75,7 +75,7 @@ class Record:
         }
 
     def finish(self, target: Target, seconds: float, skipped: list[str]) -> None:
-        """Note what is known in the end: memory, auto's table of costs, what there was no time for."""
+        """Record what is known at the end: memory, auto's table of costs, what there was no time for."""
         self.values["memory"] = memory(target.device)
         auto = target.engine.controller.draft_budget
         if auto is not None:
@@ -83,7 +83,7 @@ class Record:
         self.values |= {"seconds": round(seconds, 1), "skipped": skipped}
 
     def write(self, directory: Path | None) -> None:
-        """``bench.json``, whole or not at all."""
+        """Write ``bench.json``, completely or not at all."""
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ class Record:
             temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     def summary(self, directory: Path | None) -> str:
-        """One line of JSON: the figure of each row that matters most, by part and label."""
+        """One line of JSON: the most important figure of each row, by part and label."""
         parts = {
             part: {describe(label_of(row)): key_figure(row) for row in rows}
             for part, rows in self.values["parts"].items()
@@ -103,7 +103,7 @@ class Record:
 
 
 def _json_values(value: Any) -> Any:
-    """JSON has no infinity, which some options may be, and no NaN."""
+    """Replace what JSON does not have: infinity, which some options may be, and NaN."""
     if isinstance(value, dict):
         return {name: _json_values(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -112,7 +112,7 @@ def _json_values(value: Any) -> Any:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a run has written. ValueError if the folder has no ``bench.json`` of ours."""
+    """Read what a run has written. Raises ValueError if the folder has no ``bench.json`` of ours."""
     file = folder / _FILE
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -129,13 +129,13 @@ def label_of(row: TableRow) -> dict[str, Any]:
 
 
 def key_figure(row: TableRow) -> tuple[str, float]:
-    """The figure that a row is there for."""
+    """The most important figure of the row."""
     name = next(name for name in _KEY_FIGURES if name in row and not (name == "step_ms" and "accepted" in row))
     return name, row[name]
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that matter, where they are installed."""
+    """Versions of Python and of the important packages that are installed."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -146,7 +146,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The device, and the CPU beside it."""
+    """The device, and the CPU next to it."""
     found: dict[str, Any] = {"cpu": cpu_name(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -156,7 +156,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Peaks so far, in GB; on a GPU the cache is in it, whose size is the configuration's."""
+    """Peaks so far, in GB. On a GPU this includes the cache, whose size is in the configuration."""
     found = {"host_peak_gb": rounded(peak_memory_bytes() / 1e9)}
     if device.type == "cuda":
         found["device_peak_gb"] = rounded(torch.cuda.max_memory_allocated(device) / 1e9)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run: vLLM first, if asked for, then the parts one after the other; what is done is on disk."""
+"""A run: vLLM first, if requested, then the parts one after the other. Finished parts are on disk."""
 
 import functools
 import os
@@ -42,8 +42,8 @@ def run_bench(
     log: Log,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Record:
-    """Measure all parts; ``log`` gets (part, None) when one begins and (part, row) for each row. Once ``stopped()``,
-    nothing new begins and what there is is kept. ValueError for what cannot be measured."""
+    """Measure all parts. ``log`` gets (part, None) when one begins and (part, row) for each row. Once ``stopped()``,
+    nothing new begins and finished rows are kept. Raises ValueError for anything that cannot be measured."""
     started = time.perf_counter()
     record, parts = Record(settings, command), dict(PARTS)
     found = _beside(settings, record, parts, directory, log)
@@ -81,7 +81,7 @@ def _beside(
     directory: Path | None,
     log: Log,
 ) -> dict[str, list[TableRow]]:
-    """Rows of vLLM by part, measured now; llama.cpp takes turns with us, so that its ``parts`` are added."""
+    """Rows of vLLM by part, measured now. llama.cpp takes turns with us instead, so its ``parts`` are added."""
     if settings.against == "vllm":
         check_vllm()
         log("vLLM", None)

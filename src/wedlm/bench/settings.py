@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run measures, and how much of it: options of ``wedlm bench`` with the defaults of the device."""
+"""What a run measures, and how much: the options of ``wedlm bench`` with the device's defaults."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +17,7 @@ PARTS = {
     "prefill": "tokens a second of a long prompt",
     "host": "work of the host in a step, by what it does",
     "contexts": "milliseconds a step by length of the context",
-    "scenarios": "the paper's four scenarios, mode beside mode (needs a checkpoint)",
+    "scenarios": "the paper's four scenarios, in every mode (needs a checkpoint)",
 }
 # Beside llama.cpp.
 LLAMACPP_PARTS = {
@@ -37,7 +37,7 @@ AR_TEXT: tuple[Decoding, ...] = ("autoregressive", "verified", "auto")
 
 @dataclass(frozen=True)
 class Workload:
-    """How much is measured. Lengths in tokens."""
+    """How much is measured. Lengths are in tokens."""
 
     batches: tuple[int, ...]
     runs: int
@@ -53,17 +53,17 @@ class Workload:
 
     @classmethod
     def beside_llamacpp(cls) -> "Workload":
-        """On a CPU, some minutes for each part; streams are 4 and 16."""
+        """The workload beside llama.cpp on a CPU: some minutes for each part, with 4 and 16 streams."""
         return replace(cls.of(False, False), batches=(1, 4, 16), runs=5, steps=32, answer=64)
 
     def quick(self) -> "Workload":
-        """To see that it works, and roughly what comes out."""
+        """A short workload, to see that everything works and roughly what comes out."""
         steps, answer, requests = min(self.steps, 8), min(self.answer, 24), min(self.requests, 4)
         return replace(self, runs=1, pairs=2, steps=steps, answer=answer, requests=requests, chats=1)
 
     @classmethod
     def of(cls, on_gpu: bool, random_weights: bool) -> "Workload":
-        """The defaults: minutes on either kind of device."""
+        """The defaults, which take minutes on either kind of device."""
         if on_gpu:
             prompt = 512 if random_weights else None
             return cls((1, 8, 32, 64, 128), 3, 10, 60, 5, 128, prompt, 96, (512, 4096, 16384, 32000), 8192)
@@ -73,7 +73,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. ``shape`` (random weights) or ``model`` (a checkpoint) is what runs; ``curves`` are rates by depth."""
+    """The settings of one run. It measures ``shape`` (random weights) or ``model`` (a checkpoint). ``curves`` are rates
+    by depth."""
 
     parts: tuple[str, ...]
     modes: tuple[Decoding, ...]
@@ -94,19 +95,20 @@ class Settings:
 
     @property
     def most_rows(self) -> int:
-        """Of a step of the largest batch, so that its windows all run in it."""
+        """The rows of a step in which all windows of the largest batch fit."""
         window = self.decoding.get("wedlm_window_size") or 16
         wide = 2 if {"streaming", "block"} & {*self.modes} else 1
         return wide * window * max(self.workload.batches)
 
     def params(self, mode: str, max_tokens: int, **more: Any) -> SamplingParams:
-        """Temperature 0. Random weights never end by themselves."""
+        """Parameters at temperature 0. Random weights never end an answer."""
         values = {**self.decoding, "ignore_eos": self.shape is not None, **more}
         return SamplingParams(decoding=mode, max_tokens=max_tokens, **values)  # type: ignore[arg-type]
 
 
 def check_against(name: str | None, only_llamacpp: dict[str, Any], model: str | None) -> None:
-    """ValueError for an unknown peer, for an option that only llama.cpp has, or for a model without a file of it."""
+    """Raises ValueError for an unknown peer, for an option that only llama.cpp has, or for a model without a file for
+    llama.cpp."""
     if name not in (None, "vllm", "llamacpp"):
         raise ValueError(f"--against is {name!r}; expected vllm or llamacpp")
     for option, value in only_llamacpp.items():
@@ -117,13 +119,13 @@ def check_against(name: str | None, only_llamacpp: dict[str, Any], model: str | 
 
 
 def read_parts(names: list[str], shape: str | None, against: str | None = None) -> tuple[str, ...]:
-    """The parts in the order given; "all": every one that the target has, the most telling first. Beside llama.cpp
-    there are others, and all are the default."""
+    """The parts in the order given. "all" means every part that the target has, the most telling first. Beside
+    llama.cpp there are different parts, and all of them are the default."""
     if against == "llamacpp":
         for name in names:
             if name not in ("all", *LLAMACPP_PARTS):
                 known = ", ".join(LLAMACPP_PARTS)
-                raise ValueError(f"the part is {name!r}; expected, beside llama.cpp, all or some of {known}")
+                raise ValueError(f"the part is {name!r}; expected, with llama.cpp, all or some of {known}")
         return tuple(LLAMACPP_PARTS if "all" in names else dict.fromkeys(names)) or tuple(LLAMACPP_PARTS)
     if names == ["all"]:
         return tuple(part for part in PRIORITY if part != "scenarios" or shape is None)
@@ -138,7 +140,8 @@ def read_parts(names: list[str], shape: str | None, against: str | None = None) 
 
 
 def read_modes(text: str | None, shape: str | None) -> tuple[Decoding, ...]:
-    """All of them; for random weights, of which streaming and block decoding fill one position a step, AR's text."""
+    """The modes; by default all of them, or for random weights those with AR's text, because streaming and block
+    decoding would fill one position per step."""
     usual = MODES if shape is None else AR_TEXT
     names = usual if text is None else tuple(name.strip() for name in text.split(","))
     for name in names:
@@ -148,7 +151,7 @@ def read_modes(text: str | None, shape: str | None) -> tuple[Decoding, ...]:
 
 
 def read_numbers(name: str, text: str, low: float, high: float) -> tuple[float, ...]:
-    """Numbers with commas between, each from ``low`` to ``high``."""
+    """Numbers separated by commas, each from ``low`` to ``high``."""
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:

@@ -33,7 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def shape_config(shape: str) -> ModelConfig:
-    """ValueError naming the shapes there are."""
+    """The config of a shape. Raises ValueError naming the known shapes."""
     if shape not in SHAPES:
         raise ValueError(f"--shape is {shape!r}; expected one of {', '.join(SHAPES)}")
     return ModelConfig.from_hf({**_COMMON, **SHAPES[shape]})

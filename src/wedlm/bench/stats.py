@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From times to figures, and from several runs to a row. Needs nothing: vLLM's process uses it, too."""
+"""Turn times into figures, and several runs into a row. Imports nothing, because vLLM's process uses it, too."""
 
 import itertools
 import math
@@ -14,14 +14,14 @@ TableRow = dict[str, Any]
 
 @dataclass
 class Delivered:
-    """When a request came, and when it got how many tokens (seconds of one clock)."""
+    """When a request came, and how many tokens it had received when (seconds of one clock)."""
 
     came: float
     at: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
 
     def add(self, now: float, num_tokens: int) -> None:
-        """It has ``num_tokens`` tokens in all by now."""
+        """Record that it has ``num_tokens`` tokens in all by now."""
         new = num_tokens - sum(self.counts)
         if new > 0:
             self.at.append(now)
@@ -29,8 +29,9 @@ class Delivered:
 
 
 def answer_figures(answers: Sequence[Delivered], seconds: float) -> Figures:
-    """Of requests that ran to their ends. ``tok_per_s`` is over all ``seconds``; ``stream_tok_per_s`` what one stream
-    got after its first tokens (median); ``between_ms`` the time between deliveries, of one token or of several."""
+    """Figures of requests that ran to their ends. ``tok_per_s`` is over all ``seconds``; ``stream_tok_per_s`` is what
+    one stream got after its first tokens (median); ``between_ms`` is the time between deliveries of one or several
+    tokens."""
     first = [1e3 * (one.at[0] - one.came) for one in answers]
     gaps = [1e3 * (after - before) for one in answers for before, after in itertools.pairwise(one.at)]
     stream = [sum(one.counts[1:]) / (one.at[-1] - one.at[0]) for one in answers if len(one.at) > 1]
@@ -67,7 +68,7 @@ def make_row(label: dict[str, Any], runs: Sequence[Figures], **more: Any) -> Tab
 
 
 def ratio_row(label: dict[str, Any], pairs: Sequence[tuple[Figures, Figures]], figure: str) -> TableRow:
-    """Of interleaved pairs (base, other): other's figure over base's."""
+    """A row of interleaved pairs (base, other): the ratio of other's figure to base's."""
     ratios = [other[figure] / base[figure] for base, other in pairs]
     bases, others = ([figures[figure] for figures in side] for side in zip(*pairs, strict=True))
     return {

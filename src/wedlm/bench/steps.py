@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts that keep a batch fixed: step time by rows, by context, by who works; auto with drafts accepted at rates."""
+"""Parts with a fixed batch: step time by rows, by context and by stage; auto with drafts accepted at given rates."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ _UNLIMITED = 3000
 
 
 def _params(bench: Bench, mode: str, **options: Any) -> SamplingParams:
-    """For requests that no measurement ends."""
+    """Parameters for requests that outlast every measurement."""
     most = min(_UNLIMITED, bench.target.engine.config.max_model_len)
     return bench.settings.params(mode, most, ignore_eos=True, **options)
 
@@ -31,7 +31,7 @@ def _prompts(bench: Bench, count: int, length: int | None = None) -> list[list[i
 
 
 def _fixed(bench: Bench, batch: int, mode: str, length: int | None = None, **options: Any) -> Case:
-    """A batch for a fixed number of steps; the label has the rows that each sequence may run."""
+    """A fixed batch for a fixed number of steps; the label has the rows that each sequence may run."""
     params = _params(bench, mode, **options)
     window = params.wedlm_window_size or bench.target.engine.config.options.wedlm_window_size
     rows = 1 if mode == "autoregressive" else window if mode in ("verified", "auto") else 2 * window
@@ -44,7 +44,8 @@ def _fixed(bench: Bench, batch: int, mode: str, length: int | None = None, **opt
 
 
 def steps(bench: Bench) -> list[TableRow]:
-    """Every batch with one row; 16 rows up to batch 32, verified and streaming; fewer rows for larger batches."""
+    """Measure every batch with one row; with 16 rows up to batch 32, verified and streaming; with fewer rows for larger
+    batches."""
     batches = bench.settings.workload.batches
     modes = bench.settings.modes
     cases = [_fixed(bench, batch, "autoregressive") for batch in batches]
@@ -60,14 +61,14 @@ def steps(bench: Bench) -> list[TableRow]:
 
 
 def _reported(bench: Bench, part: str, row: TableRow) -> TableRow:
-    """Beside vLLM's AR steps at the same batch, where those were measured."""
+    """The row beside vLLM's AR steps at the same batch, if those were measured."""
     row = bench.beside_vllm("steps", row, batch=row["batch"])
     bench.report(part, row)
     return row
 
 
 def contexts(bench: Bench) -> list[TableRow]:
-    """One stream over longer and longer contexts."""
+    """Measure one stream as its context grows."""
     longest = bench.target.engine.config.max_model_len - bench.settings.workload.steps * 8
     lengths = [length for length in bench.settings.workload.contexts if length <= longest]
     cases = [
@@ -82,7 +83,8 @@ def contexts(bench: Bench) -> list[TableRow]:
 
 
 def accept(bench: Bench) -> list[TableRow]:
-    """Auto from a fresh start at each batch, every draft certain enough, accepted at the rates of each curve."""
+    """Measure auto from a fresh start at each batch; every draft is certain enough, and drafts are accepted at the
+    rates of each curve."""
     curves = {", ".join(f"{rate:g}" for rate in curve): curve for curve in bench.settings.curves}
     for tokens in _TOKENS_A_STEP:
         curves[f"{tokens:g} tokens at 16 rows"] = (_rate_for(tokens),)
@@ -104,7 +106,7 @@ def accept(bench: Bench) -> list[TableRow]:
 
 
 def _try_all_budgets(bench: Bench, prompts: list[list[int]], params: SamplingParams) -> None:
-    """Every step that auto may choose for this batch, once: captures and compilations are not part of what follows."""
+    """Run every step that auto may choose for this batch once, so that captures and compilations do not count later."""
     engine = bench.target.engine
     requests = bench.loop.start(prompts, params)
     assert engine.controller.draft_budget is not None
@@ -132,7 +134,7 @@ def _tokens(rate: float) -> float:
 
 
 def _rate_for(tokens: float) -> float:
-    """The rate, alike for all depths, that gives so many tokens a step at 16 rows."""
+    """The rate, equal for all depths, that gives this many tokens per step at 16 rows."""
     low, high = 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2
@@ -141,7 +143,7 @@ def _rate_for(tokens: float) -> float:
 
 
 def host(bench: Bench) -> list[TableRow]:
-    """What Python does in a step while the device is not waited for, at the smallest and the largest batch."""
+    """Measure Python's time in a step apart from waiting for the device, at the smallest and the largest batch."""
     workload = bench.settings.workload
 
     def case(batch: int, mode: str) -> Case:

@@ -47,7 +47,7 @@ _SPREAD = ("tok_per_s", "step_ms", "host_ms")
 
 
 def show_tables(parts: dict[str, Sequence[TableRow]]) -> None:
-    """One for each part that has rows, to standard output."""
+    """Print one table for each part that has rows."""
     for part, rows in parts.items():
         if rows:
             labels = [name for name in LABELS if any(name in row for row in rows)]

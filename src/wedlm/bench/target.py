@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: one engine around a checkpoint or around random weights, and prompts that suit it."""
+"""What is measured: one engine around a checkpoint or random weights, and suitable prompts."""
 
 from dataclasses import dataclass, replace
 
@@ -22,7 +22,7 @@ _CACHE_SPARE_TOKENS = 2000  # for each sequence of the largest batch: what a mea
 
 @dataclass(frozen=True)
 class Target:
-    """One engine, and what to ask it."""
+    """One engine, and the prompts for it."""
 
     name: str
     engine: Engine
@@ -39,7 +39,7 @@ class Target:
 
 
 def load_target(settings: Settings) -> Target:
-    """The engine that all parts share. ValueError for options that cannot be."""
+    """Load the engine that all parts share. Raises ValueError for impossible options."""
     device = resolve_options.read_device(settings.device)
     rows = max(2048, settings.most_rows)
     given = {"max_num_seqs": max(settings.workload.batches), "max_num_batched_tokens": rows, **settings.engine}
@@ -59,7 +59,7 @@ def load_target(settings: Settings) -> Target:
     )
     options, ranks, shape = engine_config.options, None, config
     if options.tensor_parallel_size > 1:
-        from wedlm.engine.ranks.start import random_over_ranks  # which one rank alone has no use for
+        from wedlm.engine.ranks.start import random_over_ranks  # which a single rank does not need
 
         loaded = random_over_ranks(config, replace(options, dtype=str(dtype).removeprefix("torch.")), device)
         model, ranks = loaded.model, loaded.ranks
@@ -78,7 +78,7 @@ def load_target(settings: Settings) -> Target:
 def _cache_bytes(
     settings: Settings, engine: EngineConfig, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """What the largest batch and the longest context need, at most what the engine would take by itself."""
+    """The bytes for the largest batch and the longest context, at most what the engine would take by itself."""
     assert settings.workload.prompt is not None
     tokens = engine.options.max_num_seqs * (settings.workload.prompt + _CACHE_SPARE_TOKENS) + 2 * engine.max_model_len
     wanted = tokens * KVCache.bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, dtype)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's AR decoding on the same weights, in processes of its own that have ended before our engine is made.
+"""vLLM's AR decoding on the same weights, in separate processes that end before our engine is made.
 
-In our type of weights; if that is FP8, in bfloat16, too; and on a checkpoint with its own speculation from n-grams,
-which needs no other weights.
+It runs in our type of weights; if that is FP8, also in bfloat16; and on a checkpoint also with its own speculation from
+n-grams, which needs no other weights.
 """
 
 import json
@@ -26,6 +26,9 @@ from wedlm.bench.stats import TableRow
 from wedlm.engine import resolve_options
 from wedlm.model import ModelConfig, load_model, load_tokenizer, save_model
 
+# Over several GPUs these all-reduces of its, and a fusion that its compiler makes (``vllm_worker.py``), may use NVLink
+# multicast, which not every machine lets a program have.
+_NO_MULTICAST = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
 _NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
 _MEASURABLE = ("latency", "throughput", "serving", "steps", "prefill")
 _TIMEOUT_S = 900.0
@@ -33,14 +36,14 @@ _SHOWN_CHARACTERS = 400
 
 
 def check_vllm() -> None:
-    """ValueError where it is not installed."""
+    """Raises ValueError if vLLM is not installed."""
     if find_spec("vllm") is None:
-        raise ValueError("--against is vllm, which is not installed here; expected an environment that has it")
+        raise ValueError("--against is vllm, which is not installed here; expected an environment with it")
 
 
 def measure_vllm(settings: Settings, timeout_s: float | None) -> dict[str, Any]:
-    """Rows by part, as far as vLLM has something to say on ours; ``versions``; ``error`` if it ended badly or took too
-    long, beside the parts that it had finished. The same once more for each of ``variants``, under its name."""
+    """Rows by part, for those of our parts that vLLM can run, and ``versions``. ``error`` is added if vLLM failed or
+    took too long, besides the parts that it had finished. The same follows for each of ``variants``, under its name."""
     others = variants(settings)
     each = (timeout_s or _TIMEOUT_S) / (1 + len(others))
     with tempfile.TemporaryDirectory() as name:
@@ -53,7 +56,7 @@ def measure_vllm(settings: Settings, timeout_s: float | None) -> dict[str, Any]:
 
 
 def variants(settings: Settings) -> dict[str, dict[str, Any]]:
-    """What vLLM is also measured as: changes of the task, by name."""
+    """What else vLLM is measured as: changes to the task, by name."""
     found: dict[str, dict[str, Any]] = {}
     if settings.engine.get("quantization") == "fp8":
         found["bfloat16"] = {"quantization": None, "parts": ["steps", "prefill"]}
@@ -64,7 +67,7 @@ def variants(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def _run(values: dict[str, Any], directory: Path, timeout_s: float) -> dict[str, Any]:
-    """What one process finds."""
+    """Run one process and return what it found."""
     task, found, log = (directory / file for file in ("task.json", "found.json", "log.txt"))
     found.unlink(missing_ok=True)
     task.write_text(json.dumps(values))
@@ -72,7 +75,7 @@ def _run(values: dict[str, Any], directory: Path, timeout_s: float) -> dict[str,
         process = subprocess.Popen(
             [sys.executable, "-m", "wedlm.bench.vllm_worker", str(task), str(found)],
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"},
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", **_NO_MULTICAST},
         )  # fmt: skip
         try:
             code = process.wait(timeout_s)
@@ -86,7 +89,7 @@ def _run(values: dict[str, Any], directory: Path, timeout_s: float) -> dict[str,
 
 
 def _end_all(process: "subprocess.Popen[bytes]") -> None:
-    """The process and its own: vLLM's engine is a process, too, and holds the GPU's memory."""
+    """End the process and its children, because vLLM's engine is a process, too, and holds the GPU's memory."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -101,7 +104,7 @@ def _last_words(log: Path) -> str:
 
 
 def _task(settings: Settings, directory: Path) -> dict[str, Any]:
-    """All that the worker needs; the weights are in ``directory`` or where they were."""
+    """Everything the worker needs; the weights are in ``directory`` or where they were."""
     workload = settings.workload
     dtype = resolve_options.read_dtype(settings.dtype, resolve_options.read_device(settings.device))
     if settings.shape is not None:
@@ -122,6 +125,7 @@ def _task(settings: Settings, directory: Path) -> dict[str, Any]:
         "load_format": "auto" if settings.shape is None else "dummy",
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": settings.engine.get("quantization"),
+        "tensor_parallel_size": settings.engine.get("tensor_parallel_size", 1),
         "speculation": None,
         "max_model_len": min(config.max_length, max(workload.long_prompt + 16, 4096)),
         "max_num_seqs": max(workload.batches),
@@ -148,5 +152,5 @@ def as_autoregressive(config: ModelConfig) -> ModelConfig:
 
 
 def rows_of(found: dict[str, Any]) -> dict[str, Sequence[TableRow]]:
-    """What ``measure_vllm`` found, without what is not rows."""
+    """The rows in the result of ``measure_vllm``."""
     return {part: rows for part, rows in found.items() if part in _MEASURABLE}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM under the clock: ``python -m wedlm.bench.vllm_worker TASK.json FOUND.json``, as ``wedlm.bench.vllm`` calls it.
+"""Measure vLLM: ``python -m wedlm.bench.vllm_worker TASK.json FOUND.json``, as called by ``wedlm.bench.vllm``.
 
-A step's time is the difference of two runs that differ in output length alone, divided by the difference.
+A step's time is the difference between two runs that differ only in output length, divided by the difference in length.
 """
 
 import json
@@ -15,6 +15,8 @@ from wedlm.bench.stats import Delivered, Figures, TableRow, answer_figures, make
 
 _SHORT = 32  # tokens of the shorter of two answers
 _LOAD = 0.7
+# Over several GPUs; ``vllm.py`` says why.
+_NO_MULTICAST = {"pass_config": {"fuse_allreduce_rms": False}}
 
 
 class Worker:
@@ -23,12 +25,13 @@ class Worker:
     def __init__(self, task: dict[str, Any]) -> None:
         from vllm import LLM
 
-        self.task, self._count = task, 0
+        self.task, self._count, size = task, 0, task["tensor_parallel_size"]
         self.llm = LLM(
             model=task["model"], load_format=task["load_format"], skip_tokenizer_init=True, dtype=task["dtype"],
             max_model_len=task["max_model_len"], max_num_seqs=task["max_num_seqs"], max_num_batched_tokens=8192,
             gpu_memory_utilization=0.85, enable_prefix_caching=False,
-            quantization=task["quantization"], speculative_config=task["speculation"],
+            quantization=task["quantization"], speculative_config=task["speculation"], tensor_parallel_size=size,
+            **({} if size == 1 else {"compilation_config": _NO_MULTICAST}),
         )  # fmt: skip
 
     def params(self, max_tokens: int, ignore_eos: bool) -> Any:
@@ -40,7 +43,7 @@ class Worker:
         )
 
     def seconds(self, prompts: Sequence[list[int]], max_tokens: int) -> float:
-        """Of answers of exactly so many tokens."""
+        """Seconds for answers of exactly this many tokens."""
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         start = time.perf_counter()
         self.llm.generate(asked, self.params(max_tokens, True), use_tqdm=False)
@@ -71,7 +74,7 @@ class Worker:
         return answer_figures(done, now - start)
 
     def repeat(self, label: dict[str, Any], arrivals: Sequence[dict[str, Any]]) -> TableRow:
-        """After one run to warm up."""
+        """Repeat, after one run to warm up."""
         return make_row(label, [self.serve(arrivals) for _ in range(self.task["runs"] + 1)][1:])
 
     def at_once(self, count: int) -> list[dict[str, Any]]:
@@ -102,7 +105,7 @@ class Worker:
         return [make_row({"prompt": len(prompt)}, [{"tok_per_s": len(prompt) / t, "seconds": t} for t in took])]
 
     def serving(self) -> list[TableRow]:
-        """All at once, which gives the rate where none was asked for; then as they arrive."""
+        """Serve all at once, which gives the rate if none was set, then as they arrive."""
         arrivals = self.task["arrivals"]
         count = len(arrivals)
         everything = self.repeat({"load": "all at once", "requests": count}, [{**one, "at_s": 0.0} for one in arrivals])
@@ -113,7 +116,7 @@ class Worker:
 
 
 def main(task_file: str, found_file: str) -> None:
-    """Write what was found after each part, so that a part that fails takes no other with it."""
+    """Write the results after each part, so that a part that fails does not lose the others."""
     task = json.loads(Path(task_file).read_text())
     worker = Worker(task)
     import vllm

@@ -70,7 +70,7 @@ def _root(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """The help text is the app's."""
+    """Takes its help text from the app."""
 
 
 for _name, _place in COMMANDS.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm accelerate``: options to a run, its progress to the terminal."""
+"""``wedlm accelerate``: turns options into a run, and shows its progress on the terminal."""
 
 import dataclasses
 import time
@@ -25,12 +25,12 @@ from wedlm.cli.terminal import err, note, out, status
 
 DATA, TRAINING = "What the model is asked", "Training and measurement"
 _HOME: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Settings)}
-_QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
+_QUIET_SECONDS = 30.0  # between two lines of progress without a terminal
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Prompts, and the length of answers."""
+    """The prompts, and the length of answers."""
 
     prompts: Annotated[
         list[Path] | None,
@@ -40,35 +40,31 @@ class DataOptions:
         list[Path] | None,
         option("Or conversations as wedlm train reads them, whose questions are asked; may be repeated.", DATA),
     ] = None
-    num_prompts: Annotated[int | None, option("At most so many prompts; of the default mixture 2,000. [all]", DATA)] = (
-        None
-    )
+    num_prompts: Annotated[int | None, option("Largest number of prompts. [all; default mixture 2,000]", DATA)] = None
     held_out: Annotated[int, option("Prompts to measure on; at most a quarter of yours.", DATA)] = _HOME["held_out"]
-    max_prompt_tokens: Annotated[int, option("Longer prompts are left out.", DATA)] = _HOME["max_prompt_tokens"]
-    max_tokens: Annotated[int, option("Cut answers after so many tokens.", DATA)] = _HOME["max_tokens"]
-    seed: Annotated[int, option("Decides the prompts and what is held out, and the training's noise.", DATA)] = _HOME[
-        "seed"
-    ]
+    max_prompt_tokens: Annotated[int, option("Leave out longer prompts.", DATA)] = _HOME["max_prompt_tokens"]
+    max_tokens: Annotated[int, option("Largest number of tokens of an answer.", DATA)] = _HOME["max_tokens"]
+    seed: Annotated[int, option("Seed of the choice of prompts and of the noise.", DATA)] = _HOME["seed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """The adapter, how long it is trained, and how it is measured."""
 
-    rank: Annotated[int, option("Rank of the LoRA: more learns more and costs more a step.", TRAINING)] = _HOME[
+    rank: Annotated[int, option("Rank of the LoRA: a larger one learns more and costs more.", TRAINING)] = _HOME[
         "lora_rank"
     ]
     block_size: Annotated[int, option("Positions that a step looks ahead, in training.", TRAINING)] = _HOME[
         "block_size"
     ]
     learning_rate: Annotated[float, option("Peak rate of AdamW.", TRAINING)] = _HOME["learning_rate"]
-    epochs: Annotated[float | None, option("Times that training sees each answer. [CPU 3, GPU 12]", TRAINING)] = None
-    steps: Annotated[int | None, option("Or so many steps.", TRAINING)] = None
+    epochs: Annotated[float | None, option("How often training sees each answer. [CPU 3, GPU 12]", TRAINING)] = None
+    steps: Annotated[int | None, option("Length of training in steps, instead of --epochs.", TRAINING)] = None
     set: Annotated[
         list[str] | None, option("KEY=VALUE: any other setting of wedlm train; may be repeated.", TRAINING)
     ] = None
-    processes: Annotated[int | None, option("Processes that train together. [one a GPU; CPU 1]", TRAINING)] = None
-    rows: Annotated[int, option("Most rows of a step, in the measurement.", TRAINING)] = _HOME["rows"]
+    processes: Annotated[int | None, option("Processes that train together. [one per GPU; CPU 1]", TRAINING)] = None
+    rows: Annotated[int, option("Largest number of rows of a step in the measurement.", TRAINING)] = _HOME["rows"]
     mask_token_id: Annotated[
         int | None, option("Token that stands for masked positions. [as wedlm init chooses it]", TRAINING)
     ] = None
@@ -78,13 +74,13 @@ class TrainingOptions:
 def accelerate(
     *,
     model: Annotated[str, typer.Argument(help="AR checkpoint: directory, .gguf file, hub id, or 'demo-base'.")],
-    output: Annotated[Path, typer.Option(help="Folder for the adapter, the report and all between.")],
+    output: Annotated[Path, typer.Option(help="Folder for the adapter, the report and everything in between.")],
     data: DataOptions,
     training: TrainingOptions,
     engine: Annotated[EngineOptions, Only("dtype", "quantization", "device")],
     threads: Threads = None,
 ) -> None:
-    """Make your own model faster, its text untouched: an adapter for masked rows, trained on the model's own answers.
+    """Make your model faster without changing its text: train an adapter for masked rows on its own answers.
 
     \b
     Examples:
@@ -92,8 +88,8 @@ def accelerate(
     wedlm accelerate ./my-model --prompts my_prompts.txt --output ./faster
     wedlm accelerate ./my-model --data my_chats.jsonl --steps 600 --output ./faster
 
-    Five stages: prompts, answers, training, measurement, report. Ctrl-C saves, and the same command goes on where it
-    was cut. docs/accelerate.md explains.
+    Five stages: prompts, answers, training, measurement, report. Ctrl-C saves, and the same command continues
+    where it stopped. docs/accelerate.md explains the stages.
     """
     set_threads(threads)
     run_accelerate(model, output, data, training, engine)
@@ -102,7 +98,7 @@ def accelerate(
 def run_accelerate(
     model: str, output: Path, data: DataOptions, training: TrainingOptions, engine: EngineOptions
 ) -> None:
-    """All stages that are not done; prints the report's path. Raises ValueError."""
+    """Run all unfinished stages and print the report's path. Raises ValueError."""
     with status("Loading torch ..."):
         from wedlm.model.formats.resolve import locate
         from wedlm.plotting import need_matplotlib
@@ -127,7 +123,7 @@ def run_accelerate(
             report = run.run()
         except KeyboardInterrupt:
             shown.finish()
-            note("stopped; the same command goes on from here", "yellow")
+            note("stopped; the same command continues from here", "yellow")
             raise
     note(summary(run.facts()))
     for line in usage(settings):
@@ -136,7 +132,7 @@ def run_accelerate(
 
 
 class _Shown:
-    """Progress with the time left: a bar on a terminal, elsewhere a line now and then."""
+    """Progress with the time left: a bar on a terminal, elsewhere an occasional line."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None

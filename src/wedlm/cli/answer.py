@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An answer on the terminal as it comes, and its line of figures."""
+"""Print an answer on the terminal as it comes, with a line of figures."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def stream_answer(
     llm: "LLM", prompt: str | list[int], params: "SamplingParams", interrupt: Interrupt, coloured: bool
 ) -> "GenerationOutput":
-    """Print an answer as it becomes final, and its figures. Ctrl-C ends it; what was generated stays."""
+    """Print an answer as it becomes final, and its figures. Ctrl-C ends it; the text so far stays."""
     output, last, shown = None, "\n", WrappedText()
     for piece in llm.generate_stream(prompt, params):
         shown.write(piece.text, PALETTE[piece.step % len(PALETTE)] if coloured else "")
@@ -30,7 +30,7 @@ def stream_answer(
 
 
 def stats_line(stats: "RequestStats") -> str:
-    """One line of figures; tokens per forward never without p_cache."""
+    """One line of figures, which always gives p_cache next to tokens per forward."""
     return (
         f"{stats.decoding}: {stats.num_tokens} tokens / {stats.num_forwards} forwards = "
         f"{stats.tokens_per_forward:.2f}, p_cache {stats.p_cache:.2f}, {stats.tokens_per_second:.0f} tok/s"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm bench``: options to a run, a run to a table, a file and figures."""
+"""``wedlm bench``: turns options into a run, and a run into a table, a file and figures."""
 
 import sys
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ WHAT, MUCH = "What to measure", "How much"
 
 @dataclass(frozen=True, kw_only=True)
 class WhatOptions:
-    """What is measured and where it goes."""
+    """What is measured, and where the results go."""
 
     parts: Annotated[
         list[str] | None,
@@ -73,7 +73,7 @@ class WorkloadOptions:
     """How much is measured; None is the device's default."""
 
     quick: Annotated[bool, option("One run of few steps and short answers: minutes become seconds.", MUCH)] = False
-    budget_s: Annotated[float | None, option("Begin nothing new after so many seconds.", MUCH)] = None
+    budget_s: Annotated[float | None, option("Begin nothing new after this many seconds.", MUCH)] = None
     batches: Annotated[str | None, option("Batch sizes with commas between. [GPU 1,8,32,64,128; CPU 1,4]", MUCH)] = None
     runs: Annotated[int | None, option("Runs of each case. [3]", MUCH)] = None
     pairs: Annotated[int | None, option("Pairs of auto and AR. [10]", MUCH)] = None
@@ -120,7 +120,7 @@ def bench(
     target: TargetOptions,
     engine: Annotated[EngineOptions, Only(*_ENGINE)],
 ) -> None:
-    """Measure speed: our modes beside AR in one engine, runs taking turns; optionally beside vLLM.
+    """Measure speed: compare our modes with AR in one engine, and optionally with vLLM or llama.cpp.
 
     \b
     Examples:
@@ -129,8 +129,8 @@ def bench(
     wedlm bench --against llamacpp --quick
     wedlm bench all --shape qwen3-8b --against vllm --budget-s 460 --output ./results
 
-    Figures are medians of runs, their spread in bench.json; the last line is JSON. Ctrl-C ends the run and keeps
-    what is done. docs/benchmarks.md explains it all.
+    Figures are medians of runs, and bench.json has their spread; the last line is JSON. Ctrl-C ends the run and keeps
+    what is done. docs/benchmarks.md explains the parts.
     """
     if what.show is not None:
         show_run(what.show, what.evaluation, what.plots)
@@ -148,7 +148,7 @@ def read_settings(
     engine: EngineOptions,
     modes: str | None,
 ) -> "Settings":
-    """Options of the command line, checked. Raises ValueError."""
+    """Check the options of the command line. Raises ValueError."""
     from wedlm.bench.settings import Settings, check_against, read_modes, read_numbers, read_parts
 
     shape, model = target.shape, target.model
@@ -184,7 +184,7 @@ def read_settings(
 
 
 def _workload(options: WorkloadOptions, device: str, random_weights: bool, against: str | None) -> "Workload":
-    """The device's, with those that were given. Raises ValueError."""
+    """The device's workload, with the options that were given. Raises ValueError."""
     from wedlm.bench.settings import Workload, change_workload, read_numbers
     from wedlm.engine.resolve_options import read_device
 
@@ -236,7 +236,7 @@ def run(settings: "Settings", output: Path | None, evaluation: Path | None, draw
 
 
 def show_run(folder: Path, evaluation: Path | None, draws: bool) -> None:
-    """The tables of a finished run, and its figures beside it. ValueError if there is none."""
+    """Show the tables of a finished run, and write its figures next to it. Raises ValueError if there is no run."""
     from wedlm.bench.record import read_record
     from wedlm.bench.tables import show_tables
     from wedlm.plotting import need_matplotlib
@@ -250,7 +250,7 @@ def show_run(folder: Path, evaluation: Path | None, draws: bool) -> None:
 
 
 def _report(values: dict[str, Any], folder: Path | None) -> None:
-    """Beside llama.cpp: the table of README.md, which is the head of report.md."""
+    """The report beside llama.cpp: the table of README.md, which is also the head of report.md."""
     if "llamacpp" in values:
         from wedlm.bench.laptop_report import headline, report
 

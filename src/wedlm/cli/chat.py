@@ -74,7 +74,7 @@ def chat(
 
 
 class ChatSession:
-    """History, options and the loop. Answers go to standard output, all about them to standard error."""
+    """History, options and the loop. Answers go to standard output, everything else to standard error."""
 
     def __init__(self, llm: "LLM", params: "SamplingParams", system: str | None, keeps_history: bool = False) -> None:
         if not llm.tokenizer.has_chat_template:
@@ -87,7 +87,7 @@ class ChatSession:
         self._read = message_reader(keeps_history)
 
     def run(self) -> None:
-        """Read and answer messages until the end of input, /exit, or Ctrl-C twice where nothing is typed."""
+        """Read and answer messages until the end of input, /exit, or Ctrl-C twice on an empty line."""
         colours = "Tokens of one colour became final in one forward. " if has_colours() else ""
         note(f"{colours}/help lists the commands.")
         warned = False
@@ -100,7 +100,7 @@ class ChatSession:
                 if warned:
                     return
                 warned = True
-                note("Ctrl-C once more leaves, and so does Ctrl-D; /help lists the commands.")
+                note("To leave, press Ctrl-C again or Ctrl-D; /help lists the commands.")
                 continue
             warned = False
             if line in ("/exit", "/quit"):
@@ -136,7 +136,7 @@ class ChatSession:
             note("The conversation is empty.")
         elif name == "/stats":
             stats = None if self.last is None else self.last.stats
-            note("No answer yet." if stats is None else stats_line(stats))
+            note("There is no answer yet." if stats is None else stats_line(stats))
         elif name == "/set" and len(words) == 2:
             self._set(*words)
         elif name == "/set" and not words:
@@ -144,12 +144,12 @@ class ChatSession:
         elif name == "/set":
             raise ValueError(f"{line!r} gives no value; expected /set NAME VALUE, e.g. /set temperature 0.7")
         else:
-            raise ValueError(f"{name} is no command; /help lists them")
+            raise ValueError(f"{name} is not a command; /help lists the commands")
 
     def _set(self, name: str, value: str) -> None:
         option = name.replace("-", "_")
         if option not in _OPTIONS:
-            raise ValueError(f"{name} is no option; expected one of {', '.join(_OPTIONS)}")
+            raise ValueError(f"{name} is not an option; expected one of {', '.join(_OPTIONS)}")
         self.params = dataclasses.replace(self.params, **{_OPTIONS[option]: _parse(option, value)})  # type: ignore[arg-type]
         note(f"{option} = {self._shown(option)}")
 
@@ -161,7 +161,7 @@ class ChatSession:
 
 
 def _parse(option: str, value: str) -> object:
-    """The value as a type that SamplingParams can check."""
+    """Convert the value to a type that SamplingParams can check."""
     if value.lower() == "none":
         return None
     if option in ("decoding", "next_token", "remasking_strategy", "stop"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm compare``: one run of ``wedlm eval`` beside another, question by question."""
+"""``wedlm compare``: compares two runs of ``wedlm eval`` question by question."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

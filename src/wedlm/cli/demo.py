@@ -99,7 +99,7 @@ def demo(model: ModelOptions, engine: Annotated[EngineOptions, Only(*USUAL)]) ->
 
 @dataclass
 class Answers:
-    """Of one prompt in one mode. ``seconds`` of each run, from the request to the last token."""
+    """The answers to one prompt in one mode. ``seconds`` has each run's time from the request to the last token."""
 
     output: "GenerationOutput"
     pieces: list[Piece]
@@ -111,7 +111,8 @@ class Answers:
 
 
 def run_demo(llm: "LLM", name: str) -> None:
-    """The prompts in all modes, a table each and one for all; the best answer coloured by forward."""
+    """Answer the prompts in all modes, with a table for each and one for all, and the best answer coloured by
+    forward."""
     _introduce(llm, name)
     answers: list[dict[str, Answers]] = []
     gaps: list[float] = []
@@ -141,7 +142,7 @@ def run_demo(llm: "LLM", name: str) -> None:
 
 
 def show_untouched(llm: "LLM") -> None:
-    """What verified and auto decoding gain on the prompts, beside AR, in one sentence."""
+    """Say in one sentence what verified and auto decoding gain over AR on the prompts."""
     answers: list[dict[str, Answers]] = []
     gaps: list[float] = []
     for number, prompt in enumerate(PROMPTS, 1):
@@ -172,7 +173,7 @@ def _introduce(llm: "LLM", name: str) -> None:
 
 
 def _ask(llm: "LLM", ids: list[int], modes: Iterable[str] = MODES, runs: int = RUNS) -> dict[str, Answers]:
-    """Its answers by mode. Modes take turns in each run, so that the machine's drift meets all of them alike."""
+    """The answers by mode. Modes take turns in each run, so that the machine's drift affects all of them alike."""
     # The first answer is not timed: the prompt is cached then, and auto has learnt what steps cost.
     found = {mode: _first(llm, ids, _params(mode)) for mode in modes}
     start = time.perf_counter()
@@ -204,7 +205,7 @@ def _first(llm: "LLM", ids: list[int], params: "SamplingParams") -> Answers:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one mode over all prompts. ``speed``: tokens a second; ``num_same``: how many texts are AR's."""
+    """Figures of one mode over all prompts. ``speed``: tokens a second; ``num_same``: how many texts equal AR's."""
 
     speed: float
     tokens_per_forward: float
@@ -213,17 +214,16 @@ class Figures:
 
 
 def _figures(prompts: list[dict[str, Answers]], mode: str) -> Figures:
-    stats = [_stats(found[mode].output) for found in prompts]
-    tokens, forwards, rows = (
-        sum(getattr(one, name) for one in stats) for name in ("num_tokens", "num_forwards", "num_rows")
-    )
-    speed = tokens / sum(found[mode].median_s for found in prompts)
+    from wedlm.engine.outputs import Totals
+
+    totals = Totals.of(found[mode].output for found in prompts)
+    speed = totals.num_tokens / sum(found[mode].median_s for found in prompts)
     same = sum(found[mode].output.token_ids == found["autoregressive"].output.token_ids for found in prompts)
-    return Figures(speed, tokens / forwards, tokens / rows, same)
+    return Figures(speed, totals.tokens_per_forward, totals.p_cache, same)
 
 
 def _table(prompts: list[dict[str, Answers]]) -> Table:
-    """A line for each mode: tokens a second over all prompts, what they took, whether the texts are AR's."""
+    """A line for each mode: tokens a second over all prompts, what they cost, whether the texts equal AR's."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name in ("mode", "tok/s", "x AR", "tokens/forward", "p_cache", "AR's text?"):
         table.add_column(name, justify="left" if name == "mode" else "right")
@@ -242,7 +242,7 @@ def _table(prompts: list[dict[str, Answers]]) -> Table:
 
 
 def _parting(llm: "LLM", ids: list[int], found: dict[str, Answers]) -> list[float]:
-    """How far apart AR's two best tokens were where verified text left AR's (``_gap``)."""
+    """How far apart AR's two best tokens were where verified text differs from AR's (``_gap``)."""
     verified = found["verified"].output
     if verified.token_ids == found["autoregressive"].output.token_ids:
         return []
@@ -250,7 +250,7 @@ def _parting(llm: "LLM", ids: list[int], found: dict[str, Answers]) -> list[floa
 
 
 def _explain(llm: "LLM", gaps: list[float]) -> None:
-    """Why verified text left AR's, where it did."""
+    """Explain why verified text differs from AR's, if it does."""
     if gaps:
         tie = max(gaps) <= _ROUNDING_NATS.get(_dtype(llm), _ROUNDING_NATS_HALF)
         out.print((ROUNDING if tie else FAULT).format(dtype=_dtype(llm), gap=max(gaps)) + "\n", style="yellow")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm doctor``: what this machine has, and what wedlm chooses by it."""
+"""``wedlm doctor``: what this machine has, and what wedlm chooses accordingly."""
 
 import os
 import platform
@@ -20,20 +20,20 @@ _GIB = 2**30
 
 @command
 def doctor() -> None:
-    """Say what this machine has, and what wedlm chooses by it.
+    """Say what this machine has, and what wedlm chooses for it.
 
     \b
     Example:
     wedlm doctor
 
-    One line each, on standard output; nothing is fetched or changed. Put them into a report of a fault.
+    It prints one line for each fact, and fetches or changes nothing. Please include the lines when you report a bug.
     """
     for line in report():
         write(line + "\n")
 
 
 def report() -> Iterator[str]:
-    """The lines. A fact that cannot be had has a line that says why."""
+    """The lines. If a fact cannot be found out, its line says why."""
     for name, fact in FACTS.items():
         try:
             text = fact()

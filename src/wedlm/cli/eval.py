@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm eval``: options to runs, runs to a table."""
+"""``wedlm eval``: turns options into runs, and runs into a table."""
 
 import dataclasses
 import json
@@ -42,12 +42,12 @@ class WhatOptions:
 
     tasks: Annotated[str, option("Names with commas between: gsm8k,arc_e,...", WHAT)] = ""
     data_dir: Annotated[Path, option("Folder of the data files.", WHAT)] = Path("data")
-    output: Annotated[Path, option("Folder for results; what it has already is not run again.", WHAT)] = Path("results")
+    output: Annotated[Path, option("Folder for results; runs that it already has are skipped.", WHAT)] = Path("results")
     download: Annotated[Path | None, option("Fetch the public data files into this folder, and end.", WHAT)] = None
-    protocol: Annotated[str, option("default; paper: asks and decodes as it does; paper-decoding.", WHAT)] = "default"
-    sweep: Annotated[list[str] | None, option("key=value,value: a run for each value; repeated: a grid.", WHAT)] = None
+    protocol: Annotated[str, option("default, paper (asks and decodes like it) or paper-decoding.", WHAT)] = "default"
+    sweep: Annotated[list[str] | None, option("key=value,value: a run for each value; repeat for a grid.", WHAT)] = None
     limit: Annotated[int | None, option("Only the first N questions of each task.", WHAT)] = None
-    num_fewshot: Annotated[int | None, option("Examples in a prompt; default: each task's own.", WHAT)] = None
+    num_fewshot: Annotated[int | None, option("Examples in each prompt; default: the task's number.", WHAT)] = None
     chat_template: Annotated[
         bool, option("Ask in the model's chat template, for instruct models.", WHAT, "--chat-template")
     ] = False
@@ -61,17 +61,19 @@ class WhatOptions:
     ] = ""
     answers_only: Annotated[
         bool,
-        option("Answer, but do not score: the same call without this does.", WHAT, "--answers-only"),
+        option("Answer only; the same call without this option scores.", WHAT, "--answers-only"),
     ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParamOptions:
-    """The fields of ``Params``; None is the protocol's value."""
+    """The fields of ``Params``; None takes the protocol's value."""
 
     decoding: Annotated[str | None, option("auto, verified, streaming, block or autoregressive.", HOW)] = None
     window_size: Annotated[int | None, option("Positions of a window or block; rows of verified.", HOW)] = None
-    entropy_threshold: Annotated[str | None, option("Fill below this entropy (nats); none: one a forward.", HOW)] = None
+    entropy_threshold: Annotated[str | None, option("Fill below this entropy (nats); none: one per forward.", HOW)] = (
+        None
+    )
     pos_penalty: Annotated[float | None, option("Entropy added per position of distance.", HOW)] = None
     next_token: Annotated[str | None, option("Streaming: masked or causal.", HOW)] = None
     draft_entropy: Annotated[float | None, option("Verified: draft up to the first row this uncertain.", HOW)] = None
@@ -79,21 +81,21 @@ class ParamOptions:
     top_p: Annotated[float | None, option("Sample from the smallest set with this probability.", HOW)] = None
     top_k: Annotated[int | None, option("Sample from the k most probable tokens; 0: all.", HOW)] = None
     seed: Annotated[int | None, option("Same seed, same answers.", HOW)] = None
-    max_tokens: Annotated[int | None, option("Cut answers after so many tokens.", HOW)] = None
+    max_tokens: Annotated[int | None, option("Largest number of tokens of an answer.", HOW)] = None
     remasking_strategy: Annotated[
         str | None, option("Block: entropy, low_confidence_static or low_confidence_dynamic.", HOW)
     ] = None
     confidence_threshold: Annotated[float | None, option("Block, low_confidence_dynamic: fill above it.", HOW)] = None
-    denoising_steps: Annotated[int | None, option("Block, low_confidence_...: most forwards a block.", HOW)] = None
+    denoising_steps: Annotated[int | None, option("Block, low_confidence_...: most forwards per block.", HOW)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostOptions:
-    """What answers: ours in this process, replicas, or vLLM."""
+    """What computes the answers: our engine in this process, replicas of it, or vLLM."""
 
     engine: Annotated[str, option("wedlm, or vllm: its AR decoding, as a baseline.", MODEL)] = "wedlm"
     workers: Annotated[
-        int | None, option("Replicas of the model by Ray, on this machine or a cluster; one GPU each.", MODEL)
+        int | None, option("Replicas of the model with Ray, on this machine or a cluster; one GPU each.", MODEL)
     ] = None
     kv_cache_gb: KvCacheGb = None
 
@@ -128,7 +130,7 @@ def evaluate(
     model: ModelOptions,
     options: Annotated[EngineOptions, Only(*_ENGINE)],
 ) -> None:
-    """Measure accuracy and speed on benchmarks, one decoding mode or a grid of parameters.
+    """Measure accuracy and speed on benchmarks, in one decoding mode or over a grid of parameters.
 
     \b
     Examples:
@@ -137,7 +139,7 @@ def evaluate(
     wedlm eval --tasks arc_c,hellaswag,mmlu --model ./my-checkpoint --protocol paper
     wedlm eval reproduce --paper-tables --data-dir ./data --workers 8
 
-    Generated code runs in a sandbox. A killed run goes on where it was. docs/evaluation.md has the tasks and the files.
+    Generated code runs in a sandbox. A killed run continues where it was. docs/evaluation.md describes the tasks.
     """
     if what.download is not None:
         run_download(what.download)
@@ -173,8 +175,8 @@ def evaluate(
 
 
 def _of_blocks(params: ParamOptions, model: str, block_length: int | None) -> ParamOptions:
-    """The parameters for this checkpoint: one that sees by blocks decodes by those, and by probability, unless others
-    are given."""
+    """The parameters for this checkpoint. One that sees by blocks decodes by those, and by probability, unless other
+    parameters are given."""
     from wedlm.model.formats.checkpoint import open_checkpoint
 
     config = open_checkpoint(model).config
@@ -197,16 +199,16 @@ def run_download(directory: Path) -> None:
 
 
 def names_of(text: str) -> list[str]:
-    """Names with commas between."""
+    """Split names at commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def run_eval(
     what: WhatOptions, params: ParamOptions, host: HostOptions, load: Callable[[int], "Backend"]
 ) -> list[dict[str, Any]]:
-    """Evaluate the runs that the output folder lacks; print and return all of them. ValueError for a wrong option.
+    """Evaluate the runs that the output folder lacks; print and return all runs. Raises ValueError for a wrong option.
 
-    ``load`` makes the model, given the most rows of a sequence in a step.
+    ``load`` loads the model, given the most rows of a sequence per step.
     """
     from wedlm.evaluate.settings import Settings, protocol_tasks
 
@@ -225,7 +227,7 @@ def run_eval(
 
         runs = sweep_params(*grid)
         if host.engine == "vllm" and (other := {p.decoding for p, _ in runs} - {"autoregressive"}):
-            raise ValueError(f"--decoding is {', '.join(sorted(other))}; expected autoregressive beside --engine vllm")
+            raise ValueError(f"--decoding is {', '.join(sorted(other))}; expected autoregressive with --engine vllm")
         tasks = load_tasks(settings, scores=not what.answers_only)
     evaluation = Evaluation(load(max(run.max_rows for run, _ in runs)), settings, tasks)
     records = []
@@ -243,7 +245,7 @@ def run_eval(
 
 
 def _grid(what: WhatOptions, params: ParamOptions, engine: str) -> tuple["Params", list[dict[str, Any]]]:
-    """The protocol's parameters with those that were given, and what is swept. Raises ValueError."""
+    """The protocol's parameters with those that were given, and the swept ones. Raises ValueError."""
     from wedlm.evaluate.settings import make_params, parse_sweep, parse_value
 
     chosen = {name: value for name, value in values_of(params).items() if value is not None}
@@ -273,7 +275,7 @@ def _record(
 def _backend(
     what: WhatOptions, host: HostOptions, model: ModelOptions, options: EngineOptions, max_rows: int
 ) -> "Backend":
-    """The model on the engine that was asked for. ``max_rows``: of a sequence in a step. ValueError."""
+    """The model on the requested engine. ``max_rows``: the most rows of a sequence per step. Raises ValueError."""
     from wedlm.model import load_tokenizer
 
     if what.chat_template and not load_tokenizer(model.model).has_chat_template:
@@ -313,12 +315,12 @@ def _replicas(given: dict[str, Any], workers: int, threads: int | None) -> "Back
 def _refuse(options: Mapping[str, Any], names: Sequence[str], beside: str) -> None:
     for name in names:
         if options[name] is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is {options[name]}; expected no such option beside {beside}")
+            raise ValueError(f"--{name.replace('_', '-')} is {options[name]}; expected no such option with {beside}")
 
 
 @contextmanager
 def _bar(title: str) -> Iterator[Any]:
-    """A progress bar; yields what to call with a task, answers so far, and answers in all."""
+    """A progress bar; yields the function to call with a task, answers so far, and answers in all."""
     with progress_bar(err.is_terminal) as bar:
         shown: dict[str, Any] = {}
 
@@ -331,7 +333,7 @@ def _bar(title: str) -> Iterator[Any]:
 
 
 def show_records(records: Sequence[dict[str, Any]]) -> None:
-    """A row per run and task; what the runs differ in comes first."""
+    """Print a row for each run and task; the parameters in which runs differ come first."""
     varied = list(dict.fromkeys(name for record in records for name in record["swept"]))
     rows = []
     for record in records:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm generate``: prompts from the command line, a file or standard input, answers as text or JSON."""
+"""``wedlm generate``: prompts from the command line, a file or standard input; answers as text or JSON."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ class _Output:
 
     prompt: Annotated[str | None, typer.Argument(help="The prompt; without it and --file: standard input.")] = None
     file: Annotated[Path | None, option("Read the prompt from this file; - is standard input.", PROMPT)] = None
-    lines: Annotated[bool, option("One prompt a line (blank ones skipped), decoded together.", PROMPT, "--lines")] = (
+    lines: Annotated[bool, option("One prompt per line (blank ones skipped), decoded together.", PROMPT, "--lines")] = (
         False
     )
     chat: Annotated[
@@ -56,11 +56,11 @@ class _Output:
     ] = None
     suffix: Annotated[
         str | None,
-        option("Text after the answer, which fills the gap between the prompt, as it stands, and it.", PROMPT),
+        option("Text after the answer, which fills the gap between the prompt and this text.", PROMPT),
     ] = None
-    gap: Annotated[int, option("With --suffix: positions of the gap, in place of --max-tokens.", PROMPT)] = GAP
+    gap: Annotated[int, option("With --suffix: length of the gap in tokens, instead of --max-tokens.", PROMPT)] = GAP
     as_json: Annotated[
-        bool, option("One JSON object a line: prompt, text, token_ids, finish_reason, stats, ...", PROMPT, "--json")
+        bool, option("One JSON object per line: prompt, text, token_ids, finish_reason, stats, ...", PROMPT, "--json")
     ] = False
     workers: Annotated[
         str | None,
@@ -74,12 +74,12 @@ class _Output:
 
 @dataclass(frozen=True, kw_only=True)
 class _Answer(SamplingOptions):
-    """Where answers end, and what is reported of them, besides what every command takes."""
+    """Where answers end and what is reported, in addition to the options of every command."""
 
-    min_tokens: Annotated[int, option("No end before so many tokens.", DRAW)] = DEFAULTS.min_tokens
-    stop: Annotated[list[str] | None, option("End before this string; may be repeated.", DRAW)] = None
-    ignore_eos: Annotated[bool, option("Go on after end tokens.", DRAW, "--ignore-eos")] = DEFAULTS.ignore_eos
-    logprobs: Annotated[int | None, option("With --json: log-probabilities, also of so many alternatives.", PROMPT)] = (
+    min_tokens: Annotated[int, option("Smallest number of tokens of the answer.", DRAW)] = DEFAULTS.min_tokens
+    stop: Annotated[list[str] | None, option("Stop before this string; may be repeated.", DRAW)] = None
+    ignore_eos: Annotated[bool, option("Continue after end tokens.", DRAW, "--ignore-eos")] = DEFAULTS.ignore_eos
+    logprobs: Annotated[int | None, option("With --json: log-probabilities, also of N alternatives.", PROMPT)] = (
         DEFAULTS.logprobs
     )
 
@@ -94,7 +94,7 @@ def generate(
     model: ModelOptions,
     engine: Annotated[EngineOptions, Only(*USUAL, "max_num_seqs", "deterministic")],
 ) -> None:
-    """Complete prompts: the argument, a file, or standard input.
+    """Complete prompts from the argument, a file, or standard input.
 
     \b
     Examples:
@@ -119,7 +119,7 @@ def generate(
     if how.suffix is not None:
         options["max_tokens"] = how.gap
         if how.chat:
-            raise ValueError("--suffix is set beside --chat; expected one of them: a gap is in a text as it stands")
+            raise ValueError("--suffix and --chat are both set; expected one of them, as a gap is in plain text")
     params = sampling_params(options)
     if how.output is not None:
         run_batch(BatchWork(prompts, how.output, how.num_workers), model, engine, params, how.chat)
@@ -144,7 +144,8 @@ def _check_batch(how: _Output) -> None:
 
 
 def read_prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:
-    """The argument, the file, or standard input; with ``lines`` one prompt a line, blank lines left out."""
+    """The prompts from the argument, the file, or standard input. With ``lines`` each line is one, and blank lines are
+    left out."""
     if prompt is not None and file is not None:
         raise ValueError("both a prompt and --file are given; expected one of them")
     if prompt is None:
@@ -160,7 +161,7 @@ def _read(file: Path | None) -> str:
     name = "standard input" if file is None else str(file)
     if file is None:
         if sys.stdin.isatty():
-            note("Type the prompt, then Ctrl-D on a line of its own.")
+            note("Type the prompt, then press Ctrl-D on an empty line.")
         data = sys.stdin.buffer.read()
     elif file.is_file():
         data = file.read_bytes()
@@ -175,9 +176,10 @@ def _read(file: Path | None) -> str:
 def run_generate(
     llm: "LLM", prompts: list[str], params: "SamplingParams", use_chat: bool | None, as_json: bool
 ) -> None:
-    """Complete the prompts and print texts or JSON; exit code 1 if some prompt was refused, 130 after Ctrl-C.
+    """Complete the prompts and print texts or JSON. The exit code is 1 if some prompt was refused, and 130 after
+    Ctrl-C.
 
-    ``use_chat`` None: if the model has a chat template.
+    ``use_chat`` None uses the chat template if the model has one.
     """
     if use_chat is None:
         use_chat = llm.tokenizer.has_chat_template
@@ -203,9 +205,9 @@ def run_generate(
 def _outputs(
     llm: "LLM", prompts: Sequence[str], params: "SamplingParams", use_chat: bool, interrupt: Interrupt
 ) -> Iterator["GenerationOutput"]:
-    """The outputs in the order of the prompts, each as soon as it and those before it are there.
+    """The outputs in the order of the prompts, each as soon as it and all before it are finished.
 
-    All run together: reading one stream steps the engine for all. ValueError if every prompt is refused.
+    All run together, because reading one stream steps the engine for all. Raises ValueError if every prompt is refused.
     """
     streams: list[Any] = []
     for prompt in prompts:
@@ -229,7 +231,7 @@ def _outputs(
 
 
 def _finish(llm: "LLM", stream: Any, index: int, interrupt: Interrupt) -> "GenerationOutput":
-    """The output of a stream, of a refusal, or of a prompt that Ctrl-C came before (None)."""
+    """The output of a stream or of a refusal; None for a prompt that Ctrl-C prevented."""
     from wedlm import GenerationOutput
 
     if stream is None:
@@ -251,15 +253,14 @@ def _user(text: str) -> dict[str, str]:
 
 
 def _total_line(outputs: Sequence["GenerationOutput"], seconds: float) -> str:
-    """The figures of several prompts; forwards and rows are summed over prompts, though they shared forwards."""
-    stats = [output.stats for output in outputs if output.stats is not None]
-    tokens, forwards, rows = (
-        sum(getattr(one, name) for one in stats) for name in ("num_tokens", "num_forwards", "num_rows")
-    )
+    """The figures of several prompts. Forwards and rows are summed over prompts, although these shared forwards."""
+    from wedlm.engine.outputs import Totals
+
+    stats, totals = [output.stats for output in outputs if output.stats is not None], Totals.of(outputs)
     modes = "/".join(sorted({one.decoding for one in stats})) or "nothing ran"
     return (
-        f"{modes}: {len(stats)} prompts, {tokens} tokens, {tokens / max(1, forwards):.2f} tokens/forward, "
-        f"p_cache {tokens / max(1, rows):.2f}, {tokens / seconds:.0f} tok/s"
+        f"{modes}: {len(stats)} prompts, {totals.num_tokens} tokens, {totals.tokens_per_forward:.2f} tokens/forward, "
+        f"p_cache {totals.p_cache:.2f}, {totals.num_tokens / seconds:.0f} tok/s"
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm init``: a WeDLM directory from an AR checkpoint."""
+"""``wedlm init``: makes a WeDLM directory from an AR checkpoint."""
 
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +29,7 @@ def init(
 
 
 def run_init(source: str, output: Path, mask_token_id: int | None, block_size: int, force: bool) -> None:
-    """Make the directory and say what it holds. Raises ValueError."""
+    """Make the directory and say what it contains. Raises ValueError."""
     with status("Loading torch ..."):
         from wedlm.model.formats.resolve import locate
         from wedlm.model.init_checkpoint import init_checkpoint

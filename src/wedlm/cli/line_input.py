@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages from the terminal: editing, pastes of several lines, history. Lines from a pipe are read as they are."""
+"""Read messages from the terminal with editing, multi-line pastes and history. Lines from a pipe are read unchanged."""
 
 import os
 import sys
@@ -13,8 +13,8 @@ _MOST = 1000  # messages that the history keeps
 
 
 def message_reader(keeps_history: bool) -> Callable[[], str]:
-    """What reads the next message: stripped. EOFError at the end of input. On a terminal KeyboardInterrupt for Ctrl-C
-    where nothing is typed; otherwise Ctrl-C empties the line. A paste is one text, whatever lines it has."""
+    """A function that reads the next message, stripped. It raises EOFError at the end of input. On a terminal Ctrl-C
+    empties the line, and on an empty line raises KeyboardInterrupt. A paste is one text, even with several lines."""
     if not sys.stdin.isatty():
         return _read_plain
     from prompt_toolkit import PromptSession
@@ -62,13 +62,13 @@ def _read_plain() -> str:
 
 
 def history_path() -> Path:
-    """Where messages are kept: $XDG_STATE_HOME/wedlm/chat_history, by default in ~/.local/state."""
+    """The file for messages: $XDG_STATE_HOME/wedlm/chat_history, by default in ~/.local/state."""
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) if base else Path.home() / ".local/state") / "wedlm" / "chat_history"
 
 
 def _history_file() -> Path | None:
-    """The file, for its owner alone; None, and a note, if there can be none."""
+    """The file, readable only by its owner; None, with a note to the user, if it cannot be created."""
     path = history_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def _history_file() -> Path | None:
 
 
 def _shorten(path: Path) -> None:
-    """Leave the newest messages."""
+    """Keep only the newest messages."""
     from prompt_toolkit.history import FileHistory
 
     newest_first = list(FileHistory(path).load_history_strings())
@@ -93,8 +93,8 @@ def _shorten(path: Path) -> None:
 
 @contextmanager
 def without_echo() -> Iterator[None]:
-    """Keys that are typed meanwhile do not show; they wait for whoever reads next. Ctrl-C works as before, and drops
-    what was typed before it."""
+    """Hide keys that are typed inside the block; they wait for the next reader. Ctrl-C works as before, and drops what
+    was typed before it."""
     try:
         import termios
     except ModuleNotFoundError:  # no such terminals

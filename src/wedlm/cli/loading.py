@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From options to a loaded model: the one place where commands make an ``LLM``."""
+"""Load a model from options: the one place where commands make an ``LLM``."""
 
 import os
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ _MANY_THREADS = 64  # more than the machine has only slow it down, but no such n
 
 
 def load_llm(model: ModelOptions, engine: EngineOptions) -> "LLM":
-    """The model on an engine, with a status line while it loads. Raises ValueError."""
+    """Load the model on an engine, with a status line. Raises ValueError."""
     return load_llms({model.model: model.model}, model.threads, engine)[model.model]
 
 
 def load_llms(models: Mapping[str, str], threads: int | None, engine: EngineOptions) -> "dict[str, LLM]":
-    """Models by name on engines that share the machine, as ``load_llm``."""
+    """Load models by name on engines that share the machine, as ``load_llm`` does."""
     _check_threads(threads)
     with status(f"Loading {', '.join(models)} ..."):
         from wedlm import LLM
@@ -36,7 +36,7 @@ def load_llms(models: Mapping[str, str], threads: int | None, engine: EngineOpti
 
 
 def set_threads(threads: int | None) -> None:
-    """CPU threads of torch; None leaves its choice. Raises ValueError."""
+    """Set torch's CPU threads; None leaves torch's choice. Raises ValueError."""
     _check_threads(threads)
     if threads is not None:
         import torch

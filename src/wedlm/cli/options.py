@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that several commands share, in groups, and how a command takes a group. No torch here.
+"""Groups of options that several commands share, and how a command takes a group. Does not import torch.
 
 A group is a frozen dataclass whose fields are annotated with ``option``; a command names it as the type of one
-parameter. Defaults are those of ``SamplingParams``; the engine's options, their help included, ``EngineOptions``'.
+parameter. Defaults come from ``SamplingParams``. The engine's options, with their help, come from ``EngineOptions``.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def option_of(field: str) -> str:
-    """The command line's name of a field of ``SamplingParams`` or of the engine's options."""
+    """The command line's name for a field of ``SamplingParams`` or of the engine's options."""
     return field.removeprefix("wedlm_").removesuffix("_factor")
 
 
@@ -38,12 +38,12 @@ FIELDS = {option_of(field.name): field.name for field in dataclasses.fields(Home
 
 
 def option(help: str, panel: str | None, *names: str) -> Any:
-    """An option in its panel of the help, whose brackets are brackets and no markup."""
+    """An option in a panel of the help. Brackets in its help text are not markup."""
     return typer.Option(*names, help=escape(help), rich_help_panel=panel)
 
 
 Decoding = Annotated[str | None, option("auto, verified, streaming, block, autoregressive. [the model's]", HOW)]
-MaxTokens = Annotated[int, option("Cut the answer after so many tokens.", DRAW)]
+MaxTokens = Annotated[int, option("Largest number of tokens of the answer.", DRAW)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,10 @@ class WindowOptions:
     """What a decoding mode does with its window."""
 
     window_size: Annotated[
-        int | None, option("Positions of a window or block; most rows a forward of auto and verified. [16]", HOW)
+        int | None, option("Positions of a window or block; most rows per forward in auto, verified. [16]", HOW)
     ] = DEFAULTS.wedlm_window_size
     entropy_threshold: Annotated[
-        str, option("Streaming, block: fill below this entropy (nats); none: one a forward.", HOW)
+        str, option("Streaming, block: fill below this entropy (nats); none: one per forward.", HOW)
     ] = str(DEFAULTS.wedlm_entropy_threshold)
     pos_penalty: Annotated[float, option("Streaming, block: entropy added per position of distance.", HOW)] = (
         DEFAULTS.wedlm_pos_penalty_factor
@@ -70,13 +70,13 @@ class WindowOptions:
         float, option("Block, low_confidence_dynamic: fill above this probability.", HOW)
     ] = DEFAULTS.confidence_threshold
     denoising_steps: Annotated[
-        int | None, option("Block, low_confidence_...: most forwards a block; default: one a position.", HOW)
+        int | None, option("Block, low_confidence_...: most forwards per block; default: one per position.", HOW)
     ] = DEFAULTS.denoising_steps
     draft_entropy: Annotated[float, option("Verified: draft up to the first row this uncertain (nats).", HOW)] = (
         DEFAULTS.wedlm_draft_entropy
     )
     lookup_drafts: Annotated[
-        int | None, option("Auto, verified: most drafts a forward from the text so far; 0: none.", HOW)
+        int | None, option("Auto, verified: most drafts per forward from the text so far; 0: none.", HOW)
     ] = DEFAULTS.wedlm_lookup_drafts
 
 
@@ -110,7 +110,8 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class Only:
-    """In ``Annotated`` beside a dataclass of options: the command has these fields; all others keep their default."""
+    """Stands in ``Annotated`` next to a dataclass of options: the command has only these fields, and the others keep
+    their defaults."""
 
     names: tuple[str, ...]
 
@@ -119,9 +120,9 @@ class Only:
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """``function`` as typer reads it: a parameter whose type is a group becomes an option for each field.
+    """Turn ``function`` into what typer reads: a parameter whose type is a group becomes one option for each field.
 
-    --debug is added; without it, what the user can mend is one sentence.
+    It also gets --debug; without this flag an error that the user can fix is one sentence.
     """
     parameters: list[inspect.Parameter] = []
     groups: dict[str, tuple[Any, dict[str, str]]] = {}
@@ -157,9 +158,9 @@ _DEBUG = inspect.Parameter(
 
 
 def _parameters_of(group: Any, only: Only | None = None) -> dict[str, inspect.Parameter]:
-    """A keyword parameter for each field of a dataclass, or for those of ``only``.
+    """A keyword parameter for each field of a dataclass, or only for those of ``only``.
 
-    The option is in the field's type, or made of the field's ``help``.
+    The option is in the field's type, or is made from the field's ``help``.
     """
     hints = get_type_hints(group, include_extras=True)
     parameters = {}
@@ -175,7 +176,7 @@ def _parameters_of(group: Any, only: Only | None = None) -> dict[str, inspect.Pa
 
 
 def _read_by_us(hint: Any) -> Any:
-    """The type with str for each Literal: what is not of those is refused by the group, in its words."""
+    """The type with str for each Literal, so that the group refuses other values in its own words."""
     if get_origin(hint) is Literal:
         return str
     if get_origin(hint) in (Union, UnionType):
@@ -189,7 +190,7 @@ def values_of(*groups: Any) -> dict[str, Any]:
 
 
 def changed(group: Any) -> dict[str, Any]:
-    """The options of a group that are not their default, by name."""
+    """The options of a group that differ from their default, by name."""
     return {
         field.name: value
         for field in dataclasses.fields(group)
@@ -198,13 +199,13 @@ def changed(group: Any) -> dict[str, Any]:
 
 
 def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of fields of ``SamplingParams`` for the options among these that are such. Raises ValueError."""
+    """Values for the fields of ``SamplingParams`` that are among these options. Raises ValueError."""
     values = {FIELDS[name]: value for name, value in options.items() if name in FIELDS}
     return values | {"wedlm_entropy_threshold": parse_threshold(options["entropy_threshold"])}
 
 
 def sampling_params(options: Mapping[str, Any]) -> "SamplingParams":
-    """``SamplingParams`` of the options that it knows. Raises ValueError."""
+    """``SamplingParams`` from the options that it knows. Raises ValueError."""
     return Home(**fields_of(options))
 
 

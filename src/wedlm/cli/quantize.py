@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm quantize``: a checkpoint in fewer bits."""
+"""``wedlm quantize``: writes a checkpoint in fewer bits."""
 
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +26,7 @@ def quantize(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
-    """Write a checkpoint in fewer bits: for a smaller start, or as GGUF for llama.cpp.
+    """Write a checkpoint in fewer bits, to save disk and memory, or as GGUF for llama.cpp.
 
     \b
     Examples:
@@ -37,7 +37,7 @@ def quantize(
 
 
 def run_quantize(source: str, output: Path, to: str | None, type: str | None, force: bool) -> None:
-    """Write it and say what it is. Raises ValueError."""
+    """Write the checkpoint and say what it is. Raises ValueError."""
     with status("Loading torch ..."):
         from wedlm.model.formats.resolve import locate
         from wedlm.model.quantize_checkpoint import quantize_checkpoint

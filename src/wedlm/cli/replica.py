@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m wedlm.cli.replica INDEX/COUNT SOCKETS LIFE ARGUMENT...``: one replica of ``wedlm serve``, started by
-``replicas.py``. Sockets and life are numbers of descriptors that it inherits."""
+``replicas.py``. SOCKETS and LIFE are numbers of descriptors that it inherits."""
 
 import socket
 import sys

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm serve --data-parallel-size``: several servers on one address, each with the model on devices of its own.
+"""``wedlm serve --data-parallel-size``: several servers on one address, each with the model on its own devices.
 
-The first process binds the sockets and starts the replicas, which all accept from them: one that is busy accepts less.
-It computes nothing itself. A replica that ends is started again; all end with it.
+The first process binds the sockets and starts the replicas, which all accept connections from them; a busy one accepts
+fewer. It computes nothing itself. It restarts a replica that ends, and all replicas end with it.
 """
 
 import os
@@ -26,14 +26,14 @@ _PAUSE_S = 1.0
 
 @dataclass(frozen=True)
 class Replica:
-    """Which of ``count`` this process is, and the sockets that it accepts from."""
+    """Which of ``count`` replicas this process is, and the sockets that it accepts from."""
 
     index: int
     count: int
     sockets: list[socket.socket]
 
     def engine(self, options: EngineOptions) -> EngineOptions:
-        """The options with the devices of this replica. ValueError if there are too few."""
+        """The options with the devices of this replica. Raises ValueError if there are too few."""
         import dataclasses
 
         from wedlm.engine.resolve_options import read_device
@@ -51,7 +51,7 @@ class Replica:
         return dataclasses.replace(options, device=f"cuda:{self.index * size}")
 
     def threads(self, asked: int | None) -> int:
-        """Of a CPU: an equal part."""
+        """An equal part of a CPU's threads."""
         return asked or max(1, (os.cpu_count() or 1) // self.count)
 
 
@@ -69,7 +69,7 @@ class _Running:
 
 
 def supervise(sockets: list[socket.socket], count: int, arguments: list[str]) -> int:
-    """Run the replicas of ``wedlm ARGUMENTS`` until they have ended; the exit code."""
+    """Run the replicas of ``wedlm ARGUMENTS`` until they have ended, and return the exit code."""
     life, ours = os.pipe()
     numbers = ",".join(str(one.fileno()) for one in sockets)
     fds = (life, *(one.fileno() for one in sockets))
@@ -116,5 +116,8 @@ def _watch(replicas: list[_Running], stopping: list[int]) -> int:
                 return 1
             note(f"replica {one.index} ended with code {code} and is started again", "yellow")
             time.sleep(_PAUSE_S)
-            one.start()
+            if not stopping:
+                one.start()
+                if stopping:  # while it started, and the signal has not reached it
+                    one.process.terminate()
         time.sleep(0.05)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm report``: results of ``wedlm eval`` as a page."""
+"""``wedlm report``: shows results of ``wedlm eval`` as a page."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +23,14 @@ _EMBEDDED = ("demo", "demo-base")
 
 @dataclass(frozen=True, kw_only=True)
 class _Drawing:
-    """Which figures there are, and where."""
+    """Which figures to draw, and where."""
 
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw figures (needs matplotlib).")] = True
     seconds: Annotated[
         bool,
         typer.Option(
             "--seconds/--no-seconds",
-            help="Figures with tokens a second beside tokens a forward; no: the machine did other work meanwhile.",
+            help="Draw tokens a second, too; leave them out if the machine did other work at the same time.",
         ),
     ] = True
     figures: Annotated[Path | None, typer.Option(help="Also write each figure into this folder, as an SVG file.")] = (
@@ -54,7 +54,7 @@ def report(
     title: Annotated[str, typer.Option(help="Heading of the report.")] = "Evaluation",
     drawing: _Drawing,
 ) -> None:
-    """Write report.html, one page that needs nothing else, and report.md, its tables.
+    """Write report.html, a self-contained page, and report.md with its tables.
 
     \b
     Examples:
@@ -69,7 +69,7 @@ def report(
     if examples < 0:
         raise ValueError(f"--examples is {examples}; expected 0 or more")
     if drawing.figures is not None and not drawing.plots:
-        raise ValueError(f"--figures is {drawing.figures}; expected no such option beside --no-plots")
+        raise ValueError(f"--figures is {drawing.figures}; expected no such option with --no-plots")
     runs = read_runs(folders)
     chosen = None if baseline is None else choose_baseline(runs, baseline)
     sections = build_sections(runs, chosen, examples, _Decoders(tokenizer))
@@ -80,7 +80,7 @@ def report(
         ("report.html", html_page(sections, drawn, title, chosen)),
         ("report.md", markdown_page(sections, title, chosen)),
     ):
-        # Half of a surrogate pair, which JSON can carry, is no text.
+        # Half of a surrogate pair, which JSON can carry, is not text.
         (target / name).write_text(text, encoding="utf-8", errors="replace")
         note(f"wrote {target / name}")
     if drawing.figures is not None:
@@ -88,7 +88,7 @@ def report(
 
 
 def _write_figures(folder: Path, sections: "Sequence[Section]", drawn: "Sequence[Sequence[Plot]]") -> None:
-    """One file per section and figure, named by both."""
+    """Write one file per section and figure, named after both."""
     folder.mkdir(parents=True, exist_ok=True)
     for section, plots in zip(sections, drawn, strict=True):
         for plot in plots:
@@ -98,7 +98,7 @@ def _write_figures(folder: Path, sections: "Sequence[Section]", drawn: "Sequence
 
 
 class _Decoders:
-    """The tokenizer of a run's model, loaded once; None where none is known."""
+    """The tokenizer of a run's model, loaded once; None if it is unknown."""
 
     def __init__(self, given: str | None) -> None:
         self._given, self._loaded = given, {}  # type: ignore[var-annotated]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm eval reproduce --paper-tables``: the paper's ten sets for a list of models, beside what it published."""
+"""``wedlm eval reproduce --paper-tables``: runs the paper's ten sets for a list of models, beside the published
+figures."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,10 +16,10 @@ Evaluate = Callable[[str, str, str | None], dict[str, Any]]
 def reproduce_tables(
     models: Sequence[str], tasks: Sequence[str], data_dir: Path, output: Path, decoding: str | None, evaluate: Evaluate
 ) -> None:
-    """Evaluate each model in turn and write both tables to ``output`` after each. ValueError for a wrong option.
+    """Evaluate each model in turn and write both tables to ``output`` after each. Raises ValueError for a wrong option.
 
-    No ``models`` are the paper's, no ``tasks`` all of them. WeDLM checkpoints decode as the protocol says, those that
-    see by blocks by these, all others by AR, unless ``decoding`` names a mode.
+    Empty ``models`` means the paper's, empty ``tasks`` all of them. WeDLM checkpoints decode by the protocol, those
+    that see by blocks by their blocks, and all others by AR, unless ``decoding`` names a mode.
     """
     with needs_extra("eval"):
         from wedlm.engine.factory import release_memory
@@ -31,7 +32,7 @@ def reproduce_tables(
         if name not in SETS:
             raise ValueError(f"the task {name!r} is not in the paper's tables; expected some of {', '.join(SETS)}")
     if not tasks and find_file(data_dir, "gpqa_diamond") is None:
-        note(f"gpqa is left out: {data_dir} has no gpqa_diamond.csv, which its authors give to who asks them")
+        note(f"gpqa is left out: {data_dir} has no gpqa_diamond.csv, which its authors give to those who ask")
         names.remove("gpqa")
     columns = []
     for number, (model, kind) in enumerate(chosen, start=1):
@@ -46,7 +47,7 @@ def reproduce_tables(
 
 
 def _decoding(model: str) -> str | None:
-    """None leaves it to the protocol, or to the checkpoint."""
+    """The mode; None leaves it to the protocol, or to the checkpoint."""
     from wedlm.model.formats.checkpoint import open_checkpoint
 
     config = open_checkpoint(model).config

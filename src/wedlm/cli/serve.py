@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm serve``: options to a running server."""
+"""``wedlm serve``: turns options into a running server."""
 
 import dataclasses
 import os
@@ -42,12 +42,12 @@ class HttpOptions:
     ]
     api_key: Annotated[
         list[str] | None,
-        option("Require this key, or another one given so; better in the variable WEDLM_API_KEY.", HTTP),
+        option("Require this key; may be repeated. Better set the variable WEDLM_API_KEY.", HTTP),
     ] = None
     cors_origin: Annotated[list[str] | None, option("Let pages of this origin call; may be repeated.", HTTP)] = None
     allowed_host: Annotated[
         list[str] | None,
-        option("A name by which clients may call a server without a key, beside localhost; may be repeated.", HTTP),
+        option("A name by which clients may call a server without a key, besides localhost; may be repeated.", HTTP),
     ] = None
     tool_parser: Annotated[str, option(f"How the model writes calls: {', '.join(TOOL_PARSERS)}.", FORMS)] = _SERVER[
         "tool_parser"
@@ -70,7 +70,7 @@ class LimitOptions:
     ]
     max_choices: Annotated[int, option("Most sequences of one request.", LIMITS)] = _SERVER["max_choices"]
     adapter_folder: Annotated[
-        str | None, option("Let who has the API key load adapters from below this folder at run time.", LIMITS)
+        str | None, option("Let clients with the API key load adapters from below this folder.", LIMITS)
     ] = _SERVER["adapter_folder"]
     max_body_bytes: Annotated[int, option("Largest body of a request.", LIMITS)] = _SERVER["max_body_bytes"]
     max_connections: Annotated[int, option("Most connections; more are refused with 503.", LIMITS)] = _SERVER[
@@ -111,7 +111,7 @@ class ServedOptions:
     ] = None
     threads: Threads = None
     data_parallel_size: Annotated[
-        int, option("Servers on this address, each with the models on devices, or threads, of its own.", MODEL)
+        int, option("Servers on this address, each with the models on its own devices or threads.", MODEL)
     ] = 1
 
 
@@ -136,7 +136,7 @@ def serve(
     wedlm serve --model ./my-checkpoint --tensor-parallel-size 2 --data-parallel-size 4
     WEDLM_API_KEY=secret wedlm serve
 
-    Ctrl-C lets running answers finish; a second one does not. docs/server.md has the rest.
+    Ctrl-C lets running answers finish; a second Ctrl-C stops at once. docs/server.md has the rest.
     """
     # All that can be wrong with these, before a model is fetched for nothing.
     for_all, by_name = served_adapters(model.adapter or [])
@@ -172,7 +172,7 @@ def serve(
 def _loaded(
     models: dict[str, str], adapters: dict[str, str], threads: int | None, engine: EngineOptions
 ) -> dict[str, "LLM"]:
-    """The models, the only one with its adapters by name."""
+    """The models; a single model also has its adapters by name."""
     llms = load_llms(models, threads, engine)
     for name, directory in adapters.items():
         next(iter(llms.values())).load_adapter(name, directory)
@@ -189,15 +189,15 @@ def served_models(model: ServedOptions, engine: EngineOptions) -> dict[str, str]
             if model.model_name is not None:
                 name = model.model_name
         elif model.model_name is not None:
-            raise ValueError(f"model_name is {model.model_name!r} beside --model {word}; expected one name")
+            raise ValueError(f"model_name is {model.model_name!r} with --model {word}; expected one name")
         if not name or not path:
             raise ValueError(f"model is {word!r}; expected a checkpoint, or NAME=CHECKPOINT")
         if name in models:
-            raise ValueError(f"two models are called {name!r}; expected names of their own: --model NAME=CHECKPOINT")
+            raise ValueError(f"two models are called {name!r}; expected different names: --model NAME=CHECKPOINT")
         models[name] = path
     for option_name in ("adapter", "mask_token_id"):
         if len(models) > 1 and (value := getattr(engine, option_name)) is not None:
-            raise ValueError(f"{option_name} is {value!r} beside {len(models)} models; expected one model with it")
+            raise ValueError(f"{option_name} is {value!r} with {len(models)} models; expected a single model")
     return models
 
 
@@ -211,7 +211,7 @@ def served_adapters(words: list[str]) -> tuple[str | None, dict[str, str]]:
             if not name or not path:
                 raise ValueError(f"adapter is {word!r}; expected DIR, or NAME=DIR")
             if name in by_name:
-                raise ValueError(f"two adapters are called {name!r}; expected names of their own")
+                raise ValueError(f"two adapters are called {name!r}; expected different names")
             by_name[name] = path
         elif for_all is not None:
             raise ValueError(f"adapter is {for_all!r} and {word!r}, both without a name; expected NAME=DIR for one")
@@ -221,12 +221,12 @@ def served_adapters(words: list[str]) -> tuple[str | None, dict[str, str]]:
 
 
 def check_adapters(by_name: Mapping[str, str], models: Mapping[str, str]) -> None:
-    """Raises ValueError."""
+    """Raises ValueError for adapters that do not fit the models' number or names."""
     if by_name and len(models) > 1:
-        raise ValueError(f"adapters stand beside {len(models)} models; expected one model with them")
+        raise ValueError(f"adapters by name are given with {len(models)} models; expected one model with them")
     for name in by_name:
         if name in models:
-            raise ValueError(f"a model and an adapter are called {name!r}; expected names of their own")
+            raise ValueError(f"a model and an adapter are called {name!r}; expected different names")
 
 
 def server_config(http: HttpOptions, limits: LimitOptions, key_variable: str | None) -> ServerConfig:

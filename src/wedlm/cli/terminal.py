@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands share of the terminal: consoles, Ctrl-C, progress, errors as sentences. No torch here."""
+"""What the commands share on the terminal: consoles, Ctrl-C, progress, errors as sentences. Does not import torch."""
 
 import re
 import signal
@@ -29,8 +29,8 @@ INTERRUPTED = 130  # the shell's exit code for Ctrl-C: 128 + SIGINT
 
 
 class Interrupt:
-    """Ctrl-C as a wish: inside ``with``, the first one sets ``asked``, so that no forward is cut in half and what was
-    generated can be kept. A second one raises KeyboardInterrupt."""
+    """Treats Ctrl-C as a request: inside ``with``, the first one sets ``asked``, so that no forward is cut in half and
+    the text so far can be kept. A second one raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -56,23 +56,24 @@ class Interrupt:
 
 
 def status(text: str) -> Status:
-    """A line with a spinner while ``with`` lasts; slow, because each of its frames takes time from torch's threads."""
+    """Show a line with a spinner inside ``with``. The spinner is slow, because each frame takes time from torch's
+    threads."""
     return err.status(text, refresh_per_second=2)
 
 
 def progress_bar(shown: bool) -> Progress:
-    """Done of all and the time, for tasks with a description; it goes when ``with`` ends."""
+    """A bar that shows done of all and the time, for tasks with a description; it disappears when ``with`` ends."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=err, transient=True, disable=not shown)
 
 
 def note(text: str, style: str = "dim") -> None:
-    """One line for the user, beside the text that the command is about."""
+    """Print one line for the user, apart from the text that the command produces."""
     err.print(Text(text, style=style), soft_wrap=True)
 
 
 def write(text: str, style: str = "") -> None:
-    """Model text to standard output at once: exact bytes to a file or pipe, harmless characters to a terminal."""
+    """Write model text to standard output at once: exact bytes to a file or pipe, harmless characters to a terminal."""
     if out.is_terminal:
         text = text.translate(_CONTROL)
     if out.is_terminal and style:
@@ -83,8 +84,8 @@ def write(text: str, style: str = "") -> None:
 
 
 class WrappedText:
-    """Writes a text as it comes. On a terminal no word is cut at the right edge, unless it is longer than a line: a
-    word shows once it is whole, or that long."""
+    """Writes a text as it comes. On a terminal it never breaks a word at the right edge, unless the word is longer than
+    a line: a word appears once it is complete, or that long."""
 
     def __init__(self) -> None:
         self._column = 0  # cells of this line that are written
@@ -116,7 +117,7 @@ class WrappedText:
                     self._is_long = True
 
     def end(self) -> None:
-        """The word so far is whole."""
+        """Write the word so far, which is complete."""
         self._show()
         self._is_long = False
 
@@ -146,7 +147,7 @@ def has_colours() -> bool:
 
 
 def by_step(pieces: Iterable[tuple[str, int]]) -> Text:
-    """Text coloured by the forward that made it final; where there are no colours, a bar stands between forwards."""
+    """Text coloured by the forward that made it final; without colours, a bar stands between forwards."""
     text, last = Text(), None
     for string, step in pieces:
         if not has_colours():
@@ -159,9 +160,10 @@ def by_step(pieces: Iterable[tuple[str, int]]) -> Text:
 
 @contextmanager
 def plain_errors(debug: bool) -> Iterator[None]:
-    """What the user can mend becomes one sentence and exit code 2 (``debug``: a traceback); Ctrl-C exits with 130.
+    """Turn an error that the user can fix into one sentence and exit code 2 (``debug``: a traceback); Ctrl-C exits with
+    130.
 
-    Warnings are shown in one line each. Any other exception is a bug of ours and keeps its traceback.
+    Warnings are shown in one line each. Any other exception is our bug and keeps its traceback.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
@@ -181,7 +183,7 @@ def plain_errors(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def needs_extra(name: str) -> Iterator[None]:
-    """ValueError if a package of this extra is missing, which the block imports."""
+    """Raises ValueError if the block imports a package of this extra that is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -199,7 +201,7 @@ def _is_for_user(error: Exception) -> bool:
 
 
 def check_text(name: str, text: str) -> None:
-    """ValueError for text with bytes that were no UTF-8 where it was typed."""
+    """Raises ValueError for text that contains bytes which were not UTF-8 where they were typed."""
     try:
         text.encode()
     except UnicodeEncodeError:

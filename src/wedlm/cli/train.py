@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm train``, and the same as ``accelerate launch -m wedlm.train``: arguments in, exit code out.
+"""``wedlm train``, also as ``accelerate launch -m wedlm.train``: takes arguments and returns an exit code.
 
-Its options are the fields of ``TrainConfig``, which need pydantic and are read as YAML: so this command reads its own.
+Its options are the fields of ``TrainConfig``, which need pydantic and are read as YAML, so this command reads its
+options itself.
 """
 
 import os
@@ -15,15 +16,15 @@ from wedlm.train.optional_deps import ALWAYS, is_missing, require
 
 FAILED, INTERRUPTED = 1, 130
 _USAGE = """\
-Train a WeDLM from an AR checkpoint, go on training one, or fine-tune with the AR loss alone.
+Train a WeDLM from an AR checkpoint, train one further, or fine-tune with the AR loss alone.
 
-wedlm train CONFIG.yaml [--KEY VALUE ...]    train, or go on from the latest checkpoint under output_dir
+wedlm train CONFIG.yaml [--KEY VALUE ...]    train, or continue from the latest checkpoint under output_dir
 wedlm train --KEY VALUE ...                  the same without a file
 wedlm train --plot DIR [DIR ...]             draw the curves of runs to the first DIR/curves.png
 wedlm train --data alpaca --download         fetch the set of the original's example to data/alpaca_cleaned_sft.jsonl
 accelerate launch -m wedlm.train CONFIG.yaml on several devices; --config_file for FSDP2, DeepSpeed
 
-Values are read as YAML: --train_data '[a.jsonl, {path: b.jsonl, repeat: 2}]'. docs/training.md explains.
+Values are read as YAML: --train_data '[a.jsonl, {path: b.jsonl, repeat: 2}]'. docs/training.md explains the keys.
 
 Keys (default):
 """
@@ -37,13 +38,13 @@ def train(ctx: typer.Context) -> None:
 def main(arguments: list[str]) -> int:
     """Do what the arguments say. Faults of the input, the disk or the numbers are one sentence on standard error.
 
-    Of several processes the first of each machine speaks.
+    If there are several processes, only the first on each machine prints.
     """
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         _run(arguments, speaks)
     except KeyboardInterrupt:
-        return _fail("stopped; the same command goes on from the latest checkpoint", speaks, INTERRUPTED)
+        return _fail("stopped; the same command continues from the latest checkpoint", speaks, INTERRUPTED)
     except (ValueError, OSError, FloatingPointError) as error:  # CheckpointError is a ValueError
         return _fail(str(error), speaks)
     except RuntimeError as error:
@@ -97,7 +98,7 @@ def _run(arguments: list[str], speaks: bool) -> None:
 
 
 def _leave() -> None:
-    """Processes part in order; without this torch complains as they end."""
+    """Disconnect the processes in order; without this torch complains as they end."""
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapters that an engine has by name: which there are, in which slot of the model, and when a slot is free again.
+"""The adapters that an engine has by name: which exist, in which slot of the model, and when a slot is free again.
 
-An unloaded adapter has no name any more, but the requests that have it keep it; its slot is free after the last one.
+An unloaded adapter loses its name, but the requests that use it keep it; its slot is free after the last one.
 """
 
 from collections.abc import Collection
@@ -18,11 +18,11 @@ class FactorSlots(Protocol):
     """A model with room for the factors of adapters, in slots from 1 on: ``AdapterBank``, ``NativeAdapters``."""
 
     def prepare(self, factors: "RowFactors") -> "RowFactors":
-        """The factors with whatever takes time done, in any thread: no step waits for it."""
+        """Do the slow work on the factors, in any thread, so that no step waits for it."""
         ...
 
     def put(self, slot: int, factors: "RowFactors") -> None:
-        """Put an adapter in a free slot. ValueError, with nothing changed, if there is no memory."""
+        """Put an adapter into a free slot. Raises ValueError, with nothing changed, if memory runs out."""
         ...
 
     def drop(self, slot: int) -> None:
@@ -31,13 +31,14 @@ class FactorSlots(Protocol):
 
 
 class UnknownAdapter(ValueError):
-    """There is no adapter of that name."""
+    """No adapter of that name is loaded."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedAdapter:
-    """``serial`` tells it from all that were loaded before. ``changes_keys``: keys and values of committed tokens are
-    not the model's without it. ``has_masked_rows``: it predicts in masked rows, trained in blocks of ``block_size``."""
+    """An adapter that was loaded. ``serial`` distinguishes it from all loaded before. ``changes_keys``: it changes keys
+    and values of committed tokens. ``has_masked_rows``: it predicts in masked rows, and was trained in blocks of
+    ``block_size``."""
 
     name: str
     slot: int
@@ -48,22 +49,23 @@ class LoadedAdapter:
 
     @property
     def key_root(self) -> int:
-        """What the keys of pages start from beside the tokens: 0 where they are the model's own."""
+        """Where the digest of pages starts, besides the tokens: 0 if the keys are the model's own."""
         return self.serial if self.changes_keys else 0
 
 
 def slot_of(adapter: LoadedAdapter | None) -> int:
-    """0 for none."""
+    """The adapter's slot; 0 for no adapter."""
     return 0 if adapter is None else adapter.slot
 
 
 def key_root_of(adapter: LoadedAdapter | None) -> int:
-    """0 where keys are the model's own."""
+    """The adapter's ``key_root``; 0 if the keys are the model's own."""
     return 0 if adapter is None else adapter.key_root
 
 
 class Adapters:
-    """At most ``max_adapters``, those included that are unloaded and still in use. ``slots``: None takes none."""
+    """At most ``max_adapters`` adapters, including unloaded ones that are still in use. ``slots`` None: the model takes
+    none."""
 
     def __init__(self, slots: FactorSlots | None, max_adapters: int, max_rank: int) -> None:
         self._slots, self.max_adapters, self.max_rank = slots, max_adapters, max_rank
@@ -74,22 +76,22 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """In the order in which they were loaded."""
+        """The names, in the order in which they were loaded."""
         return list(self._named)
 
     def get(self, name: str) -> LoadedAdapter:
-        """UnknownAdapter if there is none."""
+        """The adapter of that name. Raises UnknownAdapter."""
         if name not in self._named:
             known = f"expected one of {', '.join(self._named)}" if self._named else "none is loaded"
             raise UnknownAdapter(f"adapter is {name[:80]!r}; {known}")
         return self._named[name]
 
     def holds(self, adapter: LoadedAdapter) -> bool:
-        """Whether its factors are still there."""
+        """Whether the adapter's factors are still loaded."""
         return self._named.get(adapter.name) is adapter or adapter in self._unloaded
 
     def check(self, name: str) -> None:
-        """ValueError unless an adapter of that name could be loaded now."""
+        """Raises ValueError unless an adapter of that name could be loaded now."""
         if not name or len(name) > _MAX_NAME or not name.isprintable():
             raise ValueError(f"the adapter's name is {name[:80]!r}; expected 1 to {_MAX_NAME} printable characters")
         if name in self._named:
@@ -106,11 +108,11 @@ class Adapters:
             )
 
     def prepare(self, factors: "RowFactors") -> "RowFactors":
-        """What ``load`` takes without making steps wait; in any thread."""
+        """Prepare what ``load`` takes without making steps wait; call it in any thread."""
         return factors if self._slots is None else self._slots.prepare(factors)
 
     def load(self, name: str, factors: "RowFactors") -> LoadedAdapter:
-        """ValueError, with nothing changed, if it cannot be."""
+        """Load an adapter. Raises ValueError, with nothing changed, if that is impossible."""
         self.check(name)
         if factors.rank > self.max_rank:
             raise ValueError(f"the adapter's rank is {factors.rank}; expected at most {self.max_rank}")
@@ -125,13 +127,13 @@ class Adapters:
         return self._named[name]
 
     def unload(self, name: str, in_use: Collection[LoadedAdapter]) -> None:
-        """Take the name away, and free the slot unless requests have the adapter. UnknownAdapter."""
+        """Remove the name, and free the slot unless requests use the adapter. Raises UnknownAdapter."""
         self._unloaded.append(self.get(name))
         del self._named[name]
         self.sweep(in_use)
 
     def sweep(self, in_use: Collection[LoadedAdapter]) -> None:
-        """Free the slots of unloaded adapters that no request has any more."""
+        """Free the slots of unloaded adapters that no request uses any more."""
         for adapter in [one for one in self._unloaded if one not in in_use]:
             assert self._slots is not None
             self._slots.drop(adapter.slot)
@@ -140,11 +142,12 @@ class Adapters:
 
     @property
     def any_unloaded(self) -> bool:
-        """Whether ``sweep`` has something to look at."""
+        """Whether ``sweep`` may have something to do."""
         return bool(self._unloaded)
 
     def check_integrity(self, in_use: Collection[LoadedAdapter]) -> None:
-        """AssertionError unless each slot is free or one adapter's, and nothing is kept that no request has."""
+        """Raises AssertionError unless each slot is free or belongs to one adapter, and every adapter kept is
+        in use."""
         kept = [*self._named.values(), *self._unloaded]
         assert sorted([*self._free, *(one.slot for one in kept)]) == list(range(1, self.max_adapters + 1))
         assert all(one in in_use for one in self._unloaded), "an unloaded adapter is kept that nothing uses"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a caller asks to a ``Request``: all checks that need no queue, and defaults filled in."""
+"""Turn what a caller asks for into a ``Request``: all checks that need no queue, and all defaults."""
 
 import dataclasses
 import secrets
@@ -28,13 +28,13 @@ def make_request(  # noqa: PLR0913 - each is a fact of the request or of the eng
     prompt_token_ids: Sequence[int],
     params: SamplingParams,
     *,
-    order: tuple[int, int],
+    order: tuple[int, int, int],
     arrival_time: float,
     streamed: bool,
     watched: bool,
     adapter: LoadedAdapter | None = None,
 ) -> Request:
-    """A request that has not been queued. ValueError if this engine could never run it."""
+    """Make a request that is not queued yet. Raises ValueError if this engine could never run it."""
     prefix, suffix = list(prompt_token_ids), params.suffix_token_ids or ()
     prompt = [*prefix, *suffix]
     _check_prompt(config, prompt, "the prompt and its suffix have" if suffix else "the prompt has")
@@ -73,8 +73,8 @@ def make_request(  # noqa: PLR0913 - each is a fact of the request or of the eng
 def decode_params(
     config: EngineConfig, num_prompt_tokens: int, params: SamplingParams, adapted: bool = False
 ) -> DecodeParams:
-    """What the text depends on; ``adapted``: the request's adapter predicts in masked rows. ValueError for an end token
-    that the model does not have."""
+    """The parameters that the text depends on. ``adapted``: the request's adapter predicts in masked rows. Raises
+    ValueError for an end token that the model does not have."""
     has_masked_rows = config.has_masked_rows or adapted
     ends = tuple(params.stop_token_ids or ()) + (() if params.ignore_eos else config.eos_token_ids)
     if any(token >= config.vocab_size for token in ends):
@@ -138,11 +138,11 @@ def _check_gap(config: EngineConfig, prefix: list[int], params: SamplingParams) 
 
 
 def _check_block(decoding: str, window_size: int | None, block_length: int) -> int:
-    """The window of a model that sees by blocks; ValueError where another was asked for."""
+    """Check the window of a model that sees by blocks. Raises ValueError if the request asks for another one."""
     if decoding != "block":
         raise ValueError(
             f"decoding is {decoding!r} and the model sees by blocks of {block_length}; expected 'block': no row of "
-            "such a model foretells the token after it, and windows that slide would not be its blocks"
+            "such a model predicts the token after it, and windows that slide would not be its blocks"
         )
     if window_size not in (None, block_length):
         raise ValueError(

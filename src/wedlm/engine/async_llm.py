@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine in a thread of its own, for callers in an asyncio loop. That thread alone touches the engine."""
+"""An engine in a separate thread, for callers in an asyncio loop. Only that thread touches the engine."""
 
 import asyncio
 import itertools
@@ -44,7 +44,7 @@ class EngineLoad:
 
 @dataclass(slots=True)
 class _Live:
-    """The engine thread's notes of one sequence: how much of it has been sent to the loop."""
+    """The engine thread's notes on one sequence: how much of it has been sent to the loop."""
 
     request: Request
     stream: RequestStream
@@ -55,12 +55,12 @@ class _Live:
 
 
 class AsyncEngine:
-    """Runs ``engine``, which must be empty (ValueError), in a thread; make it inside the loop that will use it.
+    """Runs ``engine``, which must be empty (ValueError), in a thread. Create it inside the loop that will use it.
 
-    ``rebuild(broken_engine)`` makes the engine that follows after a fault. ``state`` is "restarting" from the fault
-    until the new engine has generated a token, and "dead" once ``MAX_RESTARTS`` of them could not. Sequences that the
-    broken engine held fail with EngineFault; those it had not taken yet go to the new one. ``turns`` is held by
-    whichever of several threads touches its engine.
+    ``rebuild(broken_engine)`` makes the engine that replaces it after a fault. ``state`` is "restarting" from the fault
+    until the new engine has generated a token, and "dead" once ``MAX_RESTARTS`` of them failed to. Sequences that the
+    broken engine held fail with EngineFault; those that it had not taken yet go to the new one. If several engines
+    share a machine, the thread that steps holds ``turns``.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class AsyncEngine:
         adapter: str | None = None,
     ) -> RequestStream:
         """Queue sequences (prompt ids and parameters), all or none. ``watch``: pieces carry windows, one per step.
-        ``streamed``: the caller reads the tokens as they come. ``adapter``: the name of one that is loaded.
+        ``streamed``: the caller reads the tokens as they come. ``adapter``: the name of a loaded adapter.
 
-        EngineStopped if the engine has stopped; what is wrong with a sequence comes from ``RequestStream.accepted``.
+        Raises EngineStopped if the engine has stopped. Errors in a sequence come from ``RequestStream.accepted``.
         """
         if self._ended:
             raise EngineStopped("the engine has stopped")
@@ -111,15 +111,15 @@ class AsyncEngine:
         return stream
 
     async def load_adapter(self, name: str, factors: RowFactors) -> None:
-        """``Engine.load_adapter`` between two steps. ValueError, EngineStopped."""
+        """Call ``Engine.load_adapter`` between two steps. Raises ValueError or EngineStopped."""
         await self._between_steps(lambda: self.engine.load_adapter(name, factors))
 
     async def unload_adapter(self, name: str) -> None:
-        """``Engine.unload_adapter`` between two steps. UnknownAdapter, EngineStopped."""
+        """Call ``Engine.unload_adapter`` between two steps. Raises UnknownAdapter or EngineStopped."""
         await self._between_steps(lambda: self.engine.unload_adapter(name))
 
     async def _between_steps(self, work: Callable[[], object]) -> None:
-        """Done by the engine's thread even if the caller is cancelled meanwhile."""
+        """Have the engine's thread run ``work``, which happens even if the caller is cancelled."""
         if self._ended:
             raise EngineStopped("the engine has stopped")
         future: asyncio.Future[None] = self._loop.create_future()
@@ -129,9 +129,9 @@ class AsyncEngine:
     async def score_prompt(
         self, prompt: Sequence[int], num_top: int, salt: str = "", adapter: str | None = None
     ) -> PromptLogprobs:
-        """The log-probabilities of a prompt's tokens, computed between the steps; ends when the caller is cancelled.
+        """Compute the log-probabilities of a prompt's tokens between the steps. Stops if the caller is cancelled.
 
-        ValueError, EngineFault, EngineStopped.
+        Raises ValueError, EngineFault or EngineStopped.
         """
         if self._ended:
             raise EngineStopped("the engine has stopped")
@@ -144,7 +144,7 @@ class AsyncEngine:
             self.num_open -= 1
 
     async def stop(self, timeout_s: float = 10.0) -> None:
-        """End the thread after the step in progress; whatever is open fails with EngineStopped."""
+        """End the thread after the step in progress; everything still open fails with EngineStopped."""
         self._stopping.set()
         self._commands.put(None)
         end = self._loop.time() + timeout_s
@@ -162,8 +162,8 @@ class AsyncEngine:
     # From here on: the engine thread.
 
     def _run(self) -> None:
-        """Until told to stop, or beyond repair. BaseException: a SystemExit from a library would end the thread in
-        silence, and leave requests waiting behind a state of "running"."""
+        """Run until told to stop, or beyond repair. Catches BaseException, because a SystemExit from a library would
+        end the thread silently and leave requests waiting for an engine that seems to run."""
         try:
             while self.state == "running":
                 try:
@@ -182,7 +182,7 @@ class AsyncEngine:
         self._send_reports()
 
     def _serve(self) -> None:
-        """Commands and steps until told to stop. Who waits for a command leaves the turn to others."""
+        """Run commands and steps until told to stop. While it waits for a command, others may have the turn."""
         while True:
             waited = [] if self.engine.has_work or self._scores else [self._commands.get()]
             with self._turns:
@@ -199,7 +199,7 @@ class AsyncEngine:
                     self._send_reports()
 
     def _obey(self, waited: list[Callable[[], None] | None]) -> bool:
-        """Carry out these commands and all others that there are. False: stop."""
+        """Run these commands and all others in the queue. Returns False for a stop."""
         while True:
             try:
                 command = waited.pop() if waited else self._commands.get_nowait()
@@ -245,7 +245,7 @@ class AsyncEngine:
             self._report(partial(_settle, future, error))
 
     def _do(self, future: "asyncio.Future[None]", work: Callable[[], object]) -> None:
-        """``work``, which changes nothing if it fails."""
+        """Run ``work``, which changes nothing if it fails."""
         try:
             work()
         except ValueError as error:
@@ -257,9 +257,9 @@ class AsyncEngine:
             self._report(partial(_settle, future, None))
 
     def _score(self) -> None:
-        """One chunk of one prompt, each prompt in its turn: who streams must not wait for long."""
+        """Score one chunk of one prompt, taking turns among prompts, so that streams do not wait for long."""
         future, scorer = self._scores[0]
-        if future.done():  # whoever asked has left
+        if future.done():  # the caller has left
             self._scores.popleft()
             return
         try:
@@ -364,15 +364,15 @@ class AsyncEngine:
     def _note_load(self) -> None:
         scheduler, pool = self.engine.scheduler, self.engine.pool
         in_use = pool.num_pages - pool.num_available
-        queues = scheduler.waiting, scheduler.running
-        names = [_adapters_of(queue) if self.engine.adapters.names else () for queue in queues]
-        self.load = EngineLoad(*map(len, queues), in_use, pool.num_pages, *names)
+        waiting, running = (_adapters_of(queue) for queue in (scheduler.waiting, scheduler.running))
+        counts = len(scheduler.waiting), len(scheduler.running), in_use, pool.num_pages
+        self.load = EngineLoad(*counts, waiting_adapters=waiting, running_adapters=running)
 
     def _report(self, report: Callable[[], None]) -> None:
         self._reports.append(report)
 
     def _send_reports(self) -> None:
-        """One wake-up of the loop for all that a step has to report."""
+        """Wake up the loop once for everything that a step has to report."""
         if self._reports:
             reports, self._reports = self._reports, []
             try:
@@ -382,7 +382,7 @@ class AsyncEngine:
                 self._commands.put(None)
 
     def _thread_ended(self) -> None:
-        """In the loop: fail what was queued and never taken."""
+        """Runs in the loop: fail what was queued and never taken."""
         self._ended = True
         while not self._commands.empty():
             command = self._commands.get()
@@ -397,7 +397,7 @@ def _adapters_of(requests: Iterable[Request]) -> tuple[str, ...]:
 
 
 def _settle(future: "asyncio.Future[T]", result: T | Exception) -> None:
-    """In the loop."""
+    """Runs in the loop."""
     if future.done():
         return
     if isinstance(result, Exception):

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step's tokens to a request's output, up to the one that ends it. The only place that decides why a request ends."""
+"""Append a step's tokens to a request's output, up to the one that ends it. Only this module decides why a request
+ends."""
 
 from wedlm.engine.plan import WindowResult
 from wedlm.engine.request import FinishReason, Request
 
 
 def append_tokens(request: Request, result: WindowResult) -> FinishReason | None:
-    """Append emitted tokens; nothing after the one that ends the request survives. Why it ends, or None."""
+    """Append emitted tokens, and drop everything after the one that ends the request. Returns why it ends, or None."""
     output, step = request.output, request.counters.num_forwards - 1
     for i, token in enumerate(result.tokens):
         if output.constraint is not None and not output.constraint.accept(token):

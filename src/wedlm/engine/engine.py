@@ -23,8 +23,8 @@ TURN = 64  # a batch, by default
 
 
 class Engine:
-    """Admits, runs and finishes requests. ``scheduler`` says what runs, ``controller`` with how many rows, ``runner``
-    runs it. ``clock`` returns seconds."""
+    """Admits, runs and finishes requests. ``scheduler`` decides what runs, ``controller`` how many rows it gets, and
+    ``runner`` runs it. ``clock`` returns seconds."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
         adapters: Adapters | None = None,
     ) -> None:
-        """``adapters``: those that the model has; None: it takes none."""
+        """``adapters``: the adapters by name that the model has; None if it takes none."""
         self.adapters = Adapters(None, 0, 0) if adapters is None else adapters
         self.adapters.sweep(())  # those that a former engine's requests had
         self.config, self.runner, self.pool, self.tokenizer, self.clock = config, runner, pool, tokenizer, clock
@@ -60,22 +60,23 @@ class Engine:
         turn: int = 0,
         adapter: str | None = None,
     ) -> Request:
-        """Queue a request. ValueError, with nothing changed, if it is impossible. ``streamed`` and ``watched`` as in
-        ``Request``; ``adapter``: the name of one that is loaded (UnknownAdapter), None for the model as it is. The
-        first adaptive request has the costs of steps measured: up to a second.
+        """Queue a request. Raises ValueError, with nothing changed, if it can never run. ``streamed`` and ``watched``
+        are as in ``Request``. ``adapter`` is the name of a loaded adapter (UnknownAdapter), or None for the model
+        without one. The first adaptive request triggers the measurement of step costs, which takes up to a second.
 
-        ``turn``: how many sequences its caller has asked for before it in the same breath. For each of them it lets
-        ``TURN`` others go first, so that who asks for many does not keep out who asks for one.
+        ``turn``: how many sequences the same call asked for before this one. For each of them the request lets ``TURN``
+        others go first, so that a call for many sequences does not delay a call for one.
         """
         if request_id in self.requests:
             raise ValueError(f"request_id is {request_id!r}, which is running; expected a new one")
+        first = params.priority if self.config.options.scheduling_policy == "priority" else 0
         request = make_request(
             self.config,
             self.tokenizer,
             request_id,
             prompt_token_ids,
             params,
-            order=(self._arrivals + turn * TURN, self._arrivals),
+            order=(first, self._arrivals + turn * TURN, self._arrivals),
             arrival_time=self.clock(),
             streamed=streamed,
             watched=watched,
@@ -89,10 +90,11 @@ class Engine:
         return request
 
     def step(self) -> list[Request]:
-        """One forward for as many requests as fit; those that got tokens or ended. Empty if there is no work.
+        """Run one forward for as many requests as fit, and return those that got tokens or ended. Empty if there is no
+        work.
 
-        Where the runner can, the next step is launched before this one is read: a request that turns out to have
-        ended meanwhile runs once more, and its result is discarded.
+        Where the runner can, the next step is launched before this one is read: a request that turns out to have ended
+        runs once more, and its result is discarded.
         """
         if self._pending is None:
             plan = self._plan({})
@@ -101,11 +103,11 @@ class Engine:
                 assert not self.requests, "requests wait, but nothing can run"
                 return []
             if not self.runner.can_launch(plan):
-                return self._process(plan, self.runner.run(plan))
+                return self.process(plan, self.runner.run(plan))
             self._pending = plan, self.runner.launch(plan)
         plan, pending = self._pending
         following = self._launch_after(plan)
-        changed = self._process(plan, pending.wait())
+        changed = self.process(plan, pending.wait())
         self._pending = following if self.requests else None
         return changed
 
@@ -114,27 +116,29 @@ class Engine:
         self.controller.measure_costs(self.config.options.max_num_batched_tokens)
 
     def abort(self, request_id: str) -> Request | None:
-        """End a request now; its tokens so far stay with it. None if it is not running (any more)."""
+        """End a request now; its tokens so far stay with it. Returns None if it is not running (any more)."""
         request = self.requests.get(request_id)
         if request is not None:
             self._finish(request, "abort")
         return request
 
     def load_adapter(self, name: str, factors: RowFactors) -> LoadedAdapter:
-        """Have an adapter by name, from the next request on. ValueError, with nothing changed, if it cannot be."""
+        """Load an adapter under a name, for requests from now on. Raises ValueError, with nothing changed, if that
+        fails."""
         return self.adapters.load(name, factors)
 
     def unload_adapter(self, name: str) -> None:
-        """Take an adapter's name away. Requests that have it end with it; its memory is free after the last one.
-        UnknownAdapter."""
+        """Remove an adapter's name. Requests that use it finish with it, and its memory is free after the last one.
+        Raises UnknownAdapter."""
         self.adapters.unload(name, self.adapters_in_use())
 
     def adapters_in_use(self) -> set[LoadedAdapter]:
-        """Those of the requests that wait or run."""
+        """The adapters of the requests that wait or run."""
         return {request.adapter for request in self.requests.values() if request.adapter is not None}
 
     def _plan(self, unread: Unread) -> StepPlan | None:
-        """The next step, with its budgets; windows that it preempts are saved. None if it cannot be planned ahead."""
+        """Plan the next step with its budgets, and save the windows that it preempts. None if it cannot be planned
+        ahead."""
         self.controller.propose(self.scheduler.decoding())
         prefill_rows = None
         if self.controller.limits_prefill:
@@ -164,7 +168,7 @@ class Engine:
             return None
         return ahead, self.runner.launch(ahead)
 
-    def _process(self, plan: StepPlan, results: StepResults) -> list[Request]:
+    def process(self, plan: StepPlan, results: StepResults) -> list[Request]:
         """Deliver a step's results to the requests that still run."""
         self.controller.observe(plan, results)
         changed = []
@@ -185,7 +189,7 @@ class Engine:
         return changed
 
     def _deliver(self, request: Request, result: WindowResult, num_lookup_drafts: int) -> FinishReason | None:
-        """Append a window's tokens to the output. Why the request ends, or None."""
+        """Append a window's tokens to the output. Returns why the request ends, or None."""
         counters = request.counters
         counters.num_forwards += 1
         counters.num_rows += result.num_rows

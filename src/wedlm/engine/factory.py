@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only place that builds an engine: it sizes the cache, chooses how steps run, and says what it chose and why."""
+"""The only place that builds an engine. It sizes the cache, chooses how steps run, and says what it chose and why."""
 
 import gc
 import logging
@@ -48,7 +48,7 @@ _LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS = 2**28, 8
 
 
 class CacheShape(Protocol):
-    """What the cache needs to know of a model."""
+    """The part of a model's shape that the cache needs."""
 
     @property
     def num_layers(self) -> int: ...
@@ -62,8 +62,8 @@ class CacheShape(Protocol):
 
 @dataclass(frozen=True)
 class Blueprint:
-    """All that an engine is built from, with every choice made. ``model`` computes rows with attention through
-    ``Attend``, or is native; ``packed``, the same model as steps on our kernels need it, is None where they do not run.
+    """Everything that an engine is built from, with every choice made. ``model`` computes rows with attention through
+    ``Attend``, or is native. ``packed`` is the same model as steps on our kernels need it, or None if they do not run.
 
     ``num_pages`` and ``page_size`` are those of the pool. ``dtype`` is the cache's.
     """
@@ -83,7 +83,7 @@ class Blueprint:
     ranks: "Ranks | None" = None  # all that compute the model, whose first rank's part ``model`` is
 
     def build(self, cache: KVCache | None = None, clock: Callable[[], float] = time.perf_counter) -> Engine:
-        """A new engine with nothing in it. ``cache``: memory of a former one to use again."""
+        """Build a new, empty engine. ``cache`` is the memory of a former one, to use again."""
         cache = self._new_cache() if cache is None else cache
         if self.ranks is not None:
             runner = self._runner_over_ranks(self.ranks, cache)
@@ -102,8 +102,8 @@ class Blueprint:
         return Engine(self.config, runner, pool, self.tokenizer, clock, self.adapters)
 
     def rebuild(self, broken: Engine) -> Engine:
-        """A new engine in place of one that failed, over the same weights and the same amount of cache. Other ranks are
-        started again, and read their weights again."""
+        """Build a new engine in place of one that failed, over the same weights and the same amount of cache. Other
+        ranks restart and read their weights again."""
         if self.ranks is not None:
             self.ranks.start()
             self.ranks.connect()
@@ -119,7 +119,7 @@ class Blueprint:
 
     @property
     def weights(self) -> str:
-        """For users: the bits of the weights."""
+        """The bits of the weights, in words for users."""
         if isinstance(self.model, NativeTransformer):
             return format_names(self.model)
         dtype = str(_device_and_dtype(self.model)[1]).removeprefix("torch.")
@@ -167,8 +167,8 @@ class Blueprint:
         return KVCache(shape.num_layers, num_pages, self.page_size, *heads, self.device)
 
     def _runner_over_ranks(self, ranks: "Ranks", cache: KVCache) -> Runner:
-        """Rank 0's; the others get caches of the same size."""
-        from wedlm.engine.ranks.build import first_runner, tell_cache  # which one rank alone has no use for
+        """The runner of rank 0; the other ranks get caches of the same size."""
+        from wedlm.engine.ranks.build import first_runner, tell_cache  # which a single rank does not need
 
         tell_cache(ranks, cache, self.config, self.packed is not None)
         return first_runner(ranks, cache, self.model, self.packed, self.config)
@@ -187,8 +187,8 @@ class Blueprint:
 
 
 def release_memory() -> None:
-    """Give back what no engine, model or trainer needs any more, before the next one is built. Objects that refer to
-    each other still hold it, and torch keeps a GPU's for itself."""
+    """Give back memory that no engine, model or trainer needs any more, before the next one is built. It may still be
+    held by objects that refer to each other, and by torch, which keeps a GPU's memory for itself."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -197,9 +197,9 @@ def release_memory() -> None:
 def prepare_model(
     model: Transformer, quantization: Quantization | None, quantize_head: bool = False
 ) -> Transformer | NativeTransformer:
-    """The model as ``plan_engine`` wants it: native for int8 on a CPU (ValueError where that cannot be); else
-    packed, in place. ``quantize_head``: FP8 for the output projection, too. A native model has weights of its own, and
-    as many threads as torch has at this moment."""
+    """Make the model as ``plan_engine`` needs it: native for int8 on a CPU (ValueError if that is impossible),
+    otherwise packed in place. ``quantize_head``: FP8 for the output projection, too. A native model has separate
+    weights, and as many threads as torch has at this moment."""
     if quantize_head and quantization != "fp8":
         raise ValueError(f"quantize_head is True and quantization is {quantization!r}; expected 'fp8'")
     if quantization != "int8" or model.model.embed_tokens.weight.device.type != "cpu":
@@ -211,8 +211,8 @@ def prepare_model(
 
 
 def native_threads() -> int:
-    """Threads of a native model made now: as many as torch has, at most one a processor, since more would only wait for
-    each other."""
+    """The threads of a native model made now: as many as torch has, but at most one per processor, since more would
+    only wait for each other."""
     return min(torch.get_num_threads(), os.cpu_count() or 1)
 
 
@@ -241,11 +241,12 @@ def plan_engine(
     num_sharing: int = 1,
     ranks: "Ranks | None" = None,
 ) -> Blueprint:
-    """Every choice for an engine around a model of ``prepare_model``, by ``config.options``; logs what was chosen.
+    """Make every choice for an engine around a model from ``prepare_model``, by ``config.options``, and log what was
+    chosen.
 
-    ``note``: what users should know of the choice of the model. ``num_sharing``: how many engines, planned before any
-    of them is built, divide the memory for caches. ``ranks``: as in ``Blueprint``; memory is that of each rank.
-    ValueError for options that cannot be.
+    ``note`` says what users should know about the choice of the model. ``num_sharing``: how many engines, planned
+    before any of them is built, share the memory for caches. ``ranks`` is as in ``Blueprint``; memory is that of each
+    rank. Raises ValueError for impossible options.
     """
     shape, options = model.config, config.options
     device, dtype = _device_and_dtype(model)
@@ -295,7 +296,7 @@ def _factor_slots(model: Transformer | NativeTransformer, count: int) -> FactorS
 
 
 def _check_deterministic(asked: bool, model: Transformer | NativeTransformer, eager: str | None) -> None:
-    """ValueError if it is asked for where sums depend on how many rows there are."""
+    """Raises ValueError if determinism is requested where sums depend on the number of rows."""
     if not asked or isinstance(model, NativeTransformer):
         return
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
@@ -313,7 +314,7 @@ def _weight_bytes(model: Transformer | NativeTransformer) -> int:
 
 
 def check_fp8_cache(device: torch.device) -> None:
-    """ValueError unless keys and values can be in FP8 there."""
+    """Raises ValueError unless the device can hold keys and values in FP8."""
     if not multiplies_fp8(device):  # who cannot multiply such numbers cannot convert them at once either
         raise ValueError(
             f"kv_cache_dtype is 'fp8' and the device is {device}; expected an NVIDIA GPU that multiplies FP8"
@@ -321,7 +322,7 @@ def check_fp8_cache(device: torch.device) -> None:
 
 
 def _check_int8_cache(model: Transformer | NativeTransformer) -> None:
-    """ValueError unless the model reads keys and values in int8."""
+    """Raises ValueError unless the model reads keys and values in int8."""
     if not isinstance(model, NativeTransformer):
         device, dtype = _device_and_dtype(model)
         raise ValueError(
@@ -331,7 +332,7 @@ def _check_int8_cache(model: Transformer | NativeTransformer) -> None:
 
 
 def _device_and_dtype(model: Any) -> tuple[torch.device, torch.dtype]:
-    """Where the model is, and in which type it computes."""
+    """The device of the model, and the type in which it computes."""
     if isinstance(model, NativeTransformer):
         return torch.device("cpu"), torch.float32  # whatever type the weights came in
     weight = model.model.embed_tokens.weight
@@ -339,8 +340,8 @@ def _device_and_dtype(model: Any) -> tuple[torch.device, torch.dtype]:
 
 
 def eager_reason(asked: bool | None, device: torch.device, shape: ModelConfig) -> str | None:
-    """Why steps do not run on the Triton kernels, as CUDA graphs; None if they do. ValueError if that was asked for and
-    cannot be."""
+    """Why steps do not run on the Triton kernels as CUDA graphs; None if they do. Raises ValueError if the user asked
+    for that and it is impossible."""
     reason = None
     if device.type != "cuda":
         reason = f"the device is {device}"

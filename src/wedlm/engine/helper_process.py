@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that do for this one what a stranger's input could make too long or too large, a question at a time.
+"""Processes that do the work which a stranger's input could make too long or too large, one question at a time.
 
-``HelperProcess`` is the asking side; its module calls ``answer_questions`` at its own end of the pipes. Imports nothing
-large: helpers start quickly and stay small.
+``HelperProcess`` asks; the helper's module calls ``answer_questions`` at its end of the pipes. This module imports
+nothing large, so that helpers start quickly and stay small.
 """
 
 import os
@@ -22,7 +22,7 @@ _BEHIND = 5  # steps of priority: a third of the processor time that others have
 
 
 class HelperProcess:
-    """``python -m module arguments``, for one thread at a time; only ``kill`` may come from any."""
+    """``python -m module arguments``, for one thread at a time; only ``kill`` may be called from any thread."""
 
     def __init__(self, module: str, *arguments: str) -> None:
         # One heap, so that a limit of memory is not taken for the address space of others.
@@ -46,13 +46,14 @@ class HelperProcess:
         self.late = False  # whether it was ended because it took too long
 
     def ask(self, question: bytes, limit_s: float) -> bytes | None:
-        """The answer; None if the process ended over it, or did not give it in time. It is of no use then."""
+        """The answer; None if the process ended while answering, or did not answer in time. Do not use it
+        after that."""
         answer = None
         try:
             answer = self._exchange(question, time.monotonic() + limit_s)
         except TimeoutError:
             self.late = True
-        except OSError:  # nobody reads the question
+        except OSError:  # the question is not read
             pass
         if answer is None:
             self._process.kill()
@@ -60,7 +61,8 @@ class HelperProcess:
         return answer
 
     def _exchange(self, question: bytes, end: float) -> bytes | None:
-        """TimeoutError. A thread that watches the clock would be one more to wait for a processor, and for the GIL."""
+        """Raises TimeoutError. A thread that watches the clock would also have to wait for a processor and
+        for the GIL."""
         data = memoryview(_LENGTH.pack(len(question)) + question)
         while data:
             _wait(self._questions, select.POLLOUT, end)
@@ -83,7 +85,7 @@ class HelperProcess:
 
     @property
     def killed(self) -> bool:
-        """Whether the process was ended as only others do it."""
+        """Whether something else ended the process."""
         return self._process.poll() == -signal.SIGKILL
 
     @property
@@ -94,7 +96,7 @@ class HelperProcess:
         self._process.kill()
 
     def close(self) -> int:
-        """End the process; its return code."""
+        """End the process and return its exit code."""
         self._process.kill()
         returncode = self._process.wait()
         for stream in (self._questions, self._answers):
@@ -103,7 +105,7 @@ class HelperProcess:
 
 
 def _wait(stream: IO[bytes], event: int, end: float) -> None:
-    """Until something can be read or written; TimeoutError if that is not before ``end``."""
+    """Wait until something can be read or written; raises TimeoutError if that does not happen before ``end``."""
     poll = select.poll()
     poll.register(stream, event)
     if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
@@ -111,7 +113,7 @@ def _wait(stream: IO[bytes], event: int, end: float) -> None:
 
 
 def answer_questions(answer: Callable[[bytes], bytes]) -> None:
-    """In the helper: answer what comes until the other side closes."""
+    """Runs in the helper: answer questions until the other side closes."""
     while len(head := sys.stdin.buffer.read(_LENGTH.size)) == _LENGTH.size:
         (size,) = _LENGTH.unpack(head)
         question = sys.stdin.buffer.read(size)

@@ -39,11 +39,13 @@ Adapter = str | Sequence[str | None] | None  # names: one for all prompts, or on
 
 
 class LLM:
-    """Generate text from a checkpoint, on any device that torch knows. Methods may be called from several threads.
+    """Generates text from a checkpoint, on any device that torch knows. Several threads may call its methods.
 
-    model: a Hugging Face directory, a .gguf file, a hub id, or "demo". adapters: directories by the names that requests
-    choose (``load_adapter``); the option ``adapter`` is one for all requests. options: the fields of ``EngineOptions``,
-    which explains each; an unknown one is a TypeError, a bad value a ValueError.
+    * ``model``: a Hugging Face directory, a .gguf file, a hub id, or "demo".
+    * ``adapters``: directories of adapters by the names that requests choose (``load_adapter``). The option ``adapter``
+      is one for all requests.
+    * ``options``: the fields of ``EngineOptions``, which explains each of them. An unknown option raises TypeError, a
+      bad value ValueError.
     """
 
     def __init__(
@@ -57,9 +59,11 @@ class LLM:
 
     @classmethod
     def together(cls, models: Mapping[str, str | Path], **options: Any) -> "dict[str, LLM]":
-        """Several models by name, each as ``LLM(model, **options)``, in the memory that one would have: all weights
-        are loaded first, then the caches get equal parts of ``kv_cache_bytes``, or of what is left by default. Engines
-        of theirs that run in threads take turns, a step each."""
+        """Load several models, by name, each as ``LLM(model, **options)``, into the memory that one would use.
+
+        All weights are loaded first. Then the caches get equal parts of ``kv_cache_bytes``, or of what is left by
+        default. If their engines run in threads, they take turns, one step each.
+        """
         chosen, turns = EngineOptions.of(options), Turns()
         llms = {name: cls.__new__(cls) for name in models}
         for name, llm in llms.items():
@@ -72,12 +76,12 @@ class LLM:
         return llms
 
     def _load(self, model: str | Path, chosen: EngineOptions) -> None:
-        """Tokenizer and weights."""
+        """Load the tokenizer and the weights."""
         self.device = resolve_options.read_device(chosen.device)
         self.allow_control_tokens = chosen.allow_control_tokens
         self.tokenizer: Tokenizer = load_tokenizer(model)
         if chosen.tensor_parallel_size > 1:
-            from wedlm.engine.ranks.start import load_over_ranks  # which one rank alone has no use for
+            from wedlm.engine.ranks.start import load_over_ranks  # which a single rank does not need
 
             loaded = load_over_ranks(model, chosen, self.device)
         else:
@@ -98,7 +102,7 @@ class LLM:
         )
 
     def _plan(self, num_sharing: int = 1) -> None:
-        """How the engine will be, whose cache is one of so many in the memory that there is."""
+        """Plan the engine; its cache is one of ``num_sharing`` in the available memory."""
         self.blueprint = plan_engine(
             self.model, self._engine_config, self.tokenizer, self._note, num_sharing, self._ranks
         )
@@ -120,10 +124,10 @@ class LLM:
         return self.engine.adapters.names
 
     def load_adapter(self, name: str, directory: str | Path) -> None:
-        """Have the adapter in ``directory`` by a name that requests may choose: a LoRA in peft's format, one of masked
-        rows, or both (docs/server.md). Requests with different adapters share steps; nothing is merged.
+        """Load the adapter in ``directory`` under a name that requests may choose: a LoRA in peft's format, an adapter
+        of masked rows, or both (docs/server.md). Requests with different adapters share steps, and nothing is merged.
 
-        ValueError, with nothing changed, if it cannot be read, does not fit, or is one too many.
+        Raises ValueError, with nothing changed, if the adapter cannot be read, does not fit, or is one too many.
         """
         with self._engine_alone():
             self.engine.adapters.check(name)
@@ -132,7 +136,7 @@ class LLM:
             self.engine.load_adapter(name, factors)
 
     def read_adapter(self, name: str, directory: str | Path) -> RowFactors:
-        """What ``Engine.load_adapter`` takes; nothing of the engine is touched. ValueError."""
+        """Read an adapter for ``Engine.load_adapter``, without touching the engine. Raises ValueError."""
         if self._ranks is not None:
             raise ValueError(
                 f"adapter {name!r} was asked for by name and tensor_parallel_size is {self._ranks.size}; expected 1, "
@@ -149,8 +153,8 @@ class LLM:
         return self.engine.adapters.prepare(factors)
 
     def unload_adapter(self, name: str) -> None:
-        """Take an adapter's name away. Requests that have it end with it; its memory is free after the last one.
-        ValueError if there is none."""
+        """Remove an adapter's name. Requests that use it finish with it, and its memory is free after the last one.
+        Raises ValueError if there is no adapter of that name."""
         with self._engine_alone():
             self.engine.unload_adapter(name)
 
@@ -170,11 +174,15 @@ class LLM:
     ) -> list[GenerationOutput]:
         """Complete prompts (strings or lists of token ids); results come in the order of the prompts.
 
-        ``params``: one for all, or one per prompt. ``adapter``: the name of one that is loaded, or None for the model
-        as it is; for all, or one per prompt (vLLM's ``lora_request``). A prompt that cannot run comes back with
-        ``error`` set, and a warning, while the others run; ValueError if none can. ``progress`` None: a bar on a
-        terminal for 8 or more.
-        ``sampling_params`` and ``use_tqdm`` are the names of ``params`` and ``progress`` in the original and in vLLM.
+        * ``params``: one for all prompts, or one per prompt.
+        * ``adapter``: the name of a loaded adapter, or None for the model without one; for all prompts, or one per
+          prompt (vLLM's ``lora_request``).
+        * ``progress``: whether to show a progress bar. None shows one on a terminal for 8 or more prompts.
+        * ``sampling_params`` and ``use_tqdm`` are what the original implementation and vLLM call ``params`` and
+          ``progress``.
+
+        If a prompt cannot run, its result has ``error`` set and a warning is given, while the others run. Raises
+        ValueError if no prompt can run.
         """
         params = _one_of("params", params, "sampling_params", sampling_params)
         progress = _one_of("progress", progress, "use_tqdm", use_tqdm)
@@ -212,9 +220,9 @@ class LLM:
     ) -> list[GenerationOutput]:
         """Answer one conversation, or several, through the tokenizer's chat template (ValueError if it has none).
 
-        A control token that a message spells out, such as <|im_end|>, is encoded as ordinary text. With
-        ``allow_control_tokens`` (None: as the constructor was told) it is one, and who writes a message can end its
-        turn and speak as the system (docs/security.md).
+        If a message spells out a control token, such as <|im_end|>, it is encoded as ordinary text. With
+        ``allow_control_tokens`` it becomes the token, and whoever writes a message can end its turn and speak as the
+        system (docs/security.md). None takes what the constructor was given.
         """
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Any = messages if several else [messages]
@@ -225,7 +233,7 @@ class LLM:
     def chat_prompt(
         self, messages: Sequence[Message], *, allow_control_tokens: bool | None = None, **template_kwargs: Any
     ) -> list[int]:
-        """Token ids of a conversation up to where the answer begins, as ``chat`` encodes it."""
+        """The token ids of a conversation up to where the answer begins, encoded as by ``chat``."""
         if not messages:
             raise ValueError("messages is empty; expected at least one message")
         allowed = self.allow_control_tokens if allow_control_tokens is None else allow_control_tokens
@@ -239,8 +247,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         adapter: str | None = None,
     ) -> Iterator[StreamPiece]:
-        """Yield the text of one prompt, or of a list with one, as it becomes final. Closing the iterator aborts the
-        request."""
+        """Yield the text of one prompt, or of a list with one prompt, as it becomes final. Close the iterator to abort
+        the request."""
         params = _one_of("params", params, "sampling_params", sampling_params)
         several = isinstance(prompt, list) and bool(prompt) and all(isinstance(one, str | list) for one in prompt)
         prompts: Any = prompt if several else [prompt]
@@ -263,12 +271,12 @@ class LLM:
         lengths: Sequence[int] | None = None,
         progress: bool | None = None,
     ) -> list[GenerationOutput]:
-        """Fill the gap between a prefix and a suffix, or between several, in their order (docs/infilling.md).
+        """Fill the gap between a prefix and a suffix, or between several of each, in their order (docs/infilling.md).
 
-        The gap has ``max_tokens`` of ``params`` positions, or 16 without ``params``. With ``lengths`` it is tried with
-        each of these, and the filling is kept that the AR head finds likeliest, by token, together with the suffix's
-        first 32 tokens. ValueError for lengths below 1, or other numbers of suffixes than of prefixes; else as
-        ``generate``.
+        The gap has ``max_tokens`` of ``params`` positions, or 16 without ``params``. With ``lengths`` each of these
+        lengths is tried, and the result is the filling that the AR head finds likeliest, as a mean over its tokens and
+        the suffix's first 32 tokens. Raises ValueError for lengths below 1, or if there are not as many suffixes as
+        prefixes; otherwise like ``generate``.
         """
         prefixes, suffixes = _prompt_list(prefix), _prompt_list(suffix)
         if len(prefixes) != len(suffixes):
@@ -290,14 +298,14 @@ class LLM:
         return best
 
     def before(self, suffix: Prompt, params: SamplingParams) -> SamplingParams:
-        """``params`` of a request that fills the gap between its prompt and ``suffix``."""
+        """The ``params`` for a request that fills the gap between its prompt and ``suffix``."""
         ids = self.tokenizer.encode(suffix, add_special_tokens=False) if isinstance(suffix, str) else suffix
         if not ids:
-            raise ValueError(f"the suffix is {suffix!r}; expected some text: generate continues without one")
+            raise ValueError(f"the suffix is {suffix!r}; expected some text, since generate continues without one")
         return replace(params, suffix_token_ids=tuple(ids))
 
     def _likelihood(self, prefix: Prompt, params: SamplingParams, output: GenerationOutput) -> float:
-        """Mean log-probability, by the AR head, of a filling's tokens and the suffix's first ones after the prefix."""
+        """The AR head's mean log-probability of a filling's tokens and the suffix's first ones after the prefix."""
         if output.finish_reason == "error":
             return -math.inf
         known = self.tokenizer.encode(prefix) if isinstance(prefix, str) else prefix
@@ -315,8 +323,8 @@ class LLM:
         return math.fsum(logprobs) / max(1, len(logprobs))
 
     def exit(self) -> None:
-        """The original's name for the end. Requests are aborted, other ranks' processes end, and memory is free once
-        nothing refers to this object."""
+        """Abort requests and end the processes of other ranks. Memory is free once nothing refers to this object. The
+        name is the original implementation's."""
         self.abort()
         if self._ranks is not None:
             self._ranks.close()
@@ -324,17 +332,17 @@ class LLM:
     if not TYPE_CHECKING:  # which would take any attribute for one that is there
 
         def __getattr__(self, name: str) -> Any:
-            """What the original has and this class has not."""
+            """Explain attributes that the original implementation has and this class does not."""
             hint = f": {METHODS[name]}" if name in METHODS else ""
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=self)
 
     def abort(self) -> None:
-        """End every request; streams give their last piece, with what they have and ``finish_reason`` "abort"."""
+        """End every request. Streams give a last piece, with what they have and ``finish_reason`` "abort"."""
         with self._lock:
             self._abort(list(self.engine.requests.values()))
 
     def _stream(self, request: Request) -> Iterator[StreamPiece]:
-        """An empty piece first, then those of the request."""
+        """Yield an empty piece first, then those of the request."""
         text = request.output.text
         assert text is not None
         shown = sent = 0
@@ -366,8 +374,8 @@ class LLM:
             return self.engine.add(f"request-{next(self._ids)}", ids, params, streamed=streamed, adapter=adapter)
 
     def window_warning(self, params: SamplingParams, adapter: str | None = None) -> str | None:
-        """A sentence if these parameters' window asks for what the checkpoint was not trained for: masked rows at all,
-        which is said once, or masked rows at such distances."""
+        """A sentence if the window of these parameters asks for what the checkpoint was not trained for: masked rows at
+        all, which is said once, or masked rows at such distances."""
         block, adapted = self.model_config.block_size, False
         if adapter is not None and adapter in self.engine.adapters.names:
             own = self.engine.adapters.get(adapter)
@@ -380,19 +388,19 @@ class LLM:
         if unadapted and not self._warned_unadapted and not params.suffix_token_ids:
             self._warned_unadapted = True
             return (
-                f"this checkpoint was never adapted to predict masked positions, so {decoding} decoding makes no sense "
-                "of them; auto gives its own text"
+                f"this checkpoint was never adapted to predict masked positions, so {decoding} decoding "
+                "gives meaningless text; auto gives the model's own text"
             )
         if block is None or window <= block:
             return None
         return (
             f"the window of {window} is wider than the noise block of {block} that this checkpoint was trained with: "
-            "it meets distances it never saw"
+            "it meets distances that it never saw"
         )
 
     @contextmanager
     def _engine_alone(self) -> Iterator[None]:
-        """Hold the engine alone; it is in no half-done state before or after."""
+        """Hold the engine exclusively; it is never half-done before or after."""
         with self._lock:
             self._busy = True
             try:
@@ -403,8 +411,8 @@ class LLM:
                 self._busy = False
 
     def _step(self, request: Request) -> None:
-        """Advance the engine, for all requests, unless another thread has finished the request meanwhile. EngineFault
-        if the engine that had it failed, in whichever thread."""
+        """Advance the engine, for all requests, unless another thread has finished the request in the meantime. Raises
+        EngineFault if the engine that had the request failed, in whichever thread."""
         if request.finish_reason is not None:
             return
         if self._fault is not None and request.request_id not in self.engine.requests:
@@ -417,7 +425,7 @@ class LLM:
                 raise
 
     def _renew(self) -> None:
-        """A new engine, if ranks of the old one have ended: its requests end with what it failed with."""
+        """Build a new engine if ranks of the old one have ended; its requests end with the old one's error."""
         if self._ranks is not None and self._ranks.broken:
             self.engine = self.blueprint.rebuild(self.engine)
 
@@ -448,9 +456,9 @@ class LLM:
 
 @contextmanager
 def _interrupts_deferred() -> Iterator[None]:
-    """Ctrl-C takes effect after the step: half of one would lose tokens of all requests in it.
+    """Let Ctrl-C take effect after the step, because half a step would lose tokens of all requests in it.
 
-    Only where Python's own handler is in force: an application with another one decides for itself.
+    This only applies while Python's own handler is in force; an application with another handler decides for itself.
     """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -473,7 +481,7 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
-    """The value that was given under either name."""
+    """The value given under either name."""
     if value is not None and other is not None:
         raise ValueError(f"{name} and {other_name} are both given; expected one of them")
     return other if value is None else value

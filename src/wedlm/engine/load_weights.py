@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint to the model that an engine runs: in which bits its weights stay, and on what it runs."""
+"""Load a checkpoint as the model that an engine runs: choose the bits of its weights and what it runs on."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,10 +30,10 @@ INT8_IS_CPU_DEFAULT = True
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """A model as ``plan_engine`` takes it, its config, and the options, which may name what the checkpoint is in.
+    """A model for ``plan_engine``, its config, and the options, which may now name the checkpoint's own type.
 
-    ``note`` says for users what was decided against, and why; empty where nothing was. ``ranks``: all that compute the
-    model, whose first rank's part ``model`` is then.
+    ``note`` tells users what was decided against, and why; it is empty if nothing was. ``ranks``: all ranks that
+    compute the model, if there are several; ``model`` is then the first rank's part.
     """
 
     model: Transformer | NativeTransformer
@@ -44,7 +44,7 @@ class LoadedWeights:
 
 
 def load_weights(path_or_id: str | Path, options: EngineOptions, device: torch.device) -> LoadedWeights:
-    """The model of a checkpoint, by ``quantization``, ``dtype`` and ``adapter`` of ``options``.
+    """Load the model of a checkpoint, according to ``quantization``, ``dtype`` and ``adapter`` of ``options``.
 
     A native model has as many threads as torch has at this moment. Raises ValueError.
     """
@@ -75,7 +75,7 @@ def load_weights(path_or_id: str | Path, options: EngineOptions, device: torch.d
 def load_transformer(
     checkpoint: Checkpoint, options: EngineOptions, device: torch.device, shard: Shard | None = None
 ) -> tuple[Transformer | NativeTransformer, ModelConfig, EngineOptions]:
-    """``load_weights`` with torch; of one rank's part if there is a ``shard``, whose config is the checkpoint's."""
+    """``load_weights`` with torch. With a ``shard`` it loads one rank's part; the config is still the checkpoint's."""
     # A checkpoint in FP8 stays so where it can be multiplied, unless another type is asked for or an adapter
     # changes its weights.
     by_itself = options.quantization == "auto" and options.dtype == "auto" and multiplies_fp8(device)
@@ -91,7 +91,8 @@ def load_transformer(
 
 
 def _native_form(checkpoint: Checkpoint, options: EngineOptions, device: torch.device) -> tuple[str | None, str]:
-    """("file" or "int8": what the native forward gets straight from the checkpoint; None: torch loads it; why not)."""
+    """What the native forward loads straight from the checkpoint ("file" or "int8"), or None and the reason if torch
+    loads it."""
     asked = options.quantization
     if device.type != "cpu" or asked in ("none", "fp8"):
         return None, ""
@@ -111,7 +112,8 @@ def _native_form(checkpoint: Checkpoint, options: EngineOptions, device: torch.d
 
 
 def _form_of(checkpoint: Checkpoint) -> str | None:
-    """What ``auto`` makes of a checkpoint on a CPU: "file" as it lies there, "int8", or None for wide weights."""
+    """What ``auto`` does with a checkpoint on a CPU: "file" keeps its bits, "int8" rounds it, and None widens the
+    weights."""
     if (checkpoint.gguf is not None and not checkpoint.deltas) or checkpoint.is_int8:
         return "file"
     is_narrow = checkpoint.config.dtype in ("bfloat16", "float16")

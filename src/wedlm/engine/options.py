@@ -14,6 +14,7 @@ from wedlm.engine.original_names import translated
 
 WeightBits = Literal["auto", "none", "int8", "fp8"]
 CacheBits = Literal["auto", "fp8", "int8"]
+SchedulingPolicy = Literal["fcfs", "priority"]
 Check = Callable[[str, Any], Any]  # (name, value) -> the value to keep; ValueError naming the option
 
 
@@ -46,14 +47,14 @@ def read_ratio(name: str, value: object) -> float:
 
 
 def read_flag(name: str, value: object) -> bool:
-    """True or False, and nothing that merely counts as one."""
+    """True or False only, not other values that count as true or false."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; expected True or False")
     return value
 
 
 def read_quantization(name: str, value: object) -> WeightBits:
-    """None is the default."""
+    """None means the default."""
     if value is None:
         return "auto"
     if value not in get_args(WeightBits):
@@ -72,6 +73,13 @@ def read_decoding(name: str, value: object) -> Decoding:
     """A decoding mode."""
     if value not in DECODINGS:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(DECODINGS)}")
+    return value  # type: ignore[return-value]
+
+
+def read_scheduling_policy(name: str, value: object) -> SchedulingPolicy:
+    """ "fcfs" or "priority"."""
+    if value not in get_args(SchedulingPolicy):
+        raise ValueError(f"{name} is {value!r}; expected fcfs or priority")
     return value  # type: ignore[return-value]
 
 
@@ -100,10 +108,10 @@ def _option(default: Any, help: str, check: Check) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What a user may choose about an engine. Every value is checked when it is made (ValueError naming the option).
+    """The options of an engine. Each value is checked on construction (ValueError naming the option).
 
-    A field's metadata holds ``help`` (one sentence or two) and ``check`` (``(name, value) -> value``). A check that
-    needs the model, such as that of ``max_model_len``, is made when the engine is built.
+    A field's metadata holds ``help`` (one or two sentences) and ``check`` (``(name, value) -> value``). If a check
+    needs the model, as that of ``max_model_len`` does, it happens when the engine is built.
     """
 
     dtype: str = _option(
@@ -114,34 +122,34 @@ class EngineOptions:
     )
     quantization: WeightBits = _option(  # noqa: RUF009
         "auto",
-        "Bits of the weights: auto (unless dtype is given, few bits stay as a file has them if those can run, and on a "
-        "CPU 16 bits become int8), none (the dtype's), int8 (all, by a CPU's native forward), fp8 (the layers', and "
-        "their inputs, on NVIDIA GPUs that multiply such numbers).",
+        "Bits of the weights: auto (a file's few bits stay if they can run, and on a CPU 16 bits become int8, unless "
+        "dtype is given), none (those of dtype), int8 (everything, on a CPU's native forward), fp8 (the layers' "
+        "weights and inputs, on NVIDIA GPUs that multiply such numbers).",
         read_quantization,
     )
     quantize_head: bool = _option(
         False,
-        "With quantization fp8: the output projection, too. A little faster, at a further cost in quality.",
+        "With quantization fp8, round the output projection, too: a little faster, at a further cost in quality.",
         read_flag,
     )
-    device: str = _option("auto", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...", _text)
+    device: str = _option("auto", "auto (CUDA if there is a GPU), cpu, cuda, cuda:1, ...", _text)
     tensor_parallel_size: int = _option(
         1,
-        "Processes that share the model, each with a part of every layer and a device of its own (on CPUs, of the "
-        "threads).",
+        "Processes that share the model, each with a part of every layer and its own device (on CPUs, its own part of "
+        "the threads).",
         read_positive_integer,
     )
     adapter: str | None = _option(
         None,
-        "Directory of a LoRA, or 'demo-masked', the embedded one for demo-base. One in peft's format is merged into "
-        "the weights, one for masked rows stays beside them.",
+        "Directory of a LoRA, or 'demo-masked', the embedded one for demo-base. A LoRA in peft's format is merged into "
+        "the weights; one for masked rows stays apart from them.",
         _or_none(_text),
     )
     max_adapters: int = _option(
-        8, "Most adapters by name at once, those included that are unloaded and still in use.", read_positive_integer
+        8, "Most adapters by name at once, including unloaded ones that are still in use.", read_positive_integer
     )
     max_adapter_rank: int = _option(
-        128, "Largest rank of an adapter by name; of one for all and one for masked rows, both together.",
+        128, "Largest rank of an adapter by name; its parts for all rows and for masked rows count together.",
         read_positive_integer,
     )  # fmt: skip
     max_model_len: int | None = _option(
@@ -152,13 +160,13 @@ class EngineOptions:
     )
     decoding: Decoding | None = _option(  # noqa: RUF009
         None,
-        "Decoding mode of requests that name none. Default: the checkpoint's: streaming for the paper's, else auto.",
+        "Decoding mode of requests that do not name one. Default: the checkpoint's, streaming or auto.",
         _or_none(read_decoding),
     )
     wedlm_window_size: int = _option(
         DecodeParams.window_size,
-        "Window of requests that name none: positions in streaming and block decoding, most rows a step in verified "
-        "and auto.",
+        "Window of requests that do not set one: positions in streaming and block decoding, most rows per step in "
+        "verified and auto.",
         read_positive_integer,
     )
     block_length: int | None = _option(
@@ -168,13 +176,18 @@ class EngineOptions:
     )
     wedlm_lookup_drafts: int | None = _option(
         None,
-        "Most drafts a step from the text, of requests that name no number; 0: none. Default: what pays in auto; in "
-        "verified none, unless the model has no masked rows.",
+        "Most drafts per step from the text, for requests that do not set it; 0: none. Default: what pays off in auto; "
+        "none in verified, unless the model has no masked rows.",
         _or_none(read_count),
     )
     max_num_seqs: int = _option(64, "Most sequences in one forward.", read_positive_integer)
     max_num_batched_tokens: int = _option(
         2048, "Most rows in one forward, of windows and prompts together.", read_positive_integer
+    )
+    scheduling_policy: SchedulingPolicy = _option(  # noqa: RUF009
+        "fcfs",
+        "Who runs first: fcfs (first come, first served), or priority (requests whose priority is a lower number).",
+        read_scheduling_policy,
     )
     page_size: int = _option(16, "Slots in one page of the key/value cache.", read_positive_integer)
     kv_cache_bytes: int | None = _option(
@@ -202,7 +215,7 @@ class EngineOptions:
     )
     deterministic: bool = _option(
         False,
-        "On a GPU in bfloat16, float16 or FP8: no bit of an answer depends on what else runs, at some cost in speed.",
+        "On a GPU in bfloat16, float16 or FP8, make answers independent of what else runs. Costs speed.",
         read_flag,
     )
     chunk_step_ratio: float | None = _option(
@@ -223,14 +236,14 @@ class EngineOptions:
 
     @property
     def rounded_to(self) -> Literal["int8", "fp8"] | None:
-        """The bits that were asked for by name."""
+        """The bits that the user asked for by name."""
         asked = self.quantization
         return None if asked == "auto" or asked == "none" else asked
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> "EngineOptions":
-        """The options of these names, or of those that the original implementation has for them (``original_names``).
-        TypeError for a name that is not an option."""
+        """The options of these names, or of those that the original implementation uses for them (``original_names``).
+        Raises TypeError for an unknown name."""
         names, given = option_fields(), translated(given)
         for name in given:
             if name not in names:
@@ -240,7 +253,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What all requests of an engine share: facts of its model, lengths in tokens, and the options."""
+    """What all requests of an engine share: facts about its model, lengths in tokens, and the options."""
 
     vocab_size: int
     mask_token_id: int
@@ -256,10 +269,10 @@ class EngineConfig:
 
     @property
     def decoding(self) -> Decoding:
-        """The mode of requests that name none."""
+        """The decoding mode of requests that do not name one."""
         return self.options.decoding or self.model_decoding
 
 
 def option_fields() -> dict[str, Field]:
-    """All options by name, in the order in which they are declared."""
+    """All options by name, in the order of their declaration."""
     return {one.name: one for one in fields(EngineOptions)}

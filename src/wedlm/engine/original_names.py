@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The original WeDLM implementation's names for what is here, so that code written for it runs (docs/original.md).
+"""The names that the original WeDLM implementation uses, so that code written for it runs (docs/original.md).
 
-What has a meaning here is mapped; what cannot change an answer is accepted; all else is refused, with what to use. No
-torch here, because the command line reads ``options.py``.
+A name with a meaning here is mapped, one that cannot change an answer is accepted, and any other is refused with what
+to use instead. Does not import torch, because the command line reads ``options.py``.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +17,8 @@ METHODS = {
 
 
 def translated(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of ``EngineOptions`` for those of the original's ``LLM`` among these. ValueError naming one that asks for
-    what is not there."""
+    """Translate options of the original's ``LLM`` to fields of ``EngineOptions``. Raises ValueError naming an option
+    that asks for what does not exist here."""
     ours = dict(given)
     ours.pop("nccl_port", None)  # ranks meet in a directory of their own: no port is fixed
     eager = ours.pop("enforce_eager", False)
@@ -29,7 +29,7 @@ def translated(given: Mapping[str, Any]) -> dict[str, Any]:
     if "kvcache_block_size" in ours:
         size = ours.pop("kvcache_block_size")
         if "page_size" in ours:
-            raise ValueError("kvcache_block_size is set beside page_size, its name here; expected one of them")
+            raise ValueError("kvcache_block_size is set and so is page_size, its name here; expected one of them")
         ours["page_size"] = size
     blocks = ours.pop("num_kvcache_blocks", -1)
     if isinstance(blocks, bool) or blocks != -1:
@@ -41,7 +41,7 @@ def translated(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ByName:
-    """Fields of a dataclass with slots by name in brackets, and what the original calls otherwise."""
+    """Lets a dataclass with slots be read by name in brackets, also under the original's names."""
 
     __slots__ = ()
     also: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
@@ -57,7 +57,7 @@ class ByName:
         return self.get(name, _ABSENT) is not _ABSENT  # type: ignore[arg-type]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value, or ``default`` where there is none of this name."""
+        """The value, or ``default`` if there is none of this name."""
         try:
             return self[name]
         except KeyError:

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What callers get back."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from wedlm.engine.original_names import ByName
-from wedlm.engine.request import Request, RequestStats, TopLogprobs, WindowSnapshot
+from wedlm.engine.request import Request, RequestStats, TopLogprobs, WindowSnapshot, ratio
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationOutput(ByName):
-    """What became of one prompt; fields by attribute or by name in brackets.
+    """The result for one prompt; read fields as attributes or by name in brackets.
 
-    ``finish_reason``: "stop" (end token or stop string), "length", "abort", or "error", which ``error`` explains.
-    ``token_steps[i]`` is the forward, counted from 0 after the prompt, that made token i final.
-    ``logprobs``, ``top_logprobs`` and ``text_offsets`` (where each token's text begins, in characters, stop strings not
-    yet cut off) are there if ``SamplingParams.logprobs`` asked for them.
+    * ``finish_reason``: "stop" (end token or stop string), "length", "abort", or "error", which ``error`` explains.
+    * ``token_steps[i]``: the forward, counted from 0 after the prompt, that made token i final.
+    * ``logprobs``, ``top_logprobs`` and ``text_offsets`` are set if ``SamplingParams.logprobs`` asked for them. The
+      last says where each token's text begins, in characters, before any stop string is cut off.
     """
 
     text: str
@@ -52,12 +53,36 @@ class GenerationOutput(ByName):
 
 
 @dataclass(frozen=True, slots=True)
-class StreamPiece(ByName):
-    """One update of a stream: text that will not change any more, tokens, the forward that made them final.
+class Totals:
+    """Tokens, forwards and rows of several answers. Each counts its own forwards, also those that it shared."""
 
-    The last piece carries the whole ``output``. From an ``AsyncEngine`` only: ``token_texts``, what each token added to
-    the text, stop strings not yet cut off; ``logprobs`` and ``top_logprobs`` of the tokens, if asked for; ``window``
-    after the step, for requests that asked to watch it.
+    num_tokens: int
+    num_forwards: int
+    num_rows: int
+
+    @classmethod
+    def of(cls, outputs: Iterable[GenerationOutput]) -> "Totals":
+        """Of those that ran."""
+        stats = [output.stats for output in outputs if output.stats is not None]
+        return cls(*(sum(getattr(one, part.name) for one in stats) for part in fields(cls)))
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return ratio(self.num_tokens, self.num_forwards)
+
+    @property
+    def p_cache(self) -> float:
+        """Tokens for each row run."""
+        return ratio(self.num_tokens, self.num_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPiece(ByName):
+    """One update of a stream: text that will not change any more, its tokens, and the forward that made them final.
+
+    The last piece has the whole ``output``. Only an ``AsyncEngine`` sets these: ``token_texts``, what each token added
+    to the text, before any stop string is cut off; ``logprobs`` and ``top_logprobs`` of the tokens, if requested;
+    ``window`` after the step, for requests that watch it.
     """
 
     also: ClassVar = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of the key/value cache: who holds which, and which may be shared by requests with the same prefix."""
+"""Pages of the key/value cache: which request holds which, and which may be shared by requests with the same prefix."""
 
 import hashlib
 from array import array
@@ -11,7 +11,7 @@ _ROOT = b"wedlm"
 
 
 class TokenSlices(Protocol):
-    """Tokens by slot, as far as the pool looks at them: what equal prefixes of it stand for are equal keys."""
+    """Tokens by slot, as the pool sees them: equal prefixes must mean equal keys."""
 
     def __getitem__(self, part: slice, /) -> Sequence[int]: ...
 
@@ -19,11 +19,11 @@ class TokenSlices(Protocol):
 class PagePool:
     """``num_pages`` pages of ``page_size`` slots, one table of pages per request.
 
-    A page is shared only once it is full of tokens whose keys are committed: ``commit`` then puts it into the prefix
+    A page is shared only once it is full of tokens whose keys are committed. ``commit`` then puts it into the prefix
     cache, under a digest of its tokens and all before it. Pages reserved ahead for a window hold scratch and are not
-    cached. A cached page without a holder stays until its memory is needed (least recently used goes first).
-    ``cache_salt`` keeps apart keys of different weights. ``block_length``: keys depend on the tokens up to the end of
-    their block of so many slots, and so does a page's digest; 1: on none after them.
+    cached. A cached page without a holder stays until its memory is needed (the least recently used goes first).
+    ``cache_salt`` separates keys of different weights. ``block_length``: keys, and so a page's digest, depend on the
+    tokens up to the end of their block of this many slots; with 1 they depend on no later token.
     """
 
     def __init__(self, num_pages: int, page_size: int, cache_salt: bytes = b"", block_length: int = 1) -> None:
@@ -42,7 +42,7 @@ class PagePool:
 
     @property
     def num_available(self) -> int:
-        """Pages that could be handed out now."""
+        """The number of pages that could be handed out now."""
         return len(self._free) + len(self._idle)
 
     def table(self, request_id: str) -> list[int]:
@@ -50,16 +50,16 @@ class PagePool:
         return self._tables[request_id]
 
     def _stop(self, index: int) -> int:
-        """Tokens that the keys of page ``index`` of a table, and of those before it, depend on."""
+        """The number of tokens on which the keys of page ``index`` of a table, and of those before it, depend."""
         return -(-(index + 1) * self.page_size // self.block_length) * self.block_length
 
     def pages_for(self, num_slots: int) -> int:
         return -(-num_slots // self.page_size)
 
     def allocate(self, request_id: str, tokens: TokenSlices, limit: int, salt: str = "", key_root: int = 0) -> int:
-        """Give the request a table that starts with the cached pages of ``tokens[:limit]``; returns slots reused. Pages
-        are shared among requests of one ``salt`` and one ``key_root``, which is of the adapter that changes keys (0:
-        none does)."""
+        """Give the request a table that starts with the cached pages of ``tokens[:limit]``, and return the number of
+        slots reused. Requests share pages if they have the same ``salt`` and ``key_root``, which stands for the adapter
+        that changes keys (0: none does)."""
         assert request_id not in self._tables
         table: list[int] = []
         digest = _marked(self._root, b"adapter", str(key_root)) if key_root else self._root
@@ -78,7 +78,8 @@ class PagePool:
         return len(table) * self.page_size
 
     def reserve(self, request_id: str, num_slots: int) -> bool:
-        """Let the request's table cover ``num_slots`` slots. False, and nothing changes, if pages do not suffice."""
+        """Extend the request's table to ``num_slots`` slots. Returns False, and changes nothing, if there are too few
+        pages."""
         table = self._tables[request_id]
         if num_slots <= len(table) * self.page_size:
             return True
@@ -100,7 +101,7 @@ class PagePool:
             self._num_cached_pages[request_id], self._digests[request_id] = index + 1, digest
 
     def free(self, request_id: str) -> None:
-        """Take back all pages of the request; cached ones stay findable."""
+        """Take back all pages of the request; cached ones can still be found."""
         for page in reversed(self._tables.pop(request_id)):  # a prefix outlives what follows it
             self._holders[page] -= 1
             if self._holders[page] == 0:
@@ -111,7 +112,7 @@ class PagePool:
         del self._num_cached_pages[request_id], self._digests[request_id]
 
     def reset_prefix_cache(self) -> None:
-        """Let no later request find what is cached now and without a holder; pages are handed out in order again."""
+        """Make cached pages without a holder impossible to find; pages are handed out in order again."""
         while self._idle:
             page, _ = self._idle.popitem()
             del self._page_of[self._digest_of.pop(page)]
@@ -132,7 +133,8 @@ class PagePool:
         return page
 
     def check_integrity(self) -> None:
-        """AssertionError unless every page is free, idle or held (one of these) and only cached pages are shared."""
+        """Raises AssertionError unless every page is free, idle or held (exactly one of these) and only cached pages
+        are shared."""
         held: dict[int, int] = {}
         for request_id, table in self._tables.items():
             assert len(set(table)) == len(table), f"{request_id} holds a page twice"
@@ -153,7 +155,7 @@ class PagePool:
 
 
 def _marked(root: bytes, what: bytes, value: str) -> bytes:
-    """Never a page's digest: no token's eight bytes are letters."""
+    """A marker that never equals a page's digest, because no token's eight bytes are letters."""
     return hashlib.blake2b(root + what + value.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

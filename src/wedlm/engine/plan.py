@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step is to do and what it did, as plain data: between the scheduler, the controller and any way to run it."""
+"""What a step is to do and what it did, as plain data between the scheduler, the controller and the executors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,10 +10,9 @@ from wedlm.engine.request import Request, TopLogprobs
 
 @dataclass(slots=True)  # made for each window of each step, and four times slower to make if frozen
 class ScheduledRequest:
-    """One request's share of a step: its decoding window, or a chunk of tokens to cache (``count`` of them from
-    ``start`` on); for a window both are upper bounds. ``pages`` covers slots 0 .. start + count - 1.
-    ``proposal``: drafts from the text for a window.
-    """
+    """One request's share of a step: its decoding window, or a chunk of ``count`` tokens to cache, from ``start`` on.
+    For a window both are upper bounds. ``pages`` covers slots 0 .. start + count - 1. ``proposal``: drafts from the
+    text for a window."""
 
     request: Request
     is_window: bool
@@ -23,7 +22,7 @@ class ScheduledRequest:
     proposal: Proposal | None = None
 
     def num_lookup_drafts(self) -> int:
-        """Drafts from the text that the step verified; to be asked before its tokens are appended."""
+        """How many drafts from the text the step verified. Ask before its tokens are appended."""
         if self.proposal is None or not self.proposal.most:
             return 0
         text = self.request.output.tokens
@@ -32,9 +31,9 @@ class ScheduledRequest:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one forward does, windows first. ``preempted`` requests have lost their pages; their windows must be saved
-    before anything runs. ``row_budget`` and ``max_drafts``: the most rows that this step leaves to a window of auto
-    decoding, and the most drafts among them."""
+    """What one forward does, windows first. ``preempted`` requests have lost their pages; save their windows before
+    anything runs. ``row_budget`` and ``max_drafts``: the most rows, and the most drafts among them, for a window of
+    auto decoding in this step."""
 
     scheduled: list[ScheduledRequest]
     preempted: list[Request] = field(default_factory=list)

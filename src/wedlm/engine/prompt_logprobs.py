@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-probabilities of a prompt's own tokens by the AR head, a chunk at a time between the engine's steps.
 
-A chunk holds pages only while it runs. What it computed stays in the prefix cache, where the next chunk, and the
-request that goes on from the prompt, find it again.
+A chunk holds pages only while it runs. What it computed stays in the prefix cache, where the next chunk, and a request
+that continues the prompt, find it.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ _CHUNK = 256
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """By token of the prompt but the first, which nothing foretells: its log-probability in nats, its rank (1 is the
-    most probable) and the most probable ones with theirs."""
+    """For each token of the prompt except the first, which nothing predicts: its log-probability in nats, its rank (1
+    is the most probable), and the most probable tokens with theirs."""
 
     logprobs: list[float] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
@@ -30,8 +30,8 @@ class PromptLogprobs:
 
 
 class PromptScorer:
-    """Scores one prompt on ``engine``, in the engine's thread. ``num_top``: most probable tokens that are reported.
-    ``context``: as many tokens at its beginning are not scored; those that are not in the cache run at once."""
+    """Scores one prompt on ``engine``, in the engine's thread. ``num_top``: how many of the most probable tokens to
+    report. ``context``: this many tokens at the beginning are not scored; those that are not cached run at once."""
 
     def __init__(
         self,
@@ -43,18 +43,20 @@ class PromptScorer:
         *,
         context: int = 1,
     ) -> None:
-        """ValueError for a prompt that the engine could not run. ``adapter`` as in ``Engine.add``."""
+        """Raises ValueError for a prompt that the engine could not run. ``adapter`` is as in ``Engine.add``."""
         config, pool = engine.config, engine.pool
         if config.block_length is not None:
             raise ValueError(
                 f"log-probabilities of a prompt are asked for and the model sees by blocks of {config.block_length}; "
-                "expected a causal model, whose rows foretell the token after them"
+                "expected a causal model, whose rows predict the token after them"
             )
         if not 0 < len(prompt) <= config.max_model_len or pool.pages_for(len(prompt)) > pool.num_pages:
             most = min(config.max_model_len, pool.num_pages * pool.page_size)
             raise ValueError(f"the prompt has {len(prompt)} tokens; expected 1 to {most}")
         if any(not 0 <= token < config.vocab_size for token in prompt):
-            raise ValueError(f"the prompt has an id that is no token; expected ids from 0 to {config.vocab_size - 1}")
+            raise ValueError(
+                f"the prompt has an id that is not a token; expected ids from 0 to {config.vocab_size - 1}"
+            )
         self._prompt, self._num_top, self._salt, self._context = list(prompt), num_top, salt, context
         self._adapter = None if adapter is None else engine.adapters.get(adapter)
         self.result = PromptLogprobs()
@@ -65,7 +67,7 @@ class PromptScorer:
 
     @torch.inference_mode()
     def advance(self, engine: Engine) -> bool:
-        """Score another chunk. False if there are no pages for it now, as there are once nothing else runs.
+        """Score another chunk. Returns False if there are no pages for it now; there are once nothing else runs. Raises
         UnknownAdapter if its adapter is gone."""
         adapter = self._adapter
         if adapter is not None and not engine.adapters.holds(adapter):
@@ -84,7 +86,7 @@ class PromptScorer:
         return True
 
     def _forward(self, engine: Engine, pages: list[int], cached: int, known: int, end: int) -> None:
-        """Rows of the tokens from ``cached`` to ``end``; those from ``known`` on foretell the next one's."""
+        """The rows of the tokens from ``cached`` to ``end``; those from ``known`` on predict the next token."""
         eager, cache = engine.runner.eager, engine.runner.cache
         device = cache.keys.device
         batch = ExtendBatch(starts=[cached], counts=[end - cached], pages=[pages], visibility=None)

@@ -17,7 +17,7 @@ def random_model(
     quantization: Quantization | None = None,
     quantize_head: bool = False,
 ) -> Transformer | NativeTransformer:
-    """Random weights, made on the device, as an engine runs them; always the same ones."""
+    """Make random weights on the device, in the form that an engine runs; they are always the same."""
     with torch.device("meta"):
         model = Transformer(config)
     model = model.to(dtype).to_empty(device=device)

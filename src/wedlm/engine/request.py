@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request: what was asked for, which never changes, and four records of its course, each written by one owner."""
+"""A request: what the caller asked for, which never changes, and four records of its progress, each with one writer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,8 +33,8 @@ class WindowSnapshot:
 
     @classmethod
     def initial(cls, prompt: list[int], params: DecodeParams) -> "WindowSnapshot":
-        """All masked after the prompt; an anchor, the prompt's last token, is in column 0, and a block begins with what
-        the prompt has of it."""
+        """The window after the prompt, all masked, except that an anchor, the prompt's last token, is in column 0, and
+        a block begins with what the prompt has of it."""
         cached = params.num_before_window(len(prompt))
         width, known = params.width(0, params.max_positions - cached), prompt[cached:]
         return cls(cached, (*known, *(None,) * (width - len(known))), (0.0,) * width)
@@ -56,7 +56,7 @@ class RequestOutput:
 @dataclass(slots=True)
 class RequestCounters:
     """Forwards, rows and drafts after the prompt's, and times in seconds of the engine's clock. Drafts from the text
-    (``lookup``) count among all. Written by the engine alone."""
+    (``lookup``) are included in all drafts. Written by the engine alone."""
 
     arrival_time: float
     num_forwards: int = 0
@@ -86,10 +86,10 @@ class RequestProgress:
 
 @dataclass(slots=True)
 class RequestLimits:
-    """What the load leaves to a request, and what its text proposes. Written by the controller alone.
+    """What the load allows a request, and what its text proposes. Written by the controller alone.
 
-    ``max_rows`` of its next window step, with its own drafts; ``longest_draft``: how many of those there could be, by
-    what the last one left it; ``proposal``: drafts from the text to take in their place, found by ``lookup``.
+    ``max_rows``: of its next window step, with its own drafts. ``longest_draft``: how many of those are possible, given
+    what the last step left it. ``proposal``: drafts from the text to use in their place, found by ``lookup``.
     """
 
     max_rows: int
@@ -100,8 +100,8 @@ class RequestLimits:
 
 @dataclass(frozen=True, slots=True)
 class PlacedTokens:
-    """Tokens of a text with a suffix, by slot: each is a number that says how far from its slot it stands, too, so that
-    no page of them is taken for one of a text without a gap, or with another one."""
+    """Tokens of a text with a suffix, by slot. Each number also encodes how far the token stands from its slot, so that
+    no page is mistaken for one of a text without a gap, or with another gap."""
 
     tokens: list[int]
     decode: DecodeParams
@@ -114,16 +114,19 @@ class PlacedTokens:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One request from arrival to finish. ``prompt_token_ids``: all that was known, a suffix last. ``order``: its place
-    in the line of all requests, the smallest first; unique (``Engine.add``). ``streamed``: the caller reads the tokens
-    as they come. ``watched``: the caller looks at the window after each step. ``adapter``: None: the model as it is."""
+    """One request from arrival to finish.
+
+    ``prompt_token_ids``: all known tokens, a suffix last. ``order``: its place in the line of all requests, smallest
+    first; unique (``Engine.add``). ``streamed``: the caller reads the tokens as they come. ``watched``: the caller
+    looks at the window after each step. ``adapter``: None means the model without an adapter.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     decode: DecodeParams
     max_tokens: int
-    order: tuple[int, int]
+    order: tuple[int, int, int]
     streamed: bool
     watched: bool
     output: RequestOutput
@@ -134,7 +137,7 @@ class Request:
 
     @property
     def adapter_slot(self) -> int:
-        """Where the model has the adapter's factors; 0 for none."""
+        """The slot of the adapter's factors in the model; 0 for none."""
         return slot_of(self.adapter)
 
     @property
@@ -144,12 +147,12 @@ class Request:
 
     @property
     def placed_tokens(self) -> "Sequence[int] | PlacedTokens":
-        """The tokens by slot, as the prefix cache tells them apart."""
+        """The tokens by slot, as the prefix cache distinguishes them."""
         return PlacedTokens(self.output.tokens, self.decode) if self.decode.suffix_length else self.output.tokens
 
     @property
     def next_position(self) -> int:
-        """That of the next token to be emitted."""
+        """The position of the next token to be emitted."""
         return len(self.output.tokens) - self.decode.suffix_length
 
     @property
@@ -167,19 +170,21 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class RequestStats(ByName):
-    """Figures of one request. ``tokens_per_forward`` and ``p_cache`` (tokens per row run) always go together:
-    many rows may buy few tokens. Forwards, rows and drafts are those after the prompt's; drafts from the text
-    (``lookup``) count among all. Times in seconds: ``queue_s`` from the arrival to the first step, ``elapsed_s`` to
-    the end.
+    """Figures of one request.
+
+    ``tokens_per_forward`` and ``p_cache`` (tokens per row run) belong together, because many rows may buy few tokens.
+    Forwards, rows and drafts exclude the prompt's; drafts from the text (``lookup``) are included in all drafts. Times
+    are in seconds: ``queue_s`` from the arrival to the first step, ``elapsed_s`` to the end.
 
     The two speeds under the original's names are lower bounds, because a step may hold prompts and windows: prompt
-    tokens until the first token, and all tokens until the end, by the time since the request came."""
+    tokens over the time to the first token, and all tokens over the time to the end, both counted from the arrival.
+    """
 
     also: ClassVar = {
         "prefill_tokens": lambda stats: stats.num_prompt_tokens,
         "decode_tokens": lambda stats: stats.num_tokens,
         "decode_forwards": lambda stats: stats.num_forwards,
-        "prefill_speed": lambda stats: _ratio(stats.num_prompt_tokens, stats.time_to_first_token_s),
+        "prefill_speed": lambda stats: ratio(stats.num_prompt_tokens, stats.time_to_first_token_s),
         "decode_speed": lambda stats: stats.tokens_per_second,
     }
 
@@ -220,15 +225,16 @@ class RequestStats(ByName):
             num_lookup_drafted=counters.num_lookup_drafted,
             num_lookup_accepted=counters.num_lookup_accepted,
             num_preemptions=progress.num_preemptions,
-            tokens_per_forward=_ratio(tokens, counters.num_forwards),
-            p_cache=_ratio(tokens, counters.num_rows),
+            tokens_per_forward=ratio(tokens, counters.num_forwards),
+            p_cache=ratio(tokens, counters.num_rows),
             queue_s=started - counters.arrival_time,
             time_to_first_token_s=first - counters.arrival_time,
             elapsed_s=elapsed,
-            tokens_per_second=_ratio(tokens, elapsed),
+            tokens_per_second=ratio(tokens, elapsed),
             decoding=request.decode.decoding,
         )
 
 
-def _ratio(value: float, unit: float) -> float:
+def ratio(value: float, unit: float) -> float:
+    """``value`` for each ``unit``; 0 where there is none."""
     return value / unit if unit > 0 else 0.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an asyncio loop holds of sequences that an engine's thread runs for it."""
+"""What an asyncio loop sees of sequences that an engine's thread runs for it."""
 
 import asyncio
 from collections import deque
@@ -15,14 +15,14 @@ class EngineFault(RuntimeError):
 
 
 class EngineStopped(RuntimeError):
-    """The engine takes no requests, and finishes none, any more."""
+    """The engine has stopped: it takes no requests and finishes none."""
 
 
 class RequestStream:
     """Sequences submitted together, as the loop sees them. Iterate for updates; ``abort`` at any time."""
 
     def __init__(self, request_ids: list[str], abort: Callable[[], None], closed: Callable[[int], None]) -> None:
-        """``abort`` asks the engine to end them; ``closed(count)`` is called when that many have ended."""
+        """``abort`` asks the engine to end the sequences; ``closed(count)`` is called when that many have ended."""
         self.request_ids = request_ids
         self.num_open = len(request_ids)
         self._abort, self._closed = abort, closed
@@ -34,7 +34,7 @@ class RequestStream:
     async def accepted(self) -> None:
         """Wait until the engine has taken all sequences.
 
-        ValueError, EngineFault, EngineStopped or TimeoutError (``expire``) if it did not.
+        Raises ValueError, EngineFault, EngineStopped or TimeoutError (``expire``) if it did not.
         """
         while self.num_open and not (self._accepted or self._failure):
             await self._wait()
@@ -42,7 +42,7 @@ class RequestStream:
             raise self._failure
 
     async def __aiter__(self) -> AsyncIterator[Updates]:
-        """All that arrived since the last time, in order, until every sequence has had its last piece.
+        """All updates since the last call, in order, until every sequence has had its last piece.
 
         Raises what ``accepted`` raises, after the updates that came before the failure.
         """
@@ -59,12 +59,12 @@ class RequestStream:
                 await self._wait()
 
     def abort(self) -> None:
-        """End what still runs, before the next step; no update of it follows."""
+        """End what still runs, before the next step; no update follows."""
         if self.num_open:
             self._abort()
 
     def expire(self) -> None:
-        """Abort, and let the reader get a TimeoutError."""
+        """Abort, and raise TimeoutError in the reader."""
         if self.num_open:
             self._abort()
             self.fail(TimeoutError())
@@ -74,7 +74,7 @@ class RequestStream:
         await self._wake.wait()
 
     def accept(self) -> None:
-        """The engine has taken all sequences. This and what follows is for the engine to call, in the loop."""
+        """The engine has taken all sequences. The engine calls this and the methods below, in the loop."""
         self._accepted = True
         self._wake.set()
 
@@ -88,13 +88,13 @@ class RequestStream:
         self._wake.set()
 
     def fail(self, error: Exception) -> None:
-        """All that is open ends with ``error``."""
+        """End everything that is open with ``error``."""
         self._failure = error
         self._close(self.num_open)
         self._wake.set()
 
     def end(self) -> None:
-        """All that is open was aborted."""
+        """Everything that was open has been aborted."""
         self._close(self.num_open)
         self._wake.set()
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that need torch, the model or the machine: from what a user wrote, or left open, to values.
+"""Resolve options that need torch, the model or the machine: from what a user gave, or left open, to values.
 
-All raise ValueError naming the option."""
+All functions raise ValueError naming the option.
+"""
 
 import os
 import warnings
@@ -14,7 +15,7 @@ from wedlm.model.init_checkpoint import choose_mask_token_id
 
 
 def read_device(name: str) -> torch.device:
-    """ "auto" takes CUDA where there is one."""
+    """The device; "auto" takes CUDA if there is a GPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -36,7 +37,7 @@ def read_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def read_length(asked: int | None, config: ModelConfig) -> int:
-    """Positions of a sequence."""
+    """The largest number of positions of a sequence."""
     longest = config.max_length
     if asked is None:
         return longest
@@ -48,8 +49,8 @@ def read_length(asked: int | None, config: ModelConfig) -> int:
 
 
 def read_mask_token_id(asked: int | None, config: ModelConfig, tokenizer: Tokenizer) -> int:
-    """The one asked for, the config's, or what ``wedlm init`` would choose. Where that finds none, because text needs
-    every id, it is the last one, which is then never generated, and a warning says so."""
+    """The requested mask token, the config's, or the one that ``wedlm init`` would choose. If that finds none, because
+    text needs every id, it takes the last id, which is then never generated, and warns."""
     if asked is not None:
         if isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked < config.vocab_size:
             raise ValueError(f"mask_token_id is {asked!r}; expected an id from 0 to {config.vocab_size - 1}")
@@ -82,8 +83,8 @@ def read_block_length(asked: int | None, config: ModelConfig) -> int | None:
 
 
 def default_cache_bytes(device: torch.device, wanted: int, utilization: float, num_sharing: int = 1) -> int:
-    """On CUDA what ``utilization`` of the memory leaves; elsewhere ``wanted``, at most a quarter of the memory. The
-    memory is divided by ``num_sharing``."""
+    """On CUDA what ``utilization`` of the memory leaves; elsewhere ``wanted``, but at most a quarter of the memory.
+    ``num_sharing`` engines divide the memory."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return int(max(0, free - (1 - utilization) * total)) // num_sharing
@@ -91,7 +92,7 @@ def default_cache_bytes(device: torch.device, wanted: int, utilization: float, n
 
 
 def check_cache_bytes(device: torch.device, asked: int) -> None:
-    """ValueError for a cache that the memory cannot hold."""
+    """Raises ValueError for a cache that the memory cannot hold."""
     memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _memory_bytes()
     if asked > memory:
         raise ValueError(f"kv_cache_bytes is {asked}; expected at most {memory}, the memory of {device}")

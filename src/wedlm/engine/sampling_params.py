@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user may ask of one request, checked where it is made."""
+"""What a user may ask of one request, checked on construction."""
 
 import json
 import math
@@ -29,42 +29,53 @@ _LARGEST = 1e30  # what is multiplied with or divided by must stay finite in flo
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Options of one request; every value is checked on construction (ValueError naming field, value, expectation).
-    The first eight, in this order, may be given by position, as in the original implementation.
+    """The options of one request. Every value is checked on construction (ValueError naming field, value and
+    expectation). The first eight, in this order, may be given by position, as in the original implementation.
 
-    temperature: 0 takes the most probable token; otherwise sampled after min_p, top_k, then top_p, then temperature.
-    top_k: keep the k most probable tokens; 0 or -1 keeps all. top_p: keep the smallest set with this probability mass.
-    min_p: drop tokens whose probability is less than this share of the most probable one's.
-    max_tokens: cut of the output; the model's length cuts too. min_tokens: no end before this many tokens.
-    stop: strings that end the text; they are removed from it, save with include_stop_str_in_output.
-    stop_token_ids: end tokens besides the checkpoint's own. ignore_eos: go on after the checkpoint's end tokens.
-    seed: same seed, same text; None draws one.
-    logprobs: report the log-probability of each token and of this many most probable ones (0 to 20), always of the
-    model's own distribution, before any of the following. repetition_penalty: the logit of a token that prompt or
-    output have is divided by it where positive, and multiplied elsewhere. logit_bias: token id -> number from -100 to
-    100, added to its logit. presence_penalty, frequency_penalty: subtracted from the logit of a token that the output
-    has, and once for each time that it has it. json_schema: a JSON schema as a dict or as text; the output is JSON that
-    it admits. grammar: a context-free grammar that the output keeps to, in llguidance's Lark syntax or as EBNF with
-    ::= (GBNF, whose first rule is root). Both need the serve extra.
-    cache_salt: keys are shared through the prefix cache only with requests of the same one.
-    decoding: "auto", "streaming", "verified", "block" or "autoregressive"; None is the engine's default.
-    wedlm_window_size: W of streaming and block decoding, most rows a step of verified and auto; None is the engine's.
-    wedlm_entropy_threshold: τ in nats; None fills one position a step. wedlm_pos_penalty_factor: λ, nats per position.
-    wedlm_next_token: "masked" or "causal"; None is the checkpoint's. Streaming only: what decides the leftmost masked
-    position. "masked": its own row, once it is sure enough (the paper's rule); "causal": in each step the row of the
-    token before it, as in AR decoding, so that each forward gives at least one token. A gap is always filled "masked".
-    remasking_strategy: which positions block decoding fills: "entropy" (by τ and λ), or by the probability of their
-    tokens, "low_confidence_static" (the highest) or "low_confidence_dynamic" (all above confidence_threshold, at least
-    as many as the former); None is the model's. denoising_steps: most steps that these two take for a block; None is
-    one a position.
-    wedlm_draft_entropy: verified decoding drafts up to the first masked row whose entropy reaches this (nats).
-    wedlm_lookup_drafts: most drafts a step that come from prompt and output, where these go on as they did before: in
-    verified decoding in place of masked rows' whenever there are some, in auto if they pay; 0: none. None is the
-    engine's: as many as the window has rows for in auto, and in verified decoding none, unless the model has no masked
-    rows. Never above 63.
-    suffix_token_ids: known tokens after the answer, which fills the gap of max_tokens positions between the prompt and
-    them, or a part of it that an end token closes (docs/infilling.md). By streaming or block decoding; where decoding
-    is None and the engine's default is another, by streaming.
+    * ``temperature``: 0 takes the most probable token. Otherwise tokens are sampled after min_p, top_k, then top_p,
+      then temperature.
+    * ``top_p``: keep the smallest set of tokens with this probability mass.
+    * ``top_k``: keep the k most probable tokens; 0 or -1 keeps all.
+    * ``max_tokens``: the largest number of tokens of the answer; the model's length limits it, too.
+    * ``stop_token_ids``: end tokens in addition to the checkpoint's own.
+    * ``stop``: strings that end the text. They are removed from it, unless ``include_stop_str_in_output`` is set.
+    * ``wedlm_entropy_threshold``: τ in nats; None fills one position per step.
+    * ``wedlm_pos_penalty_factor``: λ, nats per position.
+    * ``min_p``: drop tokens whose probability is less than this share of the most probable one's.
+    * ``min_tokens``: the answer does not end before this many tokens.
+    * ``ignore_eos``: continue after the checkpoint's end tokens.
+    * ``seed``: the same seed gives the same text; None draws one.
+    * ``logprobs``: report the log-probability of each token and of this many most probable ones (0 to 20). They are
+      always those of the model's own distribution, before biases, penalties and grammars.
+    * ``logit_bias``: token id -> number from -100 to 100, which is added to its logit.
+    * ``presence_penalty``, ``frequency_penalty``: subtracted from the logit of a token that the output contains, the
+      second once for each time.
+    * ``repetition_penalty``: if prompt or output contain a token, its logit is divided by this where positive, and
+      multiplied by it elsewhere.
+    * ``json_schema``: a JSON schema as a dict or as text; the output is JSON that it admits. Needs the serve extra.
+    * ``grammar``: a context-free grammar that the output follows, in llguidance's Lark syntax or as EBNF with ::=
+      (GBNF, whose first rule is root). Needs the serve extra.
+    * ``cache_salt``: share keys through the prefix cache only with requests that have the same salt.
+    * ``priority``: with the engine option ``scheduling_policy="priority"``, requests with a lower number run first.
+    * ``decoding``: "auto", "streaming", "verified", "block" or "autoregressive"; None takes the engine's default.
+    * ``wedlm_window_size``: W of streaming and block decoding, or the most rows per step of verified and auto; None
+      takes the engine's.
+    * ``wedlm_next_token``: what decides the leftmost masked position in streaming. "masked" takes its own row, once
+      that is sure enough (the paper's rule). "causal" takes, in each step, the row of the token before it, as in AR
+      decoding, so that each forward gives at least one token. None takes the checkpoint's. A gap is always filled by
+      "masked".
+    * ``remasking_strategy``: which positions block decoding fills. "entropy" goes by τ and λ. "low_confidence_static"
+      fills the positions whose tokens are most probable, and "low_confidence_dynamic" all whose probability is above
+      ``confidence_threshold``, but at least as many as the former. None takes the model's.
+    * ``denoising_steps``: the most steps that these two take for a block; None means one per position.
+    * ``wedlm_draft_entropy``: verified decoding drafts up to the first masked row whose entropy reaches this (nats).
+    * ``wedlm_lookup_drafts``: the most drafts per step, never above 63, that come from prompt and output, where these
+      continue as they did before. Verified decoding uses them in place of masked rows' drafts whenever it finds some,
+      auto if they pay off; 0 turns them off. None takes the engine's default: as many as the window has rows for in
+      auto, and none in verified decoding, unless the model has no masked rows.
+    * ``suffix_token_ids``: known tokens after the answer. The answer fills the gap of ``max_tokens`` positions between
+      the prompt and them, or the part of it that an end token closes (docs/infilling.md), by streaming or block
+      decoding. If ``decoding`` is None and the engine's default is another mode, streaming fills it.
     """
 
     temperature: float = DecodeParams.temperature
@@ -89,6 +100,7 @@ class SamplingParams:
     json_schema: str | dict | None = None
     grammar: str | None = None
     cache_salt: str = ""
+    priority: int = 0
     decoding: Decoding | None = None
     wedlm_window_size: int | None = None
     wedlm_next_token: NextToken | None = None
@@ -117,6 +129,7 @@ class SamplingParams:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected True or False")
         if not isinstance(self.cache_salt, str) or len(self.cache_salt) > _MAX_SALT:
             raise ValueError(f"cache_salt is {self.cache_salt!r:.80}; expected at most {_MAX_SALT} characters")
+        self._set("priority", _integer("priority", self.priority, low=-(2**31)))
         if self.seed is not None:
             self._set("seed", _integer("seed", self.seed, low=-(2**63), high=2**63 - 1))
         if self.logprobs is not None:
@@ -131,7 +144,7 @@ class SamplingParams:
         if self.grammar is not None and len(self.grammar) > MAX_GRAMMAR_CHARACTERS:
             raise ValueError(f"grammar has {len(self.grammar)} characters; expected at most {MAX_GRAMMAR_CHARACTERS}")
         if self.grammar is not None and self.json_schema is not None:
-            raise ValueError("grammar is set beside json_schema; expected one of them")
+            raise ValueError("grammar is set and so is json_schema; expected one of them")
         if self.decoding is not None and self.decoding not in DECODINGS:
             raise ValueError(f"decoding is {self.decoding!r}; expected one of {', '.join(DECODINGS)}")
         if self.remasking_strategy is not None and self.remasking_strategy not in REMASKINGS:
@@ -162,12 +175,12 @@ class SamplingParams:
             )
 
     def decoding_of(self, default: Decoding) -> Decoding:
-        """The mode, where ``default`` is the engine's."""
+        """The decoding mode, given the engine's ``default``."""
         decoding = self.decoding or default
         return "streaming" if self.suffix_token_ids and decoding not in GAP_DECODINGS else decoding
 
     def _set(self, name: str, value: object) -> None:
-        """Store the checked value: a plain Python number or tuple, whatever kind the user gave."""
+        """Store the checked value as a plain Python number or tuple, whatever type the user gave."""
         object.__setattr__(self, name, value)
 
 
@@ -218,7 +231,8 @@ def _biases(name: str, value: object) -> dict[int, float] | None:
 
 
 def _schema(name: str, value: object) -> str | None:
-    """The schema as JSON text, its keys in the order given: output has properties in that order."""
+    """The schema as JSON text, with its keys in the order given, because the output has its properties in
+    that order."""
     if value is None:
         return None
     try:
@@ -239,7 +253,7 @@ def _schema(name: str, value: object) -> str | None:
 
 
 def depth_within(value: object, limit: int) -> bool:
-    """Whether what JSON holds is nested at most ``limit`` deep."""
+    """Whether a JSON value is nested at most ``limit`` deep."""
     if not isinstance(value, dict | list):
         return True
     return limit > 0 and all(depth_within(v, limit - 1) for v in (value.values() if isinstance(value, dict) else value))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which requests run in the next step, and with which pages. A function of the queues and of the budgets given to it:
-it knows no tensors, waits for nothing and calls nothing back."""
+"""Decides which requests run in the next step, and with which pages. It is a function of the queues and of the budgets
+it gets: it knows no tensors, never waits and calls nothing back."""
 
 from bisect import insort
 from collections import deque
@@ -18,11 +18,11 @@ Unread = Mapping[str, ScheduledRequest]  # what a launched step, not read yet, d
 
 
 class Scheduler:
-    """First come, first served, by the requests' ``order``, with one token budget a step for windows and prompt chunks
-    alike.
+    """Schedules first come, first served, by the requests' ``order``, with one token budget per step for windows and
+    prompt chunks alike.
 
-    Preemption takes the last in that order; since ``check`` refuses a request that could not run alone, the first one
-    always makes progress. A request that waits, and comes before one that runs, takes its place.
+    Preemption takes the last request in that order. Since ``check`` refuses a request that could not run alone, the
+    first one always makes progress. A waiting request takes the place of a running one that is behind it.
     """
 
     def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -33,7 +33,7 @@ class Scheduler:
         self._step = 0
 
     def check(self, request: Request) -> None:
-        """ValueError if the request could never run, even alone."""
+        """Raises ValueError if the request could never run, even alone."""
         rows = min(request.decode.max_rows, request.decode.max_positions)
         if rows > self.max_num_batched_tokens:
             raise ValueError(
@@ -49,7 +49,7 @@ class Scheduler:
             )
 
     def add(self, request: Request) -> None:
-        """Queue a request that ``check`` has passed. Its first window has no more rows than its limits leave."""
+        """Queue a request that ``check`` accepted. Its first window has no more rows than its limits allow."""
         decode, most = request.decode, request.limits.max_rows
         if most < decode.row_budget:
             first = replace(decode, window_size=most)
@@ -57,12 +57,12 @@ class Scheduler:
         self._queue(request)
 
     def decoding(self) -> list[Request]:
-        """Whose windows the next step may run: those that run, and who could be let in."""
+        """The requests whose windows the next step may run: those that run, and those that could be let in."""
         places = max(1, self.max_num_seqs - len(self.running))
         return [*self.running, *islice(self.waiting, places)]
 
     def rows_beside_prompts(self, unread: Unread) -> int | None:
-        """Rows of the windows that share the next step with prompts. None if there are no prompts, or if none of these
+        """The rows of windows that share the next step with prompts. None if there are no prompts, or if none of these
         windows is streamed."""
         windows = [r for r in self.running if _start(r, unread.get(r.request_id)) >= r.progress.window.cached]
         if not any(request.streamed for request in windows):
@@ -72,10 +72,10 @@ class Scheduler:
         return sum(_max_rows(request) for request in windows)
 
     def schedule(self, prefill_rows: int | None = None, unread: Unread | None = None) -> StepPlan | None:
-        """Plan the step after the one that does ``unread``; pages are reserved for whatever that may commit.
+        """Plan the step after ``unread``, and reserve pages for everything that it may commit.
 
-        ``prefill_rows``: most rows of prompt chunks; None: no limit of their own. The plan is empty if nothing can run.
-        None if ``unread`` is given and the step takes a preemption, which has to wait for the results.
+        ``prefill_rows``: the most rows of prompt chunks; None sets no separate limit. The plan is empty if nothing can
+        run. It is None if ``unread`` is given and the step needs a preemption, which has to wait for the results.
         """
         unread = unread or {}
         self._step += 1
@@ -123,7 +123,7 @@ class Scheduler:
         return StepPlan(sorted(planned.values(), key=attrgetter("is_window"), reverse=True), preempted)
 
     def _plan(self, request: Request, start: int, budget: int, chunk_budget: int) -> ScheduledRequest | None:
-        """The request's next chunk or window, if the budget holds it."""
+        """The request's next chunk or window, if the budget allows it."""
         missing = request.progress.window.cached - start
         is_window = missing <= 0
         count = _max_rows(request) if is_window else min(missing, budget, chunk_budget)
@@ -136,7 +136,7 @@ class Scheduler:
         return ScheduledRequest(request, is_window, count, self.pool.table(request.request_id), start, proposal)
 
     def _admit(self, request: Request, budget: int, chunk_budget: int) -> ScheduledRequest | None:
-        """Give the request a page table and plan its first chunk, if there is a place, and all tokens to cache and a
+        """Give the request a page table and plan its first chunk, if there is a place, and if all tokens to cache and a
         first window would fit now."""
         if budget <= 0 or len(self.running) >= self.max_num_seqs:
             return None
@@ -168,19 +168,20 @@ class Scheduler:
         return one
 
     def _release(self, request: Request) -> None:
-        """Take the pages back: a request that waits holds none."""
+        """Take the pages back, because a waiting request holds none."""
         self.pool.free(request.request_id)
         request.progress.num_cached = 0
 
     def _comes_before(self, request: Request, budget: int, chunk_budget: int) -> bool:
-        """Whether a request that was not admitted may take the place and the pages of one that runs. Not if it was for
-        want of budget: another step has some."""
+        """Whether a request that was not admitted may take the place and the pages of a running one. It may not if it
+        only lacked budget, since another step has some."""
         if budget < _max_rows(request) or chunk_budget < 1 or not self.running:
             return False
         return request.order < self._last.order
 
     def _preempt_last(self, planned: dict[str, ScheduledRequest], preempted: list[Request]) -> tuple[int, int]:
-        """Preempt one of those that run. How many rows its share of the plan had, and how many of prompt chunks."""
+        """Preempt one of the running requests. Returns how many rows its share of the plan had, and how many of them
+        were of prompt chunks."""
         victim = self._last
         self.preempt(victim)
         preempted.append(victim)
@@ -190,8 +191,8 @@ class Scheduler:
         return lost.count, 0 if lost.is_window else lost.count
 
     def preempt(self, request: Request) -> None:
-        """Drop the request's keys, keep everything else, and let it wait in its place. Whoever runs the plan must
-        save its window (``save_window``) before any other step runs."""
+        """Drop the request's keys, keep everything else, and let it wait in its place. Whoever runs the plan must save
+        its window (``save_window``) before any other step runs."""
         request.progress.num_preemptions += 1
         self._release(request)
         self.running.remove(request)
@@ -209,7 +210,7 @@ class Scheduler:
         return max(self.running, key=attrgetter("order"))
 
     def save_window(self, request: Request, window: WindowSnapshot) -> None:
-        """Keep the window of a preempted request, the only state besides tokens that must survive."""
+        """Keep the window of a preempted request, which is the only state besides tokens that must survive."""
         request.progress.window = window
 
     def update_cached(self, request: Request, num_cached: int) -> None:
@@ -241,13 +242,13 @@ def _max_rows(request: Request) -> int:
 
 
 def _start(request: Request, unread: ScheduledRequest | None) -> int:
-    """Upper bound of the tokens that have keys when ``unread``, the request's share of a step, is done."""
+    """Upper bound of the tokens that have keys once ``unread``, the request's share of a step, is done."""
     if unread is None:
         return request.progress.num_cached
     return (request.progress.num_cached if unread.is_window else unread.start) + unread.count
 
 
 def _ends(unread: ScheduledRequest) -> bool:
-    """Whether a step is sure to end the request: one with an anchor emits a token at least."""
+    """Whether a step is sure to end the request: one with an anchor emits at least one token."""
     request = unread.request
     return unread.is_window and request.decode.has_anchor and request.num_output_tokens + 1 >= request.max_tokens

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several strings looked for in a growing text at once, each character once: the automaton of Aho and Corasick."""
+"""Search for several strings in a growing text at once, reading each character once: the automaton of Aho and
+Corasick."""
 
 import functools
 from collections import deque
@@ -15,7 +16,7 @@ class StopStrings:
     """A state is the longest beginning of any of the strings that the text ends with; 0 is the empty one."""
 
     def __init__(self, strings: Sequence[str]) -> None:
-        """No string may be empty."""
+        """The strings must not be empty."""
         self._next: dict[tuple[int, str], int] = {}
         self._shorter = [0]  # the next longest beginning that the text then ends with, too
         self._complete = [0]  # length of the longest string that the text then ends with; 0: none
@@ -36,7 +37,7 @@ class StopStrings:
         self._link(children)
 
     def _link(self, children: list[list[str]]) -> None:
-        """Shorter beginnings are known before longer ones."""
+        """Link each beginning to shorter ones, which are known before longer ones."""
         queue = deque([(0, 0)])
         while queue:
             state, length = queue.popleft()
@@ -56,9 +57,9 @@ class StopStrings:
         return following or 0
 
     def complete(self, state: int) -> int:
-        """The length of the longest string that the text ends with; 0: with none."""
+        """The length of the longest string that the text ends with; 0 for none."""
         return self._complete[state]
 
     def begun(self, state: int) -> int:
-        """The length of the longest end of the text that may yet become a string with what follows."""
+        """The length of the longest end of the text that may still become a string with what follows."""
         return self._begun[state]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token ids to text while they arrive: whole characters only, and never past a stop string."""
+"""Turn token ids into text while they arrive: whole characters only, and never past a stop string."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -18,18 +18,18 @@ class EngineTokenizer(TokenDecoder, Protocol):
 
     @property
     def drops_first_space(self) -> bool:
-        """Whether ``decode`` leaves out the space that a text's first token begins with, as SentencePiece's does."""
+        """Whether ``decode`` drops the space that a text's first token begins with, as SentencePiece's does."""
 
     def special_token_id(self, text: str) -> int | None:
-        """The id of a special token, which ``decode`` leaves out, by its text."""
+        """The id of a special token, which ``decode`` leaves out, given its text."""
 
 
 class TextStream:
     """The text of one request, growing token by token.
 
     ``text`` holds whole characters; bytes of an unfinished one wait for the tokens that complete it. ``stable`` is how
-    much of ``text`` can no longer be taken back, i.e. may be streamed: a tail that might begin a stop string waits.
-    ``ends[i]`` is where the text ended after token i, before any stop string was cut off.
+    much of ``text`` is final and may be streamed; a tail that might begin a stop string waits. ``ends[i]`` is where the
+    text ended after token i, before any stop string was cut off.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class TextStream:
         *,
         keep_stop: bool = False,
     ) -> None:
-        """``before``: the tokens that the text follows, where their presence changes how its first one is spelled.
-        ``keep_stop``: a stop string that ends the text stays in it."""
+        """``before``: the preceding tokens, if they change how the first one is spelled. ``keep_stop``: keep a stop
+        string that ends the text."""
         self._keep_stop = keep_stop
         self._tokenizer = tokenizer
         self._stop = automaton_of(tuple(stop)) if stop else None
@@ -56,7 +56,7 @@ class TextStream:
         self.ends: list[int] = []
 
     def push(self, token: int, may_stop: bool = True) -> bool:
-        """Add a token. True if a stop string is complete: ``text`` then ends just before it, or with it."""
+        """Add a token. Returns True if a stop string is complete; ``text`` then ends just before it, or with it."""
         self._ids.append(token)
         before = len(self.text)
         whole = self._decode()
@@ -75,22 +75,22 @@ class TextStream:
 
     @property
     def stable(self) -> int:
-        """Length of the prefix of ``text`` that no stop string can take back."""
+        """The length of the prefix of ``text`` that no stop string can take back."""
         return len(self.text) - (0 if self._stop is None else self._stop.begun(self._state))
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)
 
     def _append(self, whole: str) -> None:
-        """Take over what is new in ``whole``, the text of ids[_context:]."""
+        """Append what is new in ``whole``, the text of ids[_context:]."""
         self.text += whole[self._known :]
         self._known = max(self._known, len(whole))
 
     def _read_on(self, start: int, may_stop: bool) -> bool:
-        """Look for stop strings that are complete behind ``start``. True if the text was cut at the first of them; at
-        the longest of several.
+        """Look for stop strings that are complete after ``start``. Returns True if the text was cut at the first of
+        them, and at the longest if there are several.
 
-        By its end, not its beginning: the text then does not depend on where tokens end.
+        "First" goes by their end, not their beginning, so that the text does not depend on where tokens end.
         """
         if self._stop is None:
             return False

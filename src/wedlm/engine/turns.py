@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose step it is, where several engines share a machine."""
+"""Turns of several engines that share a machine."""
 
 import threading
 from collections import deque
 
 
 class Turns:
-    """A lock that goes to the threads in the order in which they asked. ``threading.Lock`` could go back to the thread
-    that has just given it up, again and again."""
+    """A lock that goes to threads in the order in which they asked. ``threading.Lock`` could return to the thread that
+    has just released it, again and again."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()

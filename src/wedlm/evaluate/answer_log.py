@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers as they come, on disk: what a killed run had finished is not computed again."""
+"""Answers on disk as they come, so that a killed run does not compute them again."""
 
 import json
 import time
@@ -14,8 +14,8 @@ Answer = dict[str, Any]
 class AnswerLog:
     """Answers of one task in one run, by (document, index of the request in it). ``path`` None keeps them in memory.
 
-    ``origin``: what new answers are computed on; ``origins`` has those of all answers, in the order of their first.
-    An entry's ``seconds`` is the wall time since the entry before it, so that they add up over killed runs.
+    ``origin``: what new answers are computed on; ``origins`` has those of all answers, in the order in which they first
+    appear. An entry's ``seconds`` is the wall time since the entry before it, so that they add up over killed runs.
     """
 
     path: Path | None = None
@@ -37,14 +37,14 @@ class AnswerLog:
                     file.truncate(end)
 
     def start(self) -> None:
-        """Time counts from here for the next entry."""
+        """Start the time of the next entry."""
         self._last = time.perf_counter()
 
     def find(self, doc_id: int, index: int) -> Answer | None:
         return self.entries.get((doc_id, index))
 
     def add(self, doc_id: int, index: int, entry: Answer) -> None:
-        """Keep an answer; on disk when this returns."""
+        """Keep an answer; it is on disk when this returns."""
         now = time.perf_counter()
         lines: list[Answer] = [] if self._named_origin else [{"origin": self.origin}]
         self._named_origin = True
@@ -57,7 +57,7 @@ class AnswerLog:
                 file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def of_document(self, doc_id: int) -> list[Answer]:
-        """Answers of a document's requests, in their order."""
+        """The answers to a document's requests, in their order."""
         return [self.entries[doc_id, index] for index in sorted(self._documents.get(doc_id, []))]
 
     def discard(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lm-evaluation-harness's model interface with a memory: what computes answers is left to subclasses.
+"""lm-evaluation-harness's model interface with a memory; subclasses compute the answers.
 
 ``Backend`` is a loaded model that evaluations run on: our engine, replicas of it, or another engine.
 """
@@ -33,17 +33,17 @@ _GENERATION_OPTIONS = {
 
 
 class StopEvaluation(Exception):
-    """All answers are in the logs, and scores were not asked for: raised to leave the harness before it scores."""
+    """Raised to leave the harness before it scores: all answers are in the logs, and scores were not requested."""
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
     """How a model answers.
 
-    ``params``: decoding of generated answers; what a task's generation_kwargs say goes before it. ``chat``: prompts
-    come rendered by the chat template. ``log_of``: the log of a task; answers found there are not computed
-    again, and every new one is kept there; None: in memory. ``progress`` is called with a task and how many of its
-    answers there are. ``answers_only``: raise ``StopEvaluation`` instead of returning answers.
+    ``params``: decoding of generated answers; a task's generation_kwargs override it. ``chat``: prompts arrive rendered
+    by the chat template. ``log_of``: the log of a task; answers found there are not computed again, and every new one
+    is kept there; None keeps them in memory. ``progress`` is called with a task and the number of its answers so far.
+    ``answers_only``: raise ``StopEvaluation`` instead of returning answers.
     """
 
     params: SamplingParams
@@ -54,14 +54,14 @@ class GenerationSettings:
 
 
 class Backend(Protocol):
-    """A model, loaded, on some engine."""
+    """A loaded model on some engine."""
 
     @property
     def provenance(self) -> ModelProvenance: ...
 
     @property
     def max_length(self) -> int:
-        """Longest prompt and answer together, in tokens."""
+        """The longest prompt and answer together, in tokens."""
         ...
 
     @property
@@ -73,9 +73,9 @@ class Backend(Protocol):
 
 
 class CachingLM(TemplateLM):
-    """Answers from logs, and new ones by ``answer`` and ``score``, which subclasses have.
+    """Takes answers from logs, and new ones from ``answer`` and ``score`` of a subclass.
 
-    ``eos_token_id``: the model's; ``max_length``: longest prompt and answer together, in tokens.
+    ``eos_token_id``: the model's; ``max_length``: the longest prompt and answer together, in tokens.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class CachingLM(TemplateLM):
 
     @abstractmethod
     def answer(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Answer]]:
-        """Entries of generated answers, in any order."""
+        """Yield entries of generated answers, in any order."""
 
     @abstractmethod
     def score(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Answer]]:
-        """Entries of likelihoods, in any order."""
+        """Yield entries of likelihoods, in any order."""
 
     @property
     def tokenizer_name(self) -> str:
@@ -110,7 +110,7 @@ class CachingLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the BOS token, or an end token."""
+        """The token before a text without context: the BOS token, or an end token."""
         bos = self.tokenizer.special_tokens.get("bos_token")
         token = None if bos is None else self.tokenizer.token_id(bos)
         return self.eot_token_id if token is None else token
@@ -124,7 +124,7 @@ class CachingLM(TemplateLM):
         return self.tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts of the answers. All requests that no log knows are answered together."""
+        """The texts of the answers. Requests that are not in a log are answered together."""
         for request, entry in self.answer(self._start(requests)):
             self._keep(request, entry)
         return [entry["text"] for entry in self._all_known(requests)]
@@ -136,7 +136,7 @@ class CachingLM(TemplateLM):
         return [(entry["logprob"], entry["greedy"]) for entry in self._all_known(requests)]
 
     def prepare(self, request: Instance) -> tuple[list[int], SamplingParams, bool]:
-        """Prompt, parameters, and whether the prompt had to lose its beginning to leave room for the answer."""
+        """The prompt, the parameters, and whether the prompt had to lose its beginning to leave room for the answer."""
         context, options = request.args
         params = self._sampling_params(dict(options))
         ids = self.tok_encode(context, add_special_tokens=False if self.generation.chat else None)
@@ -171,7 +171,7 @@ class CachingLM(TemplateLM):
         return replace(self.generation.params, **changes)
 
     def pairs(self, requests: Sequence[Instance]) -> list[tuple[list[int], list[int]]]:
-        """Token ids of contexts and continuations, as the harness splits them; every text is encoded once."""
+        """Token ids of contexts and continuations, split as the harness does; every text is encoded once."""
         halves = []
         for context, continuation in (request.args for request in requests):
             kept = context.rstrip()  # spaces at a context's end belong to the continuation's first token
@@ -199,12 +199,12 @@ class CachingLM(TemplateLM):
         return found
 
     def _takes_special_tokens(self, text: str) -> bool:
-        """Not if it has its BOS already."""
+        """Whether to add special tokens to the text: not if it already has its BOS."""
         bos = self.tokenizer.special_tokens.get("bos_token")
         return not (bos and text.startswith(bos))
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-        raise NotImplementedError("loglikelihood does not come by here")
+        raise NotImplementedError("loglikelihood does not use this method")
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         raise NotImplementedError("no task asks for the likelihood of whole texts")
@@ -213,7 +213,7 @@ class CachingLM(TemplateLM):
         return self._log(request).find(*_place(request))
 
     def _all_known(self, requests: Sequence[Instance]) -> list[Answer]:
-        """Entries of requests that have all been answered. ``StopEvaluation`` if they are not to be scored."""
+        """Entries of requests that have all been answered. Raises ``StopEvaluation`` if they should not be scored."""
         if self.generation.answers_only:
             raise StopEvaluation
         entries = [self._entry(request) for request in requests]
@@ -224,7 +224,7 @@ class CachingLM(TemplateLM):
         return self._log_of(request.task_name or "")
 
     def _start(self, requests: Sequence[Instance]) -> list[Instance]:
-        """The requests that no log knows; time counts from here."""
+        """The requests that are not in a log; time counts from here."""
         for request in requests:
             self._log(request).start()
         self._totals = dict(Counter(request.task_name or "" for request in requests))
@@ -241,6 +241,6 @@ class CachingLM(TemplateLM):
 
 
 def _place(request: Instance) -> tuple[int, int]:
-    """Where a request stands in its task."""
+    """The place of a request in its task."""
     assert request.doc_id is not None
     return request.doc_id, request.idx

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Right or wrong: generated code. Answers become whole programs for the sandbox; to end without error is right."""
+"""Mark generated code as right or wrong. Answers become whole programs for the sandbox; a program that ends without an
+error is right."""
 
 import ast
 from collections.abc import Callable, Sequence
@@ -76,18 +77,18 @@ def mbpp_program(doc: Document, text: str) -> str:
 
 
 def mbpp_paper_program(doc: Document, text: str) -> str:
-    """The examples have their code in quotes before [DONE]."""
+    """The program of an answer in the paper's form, whose examples have their code in quotes before [DONE]."""
     code = text.partition("[DONE]")[0].strip()
     return mbpp_program(doc, code[1:-1] if len(code) > 1 and code[0] == code[-1] == "'" else code)
 
 
 def plus_program(doc: Document, text: str) -> str:
-    """The answer beside the reference solution, on all inputs.
+    """A program that compares the answer with the reference solution on all inputs.
 
-    Results compare as by Python's ==, and only where a float is wanted is a nearby number right. JSON has turned tuples
-    into lists: inputs get the types that the set's own assertions call the function with, or else the first form that
-    the reference accepts; those that it refuses in all forms are left out. Where the question compares
-    sets, order does not count. HumanEval/32 asks for some root of a polynomial: any is right.
+    Results compare by Python's ==; a nearby number is right only where a float is expected. JSON has turned tuples into
+    lists, so inputs get the types with which the set's own assertions call the function, or else the first form that
+    the reference accepts; inputs that it refuses in all forms are left out. Where the question compares sets, order
+    does not count. HumanEval/32 asks for some root of a polynomial, so any root is right.
     """
     entry = doc["entry_point"]
     if doc["task_id"].startswith("HumanEval/"):
@@ -119,7 +120,7 @@ assert ran
 
 
 def _input_kinds(doc: Document) -> str:
-    """Source of {(argument, depth): type} for what is not a list: what the set's own assertions write there."""
+    """Source of {(argument, depth): type} for everything that is not a list, as the set's own assertions write it."""
     found: dict[tuple[int, int], set[str]] = {}
 
     def look(node: ast.expr, place: int, depth: int) -> None:
@@ -140,13 +141,14 @@ def _input_kinds(doc: Document) -> str:
 
 
 def check_sandbox() -> None:
-    """ValueError if generated code cannot be run here: better known before the model answers than after."""
+    """Raises ValueError if generated code cannot run here, which is better known before the model answers
+    than after."""
     if not _passes("answer = 6 * 7\n", seconds=10):
         raise ValueError("generated code cannot be run here: a program of one assignment did not end in the sandbox")
 
 
 def _passes(program: str, seconds: float) -> float:
-    """1.0 or 0.0. ``seconds`` are of CPU time: on a busy machine they may take several times as long."""
+    """1.0 or 0.0. ``seconds`` are of CPU time, and may take several times as long on a busy machine."""
     from wedlm.evaluate.sandbox import Limits, SandboxUnavailable, run_program
 
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two runs, question by question: who got what right, whether chance explains it, whose texts differ."""
+"""Compare two runs question by question: who got what right, whether chance explains it, whose texts differ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from wedlm.evaluate.result_folder import Run, Sample, TaskResult, read_samples
 class Comparison:
     """Runs A and B on the questions that both answered.
 
-    ``both`` ... ``neither`` count questions. ``differing`` are the pairs (A, B) whose answers are not the same text,
-    ``num_other_prompts`` counts questions that were put in different words, ``num_unpaired`` those only one run has.
+    ``both`` ... ``neither`` count questions. ``differing`` are the pairs (A, B) with different texts,
+    ``num_other_prompts`` counts questions that were worded differently, and ``num_unpaired`` those that only one run
+    has.
     """
 
     both: int
@@ -30,7 +31,7 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """Accuracy of B less that of A."""
+        """The accuracy of B minus that of A."""
         return (self.only_b - self.only_a) / self.num_questions
 
     @property
@@ -47,12 +48,13 @@ class Comparison:
 
     @property
     def same_text(self) -> float:
-        """Share of questions whose two answers are the same text."""
+        """The share of questions whose two answers are the same text."""
         return 1 - len(self.differing) / self.num_questions
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Probability of a split at least this uneven if each question that one run alone got right were a fair coin's.
+    """The probability of a split at least this uneven if each question that only one run got right were a fair coin's
+    toss.
 
     Two-sided and exact; 1.0 without such questions.
     """
@@ -63,7 +65,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def compare_samples(a: Sequence[Sample], b: Sequence[Sample]) -> Comparison:
-    """Pair samples by ``doc_id``. ValueError if no question is in both."""
+    """Pair samples by ``doc_id``. Raises ValueError if no question is in both."""
     of_b = {sample.doc_id: sample for sample in b}
     pairs = [(sample, of_b[sample.doc_id]) for sample in a if sample.doc_id in of_b]
     if not pairs:
@@ -83,7 +85,8 @@ def compare_samples(a: Sequence[Sample], b: Sequence[Sample]) -> Comparison:
 
 
 def compare_runs(a: Run, b: Run) -> dict[str, Comparison]:
-    """By task, for the tasks of both. ValueError if there is none, or if one's version changed."""
+    """Compare the tasks that both runs have, by name. Raises ValueError if there is none, or if a task's version
+    changed."""
     shared = [name for name in a.tasks if name in b.tasks]
     if not shared:
         raise ValueError(
@@ -93,7 +96,7 @@ def compare_runs(a: Run, b: Run) -> dict[str, Comparison]:
 
 
 def compare_tasks(a: TaskResult, b: TaskResult) -> Comparison:
-    """Compare the samples of two results of one task. ValueError if they are not of one version and metric."""
+    """Compare the samples of two results of one task. Raises ValueError if versions or metrics differ."""
     if (a.version, a.metric) != (b.version, b.metric):
         raise ValueError(
             f"{a.name} is version {a.version:g} ({a.metric}) in A and version {b.version:g} ({b.metric}) in B; "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions from files in a local folder, in the forms that the task files use. Nothing is fetched here."""
+"""Read questions from files in a local folder, in the forms that the task files use. Nothing is fetched here."""
 
 import csv
 import gzip
@@ -22,9 +22,10 @@ _LETTERS = "ABCDEFGHIJ"
 
 
 class Documents(list[Document]):
-    """Questions of a task, as the harness reads a data set; ``shots`` are the examples to choose from.
+    """Questions of a task, in the form in which the harness reads a data set; ``shots`` are the examples to choose
+    from.
 
-    ``source``: name of the file that the examples come from.
+    ``source`` is the name of the file that the examples come from.
     """
 
     def __init__(self, rows: Sequence[Document], shots: Sequence[Document] = (), source: str = "") -> None:
@@ -48,10 +49,10 @@ def load(
     skip_shots: int = 0,
     **_: Any,
 ) -> dict[str, Documents]:
-    """The split "test" from the file named ``test``. Called by the harness with a task's metadata and dataset_kwargs.
+    """The split "test" from the file named ``test``. The harness calls this with a task's metadata and dataset_kwargs.
 
-    ``form`` names how rows are read. ``shots``: files of examples, of which the first that exists is taken, and the
-    rows of ``test`` if none does; of its examples those of ``shots_subject`` if one is named, and not the first
+    ``form`` names how rows are read. ``shots``: files of examples, of which the first that exists is used, or the rows
+    of ``test`` if none does. Of its examples those of ``shots_subject`` are taken, if one is named, without the first
     ``skip_shots``. Every document has the field ``chat``.
     """
     read = FORMS[form]
@@ -68,13 +69,13 @@ def load(
 
 
 def find_file(directory: Path, name: str) -> Path | None:
-    """The file of that name, whatever its kind, or None."""
+    """The file of that name, of whatever kind, or None."""
     paths = [directory / f"{name}{kind}" for kind in (".jsonl.gz", ".jsonl", ".csv")]
     return next((path for path in paths if path.is_file()), None)
 
 
 def read_rows(directory: Path, name: str) -> list[Document]:
-    """Rows of a data file (.jsonl.gz, .jsonl or .csv). ValueError if it is missing, empty or no such file."""
+    """Rows of a data file (.jsonl.gz, .jsonl or .csv). Raises ValueError if it is missing, empty or of another form."""
     path = find_file(directory, name)
     if path is None:
         raise ValueError(
@@ -89,11 +90,11 @@ def read_rows(directory: Path, name: str) -> list[Document]:
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read ({error}); expected one JSON object a line") from error
+        raise ValueError(f"{path} cannot be read ({error}); expected one JSON object per line") from error
     if not rows:
         raise ValueError(f"{path} has no rows; expected at least one")
     if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} has a row that is no JSON object; expected one a line, with names for its fields")
+        raise ValueError(f"{path} has a row that is not a JSON object; expected one per line, with named fields")
     return rows
 
 
@@ -104,7 +105,8 @@ def digest(documents: Sequence[Document]) -> str:
 
 
 def _question(row: Document) -> tuple[str, ...]:
-    """What a row asks, and where: MMLU has the same words with other choices, and the same question in two subjects."""
+    """What a row asks, and of which subject, because MMLU has the same words with other choices, and the same question
+    in two subjects."""
     text = next((row[name] for name in ("question", "problem", "text", "prompt", "query") if name in row), row)
     return str(text), *(str(row[name]) for name in ("subject", "choices") if name in row)
 
@@ -128,7 +130,8 @@ def _lettered(row: Document) -> Document:
 
 
 def _gpqa(row: Document) -> Document:
-    """The official CSV's columns, choices in an order that depends on the question alone; or a lettered row."""
+    """A row with the official CSV's columns, with choices in an order that depends only on the question; or a lettered
+    row."""
     if "Correct Answer" not in row:
         return _lettered(row)
     choices = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
@@ -138,7 +141,7 @@ def _gpqa(row: Document) -> Document:
 
 
 def _gpqa_explained(row: Document) -> Document:
-    """With what an example needs: the explanation of its answer."""
+    """A row with what an example needs: the explanation of its answer."""
     explanation = row.get("Explanation", row.get("explanation")) or ""
     return {**_gpqa(row), "explanation": explanation.strip()}
 
@@ -167,8 +170,8 @@ def shots_of(documents: Documents) -> list[Document]:
 
 
 class FirstOthers(ContextSampler):
-    """The first examples, the same for all questions so that their keys are shared: of the question's subject, if it
-    has one, and never the question itself."""
+    """The first examples, the same for all questions so that their keys are shared. They come from the question's
+    subject, if it has one, and never include the question itself."""
 
     def sample(self, n: int, eval_doc: Document | None = None, df: Any = None, **_: Any) -> list[Document]:
         subject = (eval_doc or {}).get("subject", "")
@@ -177,7 +180,7 @@ class FirstOthers(ContextSampler):
 
 
 class First(ContextSampler):
-    """The first examples, of whatever subject, and never the question itself."""
+    """The first examples, of any subject, but never the question itself."""
 
     def sample(self, n: int, eval_doc: Document | None = None, df: Any = None, **_: Any) -> list[Document]:
         return _first((doc for doc in self.df if doc != eval_doc), n, "")
@@ -186,5 +189,5 @@ class First(ContextSampler):
 def _first(examples: Iterable[Document], n: int, of: str) -> list[Document]:
     found = list(itertools.islice(examples, n))
     if len(found) < n:
-        raise ValueError(f"num_fewshot is {n}, but there are {len(found)} examples{of}; expected at most so many")
+        raise ValueError(f"num_fewshot is {n}, but there are {len(found)} examples{of}; expected at most that many")
     return found

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where verified answers part from AR's, and whether AR itself was undecided there.
+"""Where verified answers differ from AR's, and whether AR itself was undecided there.
 
 Verified decoding promises AR's text up to floating point: forwards of other shapes may order two equal logits
-otherwise.
+differently.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Divergence:
-    """An answer whose tokens differ from number ``token`` on. ``gap``: between AR's two best logits there, nats."""
+    """An answer whose tokens differ from number ``token`` on. ``gap`` is the distance of AR's two best logits there, in
+    nats."""
 
     doc_id: int
     token: int
@@ -25,7 +26,7 @@ class Divergence:
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """The index from which on two sequences differ, which may be the shorter one's length; None: they are equal."""
+    """The index from which on two sequences differ, which may be the shorter one's length; None if they are equal."""
     shorter = min(len(a), len(b))
     token = next((i for i in range(shorter) if a[i] != b[i]), shorter)
     return None if token == len(a) == len(b) else token
@@ -34,14 +35,16 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 def divergences(
     llm: "LLM", ar: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], chat: bool
 ) -> list[Divergence]:
-    """Answers of ``ar`` (lines of a samples file, temperature 0) that have other tokens in ``other``.
+    """Answers of ``ar`` (lines of a samples file, temperature 0) that have different tokens in ``other``.
 
-    ``llm``: the model that gave them. ``chat``: their prompts came through the chat template.
+    ``llm`` is the model that gave them. ``chat``: their prompts came through the chat template.
     """
     found = []
     for x, y in zip(ar, other, strict=True):
         if x["doc_id"] != y["doc_id"]:
-            raise ValueError(f"question {x['doc_id']} meets question {y['doc_id']}; expected the same questions")
+            raise ValueError(
+                f"question {x['doc_id']} is paired with question {y['doc_id']}; expected the same questions"
+            )
         token = first_difference(x["token_ids"], y["token_ids"])
         if token is None:
             continue

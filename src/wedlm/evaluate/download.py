@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public data sets from the hub, once, into the files that the tasks read. GPQA is not among them: its authors ask
-that the questions stay out of the open, so that users bring their own copy."""
+"""Fetch the public data sets from the hub, once, into the files that the tasks read. GPQA is not among them, because
+its authors ask everybody not to publish its questions, so users bring their own copy."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """A split of a data set on the hub, and how its rows become ours (None: they are left out)."""
+    """A split of a data set on the hub, and a function that turns its rows into ours (None: the row is left out)."""
 
     path: str
     config: str | None
@@ -40,7 +40,7 @@ def _hellaswag(row: Record) -> Record:
 
 
 def _without_marks(text: str) -> str:
-    """WikiHow's titles become sentences; its other marks in brackets go."""
+    """Remove WikiHow's marks in brackets; its titles become sentences."""
     text = text.strip().replace(" [title]", ". ")
     while "[" in text and "]" in text.partition("[")[2]:
         before, _, rest = text.partition("[")
@@ -98,7 +98,8 @@ _SHOTS_KEPT = 1000  # of a training split: only the first few rows are ever used
 
 
 def download_all(directory: Path, load: Callable[..., Iterable[Record]] | None = None) -> list[str]:
-    """Write every file that is not there yet; names of all. ``load`` is ``datasets.load_dataset``. ValueError."""
+    """Write every file that is missing, and return the names of all. ``load`` is ``datasets.load_dataset``. Raises
+    ValueError."""
     directory.mkdir(parents=True, exist_ok=True)
     names = []
     for name, source in SOURCES.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The number that an answer to an arithmetic question ends in, as a person reads it.
+"""Read the number that an answer to an arithmetic question ends in, as a person would.
 
 ``final_readings`` looks, in this order, at what follows "####", at the last box, at what follows the last "answer is",
 and at the last line with a number. A number may stand in LaTeX or Markdown, with money, units, separators of thousands,
@@ -14,7 +14,7 @@ from fractions import Fraction
 
 Readings = tuple[Fraction, ...]
 
-# Longer ones are no answers, and Python refuses to read numbers of thousands of digits.
+# Longer ones are not answers, and Python refuses to read numbers of thousands of digits.
 _MOST_DIGITS, _MOST_EXPONENT = 60, 100
 # A person does not look further, and a text made of marks must not cost the square of its length.
 _MOST_PLACES, _MOST_CHARACTERS = 100, 1000
@@ -97,11 +97,11 @@ def same_number(text: str, expected: str) -> bool:
 
 
 def final_readings(text: str) -> Readings:
-    """What the final number of ``text`` can mean: one value; two for percentages (25 and 1/4) and for "2 million"
-    (2,000,000 and 2), of which the first is the likelier; none where there is no number.
+    """What the final number of ``text`` can mean: usually one value; two for percentages (25 and 1/4) and for "2
+    million" (2,000,000 and 2), with the likelier one first; none if there is no number.
 
-    Of several "####" the first counts, since a base model may go on with questions of its own; one that begins a
-    heading (#### Step 1) does not. What stands before ``</think>`` is not the answer.
+    If there are several "####" the first counts, since a base model may continue with questions of its own; one that
+    begins a heading (#### Step 1) does not count. Text before ``</think>`` is not the answer.
     """
     text = text.rpartition("</think>")[2]
     marked = _after_mark(text)
@@ -150,7 +150,7 @@ def _begins_with_number(line: str) -> bool:
 
 
 def _after_words(text: str) -> Readings:
-    """After the last "the answer is": the number there, or the last of that sentence."""
+    """The number after the last "the answer is", or the last number of that sentence."""
     text = _SPACED.sub("\u2009", text)
     for words in list(_ANSWER.finditer(text))[: -_MOST_PLACES - 1 : -1]:
         rest = text[words.end() : words.end() + _MOST_CHARACTERS]
@@ -182,7 +182,7 @@ def _in_last_line(text: str) -> Readings:
 
 
 def _one(text: str) -> Readings:
-    """Of a text that is the answer: the first number after its last "=", or the first of all."""
+    """The number of a text that is the answer: the first one after its last "=", or the first of all."""
     text = re.sub(r"^([^\w-]*-)\s+(?=[$£€¥₹\d.])", r"\1", text)  # "- 5" is no item of a list here
     for part in reversed(_SPACED.sub("\u2009", text).split("=")):
         for _, readings in _numbers(part):
@@ -191,7 +191,7 @@ def _one(text: str) -> Readings:
 
 
 def _plain(text: str) -> str:
-    """LaTeX and Unicode's variety as plain ASCII writes it."""
+    """Write LaTeX and Unicode's variants in plain ASCII."""
     text = text.translate(_CHARACTERS)
     if not text.isascii():
         text = "".join(map(_ascii, text))
@@ -211,7 +211,7 @@ def _ascii(character: str) -> str:
 
 
 def _numbers(text: str) -> Iterator[tuple[int, Readings]]:
-    """(where it begins, what it can mean) of each number in plain text."""
+    """(where it begins, what it can mean) for each number in plain text."""
     position = 0
     while (match := _NUMBER.search(text, position)) is not None:
         position = match.end()
@@ -244,7 +244,8 @@ def _value(match: re.Match[str]) -> Readings:
 
 
 def _with_suffix(number: Fraction, match: re.Match[str]) -> Fraction | None:
-    """With the denominator, the second part or the power that follows; None where that makes it no number."""
+    """The number with the denominator, second part or power that follows; None if that makes it something other than a
+    number."""
     exponent = int(match["power"] or match["exponent"] or match["own_power"] or 0)
     if abs(exponent) > _MOST_EXPONENT or (match["minutes"] or "00") != "00":  # a time or a ratio
         return None

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The function that an answer in prose and code contains, as a person would copy it out.
+"""Extract the function from an answer in prose and code, as a person would copy it out.
 
-An answer is cut into fenced blocks (``fenced_blocks``); ``function_source`` takes the last that defines the function
-asked for, with the imports and helpers of the blocks before it, and leaves out what only shows the function at work:
-printed examples, assertions, ``if __name__ == "__main__"``. Python's own parser decides what is Python.
+An answer is cut into fenced blocks (``fenced_blocks``). ``function_source`` takes the last one that defines the
+requested function, with the imports and helpers of the blocks before it, and leaves out code that only shows the
+function at work: printed examples, assertions, ``if __name__ == "__main__"``. Python's own parser decides what is
+Python.
 """
 
 import ast
@@ -21,7 +22,7 @@ _CODE_LINE = re.compile(r"(?:async def|def|class|import|from|@\w|return\b|if |fo
 _START = re.compile(r"(?:async def|def|class|import|from|@\w|[A-Za-z_]\w* ?=[^=])")
 _SHOWS = {"print", "input", "__name__"}
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-# A longer answer is no function, and Python's parser is not made for a stranger's megabyte.
+# A longer answer is not a function, and Python's parser is not made for a stranger's megabyte.
 _MOST_CHARACTERS, _MOST_BLOCKS, _MOST_ENDS, _MOST_CUTS = 100_000, 100, 8, 50
 
 
@@ -34,10 +35,10 @@ class Block:
 
 
 def function_source(text: str, name: str | None, prompt: str = "") -> str:
-    """The source of the answer ``text`` that defines ``name``; of whatever it has if ``name`` is None or missing there.
+    """The source in the answer ``text`` that defines ``name``; all its code if ``name`` is None or missing there.
 
-    ``prompt``: the beginning of the function, where the model was asked to complete it; an answer may then be the body
-    alone. ``text`` may begin inside a block that the prompt opened.
+    ``prompt``: the beginning of the function, if the model was asked to complete it; an answer may then be only the
+    body. ``text`` may begin inside a block that the prompt opened.
     """
     text = _clean(text)
     before = prompt[: match.start()] if (match := _definition_in(prompt, name)) else ""
@@ -62,8 +63,8 @@ def function_source(text: str, name: str | None, prompt: str = "") -> str:
 def fenced_blocks(text: str) -> Iterator[Block]:
     """The blocks between fences of three or more ` or ~, indented or not; the last may lack its closing fence.
 
-    A fence with a word after it never closes. Where the code up to a closing fence is not Python, because the fence is
-    a docstring's, the block goes on to the next one.
+    A fence with a word after it never closes a block. If the code up to a closing fence is not Python, because the
+    fence is inside a docstring, the block continues to the next fence.
     """
     lines, at = text.split("\n"), 0
     while at < len(lines):
@@ -81,7 +82,7 @@ def fenced_blocks(text: str) -> Iterator[Block]:
 
 
 def called_name(tests: Sequence[str]) -> str | None:
-    """The function that assertions are about: the first one called in them that is not Python's own."""
+    """The function that assertions are about: the first one called in them that is not built in."""
     import builtins
 
     for test in tests:
@@ -98,7 +99,7 @@ def _clean(text: str) -> str:
 
 
 def _after_language(info: str) -> tuple[str, str]:
-    """(the block's language, code that stands on the fence's own line)."""
+    """(the block's language, code on the fence's own line)."""
     info = info.strip()
     python = _PYTHON.match(info)
     rest = info[python.end() :].strip() if python else info
@@ -145,7 +146,7 @@ def _before_first_closing(text: str, blocks: list[Block]) -> str:
 
 
 def _versions(code: str) -> list[str]:
-    """A block's code; of an interpreter's session what was typed."""
+    """A block's code, and if it is an interpreter's session, what was typed."""
     typed = [line[4:] for line in code.split("\n") if line.startswith((">>> ", "... "))]
     return [code, "\n".join(typed) + "\n"] if any(line.startswith(">>> ") for line in code.split("\n")) else [code]
 
@@ -164,7 +165,8 @@ def _parses(code: str) -> bool:
 
 
 def _defining(code: str, name: str | None) -> str | None:
-    """The code that defines ``name``, up to its first error, without what only shows it at work; None if none does."""
+    """The code that defines ``name``, up to its first error, without code that only shows it at work; None if there is
+    none."""
     if name is not None and _definition_in(code, name) is None and f"{name} =" not in code:
         return None
     code = textwrap.dedent(code)
@@ -197,7 +199,7 @@ def _before_error(code: str) -> str | None:
 
 
 def _kept(tree: ast.Module, name: str | None) -> list[ast.stmt]:
-    """The statements that make the function what it is."""
+    """The statements that the function needs."""
     kept = []
     for node in tree.body:
         bound = _bound(node)
@@ -213,7 +215,7 @@ def _kept(tree: ast.Module, name: str | None) -> list[ast.stmt]:
 
 
 def _lines_of(code: str, nodes: Sequence[ast.stmt]) -> str:
-    """The lines that statements stand on."""
+    """The lines of these statements."""
     lines = code.split("\n")
     numbers: set[int] = set()
     for node in nodes:
@@ -242,7 +244,7 @@ def _helpers(codes: list[str], name: str | None) -> list[str]:
 
 
 def _completed(prompt: str, code: str, name: str | None) -> str | None:
-    """The prompt with the body that ``code`` begins with: what follows the function at the margin is left out, but for
+    """The prompt with the body that ``code`` begins with. Code at the margin after the function is left out, except for
     further definitions."""
     for body in (code, textwrap.indent(textwrap.dedent(code), "    ")):
         source = prompt + body
@@ -263,7 +265,7 @@ def _completed(prompt: str, code: str, name: str | None) -> str | None:
 
 
 def _is_empty(node: ast.stmt) -> bool:
-    """Whether a function is its docstring alone, as the prompt's own is, or a mere "pass" or "..."."""
+    """Whether a function consists only of its docstring, as the prompt's own does, or of a mere "pass" or "..."."""
     return isinstance(node, _Definition) and all(
         isinstance(one, ast.Pass) or (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
         for one in node.body
@@ -277,7 +279,7 @@ def _definition_in(code: str, name: str | None) -> re.Match[str] | None:
 
 
 def _from_first_code_line(text: str, name: str | None) -> str:
-    """Prose around code without fences: from the imports and helpers that stand right before the function."""
+    """Cut prose around code without fences: start from the imports and helpers right before the function."""
     lines = text.split("\n")
     found = _definition_in(text, name)
     if found is None:

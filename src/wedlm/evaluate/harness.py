@@ -53,7 +53,7 @@ class EngineLM(CachingLM):
         self.llm, self.scorer = llm, LikelihoodScorer(llm)
 
     def answer(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Answer]]:
-        """All are given to the engine at once."""
+        """Give all requests to the engine at once."""
         prepared = [self.prepare(request) for request in requests]
         for request, output, truncated in self._generate(requests, prepared):
             assert output.stats is not None
@@ -72,7 +72,8 @@ class EngineLM(CachingLM):
     def _generate(
         self, requests: Sequence[Instance], prepared: Sequence[tuple[list[int], SamplingParams, bool]]
     ) -> Iterator[tuple[Instance, GenerationOutput, bool]]:
-        """Outputs in the requests' order. All run together: reading one stream steps the engine for all of them."""
+        """The outputs in the requests' order. All run together, because reading one stream steps the engine for all of
+        them."""
         streams = [self.llm.generate_stream(ids, params) for ids, params, _ in prepared]
         try:
             for request, stream, (_, _, truncated) in zip(requests, streams, prepared, strict=True):
@@ -105,7 +106,7 @@ class EngineLM(CachingLM):
         return [(scores[index].logprob, scores[index].greedy) for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Log-probability of whole texts, in windows of the model's length that predict each token once."""
+        """The log-probability of whole texts, in windows of the model's length that predict each token once."""
         totals = []
         for request in requests:
             windows = get_rolling_token_windows(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inside of the sandbox: builds a jail out of Linux namespaces, then runs one program in it.
+"""The inside of the sandbox: it builds a jail out of Linux namespaces, then runs one program in it.
 
-``sandbox.py`` starts this file as a script of its own (``python -I -S -B jail.py``): it imports the standard library
-alone. Standard input is one JSON object ``{source, token, report_fd, limits}``; ``report_fd`` gets the line ``ready``
+``sandbox.py`` starts this file as a separate script (``python -I -S -B jail.py``), so it only imports the standard
+library. Standard input is one JSON object ``{source, token, report_fd, limits}``. ``report_fd`` gets the line ``ready``
 when the program starts, then a JSON object: ``{"refused": why}`` or ``{"exit": code, "note": text, "cpu_seconds": s}``,
-with code < 0 for a signal and the token as note iff the program reached its end.
+with code < 0 for a signal, and with the token as note iff the program reached its end.
 
 Processes: this one (outside the new process namespace, waits) → init (process 1 inside; when it ends the kernel kills
 all others inside) → the program. Every restriction is in force before the program's process exists.
@@ -32,7 +32,7 @@ _ATTR_READ_ONLY, _ATTR_NOSUID, _ATTR_NODEV, _AT_RECURSIVE = 1, 2, 4, 0x8000
 _DETACH = 2
 _SET_DEATH_SIGNAL, _SET_SECCOMP, _SET_NO_NEW_PRIVILEGES = 1, 22, 38
 _NOBODY = 65534
-# Per jail one user id that nobody else has, so that its processes are counted apart. Above all real ids.
+# Each jail has a user id that no other has, so that its processes are counted separately. Above all real ids.
 _FIRST_UID = 2**30
 _SYSTEM_DIRECTORIES = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
@@ -59,7 +59,7 @@ _CALLS: dict[str, dict[str, Any]] = {
 
 
 class Refused(Exception):
-    """A protection is not to be had here; the program must not run."""
+    """This machine does not offer a protection, so the program must not run."""
 
 
 def _check(result: int, what: str) -> None:
@@ -74,7 +74,7 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
 
 
 def _harden(path: str, flags: int) -> None:
-    """Set attributes of the mount at ``path``; with ``_AT_RECURSIVE`` of those below it, too."""
+    """Set attributes of the mount at ``path``; with ``_AT_RECURSIVE`` also of those below it."""
     attributes = (flags & ~_AT_RECURSIVE) | _ATTR_NOSUID | _ATTR_NODEV
     wanted = struct.pack("QQQQ", attributes, 0, 0, 0)
     number = ctypes.c_long(_CALLS[platform.machine()]["mount_setattr"])
@@ -88,8 +88,8 @@ def _is_mapped(uid: int) -> bool:
 
 
 def _enter_namespaces() -> int:
-    """Leave the machine's namespaces. Root keeps its rights until ``_drop_rights``; others get them in a user namespace
-    of their own, where they are without effect outside. Returns the user id for the program."""
+    """Leave the machine's namespaces, and return the user id for the program. Root keeps its rights until
+    ``_drop_rights``; other users get rights in a new user namespace, where these have no effect outside."""
     uid = _FIRST_UID + os.getpid()
     flags = _NEW_FS | _NEW_PIDS | _NEW_NET | _NEW_IPC | _NEW_NAMES | _NEW_CGROUPS
     as_root = os.geteuid() == 0 and _is_mapped(uid)
@@ -108,7 +108,7 @@ def _enter_namespaces() -> int:
 
 
 def _show(path: str) -> None:
-    """Make a file or directory of the old root appear at the same place of the new one, read-only."""
+    """Show a file or directory of the old root at the same place of the new one, read-only."""
     old = "/old" + path
     if os.path.islink(old):
         os.symlink(os.readlink(old), path)
@@ -124,7 +124,8 @@ def _show(path: str) -> None:
 
 
 def _build_root(uid: int, max_file_bytes: int) -> None:
-    """A new root: the system's libraries and Python, read-only, and an empty /tmp in memory. No /proc, no /home."""
+    """Build a new root: the system's libraries and Python, read-only, and an empty /tmp in memory, without /proc and
+    /home."""
     python, real_python = sys.base_prefix, os.path.realpath(sys.base_prefix)
     os.umask(0o022)
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
@@ -186,7 +187,7 @@ def _limit(limits: dict, processes_outside: int) -> None:
 
 
 def _filter_calls() -> None:
-    """A seccomp filter: no sockets, no new namespaces, no shared memory beyond the limits."""
+    """Install a seccomp filter: no sockets, no new namespaces, no shared memory beyond the limits."""
     calls = _CALLS[platform.machine()]
     kill, allow, refuse = 0x80000000, 0x7FFF0000, 0x50000
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -216,7 +217,8 @@ def _filter_calls() -> None:
 
 
 def _program(source: str, token: str, end_fd: int) -> None:
-    """Run the source as ``__main__`` and never return. What the end needs is bound now: the source may rebind it."""
+    """Run the source as ``__main__`` and never return. Names that the end needs are bound now, because the source may
+    rebind them."""
     write, leave, process, own_process = os.write, os._exit, os.getpid(), os.getpid
     describe, note_bytes = traceback.format_exception_only, _NOTE_BYTES
     module = types.ModuleType("__main__")
@@ -237,7 +239,7 @@ def _program(source: str, token: str, end_fd: int) -> None:
 
 
 def _init(order: dict, report_fd: int, uid: int) -> None:
-    """Process 1: build, restrict, run, report. Its end is the end of every process inside."""
+    """Process 1: build, restrict, run, report. When it ends, every process inside ends."""
     limits = order["limits"]
     _build_root(uid, limits["max_file_bytes"])
     _drop_rights(uid)
@@ -273,7 +275,7 @@ def _init(order: dict, report_fd: int, uid: int) -> None:
 
 
 def main() -> None:
-    """Never lets an exception of its own look like the program's."""
+    """Run, without ever letting its own exception look like the program's."""
     order = json.load(sys.stdin)
     report_fd = order["report_fd"]
     try:

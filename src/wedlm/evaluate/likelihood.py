@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-likelihoods of continuations by the AR head, every shared token computed once.
+"""Log-likelihoods of continuations by the AR head, with every shared token computed once.
 
-A context and all its continuations are one sequence of rows: the context's rows in plain order, then each
-continuation's rows, which see the context and themselves (``RowVisibility``). Contexts that begin alike, as those with
-the same few-shot examples do, share the pages of their beginning through the engine's prefix cache; contexts are taken
-in sorted order, so that those are neighbours.
+A context and all its continuations form one sequence of rows: the context's rows in plain order, then each
+continuation's rows, which see the context and themselves (``RowVisibility``). Contexts that begin alike, such as those
+with the same few-shot examples, share the pages of their beginning through the engine's prefix cache; contexts are
+taken in sorted order, so that they are neighbours.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,13 +23,14 @@ Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of a co
 
 # Rows of a sequence with its own visibility must fit into one block of the attention backend.
 _MAX_TREE_ROWS = 256
-# A batch is cut short if the next context could then reuse so many more tokens.
+# A batch is cut short if the next context could then reuse this many more tokens.
 _WORTH_WAITING_FOR = 64
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one pair. ``logprob``: the continuation's, in nats. ``greedy``: each of its tokens is the most probable."""
+    """The score of one pair. ``logprob``: the continuation's log-probability, in nats. ``greedy``: whether each of its
+    tokens is the most probable."""
 
     logprob: float
     greedy: bool
@@ -37,7 +38,7 @@ class Score:
 
 @dataclass
 class LikelihoodStats:
-    """Rows run, and rows that scoring every pair on its own would have run besides."""
+    """The number of rows run, and the number of further rows that scoring every pair separately would have run."""
 
     num_computed_tokens: int = 0
     num_reused_tokens: int = 0
@@ -58,7 +59,7 @@ class _Item:
 
 @dataclass
 class _Rows:
-    """Rows of one sequence for one forward, and which of their logits score what.
+    """Rows of one sequence for one forward, and what their logits score.
 
     Row i of a branch sees rows below ``shared[i]`` and those from ``own_start[i]`` to itself. ``wanted``: row, index of
     the continuation, target token.
@@ -80,7 +81,8 @@ class _Rows:
         self.wanted += [(last, index, tokens[0]) for index, tokens in enumerate(self.item.continuations)]
 
     def add_branch(self, index: int, num_shared: int) -> None:
-        """A continuation's tokens but the last, after ``num_shared`` rows of context; each scores the next token."""
+        """Add a continuation's tokens except the last, after ``num_shared`` rows of context; each scores the next
+        token."""
         tokens, own = self.item.continuations[index], len(self.tokens)
         alone = own == num_shared  # directly after what it sees: plain order, which needs no block of its own
         self._add(tokens[:-1], len(self.item.context), *((0, 0) if alone else (num_shared, own)))
@@ -95,7 +97,8 @@ class _Rows:
 
 
 class LikelihoodScorer:
-    """Scores pairs with the forward, cache and pages of an idle ``LLM``. ``max_rows``: of one forward, about."""
+    """Scores pairs with the forward, cache and pages of an idle ``LLM``. ``max_rows`` is the approximate number of rows
+    of one forward."""
 
     def __init__(self, llm: "LLM", max_rows: int | None = None) -> None:
         runner, self.device = llm.engine.runner, llm.device
@@ -107,15 +110,16 @@ class LikelihoodScorer:
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Score]]:
-        """Index and score of every pair, as they become known. Contexts too long for the model lose their beginning.
+        """Yield the index and score of every pair as they become known. Contexts too long for the model lose their
+        beginning.
 
-        ValueError for an empty context or continuation, if a pair does not fit into the key/value cache, or for a model
-        without an AR head.
+        Raises ValueError for an empty context or continuation, for a pair that does not fit into the key/value cache,
+        or for a model without an AR head.
         """
         if self.pool.block_length > 1:
             raise ValueError(
                 f"this task compares likelihoods and the model sees by blocks of {self.pool.block_length}; expected a "
-                "causal model, whose rows foretell the token after them, or a task that generates"
+                "causal model, whose rows predict the token after them, or a task that generates"
             )
         batch: list[_Item] = []
         rows = 0
@@ -162,7 +166,7 @@ class LikelihoodScorer:
         return items
 
     def _could_reuse_more(self, before: _Item, item: _Item) -> bool:
-        """Whether running ``before`` first would spare ``item`` many rows that ``before`` has to run anyway."""
+        """Whether running ``before`` first would save ``item`` many rows that ``before`` has to run anyway."""
         same = 0
         for a, b in zip(before.context, item.context, strict=False):
             if a != b:
@@ -171,7 +175,7 @@ class LikelihoodScorer:
         return same - before.cached >= _WORTH_WAITING_FOR
 
     def _open(self, item: _Item) -> bool:
-        """Pages for the item; False, and nothing changes, if there are too few."""
+        """Reserve pages for the item. Returns False, and changes nothing, if there are too few."""
         item.cached = self.pool.allocate(item.name, item.context, len(item.context) - 1)
         widest = max(self._chunk_rows(item, chunk) for chunk in self._chunks(item))
         if self.pool.reserve(item.name, len(item.context) + widest):
@@ -183,7 +187,7 @@ class LikelihoodScorer:
         return sum(len(item.continuations[index]) - 1 for index in chunk)
 
     def _chunks(self, item: _Item) -> list[list[int]]:
-        """Continuations with rows of their own, in groups that fit beside each other; the first beside the context."""
+        """Groups of continuations that have rows and fit together; the first group goes with the context."""
         rest = len(item.context) - item.cached
         chunks: list[list[int]] = [[]]
         rows = rest
@@ -198,7 +202,7 @@ class LikelihoodScorer:
         return chunks
 
     def _run(self, batch: list[_Item]) -> list[tuple[int, Score]]:
-        """Score the items, file their contexts' pages, and empty ``batch``."""
+        """Score the items, cache their contexts' pages, and empty ``batch``."""
         forwards: list[list[_Rows]] = []  # the n-th has the n-th chunks, whose scratch keys overwrite those before
         for item in batch:
             chunks, pages = self._chunks(item), self.pool.table(item.name)
@@ -227,7 +231,7 @@ class LikelihoodScorer:
         return scores
 
     def _forward(self, sequences: list[_Rows]) -> None:
-        """One forward; adds what its logits say to the scores of the items."""
+        """Run one forward and add its logits to the scores of the items."""
         tokens = [token for rows in sequences for token in rows.tokens]
         self.stats.num_computed_tokens += len(tokens)
         self.stats.num_reused_tokens -= len(tokens)

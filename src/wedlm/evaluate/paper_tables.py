@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables 1 and 2 of arXiv 2512.22737 as published, with columns of results from here beside them."""
+"""Tables 1 and 2 of arXiv 2512.22737 as published, with columns for our own results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ DEFAULT_MODELS = (
 
 @dataclass(frozen=True)
 class Column:
-    """A model's results here. ``scores`` in percent by set, those that were run; ``questions`` by set."""
+    """Our results for a model. ``scores`` in percent by set, for those that were run; ``questions`` by set."""
 
     name: str
     kind: Kind
@@ -65,7 +65,7 @@ class Column:
 
     @classmethod
     def of(cls, name: str, kind: Kind, record: Mapping[str, Any]) -> "Column":
-        """Of a run's record (docs/evaluation.md)."""
+        """A column from a run's record (docs/evaluation.md)."""
         tasks = {task.removesuffix("_paper"): result for task, result in record["tasks"].items()}
         return cls(
             name,
@@ -77,7 +77,7 @@ class Column:
 
 
 def parse_model(text: str) -> tuple[str, Kind]:
-    """ "NAME=base", "NAME=instruct", or NAME alone, whose own words tell. ValueError for another kind."""
+    """Read "NAME=base", "NAME=instruct", or NAME alone if it says which. Raises ValueError for another kind."""
     name, equals, kind = text.rpartition("=")
     if not equals:
         is_instruct = "instruct" in text.lower() or text in ("demo", "demo-base")
@@ -88,7 +88,7 @@ def parse_model(text: str) -> tuple[str, Kind]:
 
 
 def tables(columns: Sequence[Column]) -> str:
-    """Both tables as Markdown; a table that no model belongs to has the published figures alone."""
+    """Both tables as Markdown; a table to which no model belongs has only the published figures."""
     return "\n\n".join(_table(kind, [one for one in columns if one.kind == kind]) for kind in _TITLES) + "\n"
 
 

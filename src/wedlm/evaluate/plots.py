@@ -20,9 +20,10 @@ _SPEEDS: _Speeds = (("tokens_per_forward", "tokens / forward"), ("tokens_per_sec
 
 
 def draw_plots(section: Section, seconds: bool = True) -> list[Plot]:
-    """The figures that a section has the runs for; none for likelihood tasks, which no decoding mode changes.
+    """Draw the figures for which a section has runs; none for likelihood tasks, which do not depend on the decoding
+    mode.
 
-    ``seconds``: with tokens a second beside tokens a forward. ValueError if matplotlib is missing.
+    ``seconds``: also draw tokens a second, besides tokens per forward. Raises ValueError if matplotlib is missing.
     """
     if section.kind != "generate":
         return []
@@ -64,7 +65,7 @@ def _pareto(section: Section, speeds: _Speeds) -> Plot | None:
 
 
 def _sweep(section: Section, speeds: _Speeds, parameter: str, label: str, title: str) -> Plot | None:
-    """Accuracy and speed over one parameter, a line per set of all others."""
+    """Accuracy and speed over one parameter, with a line for each set of all others."""
     lines = _lines(section.rows, parameter)
     if not lines:
         return None
@@ -114,7 +115,8 @@ def _streaming_against_block(section: Section, speeds: _Speeds) -> Plot | None:
 
 
 def _lines(rows: Sequence[TableRow], parameter: str) -> dict[str, list[TableRow]]:
-    """Rows that differ in one parameter alone, two values or more, in its order; by a name that tells them apart."""
+    """Rows that differ only in one parameter, with at least two values, in its order, under a name that distinguishes
+    them."""
     using = [row for row in rows if row.run.decoding in ("streaming", "block")]
     groups = group_by(using, lambda row: _others(row, parameter))
     kept = {others: group for others, group in groups.items() if len({_place(row, parameter) for row in group}) > 1}
@@ -134,7 +136,7 @@ _Facts = tuple[tuple[str, Any], ...]
 
 
 def _others(row: TableRow, *left_out: str) -> _Facts:
-    """All that a row depends on but some parameters."""
+    """Everything that a row depends on, except some parameters."""
     run = row.run
     facts = {
         "model": run.model_label,
@@ -148,7 +150,7 @@ def _others(row: TableRow, *left_out: str) -> _Facts:
 
 
 def _distinct(groups: Sequence[_Facts]) -> list[str]:
-    """Names of groups by the facts in which they differ; the mode is always named."""
+    """Names of groups by the facts in which they differ; the mode is always part of the name."""
     named = [dict(group) for group in groups]
     telling = [
         name
@@ -175,5 +177,5 @@ def _errors(
 
 
 def _plain(text: str) -> str:
-    """Dollars would begin a formula, and a leading underscore hides a label."""
+    """Escape dollars, which would begin a formula, and a leading underscore, which hides a label."""
     return " " * text.startswith("_") + text.replace("$", r"\$")

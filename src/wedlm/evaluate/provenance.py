@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which model, on what: the facts that results are filed under."""
+"""Which model ran on what: the facts under which results are stored."""
 
 import hashlib
 import platform
@@ -24,7 +24,8 @@ _KINDS = (".safetensors", ".gguf", ".json", ".jinja")
 
 @dataclass(frozen=True)
 class ModelProvenance:
-    """A model as results name it. ``hash``: digest of its files, the adapter's included; ``engine``: what runs it."""
+    """A model as results name it. ``hash``: a digest of its files, including the adapter's; ``engine``: what
+    runs it."""
 
     name: str
     hash: str
@@ -35,7 +36,7 @@ class ModelProvenance:
 
 
 def model_provenance(llm: "LLM", model: str, adapter: str | None) -> ModelProvenance:
-    """``model`` and ``adapter`` as given to the ``LLM``."""
+    """The provenance of an ``LLM``; ``model`` and ``adapter`` are as given to it."""
     dtype, weights = str(llm.engine.runner.cache.keys.dtype).removeprefix("torch."), llm.blueprint.weights
     dtype = dtype if weights == dtype else f"{dtype}, {weights} weights"
     return provenance_of_files(model, adapter, dtype, str(llm.device))
@@ -44,7 +45,7 @@ def model_provenance(llm: "LLM", model: str, adapter: str | None) -> ModelProven
 def provenance_of_files(
     model: str, adapter: str | None, dtype: str, device: str, engine: str = "wedlm"
 ) -> ModelProvenance:
-    """A model by its files. ``dtype`` is that of the activations, and what the weights are kept in."""
+    """A model's provenance from its files. ``dtype`` is that of the activations, and says how the weights are kept."""
     paths = _files(locate(model))
     if model == DEMO_NAME:
         paths += DEMO_DELTAS
@@ -65,7 +66,7 @@ def _last_part(path: str) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of a checkpoint that decide what it says."""
+    """The files of a checkpoint that decide its answers."""
     if path.is_file():
         return [path]
     return sorted(file for file in path.iterdir() if file.suffix in _KINDS and file.is_file())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report says, before it is written: rows beside their baselines, failures, examples with their forwards."""
+"""The content of a report before it is written: rows with their baselines, failures, examples with their forwards."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _CLOSENESS = ("temperature", "max_tokens", "top_p", "top_k", "seed")
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that one forward made final (``step`` from 0, ``num_tokens`` of it)."""
+    """Text that one forward made final (``step`` from 0), which has ``num_tokens`` tokens."""
 
     text: str
     step: int
@@ -40,9 +40,9 @@ class Failure:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A run's result on a task. Comparisons are None where there is nothing to compare with, or with itself.
+    """A run's result on a task. A comparison is None if there is nothing to compare with, or only the row itself.
 
-    ``failures``: the first of ``num_notable`` wrong answers, of ``num_wrong`` in all, that have a reason to be shown.
+    ``failures``: the first of ``num_notable`` wrong answers that have a reason to be shown, of ``num_wrong`` in all.
     """
 
     run: Run
@@ -71,9 +71,10 @@ class Section:
 
 
 def choose_baseline(runs: Sequence[Run], name: str) -> Run:
-    """The run that a user calls ``name``: a key, its beginning, or a model's or an engine's name (its AR run).
+    """The run that a user calls ``name``: a key, its beginning, or a model's or an engine's name (which means its AR
+    run).
 
-    ValueError if there is none, or several.
+    Raises ValueError if there is none, or several.
     """
     by_key = [run for run in runs if run.key.startswith(name)]
     named = [run for run in runs if name in (run.model["name"], run.engine)]
@@ -140,7 +141,8 @@ def _row(
 
 
 def ar_twin(run: Run, runs: Sequence[Run], task: str) -> Run | None:
-    """The AR run with the same weights, prompts and task version; of several the one with the closest parameters."""
+    """The AR run with the same weights, prompts and task version; if there are several, the one with the closest
+    parameters."""
     result = run.tasks[task]
     twins = [
         other
@@ -175,10 +177,10 @@ def _example(sample: Sample, decoder: TokenDecoder | None) -> Example:
 
 
 def split_by_step(sample: Sample, decoder: TokenDecoder) -> list[Piece]:
-    """A sample's text, cut where another forward made it final; joined, the pieces are the text.
+    """A sample's text, split where a different forward made it final; joined, the pieces are the text.
 
-    Tokens behind the text's end (end tokens, stop strings) count in their forward's ``num_tokens``. ValueError if the
-    tokens do not decode to the text.
+    Tokens after the text's end (end tokens, stop strings) count in their forward's ``num_tokens``. Raises ValueError if
+    the tokens do not decode to the text.
     """
     from wedlm.engine.text import TextStream
 

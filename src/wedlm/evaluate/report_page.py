@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report, written: one HTML page that needs nothing else, and tables in Markdown."""
+"""Write a report: one self-contained HTML page, and tables in Markdown."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -94,7 +94,7 @@ def environments(sections: Sequence[Section]) -> list[str]:
 
 
 def markdown_page(sections: Sequence[Section], title: str, baseline: Run | None = None) -> str:
-    """The tables, to be put into a document."""
+    """The tables, for inclusion in a document."""
     lines = [f"# {_markdown(title)}", ""]
     if baseline is not None:
         lines += [f"Baseline: {_markdown(baseline.model_label)}, {_markdown(baseline.label)} (`{baseline.key}`).", ""]
@@ -114,7 +114,7 @@ def _line(values: Sequence[str]) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Text that Markdown shows as it stands, in one line."""
+    """Text in one line that Markdown shows unchanged."""
     for mark in "\\`*_[]<|":
         text = text.replace(mark, f"\\{mark}" if mark != "<" else "&lt;")
     return " ".join(text.split())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of ``wedlm eval`` read back: runs and their samples, checked. Standard library only."""
+"""Read back and check results of ``wedlm eval``: runs and their samples. Uses only the standard library."""
 
 import json
 import math
@@ -23,7 +23,7 @@ _TELLING = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One question and what became of it. Lists are empty, and numbers 0, where its kind of task has none."""
+    """One question and its answer. Lists are empty, and numbers 0, if its kind of task does not have them."""
 
     doc_id: int
     prompt: str
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Mode and what it depends on, e.g. "streaming causal W=16 τ=0.4 λ=0.02"."""
+        """The mode and its parameters, e.g. "streaming causal W=16 τ=0.4 λ=0.02"."""
         words = [self.decoding]
         if self.decoding == "streaming" and self.params.get("next_token") == "causal":
             words.append("causal")
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def model_label(self) -> str:
-        """Name, adapter, and the digest that tells weights of one name apart."""
+        """Name, adapter, and the digest that distinguishes weights of the same name."""
         adapter = f" + {self.model['adapter']}" if self.model.get("adapter") else ""
         engine = "" if self.engine == "wedlm" else f", {self.engine}"
         return f"{self.model['name']}{adapter} ({self.model['hash'][:8]}, {self.model.get('dtype', '?')}{engine})"
@@ -108,7 +108,7 @@ def describe(name: str, value: Any) -> str:
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """All runs of some result folders, a run found twice once, by model, mode and parameters. ValueError."""
+    """All runs of some result folders, each once, sorted by model, mode and parameters. Raises ValueError."""
     runs: dict[str, Run] = {}
     for folder in folders:
         if not folder.is_dir():
@@ -123,7 +123,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def read_run(path: Path) -> Run:
-    """A ``point-<key>.json``. ValueError naming the file and the field."""
+    """Read a ``point-<key>.json``. Raises ValueError naming the file and the field."""
     record = _object(_read(path), str(path))
     if record.get("format") != FORMAT:
         raise ValueError(f"{path} has format {record.get('format')!r}; expected {FORMAT}")
@@ -177,10 +177,10 @@ def _task(path: Path, name: str, record: Mapping[str, Any]) -> TaskResult:
 
 
 def read_samples(task: TaskResult) -> list[Sample]:
-    """The samples of a task, in the file's order. ValueError naming the file and the line."""
+    """The samples of a task, in the file's order. Raises ValueError naming the file and the line."""
     path = task.samples_path
     if not path.is_file():
-        raise ValueError(f"{path} is missing; expected the samples of {task.name} beside the run's file")
+        raise ValueError(f"{path} is missing; expected the samples of {task.name} next to the run's file")
     samples, seen = [], set()
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run: a model and one set of parameters on some tasks, to a ``point-<key>.json`` and files of samples.
+"""Run a model with one set of parameters on some tasks, and write a ``point-<key>.json`` and files of samples.
 
 docs/evaluation.md describes the files.
 """
@@ -33,8 +33,9 @@ Record = dict[str, Any]
 
 
 def load_tasks(settings: Settings, scores: bool = True) -> dict[str, Any]:
-    """The harness's task objects by name, with their questions read. ValueError if a data file is missing or odd,
-    or if a task needs to run code and that is impossible here, unless nothing is to be scored (``scores``)."""
+    """The harness's task objects by name, with their questions read. Raises ValueError if a data file is missing or
+    malformed, or if a task needs to run code and that is impossible here, unless nothing will be scored (``scores``).
+    """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about choices that the task files make
     _keep_compiled_templates()
     metadata = {"data_dir": str(settings.data_dir), "chat": settings.chat_template}
@@ -51,20 +52,21 @@ def load_tasks(settings: Settings, scores: bool = True) -> dict[str, Any]:
 
 @cache
 def _keep_compiled_templates() -> None:
-    """The harness compiles a prompt's template again for every question, which takes longer than a GPU's answer."""
+    """Cache compiled templates, because the harness compiles a prompt's template again for every question, which takes
+    longer than a GPU's answer."""
     utils.env.from_string = lru_cache(maxsize=256)(utils.env.from_string)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model, ready to be run on tasks with different parameters."""
+    """A model, ready to run on tasks with different parameters."""
 
     backend: Backend
     settings: Settings
     tasks: Mapping[str, Any]
 
     def key(self, params: Params) -> str:
-        """16 hexadecimal digits: a digest of all that can change an answer or a score."""
+        """16 hexadecimal digits: a digest of everything that can change an answer or a score."""
         model = self.backend.provenance
         facts: Record = {
             "format": FORMAT,
@@ -80,12 +82,12 @@ class Evaluation:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def find(self, params: Params) -> Record | None:
-        """The run's record if the output folder has it."""
+        """The run's record, if the output folder has it."""
         path = self._run_path(self.key(params))
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def run(self, params: Params, sweep: Mapping[str, Any], progress: Progress = lambda *_: None) -> Record:
-        """Evaluate a run, from where a killed process left it, and write its files."""
+        """Evaluate a run, continuing where a killed process left it, and write its files."""
         key, logs = self.key(params), self._logs(params)
         lm = self.backend.lm(self._generation(params, logs, progress))
         tasks = {name: self._run_task(key, name, lm, logs[name]) for name in self.tasks}
@@ -110,7 +112,7 @@ class Evaluation:
         return record
 
     def answer(self, params: Params, progress: Progress = lambda *_: None) -> None:
-        """Compute what answers the logs lack, and score nothing: ``run`` does that, on this machine or another."""
+        """Compute the answers that the logs lack, and score nothing; ``run`` does that, on this machine or another."""
         logs = self._logs(params)
         lm = self.backend.lm(self._generation(params, logs, progress, answers_only=True))
         for task in self.tasks.values():
@@ -130,7 +132,7 @@ class Evaluation:
         return GenerationSettings(decoding, chat, logs.__getitem__, progress, answers_only)
 
     def _evaluate(self, task: Any, lm: CachingLM) -> Any:
-        """The harness's results; ``StopEvaluation`` if ``lm`` only answers."""
+        """The harness's results; raises ``StopEvaluation`` if ``lm`` only answers."""
         return evaluate(
             lm=lm,
             task_dict={"tasks": {task.config.task: task}, "groups": {}},
@@ -141,7 +143,7 @@ class Evaluation:
         )
 
     def _run_task(self, key: str, name: str, lm: CachingLM, log: AnswerLog) -> Record:
-        """Evaluate one task, write its samples, and describe it as the run's file does."""
+        """Evaluate one task, write its samples, and describe it for the run's file."""
         task = self.tasks[name]
         results = self._evaluate(task, lm)
         metrics = _metrics(results["results"][name])
@@ -170,12 +172,12 @@ class Evaluation:
         return self.settings.output / f"point-{key}.json"
 
     def partial_path(self, key: str, task: str) -> Path:
-        """Where the answers of an unfinished run are."""
+        """The file with the answers of an unfinished run."""
         return self.settings.output / f"samples-{key}-{task}.jsonl.partial"
 
 
 def sweep_params(base: Params, runs: Sequence[Mapping[str, Any]]) -> list[tuple[Params, Mapping[str, Any]]]:
-    """Parameters of each run of a grid, and what the grid varied in it."""
+    """The parameters of each run of a grid, and which of them the grid varied."""
     return [(replace(base, **run), run) for run in runs]
 
 
@@ -192,7 +194,7 @@ def _document_index(sample: Record) -> int:
 
 
 def _origin(logs: Iterable[AnswerLog]) -> tuple[str, Record]:
-    """Device and environment of the latest answers; all names, where several devices had a part."""
+    """Device and environment of the latest answers, with all names if several devices took part."""
     origins = [origin for log in logs for origin in log.origins]
     latest = origins[-1]
     names = dict.fromkeys(origin["environment"]["device_name"] for origin in origins)
@@ -200,7 +202,7 @@ def _origin(logs: Iterable[AnswerLog]) -> tuple[str, Record]:
 
 
 def _metrics(results: Mapping[str, Any]) -> dict[str, Record]:
-    """The harness writes ``acc,none`` and ``acc_stderr,none``; numbers only."""
+    """The metrics, which the harness names ``acc,none`` and ``acc_stderr,none``; numbers only."""
     found: dict[str, Record] = {}
     for name, value in results.items():
         metric, comma, filter_name = name.partition(",")

@@ -38,13 +38,13 @@ Status = Literal["passed", "failed", "timed_out", "killed"]
 
 _JAIL = Path(__file__).with_name("jail.py")
 _DETAIL_CHARACTERS = 300
-# Building the jail takes about 0.1 s; a crowded machine may need much longer, which is no fault of the program.
+# Building the jail takes about 0.1 s; a crowded machine may need much longer, which is not the program's fault.
 _START_SECONDS = 60.0
 _CHUNK_BYTES = 2**16
 
 
 class SandboxUnavailable(RuntimeError):
-    """This machine does not give the protection that running unknown code needs; nothing was run."""
+    """This machine does not offer the protection that running unknown code needs, so nothing was run."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,10 @@ class Limits:
 class Outcome:
     """How a program ended.
 
-    ``passed``: it ran to the end of its source. ``failed``: an exception, SystemExit included, or an end before that.
-    ``timed_out``: out of wall or CPU time. ``killed``: by a signal, or for its output. ``detail`` is the last line of
-    the error, at most 300 characters, "" if passed; ``seconds`` is wall time, without the building of the jail.
+    ``passed``: it ran to the end of its source. ``failed``: it raised an exception, including SystemExit, or ended
+    before that. ``timed_out``: it ran out of wall or CPU time. ``killed``: by a signal, or for its output. ``detail``
+    is the last line of the error, at most 300 characters, and "" if passed. ``seconds`` is wall time, without building
+    the jail.
     """
 
     status: Status
@@ -86,7 +87,7 @@ class Outcome:
 
 @dataclass
 class _Watch:
-    """What the parent saw of a program."""
+    """What the parent observed about a program."""
 
     report: bytes = b""
     started: float | None = None
@@ -99,13 +100,13 @@ class _Watch:
 
 
 def run_program(source: str, limits: Limits | None = None) -> Outcome:
-    """Run ``source`` as a program of its own, under ``limits`` (default: ``Limits()``).
+    """Run ``source`` as a separate program, under ``limits`` (default: ``Limits()``).
 
-    Raises SandboxUnavailable where it cannot be confined; whatever the program does is an Outcome.
+    Raises SandboxUnavailable if it cannot be confined; whatever the program does is an Outcome.
     """
     limits = limits or Limits()
     if sys.platform != "linux":
-        raise SandboxUnavailable(f"the sandbox does not know {sys.platform}; running generated code needs Linux")
+        raise SandboxUnavailable(f"the sandbox does not support {sys.platform}; running generated code needs Linux")
     token = secrets.token_hex(16)
     reader, writer = os.pipe()
     try:
@@ -139,7 +140,8 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
 
 
 def run_programs(sources: Sequence[str], limits: Limits | None = None, workers: int = 1) -> list[Outcome]:
-    """Run programs, ``workers`` at a time; the outcomes are in the order of ``sources``. Raises as ``run_program``."""
+    """Run programs, ``workers`` at a time; the outcomes are in the order of ``sources``. Raises like
+    ``run_program``."""
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers is {workers!r}; expected an integer of at least 1")
     with ThreadPoolExecutor(workers) as pool:

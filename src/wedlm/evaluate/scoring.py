@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Right or wrong: answers to mathematical questions, letters of choices. Code is in ``wedlm.evaluate.code_tasks``."""
+"""Mark answers as right or wrong: answers to mathematical questions, and letters of choices. For code see
+``wedlm.evaluate.code_tasks``."""
 
 import re
 from collections.abc import Sequence
@@ -17,29 +18,30 @@ _PARSE_SECONDS = 5  # of one expression; unusual ones can keep the symbolic alge
 
 
 def gsm8k_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """The harness's process_results of GSM8K."""
+    """The harness's process_results for GSM8K."""
     return {"exact_match": float(same_number(results[0], doc["answer"]))}
 
 
 def math_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """The harness's process_results of MATH."""
+    """The harness's process_results for MATH."""
     return {"exact_match": float(math_equal(results[0], doc["answer"]))}
 
 
 def letter_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """The harness's process_results of choices of which the answer names one by its letter."""
+    """The harness's process_results for choices that the answer names by letter."""
     return {"exact_match": float(chosen_letter(results[0], doc["letters"]) == doc["letters"][doc["gold"]])}
 
 
 def marked_letter_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """The same where the letter stands after the last ####; an answer without the mark is wrong."""
+    """The same for a letter after the last ####; an answer without the mark is wrong."""
     _, mark, marked = results[0].rpartition("####")
     chosen = chosen_letter(marked, doc["letters"]) if mark else None
     return {"exact_match": float(chosen == doc["letters"][doc["gold"]])}
 
 
 def chosen_letter(text: str, letters: Sequence[str]) -> str | None:
-    """The letter that a text begins with, or calls its answer, or has alone somewhere; None without one of these."""
+    """The letter that a text begins with, calls its answer, or has standing alone somewhere; None if there is none of
+    these."""
     for place in _LETTER_PLACES:
         match = place.match(text) if place is _LETTER_PLACES[0] else place.search(text)
         if match is not None and match[1].upper() in letters:
@@ -61,7 +63,7 @@ def math_equal(text: str, answer: str) -> bool:
 
 
 def _bare(latex: str) -> str:
-    """Without spaces and without marks that change the looks only."""
+    """The text without spaces and without marks that only change its looks."""
     for mark in ("\\left", "\\right", "\\!", "\\,", "\\ ", "$", "\\%", "%", "^\\circ", "^{\\circ}"):
         latex = latex.replace(mark, "")
     latex = latex.replace("dfrac", "frac").replace("tfrac", "frac")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Params:
-    """Decoding of a run, under the names that the command line and the result files use."""
+    """The decoding of a run, under the names that the command line and the result files use."""
 
     decoding: str = "verified"
     window_size: int = DecodeParams.window_size
@@ -38,7 +38,7 @@ class Params:
         self.sampling_params()
 
     def sampling_params(self) -> "SamplingParams":
-        """For the engine. ValueError naming field, value and expectation."""
+        """The parameters for the engine. Raises ValueError naming field, value and expectation."""
         from wedlm.engine.sampling_params import SamplingParams
 
         return SamplingParams(
@@ -59,8 +59,8 @@ class Params:
         )
 
     def record(self) -> dict[str, Any]:
-        """By name, for results and their keys. What came later is there only where it is not the default, so that
-        results of earlier versions keep their keys."""
+        """The parameters by name, for results and their keys. Newer parameters appear only if they differ from their
+        default, so that results of earlier versions keep their keys."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         later = ("next_token", "remasking_strategy", "confidence_threshold", "denoising_steps")
         values = dataclasses.asdict(self)
@@ -68,7 +68,7 @@ class Params:
 
     @property
     def max_rows(self) -> int:
-        """The most rows that a sequence takes in a step."""
+        """The most rows that a sequence takes per step."""
         if self.decoding == "autoregressive":
             return 1
         return self.window_size if self.decoding in ("auto", "verified") else 2 * self.window_size
@@ -90,7 +90,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {"default": {}, "paper": _PAPER, "paper-d
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of an evaluation share, decoding aside."""
+    """What all runs of an evaluation share, besides decoding."""
 
     tasks: tuple[str, ...]
     data_dir: Path
@@ -122,25 +122,25 @@ TASKS_DIRECTORY = Path(__file__).parent / "tasks"
 
 
 def task_names() -> list[str]:
-    """Names of all tasks: their files'."""
+    """The names of all tasks, from their files."""
     return sorted(path.stem for path in TASKS_DIRECTORY.glob("*.yaml"))
 
 
 def protocol_tasks(protocol: str, names: Sequence[str]) -> tuple[str, ...]:
-    """The tasks that a protocol means by these names: the paper's twin of a task where there is one."""
+    """The tasks that a protocol means by these names: the paper's version of a task if there is one."""
     twins = set(task_names()) if protocol == "paper" else set()
     return tuple(f"{name}_paper" if f"{name}_paper" in twins else name for name in names)
 
 
 def make_params(protocol: str, chosen: Mapping[str, Any]) -> Params:
-    """A protocol's parameters, with those that the user chose. ValueError for an unknown protocol."""
+    """A protocol's parameters, with those that the user chose. Raises ValueError for an unknown protocol."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
     return Params(**{**PROTOCOLS[protocol], **chosen})
 
 
 def parse_value(name: str, text: str) -> Any:
-    """The value of a parameter as the user wrote it. ValueError."""
+    """Read a parameter's value as the user wrote it. Raises ValueError."""
     if name == "entropy_threshold" and text.lower() == "none":
         return None
     kinds = {"int": int, "str": str, "int | None": int, "str | None": str}
@@ -156,9 +156,11 @@ _TYPES = {field.name: getattr(field.type, "__name__", field.type) for field in d
 
 
 def parse_sweep(options: Sequence[str]) -> list[dict[str, Any]]:
-    """Runs of a grid, the first option varying slowest: ``["window_size=4,8", "temperature=0,1"]`` makes four.
+    """The runs of a grid, in which the first option varies slowest: ``["window_size=4,8", "temperature=0,1"]`` makes
+    four.
 
-    No option: one run that changes nothing. ValueError for anything but ``key=value,value`` of a known key.
+    Without an option there is one run that changes nothing. Raises ValueError for anything but ``key=value,value`` with
+    a known key.
     """
     axes: dict[str, list[Any]] = {}
     for option in options:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's AR decoding as a baseline: the same tasks, prompts (token for token) and scoring, another engine.
+"""vLLM's AR decoding as a baseline: the same tasks, prompts (token for token) and scoring on another engine.
 
 Needs the package vllm, which brings its own torch, and a checkpoint that vLLM reads. Written for vLLM 0.24.
 """
@@ -23,8 +23,8 @@ _PART = 1024
 
 
 class VllmBackend:
-    """A checkpoint in vLLM. ``options``: model, dtype, max_model_len, max_num_seqs,
-    gpu_memory_utilization, cuda_graphs. ValueError without the package."""
+    """A checkpoint in vLLM. ``options``: model, dtype, max_model_len, max_num_seqs, gpu_memory_utilization,
+    cuda_graphs. Raises ValueError without the package."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         try:
@@ -49,7 +49,7 @@ class VllmBackend:
         self.environment = {**environment(device), "vllm": version("vllm")}
 
     def lm(self, generation: GenerationSettings) -> "VllmLM":
-        """ValueError for any decoding but AR."""
+        """The harness's model. Raises ValueError for any decoding except AR."""
         if generation.params.decoding != "autoregressive":
             raise ValueError(f"decoding is {generation.params.decoding}; expected autoregressive with --engine vllm")
         return VllmLM(self._llm, self._tokenizer, self._eos_token_id, self.max_length, generation)
@@ -109,7 +109,7 @@ class VllmLM(CachingLM):
 
 
 def _sampling(params: SamplingParams) -> Any:
-    """vLLM's parameters for ours."""
+    """Our parameters in vLLM's form."""
     from vllm import SamplingParams as VllmParams
 
     return VllmParams(

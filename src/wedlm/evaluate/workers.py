@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replicas of a model, by Ray, on one machine or a cluster: each answers a part of the questions.
+"""Replicas of a model, with Ray, on one machine or a cluster; each answers a part of the questions.
 
-A replica is the engine as it is, on requests cut at questions, so that texts are those of one worker (float32; the
-engine's text does not depend on what else is in the batch) and likelihoods differ by rounding at most.
+A replica is the ordinary engine on requests that are split at questions. Texts are therefore those of one worker (in
+float32, where the engine's text does not depend on what else is in the batch), and likelihoods differ at most by
+rounding.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,14 +28,14 @@ _PARTS_PER_WORKER = 4
 
 
 class Replica:
-    """One model in a process of its own. ``options``: of ``LLM``; ``threads``: of torch, on a CPU."""
+    """One model in a separate process. ``options``: of ``LLM``; ``threads``: of torch, on a CPU."""
 
     def __init__(self, options: Mapping[str, Any], threads: int) -> None:
         self._options, self._threads = dict(options), threads
 
     @cached_property
     def _backend(self) -> "EngineBackend":
-        """Loaded by the first call, since only a call's errors come back as they are."""
+        """The backend, loaded by the first call, since only a call's errors come back unchanged."""
         import torch
 
         from wedlm.engine.llm import LLM
@@ -53,7 +54,7 @@ class Replica:
     def compute(
         self, kind: str, number: int, arguments: Sequence[Any], params: SamplingParams, chat: bool
     ) -> tuple[int, list[Answer]]:
-        """Entries of requests in their order, and ``number`` as it came. ``kind``: "answer" or "score"."""
+        """Entries of requests in their order, with ``number`` returned unchanged. ``kind``: "answer" or "score"."""
         lm = self._backend.lm(GenerationSettings(params, chat))
         requests = [Instance("", {}, one, 0, metadata=("", index, 1)) for index, one in enumerate(arguments)]
         entries = {request.doc_id: entry for request, entry in getattr(lm, kind)(requests)}
@@ -85,7 +86,7 @@ class RayBackend:
 
 
 class RayLM(CachingLM):
-    """Spreads requests over replicas; entries come when their part is done."""
+    """Spreads requests over replicas; entries arrive when their part is done."""
 
     def __init__(self, replicas: Sequence[Any], *rest: Any) -> None:
         super().__init__(*rest)
@@ -112,7 +113,8 @@ class RayLM(CachingLM):
 
 
 def cut(requests: Sequence[Instance], num_parts: int) -> list[list[Instance]]:
-    """At most ``num_parts`` parts of about equal numbers of questions, all requests of a question in the same one."""
+    """Split requests into at most ``num_parts`` parts of about equal numbers of questions; all requests of a question
+    stay together."""
     questions: dict[tuple[str, Any], list[Instance]] = {}
     for request in requests:
         questions.setdefault((request.task_name or "", request.doc_id), []).append(request)

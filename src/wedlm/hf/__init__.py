@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' view of the model: after ``import wedlm.hf`` its Auto classes load WeDLM directories.
+"""The model for transformers: after ``import wedlm.hf`` its Auto classes load WeDLM directories.
 
-A thin shell: the network is ``wedlm.model``'s, ``generate`` is ``wedlm.engine``'s. Needs transformers 5.
+This is a thin shell: the network is that of ``wedlm.model``, and ``generate`` that of ``wedlm.engine``. Needs
+transformers 5.
 """
 
 try:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What callers give to ``generate``: transformers' names and ours, and what of transformers has no meaning here."""
+"""The arguments of ``generate``: transformers' names and ours, and which of transformers' names have no
+meaning here."""
 
 import inspect
 from collections.abc import Mapping, Sequence, Sized
@@ -23,7 +24,7 @@ _KNOWN = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """None is the default of ``SamplingParams``, the engine's or the model's."""
+    """The arguments; None takes the default of ``SamplingParams``, the engine or the model."""
 
     max_new_tokens: int | None = None
     max_length: int | None = None
@@ -51,14 +52,14 @@ class Arguments:
 
     @classmethod
     def of(cls, generation_config: GenerationConfig | None, given: Mapping[str, Any]) -> "Arguments":
-        """What was given, over what the config says. ValueError for what would change the answer in a way that there
-        is not here."""
+        """The arguments given, over what the config says. Raises ValueError for arguments that would change the answer
+        in an unsupported way."""
         values = {} if generation_config is None else dict(generation_config.to_diff_dict())
         known = {field.name for field in fields(cls)}
         own = {}
         for name, value in {**values, **given}.items():
             if name in known:
-                if value is not None or name == "wedlm_entropy_threshold":  # whose None is no limit
+                if value is not None or name == "wedlm_entropy_threshold":  # for which None means no limit
                     own[name] = value
             elif name not in _HARMLESS and not (name in _KNOWN and _does_nothing(name, value)):
                 raise ValueError(
@@ -70,7 +71,7 @@ class Arguments:
         return cls(**own)
 
     def sampling_params(self, num_rows: int) -> SamplingParams:
-        """For prompts of ``num_rows`` rows, padding counted. ValueError."""
+        """The parameters for prompts of ``num_rows`` rows, padding included. Raises ValueError."""
         new = self.max_new_tokens
         if new is None:
             if self.max_length is None:
@@ -100,12 +101,12 @@ class Arguments:
             raise ValueError(f"num_return_sequences is {count!r}; expected an integer >= 1")
         if count > 1 and params.temperature == 0:
             raise ValueError(
-                f"num_return_sequences is {count} without sampling; expected do_sample, or all were the same"
+                f"num_return_sequences is {count} without sampling; expected do_sample, or all would be equal"
             )
         return params
 
     def criteria(self, given: Sequence[Any] | None, tokenizer: Any) -> list[Any]:
-        """The caller's criteria for an end, and those that other options are. ValueError."""
+        """The caller's stopping criteria, and those that other options imply. Raises ValueError."""
         found = list(given or ())
         if self.stop_strings is not None:
             if tokenizer is None:

@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 
 class PaddedCausalAttend:
-    """``Attend`` for rows flattened to T = N · R: row i of a sequence sees its rows 0..i that are no padding.
+    """``Attend`` for rows flattened to T = N · R: row i of a sequence sees those of its rows 0..i that are not padding.
 
-    ``real_NR`` (bool, padding on either side) None means that there is no padding. A padded row sees itself, too, since
+    ``real_NR`` (bool, padding on either side) None means that there is no padding. A padded row also sees itself, since
     the softmax over nothing is undefined; no real row sees it.
     """
 
@@ -29,7 +29,7 @@ class PaddedCausalAttend:
 
 
 def real_rows(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """Which rows [N, R] are no padding; None if all are. Raises ValueError for a mask of another shape."""
+    """Which rows [N, R] are not padding; None if all are. Raises ValueError for a mask of another shape."""
     if input_ids.ndim != 2 or not len(input_ids):
         raise ValueError(f"input_ids has shape {list(input_ids.shape)}; expected [batch, rows]")
     if attention_mask is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``config.json`` as transformers holds it."""
+"""``config.json`` in transformers' form."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from wedlm.model.config import ModelConfig
 class WeDLMConfig(PreTrainedConfig):
     """Any config that ``wedlm.model`` reads, with the keys of ``config.json`` as attributes.
 
-    ``shape_type`` is the model type that the weights' shape has, and that is written on saving: "wedlm", or "llama",
-    "qwen2" or "qwen3", whose stock classes then load the directory for plain AR use.
+    ``shape_type`` is the model type of the weights' shape, which is written on saving: "wedlm", or "llama", "qwen2" or
+    "qwen3", whose stock classes then load the directory for plain AR use.
     """
 
     model_type = "wedlm"
@@ -45,17 +45,18 @@ class WeDLMConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What ``from_dict`` takes; transformers would warn of every model type but "wedlm"."""
+        """The input of ``from_dict``. (transformers would warn about every model type except "wedlm".)"""
         values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return {**values, "model_type": cls.model_type, "shape_type": values.get("model_type")}, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """From the content of a ``config.json``. Raises ValueError for what the model does not support."""
+        """The config from the content of a ``config.json``. Raises ValueError for features that the model does not
+        support."""
         shape_type = config_dict.get("shape_type", config_dict.get("model_type"))
         if ModelConfig.from_hf({**config_dict, "model_type": shape_type}).sees_by_block:
             raise ValueError(
-                f"model_type is {shape_type!r}; expected a causal model, as all that this class computes is"
+                f"model_type is {shape_type!r}; expected a causal model, the only kind that this class computes"
             )
         return super().from_dict({**config_dict, "model_type": cls.model_type, "shape_type": shape_type}, **kwargs)
 
@@ -65,11 +66,11 @@ class WeDLMConfig(PreTrainedConfig):
         return cls.from_dict(config.to_hf())
 
     def model_config(self) -> ModelConfig:
-        """The same in ours. Raises ValueError for what the model does not support."""
+        """The config in our form. Raises ValueError for features that the model does not support."""
         return ModelConfig.from_hf(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a ``config.json``. A key that is optional and not set is left to the default of its type."""
+        """The content of a ``config.json``. An optional key that is not set is left to its type's default."""
         values = super().to_dict()
         values["model_type"] = values.pop("shape_type", self.shape_type)
         if values["model_type"] != self.model_type:

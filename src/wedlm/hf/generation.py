@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``generate`` of a model in transformers: this package's engine over the model's own weights."""
+"""``generate`` of a model in transformers runs this package's engine over the model's own weights."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -43,29 +43,31 @@ def generate(
     tokenizer: Any = None,
     **options: Any,
 ) -> Tensor:
-    """``input_ids`` [N, R] and up to ``max_new_tokens`` new ones: [N · num_return_sequences, R + most new], padded on
-    the right.
+    """Continue ``input_ids`` [N, R] by up to ``max_new_tokens`` tokens: [N · num_return_sequences, R + most new],
+    padded on the right.
 
-    The text is ``LLM``'s for the same weights and options, which are the fields of ``Arguments``: transformers' and, by
-    its names, those of ``SamplingParams``; they may come in a ``generation_config``, too. ``temperature`` None is 0, or
-    1 if ``do_sample``. ``max_length`` counts the R rows. ``stop_strings`` needs ``tokenizer``.
+    The text equals ``LLM``'s for the same weights and options. The options are the fields of ``Arguments``:
+    transformers' names and the names of ``SamplingParams``; they may also come in a ``generation_config``.
+    ``temperature`` None means 0, or 1 with ``do_sample``. ``max_length`` counts the R rows. ``stop_strings`` needs
+    ``tokenizer``.
 
-    Prompts of different lengths are padded on either side, with ``attention_mask`` 0 there; new tokens come behind all
-    of it. ``stopping_criteria`` are asked after each token of each sequence, with its tokens [1, ...] without padding
-    and None for scores; what a forward made beyond is dropped. ``streamer`` gets the prompt [1, R], then each token
-    [1]; there must be one sequence. End tokens default to those of the model's generation config and its config,
-    padding to the config's or the first end token, the mask token to the config's. All else in the model's own
-    ``generation_config.json`` is not used. Raises ValueError, also for options of transformers that would change the
-    tokens, or the form of the answer, and have no meaning here.
+    Prompts of different lengths are padded on either side, with ``attention_mask`` 0 there; new tokens come after all
+    of it. ``stopping_criteria`` are called as transformers calls them, with prompts and new tokens [N, R + 1], then
+    [N, R + 2] and so on, and None for scores; tokens that a forward made beyond an end are dropped. ``streamer`` gets
+    the prompt [1, R], then each token [1], and needs a single sequence. End tokens default to those of the model's
+    generation config and its config, padding to the config's or the first end token, and the mask token to the
+    config's. Nothing else in the model's own ``generation_config.json`` is used. Raises ValueError, also for options of
+    transformers that would change the tokens or the form of the answer and are not supported.
     """
     arguments = Arguments.of(generation_config, options)
     prompts, several = _prompts(input_ids, attention_mask), arguments.num_return_sequences
     params = arguments.sampling_params(input_ids.shape[1])
     prompts = [prompt for prompt in prompts for _ in range(several)]
-    watch = _Watch(prompts, arguments.criteria(stopping_criteria, tokenizer), streamer)
     config = self.config.model_config()
     ends = _end_token_ids(self, arguments.eos_token_id)
     pads = (arguments.pad_token_id, self.config.pad_token_id, *ends)
+    pad, ids = next((one for one in pads if one is not None), 0), input_ids.repeat_interleave(several, dim=0)
+    watch = _Watch(ids, pad, arguments.criteria(stopping_criteria, tokenizer), streamer)
     mask = config.mask_token_id if arguments.mask_token_id is None else arguments.mask_token_id
     if mask is None:
         raise ValueError("the config has no mask_token_id; expected mask_token_id=..., an id that text never needs")
@@ -87,37 +89,46 @@ def generate(
     found = _decode(self, engine_config, prompts, params, several, watch)
     if streamer is not None:
         streamer.end()
-    longest, pad = max(map(len, found)), next((one for one in pads if one is not None), 0)
+    longest = max(map(len, found))
     rows = [tokens + [pad] * (longest - len(tokens)) for tokens in found]
-    ids = input_ids.repeat_interleave(several, dim=0)
     return torch.cat((ids, torch.tensor(rows, dtype=ids.dtype, device=ids.device)), dim=1)
 
 
 class _Watch:
-    """Shows the tokens of each sequence, one after the other, to who wants to see them or to end the sequence."""
+    """Shows the sequences to streamers, and to criteria that may end some of them. All are shown at each length, as in
+    transformers' own ``generate``. ``ids`` [N, R] are the prompts."""
 
-    def __init__(self, prompts: Sequence[list[int]], criteria: Sequence[Any], streamer: Any) -> None:
-        if streamer is not None and len(prompts) > 1:
-            raise ValueError(f"streamer is given beside {len(prompts)} sequences; expected one sequence")
+    def __init__(self, ids: Tensor, pad: int, criteria: Sequence[Any], streamer: Any) -> None:
+        if streamer is not None and len(ids) > 1:
+            raise ValueError(f"streamer is given with {len(ids)} sequences; expected one sequence")
         for name in ("put", "end"):
             if streamer is not None and not callable(getattr(streamer, name, None)):
                 raise ValueError(f"streamer is {streamer!r}; expected an object with put and end")
-        self._prompts, self._criteria, self._streamer = prompts, criteria, streamer
-        self._seen = [0] * len(prompts)
+        self._ids, self._pad, self._criteria, self._streamer = ids, pad, criteria, streamer
+        self._seen = 0
 
-    def ends(self, index: int, tokens: list[int]) -> bool:
-        """Look at what is new of ``tokens``, the sequence's so far, and take off what lies behind its end."""
-        start, self._seen[index] = self._seen[index], len(tokens)
+    def ended(self, found: list[list[int]], running: Collection[int]) -> set[int]:
+        """Look at the new part of ``found``, the new tokens of each sequence, of which those ``running`` get more.
+        Remove what lies after the ends that the criteria set, and return the sequences that have one."""
         if not self._criteria and self._streamer is None:
-            return False
-        for count in range(start + 1, len(tokens) + 1):
+            return set()
+        length = min((len(found[index]) for index in running), default=max(map(len, found)))
+        ended: set[int] = set()
+        for count in range(self._seen + 1, length + 1):
+            column = [tokens[count - 1] if count <= len(tokens) else self._pad for tokens in found]
+            new = torch.tensor(column, dtype=self._ids.dtype, device=self._ids.device)
+            self._ids = torch.cat((self._ids, new[:, None]), dim=1)
             if self._streamer is not None:
-                self._streamer.put(torch.tensor(tokens[count - 1 : count]))
-            ids = torch.tensor([self._prompts[index] + tokens[:count]])
-            if any(bool(torch.as_tensor(one(ids, None)).all()) for one in self._criteria):
-                del tokens[count:]
-                return True
-        return False
+                self._streamer.put(new.cpu())
+            for one in self._criteria:
+                done = torch.as_tensor(one(self._ids, None)).expand(len(found))
+                ended.update(index for index, is_done in enumerate(done.tolist()) if is_done)
+            for index in ended:
+                del found[index][count:]
+            if len(ended) == len(found):
+                break
+        self._seen = length
+        return ended
 
 
 def _decode(
@@ -128,7 +139,7 @@ def _decode(
     several: int,
     watch: _Watch,
 ) -> list[list[int]]:
-    """New tokens of each prompt, from an engine whose cache holds all of them to their ends."""
+    """The new tokens of each prompt, from an engine whose cache holds all of them to their ends."""
     config, embedding = model.config.model_config(), model.model.embed_tokens.weight
     window = 2 * engine_config.options.wedlm_window_size
     lengths = [min(len(prompt) + params.max_tokens + window, config.max_length) for prompt in prompts]
@@ -146,6 +157,7 @@ def _decode(
     )
     engine = blueprint.build()
     found: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
     for index, prompt in enumerate(prompts):
         engine.add(str(index), prompt, _of_choice(params, index % several))
     training = model.training
@@ -155,15 +167,18 @@ def _decode(
             for request in engine.step():
                 index = int(request.request_id)
                 found[index] = request.output_token_ids
-                if watch.ends(index, found[index]):
-                    engine.abort(request.request_id)
+                if request.finish_reason is not None:
+                    running.discard(index)
+            for index in watch.ended(found, running):
+                engine.abort(str(index))
+                running.discard(index)
     finally:
         model.train(training)
     return found
 
 
 def _of_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    """Under one seed each further answer to a prompt has its own, the first the one given."""
+    """Give each further answer to a prompt a seed of its own; the first keeps the given one."""
     return params if params.seed is None or not choice else replace(params, seed=params.seed + choice)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The masked objective for others' trainers: a collator that makes the rows of both streams, and their loss.
+"""The masked objective for other trainers: a collator that makes the rows of both streams, and their loss.
 
-transformers' ``Trainer`` needs the collator alone; TRL's ``SFTTrainer``, which adds up losses by itself, also
+transformers' ``Trainer`` only needs the collator. TRL's ``SFTTrainer`` adds up losses itself, so it also needs
 ``compute_loss_func=masked_loss``.
 """
 
@@ -25,7 +25,8 @@ _LABELS = ("documents", "blocks", "predicts")
 
 
 class Text(NamedTuple):
-    """One example's L tokens: ids, positions from 0 in each document, numbers of the documents, and what is learned."""
+    """One example's L tokens: ids, positions from 0 in each document, numbers of the documents, and which tokens are
+    learned."""
 
     tokens: Tensor
     positions: Tensor
@@ -34,17 +35,19 @@ class Text(NamedTuple):
 
 
 class WeDLMCollator:
-    """Examples to a batch of both streams, noised at random, on which ``WeDLMForCausalLM`` has the masked and the AR
-    loss. Pass it as ``data_collator``.
+    """Turns examples into a batch of both streams with random noise, for which ``WeDLMForCausalLM`` computes the masked
+    and the AR loss. Pass it as ``data_collator``.
 
-    An example has ``input_ids`` [L]; ``labels`` [L], which are -100 where nothing is to be learned (without them all
-    is); and, if it is several documents in a row, their lengths as ``seq_lengths``. Of each document, what follows its
-    last learned token is left out, and an end token there is repeated. ``config`` is the model's, which names mask
-    token, block size (32 if it has none) and end tokens; the other arguments are settings of ``wedlm train``.
+    An example has ``input_ids`` [L]; ``labels`` [L], which are -100 where nothing should be learned (without labels
+    everything is learned); and, if it consists of several documents, their lengths as ``seq_lengths``. In each
+    document, tokens after its last learned one are left out, and an end token there is repeated. ``config`` is the
+    model's, which names mask token, block size (32 if it has none) and end tokens; the other arguments are settings of
+    ``wedlm train``.
 
-    The batch's loss is divided by its own totals. Where an optimiser's batch is several of these, its loss is their
-    mean by the number of rows with a loss; ``wedlm train`` divides by the totals of all of it. Noise comes from torch's
-    default generator and the example, so that ``seed`` of the trainer decides it, and processes draw their own.
+    The batch's loss is divided by its own totals. If an optimiser batch consists of several of these, its loss is their
+    mean by the number of rows with a loss, while ``wedlm train`` divides by the totals of the whole batch. Noise comes
+    from torch's default generator and the example, so the trainer's ``seed`` decides it, and each process draws its
+    own.
     """
 
     def __init__(
@@ -79,11 +82,11 @@ class WeDLMCollator:
         self.num_end_tokens, self.ar_loss_weight = num_learnable_im_end, ar_loss_weight
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """All tensors are [N, R]: R rows of N examples, padding last.
+        """Make a batch. All tensors are [N, R]: R rows of N examples, padding last.
 
-        ``input_ids`` and ``position_ids`` of the rows; ``documents``, ``blocks`` and ``predicts``, which are
+        It has ``input_ids`` and ``position_ids`` of the rows; ``documents``, ``blocks`` and ``predicts``, which are
         ``RowLabels``; ``labels`` and ``shift_labels``, both the token whose cross-entropy counts at the row itself, or
-        -100; and ``loss_coefficient``, how much it counts.
+        -100; and ``loss_coefficient``, the weight of that cross-entropy.
         """
         texts = [self._text(example) for example in examples]
         longest = max(len(text.tokens) for text in texts)
@@ -109,7 +112,7 @@ class WeDLMCollator:
         }
 
     def seed(self, text: Text) -> int:
-        """Of the noise of one example: 32 bits, of which torch's generator for CPUs uses no more."""
+        """The seed of one example's noise: 32 bits, since torch's generator for CPUs uses no more."""
         return int(torch.randint(2**32, ())) ^ crc32(text.tokens.numpy().tobytes())
 
     def _text(self, example: Mapping[str, Any]) -> Text:
@@ -139,7 +142,7 @@ class WeDLMCollator:
         )
 
     def _ended(self, tokens: Tensor, trainable: Tensor) -> tuple[Tensor, Tensor]:
-        """A document up to its last learned token, and that one repeated if it is an end token."""
+        """A document up to its last learned token, which is repeated if it is an end token."""
         end = int(trainable.nonzero()[-1]) + 1 if bool(trainable.any()) else 1
         tokens, trainable = tokens[:end], trainable[:end]
         if int(tokens[-1]) not in self.end_tokens or not bool(trainable[-1]):
@@ -154,15 +157,15 @@ class WeDLMCollator:
 
 
 def masked_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """What TRL's ``SFTTrainer`` takes as ``compute_loss_func``: the loss of a ``WeDLMCollator``'s batch, which the
-    model has computed, as a share of ``num_items_in_batch``, the rows with a loss of the optimiser's batch."""
+    """The ``compute_loss_func`` for TRL's ``SFTTrainer``: the loss of a ``WeDLMCollator``'s batch, which the model has
+    computed, as a share of ``num_items_in_batch``, the rows with a loss of the optimiser batch."""
     if num_items_in_batch is None:
         return outputs.loss
     return outputs.loss * ((labels != IGNORED).sum() / num_items_in_batch)
 
 
 def take_row_labels(batch: dict[str, Any]) -> RowLabels | None:
-    """The row labels of a collator's batch, taken out of it; None if it is another batch."""
+    """Take the row labels out of a collator's batch; None for any other batch."""
     if "documents" not in batch:
         return None
     return RowLabels(*(batch.pop(name) for name in _LABELS))

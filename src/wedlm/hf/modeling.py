@@ -22,18 +22,18 @@ from wedlm.model.transformer import DecoderStack
 
 
 class WeDLMModel(DecoderStack):
-    """The model without its output projection: called with rows, as the engine does, or with ``input_ids``, as
-    transformers' and trainers do that project the hidden states themselves."""
+    """The model without its output projection. The engine calls it with rows; transformers, and trainers that project
+    hidden states themselves, call it with ``input_ids``."""
 
     def forward(self, *rows: Any, input_ids: Tensor | None = None, **batch: Any) -> Any:
-        """``DecoderStack.forward`` of ``rows``; or hidden states [N, R, C] of ``input_ids`` [N, R] after the final
-        norm, as ``last_hidden_state``, by the arguments of ``WeDLMForCausalLM.forward``."""
+        """``DecoderStack.forward`` of ``rows``; or, for ``input_ids`` [N, R], hidden states [N, R, C] after the final
+        norm as ``last_hidden_state``, with the arguments of ``WeDLMForCausalLM.forward``."""
         if input_ids is None:
             return super().forward(*rows, **batch)
         row_labels = take_row_labels(batch)
         if batch.pop("loss_coefficient", None) is not None and torch.is_grad_enabled():
             raise ValueError(
-                "the batch is a WeDLMCollator's, and the trainer adds up its losses by itself; expected "
+                "the batch is a WeDLMCollator's, and the trainer adds up losses itself; expected "
                 "compute_loss_func=masked_loss"
             )
         mask, positions = batch.pop("attention_mask", None), batch.pop("position_ids", None)
@@ -48,7 +48,8 @@ class WeDLMModel(DecoderStack):
         position_ids: Tensor | None,
         row_labels: RowLabels | None = None,
     ) -> Tensor:
-        """Hidden states [N, R, C] before the final norm. With ``row_labels`` these say who sees whom, not the mask."""
+        """Hidden states [N, R, C] before the final norm. With ``row_labels`` these, and not the mask, say which rows
+        see each other."""
         real = real_rows(input_ids, attention_mask)
         positions = _positions(input_ids, real, position_ids)
         attend = PaddedCausalAttend(len(input_ids), real) if row_labels is None else training_attend(row_labels)
@@ -56,8 +57,8 @@ class WeDLMModel(DecoderStack):
 
 
 class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
-    """Parameters have the names and values of the checkpoint. Training and AR scoring by calling it, decoding by
-    ``generate``, which is this package's and takes this package's options."""
+    """A model whose parameters have the names and values of the checkpoint. Call it for training and AR scoring; decode
+    with ``generate``, which is this package's and takes this package's options."""
 
     config_class = WeDLMConfig
     base_model_prefix = "model"
@@ -82,9 +83,9 @@ class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
         config: PreTrainedConfig | None = None,
         **kwargs: Any,
     ) -> "WeDLMForCausalLM":
-        """As in transformers, for directories and hub ids of every model type that this package reads.
+        """Load a model as in transformers, from directories and hub ids of every model type that this package reads.
 
-        Only safetensors are read. Saving writes the model type that was read.
+        It only reads safetensors. Saving writes the model type that was read.
         """
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError(f"use_safetensors is {kwargs['use_safetensors']!r}; expected True: pickles are not read")
@@ -107,11 +108,12 @@ class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutput | tuple[Tensor, ...]:
         """Logits [N, R, V] of ``input_ids`` [N, R], causal over rows whatever their positions.
 
-        ``attention_mask`` [N, R] is 0 for padding, on either side. ``position_ids`` [N, R] or [R] (what RoPE sees) may
-        come in any order, as topological reordering has them; default: real rows count from 0. ``labels`` [N, R] give
-        the shifted AR loss over rows (-100: not counted). ``logits_to_keep``: only the last so many rows' logits.
+        ``attention_mask`` [N, R] is 0 for padding, on either side. ``position_ids`` [N, R] or [R] (for RoPE) may come
+        in any order, as topological reordering needs; by default real rows count from 0. ``labels`` [N, R] give the
+        shifted AR loss over rows (-100: not counted). ``logits_to_keep``: return only the last so many rows' logits.
 
-        A batch of ``WeDLMCollator`` (``rest`` has what is special to it) gives the loss of both streams and no logits.
+        A batch from ``WeDLMCollator`` (whose special entries are in ``rest``) gives the loss of both streams and no
+        logits.
         """
         row_labels = take_row_labels(rest)
         if row_labels is not None:
@@ -147,7 +149,7 @@ class WeDLMForCausalLM(PreTrainedModel, GenerationMixin):
         logits_rows: Tensor | None = None,
         masked: Tensor | None = None,
     ) -> Tensor:
-        """``Transformer.forward`` over this model's modules: what the engine calls."""
+        """``Transformer.forward`` over this model's modules, which the engine calls."""
         hidden_TC = self.model(tokens_T, positions_T, attend, masked)
         hidden_LC = hidden_TC if logits_rows is None else hidden_TC[logits_rows]
         return self.lm_head(self.model.norm(hidden_LC))

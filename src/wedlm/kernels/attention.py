@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of packed rows over paged keys: few or many rows a sequence, query heads of a key head side by side, keys
-split over programs where sequences are few.
+"""Attention of packed rows over paged keys, for few or many rows per sequence. Query heads of a key head run side by
+side, and keys are split over programs if sequences are few.
 
 The twin is ``wedlm.attention.sdpa``. A row's result depends on where the keys are split, and for few rows on which
-instruction multiplies. In fixed parts it depends on neither the other rows of the step nor the number of rows.
+instruction multiplies. In fixed parts it depends neither on the other rows of the step nor on the number of rows.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 
 @dataclass(frozen=True)
 class Tile:
-    """At most so many rows (query heads of a key head count as rows) over so many keys at once. ``halves``: keys that
-    every row of a tile sees go through a loop of their own, which masks nothing."""
+    """At most this many rows (query heads of a key head count as rows) over this many keys at once. ``halves``: keys
+    that every row of a tile sees go through a separate loop, which masks nothing."""
 
     rows: int
     keys: int
@@ -40,11 +40,11 @@ _HIDDEN, _LOWEST = tl.constexpr(-1e30), tl.constexpr(-1e20)
 
 @dataclass(frozen=True)
 class PagedRows:
-    """S sequences' rows, packed; all on the device. Sequence s has rows row_start[s] .. + num_rows[s] - 1 over
-    cached[s] keys; its pages are ``page_table[table_row[s]]``. ``shared`` and ``own_start`` as in ``RowVisibility``.
+    """S sequences' rows, packed, on the device. Sequence s has rows row_start[s] .. + num_rows[s] - 1 over cached[s]
+    keys; its pages are ``page_table[table_row[s]]``. ``shared`` and ``own_start`` are as in ``RowVisibility``.
 
-    ``max_rows``: no sequence has more. ``max_keys``: none sees more (only the number of splits depends on it).
-    ``within``: all rows come before this one of the packed rows (None: anywhere).
+    ``max_rows``: no sequence has more. ``max_keys``: none sees more (it only decides the number of splits). ``within``:
+    all rows come before this one of the packed rows (None: anywhere).
     """
 
     row_start: Int[Tensor, " S"]
@@ -62,7 +62,7 @@ class PagedRows:
 
 @triton.jit
 def _fixed_start(part):
-    """First key of a fixed part: of 128 keys each up to 1,024, of 256 up to 4,096, of 1,024 beyond."""
+    """The first key of a fixed part. Parts have 128 keys each up to 1,024, 256 up to 4,096, and 1,024 beyond."""
     short, middle = part * 128, 1024 + (part - 8) * 256
     return tl.where(part <= 8, short, tl.where(part <= 20, middle, 4096 + (part - 20) * 1024))
 
@@ -83,7 +83,7 @@ def num_fixed_parts(num_keys: int) -> int:
 
 @triton.jit
 def _merged(best, total, best_p, total_p):
-    """Softmax over some keys and over a part: (best, total, how often what was counts, how often the part counts)."""
+    """Merge the softmax over some keys with that of a part: (best, total, factor of the former, factor of the part)."""
     higher = tl.maximum(best, best_p)
     old, new = tl.exp2(best - higher), tl.exp2(best_p - higher)
     return higher, tl.fma(total, old, total_p * new), old, new
@@ -100,7 +100,7 @@ def _part_length(num_keys, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
 
 @triton.jit
 def _keys_of_tile(num_rows, cached, tile, BLOCK_M: tl.constexpr, SHARE: tl.constexpr):
-    """Keys that the last row of a tile sees."""
+    """The keys that the last row of a tile sees."""
     return cached + tl.minimum(num_rows, (tile + 1) * BLOCK_M // SHARE + 1)
 
 
@@ -111,7 +111,7 @@ def _add_keys(
     KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over the keys before, and a tile of keys from ``first_key`` on."""
+    """Extend the softmax over the keys so far by a tile of keys from ``first_key`` on."""
     d = tl.arange(0, D)
     key = first_key + tl.arange(0, BLOCK_N)
     exists = key < stop
@@ -190,7 +190,7 @@ def _paged_attention(
     FP8: tl.constexpr, FIXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one sequence and key head, over one part of its keys (``_add_parts`` adds them up).
-    ``FIXED``: over every ``SPLITS``th of the fixed parts, each by itself; added up here if there is one split."""
+    ``FIXED``: over every ``SPLITS``th of the fixed parts, each separately; with one split they are added up here."""
     SHARE: tl.constexpr = HEADS // KV_HEADS
     sequence, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     # The last rows see most keys: their tiles begin first.
@@ -276,8 +276,8 @@ def _add_parts(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row and head of a sequence: the parts that have keys, into the output. ``FIXED``: one after the other, as
-    ``_paged_attention`` adds them up."""
+    """Add the parts that have keys, for one row and head of a sequence, to the output. ``FIXED``: one after the other,
+    in the order of ``_paged_attention``."""
     SHARE: tl.constexpr = HEADS // KV_HEADS
     sequence, row, head = tl.program_id(0), tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     num_rows = tl.load(num_rows_ptr + sequence).to(tl.int32)
@@ -318,7 +318,7 @@ def _add_parts(
 
 
 def num_splits(num_programs: int, max_keys: int, num_processors: int, tile_keys: int) -> int:
-    """Parts of the keys so that all processors have work: a power of two, at most one a tile of keys."""
+    """The number of parts of the keys that keeps all processors busy: a power of two, at most one per tile of keys."""
     splits = 1
     while splits * 2 * num_programs <= 2 * num_processors and splits * tile_keys < max_keys and splits < MAX_SPLITS:
         splits *= 2
@@ -326,7 +326,8 @@ def num_splits(num_programs: int, max_keys: int, num_processors: int, tile_keys:
 
 
 def tile_for(most: int, total: int, row_bytes: int, num_processors: int, shared_bytes: int) -> Tile:
-    """For sequences of at most ``most`` rows (heads count), ``total`` for all key heads, of ``row_bytes`` each."""
+    """The tile for sequences of at most ``most`` rows (heads count), ``total`` for all key heads, of ``row_bytes``
+    each."""
     if most <= SHORT.rows:
         return SHORT
     tile = LONG if total // LONG.rows >= num_processors else MIDDLE
@@ -356,13 +357,14 @@ def paged_attention(
     fixed: bool = False,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """q [T, H, D] over one layer's keys and values [A, K, D], those of the rows written already: [T, H, D].
+    """Attention of q [T, H, D] over one layer's keys and values [A, K, D], in which those of the rows are already
+    written: [T, H, D].
 
-    fixed: in parts that key indices alone decide, and by one instruction, so that no bit of a row's result depends on
-    what else the step holds. scales: of keys and values in FP8, [A, K] each.
+    fixed: compute in parts that only key indices decide, and with one instruction, so that no bit of a row's result
+    depends on the rest of the step. scales: of keys and values in FP8, [A, K] each.
 
-    Rows of no sequence (padding, or sequences that ``rows`` does not name) come out as they were in ``out``, or in
-    memory: any number.
+    Rows of no sequence (padding, or sequences that ``rows`` does not name) keep what is in ``out``, or what is in
+    memory, which may be any number.
     """
     num_rows, heads, head_dim = q.shape
     num_rows = num_rows if rows.within is None else rows.within

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a forward begins with: embeddings of the rows' tokens, cos and sin of their positions."""
+"""The beginning of a forward: embeddings of the rows' tokens, cos and sin of their positions."""
 
 import triton
 import triton.language as tl

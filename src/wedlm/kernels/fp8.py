@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight-bit floats (e4m3): rows of inputs with a scale each, and products whose scales the next kernel multiplies in.
+"""Eight-bit floats (e4m3): rows of inputs with a scale each, and products whose scales the next kernel applies.
 
 The twin of the rounding is ``quantize`` in ``model/inference/quantization.py``.
 """
@@ -19,7 +19,7 @@ _SMALLEST_SCALED = tl.constexpr(1e-30)  # rows of less are as zeros: 448 over it
 
 
 class Fp8Rows(NamedTuple):
-    """Rows [T, C]: ``values`` (e4m3), of which row t counts ``scale[t]`` (float32) times."""
+    """Rows [T, C]: row t of ``values`` (e4m3) is to be multiplied by ``scale[t]`` (float32)."""
 
     values: Tensor
     scale: Tensor
@@ -48,8 +48,8 @@ def empty_rows(num_rows: int, size: int, device: torch.device) -> Fp8Rows:
 
 @triton.jit
 def _rounded(x, EMULATED: tl.constexpr):
-    """x in e4m3. ``EMULATED``: round here and leave the conversion nothing to round, because Triton's interpreter loses
-    the carry into the exponent."""
+    """x in e4m3. ``EMULATED``: round here and leave nothing for the conversion to round, because Triton's interpreter
+    loses the carry into the exponent."""
     if EMULATED:
         power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         shift = tl.maximum(power, 0.015625) * 1572864.0  # 1.5 · 2^20: leaves three bits after the first
@@ -59,7 +59,7 @@ def _rounded(x, EMULATED: tl.constexpr):
 
 @triton.jit
 def to_fp8(x, EMULATED: tl.constexpr):
-    """(values, scale) of one row x in float32, zero where there is nothing."""
+    """(values, scale) of one row x in float32, which is zero outside the row."""
     largest = tl.maximum(tl.max(tl.abs(x), axis=0), _SMALLEST_SCALED)
     return _rounded(x * tl.math.div_rn(_LARGEST, largest), EMULATED), tl.math.div_rn(largest, _LARGEST)
 
@@ -84,7 +84,7 @@ def _quantize_rows(x_ptr, out_ptr, scale_ptr, size, BLOCK: tl.constexpr, EMULATE
 
 
 def quantize_rows(x: Tensor) -> Fp8Rows:
-    """x [T, C], each row by its own largest number."""
+    """Round x [T, C], each row by its own largest number."""
     num_rows, size = x.shape
     out = empty_rows(num_rows, size, x.device)
     pdl = supports_pdl(x.device)
@@ -97,12 +97,12 @@ def quantize_rows(x: Tensor) -> Fp8Rows:
 
 
 def triton_type(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of a type that activations may have."""
+    """Triton's name for a type that activations may have."""
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
 
 
 def warps_for(block: int) -> int:
-    """Of a program that holds a row of ``block`` numbers."""
+    """The warps of a program that holds a row of ``block`` numbers."""
     return min(16, max(1, block // 256))
 
 
@@ -124,7 +124,7 @@ def _multiply_scales(
 
 
 def multiply_scales(product: Unscaled, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The product [T, N] itself, plus ``bias`` [N], for those who cannot read it with its scales apart."""
+    """The product [T, N] with its scales applied, plus ``bias`` [N], for readers that cannot apply them."""
     num_rows, size = product.values.shape
     out = product.values.new_empty(num_rows, size, dtype=dtype)
     pdl = supports_pdl(out.device)

@@ -12,13 +12,13 @@ def supports_pdl(device: torch.device) -> bool:
 
 
 def launch_options(pdl: bool) -> dict[str, bool]:
-    """Keyword arguments of a launch whose kernel begins with ``pdl_wait(PDL)``."""
+    """Keyword arguments for launching a kernel that begins with ``pdl_wait(PDL)``."""
     return {"launch_pdl": True} if pdl else {}
 
 
 @triton.jit
 def pdl_wait(PDL: tl.constexpr):
-    """Wait for what earlier kernels wrote, and let the next one get ready. Before this, read only weights."""
+    """Wait for what earlier kernels wrote, and let the next one get ready. Only read weights before this."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

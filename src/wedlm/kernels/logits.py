@@ -17,7 +17,7 @@ def _scan(
     vocab_size, mask_token_id, tiles_per_part,
     NUM_STOP_TOKENS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Over one part of the vocabulary: maximum, Σ e^(x - max), Σ (x - max) e^(x - max), best allowed token."""
+    """For one part of the vocabulary: maximum, Σ e^(x - max), Σ (x - max) e^(x - max), best allowed token."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pdl_wait(PDL)
     if NUM_STOP_TOKENS > 0:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products of few rows, bound by reading the weight: x [T, K] · weight [N, K]ᵀ.
 
-Weights in FP8 (``model/inference/quantization.py``) are half as many bytes, and meet inputs in FP8 in the tensor cores.
-The order of a row's sums does not depend on T, nor on how rows and outputs are tiled.
+Weights in FP8 (``model/inference/quantization.py``) have half as many bytes, and meet inputs in FP8 in the tensor
+cores. The order of a row's sums depends neither on T nor on how rows and outputs are tiled.
 """
 
 from dataclasses import dataclass, replace
@@ -22,8 +22,8 @@ _PART_DEPTH = 256  # parts of K are multiples of it, whatever the tiles: the dee
 
 @dataclass(frozen=True)
 class Tiling:
-    """``outputs`` weight rows and ``depth`` of K a tile, K in ``splits`` parts, ``stages`` tiles in flight; at most
-    ``rows`` of x a tile."""
+    """A tile has ``outputs`` weight rows, ``depth`` of K, and at most ``rows`` of x. K is split into ``splits`` parts,
+    and ``stages`` tiles are in flight."""
 
     outputs: int = 64
     depth: int = 128
@@ -34,8 +34,8 @@ class Tiling:
 
 
 def fixed_tiling(tiling: Tiling, num_rows: int, weight: torch.dtype = torch.bfloat16) -> Tiling:
-    """``tiling`` in tiles that suit any number of rows, adding up K in the same order: the parts of K stay, and for FP8
-    the depth between two sums in float32."""
+    """``tiling`` with tiles that suit any number of rows and add up K in the same order: the parts of K stay the same,
+    and for FP8 so does the depth between two sums in float32."""
     if num_rows <= MAX_ROWS:
         return tiling
     if num_rows <= 128:
@@ -47,10 +47,11 @@ def fixed_tiling(tiling: Tiling, num_rows: int, weight: torch.dtype = torch.bflo
 
 
 def tiling_for(size: int, depth: int, weight: torch.dtype = torch.bfloat16) -> Tiling:
-    """Measured on an H200 (docs/log.md, 2026-11-23): as many parts as it takes to keep 128 processors reading.
+    """The tiling, measured on an H200 (docs/log.md, 2026-11-23): as many parts as it takes to keep 128 processors
+    reading.
 
-    FP8 has the tiles of sixteen bits, twice as deep, so that each is as many bytes; of the others tried on an H200 one
-    was faster at 16 rows, by 7 % of one product, and slower at 64. The number of rows may not choose, because that
+    FP8 has the tiles of sixteen bits, twice as deep, so that each has as many bytes. Of the others tried on an H200 one
+    was faster at 16 rows, by 7 % of one product, and slower at 64. The number of rows must not decide, because that
     would change the order of a row's sums (docs/log.md, 2026-11-29).
     """
     tiles = triton.cdiv(size, 64)
@@ -67,7 +68,7 @@ def tiling_for(size: int, depth: int, weight: torch.dtype = torch.bfloat16) -> T
 def _add_tile(
     acc, weight, x, start, k, k_stop, inside_n, inside_m, BLOCK_K: tl.constexpr, FP8: tl.constexpr
 ):  # fmt: skip
-    """acc and the product of K's tile from ``start`` on."""
+    """acc plus the product of K's tile from ``start`` on."""
     inside_k = start + k < k_stop
     w_tile = tl.load(weight + start, mask=inside_n & inside_k[None], other=0.0)
     x_tile = tl.load(x + start, mask=inside_k[:, None] & inside_m, other=0.0)
@@ -141,12 +142,12 @@ def few_rows_product(
     dtype: torch.dtype | None = None,
     whole: bool = False,
 ) -> Tensor:
-    """x [T, K] by weight [N, K]: [T, N] in ``dtype`` (None: x's); with splits float32 partial sums [P, T, N], not yet
-    added.
+    """Multiply x [T, K] by weight [N, K]: [T, N] in ``dtype`` (None: x's); with splits, float32 partial sums [P, T, N]
+    that are not yet added.
 
-    gated: silu of the first N / 2 outputs times the others, [T, N / 2]; it takes no splits. x in FP8: by a weight in
-    FP8, each row of which counts ``scale`` [N] (float32) times, and ``dtype`` is given. whole: parts of K are added up
-    before they leave, as who reads them would: [T, N] in ``dtype``.
+    gated: silu of the first N / 2 outputs times the others, [T, N / 2]; it takes no splits. x in FP8 needs a weight in
+    FP8, each row of which is multiplied by ``scale`` [N] (float32), and a ``dtype``. whole: add the parts of K here, in
+    the order in which their reader would: [T, N] in ``dtype``.
     """
     x, x_scale = x if isinstance(x, Fp8Rows) else (x, None)
     dtype = dtype or x.dtype

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small work between the matrix products: residual and RMSNorm in one pass, gated SiLU. Both read products whose scales
-are apart, and write rows in eight bits, where asked to."""
+"""Small work between the matrix products: residual and RMSNorm in one pass, gated SiLU. Both can read products with
+separate scales, and write rows in eight bits."""
 
 import torch
 import triton
@@ -51,8 +51,8 @@ def _add_rms_norm(
 def add_rms_norm(
     x: Tensor, delta: Tensor | Unscaled | None, weight: Tensor, eps: float, quantizes: bool = False
 ) -> tuple[Tensor, Tensor | Fp8Rows]:
-    """(x + delta, its RMSNorm times ``weight``), x [T, C]; delta [T, C] or partial sums [P, T, C], or None: zero.
-    quantizes: the norm in eight bits, from what it is in x's type."""
+    """(x + delta, its RMSNorm times ``weight``). x is [T, C]; delta is [T, C] or partial sums [P, T, C], or None for
+    zero. quantizes: the norm in eight bits, rounded from x's type."""
     num_rows, size = x.shape
     out = empty_rows(num_rows, size, x.device) if quantizes else torch.empty_like(x)
     total = x if delta is None else torch.empty_like(x)
@@ -101,7 +101,7 @@ def _silu_mul(
 
 def silu_mul(gate_up: Tensor | Unscaled, quantizes: bool = False, dtype: torch.dtype | None = None) -> Tensor | Fp8Rows:
     """silu(gate) · up of [T, 2 I], gate first: [T, I], rounded to ``dtype`` (None: gate_up's). quantizes: in eight
-    bits, from what it is in that type."""
+    bits, rounded from that type."""
     values, row_scale, column_scale, scaled = parts_of(gate_up)
     num_rows, size = values.shape[0], values.shape[1] // 2
     dtype = dtype or values.dtype

@@ -82,11 +82,12 @@ def norm_rope_write(
     fixed: bool = False,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Queries [T, H, D] after norm and RoPE; keys and values of the rows go to ``slots`` [T] of the layer's cache.
+    """Queries [T, H, D] after norm and RoPE; keys and values of the rows are written to ``slots`` [T] of the layer's
+    cache.
 
-    qkv is [T, (H + 2 K) D] or partial sums of it [P, T, …], or lacks its scales. cos and sin [T, D] as
+    qkv is [T, (H + 2 K) D] or partial sums of it [P, T, …], or a product without its scales. cos and sin [T, D] are as
     ``RotaryEmbedding`` gives them. norms: weights of the query and key norm and epsilon. keys and values: [A, K, D],
-    written in place. fixed: in one tiling at any number of rows. scales: of keys and values in FP8, [A, K] each,
+    written in place. fixed: use one tiling for any number of rows. scales: of keys and values in FP8, [A, K] each,
     written in place.
     """
     product, row_scale, column_scale, scaled = parts_of(qkv)

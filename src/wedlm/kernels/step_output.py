@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step tells the host of its windows: one tensor, so that one copy fetches it.
+"""What a step reports to the host about its windows: one tensor, so that one copy fetches it.
 
 Int64 [S, 4 + C + C/2] for windows of C columns, an even number: tokens emitted, rows run, tokens cached now, drafts
-verified; the emitted tokens; and their log-probabilities, two float32 in an integer's place.
+verified; the emitted tokens; and their log-probabilities, two float32 in the space of one integer.
 """
 
 import torch

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transitions of a step that streams (or fills blocks) on the device, one kernel each: windows to rows, and what
-the forward said to windows. The twins are ``wedlm.algorithm.window`` and ``wedlm.algorithm.reorder``."""
+"""The transitions of a step that streams (or fills blocks) on the device, one kernel each: windows to rows, and the
+forward's results to windows. The twins are ``wedlm.algorithm.window`` and ``wedlm.algorithm.reorder``."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ _ROWS_PER_TILE = 256
 @dataclass(frozen=True)
 class StreamingRows:
     """Rows of a step, packed, a window's filled ones before its masked ones, padded to a capacity T with rows whose
-    keys go to the trash slot. L logits are for the masked ones, then padding. S sequences."""
+    keys go to the trash slot. L logits belong to the masked ones, then to padding. S sequences."""
 
     tokens: Int[Tensor, " T"]
     positions: Int[Tensor, " T"]
@@ -219,10 +219,11 @@ def update_streaming(
     entropy: Tensor,
     logprobs: Tensor,
 ) -> Tensor:
-    """Moves the windows ``index`` on, in place, by what their masked rows [L] chose; ``state``, ``params`` by window.
+    """Advance the windows ``index`` in place, by what their masked rows [L] chose; ``state`` and ``params`` are by
+    window.
 
-    Returns results as ``kernels/step_output.py`` has them: no drafts, and after the emitted tokens anything. ``index``
-    may name the empty window several times: it stays empty.
+    Returns results as in ``kernels/step_output.py``, without drafts; the values after the emitted tokens are arbitrary.
+    ``index`` may name the empty window several times; it stays empty.
     """
     num_sequences, columns = len(index), state.tokens.shape[1]
     results, floats = empty_results(num_sequences, columns, index.device)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A verified step's two transitions on the device, one kernel each: windows to rows, and what the forward said to
-windows. The twins are ``wedlm.algorithm.verify`` and ``wedlm.algorithm.window``; names are theirs."""
+"""The two transitions of a verified step on the device, one kernel each: windows to rows, and the forward's results to
+windows. The twins are ``wedlm.algorithm.verify`` and ``wedlm.algorithm.window``, whose names it uses."""
 
 from dataclasses import dataclass
 
@@ -34,7 +34,8 @@ class VerifiedRows:
 
 @triton.jit
 def _group_start(group, groups, masked):
-    """Column at which a group begins: ``masked`` rows shared out over ``groups``, the last ones get one more."""
+    """The column at which a group begins: ``masked`` rows are divided among ``groups``, and the last ones get
+    one more."""
     small = groups - masked % groups
     return groups + group * (masked // groups) + tl.maximum(group - small, 0)
 
@@ -184,10 +185,9 @@ def update_verified(
     entropy: Tensor,
     logprobs: Tensor,
 ) -> Tensor:
-    """Moves the windows ``index`` on, in place, by what their rows [T] chose; ``state`` and ``params`` by window.
+    """Advance the windows ``index`` in place, by what their rows [T] chose; ``state`` and ``params`` are by window.
 
-    Returns results as ``kernels/step_output.py`` has them. ``index`` may name the empty window several times: it stays
-    empty.
+    Returns results as in ``kernels/step_output.py``. ``index`` may name the empty window several times; it stays empty.
     """
     num_sequences, columns = len(index), state.tokens.shape[1]
     results, floats = empty_results(num_sequences, columns, index.device)

@@ -44,7 +44,7 @@ _ROPE_KEYS = {
     ),
 }
 _ROPE_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
-# Our key of a config.json, and of a GGUF file: the mode of requests that name none.
+# Our key of a config.json, and of a GGUF file: the mode of requests that do not name one.
 DECODING_KEY = "wedlm_decoding"
 # Another: what decides the next token of streaming, of requests that say nothing.
 NEXT_TOKEN_KEY = "wedlm_next_token"
@@ -98,15 +98,15 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Everything that decides the parameters of a model and the function they compute.
+    """Everything that decides the parameters of a model and the function they compute. Raises ValueError naming the
+    field.
 
     ``qkv_bias``, ``out_bias`` and ``mlp_bias`` say which linear layers have a bias, ``qk_norm`` whether queries and
-    keys are normalised per head. ``block_size`` is the noise block B of WeDLM training in tokens, None for an AR
-    checkpoint that was never adapted and where a WeDLM checkpoint does not record it; for ``sdar`` the block whose rows
-    see each other. ``mask_token_id`` is None where
-    none was chosen yet. ``dtype`` names the type that the weights are stored in. ``decoding`` is the mode that the
-    checkpoint asks for, ``next_token`` what decides its next token in streaming; None where it does not say. Raises
-    ValueError naming the field.
+    keys are normalised per head. ``block_size`` is the noise block B of WeDLM training in tokens. It is None for an AR
+    checkpoint that was never adapted, and for a WeDLM checkpoint that does not record it; for ``sdar`` it is the block
+    whose rows see each other. ``mask_token_id`` is None if none was chosen yet. ``dtype`` names the type that the
+    weights are stored in. ``decoding`` is the mode that the checkpoint asks for, and ``next_token`` what decides its
+    next token in streaming; None means that it does not say.
     """
 
     model_type: str
@@ -169,8 +169,8 @@ class ModelConfig:
 
     @property
     def max_length(self) -> int:
-        """Positions that RoPE reaches: a YaRN or linear factor stretches the original length, even where
-        ``max_position_embeddings`` still records that one (as Qwen's instructions have it)."""
+        """The number of positions that RoPE reaches. A YaRN or linear factor stretches the original length, even if
+        ``max_position_embeddings`` still records the original one (as in Qwen's instructions)."""
         scaling = self.rope_scaling
         if scaling is None or scaling.rope_type == "llama3":
             return self.max_position_embeddings
@@ -184,28 +184,29 @@ class ModelConfig:
 
     @property
     def sees_by_block(self) -> bool:
-        """Whether rows see all of their own block, and masked ones are all that predicts: block diffusion."""
+        """Whether rows see all of their own block, and only masked rows predict: block diffusion."""
         return self.model_type == "sdar"
 
     @property
     def default_decoding(self) -> Decoding:
-        """The mode of requests that name none: the config's word; else streaming for the model type of the paper's
-        checkpoints, whose own code and figures know no other; block for those that have no other; and auto."""
+        """The mode of requests that do not name one: the config's own; else streaming for the model type of the paper's
+        checkpoints, whose code and figures use no other; block for models that can do nothing else; and auto."""
         by_type: dict[str, Decoding] = {"wedlm": "streaming", "sdar": "block"}
         return self.decoding or by_type.get(self.model_type, "auto")
 
     @property
     def default_next_token(self) -> NextToken:
-        """The config's word; else the paper's, because nothing says whether the AR head was trained, too."""
+        """The config's rule; else the paper's, because nothing says whether the AR head was trained, too."""
         return self.next_token or "masked"
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Read the content of a ``config.json``, of transformers 4 or 5; ValueError names key, value and expectation.
+        """Read the content of a ``config.json`` from transformers 4 or 5. Raises ValueError naming key, value and
+        expectation.
 
-        Optional keys that are absent take the defaults of their model type's class in transformers; for ``wedlm``, of
-        Tencent's configuration class (attention_bias true, qk_norm false) and its code's mask token; for ``sdar``,
-        those of Qwen3, from which it is made, and its code's mask token and block.
+        Absent optional keys take the defaults of their model type's class in transformers. For ``wedlm`` they take
+        those of Tencent's configuration class (attention_bias true, qk_norm false) and its code's mask token; for
+        ``sdar``, those of Qwen3, from which it is made, and its code's mask token and block.
         """
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in SUPPORTED_MODEL_TYPES:
@@ -296,7 +297,7 @@ def _check_ids(config: "ModelConfig") -> None:
 
 
 def _check_flags(config: ModelConfig) -> None:
-    """A combination of flags that the model type's own ``config.json`` cannot express must not exist."""
+    """Refuse a combination of flags that the model type's own ``config.json`` cannot express."""
     allowed = {
         "llama": config.qkv_bias == config.out_bias and not config.qk_norm,
         "qwen2": config.qkv_bias and not (config.out_bias or config.mlp_bias or config.qk_norm),
@@ -310,7 +311,7 @@ def _check_flags(config: ModelConfig) -> None:
 
 
 def _read_flags(config: Mapping[str, Any]) -> dict[str, bool]:
-    """Which biases and norms exist: ``attention_bias`` covers the output projection in llama and qwen3 only."""
+    """Which biases and norms exist: ``attention_bias`` covers the output projection only in llama and qwen3."""
     model_type = config["model_type"]
     if model_type == "qwen2":
         return {"qkv_bias": True}
@@ -329,7 +330,7 @@ def _read_mask(config: Mapping[str, Any]) -> Any:
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    """Features that would change the function the model computes, and that this package does not implement."""
+    """Refuse features that would change the function the model computes and that this package does not implement."""
     act = config.get("hidden_act", "silu")
     if act != "silu":
         raise ValueError(f"hidden_act is {act!r}; expected 'silu'")
@@ -359,7 +360,7 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     theta = read_number(scaling, "rope_theta", read_number(config, "rope_theta", 10000.0))
     rotated = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if rotated not in (None, 1, 1.0):
-        raise ValueError(f"partial_rotary_factor is {rotated!r}; expected 1, that every dimension is rotated")
+        raise ValueError(f"partial_rotary_factor is {rotated!r}; expected 1, so that every dimension is rotated")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type == "default":
         return theta, None
@@ -383,7 +384,7 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def read_token_ids(name: str, value: Any) -> tuple[int, ...]:
-    """Token ids as configs write them: null, one integer or a list."""
+    """Read token ids as configs write them: null, one integer or a list."""
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     for token_id in ids:
         check_integer(name, token_id, minimum=0)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), carried as a GGUF by a package on the Python package index, and
-the change that adapts it to WeDLM, carried by this one.
+"""The demo model. SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file in a package on the Python package index, and
+the change that adapts it to WeDLM is part of this package.
 
-A package index is reachable from more places than a model hub, and the user's own index settings (mirror, proxy,
-credentials) apply because pip does the fetching. The package is unzipped, never installed: none of its code runs.
+More places can reach a package index than a model hub, and because pip fetches it, the user's own index settings
+(mirror, proxy, credentials) apply. The package is unzipped, never installed, and none of its code runs.
 """
 
 import functools
@@ -41,7 +41,7 @@ _BY_HAND = (
 
 
 def demo_model_path(cache_dir: str | Path | None = None, progress: bool = True) -> Path:
-    """Path of the demo model's GGUF (98 MB), fetched at first use; its checksum is verified every time.
+    """The path of the demo model's GGUF (98 MB), fetched at first use; its checksum is verified every time.
 
     Looks at $WEDLM_DEMO_GGUF, then in ``cache_dir`` (default: $WEDLM_CACHE, $XDG_CACHE_HOME/wedlm or ~/.cache/wedlm).
     ``progress`` shows on standard error what is being fetched. Raises DemoModelError.
@@ -59,7 +59,7 @@ def demo_model_path(cache_dir: str | Path | None = None, progress: bool = True) 
     if path.is_file():
         if _is_intact(path):
             return path
-        console.print(f"The cached demo model {path} is damaged (wrong checksum): fetching it anew.")
+        console.print(f"The cached demo model {path} is damaged (wrong checksum): fetching it again.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with console.status(f"Fetching the demo model SmolLM2-135M-Instruct (93 MB, once) into {path.parent} ..."):
@@ -70,7 +70,7 @@ def demo_model_path(cache_dir: str | Path | None = None, progress: bool = True) 
 
 
 def default_cache_dir() -> Path:
-    """Where fetched models are kept: $WEDLM_CACHE, else $XDG_CACHE_HOME/wedlm, else ~/.cache/wedlm."""
+    """The folder for fetched models: $WEDLM_CACHE, else $XDG_CACHE_HOME/wedlm, else ~/.cache/wedlm."""
     if os.environ.get("WEDLM_CACHE"):
         return Path(os.environ["WEDLM_CACHE"]).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -78,7 +78,7 @@ def default_cache_dir() -> Path:
 
 
 def _fetch(path: Path) -> None:
-    """Download the package with pip beside ``path`` and move the verified GGUF into place in one step."""
+    """Download the package with pip next to ``path`` and move the verified GGUF into place in one step."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as name:
         directory = Path(name)
         options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
@@ -109,6 +109,6 @@ def _is_intact(path: Path) -> bool:
 
 @functools.lru_cache(maxsize=4)
 def _sha256(path: Path, mtime_ns: int, size: int) -> str:
-    """Hex digest; the time and size are there so that a file that changed is read again."""
+    """The hex digest. Time and size are arguments so that a changed file is read again."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What loading a model can fail with."""
+"""The errors of loading a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ _MAX_MESSAGE = 600
 class CheckpointError(ValueError):
     """A checkpoint cannot be found, read or matched to its config; the message is one sentence for the user.
 
-    It may quote a file, so control characters are escaped and the middle of a long one is left out.
+    The message may quote a file, so control characters are escaped and the middle of a long one is left out.
     """
 
     def __init__(self, message: str) -> None:
@@ -26,9 +26,9 @@ class DemoModelError(RuntimeError):
 
 @contextmanager
 def reading(origin: object) -> Iterator[None]:
-    """What a foreign file makes its reader raise becomes a CheckpointError that names ``origin``.
+    """Turn whatever a foreign file makes its reader raise into a CheckpointError that names ``origin``.
 
-    A ValueError's own sentence stands; OSError passes; anything else is a form of "malformed" that was not thought of.
+    A ValueError's own sentence is kept, and OSError passes; anything else is a malformed file that we did not think of.
     """
     try:
         yield
@@ -47,5 +47,5 @@ def reading(origin: object) -> Iterator[None]:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a Rust library failed. Its exception is no Exception, and has no name that could be imported."""
+    """Whether a Rust library failed. Its exception is not an Exception and has no name that could be imported."""
     return type(error).__name__ == "PanicException"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an AR checkpoint to a WeDLM directory that training can start from: a mask token and a block size are added."""
+"""Make a WeDLM directory for training from an AR checkpoint by adding a mask token and a block size."""
 
 import dataclasses
 import shutil
@@ -36,7 +36,7 @@ _RESERVED_WORDS = ("reserved", "unused")
 
 @dataclass(frozen=True, slots=True)
 class InitResult:
-    """A WeDLM directory just made. ``mask_token`` is the text of the mask token's id, None where it has none."""
+    """A new WeDLM directory. ``mask_token`` is the text of the mask token's id, or None if it has none."""
 
     directory: Path
     config: ModelConfig
@@ -51,12 +51,12 @@ def init_checkpoint(
     block_size: int = DEFAULT_BLOCK_SIZE,
     force: bool = False,
 ) -> InitResult:
-    """Write to ``output`` a WeDLM directory with the weights, tokenizer and model type of the AR model ``source``.
+    """Write a WeDLM directory to ``output``, with the weights, tokenizer and model type of the AR model ``source``.
 
     ``source``: a Hugging Face directory, a hub id, a ``.gguf`` file or "demo-base". ``mask_token_id`` None chooses one
     (``choose_mask_token_id``); its embedding becomes the mean of the vocabulary's. ``block_size``: B of training, in
-    tokens. ``force`` lets it write into a directory that is not empty, where it replaces a checkpoint's files and no
-    others. AR decoding of ``output`` is that of ``source``. Raises ValueError, with nothing written.
+    tokens. ``force`` allows a directory that is not empty, in which it replaces a checkpoint's files and no others.
+    ``output`` decodes in AR like ``source``. Raises ValueError, with nothing written.
     """
     check_integer("block_size", block_size, minimum=1)
     output, origin = Path(output).expanduser(), locate(source)
@@ -105,7 +105,7 @@ def choose_mask_token_id(config: ModelConfig, tokenizer: Tokenizer) -> int:
 
 
 def check_mask_token_id(token_id: int, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """ValueError if ``token_id`` has no embedding, or if text, a chat or the end of a text needs it."""
+    """Raises ValueError if ``token_id`` has no embedding, or if text, a chat or the end of a text needs it."""
     check_integer("mask_token_id", token_id, minimum=0)
     if token_id >= config.vocab_size:
         raise ValueError(f"mask_token_id is {token_id}; expected an id from 0 to {config.vocab_size - 1}")
@@ -115,7 +115,7 @@ def check_mask_token_id(token_id: int, config: ModelConfig, tokenizer: Tokenizer
 
 
 def _use(token_id: int, config: ModelConfig, tokenizer: Tokenizer, written: frozenset[int]) -> str | None:
-    """What a token is used for; None if for nothing. ``written``: what ``_written_ids`` gives."""
+    """What a token is used for; None if it is not used. ``written`` is the result of ``_written_ids``."""
     text = tokenizer.backend.id_to_token(token_id)
     if token_id in config.eos_token_ids:
         return f"the end token {text!r}"
@@ -147,8 +147,8 @@ def _is_qwen(tokenizer: Tokenizer) -> bool:
 
 @torch.no_grad()
 def set_mask_embedding(model: Transformer, mask_token_id: int, num_tokens: int) -> None:
-    """Make the mask token's row the mean of the other rows below ``num_tokens``, in place; if the output projection has
-    weights of its own, there, too."""
+    """Set the mask token's row to the mean of the other rows below ``num_tokens``, in place, and also in the output
+    projection if that has separate weights."""
     weights: list[Tensor] = [model.model.embed_tokens.weight]
     if not model.config.tie_word_embeddings:
         weights.append(model.lm_head.get_parameter("weight"))
@@ -165,7 +165,7 @@ def mean_of_others(weight: Tensor, token_id: int, num_tokens: int) -> Tensor:
 
 
 def check_output(output: Path, origin: Path, force: bool) -> None:
-    """ValueError unless a checkpoint made from ``origin`` may be written to the directory ``output``."""
+    """Raises ValueError unless a checkpoint made from ``origin`` may be written to the directory ``output``."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; expected a directory to write to")
     if output.is_dir() and origin.is_dir() and output.samefile(origin):
@@ -175,15 +175,15 @@ def check_output(output: Path, origin: Path, force: bool) -> None:
 
 
 def _write(model: Transformer, config: ModelConfig, tokenizer: Tokenizer, origin: Path, output: Path) -> None:
-    """The config last: a directory that has one is complete."""
+    """Write the config last, because a directory that has one is complete."""
     remove_checkpoint(output)
     copy_companions(origin, tokenizer, output)
     save_model(model, config, output)
 
 
 def remove_checkpoint(output: Path) -> None:
-    """Delete the files of an earlier checkpoint in ``output``, which is made if it is not there: its shards would stay
-    beside the one file that replaces them."""
+    """Delete the files of an earlier checkpoint in ``output``, since its shards would remain next to the one file that
+    replaces them. Creates the directory if it is missing."""
     output.mkdir(parents=True, exist_ok=True)
     weights = [*output.glob("model-*-of-*.safetensors"), output / WEIGHTS_FILE]
     for old in [output / name for name in ("config.json", INDEX_FILE, *_COMPANIONS)] + weights:
@@ -191,7 +191,7 @@ def remove_checkpoint(output: Path) -> None:
 
 
 def copy_companions(origin: Path, tokenizer: Tokenizer, output: Path) -> None:
-    """What stands beside a checkpoint's weights; for a GGUF file, its tokenizer."""
+    """Copy the files that come with a checkpoint's weights; for a GGUF file, write its tokenizer."""
     if not origin.is_dir():
         tokenizer.save(output)
         return

@@ -2,8 +2,8 @@
 """The parts of a decoder layer. Module and parameter names are those of Hugging Face checkpoints.
 
 Shape suffixes: T rows, C hidden size, H heads (query heads, or the fewer key/value heads K), D head dimension.
-``masked`` says which rows are masked, or which have an adapter of their own (``lora/row_factors.py``); only layers with
-factors for them look at it.
+``masked`` says which rows are masked, or which have their own adapter (``lora/row_factors.py``); only layers with
+factors for them use it.
 """
 
 import torch

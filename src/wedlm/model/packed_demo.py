@@ -17,8 +17,9 @@ _FORMAT = "1"  # of what is kept: another number for other contents from the sam
 
 
 def packed_demo(demo: Checkpoint) -> Checkpoint:
-    """``demo`` ("demo" as ``open_checkpoint`` gives it) in eight bits, from the cache directory, where it is made first
-    if it is not there or is damaged. Where nothing can be written a warning says so, and ``demo`` itself comes back."""
+    """``demo`` ("demo" as opened by ``open_checkpoint``) in eight bits, from the cache directory. If it is missing or
+    damaged there, it is made first. If the directory cannot be written to, a warning says so and ``demo`` itself is
+    returned."""
     directory = default_cache_dir()
     path = directory / f"demo-int8-{_key(demo)}.safetensors"
     if path.is_file():
@@ -40,7 +41,7 @@ def packed_demo(demo: Checkpoint) -> Checkpoint:
 
 
 def _key(demo: Checkpoint) -> str:
-    """A name for the content: what it is made of, and how."""
+    """A name for the content, made from its sources and the way it is made."""
     digest = hashlib.sha256(f"{_FORMAT} {DEMO_SHA256}".encode())
     for path in demo.deltas:
         digest.update(Path(path).read_bytes())

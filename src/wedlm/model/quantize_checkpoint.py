@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint to one in fewer bits: a directory in eight bits, or a GGUF file."""
+"""Write a checkpoint in fewer bits: as a directory in eight bits, or as a GGUF file."""
 
 import json
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ DEFAULT_TYPE = "q8_0"
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What was written: ``form`` for users, and bytes of the weights before (in the type they are in) and after."""
+    """What was written: ``form`` for users, and the bytes of the weights before (in their type) and after."""
 
     path: Path
     form: str
@@ -39,9 +39,9 @@ def quantize_checkpoint(
 ) -> QuantizeResult:
     """Write ``source`` (anything that ``load_model`` takes) in fewer bits to ``output``.
 
-    ``to`` "int8": a directory that ``LLM`` loads like any other; "gguf": a file of ``type`` (``GGUF_TYPES``; default
-    q8_0), for llama.cpp, too; None: by the name of ``output``. ``force`` lets it replace what is there. Raises
-    ValueError, with nothing written.
+    ``to`` "int8" writes a directory that ``LLM`` loads like any other; "gguf" a file of ``type`` (``GGUF_TYPES``;
+    default q8_0), also for llama.cpp; None decides by the name of ``output``. ``force`` lets it replace what is there.
+    Raises ValueError, with nothing written.
     """
     output = Path(output).expanduser()
     if to is None:
@@ -49,7 +49,7 @@ def quantize_checkpoint(
     if to not in FORMS:
         raise ValueError(f"to is {to!r}; expected one of {', '.join(FORMS)}")
     if to == "int8" and type is not None:
-        raise ValueError(f"type is {type!r}, which is one of GGUF files; expected --to gguf, or none")
+        raise ValueError(f"type is {type!r}, which is a type of GGUF files; expected --to gguf, or none")
     type = (type or DEFAULT_TYPE).lower()
     if type not in GGUF_TYPES:
         raise ValueError(f"type is {type!r}; expected one of {', '.join(GGUF_TYPES)}")

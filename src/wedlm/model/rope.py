@@ -14,10 +14,11 @@ from wedlm.model.config import ModelConfig, RopeScaling
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of logical positions, computed once a step and shared by all layers.
+    """cos and sin of logical positions, computed once per step and shared by all layers.
 
     The frequencies stay float32 whatever type the model is moved to: rounded to bfloat16 they would be off by whole
-    turns at long positions. They are computed, never loaded, hence on the CPU even when the model is built on meta.
+    turns at long positions. They are computed, never loaded, and therefore on the CPU even when the model is built on
+    meta.
     """
 
     inv_freq: Tensor

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which part of a model's weights one rank of tensor parallelism holds, by the names that they have in a checkpoint.
+"""Which part of a model's weights one rank of tensor parallelism holds, by their names in a checkpoint.
 
-Outputs of q, k, v, gate and up are divided (column shards), and the inputs of o and down that come from them (row
-shards), so that a layer needs two sums over the ranks; embedding and output projection are divided by the vocabulary.
-Fewer key/value heads than ranks: ranks that share one hold it each. All else is on every rank.
+The outputs of q, k, v, gate and up are divided (column shards), and so are the inputs of o and down that come from them
+(row shards), so that a layer needs two sums over the ranks. Embedding and output projection are divided by the
+vocabulary. If there are fewer key/value heads than ranks, the ranks that share one each hold it. Everything else is on
+every rank.
 """
 
 from collections.abc import Mapping
@@ -21,8 +22,8 @@ _BY_VOCABULARY = ("embed_tokens", "lm_head")
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The part of rank ``rank`` of ``size`` in a model of the whole config ``whole``. ValueError if its heads or its
-    feed-forward layers cannot be divided so."""
+    """The part of rank ``rank`` of ``size`` in a model of the whole config ``whole``. Raises ValueError if its heads or
+    its feed-forward layers cannot be divided this way."""
 
     whole: ModelConfig
     rank: int
@@ -33,7 +34,7 @@ class Shard:
 
     @property
     def config(self) -> ModelConfig:
-        """The shape of this rank's part. Its token ids mean nothing."""
+        """The shape of this rank's part. Its token ids are meaningless."""
         whole, vocabulary = self.whole, self.vocabulary
         return replace(
             whole,
@@ -48,13 +49,13 @@ class Shard:
 
     @property
     def vocabulary(self) -> slice:
-        """Token ids whose rows of the embedding and of the output projection are here."""
+        """The token ids whose rows of the embedding and of the output projection are here."""
         size = self.whole.vocab_size
         return slice(size * self.rank // self.size, size * (self.rank + 1) // self.size)
 
     @property
     def widest_vocabulary(self) -> int:
-        """Of all ranks."""
+        """The largest vocabulary of any rank."""
         return -(-self.whole.vocab_size // self.size)
 
     def cut(self, name: str, shape: tuple[int, ...]) -> Cut:
@@ -72,8 +73,8 @@ class Shard:
         return Cut(shape)
 
     def low_rank(self, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of a LoRA (A [r, in], B [out, r]) of the weight of that name: with A of a row shard the products B A
-        of all ranks add up to the whole's."""
+        """This rank's part of a LoRA (A [r, in], B [out, r]) for the weight of that name. For a row shard A is cut, and
+        the products B A of all ranks add up to the whole's."""
         cut = self.cut(name, (len(b), a.shape[1]))
         return a[:, cut.columns], b[cut.rows]
 
@@ -91,7 +92,7 @@ class Shard:
 
 
 def check_divides(config: ModelConfig, size: int) -> None:
-    """ValueError unless a model of this config can be divided among that many ranks."""
+    """Raises ValueError unless a model of this config can be divided among that many ranks."""
     parts: Mapping[str, int] = {"attention heads": config.num_heads, "intermediate size": config.intermediate_size}
     for name, number in parts.items():
         if number % size:

@@ -19,7 +19,7 @@ from wedlm.model.rope import RotaryEmbedding
 
 
 class DecoderStack(nn.Module):
-    """Embedding, layers and final norm; a class of its own because checkpoints name these ``model.…``."""
+    """Embedding, layers and final norm. It is a separate class because checkpoints name these ``model.…``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -57,12 +57,12 @@ class DecoderStack(nn.Module):
 
 
 class AdapterSource(Protocol):
-    """Adapters beside a model: ``wedlm.model.inference.adapter_bank``."""
+    """The adapters of a model: ``wedlm.model.inference.adapter_bank``."""
 
     version: int
 
     def rows(self, adapters_T: Tensor, masked: Tensor | None) -> AdaptedRows:
-        """What layers must know of rows with these adapters, by their slots."""
+        """What layers must know about rows with these adapters, given their slots."""
         ...
 
 
@@ -98,10 +98,10 @@ class Transformer(nn.Module):
         """Logits [L, V] in the model's dtype.
 
         ``tokens_T`` and ``positions_T`` are int64 [T]. ``logits_rows``, int64 [L], picks the rows to project, in the
-        order wanted; None means all rows. ``attend(layer, q_THD, k_TKD, v_TKD) -> out_THD`` gets RoPE already applied.
-        ``masked`` (bool [T], or int64 [M] indices) says which rows are masked: it matters only where an adapter of
-        masked rows is loaded; None means no row. ``adapters_T``, int64 [T]: the slot of each row's adapter, 0 for none;
-        None means that no row has one.
+        wanted order; None means all rows. ``attend(layer, q_THD, k_TKD, v_TKD) -> out_THD`` gets RoPE already applied.
+        ``masked`` (bool [T], or int64 [M] indices) says which rows are masked, which only matters if an adapter of
+        masked rows is loaded; None means no row. ``adapters_T``, int64 [T], has the slot of each row's adapter, 0 for
+        none; None means that no row has one.
         """
         rows: Masked = masked
         if adapters_T is not None:

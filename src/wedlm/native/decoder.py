@@ -42,7 +42,7 @@ class _WindowParams(Structure):
 
     @classmethod
     def of(cls, params: DecodeParams, stop_tokens: np.ndarray, num_top: int = 0) -> "_WindowParams":
-        """``stop_tokens`` [E] int64 holds those of ``params`` and must outlive the result."""
+        """``stop_tokens`` [E] int64 holds the stop tokens of ``params`` and must outlive the result."""
         return cls(
             params.row_budget,
             params.max_drafts,
@@ -121,13 +121,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StepTensors:
-    """A step between its parts: views of the library's memory, until the next step. S windows, C columns, L rows with
-    logits.
+    """A step between its parts: views of the library's memory, valid until the next step. S windows, C columns, L rows
+    with logits.
 
-    ``state`` and ``run`` [S]: the windows as ``extend`` leaves them, then as ``NativeDecoder.update`` does; ``shared``
-    [S, C]: that of ``RowLayout``. ``sequence``, ``column`` and ``target`` [L]: each row's, the last the position that
-    its token is for. ``logits`` [L, V]: without banned tokens, to be changed before ``choose``; ``logsumexp`` [L]: of
-    all, as they were. ``results``: by ``choose``; ``emitted``: by ``update``.
+    ``state`` and ``run`` [S]: the windows after ``extend``, then after ``NativeDecoder.update``. ``shared`` [S, C] is
+    that of ``RowLayout``. ``sequence``, ``column`` and ``target`` [L] belong to each row; the last is the position that
+    its token is for. ``logits`` [L, V] exclude banned tokens; change them before ``choose``. ``logsumexp`` [L] is over
+    all original logits. ``choose`` sets ``results``, and ``update`` sets ``emitted``.
     """
 
     state: WindowState
@@ -145,8 +145,8 @@ class StepTensors:
 class NativeDecoder:
     """Steps of windows that live in the slots of a ``WindowState``, over one model and one cache.
 
-    A step is ``set_step``, ``run`` and ``read``; ``forward``, ``choose``, ``update`` and ``put`` take the place of
-    ``run`` if the host has a part in it. ``max_length``: positions of a sequence. Raises NativeError.
+    A step is ``set_step``, ``run`` and ``read``; if the host takes part in it, ``forward``, ``choose``, ``update`` and
+    ``put`` replace ``run``. ``max_length``: positions of a sequence. Raises NativeError.
     """
 
     def __init__(
@@ -188,11 +188,11 @@ class NativeDecoder:
 
     @property
     def forward_s(self) -> float:
-        """Seconds that the model took of the latest step."""
+        """Seconds that the model took in the latest step."""
         return float(self._step.forward_s)
 
     def attach(self, state: WindowState) -> None:
-        """The windows to work on, by slot, in place; on the CPU."""
+        """Set the windows to work on, by slot, in place; on the CPU."""
         if state is self._state:
             return
         self._state, capacity = state, state.tokens.shape[1]
@@ -205,23 +205,23 @@ class NativeDecoder:
         self._step.results, self._step.result_logprobs = self._results.ctypes.data, self._result_logprobs.ctypes.data
 
     def set_params(self, slot: int, params: DecodeParams, num_top: int = 0, adapter: int = 0) -> None:
-        """How the window in ``slot`` decodes, how many of the most probable tokens ``read_top`` gives of its rows, and
-        the slot of its adapter, 0 for none. It has no pages yet."""
+        """Set how the window in ``slot`` decodes, how many of the most probable tokens ``read_top`` gives for its rows,
+        and the slot of its adapter, 0 for none. It has no pages yet."""
         self._adapter[slot] = adapter
         self._stop_tokens[slot] = np.array(params.stop_token_ids, dtype=np.int64)
         self._params[slot] = _WindowParams.of(params, self._stop_tokens[slot], num_top)
         self._num_pages[slot] = 0
 
     def add_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
-        """``pages`` are the slot's from the one with index ``first`` on."""
+        """Add ``pages`` to the slot's, from the one with index ``first`` on."""
         self._pages[slot, first : first + len(pages)] = pages
         self._num_pages[slot] = first + len(pages)
 
     def set_step(
         self, windows: Sequence[int], chunks: Sequence[Chunk], row_budget: int, max_drafts: int, num_positions: int
     ) -> None:
-        """The next step: windows by their slots, chunks, the most rows and drafts that it leaves to adaptive windows,
-        and an upper bound of the positions."""
+        """Set the next step: windows by their slots, chunks, the most rows and drafts for adaptive windows, and an
+        upper bound of the positions."""
         step = self._step
         count, more = len(windows), len(chunks)
         self._slot[:count] = windows
@@ -243,21 +243,21 @@ class NativeDecoder:
             step.cos, step.sin, step.num_positions = cos.ctypes.data, sin.ctypes.data, len(cos)
 
     def run(self) -> None:
-        """The whole step."""
+        """Run the whole step."""
         self._step.wants_logits = 0
         self._check(self._library.wedlm_decode_step)
 
     def read(self) -> tuple[list[list[int]], list[list[int]], list[list[float]]]:
-        """Of the windows of the step that was put: (tokens that became final, rows run, tokens with valid keys, drafts
-        verified) each; the final tokens; their log-probabilities. The last two may have more columns than count."""
+        """For the windows of the step that was put: (tokens that became final, rows run, tokens with valid keys, drafts
+        verified) each; the final tokens; their log-probabilities. The last two may have unused columns."""
         results = self._results[: self._step.num_windows]
         numbers = results[:, :4].tolist()
         widest = max(one[0] for one in numbers)
         return numbers, results[:, 4 : 4 + widest].tolist(), self._result_logprobs[: len(numbers), :widest].tolist()
 
     def read_top(self) -> tuple[list[int], list[int], list[list[int]], list[list[float]]]:
-        """Of each row with logits: its window, the position that its token is for, the most probable tokens, and their
-        log-probabilities, by the logits before any was changed. What is beyond a window's ``num_top`` means nothing."""
+        """For each row with logits: its window, the position that its token is for, the most probable tokens, and their
+        log-probabilities, by the logits before any was changed. Entries past a window's ``num_top`` are meaningless."""
         step = self._step
         rows, shape = (step.num_logits,), (step.num_logits, step.most_top)
         return (
@@ -268,8 +268,8 @@ class NativeDecoder:
         )
 
     def forward(self, keep_raw: bool) -> StepTensors:
-        """The first part, for a host that changes logits. ``keep_raw``: the log-probabilities of the chosen tokens are
-        of the logits as they were."""
+        """Run the first part, for a host that changes logits. ``keep_raw``: the log-probabilities of the chosen tokens
+        are those of the original logits."""
         step = self._step
         step.wants_logits = 2 if keep_raw else 1
         self._check(self._library.wedlm_decode_forward)
@@ -304,11 +304,11 @@ class NativeDecoder:
         )
 
     def choose(self) -> None:
-        """A token for each row, from its logits as they stand."""
+        """Choose a token for each row, from its present logits."""
         self._library.wedlm_decode_choose(self._decoder, byref(self._step))
 
     def update(self) -> None:
-        """Move the step's windows on."""
+        """Advance the step's windows."""
         self._library.wedlm_decode_update(self._decoder, byref(self._step))
 
     def put(self) -> None:
@@ -321,7 +321,7 @@ class NativeDecoder:
 
 
 def choose_tokens(logits: Tensor, params: Sequence[DecodeParams], positions: Tensor) -> Tensor:
-    """The library's choice in rows of logits [L, V], float32, each for its own parameters and position [L]."""
+    """The library's choice for rows of logits [L, V], float32, each with its own parameters and position [L]."""
     rows, vocab_size = logits.shape
     logits, positions = logits.contiguous(), positions.to(torch.int64).contiguous()
     none = np.zeros(0, np.int64)
@@ -333,7 +333,7 @@ def choose_tokens(logits: Tensor, params: Sequence[DecodeParams], positions: Ten
 
 
 def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest of each row of logits [L, V], float32: (tokens [L, count], logits [L, count])."""
+    """The ``count`` largest logits of each row of [L, V], float32: (tokens [L, count], logits [L, count])."""
     rows, vocab_size = logits.shape
     logits = logits.contiguous()
     tokens, values = torch.empty(rows, count, dtype=torch.long), torch.empty(rows, count)
@@ -351,7 +351,7 @@ def _view(address: int | None, dtype: Any, shape: tuple[int, ...]) -> Tensor:
 
 
 def _declared() -> ctypes.CDLL:
-    """The library, with this file's functions declared."""
+    """The library with this file's functions declared."""
     library, error_at = load(), (c_char_p, c_int64)
     for name, result, arguments in (
         ("decoder_new", c_void_p, (c_int32, c_int64)),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled library: where it is, what it offers, and its C interface (csrc/capi.h) as Python sees it."""
+"""The compiled library: where it is, what it offers, and its C interface (csrc/capi.h) in Python."""
 
 import ctypes
 import functools
@@ -19,7 +19,7 @@ PATH_VARIABLE = "WEDLM_NATIVE_PATH"  # forces an instruction set
 
 
 class NativeError(ValueError):
-    """The library is missing, or refuses what it was given; the message is one sentence for the user."""
+    """The library is missing, or refuses its input; the message is one sentence for the user."""
 
 
 class Shape(Structure):
@@ -76,7 +76,7 @@ def _library_file() -> Path | None:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library. Raises NativeError where it was not built or cannot be loaded."""
+    """Load the library. Raises NativeError if it was not built or cannot be loaded."""
     file = _library_file()
     if file is None:
         raise NativeError(_MISSING)
@@ -151,7 +151,7 @@ def describe(asked: str | None = None) -> str:
 
 
 def num_threads(asked: int | None) -> int:
-    """``asked``, checked; None: the cores that this process may use. Raises NativeError."""
+    """``asked``, checked; None takes the cores that this process may use. Raises NativeError."""
     if asked is None:
         return int(load().wedlm_physical_cores())
     most = os.cpu_count() or 1

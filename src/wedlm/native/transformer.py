@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model whose forward is one native call: the same rows in and logits out as ``Transformer``, its slow twin.
+"""A model whose forward is one native call, with the same rows in and logits out as ``Transformer``, its slow twin.
 
-Shape suffixes as in ``wedlm.model.transformer``.
+Shape suffixes are as in ``wedlm.model.transformer``.
 """
 
 import ctypes
@@ -31,7 +31,8 @@ _CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 @dataclass(frozen=True)
 class NativeAttend:
-    """The plan of a step: where its sequences' keys are. What ``PagedSdpa`` is to ``Transformer``."""
+    """The plan of a step: where its sequences' keys are. It is for this model what ``PagedSdpa`` is for
+    ``Transformer``."""
 
     cache: KVCache
     batch: ExtendBatch
@@ -41,9 +42,9 @@ class NativeAttend:
 class GreedyRows:
     """The choice at temperature 0 in L rows, without their logits.
 
-    ``token`` [L] is the largest logit but for the row's banned ids, the lowest id of several equal ones, and
-    ``token_logit`` [L] its logit. ``entropy`` (nats) and ``logsumexp`` (log of the sum of exponentials) [L] are of all
-    logits.
+    ``token`` [L] is the largest logit except the row's banned ids, the lowest id of several equal ones, and
+    ``token_logit`` [L] its logit. ``entropy`` (nats) and ``logsumexp`` (log of the sum of exponentials) [L] are over
+    all logits.
     """
 
     token: Tensor
@@ -53,10 +54,10 @@ class GreedyRows:
 
 
 class NativeTransformer:
-    """Weights in the library's memory, and calls of its forward. Made by ``wedlm.native.weights``.
+    """Weights in the library's memory, and calls of its forward. ``wedlm.native.weights`` makes it.
 
-    ``path`` forces an instruction set (None: $WEDLM_NATIVE_PATH, or the fastest); ``threads`` None: one a core that
-    this process may use. Not for two calls at once: they wait for each other. Raises NativeError.
+    ``path`` forces an instruction set (None: $WEDLM_NATIVE_PATH, or the fastest). ``threads`` None means one per core
+    that this process may use. Two calls at once wait for each other. Raises NativeError.
     """
 
     def __init__(self, config: ModelConfig, *, path: str | None = None, threads: int | None = None) -> None:
@@ -120,8 +121,8 @@ class NativeTransformer:
         )
 
     def set_factors(self, factors: int, layer: int, which: int, format: int, a: PackedSource, b: PackedSource) -> None:
-        """Add b a x to what rows of these ``factors`` get of matrix ``which`` of ``layer``. ``factors``: twice an
-        adapter's slot, and one more for its masked rows."""
+        """Add b a x to the result of matrix ``which`` of ``layer`` for rows of these ``factors``: twice an adapter's
+        slot, plus one for its masked rows."""
         at = [None if part is None else part.ctypes.data for part in (*a, *b)]
         rank = len(a[0])
         self._check(self._library.wedlm_model_set_factors, self.handle, factors, layer, which, format, rank, *at)
@@ -131,7 +132,7 @@ class NativeTransformer:
         self._check(self._library.wedlm_model_set_start, self.handle, factors, start.size, start.ctypes.data)
 
     def drop_factors(self, factors: int) -> None:
-        """Free the memory of these ``factors``, if there are any."""
+        """Free the memory of these ``factors``, if they exist."""
         self._library.wedlm_model_drop_factors(self.handle, factors)
 
     def set_vector(self, layer: int, which: int, data: np.ndarray) -> None:
@@ -164,12 +165,12 @@ class NativeTransformer:
         banned: Sequence[Sequence[int]] | None = None,
         masked: Tensor | None = None,
     ) -> GreedyRows:
-        """The choice in each of ``logits_rows``; ``banned[i]`` are ids that row i must not choose."""
+        """The choice in each of ``logits_rows``; row i must not choose the ids ``banned[i]``."""
         count = len(logits_rows)
         rows = GreedyRows(torch.empty(count, dtype=torch.long), *(torch.empty(count) for _ in range(3)))
         lists = banned if banned is not None else [()] * count
         if len(lists) != count:
-            raise NativeError(f"there are {len(lists)} lists of banned tokens; expected {count}, one a row")
+            raise NativeError(f"there are {len(lists)} lists of banned tokens; expected {count}, one per row")
         ids = np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int64)
         offsets = np.cumsum([0, *(len(one) for one in lists)], dtype=np.int64)
         outputs = {
@@ -202,7 +203,7 @@ class NativeTransformer:
         # Kept in variables: the library reads them by their addresses.
         tokens, positions, wanted = (_int64(part) for part in (tokens, positions, logits_rows))
         if len(positions) != len(tokens):
-            raise NativeError(f"there are {len(positions)} positions; expected {len(tokens)}, one a token")
+            raise NativeError(f"there are {len(positions)} positions; expected {len(tokens)}, one per token")
         starts, counts = np.asarray(batch.starts, dtype=np.int64), np.asarray(batch.counts, dtype=np.int64)
         lengths = [len(pages) for pages in batch.pages]
         if not len(starts) == len(counts) == len(lengths):
@@ -262,12 +263,12 @@ class NativeTransformer:
         return _CACHE_TYPES[cache.keys.dtype]
 
     def angles(self, num_positions: int) -> tuple[np.ndarray, np.ndarray]:
-        """RoPE's cosines and sines [P, D / 2], P at least ``num_positions`` as far as the model reaches."""
+        """RoPE's cosines and sines [P, D / 2], where P is at least ``num_positions``, up to the model's length."""
         self._grow_tables(num_positions)
         return self._cos, self._sin
 
     def _uncached(self, num_rows: int) -> NativeAttend:
-        """Rows of one sequence that nothing keeps, in a cache of our own."""
+        """Run rows of one sequence that are not kept, in a temporary cache."""
         if self._own_cache is None or self._own_cache.keys.shape[1] < num_rows:
             shape = self.config
             sizes = (shape.num_layers, max(num_rows, 64), 1, shape.num_kv_heads, shape.head_dim)
@@ -297,5 +298,5 @@ def cache_pointers(cache: KVCache) -> dict[str, int | None]:
 
 
 def _int64(tensor: Tensor) -> Tensor:
-    """Contiguous int64 on the CPU."""
+    """The tensor as contiguous int64 on the CPU."""
     return tensor.to("cpu", torch.int64).contiguous()

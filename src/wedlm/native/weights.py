@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting weights into a ``NativeTransformer``: from a torch model, or from a checkpoint, as they lie there."""
+"""Put weights into a ``NativeTransformer``: from a torch model, or unchanged from a checkpoint."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -73,9 +73,9 @@ _Weight = Tensor | Int8Rows | _Blocks
 def native_from_torch(
     model: Transformer, quantization: str | None = "int8", *, path: str | None = None, threads: int | None = None
 ) -> NativeTransformer:
-    """A native copy of ``model`` (on the CPU, not packed). ``quantization`` "int8": all matrices, the embedding and
-    head included, in eight bits with one scale for each output; None: as they are. An adapter of masked rows comes
-    along (``set_masked_lora``). Raises NativeError."""
+    """A native copy of ``model`` (on the CPU, not packed). ``quantization`` "int8" puts all matrices, including
+    embedding and head, into eight bits with one scale for each output; None keeps them. An adapter of masked rows is
+    copied, too (``set_masked_lora``). Raises NativeError."""
     if quantization not in (None, "int8"):
         raise NativeError(f"quantization is {quantization!r}; expected 'int8' or None")
     if is_packed(model):
@@ -90,10 +90,10 @@ def native_from_torch(
 def native_from_checkpoint(
     checkpoint: Checkpoint, quantization: str | None = None, *, path: str | None = None, threads: int | None = None
 ) -> NativeTransformer:
-    """The model in ``checkpoint``, with no torch model made on the way.
+    """Load the model in ``checkpoint`` without making a torch model.
 
-    ``quantization`` "int8": as for ``native_from_torch``; None: matrices stay as they lie in the file, be it blocks of
-    GGUF, eight bits with scales or floats. Raises CheckpointError, and NativeError for a type that is not supported.
+    ``quantization`` "int8" is as for ``native_from_torch``; None keeps matrices as they are in the file, in GGUF
+    blocks, eight bits with scales or floats. Raises CheckpointError, and NativeError for a type that is not supported.
     """
     file = checkpoint.gguf
     if file is not None and quantization is None and not checkpoint.deltas:
@@ -115,7 +115,7 @@ def native_from_gguf(file: GGUFFile, *, path: str | None = None, threads: int | 
 def set_masked_lora(
     native: NativeTransformer, matrices: Mapping[str, tuple[Tensor, Tensor]], mask_embedding: Tensor | None
 ) -> None:
-    """Give ``native`` an adapter of masked rows, as ``attach_masked_lora`` does a model; matrices as in
+    """Give ``native`` an adapter of masked rows, as ``attach_masked_lora`` does for a model; matrices are as in
     ``NativeAdapters``."""
     native.masked_lora = dict(matrices), mask_embedding
     NativeAdapters(native).put(0, RowFactors({}, matrices, mask_embedding))
@@ -123,29 +123,28 @@ def set_masked_lora(
 
 @dataclass(frozen=True)
 class _Rounded:
-    """Factors as the library takes them: (for masked rows?, the weight's name, A, B), and what masked rows start
-    from."""
+    """Factors in the library's form: (for masked rows?, the weight's name, A, B), and what masked rows start from."""
 
     matrices: list[tuple[bool, str, PackedSource, PackedSource]]
     start: np.ndarray | None
 
 
 class NativeAdapters:
-    """Adapters in slots of a model: each row of a step may have another one. The twin is ``AdapterBank``.
+    """Adapters in slots of a model: each row of a step may have a different one. The twin is ``AdapterBank``.
 
-    Beside weights in few bits their matrices are rounded to eight, and they read what those read; beside floats they
-    stay float32.
+    With weights in few bits, their matrices are rounded to eight bits, and they read the same rounded inputs; with
+    float weights they stay float32.
     """
 
     def __init__(self, native: NativeTransformer) -> None:
         self._native = native
 
     def prepare(self, factors: RowFactors) -> RowFactors:
-        """The factors with their matrices rounded, if they will be; in any thread."""
+        """The factors with their matrices rounded, if needed; call it in any thread."""
         return replace(factors, prepared=_rounded(self._native, factors))
 
     def put(self, slot: int, factors: RowFactors) -> None:
-        """Put an adapter in a free slot. NativeError, with nothing changed, if there is no memory."""
+        """Put an adapter into a free slot. Raises NativeError, with nothing changed, if memory runs out."""
         prepared = factors.prepared
         if not isinstance(prepared, _Rounded):
             prepared = _rounded(self._native, factors)
@@ -160,7 +159,7 @@ class NativeAdapters:
             raise
 
     def drop(self, slot: int) -> None:
-        """Free a slot, and the memory of what is in it."""
+        """Free a slot and its memory."""
         for factors in (2 * slot, 2 * slot + 1):
             self._native.drop_factors(factors)
 
@@ -194,13 +193,13 @@ def _side_by_side(first: Matrices, second: Matrices) -> Matrices:
 
 
 def format_names(native: NativeTransformer) -> str:
-    """The formats of its matrices for users, that of the most bytes first."""
+    """The formats of its matrices for users, starting with the one of the most bytes."""
     names = [FORMATS.get(format, "int8") for format, _ in native.matrix_bytes.most_common()]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def unsupported_type(file: GGUFFile) -> str | None:
-    """A sentence about a matrix whose type the native forward does not take, None if it takes all of them."""
+    """A sentence about a matrix whose type the native forward does not support; None if it supports all."""
     for name, place in file.tensors.items():
         if len(place.shape) == 2 and place.ggml_type not in FORMATS:
             expected = ", ".join(FORMATS.values())

@@ -10,7 +10,7 @@ from secrets import token_hex
 from typing import Any, Literal, Protocol
 
 from wedlm.engine.constraints.grammar import Compiled
-from wedlm.engine.outputs import GenerationOutput, StreamPiece
+from wedlm.engine.outputs import GenerationOutput, StreamPiece, Totals
 from wedlm.engine.prompt_logprobs import PromptLogprobs
 from wedlm.engine.request import TopLogprobs
 from wedlm.engine.sampling_params import SamplingParams
@@ -24,13 +24,13 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class Stream(Protocol):
-    """The parts of a streamed answer, in the order of its methods; ``failure`` may come at any time, and is the
-    last."""
+    """The parts of a streamed answer, in the order of its methods. ``failure`` may come at any time, and is
+    the last."""
 
     def opening(self) -> bytes: ...
 
     def pieces(self, news: "Sequence[tuple[int, StreamPiece]]") -> bytes:
-        """Of pieces that arrived together, each with the index of its sequence."""
+        """Pieces that arrived together, each with the index of its sequence."""
 
     def closing(self, outputs: Sequence[GenerationOutput]) -> bytes: ...
 
@@ -50,13 +50,13 @@ class Form(Protocol):
         tokenizer: Tokenizer,
         unwanted: Callable[[], bool] = lambda: False,
     ) -> bytes:
-        """Unwanted once ``unwanted`` says so, between two choices."""
+        """A whole answer. Raises Unwanted, between two choices, once ``unwanted`` says so."""
 
     def stream(self, job: "Job", tokenizer: Tokenizer) -> Stream: ...
 
 
 class OpenAIForm:
-    """OpenAI's, of both kinds."""
+    """OpenAI's form, for chats and completions."""
 
     stream_type = "text/event-stream"
 
@@ -78,8 +78,8 @@ OPENAI = OpenAIForm()
 
 @dataclass(frozen=True, slots=True)
 class PromptEcho:
-    """What an answer tells of one prompt. ``text``: what its own text begins with, if the prompt is repeated at all.
-    ``shown``: its log-probabilities stand before those of the answer; ``listed``: they stand by themselves."""
+    """What an answer says about one prompt. ``text``: the repeated prompt before its own text, if requested. ``shown``:
+    the prompt's log-probabilities stand before those of the answer; ``listed``: they stand separately."""
 
     token_ids: list[int]
     text: str | None
@@ -90,7 +90,7 @@ class PromptEcho:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request, understood: its sequences in the order of its choices, ``num_choices`` for each prompt, of which the
+    """An understood request: its sequences in the order of its choices, ``num_choices`` for each prompt, of which the
     answer has the ``num_kept`` most probable ones."""
 
     kind: Literal["chat", "text"]
@@ -116,12 +116,12 @@ class Job:
         object.__setattr__(self, "id", ("chatcmpl-" if self.kind == "chat" else "cmpl-") + token_hex(12))
 
     def echo_of(self, index: int) -> PromptEcho | None:
-        """Of the prompt that a kept choice answers."""
+        """The echo of the prompt that a kept choice answers."""
         return self.echoes[index // self.num_kept] if self.echoes else None
 
     @property
     def num_echoed(self) -> int:
-        """Texts and numbers that an answer has of the prompts."""
+        """How many texts and numbers of the prompts an answer has."""
         alternatives = [2 + max(one.shown or 0, one.listed or 0) for one in self.echoes if one.scores is not None]
         return sum(len(one.token_ids) * most for one, most in zip(self.echoes, alternatives, strict=False))
 
@@ -137,23 +137,23 @@ class Job:
         return sum(self.num_known(index) for index in range(0, len(self.sequences), self.num_choices))
 
     def num_known(self, index: int) -> int:
-        """Tokens of a sequence's prompt, its suffix included."""
+        """The tokens of a sequence's prompt, including its suffix."""
         prompt, params = self.sequences[index]
         return len(prompt) + len(params.suffix_token_ids or ())
 
 
 def usage(job: Job, outputs: Sequence[GenerationOutput]) -> dict[str, Any]:
-    """OpenAI's counts, then ours over all choices: forwards and rows are those after the prompt's."""
+    """OpenAI's counts, then ours over all choices, without the prompt's forwards and rows."""
     stats = [output.stats for output in outputs if output.stats is not None]
-    tokens, forwards, rows = (sum(getattr(s, n) for s in stats) for n in ("num_tokens", "num_forwards", "num_rows"))
+    totals = Totals.of(outputs)
     cached = sum(s.num_reused_tokens for s in stats[:: job.num_choices])
     return {
-        **_counts(job.num_prompt_tokens, tokens),
+        **_counts(job.num_prompt_tokens, totals.num_tokens),
         "prompt_tokens_details": {"cached_tokens": cached},
-        "forwards": forwards,
-        "rows": rows,
-        "tokens_per_forward": tokens / forwards if forwards else 0.0,
-        "p_cache": tokens / rows if rows else 0.0,
+        "forwards": totals.num_forwards,
+        "rows": totals.num_rows,
+        "tokens_per_forward": totals.tokens_per_forward,
+        "p_cache": totals.p_cache,
         "decoding": stats[0].decoding if stats else None,
     }
 
@@ -163,13 +163,13 @@ def _counts(prompt: int, completion: int) -> dict[str, Any]:
 
 
 class Unwanted(Exception):
-    """Whoever asked has left."""
+    """The client has left."""
 
 
 def whole(
     job: Job, outputs: Sequence[GenerationOutput], tokenizer: Tokenizer, unwanted: Callable[[], bool] = lambda: False
 ) -> bytes:
-    """The body of an answer that is not streamed. Raises Unwanted once ``unwanted`` says so, between two choices."""
+    """The body of an answer that is not streamed. Raises Unwanted, between two choices, once ``unwanted`` says so."""
     kind = "chat.completion" if job.kind == "chat" else "text_completion"
     head, end = _head(job, kind), {"usage": usage(job, outputs)}
     choices = []
@@ -181,7 +181,7 @@ def whole(
 
 
 def _kept(job: Job, outputs: Sequence[GenerationOutput]) -> list[GenerationOutput]:
-    """Of each prompt's choices those with the highest log-probability a token; all, in their order, if all are kept."""
+    """For each prompt the choices with the highest log-probability per token; all, in their order, if all are kept."""
     if job.num_kept == job.num_choices:
         return list(outputs)
 
@@ -217,7 +217,7 @@ def _decoder(tokenizer: Tokenizer) -> Decode:
 
 
 def _behind(echo: PromptEcho, answer: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """A completion's log-probabilities behind those of its prompt, whose first token has none."""
+    """A completion's log-probabilities after those of its prompt, whose first token has none."""
     if echo.shown is None or echo.scores is None:
         return answer
     decode, ids, scores = _decoder(tokenizer), echo.token_ids, echo.scores
@@ -256,8 +256,8 @@ def _listed(echo: PromptEcho, tokenizer: Tokenizer) -> list[dict[str, Any] | Non
 
 
 def in_pieces(body: dict[str, Any]) -> bytes:
-    """The JSON of an object whose lists may have 100,000 entries, piece by piece: json.dumps lets no other thread run
-    before it is done."""
+    """The JSON of an object whose lists may have 100,000 entries, piece by piece, because json.dumps lets no other
+    thread run before it is done."""
     fields = []
     for name, value in body.items():
         if isinstance(value, list):
@@ -327,14 +327,14 @@ def _logprobs(
 
 
 class OpenAIStream:
-    """The chunks of all choices, the figures if they are asked for, and OpenAI's end mark."""
+    """The chunks of all choices, the figures if requested, and OpenAI's end mark."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
         self._job = job
         self._choices = [ChoiceStream(job, index, tokenizer) for index in range(len(job.sequences))]
 
     def opening(self) -> bytes:
-        """Each choice of a chat names its role; each of a completion repeats its prompt, if that is asked for."""
+        """Each choice of a chat names its role; each choice of a completion repeats its prompt, if requested."""
         if self._job.kind == "text":
             return b"".join(self._echo(index) for index in range(len(self._choices)))
         delta = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routes."""
+"""The server's routes."""
 
 import mimetypes
 import time
@@ -54,15 +54,15 @@ _PAGE_POLICY = (
 
 
 class RawBody(APIRoute):
-    """A route whose endpoint takes the request alone and reads the body itself. What the endpoint's signature says of
-    the body is for the OpenAPI document: ``endpoint(request, body=None)``."""
+    """A route whose endpoint takes only the request and reads the body itself. The body in the endpoint's signature is
+    for the OpenAPI document: ``endpoint(request, body=None)``."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         return self.endpoint
 
 
 def create_app(models: Mapping[str, LLM], config: ServerConfig, demo: Path = DEMO) -> FastAPI:
-    """The server of these models, by the names that clients use; their engines belong to it from start-up on.
+    """The server for these models, by the names that clients use. From start-up on it owns their engines.
     ``app.state.service`` is its inside."""
     service = Service(models, config)
 
@@ -109,7 +109,7 @@ def create_app(models: Mapping[str, LLM], config: ServerConfig, demo: Path = DEM
 
 
 def _add_heads(app: FastAPI) -> None:
-    """HEAD wherever GET is: load balancers ask so."""
+    """Add HEAD wherever there is GET, because load balancers ask this way."""
     for route in list(app.routes):
         if isinstance(route, APIRoute) and route.methods == {"GET"}:
             app.add_api_route(
@@ -143,7 +143,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/responses/{name}", responses={401: _REFUSALS[401], 404: _REFUSALS[404]}, response_model=None)
     async def stored(name: str) -> Response:
-        """An answer that is stored."""
+        """A stored answer."""
         return Response(service.responses.get(name).body, media_type="application/json")
 
     @app.delete("/v1/responses/{name}", responses={401: _REFUSALS[401], 404: _REFUSALS[404]})
@@ -154,7 +154,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses={401: _REFUSALS[401]})
     async def models() -> dict[str, Any]:
-        """The models there are, and their adapters by name."""
+        """The models and their adapters by name."""
         return {"object": "list", "data": [shown(*one) for one in service.names.items()]}
 
     @app.get("/v1/models/{name:path}", responses={401: _REFUSALS[401], 404: _REFUSALS[404]})
@@ -165,7 +165,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
 
 def _add_adapters(generating: APIRouter, service: Service) -> None:
-    """vLLM's calls for adapters at run time."""
+    """Add vLLM's calls for adapters at run time."""
 
     @generating.post("/v1/load_lora_adapter", **_GENERATES)
     async def load(request: Request, body: LoadAdapterRequest = _OWN) -> Response:
@@ -174,21 +174,21 @@ def _add_adapters(generating: APIRouter, service: Service) -> None:
 
     @generating.post("/v1/unload_lora_adapter", **_GENERATES)
     async def unload(request: Request, body: UnloadAdapterRequest = _OWN) -> Response:
-        """Serve an adapter no more; needs an API key. Requests that have it end with it."""
+        """Stop serving an adapter; needs an API key. Requests that use it finish with it."""
         return await service.unload_adapter(request)
 
 
 def _add_converted(generating: APIRouter, service: Service) -> None:
-    """The addresses of other APIs' requests."""
+    """Add the addresses of other APIs."""
 
     @generating.post("/v1/responses", **_GENERATES)
     async def respond(request: Request, body: ResponsesRequest = _OWN) -> Response:
-        """Answer a conversation, by OpenAI's newer API."""
+        """Answer a conversation in OpenAI's newer API."""
         return await service.respond(request, ResponsesRequest)
 
     @generating.post("/v1/messages", **_GENERATES)
     async def message(request: Request, body: MessagesRequest = _OWN) -> Response:
-        """Answer a conversation, by Anthropic's API."""
+        """Answer a conversation in Anthropic's API."""
         return await service.respond(request, MessagesRequest)
 
     @generating.post("/v1/messages/count_tokens", **_GENERATES)
@@ -198,12 +198,12 @@ def _add_converted(generating: APIRouter, service: Service) -> None:
 
     @generating.post("/api/chat", **_GENERATES)
     async def ollama_chat(request: Request, body: OllamaChatRequest = _OWN) -> Response:
-        """Answer a conversation, by Ollama's API."""
+        """Answer a conversation in Ollama's API."""
         return await service.respond(request, OllamaChatRequest)
 
     @generating.post("/api/generate", **_GENERATES)
     async def ollama_generate(request: Request, body: OllamaGenerateRequest = _OWN) -> Response:
-        """Answer a prompt, by Ollama's API."""
+        """Answer a prompt in Ollama's API."""
         return await service.respond(request, OllamaGenerateRequest)
 
     @generating.post("/tokenize", **_GENERATES)
@@ -222,12 +222,12 @@ def _add_converted(generating: APIRouter, service: Service) -> None:
 
 
 def _add_ollama(app: FastAPI, service: Service) -> None:
-    """What Ollama's clients ask before they generate."""
+    """Add what Ollama's clients ask before they generate."""
     started = now()
 
     @app.get("/api/tags", responses={401: _REFUSALS[401]})
     async def tags() -> dict[str, Any]:
-        """The models there are, by Ollama's API."""
+        """The models, in Ollama's API."""
         return {"models": [_ollama_model(service, *one, started) for one in service.names.items()]}
 
     @app.get("/api/version")
@@ -262,7 +262,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
 
 def _add_page(app: FastAPI, folder: Path) -> None:
-    """The files of a folder, found once: no path from outside is ever opened. The index is at /, too."""
+    """Serve the files of a folder, found once, so that no path from outside is ever opened. The index is at /, too."""
     headers = {"Content-Security-Policy": _PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
 
     def add(address: str, path: Path) -> None:

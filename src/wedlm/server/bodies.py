@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the bytes of a body to a checked request. ``python -m`` this is the process that does so with large ones: a
-wrong body may be as large as a right one, and while a library reads a megabyte nothing else of Python's can run.
-"""
+"""Turn the bytes of a body into a checked request. ``python -m`` this module is the process that does so for large
+bodies: a wrong body may be as large as a right one, and while a library reads a megabyte nothing else of Python's can
+run."""
 
 import io
 import pickle
@@ -35,7 +35,7 @@ _MODELS: dict[bytes, type[BaseModel]] = {
 
 
 def parse(raw: bytes, model: type[M]) -> M:
-    """The request in a JSON body. Raises ApiError 400 about the first thing that is wrong."""
+    """The request in a JSON body. Raises ApiError 400 about the first error."""
     try:
         body = from_json(raw)  # in half of json.loads's time
     except ValueError as error:
@@ -55,7 +55,8 @@ def not_an_object() -> ApiError:
 
 
 class Parser:
-    """``parse`` in a process of its own, for one thread. It starts with the first body, or with ``start``."""
+    """Runs ``parse`` in a separate process, for one thread. The process starts with the first body, or with
+    ``start``."""
 
     def __init__(self) -> None:
         self._process: HelperProcess | None = None
@@ -63,13 +64,13 @@ class Parser:
         self._closed = False
 
     def start(self) -> HelperProcess:
-        """The process, which may not be ready yet."""
+        """Start the process, which may not be ready when this returns."""
         if self._process is None:
             self._process = HelperProcess(__spec__.name)
         return self._process
 
     def parse(self, raw: bytes, model: type[M]) -> M:
-        """As ``parse``. RuntimeError if the process dies over it."""
+        """Like ``parse``. Raises RuntimeError if the process dies over the body."""
         name = next(name for name, one in _MODELS.items() if one is model)
         body, error = pickle.Unpickler(_Frames(self._ask(name + raw))).load()
         if error is not None:
@@ -77,7 +78,7 @@ class Parser:
         return body
 
     def close(self) -> None:
-        """End the process, from any thread: what it is asked now fails."""
+        """End the process, from any thread; a question it has not answered fails."""
         self._closed = True
         if self._process is not None:
             self._process.kill()
@@ -104,8 +105,8 @@ class Parser:
 
 
 class _Frames:
-    """What an unpickler reads from. It asks for 64 KiB at a time, and as this is Python, other threads get their turn
-    each time: a megabyte in one call would hold them up for 60 ms."""
+    """A stream for the unpickler that asks for 64 KiB at a time. As this is Python, other threads get their turn each
+    time, while a megabyte in one call would hold them up for 60 ms."""
 
     def __init__(self, data: bytes) -> None:
         self._stream = io.BytesIO(data)
@@ -118,7 +119,7 @@ class _Frames:
 
 
 def _answer(question: bytes) -> bytes:
-    """In that process: pickled, the request or else what ApiError takes."""
+    """Runs in that process: returns the request, or the arguments of ApiError, pickled."""
     body, error = None, None
     try:
         body = parse(question[1:], _MODELS[question[:1]])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the server; those of the engine are the engine's."""
+"""The server's options; the engine's options are ``EngineOptions``."""
 
 import os
 import re
@@ -12,19 +12,28 @@ KEY_VARIABLE = "WEDLM_API_KEY"  # of the environment: a key that stands in no co
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """Checked on construction (ValueError). Sequences: a request for n choices of p prompts is n · p of them.
+    """The server's options, checked on construction (ValueError). A request for n choices of p prompts counts as n · p
+    sequences.
 
-    tool_parser: the form in which the model writes calls, one of ``TOOL_PARSERS``; auto goes by its chat template.
-    reasoning_parser: whether what stands between <think> tags is split off; auto goes by the template, too. uds: path
-    of a socket to listen on instead of host and port. root_path: where a proxy has the server, /llm for one; requests
-    may have it or not. ssl_certfile, ssl_keyfile: of TLS; the key may be in the first. otlp_traces_endpoint: URL that
-    takes traces. api_keys: if any, one must come with each request to /v1, /api and /metrics. cors_origins: origins
-    whose pages may call, or "*". allowed_hosts: names that clients may call the server by while it has no key, beside
-    addresses and localhost; or "*". adapter_folder: below which adapters may be loaded at run time, by who has a key;
-    None: none may. max_connections: open at once. header_timeout_s: for a request's head to arrive, from the
-    connection's start or the head's first byte. max_queue: sequences that may wait beside those that run. max_choices:
-    sequences of one request. request_timeout_s: from the body's arrival to the answer's last byte. body_timeout_s: for
-    the body to arrive. shutdown_timeout_s: what running requests get to finish in.
+    * ``tool_parser``: the form in which the model writes calls, one of ``TOOL_PARSERS``; auto goes by its chat
+      template.
+    * ``reasoning_parser``: whether text between <think> tags is split off; auto goes by the template, too.
+    * ``host``, ``port``: the address to listen on. ``uds``: the path of a socket to listen on instead.
+    * ``root_path``: where a proxy serves this server, such as /llm; requests may include it or not.
+    * ``ssl_certfile``, ``ssl_keyfile``: for TLS; the first may also contain the key.
+    * ``otlp_traces_endpoint``: a URL that takes traces.
+    * ``api_keys``: if there are any, each request to /v1, /api and /metrics must come with one of them.
+    * ``cors_origins``: origins whose pages may call, or "*".
+    * ``allowed_hosts``: names, besides addresses and localhost, by which clients may call a server without a key, or
+      "*".
+    * ``adapter_folder``: the folder below which clients with a key may load adapters at run time; None allows none.
+    * ``max_connections``: open connections at once. ``max_body_bytes``: the largest body of a request.
+    * ``max_queue``: sequences that may wait besides those that run. ``max_choices``: sequences of one request.
+    * ``header_timeout_s``: for a request's head to arrive, counted from the connection's start or the head's first
+      byte.
+    * ``body_timeout_s``: for the body to arrive. ``request_timeout_s``: from the body's arrival to the answer's last
+      byte.
+    * ``shutdown_timeout_s``: how long running requests have to finish.
     """
 
     tool_parser: str = "auto"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections with bounds: how many there are, how long one may be silent, and how finely it may cut what it sends."""
+"""Limits on connections: how many there are, how long one may be silent, and how finely it may split what it sends."""
 
 import asyncio
 import errno
@@ -18,7 +18,7 @@ from wedlm.server.errors import unavailable
 log = logging.getLogger("wedlm.server")
 _RECEIVED_BYTES = 2048  # at once: what a client packs into as much is parsed before others have their turn
 _FREE_PIECES, _PIECE_BYTES = 1024, 256  # pieces that any body may have, and from there on their mean size
-_RESERVED_DESCRIPTORS = 64  # for everything that is no client's connection
+_RESERVED_DESCRIPTORS = 64  # for everything except clients' connections
 _STUCK_S = 60.0  # in which a client must take something of what is sent to it
 _QUIET_S = 10.0  # between two lines about one kind of trouble
 
@@ -40,9 +40,9 @@ class Pieces(h11.Connection):
 
 
 class BoundedConnection(H11Protocol):
-    """uvicorn's, of which there are ``config.max_connections`` at most. Whoever has no request running must have sent
-    a whole head within ``config.header_timeout_s`` of connecting, or of the head's first byte; whoever takes nothing of
-    an answer for a minute has left."""
+    """uvicorn's connection, of which there are at most ``config.max_connections``. A client without a running request
+    must send a whole head within ``config.header_timeout_s`` of connecting, or of the head's first byte. A client that
+    takes nothing of its answer for a minute counts as gone."""
 
     max_connections: int
     header_timeout_s: float
@@ -100,7 +100,7 @@ def _full() -> bytes:
 
 
 class Sparing:
-    """Logs a warning at most every ten seconds, with how often it would have been said."""
+    """Logs a warning at most every ten seconds, with the number of times it was due."""
 
     def __init__(self) -> None:
         self._count, self._next = 0, 0.0
@@ -113,8 +113,8 @@ class Sparing:
 
 
 def fitting(max_connections: int) -> int:
-    """As many connections as the process has descriptors for, after raising their limit as far as it may: beyond them
-    nobody could be told why."""
+    """As many connections as the process has descriptors for, after raising their limit as far as possible, because
+    beyond that the server could not even refuse a client."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max_connections + _RESERVED_DESCRIPTORS
     if soft == resource.RLIM_INFINITY or soft >= wanted:
@@ -129,8 +129,8 @@ def fitting(max_connections: int) -> int:
 
 
 def watch_accept(loop: asyncio.AbstractEventLoop) -> None:
-    """Say in one line, now and then, that descriptors have run out; asyncio writes a traceback for each try. It leaves
-    the socket alone for a second after each."""
+    """Log in one line, now and then, that descriptors have run out, where asyncio writes a traceback for each try.
+    asyncio leaves the socket alone for a second after each."""
     warn = Sparing()
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors as OpenAI's clients expect them: an object ``error`` with ``message``, ``type``, ``param``, ``code``."""
+"""Errors in the form that OpenAI's clients expect: an object ``error`` with ``message``, ``type``, ``param``,
+``code``."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer other than 200."""
+    """An answer with a status other than 200."""
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class ApiError(Exception):
         return ErrorBody(error=self.detail).model_dump()
 
     def response(self, path: str = "") -> Response:
-        """In the form of the API that ``path`` belongs to."""
+        """The error in the form of the API that ``path`` belongs to."""
         body = self.body
         if path.startswith("/v1/messages"):
             body = anthropic_body(self.status, self.detail)
@@ -104,7 +105,7 @@ def _shortened(text: str, most: int) -> str:
 
 
 def internal_error() -> ApiError:
-    """What a bug of ours looks like from outside; the log has the rest."""
+    """How our own bug looks from outside; the log has the details."""
     return ApiError(500, "the server failed on this request", type="server_error", code="internal_error")
 
 
@@ -122,8 +123,8 @@ def unknown_model(message: str) -> ApiError:
 
 
 def refused(error: ValueError, kind: str) -> ApiError:
-    """A 400 for what the engine refuses, whose sentences name the field first, or begin with "the prompt"; a 404 for an
-    adapter that is not there any more."""
+    """A 400 for what the engine refuses, whose sentences name the field first or begin with "the prompt"; a 404 for an
+    adapter that is no longer loaded."""
     if isinstance(error, UnknownAdapter):
         return unknown_model(str(error).replace("adapter", "model", 1))
     name = str(error).partition(" ")[0]
@@ -133,7 +134,7 @@ def refused(error: ValueError, kind: str) -> ApiError:
 
 
 def install(app: "FastAPI") -> None:
-    """Let the app answer its own and the framework's errors in this form."""
+    """Make the app answer its own and the framework's errors in this form."""
 
     @app.exception_handler(ApiError)
     async def _api_error(request: Request, error: ApiError) -> Response:
@@ -151,7 +152,7 @@ def install(app: "FastAPI") -> None:
 
 
 def explain(error: Any, body: dict[str, Any]) -> ApiError:
-    """A 400 about one of pydantic's errors in ``body``: what, its value, what was expected."""
+    """A 400 about one of pydantic's errors in ``body``: the field, its value, and what was expected."""
     if not error["loc"]:
         return ApiError(400, f"the body has {len(body)} fields; expected {error['msg']}", code="invalid_body")
     names, value = _walk(error["loc"], body)
@@ -174,7 +175,7 @@ def explain(error: Any, body: dict[str, Any]) -> ApiError:
 
 
 def _walk(location: Sequence[Any], body: Any) -> tuple[list[Any], Any]:
-    """The part of a location that exists in the body, and what is there; pydantic adds names of its own types."""
+    """The part of an error's location that exists in the body, and its value; pydantic adds names of its own types."""
     names: list[Any] = []
     value = body
     for name in location:
@@ -186,7 +187,7 @@ def _walk(location: Sequence[Any], body: Any) -> tuple[list[Any], Any]:
 
 
 def _show(value: Any) -> str:
-    """The beginning of a value as JSON. It is written piece by piece, and no further than it is shown."""
+    """The beginning of a value as JSON, written piece by piece and only as far as it is shown."""
     if isinstance(value, str):
         value = value[: _SHOWN + 1]
     text = ""

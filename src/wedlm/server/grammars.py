@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grammars, in llguidance's Lark syntax, for the forms of an answer that clients ask for."""
+"""Grammars, in llguidance's Lark syntax, for the forms of an answer that clients request."""
 
 import json
 from collections.abc import Sequence
@@ -35,12 +35,12 @@ def choice_grammar(texts: Sequence[str]) -> str:
 def answer_or_calls_grammar(answer: dict[str, Any] | str, call: dict[str, Any], form: ToolForm, several: bool) -> str:
     """JSON of the schema ``answer``, or calls, each of the schema ``call``, as a model of ``form`` writes them.
 
-    ValueError for a form whose calls are no JSON, or for a schema whose oneOf may hold twice.
+    Raises ValueError for a form whose calls are not JSON, or for a schema whose oneOf may hold twice.
     """
     if form.call_grammar is None:
         raise ValueError(
-            "response_format asks for JSON beside tools that may be called, and this model's calls "
-            f"({form.name}) are no JSON; expected tool_choice to be none, required or a tool's name beside it"
+            "response_format asks for JSON while tools may be called, and this model's calls "
+            f"({form.name}) are not JSON; expected tool_choice to be none, required or a tool's name"
         )
     schema = json.loads(answer) if isinstance(answer, str) else answer
     if not isinstance(schema, dict):

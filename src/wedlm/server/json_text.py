@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON, or Python's literals, read a character at a time from text that a model wrote, and written down as clean JSON.
+"""Read JSON, or Python's literals, a character at a time from text that a model wrote, and write it down as clean JSON.
 
-A parser is a generator: it is sent characters, raises ``NotParsed`` at the first that cannot stand there, and returns
-where the value ends, so that whatever a string contains ends nothing. What is written is valid JSON and valid Unicode:
-a control character in a string is escaped, half of a surrogate pair becomes U+FFFD, and numbers stay as they are.
+A parser is a generator: it is sent characters, raises ``NotParsed`` at the first one that is not allowed, and returns
+where the value ends, so nothing inside a string can end it. The output is valid JSON and valid Unicode: a control
+character in a string is escaped, half of a surrogate pair becomes U+FFFD, and numbers stay as they are.
 """
 
 import re
@@ -25,11 +25,11 @@ Word = Generator[None, str, str]
 
 
 class NotParsed(Exception):
-    """The text is no such value."""
+    """The text is not such a value."""
 
 
 def space() -> Word:
-    """The first character that is no white space."""
+    """The first character that is not white space."""
     while (character := (yield)) in _SPACE:
         pass
     return character
@@ -43,8 +43,8 @@ def expect(text: str) -> Generator[None, str, None]:
 
 
 class JsonText:
-    """What has been read, as JSON, in ``out``. ``python``: strings in either quotation mark, True, False and None,
-    tuples, commas before a closing bracket."""
+    """What has been read, as JSON, in ``out``. ``python``: also accepts strings in either quotation mark, True, False
+    and None, tuples, and commas before a closing bracket."""
 
     def __init__(self, python: bool = False) -> None:
         self.out: list[str] = []
@@ -74,7 +74,8 @@ class JsonText:
         return (yield from self._number(first))
 
     def object(self, depth: int = MAX_DEPTH, fields: dict[str, str] | None = None) -> Generator[None, str, None]:
-        """The rest of an object after its brace; ``fields``, if given, gets the JSON text of keys and their values."""
+        """The rest of an object after its brace; ``fields``, if given, collects the JSON text of keys and
+        their values."""
         if depth == 0:
             raise NotParsed
         self.out.append("{")
@@ -143,7 +144,7 @@ class JsonText:
         self.out.append('\ufffd"' if high else '"')
 
     def _escape(self) -> Generator[None, str, tuple[str, int]]:
-        """An escape after its backslash, as JSON, and its character's number where it might be half of a pair."""
+        """An escape after its backslash, as JSON, and its character's number if it might be half of a pair."""
         character = yield
         if character == "u" or (self._python and character in _HEXADECIMAL):
             digits = ""
@@ -177,21 +178,21 @@ class JsonText:
 
 
 def fields_of(text: str) -> dict[str, str]:
-    """The fields of a whole JSON object, see ``JsonText.object``. NotParsed."""
+    """The fields of a whole JSON object, see ``JsonText.object``. Raises NotParsed."""
     fields: dict[str, str] = {}
     _read_object(text, JsonText(), fields)
     return fields
 
 
 def clean_object(text: str) -> str:
-    """A whole JSON object, written cleanly. NotParsed."""
+    """A whole JSON object, written cleanly. Raises NotParsed."""
     written = JsonText()
     _read_object(text, written, None)
     return written.text()
 
 
 def _read_object(text: str, written: JsonText, fields: dict[str, str] | None) -> None:
-    """NotParsed unless it ends with the text's last character."""
+    """Read an object. Raises NotParsed unless it ends with the text's last character."""
     if not text.startswith("{"):
         raise NotParsed
     parser = written.object(fields=fields)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Middleware that refuses before anything is parsed: unknown keys, foreign pages, bodies too large or too slow."""
+"""Middleware that refuses a request before it is parsed: unknown keys, foreign pages, bodies that are too large or too
+slow."""
 
 import asyncio
 import hashlib
@@ -20,8 +21,8 @@ _DRAINED = 8  # how many times the limit is read and thrown away, so that the cl
 
 
 class RootPath:
-    """Takes ``root`` off the paths that begin with it: some proxies do so themselves, others do not. Whatever is inside
-    sees the paths that the routes have."""
+    """Removes ``root`` from paths that begin with it, which some proxies do themselves. Everything inside sees the
+    routes' paths."""
 
     def __init__(self, app: ASGIApp, root: str) -> None:
         self.app, self.root = app, root
@@ -39,8 +40,8 @@ class RootPath:
 
 
 class ApiKeys:
-    """Requires ``Authorization: Bearer <key>`` or ``x-api-key: <key>`` for all that generates, and for /metrics, if
-    there are keys at all."""
+    """Requires ``Authorization: Bearer <key>`` or ``x-api-key: <key>`` for everything that generates, and for /metrics,
+    if there are keys."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self.app, self._digests = app, [_digest(key.encode()) for key in keys]
@@ -63,7 +64,7 @@ class ApiKeys:
         await self.app(scope, receive, send)
 
     def _knows(self, key: str) -> bool:
-        """Compares with every key in constant time; of digests, so that the length tells nothing either."""
+        """Compare with every key in constant time, by digest, so that not even the length is revealed."""
         digest = _digest(key.encode("latin-1", "replace"))
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return any(matches)
@@ -74,9 +75,9 @@ def _digest(key: bytes) -> bytes:
 
 
 class KnownHosts:
-    """Answers only who calls the server by an address, by a local name or by one of ``names``, and whose page, if a
-    page asks, came from there or from one of ``origins``. A server without keys is open to every program that reaches
-    it, but not to the pages in a browser that does: a page may give its own name any address (DNS rebinding)."""
+    """Only answers clients that call the server by an address, by a local name or by one of ``names``, and whose page,
+    if a page calls, came from there or from one of ``origins``. A server without keys is open to every program that can
+    reach it, but not to pages in a browser that can: a page may give its own name any address (DNS rebinding)."""
 
     def __init__(self, app: ASGIApp, names: Sequence[str], origins: Sequence[str]) -> None:
         self.app, self._origins = app, frozenset(origins)
@@ -121,9 +122,9 @@ def _without_port(host: str) -> str:
 
 
 def takes_body(headers: Mapping[str, str]) -> bool:
-    """Whether a request's body is read as JSON. A browser's must have JSON's Content-Type, which pages of other origins
-    cannot send without being asked first; browsers name the page's origin. Of other programs some name no type, or a
-    form's: LiteLLM as Ollama's client, and curl."""
+    """Whether a request's body is read as JSON. A browser's request must have JSON's Content-Type, which pages of other
+    origins cannot send without being asked first; browsers also name the page's origin. Some other programs name no
+    type, or a form's: LiteLLM as Ollama's client, and curl."""
     if "origin" not in headers and "sec-fetch-site" not in headers:
         return True
     message = Headed()
@@ -134,8 +135,8 @@ def takes_body(headers: Mapping[str, str]) -> bool:
 
 
 class BodyLimit:
-    """Reads the body of a POST, up to a size and for a time; the app then gets it in one piece. All bodies that wait to
-    be read have ``_HELD`` times that size together."""
+    """Reads the body of a POST, up to a size and for a limited time; the app then gets it in one piece. All bodies that
+    are waiting to be read may have ``_HELD`` times that size together."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self.app, self.max_bytes, self.timeout_s = app, max_bytes, timeout_s
@@ -173,7 +174,8 @@ class BodyLimit:
         await self.app(scope, replay, send)
 
     async def _read(self, receive: Receive, chunks: list[bytes]) -> bytes | None:
-        """The body, whose pieces are added to ``chunks``; None if the client left. ApiError 413 if it is too large."""
+        """Read the body, adding its pieces to ``chunks``; None if the client left. Raises ApiError 413 if it is too
+        large."""
         size = 0
         while True:
             message = await receive()
@@ -185,7 +187,7 @@ class BodyLimit:
                 chunks.append(message.get("body", b""))
                 self._held += len(chunks[-1])
                 if self._held > _HELD * self.max_bytes:
-                    raise queue_full("too many bodies are on their way")
+                    raise queue_full("too many bodies are being received")
                 if not more:
                     return b"".join(chunks)
             elif not more or size > _DRAINED * self.max_bytes:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-probabilities in OpenAI's two forms. A token's text is what it decodes to alone; a part of a character is shown
-as U+FFFD and has no bytes. -inf, which JSON has not, becomes OpenAI's -9999."""
+as U+FFFD and has no bytes. -inf, which JSON does not have, becomes OpenAI's -9999."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ LOWEST = -9999.0
 def chat_logprobs(
     tokens: Sequence[int], logprobs: Sequence[float], top: Sequence[TopLogprobs], decode: Decode
 ) -> dict[str, Any]:
-    """Of a chat: an object per token; ``top`` may be empty."""
+    """For a chat: an object per token; ``top`` may be empty."""
     entries = []
     for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
         ranked = [_entry(other, value, decode) for other, value in (top[i] if top else ())]
@@ -29,7 +29,7 @@ def text_logprobs(
     offsets: Sequence[int],
     decode: Decode,
 ) -> dict[str, Any]:
-    """Of a completion: lists side by side; ``offsets``, in characters, are where the tokens' texts begin."""
+    """For a completion: parallel lists; ``offsets``, in characters, are where the tokens' texts begin."""
     ranked: list[dict[str, float]] | None = None
     if top:
         ranked = [_by_text(one, decode) for one in top]
@@ -42,7 +42,8 @@ def text_logprobs(
 
 
 def _by_text(top: TopLogprobs, decode: Decode) -> dict[str, float]:
-    """The likelier of two tokens that are spelled alike keeps the text; the others are "token_id:" and their id."""
+    """If two tokens are spelled alike, the likelier one keeps the text; the others are called "token_id:" and
+    their id."""
     found: dict[str, float] = {}
     for token, value in top:
         text = decode([token])

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One JSON object a line, and a line per request, found again by its id. No prompt, no answer, no key is written."""
+"""One JSON object per line, and a line per request, which can be found by its id. Prompts, answers and keys are never
+logged."""
 
 import asyncio
 import contextlib
@@ -25,7 +26,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class JsonFormatter(logging.Formatter):
-    """Time, level, logger, message; whatever ``extra={"fields": {...}}`` adds; a traceback where there is one."""
+    """Time, level, logger and message, the fields in ``extra={"fields": {...}}``, and a traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -41,8 +42,8 @@ class JsonFormatter(logging.Formatter):
 
 
 class Pipe(logging.Handler):
-    """Writes lines to a descriptor in a thread of its own. Where nobody reads them, a thousand wait and the rest are
-    dropped and counted: who reads no log must not stop the server."""
+    """Writes lines to a descriptor in a separate thread. If the lines are not read, a thousand wait and the rest are
+    dropped and counted, because an unread log must not stop the server."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class Pipe(logging.Handler):
 
 
 def set_up_logging(level: str) -> None:
-    """Send what the server, the engine, uvicorn and the traces' exporter have to say to standard error."""
+    """Send the logs of the server, the engine, uvicorn and the traces' exporter to standard error."""
     handler = Pipe(sys.stderr.fileno())
     handler.setFormatter(JsonFormatter())
     for name in ("wedlm", "uvicorn", "opentelemetry"):
@@ -99,7 +100,7 @@ def set_up_logging(level: str) -> None:
 
 class RequestLog:
     """Middleware: gives each request an id (or keeps a sane ``X-Request-Id``), echoes it, times and logs the request,
-    and turns an exception that nobody handled into a plain 500."""
+    and turns an unhandled exception into a plain 500."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The messages of a conversation, as clients send them and as chat templates take them."""
+"""The messages of a conversation, in the clients' form and in that of chat templates."""
 
 import json
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -13,7 +13,7 @@ from wedlm.server.tool_schemas import MAX_TOOLS, Strict, ToolCall
 
 
 class TextPart(Strict):
-    """The only kind of content part."""
+    """Text, the only kind of content part."""
 
     places: ClassVar[tuple[Place, ...]] = ("part",)
     type: Literal["text"]
@@ -24,7 +24,7 @@ TextParts: TypeAlias = Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class Message(Strict):
-    """One message of a conversation; ``name`` goes to the chat template, which may use it or not."""
+    """One message of a conversation. ``name`` goes to the chat template, which may use it."""
 
     places: ClassVar[tuple[Place, ...]] = ("message",)
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -60,8 +60,8 @@ class Message(Strict):
         return name
 
     def for_template(self) -> dict[str, Any]:
-        """Text, and calls with their arguments as objects, as templates expect them; "developer" is OpenAI's newer word
-        for "system", which templates know."""
+        """Text, and calls with their arguments as objects, as templates expect them. "developer" is OpenAI's newer word
+        for "system", which templates understand."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         named = {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name)) is not None}
         message = {"role": "system" if self.role == "developer" else self.role, "content": content, **named}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures for Prometheus. Each app has a registry of its own."""
+"""Figures for Prometheus. Each app has its own registry."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +21,8 @@ _SHARES = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1)
 
 
 class Metrics:
-    """All figures of a server: its own, those of its process, and those of each model. Names are listed in
-    docs/server.md."""
+    """All figures of a server: its own, those of its process, and those of each model. docs/server.md lists
+    the names."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -34,21 +34,21 @@ class Metrics:
         self._families = ModelFamilies(self.registry)
 
     def of(self, model: str) -> "ModelMetrics":
-        """Those of one model."""
+        """The figures of one model."""
         return ModelMetrics(self._families, model)
 
     def watch(self, num_preparing: Callable[[], float]) -> None:
-        """Ask for it whenever the figures are asked for."""
+        """Ask for the state whenever the figures are requested."""
         text = "Requests being made into prompts, and threads at work on them"
         Gauge("wedlm_requests_preparing", text, registry=self.registry).set_function(num_preparing)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """The figures in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class ModelFamilies:
-    """What there is of every model, with its name as a label."""
+    """The figures that every model has, with its name as a label."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.adapters = AdaptersInfo()
@@ -127,7 +127,7 @@ class AdaptersInfo(Collector):
 
 
 class ModelMetrics:
-    """The figures of one model; ``observe_*`` are called in the loop."""
+    """The figures of one model. Call ``observe_*`` in the loop."""
 
     def __init__(self, families: ModelFamilies, model: str) -> None:
         self._families, self._model = families, model
@@ -149,13 +149,13 @@ class ModelMetrics:
         self.p_cache = families.p_cache.labels(model)
 
     def watch(self, engine: AsyncEngine) -> None:
-        """Read the engine's state whenever the figures are asked for."""
+        """Read the engine's state whenever the figures are requested."""
         for gauge, read in self._families.gauges.items():
             gauge.labels(self._model).set_function(partial(read, engine))
         self._families.adapters.watch(engine)
 
     def observe_end(self, output: GenerationOutput) -> None:
-        """A sequence has ended by itself."""
+        """Record that a sequence has ended normally."""
         stats = output.stats
         assert stats is not None, "only a refused prompt has none"
         self._families.finished.labels(self._model, output.finish_reason).inc()
@@ -182,7 +182,7 @@ class Stopwatch:
         self._last: list[float | None] = [None] * num_sequences
 
     def piece(self, index: int, piece: StreamPiece) -> None:
-        """A piece has arrived."""
+        """Record that a piece has arrived."""
         if piece.token_ids:
             now, last = time.perf_counter(), self._last[index]
             if last is None:

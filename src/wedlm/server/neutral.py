@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields that clients send and this server has nothing for: which of their values ask for nothing, and so are accepted.
+"""Fields that clients send and that this server does not support. Values that ask for nothing are accepted.
 
 The table is the check, and ``python -m wedlm.server.neutral docs/server.md`` writes it into the documentation.
 """
@@ -49,7 +49,7 @@ _WHERE = {
     "ollama_options": "`options` there",
 }
 _EMPTY: tuple[Any, ...] = ("", [], {})
-_TEXT_ONLY = "text alone is supported"
+_TEXT_ONLY = "only text is supported"
 _OLD_TOOLS = "the old form of tools is not supported; expected tools and tool_choice"
 _SPECIAL_TOKENS = "special tokens are added to a text that is continued, and not to a chat"
 _NO_SUFFIX = "text after the answer is for /v1/completions; expected nothing"
@@ -58,7 +58,7 @@ _NOT_SAMPLED = "this way of sampling is not supported; expected temperature, top
 
 @dataclass(frozen=True, slots=True)
 class Neutral:
-    """Fields of one kind. Beside null, ``values`` are accepted; whatever else gets a 400 that says ``otherwise``."""
+    """Fields of one kind. Besides null, ``values`` are accepted; anything else gets a 400 that says ``otherwise``."""
 
     place: Place
     names: str  # between spaces
@@ -69,11 +69,11 @@ class Neutral:
 TABLE = (
     Neutral("request", "user metadata safety_identifier store service_tier request_id rid session_id", ANYTHING),
     Neutral("request", "prompt_cache_key prompt_cache_retention cache_prompt keep_alive id_slot", ANYTHING),
-    Neutral("request", "priority provider usage prediction guided_decoding_backend", ANYTHING),
+    Neutral("request", "provider usage prediction guided_decoding_backend", ANYTHING),
     Neutral("request", "spaces_between_special_tokens length_penalty early_stopping", ANYTHING),
     Neutral("request", "xtc_threshold dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers", ANYTHING),
     Neutral("request", "mirostat_tau mirostat_eta dynatemp_exponent stream_reasoning", ANYTHING),
-    Neutral("request", "skip_special_tokens", (True,), "control tokens have no place in an answer"),
+    Neutral("request", "skip_special_tokens", (True,), "answers do not contain control tokens"),
     Neutral("request", "use_beam_search", (False,), "searching with beams is not supported"),
     Neutral("request", "mirostat xtc_probability dry_multiplier dynatemp_range top_a", (0,), _NOT_SAMPLED),
     Neutral("request", "typical_p typ_p tfs_z", (1,), _NOT_SAMPLED),
@@ -119,10 +119,10 @@ TABLE = (
     Neutral("responses", "conversation prompt", (), "expected input, or previous_response_id"),
     Neutral("item", "id status phase annotations logprobs encrypted_content cache_control", ANYTHING),
     Neutral("reasoning", "summary generate_summary context", ANYTHING),
-    Neutral("anthropic", "betas inference_geo", ANYTHING),
+    Neutral("anthropic", "betas inference_geo priority", ANYTHING),
     Neutral("block", "cache_control citations caller", ANYTHING),
     Neutral("thinking", "budget_tokens display", ANYTHING),
-    Neutral("ollama", "context", ANYTHING),
+    Neutral("ollama", "context priority", ANYTHING),
     Neutral("ollama", "truncate shift", ANYTHING),
     Neutral("ollama", "suffix", ("",), _NO_SUFFIX),
     Neutral("ollama", "template", ("",), "expected raw, with a prompt that has all of it"),
@@ -142,7 +142,8 @@ UNSUPPORTED = {name: entry.otherwise for entry in TABLE if entry.otherwise for n
 
 
 def without_neutral(places: Iterable[Place], body: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """``body`` less the fields beside ``known`` that ask for nothing: by the table, or empty and of any other name."""
+    """``body`` without those fields, apart from ``known`` ones, that ask for nothing: by the table, or by an empty
+    value if the table does not have the field."""
     kept = set(known)
     return {name: value for name, value in body.items() if name in kept or not _asks_for_nothing(places, name, value)}
 
@@ -158,12 +159,12 @@ def _asks_for_nothing(places: Iterable[Place], name: str, value: Any) -> bool:
 
 
 def _among(value: Any, values: Iterable[Any]) -> bool:
-    """Python takes False for 0 and True for 1; JSON does not."""
+    """Membership as in JSON; Python takes False for 0 and True for 1."""
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values)
 
 
 def described(places: Iterable[Place]) -> dict[str, dict[str, str]]:
-    """The fields of the table at these places, for the OpenAPI document."""
+    """The table's fields at these places, for the OpenAPI document."""
     return {
         name: {"description": "Has no effect" if entry.values is ANYTHING else f"Accepted: {_shown(entry)}"}
         for place in places
@@ -191,7 +192,7 @@ BEGIN, END = "<!-- written by python -m wedlm.server.neutral docs/server.md -->\
 
 
 def written(page: str) -> str:
-    """The page with the table as it is now."""
+    """The page with the present table."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}{table()}{END}{after}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checked conversation to the token ids of its prompt."""
+"""Turn a checked conversation into the token ids of its prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from wedlm.server.tools import TemplateTraits, for_template, in_plain_words, wit
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """``thinks``: the prompt has opened the model's reasoning, which the answer begins in."""
+    """``thinks``: the prompt has opened the model's reasoning, so the answer begins inside it."""
 
     token_ids: list[int]
     thinks: bool
 
 
 class Prompts:
-    """The way from conversations to prompts of one model; for several threads."""
+    """Turns conversations into prompts of one model; for several threads."""
 
     def __init__(self, llm: LLM, config: ServerConfig) -> None:
         self._llm, templates = llm, llm.tokenizer.chat_templates
@@ -42,15 +42,16 @@ class Prompts:
         return self._llm.engine.config.vocab_size
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """ValueError for a text that is no Unicode."""
+        """Encode a text. Raises ValueError if it is not valid Unicode."""
         return self._llm.tokenizer.encode(text, add_special_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._llm.tokenizer.decode(ids, skip_special_tokens=False)
 
     def of(self, body: ChatRequest, tools: Sequence[Tool]) -> Prompt:
-        """Tools through the chat template if it takes them, otherwise in plain words. ValueError if the template
-        refuses the conversation, or if the last message cannot be continued."""
+        """The prompt of a conversation, with tools through the chat template if it supports them, otherwise in plain
+        words. Raises ValueError if the template refuses the conversation, or if the last message cannot be continued.
+        """
         messages: list[dict[str, Any]] = [message.for_template() for message in body.messages]
         concerned = tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages)
         variables: dict[str, Any] = body.template_variables
@@ -62,7 +63,7 @@ class Prompts:
             messages = without_system(messages)
         continues = bool(body.continue_final_message)
         if continues and body.add_generation_prompt:
-            raise ValueError("continue_final_message is true beside add_generation_prompt; expected one of them")
+            raise ValueError("continue_final_message is true and so is add_generation_prompt; expected one of them")
         prompt = self._llm.tokenizer.chat_prompt(
             messages,
             not continues and body.add_generation_prompt is not False,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client may send. Fields that have no effect here are those of ``neutral.py``."""
+"""What a client may send. Fields without effect are in ``neutral.py``."""
 
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -18,7 +18,7 @@ MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_TOKENS, MAX_MESSAGES = 16, 256, 64, 4096
 MAX_PROMPTS, MAX_CHOICE_TEXTS = 1024, 1024
 # Log-probabilities that an answer may have: the tokens' own and their alternatives, 60 bytes each.
 MAX_LOGPROB_ENTRIES = 2**18
-# What the server itself says to the template, or to whoever renders it.
+# What the server itself passes to the template, or to its renderer.
 _RESERVED_VARIABLES = {"self", "messages", "tools", "add_generation_prompt", "allow_control_tokens"}
 # What fields expect, where pydantic's own words would not tell a user.
 EXPECTED = {
@@ -28,7 +28,7 @@ EXPECTED = {
     "content": 'a string or a list of {"type": "text", "text": ...}',
     "type": '"text" in a content part, "function" in a tool, or a response_format\'s text, json_object or json_schema',
     "response_format": '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {...}}',
-    "json_schema": '{"name": ..., "schema": {...}} beside the type json_schema, and nothing beside others',
+    "json_schema": '{"name": ..., "schema": {...}} with the type json_schema, and nothing with others',
     "tools": f'a list of at most {MAX_TOOLS} of {{"type": "function", "function": {{"name": ...}}}}',
     "tool_choice": '"none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
     "tool_call_id": "the id of the call that a message of the role tool answers",
@@ -64,8 +64,8 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class StreamOptions(Strict):
-    """``include_usage``: one more chunk with the figures of all choices, before the end; ``continuous_usage_stats``: in
-    each chunk those of its choice so far."""
+    """``include_usage``: one more chunk with the figures of all choices, before the end. ``continuous_usage_stats``:
+    each chunk has the figures of its choice so far."""
 
     places: ClassVar[tuple[Place, ...]] = ("stream_options",)
     include_usage: bool | None = None
@@ -73,7 +73,7 @@ class StreamOptions(Strict):
 
 
 class StructuredOutputs(Strict):
-    """The form of the answer as other servers have it: one of these."""
+    """The form of the answer, as other servers name it: exactly one of these."""
 
     json_: Annotated[Schema | str | None, Field(alias="json")] = None
     json_object: bool | None = None
@@ -83,7 +83,7 @@ class StructuredOutputs(Strict):
 
 
 class Generation(Strict):
-    """What both kinds of request share. None means the default, save for ``wedlm_entropy_threshold``."""
+    """What both kinds of request share. None means the default, except for ``wedlm_entropy_threshold``."""
 
     model: str
     n: Annotated[int, Field(ge=1)] | None = None
@@ -99,6 +99,7 @@ class Generation(Strict):
     repetition_penalty: float | None = None
     include_stop_str_in_output: bool | None = None
     cache_salt: str | None = None
+    priority: int | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | str | None = None
     guided_regex: GrammarText | None = None
@@ -135,9 +136,9 @@ class Generation(Strict):
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     def sampling_params(self, default_max_tokens: int, form: ToolForm | None = None) -> SamplingParams:
-        """The engine's parameters, for a model that writes calls in ``form``; ValueError where it refuses one. OpenAI's
-        default temperature is 1, and so is ours here; the limit of tokens may be given by the old name or the new
-        one."""
+        """The engine's parameters, for a model that writes calls in ``form``. Raises ValueError if the engine refuses
+        one. OpenAI's default temperature is 1, and here ours is, too; the limit of tokens may have the old name or the
+        new one."""
         names = (
             "presence_penalty",
             "frequency_penalty",
@@ -147,6 +148,7 @@ class Generation(Strict):
             "repetition_penalty",
             "include_stop_str_in_output",
             "cache_salt",
+            "priority",
             "min_tokens",
             "ignore_eos",
             "seed",
@@ -177,20 +179,20 @@ class Generation(Strict):
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many alternatives are to be reported beside each token's log-probability; None: not even that one."""
+        """How many alternatives to report with each token's log-probability; None reports not even that."""
         raise NotImplementedError
 
     def form_of_answer(self, tool_form: ToolForm) -> tuple[str, dict[str, Any] | str | None, str | None]:
-        """The field that says what the text must be, and the JSON schema or the grammar; neither if it is free.
-        ValueError where fields contradict each other."""
+        """The field that says what the text must be, and the JSON schema or the grammar; neither if the text is free.
+        Raises ValueError if fields contradict each other."""
         asked = self.forms_asked_for()
         if len(asked) > 1:
             names = " and ".join(name for name, *_ in asked)
-            raise ValueError(f"{asked[0][0]} stands beside another form of the answer ({names}); expected one of them")
+            raise ValueError(f"{asked[0][0]} is set with another form of the answer ({names}); expected one of them")
         return asked[0] if asked else ("response_format", None, None)
 
     def forms_asked_for(self) -> list[tuple[str, dict[str, Any] | str | None, str | None]]:
-        """As ``form_of_answer``, of each field that is set."""
+        """Like ``form_of_answer``, for each field that is set."""
         found: list[tuple[str, dict[str, Any] | str | None, str | None]] = []
         other = self.structured_outputs or StructuredOutputs()
         for name, schema in (("guided_json", self.guided_json), ("structured_outputs", other.json_)):
@@ -234,12 +236,12 @@ class CompletionRequest(Generation):
 
     @property
     def token_limit(self) -> int | None:
-        """0 is for those who want the prompt alone; the engine makes at least one."""
+        """The limit of tokens. 0 asks for the prompt alone; the engine makes at least one."""
         return 1 if self.only_prompt else self.max_tokens
 
     @property
     def only_prompt(self) -> bool:
-        """Whether nothing is to be generated."""
+        """Whether to generate nothing."""
         return self.max_tokens == 0 and bool(self.echo)
 
     @property
@@ -248,7 +250,8 @@ class CompletionRequest(Generation):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """How many alternatives are to be reported of each token of the prompt; None: not even its own."""
+        """How many alternatives to report for each token of the prompt; None reports not even its own
+        log-probability."""
         asked = [] if self.prompt_logprobs is None else [self.prompt_logprobs]
         asked += [self.logprobs] if self.echo and self.logprobs is not None else []
         return max(asked, default=None)
@@ -281,19 +284,17 @@ class ChatRequest(Generation):
 
     @property
     def token_limit(self) -> int | None:
-        """By the old name or the new one. ValueError if they differ."""
+        """The limit, by the old name or the new one. Raises ValueError if they differ."""
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             other = self.max_completion_tokens
-            raise ValueError(
-                f"max_tokens is {self.max_tokens} beside max_completion_tokens {other}; expected one of them"
-            )
+            raise ValueError(f"max_tokens is {self.max_tokens} and max_completion_tokens {other}; expected one of them")
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def num_logprobs(self) -> int | None:
-        """ValueError if alternatives are asked for beside no log-probability."""
+        """Raises ValueError if alternatives are requested without log-probabilities."""
         if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"top_logprobs is {self.top_logprobs}; expected logprobs to be true beside it")
+            raise ValueError(f"top_logprobs is {self.top_logprobs}; expected logprobs to be true with it")
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def forms_asked_for(self) -> list[tuple[str, dict[str, Any] | str | None, str | None]]:
@@ -302,7 +303,7 @@ class ChatRequest(Generation):
         return found if schema is None else [("response_format", schema, None), *found]
 
     def form_of_answer(self, tool_form: ToolForm) -> tuple[str, dict[str, Any] | str | None, str | None]:
-        """A forced call, or else what the other fields say; beside tools that may be called, that or calls."""
+        """A forced call, or else what the other fields say; with tools that may be called, that or calls."""
         offered = self.offered_tools
         if self.forces_call:
             return "tools", call_schema(offered), None
@@ -310,9 +311,7 @@ class ChatRequest(Generation):
         if not offered or (schema is None and grammar is None):
             return name, schema, grammar
         if schema is None:
-            raise ValueError(
-                f"{name} is a grammar beside tools that may be called; expected a JSON schema, or no tools"
-            )
+            raise ValueError(f"{name} is a grammar while tools may be called; expected a JSON schema, or no tools")
         several = self.parallel_tool_calls is not False
         return name, None, answer_or_calls_grammar(schema, call_schema(offered), tool_form, several)
 
@@ -323,14 +322,15 @@ class ChatRequest(Generation):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """What the chat template is told beside the conversation."""
+        """What the chat template gets besides the conversation."""
         effort = self.reasoning_effort
         thinking = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
         return {**thinking, **(self.chat_template_kwargs or {})}
 
     @property
     def offered_tools(self) -> list[Tool]:
-        """The tools that may be called. ValueError if names repeat, or if there is none and one must be called."""
+        """The tools that may be called. Raises ValueError if names repeat, or if one must be called and there
+        is none."""
         tools = [] if self.tools is None or self.tool_choice == "none" else self.tools
         names = [tool.function.name for tool in tools]
         if len(set(names)) < len(names):
@@ -343,12 +343,12 @@ class ChatRequest(Generation):
             if not tools:
                 raise ValueError(f"tool_choice names the function {name}; expected one of tools")
         if self.tool_choice == "required" and not tools:
-            raise ValueError("tool_choice is required; expected tools beside it")
+            raise ValueError("tool_choice is required; expected tools with it")
         return tools
 
 
 class LoadAdapterRequest(Strict):
-    """The body of POST /v1/load_lora_adapter. ``lora_path``: below the server's folder of adapters."""
+    """The body of POST /v1/load_lora_adapter. ``lora_path`` is relative to the server's folder of adapters."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=256)]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the text of an answer, as it comes, to what a message has: content and calls."""
+"""Turn the text of an answer, as it comes, into content and calls."""
 
 import json
 import re
@@ -17,21 +17,21 @@ _FORCED_OPENING = re.compile(r'\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\
 
 @dataclass(slots=True)
 class Delta:
-    """What some more text adds to a message: content, calls (or more of their arguments) in OpenAI's form,
-    reasoning."""
+    """What some more text adds to a message: content, calls (or more of their arguments) in OpenAI's form and in the
+    order of their ``index``, reasoning."""
 
     content: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     reasoning: str = ""
 
     def add(self, other: "Delta") -> None:
-        """Take over what ``other`` adds; arguments of a call that is here already are appended to it."""
+        """Add what ``other`` adds; arguments of a known call are appended to it."""
         self.content += other.content
         self.reasoning += other.reasoning
-        known = {call["index"]: call for call in self.calls}
         for call in other.calls:
-            if call["index"] in known:
-                known[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+            place = call["index"] - self.calls[0]["index"] if self.calls else 0
+            if place < len(self.calls):
+                self.calls[place]["function"]["arguments"] += call["function"]["arguments"]
             else:
                 self.calls.append(call)
 
@@ -40,7 +40,7 @@ class Reader(Protocol):
     """Turns the text of one choice into content and calls."""
 
     def push(self, text: str) -> Delta:
-        """More text, none of which will change."""
+        """More text, which is final."""
 
     def finish(self, reason: str) -> Delta:
         """No more text follows, for ``reason``."""
@@ -64,110 +64,130 @@ class PlainReader:
 class CallReader:
     """Calls of known functions in the form of the model; everything else is content.
 
-    Where text that began as a call turns out to be none, it becomes content, and reading goes on behind it; what stands
-    inside is not read as a call once more, so that each character is read a few times at most.
+    If text that began as a call turns out not to be one, it becomes content and reading continues after it. Its inside
+    is not read as a call again, so that each character is read a few times at most.
     """
 
     def __init__(self, form: ToolForm, names: Sequence[str], parallel: bool) -> None:
         self._form, self._names, self._most = form, frozenset(names), 2**31 if parallel else 1
         self._longest = max(map(len, form.tags))
         self._held = ""  # what may become a tag
-        self._beginning = True  # white space before a call is no content either
+        self._lead: list[str] = []  # white space at the beginning: before a call it is not content
+        self._beginning = True
         self._attempt: Generator[None, str, str | None] | None = None
         self._raw: list[str] = []  # of the attempt, since its last call
-        self._num_calls, self._behind_call = 0, False  # white space behind a call is no content
-        self._delta = Delta()
+        self._num_calls, self._behind_call = 0, False  # white space after a call is not content
+        self._contents: list[str] = []
+        self._calls: list[dict[str, Any]] = []
 
     @property
     def called(self) -> bool:
         return self._num_calls > 0
 
     def push(self, text: str) -> Delta:
-        pending = self._held + text
+        text, place = self._held + text, 0
         self._held = ""
-        while pending:
-            pending = self._scan(pending) if self._attempt is None else self._read(pending)
+        while place < len(text):
+            if self._attempt is None:
+                place = self._scan(text, place)
+            else:
+                text, place = self._read(text, place)
         return self._take()
 
     def finish(self, reason: str) -> Delta:
-        raw, self._held, self._attempt = "".join(self._raw) + self._held, "", None
+        raw = "".join([*self._lead, *self._raw, self._held])
+        self._lead, self._raw, self._held, self._attempt = [], [], "", None
         if not (self.called and self._form.close.startswith(raw.strip())):
             self._content(raw)
         return self._take()
 
     def _take(self) -> Delta:
-        delta, self._delta = self._delta, Delta()
+        delta = Delta("".join(self._contents), self._calls)
+        self._contents, self._calls = [], []
         return delta
 
     def _content(self, text: str) -> None:
         if self._behind_call:
             text = text.lstrip()
             self._behind_call = not text
-        self._delta.content += text
+        self._contents.append(text)
 
-    def _scan(self, text: str) -> str:
-        """Content up to where a call may begin; what is left to read."""
+    def _scan(self, text: str, place: int) -> int:
+        """Take content up to where a call may begin; return the place to continue at."""
         if self._beginning:
-            start = len(text) - len(text.lstrip())
-            first = text[start:]
-            opened = next((tag for tag in self._form.tags if first.startswith(tag)), "")
-            if not opened and any(tag.startswith(first) for tag in self._form.tags):  # or first is empty
-                self._held = text
-                return ""
-            self._beginning = False
-            if opened or self._form.bare:
-                end = start + len(opened)
-                return self._begin(text[:end], text[end:])
-        places = [(place, tag) for tag in self._form.tags if (place := text.find(tag)) >= 0]
+            return self._scan_beginning(text)
+        places = [(found, tag) for tag in self._form.tags if (found := text.find(tag, place)) >= 0]
         if places:
-            place, tag = min(places)
-            self._content(text[:place])
-            return self._begin(tag, text[place + len(tag) :])
-        sizes = range(min(self._longest - 1, len(text)), 0, -1)
+            found, tag = min(places)
+            self._content(text[place:found])
+            self._begin(tag)
+            return found + len(tag)
+        sizes = range(min(self._longest - 1, len(text) - place), 0, -1)
         kept = next((size for size in sizes if any(tag.startswith(text[-size:]) for tag in self._form.tags)), 0)
         free = len(text) - kept
-        self._content(text[:free])
+        self._content(text[place:free])
         self._held = text[free:]
-        return ""
+        return len(text)
 
-    def _begin(self, opening: str, rest: str) -> str:
+    def _scan_beginning(self, text: str) -> int:
+        """As ``_scan``, for the beginning of the answer."""
+        first = text.lstrip()
+        start = len(text) - len(first)
+        self._lead.append(text[:start])
+        opened = next((tag for tag in self._form.tags if first.startswith(tag)), "")
+        if not opened and any(tag.startswith(first) for tag in self._form.tags):  # or first is empty
+            self._held = first
+            return len(text)
+        self._beginning, lead, self._lead = False, "".join(self._lead), []
+        if opened or self._form.bare:
+            self._begin(lead + opened)
+        else:
+            self._content(lead)
+        return start + len(opened)
+
+    def _begin(self, opening: str) -> None:
         self._raw, self._attempt = [opening], self._form.grammar(self._emit, opening)
         next(self._attempt)
-        return rest
 
-    def _read(self, text: str) -> str:
-        """Give text to the attempt until it ends, one way or the other; what is left to read."""
+    def _read(self, text: str, place: int) -> tuple[str, int]:
+        """Give text to the attempt until it ends, one way or the other; return the text and where to continue."""
         assert self._attempt is not None
-        for index, character in enumerate(text):
-            self._raw.append(character)
+        raw, send = self._raw, self._attempt.send
+        for index in range(place, len(text)):
+            character = text[index]
+            raw.append(character)
             try:
-                self._attempt.send(character)
+                send(character)
             except StopIteration:
                 self._raw, self._attempt = [], None
-                return text[index + 1 :]
+                return text, index + 1
             except NotParsed:
-                self._attempt = None
-                raw, self._raw = self._raw, []
+                self._raw, self._attempt = [], None
                 tail = min(self._longest, len(raw) - 1)
                 self._content("".join(raw[: len(raw) - tail]))
-                return "".join(raw[len(raw) - tail :]) + text[index + 1 :]
-        return ""
+                if tail <= index + 1:
+                    return text, index + 1 - tail
+                earlier = raw[len(raw) - tail : len(raw) - index - 1]  # was not in this text
+                return "".join(earlier) + text, 0
+        return text, len(text)
 
     def _emit(self, name: str, arguments: str) -> None:
         if name not in self._names:
             raise NotParsed
-        self._raw, self._behind_call = [""], True
+        self._raw[:], self._behind_call = [""], True
         if self._num_calls < self._most:
             self._num_calls += 1
-            self._delta.calls.append(_opening(self._num_calls - 1, name, arguments))
+            self._calls.append(_opening(self._num_calls - 1, name, arguments))
 
 
 class ThinkReader:
-    """Splits what stands between <think> and </think> at the beginning off as reasoning, without the white space around
-    it; ``inner`` reads the rest. ``inside``: the prompt has opened it. Without the closing tag all is reasoning."""
+    """Splits off what stands between <think> and </think> at the beginning as reasoning, without the white space around
+    it; ``inner`` reads the rest. ``inside``: the prompt has opened it. Without the closing tag everything is reasoning.
+    """
 
     def __init__(self, inner: Reader, inside: bool) -> None:
-        self._inner, self._held = inner, ""
+        self._inner, self._held = inner, ""  # what may become a tag
+        self._spaces: list[str] = []  # white space before it, which may belong to the reasoning or not
         self._state = "inside" if inside else "before"
         self._empty = True  # no reasoning yet
 
@@ -176,52 +196,62 @@ class ThinkReader:
         return self._inner.called
 
     def push(self, text: str) -> Delta:
-        self._held += text
+        text, self._held = self._held + text, ""
         delta = Delta()
-        opening, closing = THINK
         if self._state == "before":
-            begun = self._held.lstrip()
-            if begun.startswith(opening):
-                self._state, self._held = "inside", begun[len(opening) :]
-            elif not opening.startswith(begun):
-                self._state = "behind"
+            text = self._begin(text)
         if self._state == "inside":
-            thought, found, rest = self._held.partition(closing)
-            delta.reasoning, self._held = self._thought(thought) if found else self._shown(thought)
-            if found:
-                self._state, self._held = "after", rest
+            delta.reasoning, text = self._think(text)
         if self._state == "after":  # white space between the two belongs to neither
-            self._held = self._held.lstrip()
-            self._state = "behind" if self._held else "after"
-        if self._state == "behind" and self._held:
-            delta.add(self._inner.push(self._held))
-            self._held = ""
+            text = text.lstrip()
+            self._state = "behind" if text else "after"
+        if self._state == "behind" and text:
+            delta.add(self._inner.push(text))
         return delta
 
     def finish(self, reason: str) -> Delta:
+        rest = "".join([*self._spaces, self._held])
         delta = Delta()
-        if self._state == "inside":
-            delta.reasoning = self._thought(self._held)[0]
+        if self._state == "inside" and self._held:
+            delta.reasoning = self._held if self._empty else rest
         elif self._state == "before":
-            delta.add(self._inner.push(self._held))
+            delta.add(self._inner.push(rest))
         delta.add(self._inner.finish(reason))
         return delta
 
-    def _thought(self, text: str) -> tuple[str, str]:
-        return (text.strip() if self._empty else text.rstrip()), ""
+    def _begin(self, text: str) -> str:
+        """Find out whether there is reasoning at all; return what is left to read."""
+        opening, begun = THINK[0], text.lstrip()
+        self._spaces.append(text[: len(text) - len(begun)])
+        if begun.startswith(opening):
+            self._state, self._spaces = "inside", []
+            return begun[len(opening) :]
+        if opening.startswith(begun):
+            self._held = begun
+            return ""
+        self._state, before, self._spaces = "behind", "".join(self._spaces), []
+        return before + begun
 
-    def _shown(self, text: str) -> tuple[str, str]:
-        """What of the reasoning is sure to belong to it, and the rest: white space, or what may become the tag."""
-        text = text.lstrip() if self._empty else text
-        closing = THINK[1]
-        kept = next((size for size in range(len(closing) - 1, 0, -1) if text.endswith(closing[:size])), 0)
-        end = len(text[: len(text) - kept].rstrip())
-        self._empty = self._empty and end == 0
-        return text[:end], text[end:]
+    def _think(self, text: str) -> tuple[str, str]:
+        """The part of the text that certainly belongs to the reasoning, and what stands after the closing tag."""
+        thought, closing, rest = text.partition(THINK[1])
+        if not closing:
+            kept = next((size for size in range(len(THINK[1]) - 1, 0, -1) if text.endswith(THINK[1][:size])), 0)
+            thought, self._held = text[: len(text) - kept], text[len(text) - kept :]
+        shown = thought.rstrip()
+        end = thought[len(shown) :]
+        if shown:
+            shown = shown.lstrip() if self._empty else "".join([*self._spaces, shown])
+            self._empty, self._spaces = False, []
+        self._spaces.append(end)
+        if closing:
+            self._state, self._spaces = "after", []
+        return shown, rest
 
 
 class ForcedReader:
-    """The text is one call, whose arguments are passed on as they come; a text cut before them is no call."""
+    """The text is one call, whose arguments are passed on as they come; a text that is cut before them is not
+    a call."""
 
     def __init__(self) -> None:
         self._head, self._arguments = "", JsonText()

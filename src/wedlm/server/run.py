@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process: its sockets, uvicorn, and a way out that lets running requests finish."""
+"""The process: its sockets, uvicorn, and an orderly end that lets running requests finish."""
 
 import asyncio
 import errno
@@ -37,14 +37,15 @@ _LATE_S = 5.0  # beyond the grace, for the end itself
 
 
 class AddressError(OSError):
-    """The server cannot have its address."""
+    """The server cannot use its address."""
 
 
 @contextmanager
 def bound_sockets(host: str, port: int) -> Iterator[list[socket.socket]]:
-    """A socket for each address of ``host`` ("" is every one of this machine), bound and not listening yet.
+    """A socket for each address of ``host`` ("" means every address of this machine), bound but not listening yet.
 
-    They are closed at the end. AddressError if there is no such address here, or another process has the port.
+    They are closed at the end. Raises AddressError if this machine has no such address, or if another process has the
+    port.
     """
     with ExitStack() as stack:
         try:
@@ -52,18 +53,16 @@ def bound_sockets(host: str, port: int) -> Iterator[list[socket.socket]]:
             bound = [_bind(stack, *one) for one in dict.fromkeys(found)]
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            raise AddressError(
-                f"port {port} of {host!r} cannot be listened on: {reason}; expected a free one"
-            ) from error
+            raise AddressError(f"port {port} of {host!r} cannot be used: {reason}; expected a free one") from error
         yield bound
 
 
 @contextmanager
 def unix_socket(path: str) -> Iterator[list[socket.socket]]:
-    """A socket at a path, bound and not listening yet; who may connect is up to the process's umask and the folder. The
-    path goes at the end; one that a server left behind is taken.
+    """A socket at a path, bound but not listening yet; the process's umask and the folder decide who may connect. The
+    path is removed at the end; a path that another server left behind is reused.
 
-    AddressError if it cannot be had, or something listens there.
+    Raises AddressError if it cannot be bound, or if something listens there.
     """
     one = socket.socket(socket.AF_UNIX)
     try:
@@ -76,7 +75,7 @@ def unix_socket(path: str) -> Iterator[list[socket.socket]]:
     except OSError as error:
         one.close()
         reason = (error.strerror or str(error)).lower()
-        raise AddressError(f"uds is {path!r}, which cannot be listened on: {reason}; expected a free path") from error
+        raise AddressError(f"uds is {path!r}, which cannot be used: {reason}; expected a free path") from error
     try:
         yield [one]
     finally:
@@ -91,7 +90,7 @@ def listening(config: ServerConfig) -> AbstractContextManager[list[socket.socket
 
 
 def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
-    """None without TLS. ValueError for files that cannot be used."""
+    """The TLS context, or None without TLS. Raises ValueError for unusable files."""
     if config.ssl_certfile is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -116,7 +115,7 @@ def _bind(stack: ExitStack, family: int, kind: int, protocol: int, _: str, addre
 
 
 class Server(uvicorn.Server):
-    """Drains on the first SIGTERM or SIGINT: new requests get 503, running ones may finish until
+    """Drains on the first SIGTERM or SIGINT: new requests get 503, and running ones may finish until
     ``shutdown_timeout_s`` is over. A second signal ends them at once. ``failed``: the engine is beyond repair.
 
     ``on_start`` is called with the server's address once it listens.
@@ -180,7 +179,8 @@ class Server(uvicorn.Server):
         await super().serve(sockets)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until told to stop, on ``sockets`` or on the configured address. AddressError if it cannot be had."""
+        """Serve until told to stop, on ``sockets`` or on the configured address. Raises AddressError if that is not
+        available."""
         if sockets is not None:
             super().run(sockets)
             return
@@ -195,7 +195,7 @@ class Server(uvicorn.Server):
             self._on_start(url)
 
     def _url(self, address: Any) -> str:
-        """As people write an address of a socket's."""
+        """The URL of a socket's address, as people write it."""
         if isinstance(address, str):
             return f"unix:{address}"
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
@@ -215,7 +215,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         self._loop = asyncio.get_running_loop()
         if self.service.is_dead and not self.failed:
-            log.critical("the engine could not be restarted; the server ends, for its supervisor to start it anew")
+            log.critical("the engine could not be restarted; the server ends so that its supervisor can restart it")
             self.failed = self.should_exit = True
         return await super().on_tick(counter)
 
@@ -237,7 +237,7 @@ class Server(uvicorn.Server):
         os._exit(1)
 
     async def drain(self) -> None:
-        """Refuse new requests, wait for the running ones, cut off the rest, and leave."""
+        """Refuse new requests, wait for the running ones, cut off the rest, and stop."""
         self.service.draining = True
         limit = self.service.config.shutdown_timeout_s
         log.info("shutting down; %d sequences may finish within %g seconds", self.service.num_sequences, limit)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model that the server has: its engine, and from a checked body to what that engine is asked to do."""
+"""One model of the server: its engine, and the way from a checked body to the engine's requests."""
 
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -27,8 +27,8 @@ T = TypeVar("T")
 
 
 class ServedModel:
-    """``engine`` exists from ``start`` on. ``draining``: whether the server refuses whatever is new. ``adapter``: None
-    is the model as it is."""
+    """``engine`` exists from ``start`` on. ``draining``: whether the server refuses everything new. ``adapter`` None is
+    the model without one."""
 
     engine: AsyncEngine
     adapter: str | None = None
@@ -43,14 +43,14 @@ class ServedModel:
         self._grammars = self._load_grammars()  # now, because it holds up every thread for a fraction of a second
 
     def _load_grammars(self) -> Grammars | str:
-        """Or why there are none."""
+        """Load the grammars, or note why there are none."""
         try:
             return grammars_of(self.llm.tokenizer, self.llm.engine.config.vocab_size)
         except ValueError as error:
             return str(error)
 
     def start(self) -> None:
-        """Hand the LLM's engine over to a thread. In the loop."""
+        """Give the LLM's engine to a thread. Call it in the loop."""
         self.engine = AsyncEngine(self.llm.engine, self._renew, turns=self.llm.turns)
         self.metrics.watch(self.engine)
 
@@ -77,7 +77,7 @@ class ServedModel:
         return "ok" if self.engine.state == "running" else self.engine.state
 
     def admit(self, count: int, several: str = "n") -> None:
-        """ApiError unless the engine runs, and there is room for ``count`` more sequences."""
+        """Raises ApiError unless the engine runs and has room for ``count`` more sequences."""
         room = self.llm.engine.config.options.max_num_seqs + self.config.max_queue
         most = min(self.config.max_choices, room)
         if count > most:
@@ -89,7 +89,7 @@ class ServedModel:
             raise queue_full(f"{self.engine.num_open} of {room} places are taken; expected {count} free ones")
 
     async def chat_job(self, body: ChatRequest, workers: Workers) -> Job:
-        """ApiError 400 if the conversation has no prompt, or an option is refused."""
+        """The job of a chat. Raises ApiError 400 if the conversation gives no prompt, or an option is refused."""
         self.admit(body.n or 1)
         try:
             tools = body.offered_tools
@@ -100,7 +100,7 @@ class ServedModel:
         return replace(await self._with_grammar(job, body), new_reader=self._reader(body, prompt))
 
     def _reader(self, body: ChatRequest, prompt: Prompt) -> Callable[[], Reader]:
-        """What makes a message of the text."""
+        """The reader that turns the text into a message."""
         if body.forces_call:
             return ForcedReader
         names = [tool.function.name for tool in body.offered_tools]
@@ -112,14 +112,14 @@ class ServedModel:
         return lambda: ThinkReader(inner(), prompt.thinks)
 
     async def _with_grammar(self, job: Job, body: ChatRequest | CompletionRequest) -> Job:
-        """With the grammar, if there is one, compiled and held, so that the engine's thread finds it done."""
+        """Compile the grammar, if there is one, and hold it, so that the engine's thread finds it done."""
         params = job.sequences[0][1]
         if params.json_schema is None and params.grammar is None:
             return job
         return replace(job, grammar=await self._compile(params, body.form_of_answer(self.prompts.tool_form)[0]))
 
     async def _compile(self, params: SamplingParams, field: str) -> Compiled:
-        """In a process of its own, which ends when the caller is cancelled."""
+        """Compile in a separate process, which ends when the caller is cancelled."""
         try:
             if isinstance(self._grammars, str):
                 raise ValueError(self._grammars)
@@ -131,7 +131,7 @@ class ServedModel:
             raise ApiError(400, message, param=field, code="invalid_value") from error
 
     async def completion_job(self, body: CompletionRequest, workers: Workers) -> Job:
-        """As ``chat_job``."""
+        """Like ``chat_job``."""
         prompts = body.prompts
         several = "n" if (body.best_of or 1) <= (body.n or 1) else "best_of"
         self.admit((getattr(body, several) or 1) * len(prompts), several)
@@ -146,12 +146,12 @@ class ServedModel:
         return replace(await self._with_grammar(job, body), echoes=await self._echoes(body, encoded))
 
     async def _with_suffix(self, job: Job, body: CompletionRequest, workers: Workers) -> Job:
-        """With the text after the answers, if there is one."""
+        """The parameters with the text after the answers, if there is one."""
         if not body.suffix:
             return job
         if body.echo or body.num_prompt_logprobs is not None:
             shown = "echo" if body.echo else "prompt_logprobs"
-            message = f"{shown} is set beside suffix; expected one of them"
+            message = f"{shown} is set with suffix; expected one of them"
             raise ApiError(400, message, param=shown, code="invalid_value")
         encode = partial(self.llm.tokenizer.encode, body.suffix, add_special_tokens=False)
         suffix = await self._tokens(workers, encode, "suffix")
@@ -162,12 +162,12 @@ class ServedModel:
         return replace(job, sequences=sequences, warning=self.llm.window_warning(sequences[0][1]))
 
     async def _echoes(self, body: CompletionRequest, encoded: list[list[int]]) -> list[PromptEcho]:
-        """What the answer tells of the prompts; none if nothing."""
+        """What the answer says about the prompts; empty if nothing."""
         count = body.num_prompt_logprobs
         if not body.echo and count is None:
             return []
         if body.streams and (count is not None or body.only_prompt):
-            message = "the prompt alone, or log-probabilities of it, are asked for beside stream; expected no stream"
+            message = "the prompt alone, or log-probabilities of it, are requested with stream; expected no stream"
             raise ApiError(400, message, param="stream", code="invalid_value")
         shown = body.logprobs if body.echo else None
         echoes = []
@@ -185,7 +185,7 @@ class ServedModel:
         return echoes
 
     async def _tokens(self, workers: Workers, encode: "partial[T]", param: str) -> T:
-        """In another thread: a long prompt must not hold up everybody's streams."""
+        """Encode in another thread, because a long prompt must not hold up everybody's streams."""
         try:
             return await workers.run(encode)
         except ValueError as error:
@@ -194,7 +194,7 @@ class ServedModel:
             raise ApiError(400, str(error), param=param, code="invalid_value") from error
 
     def _room(self, prompt: Sequence[int]) -> int:
-        """Tokens that the model and the cache have left for an answer to ``prompt``; at least 1."""
+        """The tokens that the model and the cache have left for an answer to ``prompt``; at least 1."""
         config, pool = self.llm.engine.config, self.llm.engine.pool
         slots = pool.num_pages * pool.page_size - 2 * config.options.wedlm_window_size
         return max(1, min(config.max_model_len, slots) - len(prompt))
@@ -202,10 +202,10 @@ class ServedModel:
     def _job(self, kind: str, body: ChatRequest | CompletionRequest, prompts: list[list[int]], room: int) -> Job:
         if body.stream_options is not None and not body.streams:
             shown = body.stream_options.model_dump_json(exclude_unset=True)
-            message = f"stream_options is {shown}; expected stream to be true beside it"
+            message = f"stream_options is {shown}; expected stream to be true with it"
             raise ApiError(400, message, param="stream_options", code="invalid_value")
         if body.wedlm_trace and not body.streams:
-            message = "wedlm_trace is true; expected stream to be true beside it"
+            message = "wedlm_trace is true; expected stream to be true with it"
             raise ApiError(400, message, param="wedlm_trace", code="invalid_value")
         if not prompts:
             raise ApiError(400, "prompt is []; expected at least one prompt", param="prompt", code="invalid_value")
@@ -255,7 +255,7 @@ def _form_field(body: ChatRequest | CompletionRequest, prompts: Prompts) -> str:
 
 
 def _naming(field: str, message: str) -> str:
-    """An error of the engine's about the form of the answer, with the name of the field that asked for it."""
+    """Give an engine's error about the form of the answer the name of the field that asked for it."""
     for name in ("json_schema", "grammar"):
         if message.startswith(name):
             return field + message.removeprefix(name)
@@ -263,12 +263,12 @@ def _naming(field: str, message: str) -> str:
 
 
 def _best_of(body: CompletionRequest, kept: int) -> int:
-    """How many choices to make for those that are kept. ApiError."""
+    """How many choices to make for those that are kept. Raises ApiError."""
     assert body.best_of is not None
     if body.best_of < kept:
         message = f"best_of is {body.best_of}; expected at least n, {kept}"
         raise ApiError(400, message, param="best_of", code="invalid_value")
     if body.streams and body.best_of > kept:
-        message = f"best_of is {body.best_of} beside stream; expected n, {kept}, or no stream"
+        message = f"best_of is {body.best_of} with stream; expected n, {kept}, or no stream"
         raise ApiError(400, message, param="best_of", code="invalid_value")
     return body.best_of

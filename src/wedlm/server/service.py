@@ -46,7 +46,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Service:
-    """What the routes call. ``models``: those that are served, by name; ``draining`` refuses whatever is new."""
+    """What the routes call. ``models`` are served by name; ``draining`` refuses everything new."""
 
     def __init__(self, models: Mapping[str, LLM], config: ServerConfig) -> None:
         if not models or not all(models):
@@ -68,20 +68,20 @@ class Service:
         self._loading = Workers("adapters", 1, _MAX_LOADING)
 
     def start(self) -> None:
-        """Hand the engines over to threads. In the loop."""
+        """Give the engines to threads. Call it in the loop."""
         for one in self.models.values():
             one.start()
         self.metrics.watch(self._num_at_work)
         self._cut_off = asyncio.Event()
 
     def _num_at_work(self) -> int:
-        """Requests being prepared, or threads still at work on some that ended, whichever are more."""
+        """Requests being prepared, or threads still working on some that ended, whichever number is larger."""
         threads = (self._small, self._large, self._answers, self._loading)
         working = sum(workers.num_working for workers in threads)
         return max(self.num_preparing, working)
 
     def cut_off(self) -> None:
-        """End what is being prepared with a 503; what the engines have ends with them."""
+        """End what is being prepared with a 503; requests in the engines end with these."""
         self._cut_off.set()
 
     async def stop(self) -> None:
@@ -93,22 +93,22 @@ class Service:
         self.parser.close()
 
     async def stop_engines(self) -> None:
-        """Whatever they have fails with EngineStopped."""
+        """Stop the engines; what they hold fails with EngineStopped."""
         await asyncio.gather(*(one.engine.stop() for one in self.models.values()))
 
     @property
     def num_sequences(self) -> int:
-        """Those that the engines have."""
+        """The number of sequences in the engines."""
         return sum(one.engine.num_open for one in self.models.values())
 
     @property
     def num_open(self) -> int:
-        """Requests that are being prepared, and sequences that the engines have."""
+        """Requests that are being prepared, plus sequences in the engines."""
         return self.num_preparing + self.num_sequences
 
     @property
     def status(self) -> str:
-        """ "ok", or why requests are refused, by the first model that refuses some."""
+        """Either "ok", or why the first model that refuses requests does so."""
         return next((one.status for one in self.models.values() if one.status != "ok"), "ok")
 
     @property
@@ -123,7 +123,7 @@ class Service:
         return {**dict.fromkeys(self.models), **adapters}
 
     def model(self, name: str | None) -> ServedModel:
-        """The model, or the adapter, of that name; None is the only model. ApiError 404 if there is none."""
+        """The model, or the adapter, of that name; None means the only model. Raises ApiError 404 if there is none."""
         if name is None and len(self.models) == 1:
             return next(iter(self.models.values()))
         if name is None:
@@ -139,12 +139,12 @@ class Service:
         return found
 
     async def load_adapter(self, request: Request) -> Response:
-        """Have an adapter by name. ApiError."""
+        """Load an adapter under a name. Raises ApiError."""
         self._check_admin()
         return await self._timed(request, lambda raw, _: self._load_adapter(raw))
 
     async def unload_adapter(self, request: Request) -> Response:
-        """Take an adapter's name away. ApiError."""
+        """Remove an adapter's name. Raises ApiError."""
         self._check_admin()
         return await self._timed(request, lambda raw, _: self._unload_adapter(raw))
 
@@ -189,7 +189,7 @@ class Service:
         return Response(f"Success: LoRA adapter '{name}' removed successfully.", media_type="text/plain")
 
     def _base(self, name: str | None) -> ServedModel:
-        """The model that an adapter is for; None is the only one. ApiError."""
+        """The model that an adapter is for; None means the only one. Raises ApiError."""
         if name is None and len(self.models) > 1:
             message = f"base_model_name is missing; expected one of {', '.join(self.models)}"
             raise ApiError(400, message, param="base_model_name", code="missing")
@@ -200,12 +200,12 @@ class Service:
 
     async def respond(self, request: Request, kind: type[BaseModel]) -> Response:
         """Read a request's body and answer it. ``kind`` is ``ChatRequest``, ``CompletionRequest``, or another API's
-        that becomes a ``Chat``. From the body's last byte on it has ``request_timeout_s``, and ends when the client
-        leaves. ApiError where it is refused, or fails before the answer has begun."""
+        request that becomes a ``Chat``. After the body's last byte it has ``request_timeout_s``, and it ends when the
+        client leaves. Raises ApiError if the request is refused, or fails before the answer has begun."""
         return await self._timed(request, lambda raw, deadline: self._respond(request, raw, kind, deadline))
 
     async def _timed(self, request: Request, work: Callable[[bytes, float], Coroutine[Any, Any, Response]]) -> Response:
-        """What ``work`` makes of the body before the deadline that it is told, unless the client leaves."""
+        """The result of ``work`` on the body before a deadline, which it is told, unless the client leaves."""
         if not takes_body(request.headers):
             raise not_an_object()
         raw = await request.body()
@@ -216,7 +216,7 @@ class Service:
                 return await unless_disconnected(request.receive, work(raw, deadline), self._cut_off)
         except Disconnected:
             request.scope["wedlm.log"]["disconnected"] = True
-            return Response(status_code=499)  # nobody will see it but the log
+            return Response(status_code=499)  # only the log will see it
         except CutOff:
             raise _failure(EngineStopped()) from None
         except Busy as error:
@@ -253,7 +253,7 @@ class Service:
             raise refused(error, "chat") from error
 
     async def look_up(self, request: Request, kind: type[M], work: Callable[[M], Any]) -> Response:
-        """Answer a request that needs no engine by ``work``, in a thread, under the rules of ``respond``."""
+        """Answer a request that needs no engine with ``work``, in a thread, under the rules of ``respond``."""
         return await self._timed(request, lambda raw, _: self._look_up(raw, kind, work))
 
     async def _look_up(self, raw: bytes, kind: type[M], work: Callable[[M], Any]) -> Response:
@@ -268,13 +268,13 @@ class Service:
             raise refused(error, "chat") from error
 
     def count(self, body: Any) -> dict[str, int]:
-        """The tokens of the prompt of Anthropic's request. In a thread."""
+        """The tokens of the prompt of Anthropic's request. Runs in a thread."""
         chat = body.chat(self).body
         prompt = self.model(chat.model).prompts.of(chat, chat.offered_tools)
         return {"input_tokens": len(prompt.token_ids)}
 
     async def _answer(self, model: ServedModel, job: Job, request: Request, deadline: float) -> Response:
-        """Run a job. What the engine raises where it refuses or fails it before the answer has begun."""
+        """Run a job. Raises the engine's error if it refuses or fails the job before the answer has begun."""
         model.admit(len(job.sequences))  # once more: the prompts took time
         if job.only_prompt:
             return await self._prompt_alone(model, job, request)
@@ -314,7 +314,7 @@ class Service:
                 close()
 
     async def _prompt_alone(self, model: ServedModel, job: Job, request: Request) -> Response:
-        """The answer that has no tokens of its own."""
+        """The answer without tokens of its own."""
         request.scope["wedlm.log"] |= {"id": job.id, "prompt_tokens": job.num_prompt_tokens}
         logprobs: list[float] | None = [] if job.shows_logprobs else None
         nothing = GenerationOutput("", [], None, "length", logprobs=logprobs)
@@ -322,7 +322,8 @@ class Service:
         return Whole(await self._off_loop(build, job.num_echoed))
 
     async def _off_loop(self, work: Callable[[], T], num_entries: int) -> T:
-        """The result of ``work``, which writes that many tokens or log-probabilities; in a thread if it takes time."""
+        """The result of ``work``, which writes that many tokens or log-probabilities; runs in a thread if it takes
+        time."""
         return work() if num_entries <= _LOOP_ENTRIES else await self._answers.run(work)
 
     async def _collect(
@@ -363,7 +364,7 @@ class Service:
 
 
 def _read_adapter(llm: LLM, name: str, folder: str, path: str) -> RowFactors:
-    """In a thread. ``path`` leads to below ``folder``; ValueErrors tell nothing of other places."""
+    """Runs in a thread. ``path`` must lead below ``folder``; ValueErrors reveal nothing about other places."""
     root = Path(folder).resolve()
     try:
         directory = (root / path).resolve()

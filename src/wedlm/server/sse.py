@@ -24,7 +24,7 @@ async def unless_disconnected(
     receive: Receive, work: Coroutine[Any, Any, T], cut_off: asyncio.Event | None = None
 ) -> T:
     """The result of ``work``, which is cancelled as soon as the client leaves (Disconnected) or ``cut_off`` is set
-    (CutOff). The body must be read."""
+    (CutOff). The body must already be read."""
     task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
     end = asyncio.ensure_future(asyncio.Event().wait() if cut_off is None else cut_off.wait())
     try:
@@ -44,7 +44,8 @@ async def _left(receive: Receive) -> None:
 
 
 class Whole(Response):
-    """JSON that may be large, sent as fast as the client takes it: written at once it would be copied at once."""
+    """JSON that may be large, sent as fast as the client takes it, because writing it all at once would copy it at
+    once."""
 
     media_type = "application/json"
 
@@ -57,8 +58,8 @@ class Whole(Response):
 
 
 class EventStream(StreamingResponse):
-    """Sends ``events``, server-sent ones unless told otherwise, as they come, for ``limit_s`` at most: a client may
-    stop reading without leaving. ``close`` is called at the end, whatever the end is."""
+    """Sends ``events``, by default server-sent ones, as they come, for at most ``limit_s``, because a client may stop
+    reading without leaving. ``close`` is called at the end in any case."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms in which models write calls: how a call begins and is read, how it is written, and which form a model has.
+"""The forms in which models write calls: how a call begins, is read and is written, and which form a model uses.
 
-The text is a stranger's: a call ends where its JSON (or Python) ends, whatever its strings contain, and what turns out
-to be no call of a known function is content. Reading takes time in proportion to the text.
+The text is a stranger's. A call ends where its JSON (or Python) ends, whatever its strings contain, and text that turns
+out not to call a known function is content. Reading takes time in proportion to the text.
 """
 
 import json
@@ -23,9 +23,9 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False)
 @dataclass(frozen=True, slots=True)
 class ToolForm:
     """``grammar(emit, opening)`` reads what follows ``opening``: one of ``tags``, which may stand anywhere, or nothing
-    at the beginning of the answer if the form is ``bare``; it returns a character that it has read too far. ``close``
-    is what may stand behind the last call. ``signs``: what a chat template contains that teaches this form.
-    ``call_grammar``: Lark rules for ``calls`` of a rule ``call``; None if a call is no JSON."""
+    at the beginning of the answer if the form is ``bare``. It returns a character that it has read too far. ``close``
+    may stand after the last call. ``signs``: what a chat template contains that teaches this form. ``call_grammar``:
+    Lark rules for ``calls`` of a rule ``call``; None if a call is not JSON."""
 
     name: str
     tags: tuple[str, ...]
@@ -90,7 +90,7 @@ def _llama3(emit: Emit, opening: str) -> Generator[None, str, str | None]:
 
 
 def _mistral(emit: Emit, opening: str) -> Generator[None, str, str | None]:
-    """A list of objects; or, as newer models write it, a name and the arguments."""
+    """A list of objects, or, as newer models write it, a name and the arguments."""
     character = yield from space()
     if character == "[":
         character = ","
@@ -161,7 +161,7 @@ def _word(first: str) -> Generator[None, str, tuple[str, str]]:
 
 
 def written(value: Any) -> str:
-    """JSON, piece by piece: a megabyte in one call would keep all other threads waiting."""
+    """JSON, piece by piece, because a megabyte in one call would keep all other threads waiting."""
     return "".join(_ENCODER.iterencode(value))
 
 
@@ -237,6 +237,6 @@ FORMS = {
 
 
 def form_of(template: str | None) -> ToolForm:
-    """The form that a chat template teaches; Hermes' where it teaches none."""
+    """The form that a chat template teaches, or Hermes' if it teaches none."""
     signs = ((sign, form) for form in FORMS.values() for sign in form.signs)
     return next((form for sign, form in signs if template and sign in template), HERMES)

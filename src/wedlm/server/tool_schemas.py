@@ -37,7 +37,8 @@ def _add_neutral(schema: dict[str, Any], model: "type[Strict]") -> None:
 
 
 class Strict(BaseModel):
-    """Nothing unknown, nothing converted: "5" is no number. What asks for nothing is dropped (``neutral.py``)."""
+    """Refuses unknown fields and converts nothing: "5" is not a number. Fields that ask for nothing are dropped
+    (``neutral.py``)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_add_neutral)
     places: ClassVar[tuple[Place, ...]] = ()
@@ -55,7 +56,8 @@ class Strict(BaseModel):
 
 
 def _at_most(count: int, value: Any) -> Any:
-    """Before each of them is looked at: pydantic makes an error of each that is wrong, and only one is ever shown."""
+    """Checks the number of entries before each is checked, because pydantic makes an error of each wrong one, and only
+    one is ever shown."""
     if isinstance(value, dict) and len(value) > count:
         raise PydanticCustomError("too_many_fields", f"an object of at most {count} fields")
     return value
@@ -77,7 +79,7 @@ class Function(Strict):
 
 
 class Tool(Strict):
-    """The only kind of tool is a function."""
+    """A function, the only kind of tool."""
 
     places: ClassVar[tuple[Place, ...]] = ("tool",)
     type: Literal["function"]
@@ -136,12 +138,12 @@ class ResponseFormat(Strict):
         if kind == "json_schema" and value is None:
             raise PydanticKnownError("missing")
         if kind in ("text", "json_object") and value is not None:
-            raise ValueError("no json_schema beside this type")
+            raise ValueError("no json_schema with this type")
         return value
 
     @property
     def schema_of_answer(self) -> dict[str, Any] | None:
-        """None if the answer is free."""
+        """The schema of the answer; None if it is free."""
         if self.type == "text":
             return None
         given = None if self.json_schema is None else self.json_schema.schema_

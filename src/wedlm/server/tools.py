@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversation looks like to a chat template, which may know tools and a system role or not; the schema of a
+"""Conversations in the form of a chat template, which may or may not support tools and a system role; the schema of a
 forced call."""
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class TemplateTraits:
-    """What a chat template does with what it is given."""
+    """What a chat template does with its input."""
 
     takes_tools: bool
     takes_system: bool
@@ -46,7 +46,7 @@ def _has(tokenizer: "Tokenizer", word: str, messages: Sequence[Message], **varia
 
 
 def without_system(messages: Sequence[Message]) -> list[Message]:
-    """The conversation for a template without a system role: what it says stands in the first turn of the user."""
+    """The conversation for a template without a system role: the system's text stands in the first turn of the user."""
     said = [message["content"] for message in messages if message["role"] == "system"]
     rest = [message for message in messages if message["role"] != "system"]
     if not said:
@@ -59,8 +59,8 @@ def without_system(messages: Sequence[Message]) -> list[Message]:
 
 
 def in_plain_words(messages: Sequence[Message], tools: Sequence[Tool], form: ToolForm = HERMES) -> list[Message]:
-    """The conversation for a template that knows no tools: told in the system message, calls and results as text.
-    Results that follow each other, and what the user says after them, are one turn of his."""
+    """The conversation for a template without tools: the system message describes them, and calls and results are text.
+    Successive results, and the user's text after them, form one turn of the user."""
     plain: list[Message] = []
     previous = ""
     for message in messages:
@@ -99,8 +99,8 @@ def for_template(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
 
 def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
-    """The schema of one call of one of the tools. Each tool's parameters stand under ``$defs``, where what they refer
-    to inside themselves is found again."""
+    """The schema of one call of one of the tools. Each tool's parameters stand under ``$defs``, where references within
+    them still work."""
     definitions = {
         f"tool{i}": _moved(tool.function.parameters or {"type": "object"}, f"#/$defs/tool{i}")
         for i, tool in enumerate(tools)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces by OpenTelemetry, which is an extra: a span for each request that generates, with the times of its course."""
+"""Traces by OpenTelemetry, which is an extra: a span for each request that generates, with the times of its
+progress."""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,8 @@ _ATTRIBUTES = {
 
 
 def tracer_of(endpoint: str) -> "Tracer":
-    """Sends spans to an OTLP collector over HTTP, in a thread of the SDK's; what it does not take is dropped there.
-    ``OTEL_SERVICE_NAME`` and the SDK's other variables are heeded."""
+    """Sends spans to an OTLP collector over HTTP, in one of the SDK's threads, which drops what the collector does not
+    take. ``OTEL_SERVICE_NAME`` and the SDK's other variables work."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -41,9 +42,9 @@ def tracer_of(endpoint: str) -> "Tracer":
 
 
 class Tracing:
-    """Middleware inside ``RequestLog``: a span of the caller's trace, if it names one (``traceparent``). It has no
-    prompt, no answer and no key. Events: ``queued``, ``prefill`` (the first step), ``decode`` (the first token) and
-    ``end`` of the request's sequences, the earliest and, at the end, the latest of them."""
+    """Middleware inside ``RequestLog``: a span within the caller's trace, if the request names one (``traceparent``).
+    It never contains a prompt, an answer or a key. Events: ``queued``, ``prefill`` (the first step), ``decode`` (the
+    first token) and ``end`` of the request's sequences; the earliest of each, but the latest ``end``."""
 
     def __init__(self, app: ASGIApp, tracer: "Tracer") -> None:
         self.app, self.tracer = app, tracer

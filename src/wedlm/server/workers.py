@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads for what would hold up the event loop. They are daemons: work that does not end must not keep the process."""
+"""Threads for work that would hold up the event loop. They are daemons, so that work that does not end cannot keep the
+process alive."""
 
 import asyncio
 import queue
@@ -11,7 +12,7 @@ T = TypeVar("T")
 
 
 class Busy(Exception):
-    """Too much work waits already."""
+    """Too much work is waiting already."""
 
 
 class Workers:
@@ -25,8 +26,8 @@ class Workers:
         self._working: set[int] = set()  # threads that are at work, wanted or not
 
     async def run(self, work: Callable[[], T]) -> T:
-        """The result of ``work()``, or what it raises; Busy if there are too many calls. Work whose caller is cancelled
-        before it begins is never done; work that has begun ends by itself, and its result is thrown away."""
+        """The result of ``work()``, or its error; raises Busy if there are too many calls. Work whose caller is
+        cancelled before it begins is never done; work that has begun ends normally, and its result is thrown away."""
         if self.num_open >= self._num_threads + self._max_waiting:
             raise Busy(f"{self.num_open} pieces of work wait; expected fewer")
         if len(self._threads) < self._num_threads:
@@ -43,7 +44,7 @@ class Workers:
 
     @property
     def num_working(self) -> int:
-        """Threads that are at work, also for somebody who has left."""
+        """Threads that are at work, including those whose client has left."""
         return len(self._working)
 
     def close(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``accelerate launch -m wedlm.train config.yaml --key value``: the same as ``wedlm train``."""
+"""``accelerate launch -m wedlm.train config.yaml --key value`` does the same as ``wedlm train``."""
 
 import sys
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The set that the original's fine-tuning example trains on, from the hub, as its script writes it."""
+"""Fetch the set that the original's fine-tuning example trains on from the hub, and write it as its script does."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -14,8 +14,8 @@ Fetch = Callable[..., str]  # huggingface_hub.hf_hub_download
 
 
 def download(path: Path = PATH, fetch: Fetch | None = None) -> tuple[Path, int]:
-    """Write the conversations to ``path`` unless it is there; (path, how many it has). ValueError if the hub cannot be
-    reached or sends something else."""
+    """Write the conversations to ``path`` unless it exists. Returns (path, their number). Raises ValueError if the hub
+    cannot be reached or sends something else."""
     if not path.exists():
         rows = _rows(fetch)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def download(path: Path = PATH, fetch: Fetch | None = None) -> tuple[Path, int]:
 
 
 def conversation(row: dict[str, Any]) -> list[dict[str, str]]:
-    """One exchange: the instruction, an empty line and the input where there is one; and the output."""
+    """One exchange: the instruction, and if there is input, an empty line and the input; then the output."""
     asked = row["instruction"] + (f"\n\n{row['input']}" if row["input"].strip() else "")
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
 

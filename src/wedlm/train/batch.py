@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Micro-batches: packed sequences of data, noised, as the tensors that one forward takes."""
+"""Micro-batches: packed sequences of data with noise, as the tensors that one forward takes."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -31,12 +31,12 @@ _PREDICTION_ROWS_MULTIPLE = 512
 class TrainBatch:
     """N sequences of R rows, and the K rows of them that have a loss (padded by rows of coefficient 0).
 
-    ``loss_rows`` index the N · R flattened rows. ``coefficient`` is what ``row_coefficients`` gives; until the totals
-    of the optimiser batch are known it is empty. ``depth_group`` and ``ratio_group`` number the statistics a row
-    counts in (NUM_GROUPS: none). ``is_text`` are AR rows of plain text, which is to learn from its beginning on.
-    ``ar_row`` is that of ``DualStream``, as an index of the flattened rows. ``entropy_coefficient`` is that of
-    ``chunked_losses``, None without such a term. ``num_clean_tokens`` are those of the clean stream without padding.
-    ``num_clean_rows`` is 0, or the row at which all sequences' prediction streams begin.
+    ``loss_rows`` index the N · R flattened rows. ``coefficient`` comes from ``row_coefficients``; it is empty until the
+    totals of the optimiser batch are known. ``depth_group`` and ``ratio_group`` number the statistics that a row counts
+    in (NUM_GROUPS: none). ``is_text`` marks AR rows of plain text, which is learnt from its beginning. ``ar_row`` is
+    that of ``DualStream``, as an index of the flattened rows. ``entropy_coefficient`` is that of ``chunked_losses``, or
+    None without such a term. ``num_clean_tokens`` counts those of the clean stream without padding. ``num_clean_rows``
+    is 0, or the row at which all sequences' prediction streams begin.
     """
 
     tokens: Tensor  # [N, R]
@@ -90,10 +90,10 @@ class TrainBatch:
 
 
 def noised_rows(sequence: PackedSequence, index: int, config: TrainConfig, mask_token_id: int) -> DualStream:
-    """Training rows of one packed sequence.
+    """The training rows of one packed sequence.
 
-    Noise depends on (seed, ``index`` of the sequence) alone, so that it is the same for any number of processes and
-    after any resume.
+    Noise depends only on (seed, ``index`` of the sequence), so it is the same for any number of processes and after any
+    resume.
     """
     tokens, positions, documents, trainable = (
         torch.from_numpy(np.ascontiguousarray(array))
@@ -120,7 +120,8 @@ def noised_rows(sequence: PackedSequence, index: int, config: TrainConfig, mask_
 
 
 def _clean_rows(config: TrainConfig) -> int:
-    """With a LoRA of masked rows no gradient reaches a clean row, so that its stream is computed apart."""
+    """The rows of the clean stream if it is computed separately, which is possible because with a LoRA of masked rows
+    no gradient reaches a clean row."""
     return config.max_seq_length if config.lora_rows == "masked" else 0
 
 
@@ -132,7 +133,7 @@ def without_loss(sequence: PackedSequence) -> PackedSequence:
 def collate_sequences(
     sequences: Sequence[PackedSequence], indices: Sequence[int], config: TrainConfig, mask: int
 ) -> TrainBatch:
-    """The micro-batch of these sequences; ``indices`` are their global numbers, ``mask`` the mask token's id."""
+    """The micro-batch of these sequences. ``indices`` are their global numbers, ``mask`` the mask token's id."""
     rows = [noised_rows(one, index, config, mask) for one, index in zip(sequences, indices, strict=True)]
     return collate(rows, _clean_rows(config))
 
@@ -189,7 +190,7 @@ def collate(sequences: list[DualStream], clean_rows: int = 0) -> TrainBatch:
 
 
 def _text_rows(sequence: DualStream) -> Tensor:
-    """Rows of documents whose very first row has an AR target: a conversation begins with a question."""
+    """Rows of documents whose very first row has an AR target, because a conversation begins with a question."""
     document = sequence.labels.document
     texts = document[(sequence.positions == 0) & sequence.is_ar & ~sequence.labels.prediction]
     return torch.isin(document, texts)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a run: complete or absent, safetensors and JSON alone, and enough to go on as if nothing had happened.
+"""Checkpoints of a run: complete or absent, only safetensors and JSON, and enough to continue as if nothing had
+happened.
 
-There is no random state to save: data order, noise and dropout are functions of (seed, step).
+No random state has to be saved, because data order, noise and dropout are functions of (seed, step).
 """
 
 import json
@@ -40,10 +41,10 @@ def save_checkpoint(
     is_main: bool,
     keep: int,
 ) -> None:
-    """Write ``checkpoint-STEP`` under ``directory`` and drop the oldest beyond ``keep``. All ranks call it.
+    """Write ``checkpoint-STEP`` under ``directory`` and remove the oldest beyond ``keep``. All ranks call it.
 
-    It is built beside its place and renamed: a full disk or a kill leaves the previous checkpoint as it was. Raises
-    ValueError if it cannot be written.
+    It is built under a temporary name and then renamed, so a full disk or a kill leaves the previous checkpoint
+    untouched. Raises ValueError if it cannot be written.
     """
     tensors, moments = _whole_state(model, optimizer)
     if not is_main:  # the others took part in gathering, and hold nothing
@@ -63,7 +64,7 @@ def save_checkpoint(
         building.replace(target)
         _flush(directory)
     except Exception as error:  # safetensors has its own type for a full disk
-        raise ValueError(f"{target} cannot be written ({error}); earlier checkpoints are as they were") from error
+        raise ValueError(f"{target} cannot be written ({error}); earlier checkpoints are untouched") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     for old in _checkpoints(directory)[:-keep]:
@@ -81,7 +82,7 @@ def _whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[An
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Remove what runs left behind that ended while they wrote or removed a checkpoint."""
+    """Remove what is left of runs that ended while they wrote or removed a checkpoint."""
     for path in directory.glob(f".{_PREFIX}*"):
         shutil.rmtree(path)
     for path in directory.glob(f"{_PREFIX}*"):
@@ -96,12 +97,13 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What ``save_checkpoint`` was given as ``state``, and ``step``."""
+    """The ``state`` given to ``save_checkpoint``, with ``step``."""
     return json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and moments back. All ranks call it; every rank reads the files. ValueError if they are damaged."""
+    """Restore weights and moments. All ranks call it, and every rank reads the files. Raises ValueError if they are
+    damaged."""
     tensors: dict[str, Any] = dict(_read(checkpoint / _MODEL))
     engine: Any = model if deepspeed.is_engine(model) else None
     if engine is not None:
@@ -131,14 +133,15 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
 
 
 def _checkpoints(directory: Path) -> list[Path]:
-    """Complete ones, the latest last."""
+    """The complete checkpoints, the latest last."""
     found = [path for path in directory.glob(f"{_PREFIX}*") if (path / _STATE).is_file()]
     numbered = [path for path in found if path.name.removeprefix(_PREFIX).isdecimal()]
     return sorted(numbered, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
 def _remove(checkpoint: Path) -> None:
-    """Its state first: without that it does not count as a checkpoint, whatever else is left."""
+    """Remove a checkpoint, its state first, because without that it does not count as a checkpoint, whatever else is
+    left."""
     (checkpoint / _STATE).unlink()
     shutil.rmtree(checkpoint)
 
@@ -157,13 +160,13 @@ def _read(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}); expected a whole checkpoint: without {path.parent.name} the run goes on "
+            f"{path} cannot be read ({error}); expected a whole checkpoint: delete {path.parent.name} to continue "
             "from the one before"
         ) from error
 
 
 def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors; of tied ones the first name alone, since a file holds no tensor twice."""
+    """Contiguous tensors; of tied ones only the first name, since a file holds no tensor twice."""
     kept: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():

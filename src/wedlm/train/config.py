@@ -29,106 +29,107 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """One file of training data; ``repeat`` 2 shows it twice an epoch, 0.5 half of it, another half each epoch."""
+    """One file of training data. ``repeat`` 2 shows it twice an epoch; 0.5 shows half of it, and the other half in the
+    next epoch."""
 
     path: str
     repeat: float = Field(default=1.0, gt=0)
 
 
 class TrainConfig(_Strict):
-    """All settings of a run; the line under each is what ``wedlm train --help`` prints."""
+    """All settings of a run; ``wedlm train --help`` prints the line under each."""
 
     model_path: str
     """Where training starts: a Hugging Face directory, a hub id, a .gguf file or demo-base."""
     output_dir: str = "outputs"
     """Checkpoints, metrics.jsonl, TensorBoard files, and the result in final/."""
     train_data: list[Source] = Field(min_length=1)
-    """Files of JSON lines (also .gz, .xz): a path, or several, each alone or as {path: ..., repeat: ...}."""
+    """Files of JSON lines (also .gz, .xz): a path, or several, each as a path or as {path: ..., repeat: ...}."""
     validation_data: list[Source] = []
-    """Files that are only measured on, all of their documents."""
+    """Files that are only measured on, with all of their documents."""
     validation_documents: int | float = Field(default=0, ge=0)
-    """Or: the number of documents of train_data, or their share below 1, kept out of training and measured on."""
+    """Or the number of documents of train_data, or their share (below 1), to hold out and measure on."""
     eval_steps: int = Field(default=0, ge=0)
     """Steps between two measurements, of which one is at the end; 0 never measures."""
     skip_bad: bool = False
-    """Count malformed lines and go on, instead of stopping at the first."""
+    """Count malformed lines and continue, instead of stopping at the first."""
     cache_dir: str | None = None
     """Where tokens are kept; none is tokens/ in the cache of this package."""
 
     objective: Literal["wedlm", "autoregressive"] = "wedlm"
-    """wedlm: masked and AR loss; autoregressive: the AR loss alone, and the config of the model stays as it was."""
+    """wedlm: trains masked and AR loss; autoregressive: only the AR loss, and keeps the model's config."""
     max_seq_length: int = Field(default=2048, ge=2)
     """Tokens of one packed sequence; longer documents are cut."""
     block_size: int = Field(default=32, ge=1)
     """Positions of a noise block; windows of streaming decoding should not be wider."""
     mask_token_id: int | None = Field(default=None, ge=0)
-    """The id that stands for masked positions; none takes the model's or chooses one."""
+    """Token id that stands for masked positions; none takes the model's or chooses one."""
     mask_per_block: bool = True
     """Each block draws its own ratio; false draws one for a whole document."""
     suffix_noise: float = Field(default=0.0, ge=0, le=1)
     """Share of documents with suffix noise, which verified decoding meets, instead of the paper's random noise."""
     infill_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of documents with a gap: what comes after it is seen from the start, as when a gap is filled."""
+    """Share of documents with a gap: they show what comes after it from the start, as when a gap is filled."""
     infill_length: int = Field(default=32, ge=1)
-    """Most tokens that fill such a gap, before as many end tokens at most."""
+    """Most tokens of such a gap, which at most as many end tokens follow."""
     loss_weighting_scheme: Literal["weighted", "uniform"] = "weighted"
     """Masked rows weigh 1/ratio of their block, or 1."""
     num_learnable_im_end: int = Field(default=8, ge=1)
     """End tokens after a document or reply."""
     trainable_messages: Literal["replies", "last"] = "replies"
-    """What of a conversation is learnt: each reply with its end; last: the last message alone, as the original does."""
+    """Which messages are learnt: replies: each reply with its end; last: only the last message, as in the original."""
     entropy_weight: float = Field(default=0.0, ge=0)
     """Weight of the entropy penalty on correctly predicted masked tokens, relative to the masked loss."""
     enable_ar_loss: bool = True
-    """false trains the masked loss alone."""
+    """false trains only the masked loss."""
     ar_loss_weight: float = Field(default=1.0, ge=0)
     """a in (masked + a AR) / (1 + a)."""
     attention_backend: Literal["auto", "dense", "flex", "magi"] = "auto"
     """auto: flex on CUDA, dense elsewhere."""
 
     train_embeddings: bool = True
-    """false keeps embeddings and output projection as they are, but for the embedding of the mask token."""
+    """false freezes embeddings and output projection, except the mask token's embedding."""
     lora_rank: int = Field(default=0, ge=0)
-    """Above 0 trains a LoRA of this rank and the mask token's embedding alone."""
+    """Above 0 trains only a LoRA of this rank and the mask token's embedding."""
     lora_alpha: float | None = Field(default=None, gt=0)
     """The LoRA's delta is scaled by alpha / rank; none is twice the rank."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the LoRA's matrices."""
     lora_rows: Literal["all", "masked"] = "all"
-    """masked: the LoRA acts on masked rows alone, AR output stays exactly the base's, and nothing can be merged."""
+    """masked: the LoRA only acts on masked rows; AR output stays exactly the base's, and nothing can be merged."""
     lora_init: str | None = None
-    """Directory of an adapter of the same rank and targets, from whose matrices training starts."""
+    """Directory of an adapter of the same rank and targets; training starts from its matrices."""
     distill_text: bool = False
     """Plain text's AR targets are the distributions of teacher_model instead of its tokens."""
     teacher_model: str | None = None
     """A model of the same vocabulary; none is the base without its LoRA of all rows."""
     distill_masked: float = Field(default=0.0, ge=0, le=1)
-    """Share of the model's own AR distribution, beside the token, in a masked row's target."""
+    """Share of the model's own AR distribution in a masked row's target; the token has the rest."""
     lora_targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     """Kinds of layers that get a LoRA."""
     lora_layers: list[int] = []
-    """Numbers of the decoder layers that get a LoRA, from 0; empty: all of them."""
+    """Numbers of the decoder layers that get a LoRA, counted from 0; empty: all layers."""
     merge_lora: bool = True
     """The result is a whole model; false leaves an adapter."""
 
     num_train_epochs: float = Field(default=3, gt=0)
-    """Length of the run, unless max_steps gives it."""
+    """Length of the run in epochs, unless max_steps sets it."""
     max_steps: int = Field(default=0, ge=0)
     """Length of the run in optimiser steps; 0 follows num_train_epochs."""
     per_device_train_batch_size: int = Field(default=1, ge=1)
-    """Rows of a forward on each device."""
+    """Packed sequences of a forward on each device."""
     gradient_accumulation_steps: int = Field(default=8, ge=1)
-    """Forwards of an optimiser step."""
+    """Forwards per optimiser step on each device."""
     learning_rate: float = Field(default=3e-6, gt=0)
     """Peak rate of AdamW."""
     min_learning_rate: float = Field(default=0.0, ge=0)
     """Rate at the end of a cosine or linear schedule."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """What follows the warm-up."""
+    """How the rate changes after the warm-up."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps over which the rate rises from 0."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Of matrices; vectors are not decayed."""
+    """Weight decay of matrices; vectors do not decay."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's mean of gradients."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -143,9 +144,9 @@ class TrainConfig(_Strict):
     compile: bool | None = None
     """torch.compile each layer; none: on CUDA."""
     deepspeed_zero_stage: Literal[0, 1, 2] = 0
-    """On several GPUs share out moments (1), and gradients (2), by DeepSpeed; 0: as accelerate's configuration says."""
+    """On several GPUs DeepSpeed divides moments (1), and gradients (2); 0 follows accelerate's configuration."""
     activation_checkpointing: bool = False
-    """Recompute a layer's activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: takes less memory and about a third more time."""
 
     logging_steps: int = Field(default=10, ge=1)
     """Steps between two records of figures."""
@@ -156,32 +157,32 @@ class TrainConfig(_Strict):
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the result's weights."""
     resume: bool = True
-    """Go on from the latest checkpoint under output_dir; false refuses a directory that has one."""
+    """Continue from the latest checkpoint under output_dir; false refuses a directory that has one."""
     tensorboard: bool = True
     """Write TensorBoard files."""
     use_wandb: bool = False
-    """Report to Weights & Biases; the key is WANDB_API_KEY of the environment."""
+    """Report to Weights & Biases; the environment variable WANDB_API_KEY has the key."""
     wandb_project: str | None = None
-    """Its project."""
+    """Project of Weights & Biases."""
     wandb_team: str | None = None
-    """Its entity."""
+    """Entity of Weights & Biases."""
     wandb_group: str | None = None
-    """Its group of runs."""
+    """Group of runs of Weights & Biases."""
     wandb_host: str | None = None
-    """Its address, where it is not the public one."""
+    """Address of Weights & Biases, if it is not the public one."""
 
     @field_validator("*", mode="before")
     @classmethod
     def _a_flag_is_not_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would read true as 1."""
+        """Refuse true for a number, which pydantic would read as 1."""
         if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
-            raise ValueError("expected no flag")
+            raise ValueError("expected a value that is not true or false")
         return value
 
     @field_validator("train_data", "validation_data", mode="before")
     @classmethod
     def _one_path_is_a_source(cls, value: Any) -> Any:
-        """ "data.jsonl", ["a.jsonl", {"path": "b.jsonl", "repeat": 2}]: paths may stand for themselves."""
+        """Read "data.jsonl" and ["a.jsonl", {"path": "b.jsonl", "repeat": 2}]: a path may stand for a source."""
         values = value if isinstance(value, list) else [value]
         return [{"path": one} if isinstance(one, str) else one for one in values]
 
@@ -212,7 +213,7 @@ class TrainConfig(_Strict):
 
     @model_validator(mode="after")
     def _needs_a_lora(self) -> Self:
-        """Settings of a LoRA that acts on all rows."""
+        """Check settings that need a LoRA on all rows."""
         for name, on in (
             ("distill_text is set without teacher_model", self.distill_text and self.teacher_model is None),
             ("lora_init is set", self.lora_init is not None),
@@ -223,7 +224,7 @@ class TrainConfig(_Strict):
 
     @model_validator(mode="after")
     def _masked_rows_alone(self) -> Self:
-        """No setting is changed silently for a LoRA of masked rows."""
+        """Check the settings of a LoRA for masked rows, instead of silently changing them."""
         if self.lora_rows == "all":
             return self
         if not self.lora_rank or self.objective != "wedlm":
@@ -250,7 +251,8 @@ class TrainConfig(_Strict):
 
 
 def load_config(path: str | Path | None, overrides: dict[str, Any]) -> TrainConfig:
-    """The YAML file's keys, overridden by ``overrides``. ValueError, a sentence a fault, names key and expectation."""
+    """The YAML file's keys, overridden by ``overrides``. Raises ValueError with one sentence per fault, which names key
+    and expectation."""
     values: Any = {}
     if path is not None:
         try:
@@ -285,7 +287,7 @@ def _sentence(fault: Any) -> str:
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """``["--learning_rate", "1e-4", "--bf16=false"]`` as keys and values, the values read as YAML."""
+    """Read ``["--learning_rate", "1e-4", "--bf16=false"]`` as keys and values; values are read as YAML."""
     overrides: dict[str, Any] = {}
     rest = iter(arguments)
     for argument in rest:

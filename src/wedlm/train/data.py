@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer's data: packed sequences, numbered through all epochs, so that a run resumes from a number."""
+"""The trainer's data: packed sequences, numbered through all epochs, so that a run can resume from a number."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ PADDING = -1
 
 @dataclass(frozen=True, slots=True)
 class SourceStats:
-    """One file as far as this data uses it. ``refused``: lines skipped in the whole file, by reason."""
+    """One file, as far as this data uses it. ``refused``: lines skipped in the whole file, by reason."""
 
     path: str
     repeat: float
@@ -37,7 +37,7 @@ class SourceStats:
 
 @dataclass(frozen=True, slots=True)
 class DataStats:
-    """``cut_documents`` were longer than a sequence; ``dropped_pieces`` of them held nothing to learn.
+    """``cut_documents`` were longer than a sequence; ``dropped_pieces`` of them had nothing to learn.
 
     ``sequences`` and ``fill`` (the share of positions that hold a token) are those of epoch 0.
     """
@@ -52,12 +52,11 @@ class DataStats:
 
 
 class PackedData:
-    """Documents of a cache in sequences of ``sequence_length``, in an order that depends on the arguments alone.
+    """Documents of a cache in sequences of ``sequence_length``, in an order that depends only on the arguments.
 
     ``repeats``: how often each source is seen in an epoch. ``documents``: int [D'], those to use; default: all.
-    ``infill_share`` and ``infill_length`` as in ``TrainConfig``; ``pad_token_id`` is the end token, too.
-    Sequences of epoch 0 come first, then those of epoch 1 and so on without an end. Methods may be called from several
-    threads.
+    ``infill_share`` and ``infill_length`` are as in ``TrainConfig``. ``pad_token_id`` is the end token, too. Sequences
+    of epoch 0 come first, then those of epoch 1 and so on without end. Several threads may call its methods.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class PackedData:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all that the sequences depend on: equal fingerprints, equal sequences."""
+        """A digest of everything that the sequences depend on: equal fingerprints mean equal sequences."""
         settings = [self.cache.key, self.repeats, self.sequence_length, self.seed, self.pad_token_id]
         settings += [self.infill_share, self.infill_length] if self.infill_share else []
         digest = hashlib.sha256(json.dumps(settings).encode())
@@ -104,7 +103,7 @@ class PackedData:
         return digest.hexdigest()
 
     def sequences_in_epoch(self, epoch: int) -> int:
-        """Fractions of documents and their packing make epochs differ by a few sequences."""
+        """The number of sequences; fractions of documents and their packing make epochs differ by a few."""
         while len(self._sequence_counts) <= epoch:
             self._plan(len(self._sequence_counts))
         return self._sequence_counts[epoch]
@@ -162,7 +161,7 @@ class PackedData:
         return lines
 
     def _plan(self, epoch: int) -> Packs:
-        """The plan of an epoch; those of the epochs used last are kept."""
+        """The plan of an epoch; recently used ones are cached."""
         with self._lock:
             plan = self._plans.pop(epoch, None)
             if plan is None:
@@ -191,7 +190,7 @@ class PackedData:
         return PackedSequence(tokens, positions, documents, trainable)
 
     def _span(self, pieces: Pieces, piece: int) -> slice:
-        """Where a piece stands in the cache."""
+        """The place of a piece in the cache."""
         start = int(self.cache.offsets[self.documents[pieces.document[piece]]] + pieces.start[piece])
         return slice(start, start + int(pieces.length[piece]))
 
@@ -206,10 +205,10 @@ class PackedData:
 
 def split_validation(cache: TokenCache, amount: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(documents to train on, documents held out), int64 each. ``amount`` is a number of documents, or a share below 1,
-    which is at least one document if it is not 0.
+    which means at least one document unless it is 0.
 
-    Documents of one sample stay together, so that a few more than asked for may be held out. Raises ValueError if
-    nothing remains to train on.
+    Documents of one sample stay together, so a few more than requested may be held out. Raises ValueError if nothing
+    remains to train on.
     """
     wanted = amount if isinstance(amount, int) else max(amount > 0, round(amount * cache.num_documents))
     if amount < 0 or (isinstance(amount, float) and amount >= 1):
@@ -235,7 +234,7 @@ def load_data(
     mask_token_id: int,
     progress: Progress | None = None,
 ) -> tuple[PackedData, PackedData | None]:
-    """Training data and, where asked for, validation data. Raises ValueError for data that this model cannot learn."""
+    """Training data and, if requested, validation data. Raises ValueError for data that this model cannot learn."""
     eos = _end_token(tokenizer, model_config)
 
     def read(sources: Sequence[Source]) -> TokenCache:
@@ -279,7 +278,7 @@ def _check_tokens(cache: TokenCache, config: TrainConfig, model_config: ModelCon
 
 
 def _end_token(tokenizer: Tokenizer, model_config: ModelConfig) -> int:
-    """The tokenizer's end token where generation stops at it, else the first token at which it stops."""
+    """The tokenizer's end token if generation stops at it, else the first token at which it stops."""
     own = tokenizer.token_id(tokenizer.special_tokens.get("eos_token", ""))
     if own is not None and own in (model_config.eos_token_ids or (own,)):
         return own

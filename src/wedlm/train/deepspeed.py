@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSpeed's ZeRO-1 and ZeRO-2 through accelerate: moments (and gradients) are shared out, weights are not.
+"""DeepSpeed's ZeRO-1 and ZeRO-2 through accelerate: moments (and gradients) are divided among the GPUs, weights are
+not.
 
 The engine reduces, clips and steps by itself, inside ``backward``. It computes as one device does (float32 weights,
 autocast), and checkpoints are the trainer's own files: moments are gathered parameter by parameter.
@@ -26,9 +27,9 @@ def is_engine(model: nn.Module) -> bool:
 
 
 def configure(accelerator: Accelerator, bf16: bool, sequences: int, max_grad_norm: float) -> None:
-    """Settle what accelerate's file leaves open or would decide otherwise; ``sequences`` of a forward on one device.
+    """Set what accelerate's file leaves open or would decide differently; ``sequences`` of a forward on one device.
 
-    ValueError for what the trainer does not run.
+    Raises ValueError for what the trainer does not support.
     """
     plugin = accelerator.state.deepspeed_plugin
     config: dict[str, Any] = plugin.deepspeed_config
@@ -53,7 +54,7 @@ def configure(accelerator: Accelerator, bf16: bool, sequences: int, max_grad_nor
 
 
 def backward(accelerator: Accelerator, loss: Tensor, last: bool) -> None:
-    """Add the micro-batch's gradients up; with the ``last`` one of a step also reduce, clip, step and forget them."""
+    """Add up the micro-batch's gradients; with the ``last`` one of a step also reduce, clip, step and clear them."""
     accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=last)
 
 
@@ -73,7 +74,7 @@ def moments(engine: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def restore(engine: Any, state: dict[str, dict[str, Tensor]]) -> None:
-    """Take over the weights that the wrapped model now has, and AdamW's ``state``; ``make_state`` came before them."""
+    """Adopt the weights that the wrapped model now has, and AdamW's ``state``. Call ``make_state`` before."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     for name, parameter in _trained(engine):
@@ -86,8 +87,8 @@ def restore(engine: Any, state: dict[str, dict[str, Tensor]]) -> None:
 
 
 def make_state(engine: Any) -> None:
-    """AdamW has no state before its first step: make one of no length and without gradients. It writes the weights that
-    the engine began with."""
+    """Create AdamW's state, which does not exist before its first step, by a step of size 0 without gradients. It
+    writes the weights that the engine began with."""
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0
     engine.set_gradient_accumulation_boundary(True)
@@ -97,7 +98,8 @@ def make_state(engine: Any) -> None:
 
 
 def _find_state(engine: Any) -> None:
-    """DeepSpeed (0.19.8) looks for the moments of all groups after the step of the first, and then never again."""
+    """Find the moments of all groups. DeepSpeed (0.19.8) looks for them after the step of the first group, and then
+    never again."""
     engine.optimizer._hp_optimizer_states_linked = False
     engine.optimizer._lazy_init_hp_params_optimizer_state()
 

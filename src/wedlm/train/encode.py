@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples to token ids, each with the flag that says whether it is to be learned.
+"""Turn samples into token ids, each with a flag that says whether it should be learned.
 
-How a sample is encoded is written once, as generators that yield the texts whose tokens they need (``_Texts``) and are
-sent those texts' encodings. Alone, they are answered text by text; of a batch, all that wait are answered together.
+The encoding of a sample is written once, as a generator that yields the texts whose tokens it needs (``_Texts``) and is
+sent their encodings. A single sample is answered text by text; in a batch, all that wait are answered together.
 """
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -29,18 +29,18 @@ class EncodedSample:
 
 
 class TemplateRewritesError(SampleError):
-    """The chat template renders a reply differently once the conversation goes on (Qwen3's drops its thinking part)."""
+    """The chat template renders a reply differently in a longer conversation (Qwen3's drops its thinking part)."""
 
 
 class _Span(NamedTuple):
-    """Characters of a rendered conversation: what the model is to write after a prompt."""
+    """Characters of a rendered conversation: what the model should write after a prompt."""
 
     start: int
     end: int
 
 
 class _Texts(NamedTuple):
-    """What an encoding needs to go on: an Encoding of each of these, in this order."""
+    """A request for an Encoding of each of these texts, in this order."""
 
     texts: Sequence[str]
     add_special_tokens: bool
@@ -58,11 +58,11 @@ def encode_documents(
     eos_token_id: int,
     last_message: bool = False,
 ) -> list[EncodedSample]:
-    """The documents of a sample: one, or one for each reply where the template rewrites earlier replies.
+    """The documents of a sample: one, or one for each reply if the template rewrites earlier replies.
 
-    Such a template shows the model another history in every turn, so that no single sequence holds them all; each of
-    those documents learns its last reply alone. With ``last_message`` conversations are as the original has them
-    (``_encode_last_message``). Raises SampleError as ``encode`` does.
+    Such a template shows the model another history in every turn, so no single sequence holds them all; each of those
+    documents only learns its last reply. With ``last_message`` conversations are encoded as in the original
+    (``_encode_last_message``). Raises SampleError like ``encode``.
     """
     return _alone(_documents(sample, tokenizer, num_end_tokens, eos_token_id, last_message), tokenizer)
 
@@ -70,15 +70,16 @@ def encode_documents(
 def encode(
     sample: Sample, tokenizer: Tokenizer, *, num_end_tokens: int = DEFAULT_END_TOKENS, eos_token_id: int
 ) -> EncodedSample:
-    """A sample as one document.
+    """Encode a sample as one document.
 
     Text: what the tokenizer puts before a text (BOS, in models that have one; not learned), the text, in which the
     spelling of a control token is ordinary text, and one end token.
-    Chat: the conversation up to its last reply as the chat template writes it, with the tokens that inference sees: a
-    prompt's, then the reply's; a control token that a message spells is ordinary text. Trainable are the replies, each
-    with the token that ends its turn, which they must not spell themselves. After the last one, if it is finished,
-    ``eos_token_id`` is repeated until ``num_end_tokens`` (at least 1) end tokens stand there, so that rows past the end
-    are trained, too. Raises SampleError naming file and line.
+
+    Chat: the conversation up to its last reply as the chat template writes it, with the tokens that inference sees,
+    first a prompt's, then the reply's; a control token that a message spells is ordinary text. Trainable are the
+    replies, each with the token that ends its turn, which they must not spell themselves. After the last one, if it is
+    finished, ``eos_token_id`` is repeated until there are ``num_end_tokens`` (at least 1) end tokens, so that rows past
+    the end are trained, too. Raises SampleError naming file and line.
     """
     return _alone(_one_document(sample, tokenizer, num_end_tokens, eos_token_id), tokenizer)
 
@@ -91,10 +92,10 @@ def encode_batch(
     eos_token_id: int,
     last_message: bool = False,
 ) -> list[list[EncodedSample] | ValueError]:
-    """``encode_documents`` of each sample, or what that raises, on the cores that ``tokenizers`` may use.
+    """``encode_documents`` for each sample, or its error, on the cores that ``tokenizers`` may use.
 
-    What a sample asks for is tokenised with what the others ask for at that time. All of it is in memory at once: some
-    hundred bytes a token.
+    What all samples request at one time is tokenised together. All of it is in memory at once, some hundred bytes per
+    token.
     """
     going = {
         number: _documents(sample, tokenizer, num_end_tokens, eos_token_id, last_message)
@@ -196,9 +197,9 @@ def _encode_chat(
     num_end_tokens: int,
     eos_token_id: int,
 ) -> _Steps[EncodedSample]:
-    """``messages`` end with a reply; ``replies`` are the indices of those to learn, the last message's included.
+    """``messages`` end with a reply; ``replies`` are the indices of those to learn, including the last message's.
 
-    ``num_end_tokens`` 0: the last reply has no end.
+    With ``num_end_tokens`` 0 the last reply has no end.
     """
     prompt, spans = _render(origin, messages, replies, tokenizer)
     borders = [border for span in spans for border in span]
@@ -223,9 +224,9 @@ def _encode_chat(
 def _encode_last_message(
     sample: Sample, tokenizer: Tokenizer, num_end_tokens: int, eos_token_id: int
 ) -> _Steps[EncodedSample]:
-    """A conversation as the original's code has it: all that the template writes, a line feed after the last end, too;
-    trainable from the length on that the prompt of all messages but the last has, whoever wrote that one; then
-    ``num_end_tokens`` - 1 times <|im_end|>, or ``eos_token_id`` where there is no such token."""
+    """Encode a conversation as the original's code does: everything that the template writes, including a line feed
+    after the last end; trainable from the length of the prompt of all messages except the last, whoever wrote that one;
+    then ``num_end_tokens`` - 1 times <|im_end|>, or ``eos_token_id`` if there is no such token."""
     if sample.unfinished:
         raise SampleError(
             "unfinished",
@@ -261,7 +262,7 @@ def _document(tokens: Sequence[int], trainable: Sequence[bool]) -> EncodedSample
 def _render(
     origin: str, messages: Sequence[dict[str, str]], replies: Sequence[int], tokenizer: Tokenizer
 ) -> tuple[ChatPrompt, list[_Span]]:
-    """The conversation as it is to be encoded and where in it the replies stand."""
+    """The conversation as it will be encoded, and where the replies are in it."""
 
     def rendered(count: int, prompt: bool) -> str:
         try:
@@ -278,7 +279,7 @@ def _render(
         if not text.startswith(before) or not text.startswith(through) or len(through) <= len(before):
             raise TemplateRewritesError(
                 "rewritten by the template",
-                f"{origin}: the chat template renders message {reply + 1} differently where the conversation goes on; "
+                f"{origin}: the chat template renders message {reply + 1} differently when the conversation continues; "
                 "expected a template whose every rendering is a prefix of the longer ones",
             )
         spans.append(_Span(len(before), len(through)))
@@ -291,7 +292,7 @@ class _Tokenised(NamedTuple):
 
 
 def _ids(prompt: ChatPrompt, spans: Sequence[tuple[int, int]]) -> _Steps[list[list[int]]]:
-    """Tokens of each of these spans of the prompt's text."""
+    """The tokens of each of these spans of the prompt's text."""
     parts = [prompt.pieces(start, end) for start, end in spans]
     encodings = iter((yield _Texts([piece for part in parts for piece in part], add_special_tokens=False)))
     return [[token for encoding in islice(encodings, len(part)) for token in encoding.ids] for part in parts]
@@ -318,7 +319,7 @@ def _token_borders(prompt: ChatPrompt, borders: Sequence[int]) -> _Steps[_Tokeni
 
 
 def _spells(tokenizer: Tokenizer, prompt: ChatPrompt, span: _Span, ids: Iterable[int]) -> bool:
-    """Whether the span has one of these tokens in ordinary letters, which nobody wants to be learned."""
+    """Whether the span contains one of these tokens in ordinary letters, which should not be learned."""
     cuts = [cut for cut in prompt.cuts if span.start < cut < span.end]
     spellings = [tokenizer.backend.id_to_token(token_id) or "" for token_id in ids] if cuts else []
     return any(
@@ -331,7 +332,7 @@ def _spells(tokenizer: Tokenizer, prompt: ChatPrompt, span: _Span, ids: Iterable
 def _end_of_turn(
     tokenizer: Tokenizer, tokens: Sequence[int], start: int, end: int, ends: frozenset[int]
 ) -> tuple[int, bool]:
-    """Where the reply tokens[start:end] stops: behind the special token that ends it, if white space at most follows.
+    """Where the reply tokens[start:end] stops: after the special token that ends it, if at most white space follows.
 
     Without such a token (second value False) the reply is all of it.
     """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents with a gap: rearranged as decoding has them when it fills the gap between two texts.
+"""Documents with a gap, rearranged as decoding has them when it fills the gap between two texts.
 
 The known tokens come first, prefix and suffix, then the middle; all keep their positions. Nothing else changes: the
-streams, the noise and the masks of training go by the order of the tokens, so that clean rows of the suffix see the
-prefix, and blocks of the middle see both and what of the middle comes before them.
+streams, the noise and the masks of training go by the order of the tokens, so clean rows of the suffix see the prefix,
+and blocks of the middle see both and the part of the middle before them.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ def with_gaps(
 ) -> PackedSequence:
     """The sequence with a gap in ``share`` of its documents, of the same length.
 
-    A middle has 1 to ``longest`` tokens that are to be learnt, in one run. As many end tokens at most follow it, to be
-    learnt, too, so that gaps wider than what fills them are met; the document ends so much earlier. The suffix is not
-    learnt. Documents without a token to learn between two others stay as they are.
+    A middle has 1 to ``longest`` tokens that should be learnt, in one run. At most as many end tokens, to be learnt,
+    too, follow it, so that the model meets gaps wider than their content; the document ends that much earlier. The
+    suffix is not learnt. Documents without a token to learn between two others stay as they are.
     """
     tokens, positions, trainable = (part.copy() for part in (sequence.tokens, sequence.positions, sequence.trainable))
     for document in range(int(sequence.documents.max()) + 1):

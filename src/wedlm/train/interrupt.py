@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C while training: the step ends and is saved; a second one stops at once."""
+"""Ctrl-C during training: the step finishes and is saved; a second Ctrl-C stops at once."""
 
 import signal
 import sys
@@ -8,10 +8,10 @@ from types import FrameType
 
 
 class Interrupt:
-    """While it is entered, the first Ctrl-C sets ``asked`` and the next raises KeyboardInterrupt.
+    """Inside the block, the first Ctrl-C sets ``asked`` and the next raises KeyboardInterrupt.
 
-    ``enabled`` False, and any thread but the main one, leave Ctrl-C as it is: of several processes each would stop
-    after a step of its own.
+    ``enabled`` False, and any thread except the main one, do not change Ctrl-C, because several processes would each
+    stop after a different step.
     """
 
     def __init__(self, enabled: bool = True) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank adaptation through peft: injected into our model, merged or saved as an adapter that peft also reads.
+"""Low-rank adaptation through peft: injected into our model, then merged or saved as an adapter that peft also reads.
 
-A LoRA for masked rows alone (``lora_rows``) is our own: peft has none.
+A LoRA for masked rows only (``lora_rows``) is our own, because peft has none.
 """
 
 import json
@@ -49,7 +49,7 @@ def lora_config(config: TrainConfig) -> Any:
 def add_lora(transformer: Transformer, config: TrainConfig) -> None:
     """Freeze the model and give the target layers their matrices A and B, in float32.
 
-    ValueError if a target names no layer.
+    Raises ValueError if a target names no layer.
     """
     from peft import inject_adapter_in_model
 
@@ -65,7 +65,8 @@ def add_lora(transformer: Transformer, config: TrainConfig) -> None:
 
 
 def _start_from_adapter(transformer: Transformer, config: TrainConfig, targets: list[str]) -> None:
-    """Start from the adapter in ``lora_init``, its mask embedding included. ValueError if it has another shape."""
+    """Start from the adapter in ``lora_init``, including its mask embedding. Raises ValueError if it has
+    another shape."""
     adapter = read_adapter(str(config.lora_init))
     parameters = dict(transformer.named_parameters())
     missing = [module for module in targets if f"{module}.weight" not in adapter.low_rank]
@@ -91,7 +92,7 @@ def _start_from_adapter(transformer: Transformer, config: TrainConfig, targets: 
 
 @contextmanager
 def without_lora(transformer: Transformer) -> Iterator[None]:
-    """Inside, the model computes as before training."""
+    """Inside the block, the model computes as before training."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
@@ -105,7 +106,7 @@ def without_lora(transformer: Transformer) -> Iterator[None]:
 
 
 def _targets(model: nn.Module, config: TrainConfig) -> list[str]:
-    """Names of the linear layers that get a LoRA. ValueError if a target or a layer's number names none."""
+    """The names of the linear layers that get a LoRA. Raises ValueError if a target or a layer's number names none."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     modules = {name.rpartition(".")[2] for name in names}
     for target in config.lora_targets:
@@ -122,9 +123,10 @@ def _targets(model: nn.Module, config: TrainConfig) -> list[str]:
 
 
 def add_masked_lora(transformer: Transformer, config: TrainConfig, mask_embedding: Tensor) -> None:
-    """Freeze the model and give the target layers a LoRA for masked rows, and those rows a first state [C]; float32.
+    """Freeze the model, give the target layers a LoRA for masked rows, and give those rows a first state [C]; in
+    float32.
 
-    As peft's, B A starts at zero. ValueError if a target names no layer of the decoder.
+    As in peft, B A starts at zero. Raises ValueError if a target names no layer of the decoder.
     """
     transformer.requires_grad_(False)
     decoder = transformer.model
@@ -137,7 +139,7 @@ def add_masked_lora(transformer: Transformer, config: TrainConfig, mask_embeddin
 
 
 def merged_tensors(tensors: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
-    """A state dict with plain names, each adapted weight W + (alpha / rank) · B · A, computed in float32."""
+    """A state dict with plain names, with each adapted weight W + (alpha / rank) · B · A, computed in float32."""
     scale = scale_of(config)
     merged = {}
     for name, tensor in tensors.items():
@@ -159,10 +161,11 @@ def save_adapter(
     model_config: ModelConfig,
     directory: Path,
 ) -> None:
-    """``adapter_config.json`` and ``adapter_model.safetensors`` in peft's layout, and the result's ``model_config``.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in peft's layout, and the result's
+    ``model_config``.
 
-    The mask's embedding, where one was trained, is stored as peft stores a trained token row. An adapter of masked rows
-    has a type and names that peft does not know, so that it is not taken for one of all rows.
+    A trained mask embedding is stored as peft stores a trained token row. An adapter of masked rows has a type and
+    names that peft does not know, so that it is not mistaken for one of all rows.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if config.lora_rows == "masked":

@@ -27,10 +27,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def summarise(statistics: Tensor) -> dict[str, Any]:
-    """Figures of a sum of ``StepLosses.statistics``: mean cross-entropy (nats) and share of right guesses.
+    """Figures from a sum of ``StepLosses.statistics``: mean cross-entropy (nats) and share of right guesses.
 
-    ``masked_loss`` is the plain mean over masked rows, without the objective's weights, so that runs with other
-    weights compare. ``by_depth`` and ``by_ratio`` are lists with None where no row fell.
+    ``masked_loss`` is the plain mean over masked rows, without the objective's weights, so that runs with different
+    weights compare. ``by_depth`` and ``by_ratio`` are lists with None where there was no row.
     """
     count, entropy, right = statistics.double().cpu().unbind(1)
 
@@ -65,7 +65,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside is not training and does not count."""
+        """Time spent inside the block is not training and does not count."""
         entered = time.perf_counter()
         yield
         self.began += time.perf_counter() - entered
@@ -76,7 +76,7 @@ class Meter:
         self.tokens += num_clean_tokens
 
     def state(self) -> dict[str, Any]:
-        """What was not flushed yet, over all processes, for a checkpoint: a resumed run then reports the same."""
+        """What was not flushed yet, over all processes, for a checkpoint, so that a resumed run reports the same."""
         return {"steps": self.steps, "sums": sum_over_processes(self.accelerator, self.sums).tolist()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -97,7 +97,7 @@ class Meter:
 
 
 class Records:
-    """Where figures go. A context manager; use it on the main process alone (``active`` False does nothing)."""
+    """Where figures go. A context manager; use it only on the main process (``active`` False does nothing)."""
 
     def __init__(self, config: TrainConfig, directory: Path, num_steps: int, active: bool) -> None:
         self.config, self.directory, self.num_steps, self.active = config, directory, num_steps, active
@@ -187,7 +187,7 @@ def token_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def rewind(directory: Path, step: int) -> None:
-    """Drop the records of ``metrics.jsonl`` after ``step``: a resumed run writes them again."""
+    """Remove the records of ``metrics.jsonl`` after ``step``, which a resumed run writes again."""
     path = directory / METRICS_FILE
     if path.is_file():
         kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
@@ -196,7 +196,8 @@ def rewind(directory: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a ``metrics.jsonl``. The last line may be cut, by a kill or a full disk; ValueError for any other."""
+    """The records of a ``metrics.jsonl``. A kill or a full disk may have cut the last line; raises ValueError for any
+    other bad line."""
     lines = path.read_text(encoding="utf-8").splitlines()
     records = []
     for number, line in enumerate(lines, 1):
@@ -204,12 +205,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path} line {number} is not valid JSON; expected one record a line") from error
+                raise ValueError(f"{path} line {number} is not valid JSON; expected one record per line") from error
     return records
 
 
 def _scalars(figures: dict[str, Any]) -> dict[str, float]:
-    """Lists become one scalar an entry: loss_by_ratio/3."""
+    """Turn lists into one scalar per entry: loss_by_ratio/3."""
     flat: dict[str, float] = {}
     for name, value in figures.items():
         if isinstance(value, list):

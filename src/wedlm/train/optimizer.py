@@ -10,7 +10,7 @@ from wedlm.train.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over what is trained; vectors (norms, biases, the mask's own embedding) are not decayed."""
+    """AdamW over the trained parameters; vectors (norms, biases, the mask's own embedding) do not decay."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -25,7 +25,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
 
 
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
-    """Rate of step 0 .. num_steps - 1: a linear warm-up from just above 0, then down to ``min_learning_rate``."""
+    """The rate of step 0 .. num_steps - 1: a linear warm-up from just above 0, then down to ``min_learning_rate``."""
     warmup = math.ceil(num_steps * config.warmup_ratio)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup

@@ -15,7 +15,7 @@ def is_missing(package: str) -> bool:
 
 
 def require(package: str, purpose: str = "training") -> None:
-    """ValueError saying how to install ``package``, if it is not there; ``purpose`` is what needs it."""
+    """Raises ValueError saying how to install ``package`` if it is missing; ``purpose`` says what needs it."""
     if is_missing(package):
         command = pip_install(package) if package in _OUTSIDE else install_extras("train")
         raise ValueError(f"{purpose} needs the package {package}, which is not installed: {command}")

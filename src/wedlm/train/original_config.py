@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys of the original WeDLM fine-tuning configuration that are none here: taken as they are meant, accepted where they
-cannot change a result, or refused with the reason and the way."""
+"""Keys of the original WeDLM fine-tuning configuration that do not exist here. They are translated, accepted if they
+cannot change a result, or refused with the reason and an alternative."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,7 +18,8 @@ _TUNING = {f"deepspeed_{name}" for name in _SPEED.split()}
 
 
 def translated(given: Mapping[str, Any]) -> dict[str, Any]:
-    """These keys and values as ``TrainConfig`` has them. ValueError naming a key that asks for what is not there."""
+    """These keys and values in the form of ``TrainConfig``. Raises ValueError naming a key that asks for something
+    missing here."""
     values = {name: value for name, value in given.items() if name not in _TUNING}
     for name, take in _TAKEN.items():
         if name in values:
@@ -45,13 +46,13 @@ def _epsilon(values: dict[str, Any], name: str) -> None:
 
 
 def _end_tokens(values: dict[str, Any], name: str) -> None:
-    """There 0 and 1 both add nothing to the end that the template writes."""
+    """In the original, 0 and 1 both add nothing to the end that the template writes."""
     if values[name] == 0 and not isinstance(values[name], bool):
         values[name] = 1
 
 
 def _zero(values: dict[str, Any], name: str) -> None:
-    """``use_deepspeed`` switches a stage on that is 2 by itself."""
+    """``use_deepspeed`` switches on a stage, which is 2 by default."""
     asked = values.pop(name)
     if not isinstance(asked, bool):
         raise ValueError(f"{name} is {asked!r}; expected true or false")
@@ -85,7 +86,7 @@ def _empty_is_none(values: dict[str, Any], name: str) -> None:
 
 
 def _secret(values: dict[str, Any], name: str) -> None:
-    """No secret is told again."""
+    """The message must not repeat a secret."""
     if values.pop(name):
         raise ValueError(
             f"{name} is set; expected none: set the environment variable WANDB_API_KEY, since secrets are never read "

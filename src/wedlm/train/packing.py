@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents to sequences of equal length: which pieces stand in which sequence, decided from lengths alone."""
+"""Pack documents into sequences of equal length: decide, from lengths alone, which pieces go into which sequence."""
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
@@ -12,10 +12,11 @@ _SHUFFLE_PIECES, _SHUFFLE_SEQUENCES, _PHASES = 1, 2, 3  # purposes of random key
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedSequence:
-    """One sequence of L positions: arrays [L]. Padding, where there is any, comes last.
+    """One sequence of L positions: arrays [L]. Padding, if there is any, comes last.
 
     tokens int64 (padding: the pad id); positions int64, from 0 in each document (padding: 0), and ascending unless it
-    has a gap (``infill.py``); documents int64, 0, 1, 2… in this sequence (padding: -1); trainable bool (padding: no).
+    has a gap (``infill.py``); documents int64, 0, 1, 2… in this sequence (padding: -1); trainable bool (padding:
+    False).
     """
 
     tokens: np.ndarray
@@ -54,13 +55,14 @@ class Packs:
 
     @property
     def fill(self) -> float:
-        """Share of the sequences' positions that hold a token."""
+        """The share of the sequences' positions that hold a token."""
         positions = self.num_sequences * self.sequence_length
         return float(self.pieces.length.sum()) / positions if positions else 0.0
 
 
 def cut_documents(lengths: np.ndarray, sequence_length: int) -> Pieces:
-    """Every document (its number of tokens) in pieces of ``sequence_length``, the last one shorter; nothing is lost."""
+    """Cut every document (given by its number of tokens) into pieces of ``sequence_length``, the last one shorter;
+    nothing is lost."""
     if sequence_length < 2:
         raise ValueError(f"sequence_length is {sequence_length}; expected at least 2")
     lengths = np.asarray(lengths, dtype=np.int64)
@@ -81,9 +83,9 @@ def plan_epoch(
 ) -> Packs:
     """The sequences of one epoch, the same for the same arguments on every machine.
 
-    ``repeats`` float [D]: how often each document is seen in an epoch. A fraction is that share of the documents,
-    another share in every epoch, until all had their turn; shares are drawn within documents of the same ``groups``
-    entry (int [D], all in one group by default). Order and company are shuffled; a piece is never cut.
+    ``repeats`` float [D]: how often each document is seen in an epoch. A fraction is a share of the documents, a
+    different one in every epoch, until all had their turn; shares are drawn within documents of the same ``groups``
+    entry (int [D], by default all in one group). Order and neighbours are shuffled; a piece is never cut.
     """
     copies = copies_in_epoch(np.asarray(repeats, dtype=np.float64), seed, epoch, groups)
     chosen = np.repeat(np.arange(len(pieces), dtype=np.int64), copies[pieces.document])
@@ -100,7 +102,7 @@ def plan_epoch(
 
 
 def copies_in_epoch(repeats: np.ndarray, seed: int, epoch: int, groups: np.ndarray | None = None) -> np.ndarray:
-    """How often each document is seen in this epoch: int64 [D]. Over many epochs exactly ``repeats`` on average."""
+    """How often each document is seen in this epoch: int64 [D]. Over many epochs the average is exactly ``repeats``."""
     if not (np.isfinite(repeats).all() and (repeats >= 0).all()):
         raise ValueError(f"repeat is {repeats.min()}; expected a finite number >= 0")
     phases = _phases(np.zeros(len(repeats), dtype=np.int64) if groups is None else groups, seed)
@@ -109,12 +111,12 @@ def copies_in_epoch(repeats: np.ndarray, seed: int, epoch: int, groups: np.ndarr
 
 
 def random_order(count: int, seed: int) -> np.ndarray:
-    """A permutation of 0..count-1 that depends on ``count`` and ``seed`` alone."""
+    """A permutation of 0..count-1 that depends only on ``count`` and ``seed``."""
     return np.argsort(_keys(count, seed), kind="stable")
 
 
 def _phases(groups: np.ndarray, seed: int) -> np.ndarray:
-    """Evenly spaced in (0, 1) within each group, dealt out at random."""
+    """Evenly spaced in (0, 1) within each group, dealt at random."""
     shuffled = np.argsort(_keys(len(groups), seed, _PHASES), kind="stable")
     by_group = shuffled[np.argsort(groups[shuffled], kind="stable")]
     _, starts, sizes = np.unique(groups[by_group], return_index=True, return_counts=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one process must know of the others: how many there are, sums over them, the norm of shared gradients."""
+"""What one process must know about the others: how many there are, sums over them, the norm of shared gradients."""
 
 import os
 
@@ -17,10 +17,12 @@ _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 
 
 def make_accelerator(bf16: bool, zero_stage: int = 0) -> Accelerator:
-    """accelerate, as its launcher configured it. ValueError for a kind of parallelism that the trainer does not know.
+    """accelerate, as its launcher configured it. Raises ValueError for a kind of parallelism that the trainer does not
+    support.
 
-    accelerate goes on without what it cannot do, and then every process would train alone, or keep whole weights; that
-    is an error here, too. ``zero_stage``: DeepSpeed's, on several GPUs whose launcher configured nothing of the kind.
+    accelerate silently continues without what it cannot do, and then every process would train alone, or keep whole
+    weights, so that is an error here, too. ``zero_stage``: DeepSpeed's, on several GPUs whose launcher configured
+    nothing of the kind.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         require("deepspeed", "accelerate's configuration")
@@ -33,9 +35,9 @@ def make_accelerator(bf16: bool, zero_stage: int = 0) -> Accelerator:
             "with fsdp_version 2"
         )
     if kind in _PLAIN and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise ValueError("accelerate's configuration asks for DeepSpeed, which it runs on GPUs alone; expected GPUs")
+        raise ValueError("accelerate's configuration asks for DeepSpeed, which it only runs on GPUs; expected GPUs")
     if kind in _PLAIN and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ValueError("accelerate's configuration asks for FSDP, which it runs on GPUs alone; expected GPUs")
+        raise ValueError("accelerate's configuration asks for FSDP, which it only runs on GPUs; expected GPUs")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:
         raise ValueError(
@@ -48,7 +50,7 @@ def make_accelerator(bf16: bool, zero_stage: int = 0) -> Accelerator:
 
 
 def _zero_plugin(stage: int) -> DeepSpeedPlugin | None:
-    """None where there is nothing to share out, and where accelerate's own configuration decides."""
+    """DeepSpeed's plugin; None if there is nothing to divide, or if accelerate's own configuration decides."""
     configured = any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("DEEPSPEED", "FSDP"))
     several_gpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available()
     if not stage or configured or not several_gpus:
@@ -81,5 +83,5 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) 
 
 
 def seed_forward(seed: int, step: int, accelerator: Accelerator) -> None:
-    """Dropout, the only randomness of a forward, as a function of the step: a resumed run repeats it."""
+    """Make dropout, the only randomness of a forward, a function of the step, so that a resumed run repeats it."""
     torch.manual_seed((seed << 32) + step * accelerator.num_processes + accelerator.process_index)

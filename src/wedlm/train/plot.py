@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wedlm train --plot``: the curves of one run, or of several over each other, from their ``metrics.jsonl``."""
+"""``wedlm train --plot``: draws the curves of one run, or of several in one picture, from their ``metrics.jsonl``."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wedlm.plotting import new_figure
 from wedlm.train.metrics import METRICS_FILE, read_metrics
 from wedlm.train.optional_deps import require
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 CURVES_FILE = "curves.png"
 _COLUMNS = 3
-_PANEL_INCHES = (4.4, 3.4)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Curve:
-    """A figure over steps. Of several kinds the first is drawn solid, the second dashed."""
+    """A figure over steps. If there are several kinds, the first is drawn solid, the second dashed."""
 
     title: str
     figure: str
@@ -53,7 +53,7 @@ class _Curve:
 
 @dataclass(frozen=True)
 class _Profile:
-    """A figure with one value a group of rows, in the last record of its kind; None leaves a gap."""
+    """A figure with one value per group of rows, from the last record of its kind; None leaves a gap."""
 
     title: str
     figure: str
@@ -77,31 +77,23 @@ _Panel = _Curve | _Profile
 
 
 def draw_curves(directories: Sequence[Path]) -> Path:
-    """Draw the runs whose ``output_dir`` these are to ``curves.png`` in the first one, and return that path.
+    """Draw the runs with these ``output_dir``s to ``curves.png`` in the first one, and return that path.
 
-    Panels that no run has figures for are left out. Raises ValueError where there is nothing to draw or matplotlib is
+    Panels for which no run has figures are left out. Raises ValueError if there is nothing to draw or matplotlib is
     missing.
     """
     require("matplotlib", "drawing curves")
-    from matplotlib.figure import Figure
-
     if not directories:
         raise ValueError("--plot has no directory; expected the output_dir of a run, or of several")
     runs = _read_runs(directories)
     panels = [panel for panel in _panels(runs) if panel.is_in(runs)]
     if not panels:
-        raise ValueError(f"{directories[0] / METRICS_FILE} has no losses yet; expected a run that has told some")
-    rows = math.ceil(len(panels) / _COLUMNS)
-    columns = min(len(panels), _COLUMNS)
-    width, height = _PANEL_INCHES
-    # Without pyplot there is no window, and nothing stays behind in this process.
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    for number, panel in enumerate(panels, 1):
-        axes = figure.add_subplot(rows, columns, number)
+        raise ValueError(f"{directories[0] / METRICS_FILE} has no losses yet; expected a run that has logged some")
+    figure, places = new_figure(len(panels), _COLUMNS)
+    for axes, panel in zip(places, panels, strict=True):
         for index, run in enumerate(runs):
             panel.draw(axes, run, f"C{index % 10}")
         axes.set_title(panel.title, fontsize="medium")
-        axes.grid(alpha=0.3)
         if len(runs) > 1 or isinstance(panel, _Profile):
             axes.legend(fontsize="small")
     target = directories[0] / CURVES_FILE
@@ -131,7 +123,7 @@ def _panels(runs: Sequence[_Run]) -> list[_Panel]:
 
 
 def _read_runs(directories: Sequence[Path]) -> list[_Run]:
-    """Runs under the names of their directories, or under the whole paths where names alone do not tell them apart."""
+    """Runs under the names of their directories, or under the whole paths if names alone do not distinguish them."""
     names = [directory.resolve().name for directory in directories]
     if len(set(names)) < len(names):
         names = [str(directory) for directory in directories]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Items made ahead of their reader by a thread."""
+"""A thread that makes items before their reader needs them."""
 
 import queue
 import threading
@@ -13,8 +13,8 @@ _T = TypeVar("_T")
 def prefetch(iterable: Iterable[_T], depth: int) -> Generator[_T]:
     """The items of ``iterable``, made by a thread that keeps up to ``depth`` of them ready.
 
-    The thread starts with the first item asked for. It ends when the items do, when one raises (the exception comes out
-    here) and when this generator is closed, which waits for the item it is making.
+    The thread starts with the first requested item. It ends when the items do, when one raises (the exception is raised
+    here) and when this generator is closed, which waits for the item in progress.
     """
     if depth < 1:
         raise ValueError(f"depth is {depth}; expected at least 1")

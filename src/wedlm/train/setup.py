@@ -26,7 +26,7 @@ from wedlm.train.metrics import token_progress
 @dataclass(frozen=True)
 class Setup:
     """``model_config`` is that of the result: for WeDLM it records mask token and block size. In AR training
-    ``mask_token_id`` is -1: no token. ``teacher_model`` is the config's, frozen."""
+    ``mask_token_id`` is -1, which is no token. ``teacher_model`` is the config's, frozen."""
 
     config: TrainConfig
     model_config: ModelConfig
@@ -43,7 +43,7 @@ class Setup:
 
     @classmethod
     def load(cls, config: TrainConfig, accelerator: Accelerator) -> "Setup":
-        """Everything read and checked before a step is paid for. ValueError (or CheckpointError) in one sentence."""
+        """Read and check everything before any step is run. Raises ValueError (or CheckpointError) in one sentence."""
         # Trained weights are float32, whatever precision computes; under LoRA the base is only read.
         base = torch.bfloat16 if config.lora_rank and config.bf16 else torch.float32
         transformer, model_config = load_model(config.model_path, base)
@@ -94,9 +94,9 @@ def _load_teacher(config: TrainConfig, model_config: ModelConfig) -> Transformer
 def _with_mask_token(
     transformer: Transformer, model_config: ModelConfig, tokenizer: Tokenizer, config: TrainConfig
 ) -> ModelConfig:
-    """The config with a mask token and a block size. A mask token that masks nothing yet gets its embedding.
+    """The config with a mask token and a block size. A mask token that was never trained gets its embedding.
 
-    ValueError if text needs the token that ``config`` names.
+    Raises ValueError if text needs the token that ``config`` names.
     """
     known, asked = model_config.mask_token_id, config.mask_token_id
     mask = known if asked is None else asked
@@ -117,7 +117,7 @@ def _with_mask_token(
 
 
 def _first_mask_embedding(transformer: Transformer, base: ModelConfig, mask: int, tokenizer: Tokenizer) -> Tensor:
-    """What masked rows start from: the base's mask embedding where it has a trained one, else its tokens' mean."""
+    """What masked rows start from: the base's mask embedding if it has a trained one, else the mean of its tokens'."""
     weight = transformer.model.embed_tokens.weight.detach()
     if base.is_wedlm and mask == base.mask_token_id:
         return weight[mask].float()
@@ -127,7 +127,7 @@ def _first_mask_embedding(transformer: Transformer, base: ModelConfig, mask: int
 def save_result(setup: Setup, accelerator: Accelerator, model: nn.Module, directory: Path) -> Path:
     """Write the trained model (or, for LoRA that is not merged, the adapter) with its tokenizer. All ranks call it.
 
-    ValueError if it cannot be written.
+    Raises ValueError if it cannot be written.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     gathered: Any = get_model_state_dict(accelerator.unwrap_model(model), options=options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training text from JSON lines: each line is read, checked and given out before the next is looked at."""
+"""Read training text from JSON lines: each line is read, checked and yielded before the next is looked at."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ _SHAPES = 'an array of {"role", "content"}, {"messages": [...]} or {"text": "...
 
 
 class SampleError(ValueError):
-    """One sample that cannot be trained on; ``kind`` is the short reason that ``skip_bad`` counts it under."""
+    """A sample that cannot be trained on; ``kind`` is the short reason under which ``skip_bad`` counts it."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -28,7 +28,7 @@ class SampleError(ValueError):
 class Sample:
     """A conversation (``messages``: dictionaries of role and content) or a plain ``text``; the other one is None.
 
-    ``unfinished``: the last reply goes on where the sample stops, so that no end is learned.
+    ``unfinished``: the last reply continues past the end of the sample, so no end is learned.
     """
 
     path: str
@@ -48,7 +48,7 @@ class Sample:
 
 
 def read_samples(path: str | Path, *, skip_bad: bool, refused: Counter[str] | None = None) -> Iterator[Sample]:
-    """The samples of a ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.xz`` file in its order; empty lines are passed over.
+    """The samples of a ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.xz`` file in its order; empty lines are skipped.
 
     A line is an array of messages, an object with ``messages`` (and perhaps ``unfinished``) or one with ``text``. A
     malformed line raises SampleError (a ValueError) with file and line, or, with ``skip_bad``, adds one to its kind in
@@ -76,7 +76,8 @@ def read_samples(path: str | Path, *, skip_bad: bool, refused: Counter[str] | No
 def in_batches(samples: Iterable[Sample], characters: int) -> Iterator[list[Sample]]:
     """Lists of samples in their order, each ending with the one that brings it to ``characters``; the last is shorter.
 
-    A ValueError of ``samples`` comes after a list of those read before it: their own faults are to be told first.
+    A ValueError from ``samples`` comes after a list of those read before it, because their own faults should be
+    reported first.
     """
     batch: list[Sample] = []
     size = 0
@@ -167,7 +168,7 @@ def _from_object(path: Path, line: int, where: str, value: dict[str, Any]) -> Sa
 
 
 def _messages(where: str, values: list[Any]) -> tuple[dict[str, str], ...]:
-    """The messages with their role and content alone. Raises SampleError."""
+    """The messages with only their role and content. Raises SampleError."""
     if not values:
         raise SampleError("empty", f"{where}: no messages; expected at least one of the user and one of the assistant")
     messages = tuple(_message(f"{where}: message {number}", value) for number, value in enumerate(values, start=1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of one micro-batch: no state besides the weights."""
+"""The loss of one micro-batch, without any state besides the weights."""
 
 import functools
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from wedlm.train.lora import without_lora
 class StepLosses(NamedTuple):
     """``loss``: this micro-batch's part of the optimiser batch's loss, the only part with a gradient.
 
-    ``statistics`` is [NUM_GROUPS, 3], sums over its rows: how many, cross-entropy in nats, right guesses. Group 0 is
-    the AR loss, then masked rows by depth in their block, then masked rows by ratio.
+    ``statistics`` is [NUM_GROUPS, 3], sums over its rows: their number, cross-entropy in nats, right guesses. Group 0
+    is the AR loss, then come masked rows by depth in their block, then masked rows by ratio.
     """
 
     loss: Tensor
@@ -31,10 +31,10 @@ class StepLosses(NamedTuple):
 class TrainingModel(nn.Module):
     """The model with its objective inside, so that data-parallel wrappers see one forward from batch to loss.
 
-    ``mask_embedding`` is the mask token's embedding as a parameter of its own, for runs that train no other embedding;
-    None where the embedding itself is trained. ``distill_text``: AR targets of plain text are the distributions of
-    ``teacher_model``; of the model without its LoRA if that is None. ``distill_masked`` is the share of the model's own
-    AR distribution in the targets of masked rows.
+    ``mask_embedding`` is the mask token's embedding as a separate parameter, for runs that train no other embedding;
+    None if the embedding itself is trained. ``distill_text``: AR targets of plain text are the distributions of
+    ``teacher_model``, or if that is None, of the model without its LoRA. ``distill_masked`` is the share of the model's
+    own AR distribution in the targets of masked rows.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class TrainingModel(nn.Module):
 
     @torch.no_grad()
     def _teacher(self, batch: TrainBatch, hidden_TC: Tensor) -> Teacher | None:
-        """``hidden_TC`` are the model's own hidden states."""
+        """The teacher. ``hidden_TC`` are the model's own hidden states."""
         if self.distill_masked:
             norm, has_one = self.transformer.model.norm, batch.ar_row >= 0
             own_KC = norm(hidden_TC.index_select(0, batch.ar_row.clamp(min=0)))
@@ -117,9 +117,10 @@ def hidden_states(transformer: Transformer, batch: TrainBatch, backend: str) -> 
 
 
 def _states_of_streams(transformer: Transformer, batch: TrainBatch, backend: str) -> Tensor:
-    """``hidden_states``, the clean stream apart and without gradients: it sees nothing that is trained.
+    """``hidden_states`` with the clean stream computed separately and without gradients, because it sees nothing that
+    is trained.
 
-    Both streams go through a layer before the next, so that one layer's clean keys are held at a time.
+    Both streams go through a layer before the next one, so that only one layer's clean keys are held at a time.
     """
     decoder, end = transformer.model, batch.num_clean_rows
     plan = StreamPlan(backend, batch.labels, batch.row_ranges, end)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training data as tokens on disk: made once per content, tokenizer and options, then read through memory maps."""
+"""Training data as tokens on disk: made once for each content, tokenizer and options, then read through memory maps."""
 
 import fcntl
 import hashlib
@@ -34,8 +34,8 @@ _ENCODING = 2
 
 @dataclass(frozen=True, slots=True)
 class SourceCounts:
-    """What one file held: ``refused`` counts skipped lines by reason, ``documents`` exceed ``samples`` where a template
-    makes several of one."""
+    """What one file contained. ``refused`` counts skipped lines by reason; there are more ``documents`` than
+    ``samples`` if a template makes several of one."""
 
     samples: int
     documents: int
@@ -45,10 +45,10 @@ class SourceCounts:
 
 
 class TokenCache:
-    """Tokens of D documents in all. Arrays are read-only memory maps; document d has tokens offsets[d]..offsets[d+1]-1.
+    """Tokens of D documents. Arrays are read-only memory maps; document d has tokens offsets[d]..offsets[d+1]-1.
 
     tokens uint32 [T], trainable bool [T], offsets int64 [D+1]; per document int64 [D]: source (index into ``paths``),
-    line (in that file, from 1), num_trainable. Raises ValueError if the directory is not a whole cache.
+    line (in that file, from 1), num_trainable. Raises ValueError if the directory is not a complete cache.
     """
 
     def __init__(self, directory: Path, paths: Sequence[str]) -> None:
@@ -80,7 +80,8 @@ class TokenCache:
         return int(np.flatnonzero(self._uses)[-1])
 
     def check_mask_token_id(self, mask_token_id: int) -> None:
-        """Raises ValueError naming file and line if the data uses this id: the model could not tell it from a mask."""
+        """Raises ValueError naming file and line if the data uses this id, which the model could not distinguish from a
+        mask."""
         uses = int(self._uses[mask_token_id]) if 0 <= mask_token_id < len(self._uses) else 0
         if not uses:
             return
@@ -100,7 +101,7 @@ class TokenCache:
 
 @dataclass(frozen=True)
 class CacheResult:
-    """``built``: whether this call tokenised the data. ``message``: one line of what happened."""
+    """``built``: whether this call tokenised the data. ``message``: one line about what happened."""
 
     cache: TokenCache
     built: bool
@@ -118,11 +119,11 @@ def build_cache(
     skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> CacheResult:
-    """The cache of these files under ``directory``: the one that is there for the same key, or a new one.
+    """The cache of these files under ``directory``: the existing one with the same key, or a new one.
 
-    The key is made of the files' contents and their order, the tokenizer, its chat template and the options. A cache is
-    there completely or not at all; of several processes one builds and the others wait for it; a damaged one is built
-    again. Raises ValueError for what cannot be read (``read_samples``), encoded (``encode``) or written.
+    The key is made of the files' contents and their order, the tokenizer, its chat template and the options. A cache
+    exists completely or not at all; if there are several processes, one builds it and the others wait; a damaged one is
+    built again. Raises ValueError if something cannot be read (``read_samples``), encoded (``encode``) or written.
     """
     recipe = _Recipe(
         tuple(str(path) for path in paths), tokenizer, eos_token_id, num_end_tokens, last_message, skip_bad
@@ -155,7 +156,7 @@ def build_cache(
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """A digest of all that decides which tokens a text or a conversation becomes."""
+    """A digest of everything that decides which tokens a text or a conversation becomes."""
     parts = [_ENCODING, tokenizer.backend.to_str(), tokenizer.chat_templates, tokenizer.special_tokens]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -183,7 +184,7 @@ class _Recipe:
         }
 
     def samples(self, path: str, refused: Counter[str]) -> Iterator[tuple[int, list[EncodedSample]]]:
-        """Each usable sample of a file: its line and its documents."""
+        """Each usable sample of a file, as its line and its documents."""
         for batch in in_batches(read_samples(path, skip_bad=self.skip_bad, refused=refused), BATCH_CHARACTERS):
             encoded = encode_batch(
                 batch,
@@ -271,7 +272,7 @@ def _add_source(writer: _Writer, source: int, path: str, recipe: _Recipe, progre
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the system takes back when its process ends."""
+    """Hold a lock that the system releases when its process ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -42,7 +42,7 @@ class _Done(NamedTuple):
 
 
 def _check_packages(config: TrainConfig) -> None:
-    """Before anything is loaded, not when a package is first used."""
+    """Check for packages before anything is loaded, not when a package is first used."""
     wanted = {
         "peft": ("lora_rank", config.lora_rank and config.lora_rows == "all"),
         "tensorboard": ("tensorboard", config.tensorboard),
@@ -53,7 +53,8 @@ def _check_packages(config: TrainConfig) -> None:
 
 
 class Trainer:
-    """One run. ``run`` trains to the end, or on from the latest checkpoint under ``output_dir``."""
+    """One run. ``run`` trains to the end, continuing from the latest checkpoint under ``output_dir`` if there
+    is one."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -138,7 +139,7 @@ class Trainer:
                 )
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a resumed run to equal an unbroken one, as JSON keeps it."""
+        """What must be equal for a resumed run to equal an unbroken one, in the form that JSON keeps."""
         records = {"logging_steps", "save_steps", "save_total_limit", "eval_steps", "output_dir", "cache_dir", "resume"}
         speed = {"per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "compile"}
         speed |= {"deepspeed_zero_stage", "trainable_messages"}  # the latter is in the data's fingerprint
@@ -239,7 +240,7 @@ class Trainer:
         return _Done(step, loss, norm, statistics, micro_batches)
 
     def _gradients_meet(self, last: bool) -> AbstractContextManager[Any]:
-        """Processes exchange gradients once a step, with its last micro-batch."""
+        """Make processes exchange gradients once per step, with its last micro-batch."""
         waits = not last and not deepspeed.uses_zero(self.accelerator)
         return self.accelerator.no_sync(self.model) if waits else nullcontext()
 
@@ -266,10 +267,10 @@ class Trainer:
         )
 
     def _validate(self, step: int) -> None:
-        """Losses on the held-out documents, under the same noise each time.
+        """The losses on the held-out documents, under the same noise each time.
 
-        Both kinds of noise are measured whatever the training noise is, so that runs compare: "eval" has the AR loss
-        and random noise, "eval_suffix" suffix noise.
+        Both kinds of noise are measured, whichever trains, so that runs compare: "eval" has the AR loss and random
+        noise, "eval_suffix" suffix noise.
         """
         kinds = {"eval": self.config.model_copy(update={"suffix_noise": 0.0})}
         if self.config.objective == "wedlm":

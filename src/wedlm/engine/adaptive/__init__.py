@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Budgets that follow measured costs, for drafts and for prompt chunks. ``Controller`` owns them all."""
+"""Budgets for drafts and for prompt chunks that follow measured costs. ``Controller`` owns them all."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows measured costs: the rows of adaptive windows and of prompt chunks beside windows."""
+"""The controller decides by measured costs: the rows of adaptive windows, and the rows of prompt chunks
+beside windows."""
 
 import math
 from collections import Counter
@@ -20,7 +21,7 @@ _MOST_PREFILL_ROWS = 1024  # larger forwards cost in proportion, so the table is
 
 
 class CostSource(Protocol):
-    """Whatever runs steps, as far as it can say what they cost."""
+    """A way to run steps, asked only for what steps cost."""
 
     @property
     def has_padded_costs(self) -> bool:
@@ -28,12 +29,12 @@ class CostSource(Protocol):
         ...
 
     def measure_costs(self, costs: StepCosts, most_rows: int) -> None:
-        """Add to the table what it lacks up to ``most_rows``. Runs forwards: up to a second."""
+        """Add the missing sizes up to ``most_rows`` to the table. Runs forwards for up to a second."""
         ...
 
 
 class Controller:
-    """The only owner of step costs, of the budgets that follow them, and of the clock that they are observed with.
+    """The only owner of step costs, of the budgets that follow them, and of the clock that measures them.
 
     Costs are measured when a request or a step first needs them, outside the scheduler and outside any step's time.
     """
@@ -51,15 +52,15 @@ class Controller:
         self._last_read: float | None = None  # when the last step was read, if it had windows
 
     def measure_costs(self, most_rows: int) -> None:
-        """Let the table reach ``most_rows`` rows, as far as a step can have them. No step's time contains this."""
+        """Extend the table to ``most_rows`` rows, as far as a step can have them. No step's time includes this."""
         most_rows = min(most_rows, self._max_num_batched_tokens)
         if most_rows > self._most_rows_measured:
             self._last_read = None
             self._source.measure_costs(self.costs, most_rows)
-            self._most_rows_measured = most_rows  # only now: whoever asks again after an error has it measured
+            self._most_rows_measured = most_rows  # only now, so that a call after an error measures again
 
     def prepare(self, request: Request) -> None:
-        """For an adaptive request: make sure that its steps' costs are known, and start from the current row budget."""
+        """For an adaptive request, make sure that its steps' costs are known, and start from the current row budget."""
         decode = request.decode
         if not decode.is_adaptive:
             return
@@ -70,12 +71,12 @@ class Controller:
 
     @property
     def limits_prefill(self) -> bool:
-        """Whether prompt chunks beside windows are limited at all."""
+        """Whether prompt chunks beside windows are limited."""
         return self.chunk_step_ratio < math.inf
 
     def prefill_rows(self, window_rows: int | None) -> int | None:
-        """Most rows of prompt chunks beside ``window_rows`` rows of streamed windows; None: no limit, as where there
-        are no such windows."""
+        """The most rows of prompt chunks beside ``window_rows`` rows of streamed windows. None means no limit, as when
+        there are no such windows."""
         if window_rows is None:
             return None
         if self.prefill_budget is None:
@@ -84,8 +85,8 @@ class Controller:
         return self.prefill_budget.chunk_rows(window_rows)
 
     def propose(self, requests: Sequence[Request]) -> None:
-        """Look up what may follow the texts of those whose windows may run in the next step, and choose how much of it
-        they take."""
+        """Look up what may follow the texts of windows that may run in the next step, and choose how much of it each
+        takes."""
         load: StepLoad | None = None
         for request in requests:
             decode, limits, text = request.decode, request.limits, request.output.tokens
@@ -107,7 +108,7 @@ class Controller:
                 limits.proposal = Proposal(len(text), tokens, length, most)
 
     def _load(self, num_windows: int) -> StepLoad:
-        """The next step without drafts from texts."""
+        """The next step's load without drafts from texts."""
         assert self.draft_budget is not None
         budget = self.draft_budget.budget
         seconds = self.draft_budget.seconds_beside(num_windows, budget.rows)
@@ -116,11 +117,11 @@ class Controller:
         return StepLoad(self.costs, seconds, num_windows * rows, num_windows * tokens, rows, tokens, *budget)
 
     def forget(self, request: Request) -> None:
-        """The request has ended: whoever keeps it need not keep what its text has shown."""
+        """The request has ended: drop what its text has shown, even if the caller keeps the request."""
         request.limits.lookup = request.limits.proposal = None
 
     def set_row_budgets(self, plan: StepPlan) -> StepPlan:
-        """The plan with the rows that it leaves to adaptive windows, whose limits follow."""
+        """Add to the plan the rows for adaptive windows, and set their limits accordingly."""
         adaptive = [one.request for one in plan.scheduled if one.is_window and one.request.decode.is_adaptive]
         if not adaptive:
             return plan
@@ -166,5 +167,5 @@ class Controller:
             budget.observe(*outcome, num_windows, count)
 
     def pause(self) -> None:
-        """Nothing runs for a while: the next step's time does not begin at the last one's end."""
+        """Nothing runs for a while, so the next step's time does not begin when the last one ended."""
         self._last_read = None

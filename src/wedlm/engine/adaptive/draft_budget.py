@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Auto decoding: how many rows a verified window gets in the next step, from what steps cost and how drafts fare.
+"""Auto decoding: how many rows a verified window gets in the next step, given what steps cost and how drafts fare.
 
-Every choice gives AR's text, so load never changes an answer; it changes only when the answer comes. Simulated before
-it was built: tests/engine/test_draft_budget.py, docs/log.md.
+Every choice gives AR's text, so load never changes an answer; it changes only when the answer comes. The choice was
+simulated before it was built: tests/engine/test_draft_budget.py, docs/log.md.
 """
 
 import operator
@@ -15,14 +15,14 @@ from wedlm.engine.adaptive.step_costs import StepCosts
 
 
 class Budget(NamedTuple):
-    """What a step leaves to a window: at most so many rows, and at most so many drafts among them."""
+    """What a step allows a window: a number of rows, and a number of drafts among them."""
 
     rows: int
     drafts: int
 
     @classmethod
     def of(cls, rows: int) -> "Budget":
-        """With as many drafts as so many rows sustain."""
+        """The budget with as many drafts as ``rows`` rows sustain."""
         return cls(rows, drafts_of(rows))
 
 
@@ -57,15 +57,16 @@ class Rate:
             self.successes, self.trials = self.successes * most / self.trials, most
 
     def value(self, prior: float) -> float:
-        """The share, drawn to ``prior`` by two imagined trials."""
+        """The share, pulled towards ``prior`` by two imagined trials."""
         return (self.successes + 2 * prior) / (self.trials + 2)
 
 
 @lru_cache(maxsize=4096)
 def longest_draft(num_rows: int, num_drafts: int, num_accepted: int, most: int) -> int:
-    """Most drafts that a step of ``num_rows`` rows can leave to the next one, which takes at most ``most``.
+    """The most drafts that a step of ``num_rows`` rows can leave to the next one, which takes at most ``most``.
 
-    As ``verify`` shares rows out: the last groups have those left over; a group's first row guesses AR's own token.
+    It divides rows as ``verify`` does: the last groups get those left over, and a group's first row guesses AR's own
+    token.
     """
     size, large = divmod(num_rows - 1 - num_drafts, num_drafts + 1)
     return max(0, min(most, size + (num_accepted >= num_drafts + 1 - large) - 1))
@@ -73,8 +74,8 @@ def longest_draft(num_rows: int, num_drafts: int, num_accepted: int, most: int) 
 
 @lru_cache(maxsize=4096)
 def expected_step(budget: Budget, accepts: tuple[float, ...], offers: tuple[float, ...]) -> tuple[float, float]:
-    """(tokens, rows) of a step in the long run, for drafts accepted at these rates by depth, given their predecessors,
-    and offered (certain enough to be drafted) at those."""
+    """(tokens, rows) of a step in the long run, for drafts that are accepted and offered (certain enough to be drafted)
+    at these rates by depth, given their predecessors."""
     row_budget, most = budget
     follows = [[0.0] * (most + 1) for _ in range(most + 1)]  # chance of each number of drafts after each
     for drafts, after in enumerate(follows):
@@ -93,7 +94,7 @@ def expected_step(budget: Budget, accepts: tuple[float, ...], offers: tuple[floa
 
 
 def _accepted(count: int, rates: tuple[float, ...]) -> list[float]:
-    """Chances that the first 0, 1, … count of a chain hold."""
+    """The probabilities that the first 0, 1, … count of a chain hold."""
     chances, so_far = [], 1.0
     for rate in rates[:count]:
         chances.append(so_far * (1 - rate))
@@ -120,12 +121,12 @@ class DraftBudget:
     _rates_then: tuple[tuple[float, ...], ...] | None = None  # when the choice was last looked at
 
     def candidates(self, most: int) -> list[Budget]:
-        """All that may be chosen for windows of at most ``most`` rows: AR first."""
+        """All budgets that may be chosen for windows of at most ``most`` rows; AR comes first."""
         known = _BUDGETS if self.costs.padded else _BUDGETS_BY_TURNS
         return [one for one in known if one.rows <= most and one.drafts <= drafts_of(most)]
 
     def choose(self, num_windows: int, most: int) -> Budget:
-        """What the next step leaves to its windows, at most ``most`` rows, for ``num_windows`` of them."""
+        """Choose what the next step allows each of its ``num_windows`` windows, at most ``most`` rows."""
         self._since += 1
         if self._since < 0:
             return self.within(most)
@@ -146,12 +147,12 @@ class DraftBudget:
         return self._maybe_probe(num_windows, most)
 
     def within(self, most: int) -> Budget:
-        """The present one, or what ``most`` rows allow if that is less."""
+        """The present budget, or what ``most`` rows allow if that is less."""
         return self.budget if self.budget.rows <= most else Budget.of(most)
 
     def _maybe_probe(self, num_windows: int, most: int) -> Budget:
-        """While AR runs nothing is learnt about drafts: look now and then. If even perfect drafts would not pay, look
-        rarely: the costs may have been measured while the machine was busy."""
+        """Try drafts now and then, because AR alone learns nothing about them. If even perfect drafts would not pay
+        off, try rarely: the costs may have been measured while the machine was busy."""
         if self.budget.rows > 1 or self._since < self._interval:
             return self.budget
         self._since = 0
@@ -168,8 +169,8 @@ class DraftBudget:
         return probe
 
     def observe(self, num_drafts: int, num_accepted: int, longest: int, num_windows: int, count: int = 1) -> None:
-        """What became of the drafts of one window in a step, or of ``count`` windows with the same outcome. ``longest``
-        is how many drafts there could have been."""
+        """Record what became of the drafts of one window in a step, or of ``count`` windows with the same outcome.
+        ``longest`` is the number of drafts that were possible."""
         keep_one = 1 - 1 / (_MEMORY * max(1, num_windows))
         keep = keep_one**count
         weight = (1 - keep) / (1 - keep_one)  # of ``count`` trials, the earlier ones decayed
@@ -179,7 +180,7 @@ class DraftBudget:
             rate.add(depth < num_drafts, keep, weight)
 
     def observe_time(self, num_windows: int, num_rows: int, seconds: float) -> None:
-        """How long a step of windows alone took, from result to result."""
+        """Record how long a step of windows alone took, from result to result."""
         ran = self.budget.rows if num_rows > num_windows else 1
         now = seconds - self.costs(num_rows)
         seen = self._beside[ran > 1].get(num_windows, {})
@@ -193,8 +194,8 @@ class DraftBudget:
         return expected_step(self.budget, *(self._rates_then or self.rates()))
 
     def seconds_beside(self, num_windows: int, row_budget: int) -> float:
-        """Of a step, beside its forward: as observed with the number of windows nearest to this one, and of those with
-        the nearest row budget. Unseen batch sizes count as free, so that they get tried once."""
+        """The seconds of a step besides its forward, as observed with the number of windows nearest to this one, and
+        among those with the nearest row budget. Unseen batch sizes count as free, so that they get tried once."""
         seen = self._beside[row_budget > 1] or (self._beside[0] if row_budget > 1 else {})
         if not seen:
             return 0.0
@@ -202,7 +203,7 @@ class DraftBudget:
         return by_budget[min(by_budget, key=lambda rows: abs(rows - row_budget))]
 
     def rates(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(accepted, offered) by depth, rounded, so that equal situations are computed once."""
+        """(accepted, offered) by depth, rounded so that equal situations are computed once."""
         accepts, offers = [], []
         prior = 0.7
         for rate in self._accepts:
@@ -217,7 +218,7 @@ class DraftBudget:
     def _speed(
         self, budget: Budget, num_windows: int, accepts: tuple[float, ...] = (), offers: tuple[float, ...] = ()
     ) -> float:
-        """Tokens a second of one window."""
+        """Tokens a second for one window."""
         tokens, rows = expected_step(budget, accepts, offers)
         rows = budget.rows if self.costs.padded else rows
         return tokens / self.costs.of_step(num_windows * rows, self.seconds_beside(num_windows, budget.rows))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Auto decoding with one budget of rows, for measurements: the engine does as it is told, and counts if asked to."""
+"""Auto decoding with a fixed row budget, for measurements: the engine follows orders, and counts drafts if you ask it
+to."""
 
 from wedlm.algorithm.params import drafts_of
 from wedlm.engine.adaptive.draft_budget import Budget, DraftBudget
@@ -14,23 +15,20 @@ class FixedRows(DraftBudget):
 
 
 class CountedRows(FixedRows):
-    """Keeps ``rows`` and counts what becomes of drafts: ``trials[d]`` whose d predecessors were accepted, of which
-    ``accepted[d]`` were. A model's own rates need every masked row drafted, however unsure
-    (``wedlm_draft_entropy`` 1e9)."""
+    """Keeps ``rows`` and counts what becomes of drafts: ``trials[d]`` drafts whose d predecessors were accepted, of
+    which ``accepted[d]`` were accepted themselves. To measure a model's own rates, draft every masked row, however
+    uncertain (``wedlm_draft_entropy`` 1e9)."""
 
     def __init__(self, rows: int) -> None:
         super().__init__(StepCosts([(1, 1.0)], padded=False), budget=Budget.of(rows))
         self.trials, self.accepted = [0] * drafts_of(rows), [0] * drafts_of(rows)
-        self.steps = self.tokens = 0
 
     def observe(self, num_drafts: int, num_accepted: int, longest: int, num_windows: int, count: int = 1) -> None:
-        self.steps += count
-        self.tokens += count * (1 + num_accepted)
         for depth in range(min(num_drafts, num_accepted + 1)):
             self.trials[depth] += count
             self.accepted[depth] += count * (depth < num_accepted)
 
     @property
     def shares(self) -> list[float]:
-        """Shares of drafts accepted by depth, given their predecessors; up to the last depth with a trial."""
+        """Shares of drafts accepted by depth, given their predecessors, up to the last depth with a trial."""
         return [a / t for a, t in zip(self.accepted, self.trials, strict=True) if t]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Auto decoding: how many drafts from the text a window takes in the next step, in place of its own.
 
-Whether they would be right is seen at each step, also at those that take none: what was found is compared with what
-came. So nothing has to be tried out, and a request whose text never repeats itself pays for the search alone.
+Each step shows whether they would be right, even if it takes none, because every find is compared with what came.
+Nothing has to be tried out, and a request whose text never repeats itself only pays for the search.
 """
 
 from bisect import bisect_right
@@ -38,15 +38,15 @@ class RequestLookup:
     _last_pause: int = 0
 
     def rests(self, num_windows: int) -> bool:
-        """Whether it looks nothing up in this step: searches for many windows take the host as long as a step of a
-        small model takes a GPU, so where nothing was taken for a while the next search waits."""
+        """Whether it skips the lookup in this step. Searches for many windows take the host as long as a step of a
+        small model takes a GPU, so after a while without success the next search waits."""
         if num_windows <= _FEW or not self._pause:
             return False
         self._pause -= 1
         return True
 
     def note(self, taken: bool) -> None:
-        """Whether the window took anything of what was looked up for it."""
+        """Note whether the window took anything of what was found for it."""
         self._last_pause = 0 if taken else min(2 * self._last_pause + 1, _LONGEST_PAUSE)
         self._pause = self._last_pause
 
@@ -64,9 +64,10 @@ class RequestLookup:
 
 @dataclass(slots=True)
 class StepLoad:
-    """What a step is expected to have: rows and tokens in all, and of each window that has its own drafts.
+    """The expected load of a step: rows and tokens in all, and for each window that has its own drafts.
 
-    ``row_budget`` and ``max_drafts`` are such a window's limits; ``beside``: seconds beside the forward's."""
+    ``row_budget`` and ``max_drafts`` are the limits of such a window; ``beside`` are the seconds besides the forward's.
+    """
 
     costs: StepCosts
     beside: float
@@ -78,7 +79,7 @@ class StepLoad:
     max_drafts: int
 
     def speed(self, more_rows: float, more_tokens: float) -> float:
-        """Tokens a second with so many more."""
+        """Tokens a second with this many more rows and tokens."""
         return (self.num_tokens + more_tokens) / self.costs.of_step(self.num_rows + more_rows, self.beside)
 
 
@@ -89,8 +90,8 @@ class LookupBudget:
         self._rates = _rates()
 
     def choose(self, load: StepLoad, request: RequestLookup, length: int, most: int) -> int:
-        """How many drafts a window takes that were found by a match of ``length`` tokens, at most ``most``; 0: it keeps
-        its own. ``load`` follows."""
+        """Choose how many drafts a window takes, at most ``most``, given that a match of ``length`` tokens found them.
+        0 keeps its own drafts. ``load`` is updated."""
         best, chosen, change = load.speed(0, 0) * (1 + _PATIENCE), 0, (0.0, 0.0)
         expected, reached, seen, chance = 1.0, 1.0, -1, 0.0
         for count in range(1, most + 1):
@@ -116,7 +117,7 @@ class LookupBudget:
         return chosen
 
     def observe(self, request: RequestLookup, proposal: Proposal, text: list[int], emitted: list[int]) -> None:
-        """The text after which the step began, and what it made final."""
+        """Compare the text after which the step began with what the step made final."""
         grown = len(text) - proposal.known
         if grown and (grown > len(proposal.tokens) or proposal.tokens[grown - 1] != text[-1]):
             return

@@ -11,9 +11,10 @@ _NEW = 0.1  # weight of the latest observation
 
 @dataclass
 class PrefillBudget:
-    """Rows of chunks beside windows: such a step should take at most ``ratio`` times what the windows alone take.
+    """Limits the rows of chunks beside windows, so that such a step takes at most ``ratio`` times what the windows
+    alone take.
 
-    ``costs`` knows forwards; what steps take besides (attention, the host) is observed.
+    ``costs`` knows forwards; the rest of a step (attention, the host) is observed.
     """
 
     costs: StepCosts
@@ -28,7 +29,7 @@ class PrefillBudget:
         return max(_SMALLEST_CHUNK, self.costs.rows_within(self.ratio * alone - beside) - window_rows)
 
     def observe(self, window_rows: int, chunk_rows: int, seconds: float) -> None:
-        """How long a step with windows took."""
+        """Record how long a step with windows took."""
         beside = max(0.0, seconds - self.costs(window_rows + chunk_rows))
         if chunk_rows:
             self._beside_chunks = _towards(self._beside_chunks, beside)
@@ -37,5 +38,5 @@ class PrefillBudget:
 
 
 def _towards(before: float, now: float) -> float:
-    """A moving mean that a pause of the machine hardly moves."""
+    """A moving average that a pause of the machine barely moves."""
     return before + _NEW * (min(now, 2 * before + 2e-3) - before)

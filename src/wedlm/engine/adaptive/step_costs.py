@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 
 class StepCosts:
-    """Seconds of a forward by rows in all, each measured once.
+    """Seconds of a forward by total number of rows, each measured once.
 
-    If ``padded``, costs round up to the next measured size, because CUDA graphs are of such sizes; otherwise they are
-    interpolated. Beyond the largest size they are extrapolated, which is unreliable: a few rows cost a GPU the same,
-    and noise makes the slope. So ``add`` the sizes that may run.
+    If ``padded``, costs round up to the next measured size, because CUDA graphs come in such sizes; otherwise they are
+    interpolated. Beyond the largest size they are extrapolated, which is unreliable: a GPU takes the same time for any
+    few rows, so noise makes the slope. Therefore ``add`` the sizes that may run.
     """
 
     def __init__(self, seconds_by_rows: Sequence[tuple[int, float]], padded: bool) -> None:
@@ -28,14 +28,14 @@ class StepCosts:
         return self._rows[-1] if self._rows else 0
 
     def add(self, rows: int, seconds: float) -> None:
-        """Extend the table, for all who hold it. ``rows`` must be more than ``most_rows``."""
+        """Extend the table for everybody who holds it. ``rows`` must be more than ``most_rows``."""
         assert rows > self.most_rows
         self._rows.append(rows)
         self._seconds.append(max(seconds, self._seconds[-1] if self._seconds else 0.0))  # more never cost less
 
     def measure(self, forward: Callable[[int], None], most_rows: int, seconds: float) -> float:
-        """Extend the table by twice the rows each time, the least of three calls of ``forward``, up to ``most_rows``
-        and until ``seconds`` have passed; returns how many did."""
+        """Extend the table by twice the rows each time, taking the fastest of three calls of ``forward``, up to
+        ``most_rows`` and until ``seconds`` have passed. Returns how many seconds passed."""
         started, spent = time.perf_counter(), 0.0
         while (rows := 2 * self.most_rows or 1) <= most_rows and spent < seconds:
             best = math.inf
@@ -62,8 +62,8 @@ class StepCosts:
         return y0 + (rows - x0) * (y1 - y0) / (x1 - x0)
 
     def of_step(self, rows: float, beside: float) -> float:
-        """Seconds of a step: the forward, and what was observed beside it. That is below 0 where the table is too high,
-        but perhaps not by so much for these rows: a tenth remains."""
+        """Seconds of a step: the forward plus what was observed besides it. The latter is negative where the table is
+        too high, but perhaps less so for these rows, so at least a tenth of the forward remains."""
         forward = self(rows)
         return max(forward / 10, forward + beside)
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grammars through llguidance (extra ``serve``), imported when one is asked for. Shared by the server's process and the
-worker that tries a grammar first (``trial_worker.py``), so it imports nothing large."""
+"""Compile grammars with llguidance (extra ``serve``), which is imported when one is needed. The server's process and
+the worker that tries a grammar first (``trial_worker.py``) share this module, so it imports nothing large."""
 
 import json
 import re
 from typing import Any
 
-# One optional space wherever JSON may have white space: a weak model cannot go on with blanks for ever. oneOf is taken
+# One optional space wherever JSON may have white space: a weak model cannot write blanks forever. oneOf is taken
 # for anyOf, after ``check_one_of`` has found that it is the same: llguidance's own proof does not follow references.
 _JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?", "lenient": False, "coerce_one_of": True}
 # At 1 to 2 kB each: what a grammar may come to hold while text is generated. The steps' own limits, about 15 ms of
@@ -16,7 +16,7 @@ _EBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
 def library() -> Any:
-    """llguidance; ValueError if it is missing."""
+    """The module llguidance. Raises ValueError if it is missing."""
     try:
         import llguidance
     except ImportError as error:
@@ -27,7 +27,7 @@ def library() -> Any:
 
 
 def load_tokens(tokenizer_json: str, vocab_size: int) -> Any:
-    """llguidance's tables of a tokenizer. ValueError if it cannot read it."""
+    """Make llguidance's tables of a tokenizer. Raises ValueError if it cannot read the tokenizer."""
     try:
         tokens = library().LLTokenizer(tokenizer_json, n_vocab=vocab_size)
         special = [one["id"] for one in json.loads(tokenizer_json)["added_tokens"] if one["special"]]
@@ -39,14 +39,14 @@ def load_tokens(tokenizer_json: str, vocab_size: int) -> Any:
     except ValueError:
         raise
     except Exception as error:  # The Rust library raises plain Exception.
-        raise ValueError(f"this model's tokenizer has no grammars: {sentence(error)}") from error
+        raise ValueError(f"this model's tokenizer cannot be used with grammars: {sentence(error)}") from error
 
 
 def build(tokens: Any, schema: str | None, grammar: str | None) -> Any:
-    """llguidance's matcher for a JSON schema or a grammar, in Lark's syntax or as EBNF, whose first mask is known.
-    ValueError if it is none.
+    """Compile a JSON schema or a grammar, in Lark's syntax or as EBNF, to llguidance's matcher and compute its first
+    mask. Raises ValueError for an invalid one.
 
-    Takes whatever time and memory it takes: only the worker calls this with what was not tried before.
+    Takes as much time and memory as it needs, so only the worker calls this with something that was not tried before.
     """
     matchers = library().LLMatcher
     if schema is not None:
@@ -72,11 +72,11 @@ def _lark(grammar: str | None) -> str | None:
     try:
         return gbnf_to_lark(grammar)
     except Exception as error:
-        raise ValueError(f"it is no EBNF: {sentence(error)}") from error
+        raise ValueError(f"it is not valid EBNF: {sentence(error)}") from error
 
 
 def sentence(error: object) -> str:
-    """The first line of a report; of one that quotes a pattern, the reason, which comes after the quotation."""
+    """The first line of an error. If it quotes a pattern, the reason, which comes after the quotation."""
     first, *more = (str(error).strip() or type(error).__name__).splitlines()
     reasons = [line.removeprefix("error: ") for line in more if line.startswith("error: ")]
     return (f"{first.rstrip(':')}: {reasons[0]}" if reasons else first)[:200]

@@ -19,7 +19,7 @@ from wedlm.engine.constraints.trial import NUM_WORKERS, Cancellation, TrialFaile
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer
 
-# Kept for whoever asks again. What took processor time takes memory, at 160 MB a second at most.
+# Kept for the next caller. What took processor time takes memory, at 160 MB a second at most.
 _MAX_KEPT, _MAX_KEPT_SECONDS = 64, 3.0
 _NEW_STATES_S = 0.001  # a step that takes longer has found states that will be kept
 _MAX_REFUSALS = 256
@@ -29,17 +29,18 @@ _SECONDS_FREE, _SECONDS_PER_TOKEN = 2.0, 0.01
 
 
 class Matcher(Protocol):
-    """A grammar, and how far some text has come in it. Knows text tokens only; what ends the text is not its business.
+    """A grammar and the state that a text has reached in it. It only knows text tokens; the caller handles the end of
+    the text.
 
-    A matcher that gave up on its own limits of work is ``failed`` and refuses everything. If that was the limit of a
-    step, it goes on once the tokens on whose way it met it are taken back.
+    A matcher that reached its own limits is ``failed`` and refuses everything. If it was the limit of one step, the
+    matcher recovers once the tokens on the way there are taken back.
     """
 
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may come next, [vocabulary]."""
 
     def advance(self, token: int) -> bool:
-        """Go on by a token; False, with nothing changed, if it may not come next."""
+        """Advance by a token. Returns False, with nothing changed, if it may not come next."""
 
     def rewind(self, count: int) -> None:
         """Take the last ``count`` tokens back."""
@@ -50,7 +51,7 @@ class Matcher(Protocol):
 
     @property
     def complete(self) -> bool:
-        """Whether it may end here and nothing may follow."""
+        """Whether the text may end here and nothing may follow."""
 
     @property
     def failed(self) -> bool: ...
@@ -58,30 +59,30 @@ class Matcher(Protocol):
 
 @functools.lru_cache(maxsize=4)
 def grammars_of(tokenizer: Tokenizer, vocab_size: int) -> "Grammars":
-    """The grammars of a tokenizer, whose tables take a fraction of a second to make, for as long as it lives."""
+    """The grammars of a tokenizer, for as long as it lives; its tables take a fraction of a second to make."""
     return Grammars(tokenizer, vocab_size)
 
 
 class GrammarsBusy(Exception):
-    """As many grammars wait to be compiled as may."""
+    """Too many grammars wait to be compiled."""
 
 
 class Compiled:
-    """llguidance's matcher at the beginning of a text, and the processor time that went into what it holds."""
+    """llguidance's matcher at the beginning of a text, and the processor time that compiling took."""
 
     def __init__(self, beginning: Any, seconds: float) -> None:
         self.beginning, self.seconds = beginning, seconds
 
 
 class Grammars:
-    """Compiles grammars; may be used by several threads. ``vocab_size`` is the model's, which may be padded.
+    """Compiles grammars, for several threads. ``vocab_size`` is the model's, which may be padded.
 
-    Each is tried in a process of its own first, see ``trial.py``. Results are kept: the latest ones, and those that
-    somebody holds, so that whoever compiles ahead and holds the result finds it again in any thread.
+    Each grammar is first tried in a separate process, see ``trial.py``. Results are cached: the latest ones, and those
+    that a caller holds, so that a caller who compiles ahead and holds the result finds it again in any thread.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """ValueError if llguidance is missing, or cannot read the tokenizer."""
+        """Raises ValueError if llguidance is missing or cannot read the tokenizer."""
         self.vocab_size = vocab_size
         library()
         text, size = tokenizer.backend.to_str(), max(vocab_size, tokenizer.vocab_size)
@@ -97,11 +98,12 @@ class Grammars:
         self._tokens = load_tokens(text, size)
 
     def matcher(self, params: SamplingParams) -> Matcher:
-        """A matcher at the beginning of the text. ValueError, naming the field, if the grammar is none."""
+        """A matcher at the beginning of the text. Raises ValueError, naming the field, for an invalid grammar."""
         return LibraryMatcher(self.compile(params), self.vocab_size)
 
     def compile(self, params: SamplingParams, cancellation: Cancellation | None = None) -> Compiled:
-        """As ``matcher``; TrialCancelled. Takes seconds at worst, and no time while somebody holds what it gives."""
+        """Compile like ``matcher``; may raise TrialCancelled. Takes seconds at worst, and no time while a caller holds
+        the result."""
         schema = params.json_schema
         assert not isinstance(schema, dict), "SamplingParams keeps schemas as text"
         key, name = (schema, params.grammar), "grammar" if schema is None else "json_schema"
@@ -121,7 +123,7 @@ class Grammars:
         return found
 
     async def compile_ahead(self, params: SamplingParams) -> Compiled:
-        """``compile`` in a thread of its own kind, cut off when the caller is cancelled. GrammarsBusy."""
+        """Run ``compile`` in a separate kind of thread, and stop it if the caller is cancelled. Raises GrammarsBusy."""
         if self._num_waiting >= _MAX_WAITING:
             raise GrammarsBusy(f"{self._num_waiting} grammars wait to be compiled; expected fewer, try again later")
         cancellation = Cancellation()
@@ -148,7 +150,7 @@ class Grammars:
             return self._held.get(key)
 
     def _keep(self, key: "_Key", new: Compiled) -> Compiled:
-        """The one to use: another thread may have been faster."""
+        """The result to use, because another thread may have been faster."""
         with self._lock:
             new = self._held.setdefault(key, new)
             self._kept[key] = new
@@ -169,7 +171,7 @@ def _close(trials: Trials, threads: ThreadPoolExecutor) -> None:
 
 
 class LibraryMatcher:
-    """llguidance's matcher as a ``Matcher``; starts from a copy of ``compiled``'s, which it leaves alone."""
+    """llguidance's matcher as a ``Matcher``. It copies that of ``compiled`` and does not change it."""
 
     def __init__(self, compiled: Compiled, vocab_size: int) -> None:
         self._compiled, self._vocab_size = compiled, vocab_size
@@ -219,7 +221,7 @@ class LibraryMatcher:
         return self._exhausted or self._matcher.is_error()
 
     def _charge(self, started: float) -> None:
-        """Count work. A text whose grammar costs far more than others' ends, for its neighbours' sake."""
+        """Count work. If a text's grammar costs far more than others', the text ends, for its neighbours' sake."""
         seconds = time.thread_time() - started
         self._seconds += seconds
         if seconds > _NEW_STATES_S:

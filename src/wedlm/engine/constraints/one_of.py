@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON schemas' ``oneOf``. A grammar can say "this or that", not "exactly one of them": the two are the same where no
-text is admitted by two alternatives, which is proved here for what people write (other types, values, or a property
-that tells them apart), and refused otherwise. Many alternatives with values are told apart at once; what is left is
-compared two by two. All of it within a budget of steps."""
+"""JSON schemas' ``oneOf``. A grammar can say "this or that", but not "exactly one of them". The two are the same if no
+text fits two alternatives. This module proves that for what people write (different types or values, or a property that
+distinguishes them) and refuses the rest. Alternatives with values are compared all at once, the others two by two,
+within a budget of steps."""
 
 import itertools
 import json
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _TYPES = frozenset({"null", "boolean", "number", "string", "array", "object"})
-_DATA = ("const", "enum", "default", "examples")  # what stands there is no schema
+_DATA = ("const", "enum", "default", "examples")  # the values of these are not schemas
 _DEPTH = 8  # of references and properties that are followed
 _MAX_STEPS = 200_000  # about 0.2 s
 _MAX_TAGS = 8  # properties that are tried as what tells alternatives apart
 
 
 def check_one_of(schema: Any) -> None:
-    """ValueError unless the alternatives of every ``oneOf`` are known to exclude one another."""
+    """Raises ValueError unless the alternatives of every ``oneOf`` are known to exclude each other."""
     proof = _Proof(schema)
     for alternatives in _one_ofs(schema):
         for i, j in proof.doubtful(alternatives):
@@ -31,7 +31,7 @@ def check_one_of(schema: Any) -> None:
 
 
 def exclude(a: Any, b: Any, root: Any) -> bool:
-    """Whether surely no instance is valid under both. ``root`` is where references point into."""
+    """Whether surely no instance is valid under both. References point into ``root``."""
     return _Proof(root).excludes(a, b, _DEPTH)
 
 
@@ -49,7 +49,8 @@ def _one_ofs(schema: Any) -> Iterator[list[Any]]:
 
 @dataclass
 class _Facts:
-    """What an instance must be like: a conjunction, perhaps not all of it. Schemas are kept by their identity, once."""
+    """What is known about an instance, as a conjunction that may be incomplete. Each schema is kept once, by
+    identity."""
 
     types: frozenset[str] = _TYPES
     values: frozenset[str] | None = None
@@ -58,7 +59,7 @@ class _Facts:
     choices: dict[int, list[Any]] = field(default_factory=dict)
 
     def add(self, other: "_Facts") -> int:
-        """Take over what ``other`` demands, too; about how many steps that was."""
+        """Add everything that ``other`` demands, and return about how many steps that took."""
         self.types &= other.types
         if other.values is not None:
             self.values = other.values if self.values is None else self.values & other.values
@@ -71,7 +72,8 @@ class _Facts:
 
 
 class _Proof:
-    """What is known of the parts of one schema, each found out once. ValueError when the budget is used up."""
+    """What is known about the parts of one schema, each worked out once. Raises ValueError when the budget is
+    used up."""
 
     def __init__(self, root: Any) -> None:
         self._root, self._steps = root, 0
@@ -116,7 +118,7 @@ class _Proof:
         )
 
     def facts(self, schema: Any, depth: int) -> _Facts:
-        """What ``schema`` demands; not to be changed."""
+        """What ``schema`` demands; do not change it."""
         key = id(schema), depth
         known = self._facts.get(key)
         if known is None:
@@ -153,7 +155,7 @@ class _Proof:
         return facts
 
     def doubtful(self, alternatives: Sequence[Any]) -> Iterator[tuple[int, int]]:
-        """The pairs, by their indices, that are not told apart by their types, their values or a property's."""
+        """The pairs, by index, that neither their types nor their values nor a property's values distinguish."""
         facts = [self.facts(one, _DEPTH) for one in alternatives]
         seen = set()
         for kind in _TYPES:
@@ -168,9 +170,10 @@ class _Proof:
                     yield pair
 
     def _tags(self, facts: list[_Facts]) -> "list[_Names]":
-        """For each the values of a required property, None where they are not known: of that which is known most often.
+        """For each alternative the values of a required property, or None where they are unknown. Uses the property
+        that is known most often.
 
-        Those which may be no objects are None, too.
+        Alternatives that may not be objects are None, too.
         """
         self._spend(sum(len(one.required) for one in facts))
         required = Counter(name for one in facts if one.types == {"object"} for name in one.required)
@@ -188,7 +191,7 @@ class _Proof:
         return best
 
     def _meeting(self, names: "list[_Names]") -> Iterator[tuple[int, int]]:
-        """The pairs that share a name, or one of which has none known."""
+        """The pairs that share a name, or of which one has no known name."""
         holders: dict[str, list[int]] = defaultdict(list)
         unknown: list[int] = []
         for j, some in enumerate(names):
@@ -207,7 +210,7 @@ _Names = frozenset[str] | None
 
 
 def _target(reference: str, root: Any) -> Any:
-    """What a reference inside the schema points to; True, which demands nothing, if that is not found."""
+    """What a reference inside the schema points to; True, which demands nothing, if the target is missing."""
     place, *names = reference.split("/")
     found = root if place == "#" else True
     for name in names:
@@ -217,7 +220,7 @@ def _target(reference: str, root: Any) -> Any:
 
 
 def _name(value: Any) -> str:
-    """Equal for equal JSON values: 1 is 1.0, and not true."""
+    """A key that is equal for equal JSON values: 1 equals 1.0, and not true."""
     return json.dumps(_without_fractions(value), sort_keys=True)
 
 

@@ -14,10 +14,10 @@ from wedlm.model import Tokenizer
 
 
 class Constraint:
-    """The rules of one request and the state that its emitted tokens have led to.
+    """The rules of one request, and the state that its emitted tokens have led to.
 
-    The state changes for good only by ``accept``, called by the engine for each token that it emits, so a preemption
-    has nothing to save. ``advance`` and ``rewind`` try out what is not emitted yet.
+    Only ``accept``, which the engine calls for each token that it emits, changes the state for good, so a preemption
+    has nothing to save. ``advance`` and ``rewind`` try tokens that are not emitted yet.
     """
 
     def __init__(
@@ -39,7 +39,8 @@ class Constraint:
         self._log_min_p = math.log(params.min_p) if _cuts(params) else -math.inf
 
     def accept(self, token: int) -> bool:
-        """Note an emitted token. False: the grammar refuses it, as it does only once it has failed on its limits."""
+        """Note an emitted token. Returns False if the grammar refuses it, which only happens once it has reached its
+        limits."""
         if self.matcher is not None and not (
             self.matcher.accepting if token in self._ends else self.matcher.advance(token)
         ):
@@ -50,11 +51,11 @@ class Constraint:
 
     @property
     def complete(self) -> bool:
-        """Whether the grammar lets nothing follow what was accepted: the answer has ended."""
+        """Whether the grammar allows nothing after what was accepted, so that the answer has ended."""
         return self.matcher is not None and self.matcher.complete
 
     def advance(self, token: int) -> bool:
-        """Try a token that is not emitted; False if the grammar refuses it or it ends the text."""
+        """Try a token that is not emitted. Returns False if the grammar refuses it or it ends the text."""
         if self.matcher is None:
             return True
         return token not in self._ends and self.matcher.advance(token)
@@ -64,12 +65,13 @@ class Constraint:
         return token in self._ends and (self.matcher is None or self.matcher.accepting)
 
     def rewind(self, count: int) -> None:
-        """Take back ``count`` tokens that ``advance`` let pass."""
+        """Take back ``count`` tokens that ``advance`` accepted."""
         if self.matcher is not None:
             self.matcher.rewind(count)
 
     def apply_penalties(self, logits: Tensor, counts: Mapping[int, int]) -> None:
-        """Biases and penalties for a row of logits [V], in place; ``counts`` is of the output before its token."""
+        """Apply biases and penalties to a row of logits [V], in place. ``counts`` counts the output before
+        its token."""
         if self._repetition != 1:
             self._penalize_repetition(logits, counts)
         changes = Counter(self._bias) if self._bias else Counter()
@@ -91,15 +93,15 @@ class Constraint:
         torch.where(seen, changed, logits, out=logits)
 
     def apply_cut(self, logits: Tensor) -> None:
-        """Leave in a row of logits [V], in place, what ``min_p`` leaves of it."""
+        """Apply ``min_p`` to a row of logits [V], in place."""
         if self._log_min_p > -math.inf:
             logits.masked_fill_(logits < logits.max() + self._log_min_p, -torch.inf)
 
     def apply_mask(self, logits: Tensor) -> bool:
-        """Leave in a row of logits [V], in place, only what the grammar admits in its present state.
+        """Remove from a row of logits [V], in place, everything that the grammar does not admit in its present state.
 
-        False, with nothing changed, if it admits nothing: it has failed, or the text is complete and has no end token.
-        ``accept`` then refuses whatever is chosen, and the engine ends the text.
+        Returns False, with nothing changed, if it admits nothing: it has failed, or the text is complete and has no end
+        token. ``accept`` then refuses whatever is chosen, and the engine ends the text.
         """
         if self.matcher is None:
             return True
@@ -124,7 +126,7 @@ def build_constraint(
     tokenizer: object,
     prompt_token_ids: Sequence[int] = (),
 ) -> Constraint | None:
-    """The constraint that ``params`` ask for, or None. ValueError if it cannot be had."""
+    """The constraint that ``params`` ask for, or None. Raises ValueError if it cannot be built."""
     if params.logit_bias and (largest := max(params.logit_bias)) >= vocab_size:
         raise ValueError(f"logit_bias has the token id {largest}; expected ids below {vocab_size}")
     matcher = None
@@ -139,5 +141,5 @@ def build_constraint(
 
 
 def _cuts(params: SamplingParams) -> bool:
-    """Whether ``min_p`` can matter: the most probable token survives it."""
+    """Whether ``min_p`` can make a difference: the most probable token always survives it."""
     return params.min_p > 0 and params.temperature > 0

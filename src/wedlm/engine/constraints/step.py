@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The constrained windows of one step: their rows of logits before the choice, and their filled columns after it.
+"""The constrained windows of one step: changes their rows of logits before the choice, and checks their filled columns
+after it.
 
-All of it reads the device from the host, once or twice a step; steps without constrained windows have none of it.
+All of this makes the host wait for the device, once or twice a step; steps without constrained windows skip it.
 """
 
 from collections import Counter
@@ -17,16 +18,17 @@ from wedlm.engine.plan import ScheduledRequest
 
 
 class ConstrainedStep:
-    """Call ``apply`` before tokens are chosen, ``draft`` after it, and ``correct`` after the windows have moved on.
+    """Call ``apply`` before tokens are chosen, ``draft`` after it, and ``correct`` after the windows have advanced.
 
-    When verifying, row i is chosen under the rules as they stand after the drafts before it, so that AR decoding would
-    choose the same; the drafts themselves need not keep to them. Streaming and block: the first masked column is chosen
-    under the rules, later ones without the grammar, because what comes before them is not known; ``correct`` then
-    checks them. Causal streaming: the row of the first masked column is that of the token before it, as in AR decoding.
+    When verifying, row i is chosen under the rules that follow from the drafts before it, so AR decoding would choose
+    the same; the drafts themselves need not follow the rules. In streaming and block decoding the first masked column
+    is chosen under the rules, and later ones without the grammar, because what comes before them is unknown;
+    ``correct`` then checks them. In causal streaming the first masked column's row is that of the token before it, as
+    in AR decoding.
     """
 
     def __init__(self, windows: list[ScheduledRequest], state: WindowState, layout: RowLayout) -> None:
-        """``state`` and ``layout`` are those of the forward (``extend``'s)."""
+        """``state`` and ``layout`` are those of the forward (after ``extend``)."""
         self._constraints: dict[int, Constraint] = {
             s: one.request.output.constraint
             for s, one in enumerate(windows)
@@ -43,7 +45,7 @@ class ConstrainedStep:
 
     @classmethod
     def of(cls, windows: list[ScheduledRequest], state: WindowState, layout: RowLayout) -> "ConstrainedStep | None":
-        """None if no window is constrained."""
+        """The constrained step, or None if no window is constrained."""
         if all(one.request.output.constraint is None for one in windows):
             return None
         return cls(windows, state, layout)
@@ -51,8 +53,8 @@ class ConstrainedStep:
     def apply(
         self, sequence: Tensor, column: Tensor, logits: Tensor, logsumexp: Tensor, sampling: SamplingBatch
     ) -> None:
-        """Change the logits [L, V] of constrained windows in place; ``sequence`` and ``column`` are each row's,
-        ``logsumexp`` of the raw logits."""
+        """Change the logits [L, V] of constrained windows in place. ``sequence`` and ``column`` belong to each row,
+        ``logsumexp`` to the raw logits."""
         places = zip(sequence.tolist(), column.tolist(), strict=True)
         self._rows = {place: row for row, place in enumerate(places)}
         self._sampling, self._logsumexp, self._logits = sampling, logsumexp, logits
@@ -107,10 +109,10 @@ class ConstrainedStep:
         constraint.rewind(tried)
 
     def draft(self, results: RowResults) -> None:
-        """Verified windows: choose anew, in place, the next drafts of a window with a grammar.
+        """For verified windows with a grammar, choose the next drafts again, in place.
 
         What comes before them is known once this step's tokens are chosen. Drafts cannot change the text; those that
-        the grammar refuses would only be lost. Their entropy becomes that of what the grammar leaves.
+        the grammar refuses would only be wasted. Their entropy becomes that of what the grammar admits.
         """
         for s, constraint in self._constraints.items():
             if constraint.matcher is None or not self._windows[s].request.decode.is_verified:
@@ -129,7 +131,7 @@ class ConstrainedStep:
             constraint.rewind(tried)
 
     def _draft_group(self, s: int, constraint: Constraint, columns: list[int], results: RowResults) -> int:
-        """How many of the drafts chosen for ``columns`` the constraint was advanced by."""
+        """How many of the drafts chosen for ``columns`` the constraint accepted."""
         assert self._sampling is not None
         for done, c in enumerate(columns):
             row = self._rows[s, c]
@@ -143,12 +145,12 @@ class ConstrainedStep:
         return len(columns)
 
     def correct(self, run: Tensor, state: WindowState, emitted: Emitted) -> None:
-        """Mask what the grammars refuse of the windows after the step, and say anew what is final; in place.
+        """After the step, mask what the grammars refuse in the windows, and correct what is final, in place.
 
-        The leading filled run is checked token by token. The first that is refused is masked together with all filled
-        columns after it; if this step has logits for it, it is filled from the grammar's tokens at once. ``run`` is by
-        how many columns the step moved each window. Every step still fills or emits something: the first masked column
-        is always chosen within the grammar, and what was checked once is never refused later.
+        The leading filled run is checked token by token. The first token that is refused is masked together with all
+        filled columns after it; if this step has logits for it, it is filled from the grammar's tokens at once. ``run``
+        says by how many columns the step moved each window. Every step still fills or emits something: the first masked
+        column is always chosen within the grammar, and what was checked once is never refused later.
         """
         for s, constraint in self._constraints.items():
             decode = self._windows[s].request.decode
@@ -197,8 +199,8 @@ class ConstrainedStep:
         return token, float(self._free_logits[row, token] - self._logsumexp[row]), admitted
 
     def _first_refused(self, constraint: Constraint, tokens: list[int], filled: list[bool]) -> tuple[int | None, bool]:
-        """Column of the first token of the leading filled run that may not stand there, if any, and whether the grammar
-        failed there."""
+        """The column of the first token of the leading filled run that is not allowed there, if any, and whether the
+        grammar failed there."""
         tried, refused = 0, None
         for c, token in enumerate(tokens):
             if not filled[c] or constraint.ends_with(token):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tries grammars in processes of their own, within limits of time and memory, before this process compiles them.
+"""Try grammars in separate processes, within limits of time and memory, before this process compiles them.
 
-A compiled grammar cannot be handed from one process to another. But compiling does the same again: what was built
-there within the limits will be built here within them, and what was not has harmed nothing but its worker, which is
-replaced by the next trial.
+A compiled grammar cannot be passed from one process to another, but compiling repeats the same work. What was built
+there within the limits will be built here within them, and what was not has only harmed its worker, which the next
+trial replaces.
 """
 
 import json
@@ -20,15 +20,15 @@ _MAX_START_S = 60.0
 
 
 class TrialCancelled(Exception):
-    """Whoever asked has left."""
+    """The caller has left."""
 
 
 class TrialFailed(Exception):
-    """It says nothing about the grammar."""
+    """The trial could not say anything about the grammar."""
 
 
 class Cancellation:
-    """Cuts a trial off: ``cancel`` may come from any thread, before, during or after it."""
+    """Cancels a trial: call ``cancel`` from any thread, before, during or after it."""
 
     def __init__(self) -> None:
         self._lock, self.cancelled = threading.Lock(), False
@@ -41,7 +41,7 @@ class Cancellation:
                 self._kill()
 
     def guard(self, kill: Callable[[], None] | None) -> None:
-        """From now on ``kill`` is how to cut off; None: there is nothing to cut off any more."""
+        """From now on ``cancel`` calls ``kill``; None means that there is nothing left to cancel."""
         with self._lock:
             self._kill = kill
             if self.cancelled and kill is not None:
@@ -49,7 +49,7 @@ class Cancellation:
 
 
 class Trials:
-    """At most ``NUM_WORKERS`` processes for one tokenizer, started when they are needed. For several threads."""
+    """At most ``NUM_WORKERS`` processes for one tokenizer, started when they are needed. Safe for several threads."""
 
     def __init__(self, tokenizer_json: str, vocab_size: int, limits: Limits = LIMITS) -> None:
         self._limits = limits
@@ -59,14 +59,14 @@ class Trials:
         self._closed = False
 
     def warm(self) -> None:
-        """Have a worker that is ready."""
+        """Start a worker, so that one is ready."""
         with self._places:
             self._give_back(self._take())
 
     def run(self, schema: str | None, grammar: str | None, cancellation: Cancellation) -> tuple[str | None, float]:
         """What is wrong with a grammar, if anything, and how long it took to compile, in seconds of processor time.
 
-        TrialFailed where that could not be found out; TrialCancelled.
+        Raises TrialFailed if that could not be determined, and TrialCancelled.
         """
         question = json.dumps([schema, grammar]).encode()
         with self._places:
@@ -99,7 +99,7 @@ class Trials:
         raise TrialFailed("the process that compiles it was killed; try again later")
 
     def close(self) -> None:
-        """End the processes that run no trial; others end with theirs."""
+        """End the processes that run no trial; the others end with their trial."""
         self._closed = True
         while self._idle:
             self._idle.pop().close()
@@ -121,10 +121,10 @@ class Trials:
 
 
 class _Worker(HelperProcess):
-    """One process, which knows the tokenizer."""
+    """One process, which has loaded the tokenizer."""
 
     def __init__(self, first: bytes, limits: Limits) -> None:
-        """TrialFailed if it does not come up."""
+        """Raises TrialFailed if the process does not start."""
         super().__init__(trial_worker.__name__, str(limits.seconds), str(limits.megabytes))
         try:
             answer = self.ask(first, _MAX_START_S)

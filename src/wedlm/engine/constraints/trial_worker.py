@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that compiles a stranger's grammar before the server does, see ``trial.py``: ``python -m`` this, with the
-limits' seconds and megabytes.
+"""The process that compiles a stranger's grammar before the server does, see ``trial.py``. It is run by ``python -m``
+with the limits in seconds and megabytes.
 
-It is asked in JSON. First comes [tokenizer, vocabulary size], answered by null or a sentence; then grammars,
-[schema, grammar], each answered by [null or a sentence, seconds of processor time]. What breaks the limits ends the
-process. The time limit is one of processor time where there are interval timers (not on Windows); the memory
-limit counts from what is held before, where /proc tells that (Linux).
+It answers questions in JSON. First comes [tokenizer, vocabulary size], answered by null or a sentence. Then come
+grammars, [schema, grammar], each answered by [null or a sentence, seconds of processor time]. Breaking a limit ends the
+process. The time limit counts processor time where there are interval timers (not on Windows); the memory limit counts
+from the memory held before, where /proc shows it (Linux).
 """
 
 import json
@@ -25,7 +25,7 @@ from wedlm.engine.helper_process import answer_questions
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one trial: ten times and more of what schemas of 65,536 characters need that people write."""
+    """The limits of one trial: at least ten times what human-written schemas of 65,536 characters need."""
 
     seconds: float = 1.0
     megabytes: int = 256
@@ -38,7 +38,7 @@ _STACK_BYTES = 2**20
 
 
 def main() -> None:
-    """Serve until nobody can ask any more."""
+    """Answer questions until the other side closes."""
     threading.stack_size(_STACK_BYTES)
     trials = _Trials(Limits(float(sys.argv[1]), int(sys.argv[2])))
     # Only the main thread may say what signals do, and only another has a stack of that size.
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 class _Trials:
-    """Answers of one process."""
+    """Answers the questions of one process."""
 
     def __init__(self, limits: Limits) -> None:
         self._meter, self._tokens = _Meter(limits), None
@@ -127,7 +127,7 @@ class _Meter:
 
 
 def why_it_ended(returncode: int, limits: Limits) -> str:
-    """What a trial did that ended the process."""
+    """What a trial did to end the process."""
     if returncode == -getattr(signal, "SIGPROF", 0):
         return f"it takes more than {limits.seconds:g} s to compile; expected a simpler one"
     if returncode in (_OUT_OF_MEMORY, -signal.SIGABRT):

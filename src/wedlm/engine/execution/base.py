@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all ways to run a step have in common: the interface to the engine, and the model as they see it."""
+"""What all executors of a step have in common: their interface to the engine, and the model as they see it."""
 
 from typing import Protocol, TypeVar
 
@@ -38,11 +38,11 @@ class PlanAttention(Protocol[A_co]):
 
 
 class StepExecutor(Protocol):
-    """A way to run the plan of a step.
+    """Runs the plan of a step.
 
-    It finds the windows of the plan's requests in ``Windows`` (loading those that have no slot yet), brings the keys of
-    all scheduled rows into the cache, moves the windows on, and says what became final. ``EagerStep`` is the reference:
-    every other way gives its results. Results are in the order of the plan.
+    It finds the windows of the plan's requests in ``Windows`` (and loads those that have no slot yet), puts the keys of
+    all scheduled rows into the cache, advances the windows, and reports what became final. ``EagerStep`` is the
+    reference: every other executor gives its results. Results are in the order of the plan.
     """
 
     @property
@@ -56,7 +56,7 @@ class StepExecutor(Protocol):
         ...
 
     def takes(self, plan: StepPlan) -> bool:
-        """Whether this way can run the plan. Looks at the plan alone."""
+        """Whether this executor can run the plan. Looks only at the plan."""
         ...
 
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -64,9 +64,10 @@ class StepExecutor(Protocol):
         ...
 
     def unload(self, request: Request) -> None:
-        """Drop what is kept for the request; its slot in ``Windows`` is being freed."""
+        """Drop what is kept for the request, whose slot in ``Windows`` is being freed."""
         ...
 
     def measure_costs(self, costs: StepCosts, most_rows: int) -> None:
-        """Add to the table what it lacks up to ``most_rows`` rows, as far as that takes no more than about a second."""
+        """Add the missing sizes up to ``most_rows`` rows to the table, as far as that takes no more than about a
+        second."""
         ...

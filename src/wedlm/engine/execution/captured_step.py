@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps as CUDA graphs: what a step needs goes to the device unawaited, one replay runs it, and the host reads the
+"""Steps as CUDA graphs: inputs go to the device without waiting, one replay runs the step, and the host reads the
 results while the next step runs."""
 
 from typing import Literal, Protocol
@@ -26,7 +26,7 @@ _MOST_CHUNK_ROWS = 2048
 
 
 class StepPeers(Protocol):
-    """Other ranks that take part in each step, told before it."""
+    """Other ranks that take part in each step, and are told about it before."""
 
     def announce(self, what: Literal["capture", "run"], shape: StepShape) -> None: ...
 
@@ -40,10 +40,10 @@ class StepPeers(Protocol):
 
 
 class CapturedStep:
-    """``StepExecutor`` for steps that do not need the host. The cache's last page must not be any pool's, and
+    """The ``StepExecutor`` for steps that do not need the host. No pool may contain the cache's last page, and
     ``windows`` must have a null slot.
 
-    ``capture_chunks``: takes steps with prompt chunks, too. ``peers``: where other ranks take part in each step.
+    ``capture_chunks``: also run steps with prompt chunks. ``peers``: set if other ranks take part in each step.
     """
 
     runs_ahead = True
@@ -83,7 +83,7 @@ class CapturedStep:
         self._num_pages_sent.pop(request.request_id, None)
 
     def takes(self, plan: StepPlan) -> bool:
-        """Whether the host has no part in the step."""
+        """Whether the step can run without the host."""
         most = _MOST_CHUNK_ROWS if self.capture_chunks else 0
         for one in plan.scheduled:
             if not one.is_window:  # windows come first

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step of decoding windows and prompt chunks as device code alone: no size depends on data, nothing waits, a CUDA
-graph can hold it.
+"""One step of decoding windows and prompt chunks as device code alone: no size depends on data and nothing waits, so a
+CUDA graph can hold it.
 
-The twin is ``EagerStep``. Whatever a step needs lies in tensors by request slot: windows, parameters, pages.
+The twin is ``EagerStep``. Everything that a step needs lies in tensors by request slot: windows, parameters, pages.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,9 @@ from wedlm.kernels.window_verified import VerifiedRows, update_verified, verifie
 
 @dataclass(frozen=True)
 class StepShape:
-    """All that a captured step depends on: S windows, with upper bounds of their rows in all (``num_window_rows``) and
-    each (``max_rows``) and of their logits; T rows in all, those of chunks included. No window: chunks alone."""
+    """Everything that a captured step depends on: S windows, with upper bounds on their rows in all
+    (``num_window_rows``), on the rows of each (``max_rows``) and on their logits; T rows in all, including those of
+    chunks. Without windows a step has only chunks."""
 
     num_sequences: int
     num_rows: int
@@ -44,14 +45,14 @@ class StepShape:
     def of_windows(
         cls, num_sequences: int, num_rows: int, num_logits: int, max_rows: int, flags: BatchFlags
     ) -> "StepShape":
-        """Of a step without chunks."""
+        """The shape of a step without chunks."""
         return cls(num_sequences, num_rows, num_logits, max_rows, flags, num_rows)
 
 
 @dataclass(frozen=True)
 class ChunkRows:
-    """Chunks of N prompts, the last of T rows; the rows before theirs are as padding. On the device, overwritten before
-    each step. Chunks without rows start at T and belong to the null slot."""
+    """Chunks of N prompts, which are the last of T rows; the rows before theirs count as padding. They lie on the
+    device and are overwritten before each step. Chunks without rows start at T and belong to the null slot."""
 
     tokens: Tensor
     positions: Tensor
@@ -64,16 +65,15 @@ class ChunkRows:
 
     @classmethod
     def views(cls, numbers: Tensor, num_rows: int, num_chunks: int) -> "ChunkRows":
-        """Of int64 [4 T + 4 N], the fields one after the other."""
+        """Views into int64 [4 T + 4 N], the fields one after the other."""
         return cls(*numbers.split([*[num_rows] * 4, *[num_chunks] * 4]))
 
 
 class DeviceTables:
-    """What persists between steps on the device, by request slot: parameters, pages, slots of adapters, limits of
-    rows.
+    """The tables that stay on the device between steps, by request slot: parameters, pages, adapter slots, row limits.
 
-    The windows' null slot has an empty window, and its pages are not any request's. ``row_budget`` and ``max_drafts``
-    are those of ``params`` as ``limit`` last lowered them.
+    The windows' null slot has an empty window, and its pages belong to no request. ``row_budget`` and ``max_drafts``
+    are those of ``params``, as ``limit`` last lowered them.
     """
 
     def __init__(self, windows: Windows, num_pages: int, num_stop_tokens: int) -> None:
@@ -85,14 +85,14 @@ class DeviceTables:
         self.row_budget, self.max_drafts = params.window.row_budget.clone(), params.window.max_drafts.clone()
 
     def limit(self, row_budget: int, max_drafts: int) -> None:
-        """Let adaptive windows have at most ``row_budget`` rows and ``max_drafts`` drafts from the next launch on."""
+        """Limit adaptive windows to ``row_budget`` rows and ``max_drafts`` drafts from the next launch on."""
         limited = self.params.limited(row_budget, max_drafts)
         self.row_budget.copy_(limited.row_budget)
         self.max_drafts.copy_(limited.max_drafts)
 
 
 class DeviceModel(Protocol):
-    """A ``FusedTransformer``, or a part of one that computes with other ranks."""
+    """A ``FusedTransformer``, or one rank's part of it."""
 
     @property
     def has_masked_lora(self) -> bool: ...
@@ -120,11 +120,11 @@ ChooseRows = Callable[[Tensor, BatchParams, Tensor, Tensor, BatchFlags], RowChoi
 
 
 class DeviceStep:
-    """``step(shape, index)`` moves the windows at slots ``index`` [S] (padded with the null slot) one step on.
+    """``step(shape, index)`` advances the windows at slots ``index`` [S] (padded with the null slot) by one step.
 
-    ``choose_rows``: where ranks share the model, whose logits are then of a part of the vocabulary, what chooses.
+    ``choose_rows`` chooses the tokens if ranks share the model, whose logits then cover a part of the vocabulary.
 
-    ``force_choice``: for benchmarks, replaces the tokens [T] chosen for the rows of verified windows.
+    ``force_choice`` is for benchmarks: it replaces the tokens [T] chosen for the rows of verified windows.
     """
 
     def __init__(
@@ -147,8 +147,8 @@ class DeviceStep:
 
     @torch.inference_mode()
     def __call__(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None = None) -> Tensor:
-        """Results as ``wedlm.kernels.step_output`` has them. ``chunks``: N of ``shape.num_chunks`` prompts, beside the
-        windows."""
+        """Run the step; results are laid out as in ``wedlm.kernels.step_output``. ``chunks``: the N of
+        ``shape.num_chunks`` prompts, next to the windows."""
         assert (chunks is not None) == (shape.num_chunks > 0)
         if not shape.num_sequences:
             assert chunks is not None
@@ -178,9 +178,9 @@ class DeviceStep:
         self, shape: StepShape, tokens: Tensor, positions: Tensor, slots: Tensor, plan: PagedRows,
         logits_indices: Tensor | None, chunks: ChunkRows | None, kinds: tuple[Tensor | None, ...] = (None, None),
     ) -> Tensor:  # fmt: skip
-        """Logits of the rows ``logits_indices`` (None: the first L), after the chunks' rows took the last places.
-        ``kinds``: flags of masked rows, where some factors are for them, and the slots of the adapters of windows'
-        rows, where there are any."""
+        """Logits of the rows ``logits_indices`` (None: the first L); the chunks' rows take the last places. ``kinds``:
+        flags of masked rows, if some factors are for them, and the slots of the adapters of windows' rows, if there are
+        any."""
         groups = [plan]
         masked, adapters = kinds
         if chunks is not None:
@@ -199,7 +199,7 @@ class DeviceStep:
     def _kinds(
         self, shape: StepShape, index: Tensor, sequence: Tensor, masked: Callable[[], Tensor | None]
     ) -> tuple[Tensor | None, ...]:
-        """``kinds`` of ``_forward``, of rows of the windows ``sequence`` [T]; ``masked`` is asked where it matters."""
+        """``kinds`` for ``_forward``, for rows of the windows ``sequence`` [T]; calls ``masked`` only if it matters."""
         adapters = self.tables.adapter[index[sequence]] if shape.has_adapters else None
         return masked() if shape.has_adapters or self.model.has_masked_lora else None, adapters
 
@@ -240,7 +240,7 @@ class DeviceStep:
         )
 
     def _any(self, shape: StepShape, index: Tensor, chunks: ChunkRows | None) -> Tensor:
-        """Streaming and verified windows side by side, in plain tensor operations: the twin of the other two."""
+        """Run streaming and verified windows together in plain tensor operations: the twin of the other two."""
         tables, page_size = self.tables, self.cache.page_size
         params = tables.params.take(index, shape.flags)
         state, run = extend(self.windows.state.take(index), params.window)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step in plain torch operations, one after the other, with exact sizes: the reference for every other way."""
+"""A step in plain torch operations, one after the other, with exact sizes: the reference for every other executor."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,11 +30,11 @@ A = TypeVar("A")
 
 
 class EagerStep(Generic[A]):
-    """``StepExecutor`` for every plan, on any device; waits for the device several times a step.
+    """The ``StepExecutor`` for every plan, on any device. It waits for the device several times a step.
 
-    ``block_length``: as in ``ExtendBatch``. ``local_model`` and ``choose``: where ranks share a model, its forward
-    without whole logits, and the choice from what that returns. ``force_choice``: for benchmarks, replaces the tokens
-    chosen by window column, given the windows, what was chosen and the windows' parameters.
+    ``block_length`` is as in ``ExtendBatch``. ``local_model`` and ``choose`` are for ranks that share a model: its
+    forward without whole logits, and the choice from its result. ``force_choice`` is for benchmarks: it replaces the
+    tokens chosen by window column, given the windows, the choice and the windows' parameters.
     """
 
     runs_ahead = False
@@ -66,7 +66,7 @@ class EagerStep(Generic[A]):
         pass
 
     def measure_costs(self, costs: StepCosts, most_rows: int) -> None:
-        """With forwards of 1, 2, 4, ... rows, until all calls together have taken ``MEASURING_S``."""
+        """Run forwards of 1, 2, 4, ... rows until all calls together have taken ``MEASURING_S``."""
         attend = cast(A, CausalAttend())  # only asked of models that attend so: captured steps time themselves
 
         @torch.inference_mode()
@@ -83,7 +83,7 @@ class EagerStep(Generic[A]):
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> FinishedStep:
-        """One forward: windows' rows, then chunks' rows."""
+        """Run one forward: the windows' rows, then the chunks' rows."""
         windows = [one for one in plan.scheduled if one.is_window]
         chunks = plan.scheduled[len(windows) :]
         results: StepResults = [*self._run_windows(windows, chunks, plan)] if windows else []
@@ -158,8 +158,8 @@ class EagerStep(Generic[A]):
         logits_indices: Tensor,
         masked: Tensor | None,
     ) -> Tensor:
-        """Windows' rows, then chunks' rows, through the model; logits [L, V] of window rows only. ``scheduled``: the
-        windows' requests."""
+        """Run the windows' rows, then the chunks' rows, through the model; returns logits [L, V] of window rows only.
+        ``scheduled`` are the windows' requests."""
         tokens, positions = [window_tokens], [window_positions]
         for one in chunks:
             stop = one.start + one.count
@@ -196,7 +196,7 @@ class EagerStep(Generic[A]):
         widest = max(counts)
         tokens, logprobs = emitted.tokens[:, :widest].tolist(), emitted.logprobs[:, :widest].tolist()
         for s, one in enumerate(windows):
-            # What the prompt had of a block is no output.
+            # The prompt's part of a block is not output.
             first = max(0, len(one.request.prompt_token_ids) - cached[s]) if self.block_length > 1 else 0
             new = slice(first, max(first, counts[s]))
             top = self.windows.pop_top_logprobs(one.request, new.stop - first)

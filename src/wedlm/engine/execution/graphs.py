@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA graphs of device steps: which sizes there are, capture, replay."""
+"""CUDA graphs of device steps: their sizes, capture and replay."""
 
 from bisect import bisect_left
 from collections.abc import Callable
@@ -34,8 +34,8 @@ Announce = Callable[[Literal["capture", "run"], StepShape], None]
 
 
 class StepGraphs:
-    """The steps captured so far, by shape. Without a GPU there is nothing to capture, and the same device code runs
-    directly, for the tests. ``announce``: told of each capture and of each run before it begins, with its shape."""
+    """The steps captured so far, by shape. Without a GPU nothing can be captured, and the same device code runs
+    directly, for the tests. ``announce`` is called with the shape before each capture and each run."""
 
     def __init__(self, step: ShapedStep, announce: Announce | None = None) -> None:
         self._step, self._announce = step, announce
@@ -44,15 +44,16 @@ class StepGraphs:
         self._latest: torch.cuda.CUDAGraph | None = None  # keeps alive the memory that all captured steps share
 
     def clear(self) -> None:
-        """Capture each step again when it is next needed."""
+        """Forget the graphs, so that each step is captured again when it is next needed."""
         self._graphs.clear()
+        self._latest = None
 
     def lacks(self, shape: StepShape) -> bool:
         """Whether the step has to be captured before it can run."""
         return self.captures and shape not in self._graphs
 
     def add(self, shape: StepShape, index: Tensor | None, chunks: ChunkRows | None) -> None:
-        """Capture the step. Its inputs name the null slot and empty chunks meanwhile, which no step changes."""
+        """Capture the step. While capturing, its inputs name the null slot and empty chunks, which no step changes."""
         self._graphs[shape] = self.capture(shape, index, chunks)
 
     def run(self, shape: StepShape, index: Tensor | None, chunks: ChunkRows | None) -> Tensor:
@@ -77,14 +78,16 @@ class StepGraphs:
             self._step(shape, index, chunks)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=None if self._latest is None else self._latest.pool()):
+        pool = None if self._latest is None else self._latest.pool()
+        # Other threads may look at their events meanwhile, as NCCL's does.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             results = self._step(shape, index, chunks)
         self._latest = graph
         return graph, results
 
     def measure_costs(self, costs: StepCosts, most_rows: int, index: Tensor) -> None:
-        """Time steps of padding alone, which read all weights and no keys; each size once. ``index`` [1] is the null
-        slot."""
+        """Time steps of padding alone, which read all weights and no keys, once for each size. ``index`` [1] is the
+        null slot."""
         if not self.captures:  # the time of interpreted kernels means nothing: the table is made up
             if not costs.most_rows:
                 costs.add(1, 1.0)
@@ -107,7 +110,7 @@ class StepGraphs:
 
 
 def step_shape(windows: list[ScheduledRequest], chunks: list[ScheduledRequest], flags: BatchFlags) -> StepShape:
-    """The captured step that holds these windows, whose flags are ``flags``, and chunks."""
+    """The shape of a captured step that holds these windows, whose flags are ``flags``, and these chunks."""
     has_adapters = any(one.request.adapter is not None for one in (*windows, *chunks))
     return replace(_sizes(windows, chunks, flags), has_adapters=has_adapters)
 
@@ -140,5 +143,5 @@ def _size(number: int) -> int:
 
 
 def _chunk_size(number: int) -> int:
-    """``_size`` where chunks share the step."""
+    """``_size`` for steps that chunks share."""
     return next(size for size in _CHUNK_SIZES if size >= number)

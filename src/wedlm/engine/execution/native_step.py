@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps in the native library of CPUs: one call, or several where the host has to see or change logits."""
+"""Steps in the native library of CPUs: one call, or several if the host has to see or change logits."""
 
 from collections.abc import Callable
 
@@ -23,10 +23,10 @@ from wedlm.native.decoder import Chunk, NativeDecoder, StepTensors
 
 
 class NativeStep:
-    """``StepExecutor`` for the plans of a native model, save those that fill by the probability of tokens. The twin is
+    """The ``StepExecutor`` for a native model's plans, except those that fill by the probability of tokens. The twin is
     ``EagerStep`` with the same model.
 
-    ``force_choice``: as in ``EagerStep``.
+    ``force_choice`` is as in ``EagerStep``.
     """
 
     runs_ahead = False
@@ -48,7 +48,7 @@ class NativeStep:
         self._num_pages.pop(request.request_id, None)
 
     def measure_costs(self, costs: StepCosts, most_rows: int) -> None:
-        """With forwards of 1, 2, 4, ... rows, until all calls together have taken ``MEASURING_S``."""
+        """Run forwards of 1, 2, 4, ... rows until all calls together have taken ``MEASURING_S``."""
 
         def forward(num_rows: int) -> None:
             rows = torch.arange(num_rows)
@@ -57,7 +57,7 @@ class NativeStep:
         self._measured_s += costs.measure(forward, most_rows, MEASURING_S - self._measured_s)
 
     def launch(self, plan: StepPlan) -> FinishedStep:
-        """One forward: windows' rows, then chunks' rows."""
+        """Run one forward: the windows' rows, then the chunks' rows."""
         self._set_step(plan)
         windows = [one for one in plan.scheduled if one.is_window]
         has_host = self.force_choice is not None or any(one.request.output.constraint is not None for one in windows)
@@ -103,7 +103,7 @@ class NativeStep:
 
     @torch.inference_mode()
     def _run_with_host(self, windows: list[ScheduledRequest]) -> None:
-        """The parts of the step, with what Python has to say between them."""
+        """Run the parts of the step, with Python's changes between them."""
         requests = [one.request for one in windows]
         reports = any(request.params.logprobs is not None for request in requests)
         step = self.decoder.forward(keep_raw=reports)

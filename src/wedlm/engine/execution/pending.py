@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps that were launched: how the host waits for their results."""
+"""Launched steps: how the host waits for their results."""
 
 from typing import Protocol
 
@@ -15,12 +15,12 @@ class PendingStep(Protocol):
     """A launched step."""
 
     def wait(self) -> StepResults:
-        """Wait for the step, and for nothing launched after it. Called once."""
+        """Wait for the step, but not for steps launched after it. Call it once."""
         ...
 
 
 class FinishedStep:
-    """``PendingStep`` of a way that computes the step while it launches it."""
+    """The ``PendingStep`` of an executor that computes the step while it launches it."""
 
     def __init__(self, results: StepResults) -> None:
         self._results = results
@@ -30,7 +30,7 @@ class FinishedStep:
 
 
 class HostBuffer:
-    """Pinned memory, and an event, for the results of one pending step at a time: both are slow to make."""
+    """Pinned memory and an event for the results of one pending step at a time; both are slow to make."""
 
     def __init__(self, results: Tensor) -> None:
         on_gpu = results.is_cuda
@@ -40,9 +40,9 @@ class HostBuffer:
 
 
 class DeviceStepResults:
-    """``PendingStep`` whose results, laid out as ``kernels.step_output`` says, are being copied to the host.
+    """A ``PendingStep`` whose results, laid out as in ``kernels.step_output``, are being copied to the host.
 
-    ``free_buffers``: those free for this shape; a buffer that was read goes back to it.
+    ``free_buffers`` are free for this shape; a buffer returns to them once it is read.
     """
 
     def __init__(self, num_windows: int, num_chunks: int, results: Tensor, free_buffers: list[HostBuffer]) -> None:

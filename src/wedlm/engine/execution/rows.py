@@ -21,11 +21,11 @@ Constrain = Callable[[Tensor, Tensor, SamplingBatch], None]  # (logits [L, V], i
 
 @dataclass(frozen=True)
 class WindowRows:
-    """T rows of S windows, packed window by window, then padding, if any. Fields but ``layout`` are by row [T].
+    """T rows of S windows, packed window by window, then padding, if any. All fields but ``layout`` are by row [T].
 
     ``column``: the window column that a row holds. ``needs_logits``: streaming takes a token for each masked row, and
-    verification for every row; ``logits_row``: the row whose logits decide that token, itself but for the first masked
-    one of causal streaming, for which the last of the leading filled run has them.
+    verification for every row. ``logits_row``: the row whose logits decide that token. This is the row itself, except
+    that causal streaming decides the first masked row's token from the last row of the leading filled run.
     """
 
     packed: PackedRows
@@ -42,8 +42,8 @@ class WindowRows:
 def window_rows(
     state: WindowState, params: WindowParams, num_rows: int, mask_token_id: int, padded: bool
 ) -> WindowRows:
-    """The rows of windows as ``extend`` left them. ``num_rows`` is their sum, or if ``padded`` an upper bound of it;
-    padding is not filled, needs no logits and has token ``mask_token_id``, position 0 and visibility (0, 0)."""
+    """The rows of windows after ``extend``. ``num_rows`` is their sum, or if ``padded`` an upper bound of it. Padding
+    is not filled, needs no logits and has token ``mask_token_id``, position 0 and visibility (0, 0)."""
     order = topological_order(state.filled, state.width)
     packed = pack_rows(state.width, num_rows)
     sequence = packed.sequence
@@ -71,8 +71,8 @@ def window_rows(
 def with_adapters(
     masked: Tensor | None, slots: Sequence[int], counts: Sequence[int], device: torch.device
 ) -> tuple[Tensor | None, ...]:
-    """What ``RowsModel`` takes last: masked rows, and if there are any, the slots of the rows' adapters, given those of
-    sequences of ``counts`` rows."""
+    """The last arguments of ``RowsModel``: masked rows and, if there are any, the slots of the rows' adapters, given
+    those of sequences of ``counts`` rows."""
     if not any(slots):
         return (masked,)
     adapters = torch.repeat_interleave(torch.tensor(slots), torch.tensor(counts))
@@ -81,8 +81,8 @@ def with_adapters(
 
 @dataclass(frozen=True)
 class RowChoices:
-    """By row with logits [L]: the token chosen, and of the raw logits the entropy (nats) and the choice's
-    log-probability. ``raw_logprobs`` [L, V]: those of all tokens, if they were asked for."""
+    """For each row with logits [L] the token chosen, and from the raw logits the entropy (nats) and the choice's
+    log-probability. ``raw_logprobs`` [L, V]: those of all tokens, if requested."""
 
     choice: Tensor
     entropy: Tensor
@@ -90,7 +90,7 @@ class RowChoices:
     raw_logprobs: Tensor | None = None
 
     def by_column(self, sequence: Tensor, column: Tensor, shape: torch.Size, real: Tensor | None = None) -> RowResults:
-        """Scattered to windows of ``shape`` [S, C]. ``real``: rows that count; None: all do."""
+        """Scatter to windows of ``shape`` [S, C]. ``real``: the rows that count; None: all."""
         num_windows, capacity = shape
         padding = 0
         if real is not None:  # the others write to a window that does not exist
@@ -103,7 +103,7 @@ class RowChoices:
 
 
 class ChooseRowTokens(Protocol):
-    """``choose_row_tokens``, or what does the same with the logits of one rank."""
+    """``choose_row_tokens``, or a function that does the same with the logits of one rank."""
 
     def __call__(
         self,
@@ -131,10 +131,11 @@ def choose_row_tokens(
     report: Report,
     constrain: Constrain | None = None,
 ) -> RowChoices:
-    """One token per row of logits [L, V] (float32), which may be changed in place.
+    """Choose one token per row of logits [L, V] (float32), which may be changed in place.
 
-    ``index`` [L]: each row's place in ``params``; ``target`` [L]: the position that its token is for. ``report``: the
-    log-probabilities that are wanted; others mean nothing, and entropies only with some or with ``flags.entropy``.
+    ``index`` [L] is each row's place in ``params``, and ``target`` [L] the position that its token is for. ``report``
+    says which log-probabilities are needed; the others are meaningless, and so are entropies unless some are needed or
+    ``flags.entropy`` is set.
     """
     entropy = logsumexp = logits.new_zeros(len(logits))
     if flags.entropy or report != "none":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the steps of an engine, each in the first of its ways that takes the plan."""
+"""Runs the steps of an engine, each with the first executor that accepts the plan."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from wedlm.engine.request import Request, WindowSnapshot
 
 
 class Runner:
-    """``preferred`` ways in order; ``eager`` takes what they do not."""
+    """``preferred`` executors in order; ``eager`` takes the plans that they do not."""
 
     def __init__(self, windows: Windows, eager: EagerStep, preferred: Sequence[StepExecutor] = ()) -> None:
         self.windows, self.cache, self.eager = windows, eager.cache, eager
@@ -30,15 +30,15 @@ class Runner:
         return self.windows.device
 
     def measure_costs(self, costs: StepCosts, most_rows: int) -> None:
-        """Of the preferred way."""
+        """Measure the costs of the preferred executor."""
         self.executors[0].measure_costs(costs, most_rows)
 
     def can_launch(self, plan: StepPlan) -> bool:
-        """Whether ``launch`` takes the plan: it starts the step, and the host may read it while the next one runs."""
+        """Whether ``launch`` accepts the plan: it starts the step, and the host may read it while the next one runs."""
         return any(one.takes(plan) for one in self._ahead)
 
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Start a step that ``can_launch`` has said yes to."""
+        """Start a step that ``can_launch`` accepted."""
         return _first_that_takes(self._ahead, plan).launch(plan)
 
     def run(self, plan: StepPlan) -> StepResults:
@@ -46,7 +46,7 @@ class Runner:
         return _first_that_takes(self._direct, plan).launch(plan).wait()
 
     def suspend(self, request: Request) -> WindowSnapshot:
-        """Free the request's slot; its window as it stands. Waits for the device."""
+        """Free the request's slot and return its window. Waits for the device."""
         window = self.windows.snapshot(request)
         self.unload(request)
         return window

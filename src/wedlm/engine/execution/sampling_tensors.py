@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters of several windows as tensors: those of one step, or of all slots."""
+"""Parameters of several windows as tensors, for one step or for all slots."""
 
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
@@ -32,7 +32,8 @@ class BatchParams:
     def stack(
         cls, params: list[DecodeParams], device: torch.device, num_stop_tokens: int | None = None
     ) -> "BatchParams":
-        """``num_stop_tokens``: columns of ``stop_tokens``; by default as many as some window has."""
+        """``num_stop_tokens`` is the number of columns of ``stop_tokens``, by default as many as the window with most
+        of them needs."""
         num_stop_tokens = max(len(p.stop_token_ids) for p in params) if num_stop_tokens is None else num_stop_tokens
         ends = [[*p.stop_token_ids, *[-1] * (num_stop_tokens - len(p.stop_token_ids))] for p in params]
         return cls(
@@ -48,7 +49,7 @@ class BatchParams:
         )
 
     def limited(self, row_budget: int, max_drafts: int) -> WindowParams:
-        """The window parameters with at most ``row_budget`` rows and ``max_drafts`` drafts where they are adaptive."""
+        """The window parameters with at most ``row_budget`` rows and ``max_drafts`` drafts for adaptive windows."""
         if not self.flags.adaptive:
             return self.window
         rows = torch.where(self.is_adaptive, self.window.row_budget.clamp(max=row_budget), self.window.row_budget)
@@ -80,7 +81,7 @@ class BatchParams:
         return replace(_map(self, lambda t: t[index]), window=window, flags=flags)
 
     def pairs(self, others: "BatchParams") -> list[tuple[Tensor, Tensor]]:
-        """Each tensor of this one, and the same of ``others``."""
+        """Each tensor together with the same tensor of ``others``."""
         both = ((self, others), (self.window, others.window))
         named = [(getattr(mine, f.name), getattr(its, f.name)) for mine, its in both for f in fields(mine)]
         return [pair for pair in named if isinstance(pair[0], Tensor)]

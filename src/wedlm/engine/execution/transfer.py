@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers from the host to the device without waiting for it: it may still have steps to do."""
+"""Send numbers from the host to the device without waiting for it, since it may still have steps to do."""
 
 import torch
 from torch import Tensor

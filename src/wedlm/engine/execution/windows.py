@@ -15,10 +15,10 @@ from wedlm.engine.sampling_params import MAX_LOGPROBS
 
 
 class Windows:
-    """``state`` has one window per request slot. All ways to run a step share one ``Windows``.
+    """``state`` has one window per request slot. All executors share one ``Windows``.
 
-    ``capacity``: columns at first; wider windows widen all. With a null slot there is one slot more, the last, whose
-    window stays empty: padding points at it.
+    ``capacity`` is the number of columns at first; wider windows widen all. With a null slot there is one extra slot,
+    the last, whose window stays empty; padding points at it.
     """
 
     def __init__(self, num_slots: int, device: torch.device, capacity: int = 32, has_null_slot: bool = False) -> None:
@@ -34,7 +34,7 @@ class Windows:
         return self.num_slots
 
     def load(self, requests: Sequence[Request]) -> None:
-        """Put the windows of those requests that have no slot yet on the device."""
+        """Put the windows of requests that have no slot yet on the device."""
         new = [request for request in requests if request.request_id not in self.slots]
         if not new:
             return
@@ -59,8 +59,8 @@ class Windows:
         scatter_rows(slots, values)
 
     def propose(self, plan: StepPlan) -> None:
-        """Put the drafts from the text in the windows of the plan, all of them loaded, in place of their own. Nothing
-        waits for the device."""
+        """Put the drafts from the text into the windows of the plan, which must be loaded, in place of their own. Does
+        not wait for the device."""
         proposed = [(one, one.proposal) for one in plan.scheduled if one.proposal is not None and one.proposal.most]
         if not proposed:
             return
@@ -83,7 +83,7 @@ class Windows:
     def keep_top_logprobs(
         self, requests: Sequence[Request], sequence: Tensor, target: Tensor, logprobs: Tensor
     ) -> None:
-        """``keep_top`` of the most probable tokens by ``logprobs`` [L, V]."""
+        """Call ``keep_top`` for the most probable tokens by ``logprobs`` [L, V]."""
         top = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[1]), dim=1)
         self.keep_top(requests, sequence.tolist(), target.tolist(), top.indices.tolist(), top.values.tolist())
 
@@ -96,11 +96,11 @@ class Windows:
         logprobs: Sequence[Sequence[float]],
     ) -> None:
         """Remember the top log-probabilities for every position that this step may fill; emission reads the last ones.
-        ``sequence`` and ``target``: of each row, its index in ``requests`` and its position; ``tokens`` and
-        ``logprobs``: the most probable ones, at least as many as the request asks for.
+        ``sequence`` and ``target`` are each row's index in ``requests`` and its position. ``tokens`` and ``logprobs``
+        are the most probable ones, at least as many as the request asks for.
 
-        A masked position that stays masked is overwritten by the next step. When verifying, the masked row of a
-        position comes after the filled row that decides it, so the first one written for a position stands.
+        The next step overwrites a masked position that stays masked. When verifying, the masked row of a position comes
+        after the filled row that decides it, so the first row written for a position wins.
         """
         written: set[tuple[int, int]] = set()
         for s, position, ids, values in zip(sequence, target, tokens, logprobs, strict=True):
@@ -111,7 +111,7 @@ class Windows:
                 kept[position] = list(zip(ids[:count], values[:count], strict=True))
 
     def pop_top_logprobs(self, request: Request, count: int) -> list[TopLogprobs]:
-        """Those of the next ``count`` tokens, which have become final; none if they were not asked for."""
+        """The top log-probabilities of the next ``count`` tokens, which have become final; empty if not requested."""
         if request.params.logprobs is None:
             return []
         kept, first = self.top_logprobs[request.request_id], request.next_position
@@ -125,7 +125,7 @@ class Windows:
             del self.top_logprobs[request.request_id]
 
     def snapshot(self, request: Request) -> WindowSnapshot:
-        """The request's window as it stands; the one it came with, if it never ran. Waits for the device."""
+        """The request's window as it stands, or the one it came with, if it never ran. Waits for the device."""
         slot = self.slots.get(request.request_id)
         if slot is None:
             return request.progress.window
@@ -140,7 +140,8 @@ class Windows:
 
 
 def _limits(one: ScheduledRequest, plan: StepPlan) -> tuple[int, int, int]:
-    """Row budget, most drafts of masked rows, and positions of a window: no more rows than there are pages for."""
+    """Row budget, most drafts of masked rows, and positions of a window, limited by the rows that there are
+    pages for."""
     decode = one.request.decode
     drafts = min(decode.max_drafts, plan.max_drafts) if decode.is_adaptive else decode.max_drafts
     return min(decode.row_budget, one.count), drafts, decode.max_positions

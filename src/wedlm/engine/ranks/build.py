@@ -20,7 +20,7 @@ from wedlm.model import Transformer
 
 
 def tell_cache(ranks: Ranks, cache: KVCache, config: EngineConfig, on_kernels: bool) -> None:
-    """Let the others have a cache like this one, in place of any they had."""
+    """Tell the other ranks to make a cache like this one, in place of the one they had."""
     size = CacheSize(
         num_pages=cache.keys.shape[1] // cache.page_size,
         page_size=cache.page_size,
@@ -54,6 +54,7 @@ def first_runner(
     peers = FirstDeviceRank(fused, rank, mask, ranks)
     captured = WatchedStep(peers, cache, windows, mask, config.max_model_len, options.capture_chunks, peers)
     captured.ranks = ranks
+    ranks.group.captured.add(captured.graphs)
     return Runner(windows, _eager(FirstRank(rank, ranks), cache, windows, mask), [captured])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every rank's key/value cache is like, which rank 0 decides."""
+"""The size and type of every rank's key/value cache, which rank 0 decides."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ _CACHE_TYPES = (torch.float32, torch.bfloat16, torch.float16, FP8)
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Of every rank's key/value cache. ``on_kernels``: whether steps run on our kernels, for which the other ranks have
-    a table of the pages of ``num_slots`` windows and need the mask token's id."""
+    """The size of every rank's key/value cache. ``on_kernels``: whether steps run on our kernels; the other ranks then
+    need a table of the pages of ``num_slots`` windows and the mask token's id."""
 
     num_pages: int
     page_size: int
@@ -26,7 +26,7 @@ class CacheSize:
 
 
 def cache_arrays(size: CacheSize) -> list[np.ndarray]:
-    """As a message; ``read_cache`` undoes it."""
+    """The size as a message; ``read_cache`` undoes this."""
     numbers = [
         size.num_pages, size.page_size, _CACHE_TYPES.index(size.dtype), size.on_kernels,
         size.num_slots, size.max_model_len, size.mask_token_id,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens chosen by ranks that have the logits of a part of the vocabulary each. What they send are a few numbers a row:
-their best token and its logit, the logarithm of their sum of e^logit, their entropy.
+"""Token choice by ranks that each have the logits of a part of the vocabulary. They exchange only a few numbers per
+row: their best token and its logit, the logarithm of their sum of e^logit, and their entropy.
 
-The choice is that of ``choose_tokens`` on whole logits, to the last bit; entropy and log-probability differ from the
-whole's in rounding alone.
+The choice equals that of ``choose_tokens`` on whole logits, to the last bit; entropy and log-probability differ only by
+rounding.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ MOST_EXACT_ID = 2**24  # token ids travel as float32
 
 @dataclass(frozen=True)
 class ChoiceRows:
-    """L rows whose tokens are to be chosen, none by top-k or top-p. ``stop_tokens`` [L, E], padded with -1, are ruled
-    out in rows of ``eos_banned`` [L]; ``wants_entropy``: entropies and log-probabilities, which mean nothing otherwise.
-    """
+    """L rows whose tokens are chosen without top-k or top-p. ``stop_tokens`` [L, E], padded with -1, are ruled out in
+    rows of ``eos_banned`` [L]. ``wants_entropy``: compute entropies and log-probabilities, which are meaningless
+    otherwise."""
 
     sampling: SamplingBatch
     stop_tokens: Tensor
@@ -31,8 +31,8 @@ class ChoiceRows:
 
 
 def choose_over_ranks(group: Group, logits: Tensor, first: int, rows: ChoiceRows) -> tuple[Tensor, Tensor, Tensor]:
-    """(choice, entropy, log-probability) [L] on every rank. ``logits`` [L, V of the rank] (float32) are of the token
-    ids from ``first`` on, and change."""
+    """(choice, entropy, log-probability) [L] on every rank. ``logits`` [L, V of the rank] (float32) belong to the token
+    ids from ``first`` on, and are changed."""
     entropy = logsumexp = logits.new_zeros(len(logits))
     if rows.wants_entropy:
         entropy, logsumexp = entropy_and_logsumexp(logits)
@@ -52,8 +52,8 @@ def choose_over_ranks(group: Group, logits: Tensor, first: int, rows: ChoiceRows
 def combine(
     group: Group, own: Tensor, logits: Tensor, first: int, sampling: SamplingBatch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``choose_over_ranks`` from each rank's best allowed logit, its token, log Σ e^logit and entropy: ``own`` [4, L],
-    float32. ``logits`` are without what is ruled out."""
+    """Combine each rank's best allowed logit, its token, log Σ e^logit and entropy, ``own`` [4, L] in float32, for
+    ``choose_over_ranks``. ``logits`` exclude what is ruled out."""
     parts = group.gather(own)
     value, choice = _best(parts[:, 0], parts[:, 1])
     logsumexp = torch.logsumexp(parts[:, 2], dim=0)
@@ -72,7 +72,8 @@ def combine(
 
 
 def _best(scores: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """Of the ranks' ``scores`` [N, L] the largest, the first among equals, and what the others [N, L] have there."""
+    """The largest of the ranks' ``scores`` [N, L], the first among equals, and the values at the same places of
+    ``others`` [N, L]."""
     best, *rest = scores[0], *(one[0] for one in values)
     for score, *its in zip(scores[1:], *(one[1:] for one in values), strict=True):
         better = score > best

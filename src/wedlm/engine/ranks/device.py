@@ -32,7 +32,7 @@ _FLAGS = tuple(BatchFlags.__dataclass_fields__)
 
 
 def shape_array(shape: StepShape) -> np.ndarray:
-    """As a message has it; ``read_shape`` undoes it."""
+    """The shape as a message; ``read_shape`` undoes this."""
     sizes = [shape.num_sequences, shape.num_rows, shape.num_logits, shape.max_rows, shape.num_window_rows]
     flags = [getattr(shape.flags, name) for name in _FLAGS]
     return np.array([*sizes, shape.num_chunks, *flags], dtype=np.int64)
@@ -45,8 +45,8 @@ def read_shape(numbers: np.ndarray) -> StepShape:
 
 @dataclass(frozen=True)
 class RowsLayout:
-    """What of a forward of this shape goes to the others: sizes of its tensors, one after the other, 0 where there is
-    none. ``picks``: whether logits are of some rows alone."""
+    """Which parts of a forward of this shape go to the other ranks: the sizes of its tensors, one after the other, 0
+    for a missing one. ``picks``: whether only some rows have logits."""
 
     shape: StepShape
     has_masked_lora: bool
@@ -82,7 +82,7 @@ def pack_rows_of(
     masked: Tensor | None,
     layout: RowsLayout,
 ) -> Tensor:
-    """One int64 tensor of a forward's arguments."""
+    """Pack a forward's arguments into one int64 tensor."""
     groups = list(attend.groups)
     of_windows = groups.pop(0) if layout.shape.num_sequences else None
     of_chunks = groups.pop(0) if groups else None
@@ -98,7 +98,7 @@ def _four(group: PagedRows | None) -> list[Tensor | None]:
 
 
 class DeviceRank:
-    """A rank's share of such steps. ``model`` is its part, on our kernels."""
+    """One rank's share of such steps. ``model`` is its part, on our kernels."""
 
     def __init__(self, model: FusedTransformer, rank: Rank, mask_token_id: int) -> None:
         self.model, self.rank, self.mask_token_id = model, rank, mask_token_id
@@ -106,7 +106,7 @@ class DeviceRank:
         self.first = rank.shard.vocabulary.start
 
     def choose(self, logits: Tensor, rows: ChoiceRows) -> RowChoices:
-        """One token a row from this rank's logits [L, V of the rank]."""
+        """Choose one token per row from this rank's logits [L, V of the rank]."""
         if rows.sampling.any_sampled:
             return RowChoices(*choose_over_ranks(self.group, logits.float(), self.first, rows))
         count = torch.arange(len(logits), device=logits.device)
@@ -121,7 +121,7 @@ class DeviceRank:
 
 
 class FirstDeviceRank(DeviceRank):
-    """Rank 0's: called as the model of a ``DeviceStep``, and ``StepPeers`` of its ``CapturedStep``."""
+    """Rank 0's share: called as the model of a ``DeviceStep``, and as ``StepPeers`` of its ``CapturedStep``."""
 
     def __init__(self, model: FusedTransformer, rank: Rank, mask_token_id: int, ranks: Ranks) -> None:
         super().__init__(model, rank, mask_token_id)
@@ -129,12 +129,12 @@ class FirstDeviceRank(DeviceRank):
         self._shape: StepShape | None = None  # of the step that is being computed or captured
 
     def announce(self, what: Literal["capture", "run"], shape: StepShape) -> None:
-        """Tell the others."""
+        """Tell the other ranks."""
         self._shape = shape
         self.ranks.tell(Kind.CAPTURE if what == "capture" else Kind.RUN, [shape_array(shape)])
 
     def add_pages(self, rows: list[int], columns: list[int], pages: list[int]) -> None:
-        """Tell the others."""
+        """Tell the other ranks."""
         self.ranks.tell(Kind.PAGES, [np.array(numbers, dtype=np.int64) for numbers in (rows, columns, pages)])
 
     @property
@@ -187,7 +187,8 @@ class FirstDeviceRank(DeviceRank):
 
 
 class OtherDeviceRank(DeviceRank):
-    """Another rank's step, with the signature of a ``DeviceStep``: what it works on comes from rank 0, within."""
+    """Another rank's step, with the signature of a ``DeviceStep``; it receives its input from rank 0 within
+    the step."""
 
     def __init__(
         self, model: FusedTransformer, rank: Rank, mask_token_id: int, page_table: Tensor, num_stop_tokens: int
@@ -241,7 +242,7 @@ class OtherDeviceRank(DeviceRank):
         self.choose(logits, _unpack_choice(sent, count, stops, flags.sampled, self.mask_token_id))
 
     def add_pages(self, rows: Sequence[int], columns: Sequence[int], pages: Sequence[int]) -> None:
-        """Enter new pages in the table."""
+        """Enter new pages into the table."""
         numbers = torch.tensor([list(rows), list(columns), list(pages)], device=self.device)
         self.page_table[numbers[0], numbers[1]] = numbers[2]
 

@@ -21,14 +21,14 @@ from wedlm.engine.ranks.rank import Rank
 
 @dataclass(frozen=True)
 class PlannedRows:
-    """In place of an ``Attend``: what each rank plans its own from."""
+    """Replaces an ``Attend``: each rank plans its own attention from it."""
 
     batch: ExtendBatch
 
 
 class FirstRank:
-    """``RowsModel`` over all ranks, and ``plan`` its ``PlanAttention``; with ``local_logits`` and ``choose`` an
-    ``EagerStep`` chooses without whole logits."""
+    """``RowsModel`` over all ranks, with ``plan`` as its ``PlanAttention``. With ``local_logits`` and ``choose`` an
+    ``EagerStep`` can choose tokens without whole logits."""
 
     def __init__(self, rank: Rank, ranks: Ranks) -> None:
         self.rank, self.ranks = rank, ranks
@@ -76,8 +76,8 @@ class FirstRank:
         report: Report,
         constrain: Constrain | None = None,
     ) -> RowChoices:
-        """``choose_row_tokens`` of the latest forward's rows; ``logits`` are this rank's. Whole logits are gathered
-        where someone has to see them: for rules, reports, top-k and top-p."""
+        """``choose_row_tokens`` for the latest forward's rows; ``logits`` are this rank's. Gathers whole logits only if
+        rules, reports, top-k or top-p need them."""
         if constrain is not None or report != "none" or flags.truncated:
             logits = self._gather().float()
             return choose_row_tokens(
@@ -103,7 +103,7 @@ class FirstRank:
 def forward_arrays(
     tokens: Tensor, positions: Tensor, batch: ExtendBatch | None, rows: Tensor | None, masked: Tensor | None
 ) -> list[np.ndarray]:
-    """A forward as a message has it; ``read_forward`` undoes it."""
+    """A forward as a message; ``read_forward`` undoes this."""
     visibility = None if batch is None else batch.visibility
     given = [batch is not None, rows is not None, masked is not None, visibility is not None]
     pages: list[list[int]] = [] if batch is None else batch.pages
@@ -133,7 +133,7 @@ def read_forward(
 
 
 def choice_arrays(rows: ChoiceRows) -> list[np.ndarray]:
-    """A choice as a message has it; ``read_choice`` undoes it."""
+    """A choice as a message; ``read_choice`` undoes this."""
     sampling = rows.sampling
     return [
         _integers([rows.mask_token_id, rows.wants_entropy, sampling.any_sampled, rows.stop_tokens.shape[1]]),

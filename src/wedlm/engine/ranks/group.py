@@ -2,33 +2,43 @@
 """What ranks exchange while they compute: gloo between processes on a CPU, NCCL between GPUs."""
 
 import os
+import threading
+import weakref
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import AllgatherOptions
 
 # More rows than this are added up by NCCL's own sum, which sends fewer bytes; gathering takes one exchange instead of
-# two, which is what few rows wait for.
+# two, which is what few rows wait for. Of two ranks both send the same.
 _MOST_GATHERED_ROWS = 64
+_MOST_ROWS_OF_TWO = 256
+_ABORT_S = 10.0
 
 
 class Group:
-    """The ranks of one model on ``device``, once they are connected. A step's exchanges come in one order on all.
+    """The ranks of one model on ``device``, once they are connected. All ranks make a step's exchanges in the same
+    order.
 
-    ``deterministic``: no bit of a sum depends on how many rows there are. On a CPU that is always so.
+    ``deterministic``: no bit of a sum depends on the number of rows. On a CPU this always holds.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device, deterministic: bool = False) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.always_gathers = deterministic or device.type != "cuda"
         self.bytes_sent = 0  # by this rank, of numbers; what the libraries add is not counted
+        self.rows_of: tuple[int, torch.dtype] | None = None  # width and type of the rows that are summed, once known
+        self.captured: weakref.WeakSet[Any] = weakref.WeakSet()  # ``StepGraphs`` that have exchanges in them
         self._group: Any = None
+        self._exchange: Any = None  # between GPUs
+        self._aborting: threading.Thread | None = None
 
     def connect(self, directory: Path, timeout_s: float) -> None:
-        """Meet the others, who know the same empty directory; whoever then waits longer for one of them gets a
-        RuntimeError. Only the loopback interface is used between processes on a CPU."""
+        """Connect to the other ranks, which know the same empty directory. A rank that waits longer for another gets a
+        RuntimeError. Between processes on a CPU only the loopback interface is used."""
         store = distributed.FileStore(str(directory / "store"), self.size)
         timeout = timedelta(seconds=timeout_s)
         if self.device.type == "cuda":
@@ -44,27 +54,51 @@ class Group:
             options._devices = [gloo.create_device(hostname="127.0.0.1")]
             options._timeout = timeout
             self._group = gloo(store, self.rank, self.size, options)
+        if self.device.type == "cuda" and self.rows_of is not None:
+            from wedlm.kernels.exchange import Exchange  # which imports triton
+
+            most = _MOST_ROWS_OF_TWO if self.size == 2 else _MOST_GATHERED_ROWS
+            self._exchange = Exchange(store, directory.name, self.rank, self.size, self.device, *self.rows_of, most)
         self.gather(torch.zeros(1, device=self.device))  # NCCL connects at its first exchange, no later one may
 
     def abort(self) -> None:
-        """End what waits for another rank, with an error, from any thread."""
+        """End every wait for another rank with an error; call it from any thread."""
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.stop()
         group, self._group = self._group, None
         if group is not None and self.device.type == "cuda":
-            group.abort()
+            # It ends what waits at once, and returns only when no captured step has its exchanges any longer.
+            self._aborting = threading.Thread(target=group.abort, name="wedlm-abort", daemon=True)
+            self._aborting.start()
+
+    def close(self) -> None:
+        """``abort``, and nothing of the libraries is left; from the thread that runs the steps. They are captured again
+        when they are next needed."""
+        self.abort()
+        for graphs in list(self.captured):
+            graphs.clear()
+        if self._aborting is not None:
+            self._aborting.join(_ABORT_S)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' ``x`` [T, ...], the same bits on each rank. Gathered numbers are added up in the order
-        of the ranks, in float32, and rounded once."""
-        parts = self.parts(x)
-        return parts if parts.ndim == x.ndim else add_up(parts)
-
-    def parts(self, x: Tensor) -> Tensor:
-        """``sum``, or what is still to be added up so: [N, T, ...]."""
+        """The sum of all ranks' ``x`` [T, ...], with the same bits on each rank. Gathered numbers are added in the
+        order of the ranks, in float32, and rounded once."""
         if self.always_gathers or len(x) <= _MOST_GATHERED_ROWS:
-            return self.gather(x)
+            return add_up(self.gather(x))
         self._count(2 * (self.size - 1) * x.nbytes // self.size)
-        self._connected.allreduce([x]).wait()
+        _end(self._connected.allreduce([x], _on_this_stream(distributed.AllreduceOptions())))
         return x
+
+    def parts(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Parts that add up to all ranks' ``x`` as ``sum`` would: [N, T, C], or their sum [T, C]. ``x`` is [T, C], or
+        partial sums [P, T, C], which are added in order, in float32, and rounded to ``dtype``."""
+        exchange = self._exchange
+        if exchange is not None and x.shape[-2] <= exchange.most_rows:
+            self._count((self.size - 1) * x.shape[-2] * x.shape[-1] * dtype.itemsize)
+            return exchange(x)
+        x = add_up(x, dtype) if x.ndim == 3 else x
+        return self.gather(x) if self.always_gathers or len(x) <= _MOST_GATHERED_ROWS else self.sum(x)
 
     def gather(self, x: Tensor) -> Tensor:
         """All ranks' ``x``, of one shape: [N, ...] in their order."""
@@ -73,26 +107,29 @@ class Group:
             self._count((self.size - 1) * x.nbytes)
             # Bytes, because gloo does not know every type.
             given, taken = x.contiguous().view(torch.uint8), out.view(torch.uint8)
-            self._connected._allgather_base(taken.view(-1), given.view(-1)).wait()
+            options = _on_this_stream(AllgatherOptions())
+            _end(self._connected._allgather_base(taken.view(-1), given.view(-1), options))
         return out
 
     def gather_to_first(self, x: Tensor) -> Tensor | None:
         """All ranks' ``x``, of one shape, on rank 0: [N, ...]; None on the others."""
-        options = distributed.GatherOptions()
+        options = _on_this_stream(distributed.GatherOptions())
         options.rootRank = 0
         x = x.contiguous()
         if self.rank:
             self._count(x.nbytes)
-            self._connected.gather([], [x], options).wait()
+            _end(self._connected.gather([], [x], options))
             return None
         out = x.new_empty(self.size, *x.shape)
-        self._connected.gather([list(out.unbind())], [x], options).wait()
+        _end(self._connected.gather([list(out.unbind())], [x], options))
         return out
 
     def broadcast(self, x: Tensor) -> None:
-        """Rank 0's ``x`` to all, in place."""
+        """Send rank 0's ``x`` to all, in place."""
         self._count(0 if self.rank else (self.size - 1) * x.nbytes)
-        self._connected.broadcast(x, 0).wait()
+        options = _on_this_stream(distributed.BroadcastOptions())
+        options.rootRank = 0
+        _end(self._connected.broadcast([x], options))
 
     @property
     def _connected(self) -> Any:
@@ -104,9 +141,21 @@ class Group:
         self.bytes_sent += num_bytes
 
 
-def add_up(parts: Tensor) -> Tensor:
-    """The sum over the first dimension, one after the other, in float32 and rounded once."""
-    total = parts[0].float() + parts[1]
-    for part in parts[2:]:
-        total += part
-    return total.to(parts.dtype)
+def _on_this_stream(options: Any) -> Any:
+    """Run an exchange on our kernels' stream; otherwise NCCL uses its own stream, and each exchange costs two waits."""
+    options.asyncOp = False
+    return options
+
+
+def _end(work: Any) -> None:
+    """Of an exchange; NCCL has nothing to wait for on the stream of its caller."""
+    if work is not None:
+        work.wait()
+
+
+def add_up(parts: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum over the first dimension, in order, in float32 and rounded once to ``dtype`` (None: the input's)."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part
+    return total.to(dtype or parts.dtype)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that end when the one which started them does, however that ends: they hold the reading end of a pipe whose
-writing end is that process's alone. Imports nothing large."""
+"""Processes that end when the process that started them does, for whatever reason: they hold the reading end of a pipe
+whose writing end only that process has. Imports nothing large."""
 
 import os
 import threading
@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 
 def end_with(life_fd: int, before: Callable[[], None] = lambda: None) -> None:
-    """From now on, end this process at once, after ``before``, when the pipe closes; whatever its threads wait for."""
+    """From now on, end this process, after calling ``before``, as soon as the pipe closes, whatever its threads wait
+    for."""
 
     def watch() -> None:
         while os.read(life_fd, 1):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint to one rank's share of it, by each rank for itself."""
+"""Each rank loads its share of a checkpoint itself."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from wedlm.model.sharding import Shard
 class LoadedShard:
     """One rank's part of a model, which computes with the others through ``group`` once that is connected.
 
-    ``config`` is the whole's; ``options`` may name what the checkpoint is in.
+    ``config`` is the whole model's; ``options`` may now name the checkpoint's own type.
     """
 
     model: Transformer
@@ -37,28 +37,34 @@ class LoadedShard:
 
     @property
     def num_bytes(self) -> int:
-        """Of its weights."""
+        """The bytes of its weights."""
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
 
 def random_shard(config: ModelConfig, options: EngineOptions, device: torch.device, group: Group) -> LoadedShard:
-    """Of a model of random weights, for measurements. Raises ValueError."""
+    """A shard of a model of random weights, for measurements. Raises ValueError."""
     shard = Shard(config, group.rank, group.size)
     dtype = resolve_options.read_dtype(options.dtype, device) or torch.bfloat16
     model = random_model(shard.config, device, dtype, options.rounded_to, options.quantize_head)
     assert isinstance(model, Transformer), "ranks never have integers"
-    connect_ranks(model, shard, group)
-    return LoadedShard(model, shard, config, options, group)
+    return _connected(model, shard, config, options, group)
 
 
 def load_shard(path_or_id: str | Path, options: EngineOptions, device: torch.device, group: Group) -> LoadedShard:
-    """Raises ValueError, for a model that cannot be divided so, too."""
+    """Load this rank's shard. Raises ValueError, also for a model that cannot be divided."""
     checkpoint = open_checkpoint(path_or_id)
     shard = Shard(checkpoint.config, group.rank, group.size)
     if checkpoint.config.vocab_size > MOST_EXACT_ID:
         raise ValueError(f"vocab_size is {checkpoint.config.vocab_size}; expected at most {MOST_EXACT_ID} with ranks")
     model, config, options = load_transformer(checkpoint, options, device, shard)
     assert isinstance(model, Transformer), "ranks never have integers"
+    return _connected(model, shard, config, options, group)
+
+
+def _connected(
+    model: Transformer, shard: Shard, config: ModelConfig, options: EngineOptions, group: Group
+) -> LoadedShard:
+    group.rows_of = config.hidden_size, model.model.embed_tokens.weight.dtype
     connect_ranks(model, shard, group)
     return LoadedShard(model, shard, config, options, group)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0 tells the others, as bytes: a kind and some arrays of integers. Nothing in it can run code."""
+"""Messages from rank 0 to the others: a kind and some arrays of integers, as bytes. Nothing in them can run code."""
 
 import socket
 import struct
@@ -13,7 +13,7 @@ _MOST_BYTES = 2**30  # no step of ours comes near; a damaged length must not tak
 
 
 class Kind(IntEnum):
-    """What the receiver is to do."""
+    """What the receiver should do."""
 
     CACHE = 0
     FORWARD = 1
@@ -32,7 +32,7 @@ def encode(kind: Kind, arrays: Sequence[np.ndarray]) -> bytes:
 
 
 def receive(connection: socket.socket) -> tuple[Kind, list[np.ndarray]] | None:
-    """The next message; None once the sender is gone. ValueError for bytes that are none of ours."""
+    """The next message; None once the sender is gone. Raises ValueError for bytes that are not a message."""
     head = receive_bytes(connection, _HEAD.size)
     if head is None:
         return None
@@ -50,7 +50,7 @@ def receive(connection: socket.socket) -> tuple[Kind, list[np.ndarray]] | None:
 
 
 def receive_bytes(connection: socket.socket, size: int) -> bytearray | None:
-    """Exactly that many; None if the sender went before the last of them."""
+    """Exactly that many bytes; None if the sender left before the last of them."""
     data = bytearray(size)
     view = memoryview(data)
     while view:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of the other ranks: started by rank 0, watched while they live, ended with it.
+"""The processes of the other ranks: rank 0 starts them, watches them, and they end with it.
 
-Each has a connection to rank 0 and the reading end of a pipe that only rank 0's process can write to: when that process
-ends, however it ends, the pipe closes and they end themselves. They meet in a directory of their own; no port and no
+Each has a connection to rank 0 and the reading end of a pipe that only rank 0's process can write to. When that process
+ends, for whatever reason, the pipe closes and they end themselves. They meet in a temporary directory; no port and no
 name is fixed.
 """
 
@@ -36,12 +36,13 @@ from wedlm.model.sharding import Shard
 ANSWER_S = 8.0  # how long rank 0 waits for another one in one exchange
 _LOADING_S = 3600.0  # reading weights from a slow disk takes long; a process that ends meanwhile is seen at once
 _ENDING_S, _NOTICE_S = 2.0, 1.0
+_CAUSE_S = 0.3  # how long a rank's word that it lost another one may wait for that other one's
 _LOOK_MS = 500  # how often the thread that watches looks at the clock
 _LATE = f"a rank did not answer within {ANSWER_S:.0f} s"
 
 
 class RankFault(EngineFault):
-    """A rank of tensor parallelism ended, failed or did not answer; what the engine held is lost."""
+    """A rank of tensor parallelism ended, failed or did not answer, so what the engine held is lost."""
 
 
 class _Processes:
@@ -53,7 +54,7 @@ class _Processes:
         self.closing = False
         self.deadline = math.inf  # by time.monotonic, when someone will have waited too long
         self.on_fault = lambda: None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may close while this thread fails
         self.connections: list[socket.socket] = []
         self.processes: list[subprocess.Popen[bytes]] = []
         self._thread: threading.Thread | None = None
@@ -80,7 +81,7 @@ class _Processes:
         ours.sendall(len(data).to_bytes(8, "little") + data)
 
     def wait_until_loaded(self) -> list[dict[str, Any]]:
-        """What each rank reports of its weights. RankFault if one ends or fails first."""
+        """What each rank reports about its weights. Raises RankFault if one ends or fails first."""
         end = time.monotonic() + _LOADING_S
         reports: dict[int, dict[str, Any]] = {}
         while len(reports) < len(self.connections):
@@ -112,7 +113,7 @@ class _Processes:
         return f"{name} {how}"
 
     def watch(self) -> None:
-        """From now on, note at once when one ends or fails, and end all others."""
+        """From now on, notice at once when a rank ends or fails, and end all others."""
         self._thread = threading.Thread(target=self._watch, name="wedlm-ranks", daemon=True)
         self._thread.start()
 
@@ -121,34 +122,53 @@ class _Processes:
         for connection in self.connections:
             poll.register(connection, select.POLLIN)
         places = {connection.fileno(): index for index, connection in enumerate(self.connections)}
-        while not (events := poll.poll(_LOOK_MS)):
+        while not poll.poll(_LOOK_MS):
             if time.monotonic() > self.deadline:
                 self.fail(_LATE)
                 return
-        if self.closing:
-            return
-        index = places[events[0][0]]
-        report = None
-        with suppress(OSError, ValueError):
-            report = receive_report(self.connections[index])
-        self.fail(self._explain(index, report))
+        if not self.closing:
+            self.fail(self._cause(poll, places))
+
+    def _cause(self, poll: select.poll, places: Mapping[int, int]) -> str:
+        """Why the ranks are lost. Those that lost another one say so, too, and may come first."""
+        end = time.monotonic() + _CAUSE_S
+        reason = ""
+        while self.reason is None and (left := end - time.monotonic()) > 0:
+            for descriptor, _ in poll.poll(1e3 * left):
+                poll.unregister(descriptor)
+                index, report = places[descriptor], None
+                with suppress(OSError, ValueError):
+                    report = receive_report(self.connections[index])
+                if report is None or not _lost_another(report):
+                    return self._explain(index, report)
+                reason = reason or self._explain(index, report)
+        return reason
 
     def fail(self, reason: str) -> None:
-        """End all of them, for this reason unless there was one before."""
+        """End all of them, for this reason unless there was an earlier one. Whoever sees a ``reason`` finds them ended,
+        unless a device takes longer than ``_NOTICE_S`` to let one go."""
         with self._lock:
-            if self.closing:
+            if self.closing or self.reason is not None:
                 return
-            first, self.reason = self.reason is None, self.reason or reason
-        if first:
-            self.kill()
-            self.on_fault()
+            for process in self.processes:
+                process.kill()
+            self._wait(_NOTICE_S)
+            self.reason = reason
+        self.on_fault()
 
-    def kill(self) -> None:
+    def _wait(self, seconds: float) -> list[subprocess.Popen[bytes]]:
+        """Wait for all of them to end, at most this long, and return those that have not."""
+        end = time.monotonic() + seconds
+        late = []
         for process in self.processes:
-            process.kill()
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                late.append(process)
+        return late
 
     def close(self) -> None:
-        """End all of them: by themselves at first, which they do when the connection closes."""
+        """End all of them; they first get the chance to end themselves when the connection closes."""
         with self._lock:
             if self.closing:
                 return
@@ -158,13 +178,9 @@ class _Processes:
                 connection.shutdown(socket.SHUT_RDWR)
         if self._life >= 0:
             os.close(self._life)
-        end = time.monotonic() + _ENDING_S
-        for process in self.processes:
-            try:
-                process.wait(max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        for process in self._wait(_ENDING_S):
+            process.kill()
+            process.wait()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         for connection in self.connections:
@@ -173,10 +189,10 @@ class _Processes:
 
 
 class Ranks:
-    """All ranks of one model, of which this process is the first and has ``shard``.
+    """All ranks of one model; this process is the first and has ``shard``.
 
-    ``tasks``: what each of the others is told at its start, as ``worker.py`` reads it, without the directory where they
-    meet.
+    ``tasks``: what each of the others is told at its start, in the form that ``worker.py`` reads, without the directory
+    where they meet.
     """
 
     def __init__(self, group: Group, shard: Shard, tasks: Sequence[Mapping[str, Any]]) -> None:
@@ -189,12 +205,12 @@ class Ranks:
 
     @property
     def broken(self) -> bool:
-        """Whether they have to be started before anything can run."""
+        """Whether the ranks have to be started before anything can run."""
         return self._processes is None or self._processes.reason is not None
 
     @property
     def pids(self) -> list[int]:
-        """Of the other ranks' processes."""
+        """The process ids of the other ranks."""
         return [] if self._processes is None else [process.pid for process in self._processes.processes]
 
     def start(self) -> None:
@@ -202,10 +218,10 @@ class Ranks:
         self.close()
         directory = Path(tempfile.mkdtemp(prefix="wedlm-ranks-"))
         self._processes = _Processes([{**task, "directory": str(directory)} for task in self._tasks], directory)
-        self._finalizer = weakref.finalize(self, self._processes.close)
+        self._finalizer = weakref.finalize(self, _close, self.group, self._processes)
 
     def connect(self) -> None:
-        """Wait until the others have their weights, and meet them. RankFault."""
+        """Wait until the others have their weights, and connect to them. Raises RankFault."""
         processes = self._running
         self.reports = processes.wait_until_loaded()
         processes.watch()
@@ -217,7 +233,7 @@ class Ranks:
             raise self._fault(error) from error
 
     def tell(self, kind: Kind, arrays: Sequence[np.ndarray]) -> None:
-        """Send all others a message. OSError if one has gone."""
+        """Send all others a message. Raises OSError if one has gone."""
         data = encode(kind, arrays)
         for connection in self._running.connections:
             connection.sendall(data)
@@ -225,15 +241,16 @@ class Ranks:
 
     @contextmanager
     def together(self, kind: Kind, arrays: Sequence[np.ndarray]) -> Iterator[None]:
-        """What all ranks do: the others because they are told, this one within. An error in it ends all of them, since
-        they would wait for each other for ever; RankFault if it was a rank's."""
+        """Run what all ranks do: the others because they are told, this one within the block. An error in it ends all
+        ranks, which would otherwise wait for each other forever; it becomes a RankFault if a rank caused it."""
         with self.guarded():
             self.tell(kind, arrays)
             yield
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """``together`` for what tells the others by itself. RankFault, too, if one of them has failed meanwhile."""
+        """``together`` for code that tells the others itself. Also raises RankFault if one of them has failed in the
+        meantime."""
         try:
             yield
         except BaseException as error:
@@ -247,7 +264,7 @@ class Ranks:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """While this process waits for its GPU, which may wait for the others': at most ``ANSWER_S``."""
+        """Wait for this process's GPU, which may wait for the others': at most ``ANSWER_S``."""
         processes = self._running
         processes.deadline = time.monotonic() + ANSWER_S
         try:
@@ -256,7 +273,7 @@ class Ranks:
             processes.deadline = math.inf
 
     def _fault(self, error: BaseException) -> RankFault:
-        """After an exchange that failed: end all ranks. Why, as far as it can be known."""
+        """End all ranks after an exchange that failed, and say why, as far as that is known."""
         processes = self._running
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         late = "imed out" in first
@@ -273,11 +290,21 @@ class Ranks:
         return self._processes
 
     def close(self) -> None:
-        """End the others. Nothing of them is left when this returns."""
-        self.group.abort()
+        """End the others. None of them is left when this returns."""
         if self._finalizer is not None:
             self._finalizer()
         self._processes = None
+
+
+def _close(group: Group, processes: _Processes) -> None:
+    group.close()
+    processes.close()
+
+
+def _lost_another(report: Mapping[str, Any]) -> bool:
+    """Whether a rank failed because another one had gone, by what gloo and NCCL say then."""
+    message = str(report.get("message"))
+    return "/gloo/" in message or message.startswith("DistBackendError")
 
 
 def _lost(reason: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank's share of a forward and of the choice that follows: rank 0's and the others' alike."""
+"""One rank's share of a forward and of the choice that follows, for rank 0 and the others alike."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +38,7 @@ class Rank:
         return self.logits
 
     def choose(self, rows: ChoiceRows) -> tuple[Tensor, Tensor, Tensor]:
-        """``choose_over_ranks`` of the latest forward's logits."""
+        """Run ``choose_over_ranks`` on the latest forward's logits."""
         return choose_over_ranks(self.group, self.logits.float(), self.shard.vocabulary.start, rows)
 
     def whole_logits(self) -> Tensor | None:

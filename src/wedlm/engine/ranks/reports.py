@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the other ranks tell rank 0 of themselves, seldom: that they have loaded, or why they failed."""
+"""Reports from the other ranks to rank 0, which are rare: that they have loaded, or why they failed."""
 
 import json
 import socket
@@ -12,14 +12,14 @@ _MOST_BYTES, _MOST_CHARACTERS = 2**16, 2000
 
 
 def send_report(connection: socket.socket, kind: str, **values: Any) -> None:
-    """``values``: numbers and strings, of which the longest are cut."""
+    """``values`` are numbers and strings; long strings are cut."""
     cut = {name: value[:_MOST_CHARACTERS] if isinstance(value, str) else value for name, value in values.items()}
     data = json.dumps({"kind": kind, **cut}).encode()
     connection.sendall(len(data).to_bytes(8, "little") + data)
 
 
 def receive_report(connection: socket.socket) -> dict[str, Any] | None:
-    """None if the other side has gone. ValueError for what is none."""
+    """The report; None if the other side has gone. Raises ValueError for bytes that are not a report."""
     head = receive_bytes(connection, 8)
     if head is None:
         return None
@@ -31,5 +31,5 @@ def receive_report(connection: socket.socket) -> dict[str, Any] | None:
         return None
     report = json.loads(data)
     if not isinstance(report, dict) or "kind" not in report:
-        raise ValueError("a report is no object with a kind")
+        raise ValueError("a report is not an object with a kind")
     return report

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint to all ranks of its model, of which this process becomes the first."""
+"""Start all ranks of a checkpoint's model; this process becomes the first of them."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,17 +20,17 @@ from wedlm.model.sharding import Shard, check_divides
 
 
 def load_over_ranks(path_or_id: str | Path, options: EngineOptions, device: torch.device) -> LoadedWeights:
-    """``load_weights`` for ``tensor_parallel_size`` above 1: starts the other ranks, which load their parts while this
-    one does, and connects them. On a CPU torch's threads are divided among them, this process included.
+    """``load_weights`` for ``tensor_parallel_size`` above 1. It starts the other ranks, which load their parts while
+    this one does, and connects them. On a CPU they share torch's threads, this process included.
 
-    ValueError for what cannot be, before anything is started; RankFault if another rank fails.
+    Raises ValueError for anything impossible before it starts a process, and RankFault if another rank fails.
     """
     config = open_checkpoint(path_or_id).config
     return _load(config, options, device, {"model": str(path_or_id), "random": None}, partial(load_shard, path_or_id))
 
 
 def random_over_ranks(config: ModelConfig, options: EngineOptions, device: torch.device) -> LoadedWeights:
-    """``load_over_ranks`` of random weights, for measurements."""
+    """``load_over_ranks`` with random weights, for measurements."""
     return _load(config, options, device, {"model": "", "random": config.to_hf()}, partial(random_shard, config))
 
 
@@ -68,7 +68,7 @@ def _load(
 
 
 def _devices(first: torch.device, size: int) -> list[torch.device]:
-    """One for each rank. ValueError if there are fewer."""
+    """One device for each rank. Raises ValueError if there are fewer."""
     if first.type == "cpu":
         return [first] * size
     if first.type != "cuda":

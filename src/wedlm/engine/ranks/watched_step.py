@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captured steps whose exchanges may wait for a rank that does not come: an error instead of a wait for ever."""
+"""Captured steps whose exchanges may wait for a rank that never comes: raise an error instead of waiting forever."""
 
 from wedlm.engine.adaptive.step_costs import StepCosts
 from wedlm.engine.execution.captured_step import CapturedStep
@@ -9,7 +9,7 @@ from wedlm.engine.ranks.processes import Ranks
 
 
 class WatchedStep(CapturedStep):
-    """``CapturedStep`` with other ranks. RankFault if one of them fails, or is waited for too long."""
+    """``CapturedStep`` with other ranks. Raises RankFault if one of them fails or takes too long."""
 
     ranks: Ranks
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program of every rank but the first: ``python -m wedlm.engine.ranks.worker CONNECTION LIFE``, two descriptors.
+"""The program of every rank but the first: ``python -m wedlm.engine.ranks.worker CONNECTION LIFE``, two file
+descriptors.
 
-It loads its part of the weights, then does what rank 0 tells it until the connection closes. When ``LIFE`` closes, rank
-0's process has ended, and this one ends at once, whatever it waits for.
+It loads its part of the weights, then follows rank 0 until the connection closes. When ``LIFE`` closes, rank 0's
+process has ended, and this one ends at once, whatever it waits for.
 """
 
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -65,13 +65,14 @@ def _serve(connection: socket.socket, directory: list[str]) -> None:
     directory.append(task["directory"])
     torch.set_num_threads(task["threads"])
     options, device = EngineOptions(**task["options"]), torch.device(task["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels run on the current one
     group = Group(task["rank"], task["size"], device, options.deterministic)
     if task["random"] is None:
         loaded = load_shard(task["model"], options, device, group)
     else:
         loaded = random_shard(ModelConfig.from_hf(task["random"]), options, device, group)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    send_report(connection, LOADED, peak_bytes=peak, weight_bytes=loaded.num_bytes)
+    send_report(connection, LOADED, weight_bytes=loaded.num_bytes)
     group.connect(Path(task["directory"]), _PEERS_S)
     orders: Orders | None = None
     while (message := receive(connection)) is not None:

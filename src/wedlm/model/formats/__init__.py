@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints, tokenizers and chat templates as files hold them."""
+"""The file formats of checkpoints, tokenizers and chat templates."""

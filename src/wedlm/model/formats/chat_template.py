@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat templates: Jinja programs that come with a checkpoint, run in a sandbox with what such templates rely on.
+"""Chat templates: Jinja programs that come with a checkpoint. They run in a sandbox with the functions that such
+templates rely on.
 
-A template is a stranger's program. The sandbox keeps it from everything but its variables, and ``template_limits.py``
-bounds the time and memory that it takes.
+A template is a stranger's program. The sandbox lets it see only its variables, and ``template_limits.py`` bounds its
+time and memory.
 """
 
 import datetime
@@ -26,10 +27,10 @@ def render_chat_template(
     variables: Mapping[str, Any],
     now: datetime.datetime | None = None,
 ) -> str:
-    """The prompt for ``messages`` (each with ``role`` and ``content``); ``variables`` are visible to the template.
-    ``now`` is what the template's ``strftime_now`` tells; None means the time of the call.
+    """Render the prompt for ``messages`` (each with ``role`` and ``content``); the template sees ``variables``. ``now``
+    is the time for the template's ``strftime_now``; None means the time of the call.
 
-    Raises ValueError for a template that does not parse, that fails, that takes too long, or that refuses the messages.
+    Raises ValueError for a template that does not parse, fails, takes too long, or refuses the messages.
     """
     inputs = {"messages": messages, **variables}
     try:
@@ -50,7 +51,7 @@ def render_chat_template(
 
 
 def template_constants(source: str) -> frozenset[str]:
-    """The strings that the expressions of a template that was rendered before are written with."""
+    """The string constants in the expressions of a template that was rendered before."""
     return _compile(source).constants
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading a model from a Hugging Face directory, the hub or a GGUF file, and saving it. No code of a checkpoint runs.
+"""Load a model from a Hugging Face directory, the hub or a GGUF file, and save it. No code from a checkpoint runs.
 
-Tensors are streamed one by one into a model built on the meta device, so that the peak of memory is one copy of the
-model in the wanted dtype plus the largest tensor.
+Tensors are streamed one by one into a model built on the meta device, so that peak memory is one copy of the model in
+the wanted dtype plus the largest tensor.
 """
 
 import dataclasses
@@ -55,11 +55,10 @@ Shaped = TypeVar("Shaped", bound=_HasShape)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was opened: its config, which fits its tensors' shapes, and the tensors, one at a time.
+    """An opened checkpoint: its config, which fits its tensors' shapes, and the tensors, one at a time.
 
-    ``gguf`` or ``files`` (safetensors) hold them; ``deltas`` are added to them as they are read. ``shapes``: of all
-    tensors, by Hugging Face's names, in their order. ``is_int8``: whether matrices lie in eight bits with
-    scales (``int8_rows``).
+    ``gguf`` or ``files`` (safetensors) hold them; ``deltas`` are added as they are read. ``shapes``: of all tensors, by
+    Hugging Face's names, in their order. ``is_int8``: whether matrices are in eight bits with scales (``int8_rows``).
     """
 
     path: Path
@@ -71,8 +70,8 @@ class Checkpoint:
     is_int8: bool = False
 
     def tensors(self, keeps_fp8: bool = False, shard: Shard | None = None) -> Iterator[tuple[str, Tensor | Int8Rows]]:
-        """(Hugging Face's name, tensor) of each; float32 where they come from blocks. ``keeps_fp8``: as ``with_scales``
-        has it. ``shard``: of each tensor only that part is read, except where deltas are added: those are of whole
+        """(Hugging Face's name, tensor) of each; float32 if they come from blocks. ``keeps_fp8`` is as in
+        ``with_scales``. ``shard``: read only that part of each tensor, except where deltas are added, which needs whole
         tensors, one at a time."""
         cut = None if shard is None else self._cut_by(shard)
         if self.gguf is None:
@@ -87,12 +86,12 @@ class Checkpoint:
         return ((name, part_of(tensor, cut(name))) for name, tensor in self.tensors() if isinstance(tensor, Tensor))
 
     def _cut_by(self, shard: Shard) -> CutByName:
-        """A tensor that the model does not have is left whole, and refused by its name."""
+        """Leaves a tensor that the model does not have whole; it is refused by its name later."""
         return lambda name: shard.cut(name, self.shapes[name]) if name in self.shapes else None
 
 
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
-    """The checkpoint, as ``load_model`` finds it, with no tensor read. Raises as ``load_model`` does."""
+    """Find the checkpoint as ``load_model`` does, without reading a tensor. Raises as ``load_model`` does."""
     path = locate(path_or_id)
     if path.is_file():
         checkpoint = checkpoint_of_gguf(GGUFFile(path))
@@ -132,13 +131,14 @@ def load_model(
     *,
     keeps_fp8: bool = False,
 ) -> tuple[Transformer, ModelConfig]:
-    """The model, in evaluation mode, and its config.
+    """Load the model, in evaluation mode, and its config.
 
-    ``path_or_id``: a Hugging Face directory, a ``.gguf`` file, a hub id, "demo" or "demo-base". ``dtype`` None means
-    the one the config records. Weights in FP8 are widened to it, with a warning; ``keeps_fp8`` leaves layers as they
-    are where each output has one scale, for ``pack_for_inference`` alone. The config's end tokens are those of
-    ``generation_config.json`` and its own. Where it ties the output projection to the embedding and the files have
-    another, theirs is kept. Raises CheckpointError, or DemoModelError if the demo model cannot be fetched.
+    ``path_or_id``: a Hugging Face directory, a ``.gguf`` file, a hub id, "demo" or "demo-base". ``dtype`` None takes
+    the one that the config records. Weights in FP8 are widened to it, with a warning. ``keeps_fp8`` keeps those of
+    layers where each output has one scale, for ``pack_for_inference`` only. The config's end tokens are those of
+    ``generation_config.json`` and its own. If the config ties the output projection to the embedding and the files
+    contain a different one, that one is kept. Raises CheckpointError, or DemoModelError if the demo model cannot be
+    fetched.
     """
     checkpoint = open_checkpoint(path_or_id)
     return load_torch(checkpoint, dtype, device, keeps_fp8=keeps_fp8), checkpoint.config
@@ -152,7 +152,7 @@ def load_torch(
     keeps_fp8: bool = False,
     shard: Shard | None = None,
 ) -> Transformer:
-    """``load_model`` of a checkpoint that was opened; of one rank's part if there is a ``shard``."""
+    """``load_model`` for an opened checkpoint; with a ``shard`` it loads one rank's part."""
     config = checkpoint.config if shard is None else shard.config
     dtype = getattr(torch, config.dtype) if dtype is None else dtype
     if str(dtype).removeprefix("torch.") not in SUPPORTED_DTYPES:
@@ -164,7 +164,8 @@ def load_torch(
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """``config.json`` of a checkpoint directory; the end tokens of ``generation_config.json`` come before its own."""
+    """Read ``config.json`` of a checkpoint directory; the end tokens of ``generation_config.json`` come
+    before its own."""
     values = _read_json(directory / "config.json", directory)
     with reading(directory):
         config = ModelConfig.from_hf(values)
@@ -177,7 +178,8 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def with_end_tokens(config: ModelConfig, more: Iterable[int]) -> ModelConfig:
-    """The config with further end tokens behind its own, such as a tokenizer's; those without an embedding left out."""
+    """The config with additional end tokens, such as a tokenizer's, after its own; those without an embedding are left
+    out."""
     more = [token_id for token_id in more if token_id < config.vocab_size and token_id != config.mask_token_id]
     return dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
 
@@ -186,7 +188,7 @@ def save_model(model: Transformer, config: ModelConfig, directory: str | Path) -
     """Write ``config.json`` and ``model.safetensors``, from which this package and transformers load the model.
 
     Raises ValueError for a packed model, whose tensors no longer have a checkpoint's names, and for one with an adapter
-    of masked rows, which no checkpoint holds.
+    of masked rows, which a checkpoint cannot hold.
     """
     if has_masked_lora(model):
         raise ValueError(
@@ -198,9 +200,9 @@ def save_model(model: Transformer, config: ModelConfig, directory: str | Path) -
 
 
 def save_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, directory: str | Path) -> None:
-    """``save_model`` for a state dict gathered elsewhere. The config records the dtype of the tensors.
+    """``save_model`` for a state dict that was gathered elsewhere. The config records the dtype of the tensors.
 
-    Each file appears complete or not at all, and the config last: a directory with a config has its weights.
+    Each file appears complete or not at all, and the config last, so a directory with a config has its weights.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -243,8 +245,8 @@ def _fill(
 def checked_tensors(
     tensors: Iterable[tuple[str, Shaped]], model: Transformer, origin: Path
 ) -> Iterator[tuple[str, Shaped]]:
-    """``tensors``, if they are the parameters of ``model`` (which may be on the meta device) by name and shape, all of
-    them. Raises CheckpointError."""
+    """Yield ``tensors`` if they are exactly the parameters of ``model`` (which may be on the meta device) by name and
+    shape. Raises CheckpointError."""
     missing = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     expected = dict(missing)
     for name, tensor in tensors:
@@ -272,7 +274,8 @@ def checked_tensors(
 
 
 def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Tensors that checkpoints carry although they follow from the config or from another tensor, or are not used."""
+    """Whether a tensor follows from the config or from another tensor, or is not used, although checkpoints
+    carry it."""
     return (
         is_unused(name)
         or name.endswith(".rotary_emb.inv_freq")
@@ -295,7 +298,7 @@ def _has_other_head(files: Sequence[Path]) -> bool:
 
 
 def _check_sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], origin: Path) -> None:
-    """Compare what the config says with the tensors that are there, before anything of the config's sizes is made.
+    """Compare the config with the tensors in the file before anything of the config's sizes is made.
 
     ``shapes``: of all tensors, by Hugging Face's names. The rest is checked tensor by tensor as they are read.
     """
@@ -322,12 +325,12 @@ def _check_sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], ori
 
 
 def _shapes(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], bool]:
-    """Shapes of all tensors, and whether weights are int8."""
+    """The shapes of all tensors, and whether weights are int8."""
     shapes: dict[str, tuple[int, ...]] = {}
     is_int8 = False
     for path in files:
         with _safetensors(path), safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                 part = file.get_slice(name)
                 shapes[name] = tuple(part.get_shape())
                 is_int8 = is_int8 or (part.get_dtype() == "I8" and not is_scale(name))
@@ -345,14 +348,14 @@ def _safetensors(path: Path) -> Iterator[None]:
 def _read_files(
     files: Iterable[Path], config: ModelConfig, wanted: Callable[[str], bool], cut: CutByName | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every wanted tensor in safetensors files that is not redundant, one at a time; of each only the
-    part that ``cut`` says, and nothing else is read."""
+    """(name, tensor) of every wanted tensor in safetensors files that is not redundant, one at a time. Reads only the
+    part of each that ``cut`` names."""
     for path in files:
         with _safetensors(path):
             with safe_open(path, framework="pt") as file:
                 names = [name for name in file.keys() if wanted(name) and not _is_redundant(name, config)]  # noqa: SIM118
             for name in names:
-                # Opened anew for each tensor: closing unmaps the pages read, which otherwise count as a second copy.
+                # Opened again for each tensor: closing unmaps the pages read, which otherwise count as a second copy.
                 with safe_open(path, framework="pt") as file:
                     part = None if cut is None else cut(name)
                     yield name, file.get_tensor(name) if part is None else part.of(file.get_slice(name))
@@ -361,7 +364,7 @@ def _read_files(
 def _read_tensors(
     files: Iterable[Path], config: ModelConfig, keeps_fp8: bool, origin: Path, cut: CutByName | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """``_read_files``, what is in FP8 by ``with_scales``."""
+    """``_read_files``, with tensors in FP8 passed through ``with_scales``."""
     scales = dict(_read_files(files, config, is_scale))
     tensors = _read_files(files, config, lambda name: not is_scale(name), cut)
     if not scales:
@@ -390,7 +393,7 @@ def _read_int8(
 
 
 def _scale_of(scale: Tensor, cut: Cut | None) -> Tensor:
-    """The scales of a matrix's rows that are read."""
+    """The scales of the matrix rows that are read."""
     return scale if cut is None else scale[cut.rows]
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Control tokens that a chat template writes, told apart from their spelling in a message.
+"""Distinguish control tokens that a chat template writes from their spelling in a message.
 
 A prompt is one text, and a tokenizer that reads it cannot see who wrote what: ``<|im_end|>`` in a user's message would
-end his turn. So the template is rendered a second time, with other characters in place of the messages' punctuation.
-Where both renderings agree, each character's origin is known, and a control token with a character of a message in it
-is cut in two, which makes it ordinary text. A prompt without such a token is encoded as ever, in one piece.
+end their turn. So the template is rendered a second time, with other characters in place of the messages' punctuation.
+Where both renderings agree, each character's origin is known, and a control token that contains a character from a
+message is cut in two, which makes it ordinary text. A prompt without such a token is encoded in one piece, as usual.
 """
 
 import re
@@ -30,7 +30,7 @@ class ChatPrompt:
     cuts: tuple[int, ...] = ()
 
     def pieces(self, start: int = 0, end: int | None = None) -> list[str]:
-        """``text[start:end]`` in parts that are encoded by themselves."""
+        """The parts of ``text[start:end]`` that are encoded separately."""
         end = len(self.text) if end is None else end
         edges = [start, *(cut for cut in self.cuts if start < cut < end), end]
         return [self.text[a:b] for a, b in pairwise(edges)]
@@ -40,7 +40,7 @@ class ControlTokens:
     """The tokens of a tokenizer that structure a prompt instead of standing for text.
 
     They are the added tokens that are special, that have a name such as "eos_token", or that are written <|so|>. Others
-    (Qwen's <think> and <tool_call>) are markup that replies contain, and stay what they are in every text.
+    (Qwen's <think> and <tool_call>) are markup that replies contain, and are tokens in every text.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, named: Iterable[str]) -> None:
@@ -75,7 +75,8 @@ class ControlTokens:
         contents: Mapping[str, Any],
         constants: Callable[[], Iterable[str]],
     ) -> ChatPrompt:
-        """The prompt that ``render`` makes of ``contents`` (JSON-like values); no control token in it comes from those.
+        """The prompt that ``render`` makes from ``contents`` (JSON-like values), in which no control token comes from
+        the contents.
 
         ``render`` must give the same text for the same contents; ``constants`` gives the strings that it may compare
         contents with. Raises ValueError if contents spell a control token and ``render`` rewrites them.
@@ -105,7 +106,7 @@ class ControlTokens:
         )
 
     def _triggers_in(self, strings: Sequence[str]) -> frozenset[str]:
-        """Characters of which a control token needs at least one."""
+        """The characters of which every control token has at least one."""
         if not self._normalized:
             return self._triggers
         found = set(self._triggers)
@@ -129,7 +130,8 @@ class ControlTokens:
         return found
 
     def _cuts(self, text: str, marked: str, marks: frozenset[str]) -> tuple[int, ...]:
-        """Where to cut ``text`` so that no control token has a character that is one of ``marks`` in ``marked``."""
+        """Where to cut ``text`` so that no control token contains a character that is one of ``marks`` in
+        ``marked``."""
 
         def is_foreign(start: int, end: int) -> bool:
             return not marks.isdisjoint(marked[start:end])
@@ -185,7 +187,7 @@ class ControlTokens:
 
 
 def _triggers(spelling: str) -> set[str]:
-    """A spelling's punctuation: what a template joins with a role to make a token is letters."""
+    """A spelling's punctuation. (A template that joins a role to a token joins letters.)"""
     return {one for one in spelling if not (one.isalnum() or one.isspace() or one == "_")} or {spelling.strip()[:1]}
 
 
@@ -214,7 +216,7 @@ def _unmarked(text: str, stand_ins: Mapping[str, str]) -> str:
 
 
 def _replaced(text: str, table: Mapping[str, str]) -> str:
-    """``text.translate`` of few characters, none of which comes from another, in a tenth of the time."""
+    """``text.translate`` for a few characters, none of which comes from another, in a tenth of the time."""
     for old, new in table.items():
         text = text.replace(old, new)
     return text

@@ -10,8 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """``rows`` and ``columns`` of a whole tensor of that ``shape``; a vector has rows alone. ``counts``: whether the
-    numbers are this rank's at all: the bias of a sum over ranks is one rank's, and zero on the others."""
+    """``rows`` and ``columns`` of a whole tensor of that ``shape``; a vector only has rows. ``counts``: whether this
+    rank keeps the numbers. The bias of a sum over ranks belongs to one rank, and is zero on the others."""
 
     shape: tuple[int, ...]
     rows: slice = field(default_factory=lambda: slice(None))
@@ -19,7 +19,7 @@ class Cut:
     counts: bool = True
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The part of the whole tensor, or of what can be indexed like it."""
+        """The part of the whole tensor, or of anything that can be indexed like it."""
         part = tensor[self.rows] if len(self.shape) == 1 else tensor[self.rows, self.columns]
         return part if self.counts else torch.zeros_like(part)
 

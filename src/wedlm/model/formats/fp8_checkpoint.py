@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints in FP8 (e4m3): compressed-tensors', and those with ``weight_scale_inv`` by blocks, as Qwen3-8B-FP8 is.
+"""Checkpoints in FP8 (e4m3): those of compressed-tensors, and those with ``weight_scale_inv`` by blocks, such as
+Qwen3-8B-FP8.
 
-A weight [O, C] in e4m3 lies beside its scale, ``weight_scale`` or ``weight_scale_inv``, by which it is multiplied: one
-for the tensor, one for each output, or one for each block of 128 outputs and 128 inputs. Scales of inputs and of the
-cache that a checkpoint records are not used: inputs are scaled row by row as they come.
+A weight [O, C] in e4m3 comes with a scale, ``weight_scale`` or ``weight_scale_inv``, by which it is multiplied: one for
+the tensor, one for each output, or one for each block of 128 outputs and 128 inputs. Scales of inputs and of the cache
+that a checkpoint records are not used, because inputs are scaled row by row as they come.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,8 @@ _UNUSED = (".input_scale", ".k_scale", ".v_scale", ".output_scale")
 
 
 def check_quantization_config(config: Mapping[str, Any]) -> None:
-    """ValueError unless ``quantization_config`` of a config.json says that weights are in e4m3, in a known layout."""
+    """Raises ValueError unless ``quantization_config`` of a config.json says that weights are in e4m3, in a known
+    layout."""
     name = "quantization_config"
     method = config.get("quant_method")
     if method == "fp8":
@@ -49,7 +51,7 @@ def check_quantization_config(config: Mapping[str, Any]) -> None:
 
 
 def is_scale(name: str) -> bool:
-    """Whether a checkpoint's tensor belongs to a weight in FP8, rather than being one of the model's."""
+    """Whether a checkpoint's tensor belongs to a weight in FP8, and is not one of the model's."""
     return name.endswith(_SUFFIXES)
 
 
@@ -61,9 +63,9 @@ def is_unused(name: str) -> bool:
 def with_scales(
     tensors: Iterable[tuple[str, Tensor]], scales: Mapping[str, Tensor], keeps: bool, cut: CutByName | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors, weights in FP8 in float32. ``keeps``: those of layers whose outputs have a scale each stay in FP8,
-    and that scale [O] (float32) comes right before each, under its module's ``SCALE``. ``scales``: all of the
-    checkpoint's, by name. ``cut``: which part of the weight of a name its tensor is. Raises CheckpointError for a scale
+    """The tensors, with weights in FP8 widened to float32. ``keeps``: weights of layers whose outputs have a scale each
+    stay in FP8, and that scale [O] (float32) comes right before each, under its module's ``SCALE``. ``scales``: all of
+    the checkpoint's, by name. ``cut``: which part of the named weight its tensor is. Raises CheckpointError for a scale
     that is missing, has another shape or is not above 0."""
     used: set[str] = set()
     for name, tensor in tensors:
@@ -89,7 +91,7 @@ def with_scales(
             yield name, widened(tensor, scale[part.rows])
     for name in scales:
         if name not in used:
-            raise CheckpointError(f"the tensor {name} has no weight in FP8 beside it")
+            raise CheckpointError(f"the tensor {name} belongs to no weight in FP8")
 
 
 def _checked_scale(name: str, scale: Tensor, shape: Sequence[int]) -> Tensor:
@@ -114,10 +116,10 @@ def _checked_scale(name: str, scale: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def widened(weight: Tensor, scale: Tensor) -> Tensor:
-    """The weight [O, C] that values in e4m3 and the scale [O] of its outputs stand for, in float32."""
+    """The weight [O, C] in float32 that values in e4m3 and the scale [O] of its outputs stand for."""
     return weight.float() * scale[:, None]
 
 
 def has_fp8(model: nn.Module) -> bool:
-    """Whether layers of the model hold weights in FP8, which only ``pack_for_inference`` makes use of."""
+    """Whether layers of the model hold weights in FP8, which only ``pack_for_inference`` uses."""
     return any(name.endswith(SCALE) for name, _ in model.named_buffers())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a GGUF file (version 2 or 3, little-endian): metadata, and tensors dequantised one at a time.
+"""Read a GGUF file (version 2 or 3, little-endian): metadata, and tensors dequantised one at a time.
 
-The header is parsed here because the ``gguf`` package's reader takes seconds for a vocabulary of 50,000 tokens; the
+We parse the header here because the ``gguf`` package's reader takes seconds for a vocabulary of 50,000 tokens; the
 package still supplies the block formats and their dequantisation.
 """
 
@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """Where a tensor lies: ``shape`` in torch's order, ``ggml_type`` its block format, ``start`` in bytes."""
+    """The place of a tensor: ``shape`` in torch's order, ``ggml_type`` its block format, ``start`` in bytes."""
 
     shape: tuple[int, ...]
     ggml_type: int
@@ -52,7 +52,7 @@ class GGUFFile:
         with path.open("rb") as file:
             start = file.read(24)
             if len(start) < 24 or not start.startswith(b"GGUF"):
-                raise CheckpointError(f"{path} is no GGUF file: it does not start with its signature")
+                raise CheckpointError(f"{path} is not a GGUF file: it does not start with the signature")
             # Private, copy on write, because torch refuses read-only arrays; nothing is ever written.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
@@ -62,7 +62,7 @@ class GGUFFile:
             raise CheckpointError(f"{path} is a truncated or corrupt GGUF file: {error}") from error
 
     def required(self, key: str, kind: type[_T]) -> _T:
-        """The metadata value of ``key``, of that type. Raises CheckpointError."""
+        """The metadata value of ``key``, which must have that type. Raises CheckpointError."""
         value = self.optional(key, kind)
         if value is None:
             raise CheckpointError(f"{self.path} lacks the metadata key {key}")
@@ -76,7 +76,7 @@ class GGUFFile:
         return value
 
     def check_places(self) -> None:
-        """Raises CheckpointError unless every tensor lies in the file, apart from the others."""
+        """Raises CheckpointError unless every tensor lies within the file and overlaps no other."""
         places = sorted((place.start, self._num_bytes(name), name) for name, place in self.tensors.items())
         for (start, size, name), (next_start, _, following) in pairwise(places):
             if start + size > next_start:
@@ -117,21 +117,21 @@ class GGUFFile:
         return self._bytes[place.start : place.start + num_bytes].reshape(math.prod(place.shape[:-1]), -1)
 
     def release(self) -> None:
-        """Give back the memory of the pages that were read, which count as the process's; they are read again if
-        needed. Whoever went through a whole file would otherwise hold it twice."""
+        """Give back the memory of the pages that were read, which counts as the process's; they are read again if
+        needed. Reading a whole file would otherwise hold it in memory twice."""
         if hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def type_name(self, name: str) -> str:
-        """The block format of tensor ``name``, as GGUF calls it. Raises CheckpointError for an unknown one."""
+        """The block format of tensor ``name``, in GGUF's words. Raises CheckpointError for an unknown one."""
         from gguf import GGMLQuantizationType
 
         self._block(name)
         return GGMLQuantizationType(self.tensors[name].ggml_type).name
 
     def tensor(self, name: str, part: Cut | None = None) -> Tensor:
-        """Tensor ``name``, dequantised to float32 on the CPU; it may share memory with the mapped file. Of a matrix no
-        blocks are read but those that hold some of ``part``."""
+        """Tensor ``name``, dequantised to float32 on the CPU; it may share memory with the mapped file. For a matrix
+        only blocks that contain some of ``part`` are read."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -230,7 +230,7 @@ class _Header:
         return self._scalar(_SCALARS[kind])
 
     def _array(self, element: int, length: int) -> Any:
-        """A list of strings, or numbers as they lie in the file."""
+        """A list of strings, or numbers in the file's own type."""
         if element == _STRING:
             if length > _MAX_STRINGS:
                 raise _MalformedError(f"an array has {length} strings; expected at most {_MAX_STRINGS}")

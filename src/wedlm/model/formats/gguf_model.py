@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GGUF file means as a model: its config, and its tensors under Hugging Face's names and layout."""
+"""A GGUF file as a model: its config, and its tensors under Hugging Face's names and layout."""
 
 import re
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ _GGUF_TOP_NAMES = {name: kind for kind, name in _TOP_NAMES.items()}
 
 
 def read_gguf_config(file: GGUFFile) -> ModelConfig:
-    """The config that the metadata describe. Raises CheckpointError for what is missing or not supported."""
+    """The config that the metadata describe. Raises CheckpointError if something is missing or not supported."""
     arch = file.required("general.architecture", str)
     if arch not in SUPPORTED_ARCHITECTURES:
         expected = ", ".join(SUPPORTED_ARCHITECTURES)
@@ -98,8 +98,8 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
 def read_gguf_tensors(
     file: GGUFFile, config: ModelConfig, cut: CutByName | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, float32 tensor) of every tensor, one at a time; a tensor without a Hugging Face name keeps its own. Of
-    each only the part that ``cut`` says, which holds whole heads, and of which whole blocks are read."""
+    """(name, float32 tensor) of every tensor, one at a time; a tensor without a Hugging Face name keeps its own. Reads
+    only the part of each that ``cut`` names, which consists of whole heads and whole blocks."""
     for name in file.tensors:
         part = None if cut is None else cut(checkpoint_name(name))
         with reading(file.path):
@@ -112,12 +112,12 @@ def read_gguf_tensors(
 
 
 def gguf_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors by Hugging Face's names, where a tensor has one."""
+    """The shapes of all tensors, by Hugging Face's names where they have one."""
     return {checkpoint_name(name): place.shape for name, place in file.tensors.items()}
 
 
 def permuted_heads(name: str, arch: str, config: ModelConfig) -> int | None:
-    """How many heads a tensor's rows are, where GGUF has them in llama's layout; None: they are as Hugging Face's."""
+    """How many heads a tensor's rows are, if GGUF has them in llama's layout; None if they are in Hugging Face's."""
     match = _LAYER_TENSOR.fullmatch(name)
     if match is None or arch != "llama":
         return None
@@ -125,7 +125,7 @@ def permuted_heads(name: str, arch: str, config: ModelConfig) -> int | None:
 
 
 def checkpoint_name(name: str) -> str:
-    """A tensor's Hugging Face name; its own where it has none."""
+    """A tensor's Hugging Face name, or its own if it has none."""
     match = _LAYER_TENSOR.fullmatch(name)
     if match is None or match[2] not in _LAYER_NAMES:
         return _TOP_NAMES.get(name, name)
@@ -134,7 +134,7 @@ def checkpoint_name(name: str) -> str:
 
 
 def gguf_name(name: str) -> str:
-    """``checkpoint_name`` undone: a tensor's name in GGUF by Hugging Face's."""
+    """A tensor's name in GGUF, given Hugging Face's: the inverse of ``checkpoint_name``."""
     match = _HF_LAYER.fullmatch(name)
     if match is None or match[2] not in _LAYER_KINDS:
         return _GGUF_TOP_NAMES.get(name, name)
@@ -143,7 +143,7 @@ def gguf_name(name: str) -> str:
 
 
 def permute_rows(tensor: Tensor, num_heads: int) -> Tensor:
-    """``unpermute_rows`` undone."""
+    """The inverse of ``unpermute_rows``."""
     return tensor.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
@@ -184,5 +184,6 @@ def _end_token_ids(file: GGUFFile) -> list[int]:
 
 
 def _shortest_float(value: float) -> float:
-    """A float32 stored as 9.999999747378752e-06 was written as 1e-05: seven digits give back what was meant."""
+    """The number that was meant: a float32 stored as 9.999999747378752e-06 was written as 1e-05, and seven digits give
+    it back."""
     return float(f"{value:.7g}")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding matrices to GGUF's block formats. The K-quants are ours, the others the gguf package's.
+"""Round matrices to GGUF's block formats. The K-quants are ours, the others the gguf package's.
 
-A super-block of a K-quant is 256 weights of a row. Its parts of 32 (Q6_K: 16) have a scale each, and Q4_K and Q5_K a
-minimum, in few bits themselves. Scales are searched for: some candidates, each refined by least squares.
+A super-block of a K-quant is 256 weights of a row. Its parts of 32 (Q6_K: 16) have a scale each, and in Q4_K and Q5_K
+also a minimum, which are themselves in few bits. Scales are found by search: several candidates, each refined by least
+squares.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor
 SUPER = 256
 _CHUNK_ELEMENTS = 2**22
 _TINY, _LARGEST_HALF = 1e-30, 65504.0
-# Candidates of a scale: the range is divided into so many levels more than there are.
+# Candidates of a scale: the range is divided into this many more levels than there are.
 _AFFINE_STEPS = tuple(step / 10 for step in range(-10, 13, 2))
 _SYMMETRIC_STEPS = tuple(step / 10 for step in range(-10, 11, 2))
 
@@ -42,8 +43,8 @@ def _others(rows: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 def _half(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x in float16, its bytes [N, 2]), rounded away from zero: the largest part counts it as often as it can and would
-    lose its largest weights, above all where float16 is subnormal and coarse."""
+    """(x in float16, its bytes [N, 2]), rounded away from zero. The largest part uses as much of it as it can and would
+    otherwise lose its largest weights, above all where float16 is subnormal and coarse."""
     half = x.clamp(-_LARGEST_HALF, _LARGEST_HALF).half()
     bits = half.view(torch.int16) + (half.float().abs() < x.abs().clamp(max=_LARGEST_HALF)).to(torch.int16)
     half = bits.view(torch.float16)

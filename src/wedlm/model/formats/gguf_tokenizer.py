@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rebuilding a byte-level BPE tokenizer from the metadata of a GGUF file.
+"""Rebuild a byte-level BPE tokenizer from the metadata of a GGUF file.
 
-The file names the pre-tokenizer instead of carrying it, so each supported name is spelled out here; the patterns are
+The file names the pre-tokenizer instead of containing it, so each supported name is spelled out here; the patterns are
 those of the models' own ``tokenizer.json``.
 """
 
@@ -75,7 +75,7 @@ def _read_tokenizer(file: GGUFFile) -> tuple[Tokenizer, dict[str, str]]:
 
 
 def read_gguf_chat_template(file: GGUFFile) -> dict[str, str]:
-    """Name to Jinja source: the default template and the named ones beside it."""
+    """Name to Jinja source: the default template and the named ones."""
     prefix = "tokenizer.chat_template"
     found = {key: value for key, value in file.metadata.items() if key.startswith(prefix) and isinstance(value, str)}
     return {key.removeprefix(prefix).removeprefix(".") or "default": source for key, source in found.items()}
@@ -91,7 +91,7 @@ def _pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _post_processor(file: GGUFFile, tokens: list[str], kind: str) -> processors.PostProcessor:
-    """BOS in front where the file asks for it, which for Llama 3 is the default."""
+    """Puts BOS in front if the file asks for it, which is the default for Llama 3."""
     bos = _token_id(file, "bos", tokens)
     if bos is None or not file.metadata.get("tokenizer.ggml.add_bos_token", kind == "llama-bpe"):
         return processors.ByteLevel(trim_offsets=False)
@@ -122,7 +122,8 @@ def write_gguf_tokenizer(
     chat_templates: Mapping[str, str],
     config: ModelConfig,
 ) -> None:
-    """Add a byte-level BPE tokenizer to a file: what ``read_gguf_tokenizer`` and ``read_gguf_chat_template`` read back.
+    """Add a byte-level BPE tokenizer to a file, for ``read_gguf_tokenizer`` and ``read_gguf_chat_template`` to read
+    back.
 
     Raises ValueError for a kind that GGUF, or this package, has no name for.
     """
@@ -160,7 +161,7 @@ def write_gguf_tokenizer(
 
 
 def _kind_of(values: Mapping[str, Any]) -> str:
-    """The name of a tokenizer's way to cut text, by its ``tokenizer.json``. Raises ValueError."""
+    """The name of the way in which a tokenizer splits text, from its ``tokenizer.json``. Raises ValueError."""
     for kind in SUPPORTED_PRE_TOKENIZERS:
         known = Tokenizer(BPE())
         known.pre_tokenizer = _pre_tokenizer(kind)
@@ -173,7 +174,7 @@ def _kind_of(values: Mapping[str, Any]) -> str:
 
 
 def _steps(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Steps of the pre-tokenizer, without what changes no token."""
+    """The steps of the pre-tokenizer, without those that change no token."""
     step = values["pre_tokenizer"] or {}
     steps = step.get("pretokenizers", [step])
     return [{key: value for key, value in one.items() if key != "trim_offsets"} for one in steps]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing a checkpoint as a GGUF file, which llama.cpp and what is built on it run.
+"""Write a checkpoint as a GGUF file, which llama.cpp and programs built on it run.
 
-A WeDLM checkpoint's mask token and block size go into keys of our own; to other readers it is the AR model.
+A WeDLM checkpoint's mask token and block size go into our own keys; other readers see an AR model.
 """
 
 import re
@@ -83,8 +83,8 @@ def _gets_more_bits(layer: int, num_layers: int) -> bool:
 def write_gguf(path: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, asked: str, name: str) -> None:
     """Write ``checkpoint`` with matrices of type ``asked`` (one of ``GGUF_TYPES``), one tensor at a time.
 
-    ``name``: the model's, for users. The file appears complete or not at all. Raises ValueError for what GGUF, or
-    llama.cpp's idea of the architecture, cannot hold.
+    ``name`` is the model's name for users. The file appears complete or not at all. Raises ValueError for anything that
+    GGUF, or llama.cpp's version of the architecture, cannot hold.
     """
     config = checkpoint.config
     with write_whole(path) as temporary:
@@ -129,7 +129,7 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 
 def _architecture(config: ModelConfig) -> str:
-    """llama.cpp's name for what the model computes. Raises ValueError."""
+    """llama.cpp's name for the model's architecture. Raises ValueError."""
     if config.sees_by_block:
         raise ValueError(f"model_type is {config.model_type!r}; expected a causal model, as GGUF's readers compute it")
     if config.model_type != "wedlm":
@@ -140,7 +140,7 @@ def _architecture(config: ModelConfig) -> str:
 
 
 def add_gguf_config(writer: GGUFWriter, config: ModelConfig) -> None:
-    """Add what ``read_gguf_config`` reads. Raises ValueError for RoPE that GGUF cannot hold."""
+    """Add the keys that ``read_gguf_config`` reads. Raises ValueError for RoPE that GGUF cannot hold."""
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

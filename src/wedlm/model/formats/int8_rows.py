@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrices in eight bits with one scale for each output, and safetensors files that hold them.
 
-A matrix NAME [O, C] lies there as int8 values under NAME and float32 scales [O] under NAME_scale; all else lies as in
-any checkpoint. ``config.json`` says so in ``quantization_config``, so that a reader who does not know it refuses.
+A matrix NAME [O, C] is stored as int8 values under NAME and float32 scales [O] under NAME_scale; everything else is
+stored as in any checkpoint. ``quantization_config`` in ``config.json`` names the format, so that a reader who does not
+know it refuses.
 """
 
 import json
@@ -25,7 +26,7 @@ _SAFETENSORS_TYPES = {torch.int8: "I8", torch.float32: "F32", torch.bfloat16: "B
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """``values`` [O, C], int8 in -127..127, each row of which counts ``scale`` [O] (float32) times."""
+    """``values`` [O, C], int8 in -127..127; each row is to be multiplied by its ``scale`` [O] (float32)."""
 
     values: Tensor
     scale: Tensor
@@ -40,7 +41,7 @@ class Int8Rows:
 
 
 def round_rows(weight: Tensor) -> Int8Rows:
-    """The matrix [O, C] in eight bits: each row's largest number becomes 127."""
+    """The matrix [O, C] in eight bits; each row's largest number becomes 127."""
     values = torch.empty(weight.shape, dtype=torch.int8)
     scale = torch.empty(len(weight), dtype=torch.float32)
     size = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
@@ -53,7 +54,8 @@ def round_rows(weight: Tensor) -> Int8Rows:
 
 
 def join_scale(origin: Path, name: str, values: Tensor, scales: Mapping[str, Tensor]) -> Int8Rows:
-    """A matrix of a file with its scales among ``scales``. Raises CheckpointError if they are missing or do not fit."""
+    """Join a matrix of a file with its scale from ``scales``. Raises CheckpointError if that is missing or does not
+    fit."""
     scale = scales.get(name + SCALE)
     if scale is None:
         raise CheckpointError(f"{origin} lacks the tensor {name}{SCALE}, the scales of {name}, which is int8")
@@ -74,8 +76,8 @@ def write_int8(
 ) -> None:
     """Write safetensors of ``tensors`` with each matrix in eight bits and each vector in ``dtype``, one at a time.
 
-    ``shapes``: of all tensors, by name; where each lies follows from them before the first is made. The file appears
-    complete or not at all.
+    ``shapes``: of all tensors, by name. The places in the file follow from them before the first tensor is made. The
+    file appears complete or not at all.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     places: dict[str, int] = {}

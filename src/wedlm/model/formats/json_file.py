@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The JSON files of a checkpoint."""
+"""Read the JSON files of a checkpoint."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ _MAX_BYTES = 2**26
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in ``path``. Raises CheckpointError if it is none, or is larger than any honest one."""
+    """The object in ``path``. Raises CheckpointError if it is not an object, or is larger than any honest one."""
     size = path.stat().st_size
     if size > _MAX_BYTES:
         raise CheckpointError(f"{path} has {size} bytes; expected at most {_MAX_BYTES} of JSON")
@@ -26,4 +26,4 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what the user typed (a path, a hub id, or a name of what is embedded) to files on this machine."""
+"""Find the files on this machine for what the user typed: a path, a hub id, or the name of an embedded model."""
 
 import re
 from pathlib import Path
@@ -17,9 +17,9 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def locate(path_or_id: str | Path, weights: bool = True) -> Path:
     """A checkpoint directory or a ``.gguf`` file.
 
-    "demo" and "demo-base" mean the embedded model (write "./demo" for a directory of that name); what exists as a path
-    is that path; anything else of the form ``organisation/name`` is fetched from the Hugging Face hub, without weights
-    if ``weights`` is False. Only data is fetched, never code or pickles. Raises CheckpointError.
+    "demo" and "demo-base" mean the embedded model (write "./demo" for a directory of that name). An existing path is
+    taken as that path. Anything else of the form ``organisation/name`` is fetched from the Hugging Face hub, without
+    weights if ``weights`` is False. Only data is fetched, never code or pickles. Raises CheckpointError.
     """
     if path_or_id in (DEMO_NAME, DEMO_BASE_NAME):
         return demo_model_path()
@@ -63,5 +63,5 @@ def _from_hub(repo_id: str, weights: bool) -> Path:
     ) as error:  # The hub client and its HTTP library raise many unrelated types; all mean "not fetched".
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{repo_id} is no local path and could not be fetched from the Hugging Face hub: {reason}"
+            f"{repo_id} is not a local path, and it could not be fetched from the Hugging Face hub: {reason}"
         ) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files: whole or not at all, and safetensors with the folder's read permissions."""
+"""Write files completely or not at all, and safetensors with the folder's read permissions."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -12,9 +12,9 @@ from torch import Tensor
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary path next to ``path``; what is written there becomes ``path`` in one step at the end.
+    """Yield a temporary path next to ``path``; the file written there becomes ``path`` in one step at the end.
 
-    ``path`` appears complete, its content on the disk, or stays as it was; an error leaves no temporary file.
+    ``path`` appears complete, with its content on the disk, or stays as it was; an error leaves no temporary file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

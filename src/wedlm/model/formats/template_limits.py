@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds of time and memory for a Jinja template, which may be written by anybody.
+"""Limits on the time and memory of a Jinja template, which anybody may have written.
 
 Steps are counted where a program can repeat itself: in the body and the condition of every loop, in macros and calls.
-Filters repeat what they are given for every element (``map``, ``groupby``), so attributes and tests look at the clock.
-Memory is counted where values are made: results of operators, filters, calls, slices and literals, and the output. What
-could take long inside one step (a string times a number, padding, formats) is looked at before it is done.
+Filters repeat their argument for every element (``map``, ``groupby``), so attributes and tests check the clock. Memory
+is counted where values are made: results of operators, filters, calls, slices and literals, and the output. Operations
+that could take long within one step (a string times a number, padding, formats) are checked before they run.
 """
 
 import datetime
@@ -60,7 +60,7 @@ _SIZED_FILTERS = frozenset({"batch", "center", "indent", "round", "slice", "tojs
 
 
 class ExceededError(Exception):
-    """The template takes more than it may; the message goes on where "the chat template" left off."""
+    """The template exceeds a limit; the message continues the words "the chat template"."""
 
 
 class Budget:
@@ -80,7 +80,7 @@ class Budget:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> "Budget":
-        """For a template with these variables; nothing changes them while it runs."""
+        """A budget for a template with these variables, which must not change while it runs."""
         known: dict[int, int] = {}
         budget = cls(_weigh(dict(inputs), known, sys.maxsize))
         budget._known = known
@@ -98,7 +98,7 @@ class Budget:
         _current.reset(self._token)
 
     def step(self, output_bytes: int = 0) -> bool:
-        """One more turn of a loop, which writes ``output_bytes`` itself; true, for loops' conditions."""
+        """Count one more turn of a loop, which writes ``output_bytes`` itself. Returns True, for loops' conditions."""
         self.steps -= 1
         if self.steps < 0:
             raise ExceededError(f"runs more than {self._all[0]} steps; expected a template that ends")
@@ -108,20 +108,20 @@ class Budget:
         return True
 
     def look_at_clock(self) -> None:
-        """To be called often: one call in 32 reads the time."""
+        """Check the time; call it often, because only one call in 32 reads the clock."""
         self._looks += 1
         if self._looks % 32 == 0 and time.thread_time() > self._deadline:
             raise ExceededError(f"runs longer than {self.seconds:.3g} s; expected a template that ends")
 
     def made(self, value: Any) -> Any:
-        """``value`` itself, which the template has made."""
+        """Count and return ``value``, which the template has made."""
         if isinstance(value, str | list | tuple | dict):
             self._spend(sys.getsizeof(value))
             self.check(_weigh(value, self._known, self.value_bytes))
         return value
 
     def check(self, num_bytes: int) -> None:
-        """Before something of that size is made."""
+        """Check the size of a value before it is made."""
         if num_bytes > self.value_bytes:
             raise ExceededError(f"makes a value of more than {self.value_bytes} bytes; expected less text")
 
@@ -135,9 +135,10 @@ _current: ContextVar[Budget | None] = ContextVar("budget of the running template
 
 
 def _weigh(value: Any, known: dict[int, int], most: int, seen: dict[int, int] | None = None) -> int:
-    """Bytes of a value written out: what is in it twice counts twice, although it is in memory once.
+    """The bytes of a value when written out; a part that occurs twice counts twice, although it is in memory once.
 
-    ``known`` has the weights of containers by identity; without ``seen``, an input's own are noted there."""
+    ``known`` has the weights of containers by identity; without ``seen``, an input's own are noted there.
+    """
     if isinstance(value, str):
         return sys.getsizeof(value)
     if isinstance(value, range):
@@ -160,14 +161,16 @@ def _weigh(value: Any, known: dict[int, int], most: int, seen: dict[int, int] | 
 
 
 class _OpaqueNamespace(Namespace):
-    """Namespaces can hold each other, so writing one out could take forever."""
+    """A namespace that is not written out, because namespaces can contain each other and writing them could take
+    forever."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
 
 
 class _Counting(NodeTransformer):
-    """Puts a step into each loop's body and condition and each macro, and ``made`` around what makes values."""
+    """Puts a step into each loop's body and condition and each macro, and ``made`` around everything that
+    makes values."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -262,7 +265,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
     def _parse(self, *args: Any) -> nodes.Template:
-        """Checked here and not by Python's own limit of recursion, which other libraries raise (torch's compiler)."""
+        """Check the nesting here rather than rely on Python's own limit of recursion, which other libraries raise
+        (torch's compiler)."""
         tree = super()._parse(*args)
         levels, depth, row = 0, 0, [cast(nodes.Node, tree)]
         while row:
@@ -419,7 +423,7 @@ def _foresee_method(budget: Budget, owner: Any, name: str, args: tuple[Any, ...]
     if methods is None:
         return
     if name not in methods:
-        raise ExceededError(f"calls {type(owner).__name__}.{name}, which templates may not; expected another way")
+        raise ExceededError(f"calls {type(owner).__name__}.{name}, which templates must not call; expected another way")
     if not isinstance(owner, str):
         return
     arguments = [*args, *kwargs.values()]

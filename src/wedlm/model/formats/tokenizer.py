@@ -32,7 +32,7 @@ _QUESTION, _REPLY = "question", "wedlm"
 
 
 def load_tokenizer(path_or_id: str | Path) -> "Tokenizer":
-    """The tokenizer of a checkpoint: a directory, a ``.gguf`` file, a hub id or "demo", as in ``load_model``."""
+    """Load the tokenizer of a checkpoint: a directory, a ``.gguf`` file, a hub id or "demo", as in ``load_model``."""
     path = locate(path_or_id, weights=False)
     return Tokenizer.from_gguf(path) if path.is_file() else Tokenizer.from_directory(path)
 
@@ -67,7 +67,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "Tokenizer":
-        """From ``tokenizer.json`` and what stands beside it (``tokenizer_config.py``).
+        """Read ``tokenizer.json`` and the files next to it (``tokenizer_config.py``).
 
         Raises CheckpointError naming the file that is missing or malformed.
         """
@@ -84,7 +84,8 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> "Tokenizer":
-        """Rebuilt from the metadata of a GGUF file. Raises CheckpointError for a kind that cannot be rebuilt."""
+        """Rebuild a tokenizer from the metadata of a GGUF file. Raises CheckpointError for a kind that cannot be
+        rebuilt."""
         file = GGUFFile(Path(path))
         backend, special_tokens = read_gguf_tokenizer(file)
         return cls(backend, read_gguf_chat_template(file), special_tokens)
@@ -109,15 +110,15 @@ class Tokenizer:
                 temporary.write_text(text, encoding="utf-8")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; special tokens written out in ``text`` become their ids.
+        """Encode text; special tokens written out in ``text`` become their ids.
 
-        ``add_special_tokens`` adds what the tokenizer's post-processor says (BOS, in most models that have one): pass
-        False for a rendered chat template, which already contains it. Raises ValueError for half a surrogate pair.
+        ``add_special_tokens`` adds the tokens of the tokenizer's post-processor (BOS, in most models that have one).
+        Pass False for a rendered chat template, which already contains it. Raises ValueError for half a surrogate pair.
         """
         return self.encode_batch([text], add_special_tokens)[0]  # alone it would keep the GIL: a second for a megabyte
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """``encode`` of each text, on all cores. Raises ValueError for half a surrogate pair."""
+        """``encode`` each text, on all cores. Raises ValueError for half a surrogate pair."""
         for text in texts:
             _check_unicode(text)
         with running():  # fast: without the tokens' places in the text, which take longer than the tokens
@@ -139,7 +140,7 @@ class Tokenizer:
             )
 
     def special_token_id(self, text: str) -> int | None:
-        """The id of a special token, which ``decode`` leaves out, by its text; None for any other text."""
+        """The id of a special token, which ``decode`` leaves out, given its text; None for any other text."""
         token_id = self.token_id(text)
         return token_id if token_id in self.special_ids else None
 
@@ -149,12 +150,12 @@ class Tokenizer:
             return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token given by its text in the vocabulary, such as "<|im_end|>"."""
+        """The id of a token, given its text in the vocabulary, such as "<|im_end|>"."""
         return self.backend.token_to_id(token)
 
     def end_token_ids(self) -> tuple[int, ...]:
-        """Where a reply ends: the tokenizer's end token, and the control token that the chat template writes right
-        after an assistant's message. Checkpoints' configurations often name only one of the two."""
+        """The tokens that end a reply: the tokenizer's end token, and the control token that the chat template writes
+        right after an assistant's message. A checkpoint's configuration often names only one of the two."""
         eos, bos = (self.token_id(self.special_tokens.get(name, "")) for name in ("eos_token", "bos_token"))
         ends = () if eos is None else (eos,)
         question, reply = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _REPLY}
@@ -170,8 +171,8 @@ class Tokenizer:
     def probe_chats(
         self, chats: Iterable[Sequence[Mapping[str, Any]]], add_generation_prompt: bool = True
     ) -> Iterator[str]:
-        """``apply_chat_template`` of those of ``chats`` that the template takes. One that exceeds its limits on these
-        few words is refused from then on without being run, so that a hostile one costs its limits once."""
+        """``apply_chat_template`` for those of ``chats`` that the template accepts. If a template exceeds its limits on
+        these few words, it is never run again, so that a hostile one costs its limits only once."""
         for messages in chats:
             try:
                 yield self.apply_chat_template(messages, add_generation_prompt)
@@ -189,8 +190,8 @@ class Tokenizer:
     ) -> str:
         """A prompt for ``messages`` as text; ``kwargs`` (such as ``tools`` or ``enable_thinking``) go to the template.
 
-        For reading. Encoded as it is, a control token that a message spells is one: ``encode_chat`` keeps them apart.
-        Raises ValueError if there is no template or it fails.
+        The text is for reading. If you encode it as a whole, a control token that a message spells becomes one;
+        ``encode_chat`` prevents that. Raises ValueError if there is no template or it fails.
         """
         return self._renderer(kwargs, add_generation_prompt)[1]({"messages": messages, **kwargs})
 
@@ -204,8 +205,8 @@ class Tokenizer:
     ) -> ChatPrompt:
         """``apply_chat_template``, and where to cut its text so that what messages and ``kwargs`` spell stays text.
 
-        Nothing is cut with ``allow_control_tokens``: a message can then end its turn and speak as the system. Raises
-        ValueError also where a template rewrites a control token's spelling, so that it cannot be told apart.
+        With ``allow_control_tokens`` nothing is cut: a message can then end its turn and speak as the system. Raises
+        ValueError also if a template rewrites a control token's spelling, which then cannot be recognised.
         """
         source, render = self._renderer(kwargs, add_generation_prompt)
         contents = {"messages": messages, **kwargs}
@@ -232,7 +233,7 @@ class Tokenizer:
         return [token for ids in self.encode_batch(prompt.pieces(), add_special_tokens=False) for token in ids]
 
     def _renderer(self, kwargs: Mapping[str, Any], add_generation_prompt: bool) -> tuple[str, _Render]:
-        """The template's source, and what renders it with contents (messages and such of ``kwargs``)."""
+        """The template's source, and a function that renders it with contents (messages and some of ``kwargs``)."""
         if not self.chat_templates:
             raise ValueError(
                 "this model's tokenizer has no chat template; expected a plain prompt, or an instruct model"
@@ -257,7 +258,7 @@ class Tokenizer:
 
 
 def _drops_first_space(backend: tokenizers.Tokenizer) -> bool:
-    """Whether the first token's space is lost in decoding: U+2581 stands for a space in SentencePiece's words."""
+    """Whether decoding loses the first token's space: U+2581 stands for a space in SentencePiece's words."""
     vocab = backend.get_vocab()
     token_id = next((token_id for text, token_id in vocab.items() if text[:1] == "\u2581" and text[1:].isalpha()), None)
     if token_id is None:
@@ -267,6 +268,6 @@ def _drops_first_space(backend: tokenizers.Tokenizer) -> bool:
 
 def _check_unicode(text: str) -> None:
     try:
-        text.encode()  # the library's own message for a lone surrogate tells nobody anything
+        text.encode()  # the library's own message for a lone surrogate explains nothing
     except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt is no Unicode text ({error.reason}); expected valid characters") from error
+        raise ValueError(f"the prompt is not valid Unicode ({error.reason}); expected valid characters") from error

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands beside ``tokenizer.json``: names of special tokens, further added tokens and chat templates.
+"""Files next to ``tokenizer.json``: names of special tokens, further added tokens and chat templates.
 
-Read as transformers reads it: ``special_tokens_map.json`` goes before ``tokenizer_config.json``, and
-``added_tokens.json`` is read, unless that has an ``added_tokens_decoder``; template files go before templates there.
+They are read as in transformers: ``special_tokens_map.json`` takes precedence over ``tokenizer_config.json``, and
+``added_tokens.json`` is read, unless that has an ``added_tokens_decoder``; template files take precedence over
+templates there.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ _MAX_TEMPLATES = 100
 
 
 def read_tokenizer_config(directory: Path) -> dict[str, Any]:
-    """``tokenizer_config.json``, with what the two older files say where it has no ``added_tokens_decoder``."""
+    """``tokenizer_config.json``, with the content of the two older files if it has no ``added_tokens_decoder``."""
     path = directory / "tokenizer_config.json"
     config = read_json_object(path) if path.is_file() else {}
     if "added_tokens_decoder" in config:
@@ -55,7 +56,8 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Add the tokens of ``added_tokens_decoder``, and named ones, that ``backend`` lacks. ValueError for a wrong id."""
+    """Add the tokens of ``added_tokens_decoder``, and named ones, that ``backend`` lacks. Raises ValueError for a wrong
+    id."""
     given = config.get("added_tokens_decoder") or {}
     if not isinstance(given, dict) or not all(key.isdecimal() for key in given):
         raise ValueError("added_tokens_decoder is not an object of ids; expected ids and tokens")

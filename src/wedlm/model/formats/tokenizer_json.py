@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``tokenizer.json``: a program of sorts, which is looked at before it meets a text.
+"""``tokenizer.json`` is a kind of program, so it is checked before it sees a text.
 
 Its steps can make text longer (a replacement of one letter by a thousand, four times over) and contain regular
-expressions. What each step can make of a character is bounded here; the library's own expressions stop by themselves
-after ten million retries, with a panic that ``running`` turns into a ValueError.
+expressions. This module bounds what each step can make of a character. The library's own expressions stop after ten
+million retries, with a panic that ``running`` turns into a ValueError.
 """
 
 import base64
@@ -59,7 +59,7 @@ def _probe(backend: tokenizers.Tokenizer) -> None:
 
 @contextmanager
 def running() -> Iterator[None]:
-    """A panic of the tokenizers library, which is no Exception, becomes a ValueError."""
+    """Turn a panic of the tokenizers library, which is not an Exception, into a ValueError."""
     try:
         yield
     except BaseException as error:
@@ -82,7 +82,7 @@ def _check_steps(values: Any) -> None:
 
 
 def _growth(step: Any) -> float:
-    """At most how many characters a step makes of one, for steps that are a file's own to choose."""
+    """The largest number of characters that a step makes of one, for steps that a file can define."""
     if not isinstance(step, dict):
         return 1.0
     growth = 1.0
@@ -104,7 +104,8 @@ def _growth(step: Any) -> float:
 
 
 def _longest_of_charsmap(encoded: Any) -> float:
-    """SentencePiece's table: the size of a trie, the trie, and the texts it leads to, each ended by a zero byte."""
+    """The longest replacement in SentencePiece's table: the size of a trie, the trie, and the texts it leads to, each
+    ended by a zero byte."""
     if not isinstance(encoded, str):
         return 1.0
     data = base64.b64decode(encoded)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters by name beside a packed model, in slots: each row of a step may have another one.
+"""Adapters by name for a packed model, in slots: each row of a step may have a different one.
 
-All adapters of a layer are two matrices, A and B of all side by side, so that a step multiplies by each once, whichever
-adapters its rows have. An adapter has columns of its own there, as many as its largest rank.
+All adapters of a layer form two matrices, all A side by side and all B side by side, so that a step multiplies by each
+once, whichever adapters its rows have. An adapter has its own columns there, as many as its largest rank.
 """
 
 import torch
@@ -23,10 +23,10 @@ _PACKED = {  # and the layers that each is made of
 
 
 class AdapterBank:
-    """The factors of up to ``num_slots`` adapters, in slots 1 to ``num_slots``, beside ``model``, which is packed.
+    """The factors of up to ``num_slots`` adapters, in slots 1 to ``num_slots``, for ``model``, which is packed.
 
-    ``version`` changes when memory does: who has captured the model's steps must capture them once more. All else is
-    written in place. Not for use while a step is being prepared in another thread.
+    ``version`` changes when memory does; captured steps of the model must then be captured again. Everything else is
+    written in place. Do not use it while another thread prepares a step.
     """
 
     def __init__(self, model: Transformer, num_slots: int) -> None:
@@ -47,7 +47,8 @@ class AdapterBank:
 
     @torch.inference_mode()
     def rows(self, adapters: Tensor, masked: Tensor | None) -> AdaptedRows:
-        """What layers must know of rows with adapters in these slots, int64 [T]; ``masked`` as in ``Transformer``.
+        """What layers must know about rows with adapters in these slots, int64 [T]; ``masked`` is as in
+        ``Transformer``.
 
         With flags of masked rows, or none, no size depends on data.
         """
@@ -65,13 +66,13 @@ class AdapterBank:
         return AdaptedRows(own, others, flags & self._has_embedding[adapters], self._embedding[adapters])
 
     def prepare(self, factors: RowFactors) -> RowFactors:
-        """Nothing takes time."""
+        """Does nothing, because nothing here takes time."""
         return factors
 
     @torch.inference_mode()
     def put(self, slot: int, factors: RowFactors) -> None:
-        """Put an adapter, whose shapes are the model's, in a free slot. ValueError, with nothing changed, if there is
-        no memory."""
+        """Put an adapter, whose shapes are the model's, into a free slot. Raises ValueError, with nothing changed, if
+        memory runs out."""
         assert slot not in self._columns, f"slot {slot} is taken"
         if not self._layers:
             self._wrap()
@@ -103,7 +104,7 @@ class AdapterBank:
 
     @torch.inference_mode()
     def drop(self, slot: int) -> None:
-        """Free a slot. With the last one goes all memory."""
+        """Free a slot. All memory goes with the last one."""
         del self._columns[slot]
         self._others[2 * slot : 2 * slot + 2] = True
         self._meets_own[slot], self._has_embedding[slot] = True, False
@@ -111,7 +112,7 @@ class AdapterBank:
             self._resize(0)
 
     def _free_columns(self, count: int) -> tuple[int, int]:
-        """The first place for so many, perhaps behind all that there are."""
+        """The first place for this many columns, perhaps after all existing ones."""
         at = 0
         for first, end in sorted(self._columns.values()):
             if first - at >= count:
@@ -120,7 +121,7 @@ class AdapterBank:
         return at, at + count
 
     def _resize(self, num_columns: int) -> None:
-        """Memory for so many columns, with what the present ones hold. All of it is there before any is replaced."""
+        """Allocate memory for this many columns, and copy the present ones. All of it exists before any is replaced."""
         kept = min(num_columns, self._num_columns)
         larger = []
         for _, layer in self._layers:
@@ -138,7 +139,7 @@ class AdapterBank:
         self.version += 1
 
     def _wrap(self) -> None:
-        """Put room for factors beside each packed layer, once."""
+        """Add room for factors to each packed layer, once."""
         assert self.model.adapters is None, "the model has the adapters of another engine"
         dtype = self.model.model.embed_tokens.weight.dtype
         for index, block in enumerate(self.model.model.layers):
@@ -154,7 +155,7 @@ class AdapterBank:
 
 
 def _sizes(owner: nn.Module, leaf: str, linear: nn.Module) -> tuple[list[int], int]:
-    """Outputs of each of the layers that ``linear`` is made of, and its inputs."""
+    """The outputs of each of the layers that ``linear`` is made of, and its inputs."""
     base = base_layer(linear)
     size, depth = int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
     if isinstance(owner, Attention) and leaf == "qkv_proj":

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference form of the model: fewer, larger matrix products, and weights in the layout their kernel likes."""
+"""The inference form of the model: fewer, larger matrix products, and weights in the layout that their kernel
+prefers."""
 
 from collections.abc import Sequence
 
@@ -20,12 +21,12 @@ def pack_for_inference(
 ) -> Transformer:
     """Fuse projections that share their input, in place, and freeze all parameters; returns the same model.
 
-    Layer by layer, so that at most one layer's projections exist twice at any time; a tied output projection gets a
-    packed copy of its own. A float16 model on the CPU becomes one of float16 weights and float32 arithmetic (its
-    embeddings, norms, activations and cache). ``quantization`` "fp8": the layers' weights in eight bits, embeddings as
-    they are, the output projection as it is unless ``quantizes_head``. The ``state_dict`` no longer has the names of a
-    checkpoint: save before packing. Raises ValueError if the model is packed already, or if its shape or device cannot
-    be quantised so.
+    It works layer by layer, so that at most one layer's projections exist twice at any time; a tied output projection
+    gets a separate packed copy. A float16 model on the CPU becomes one of float16 weights and float32 arithmetic (its
+    embeddings, norms, activations and cache). ``quantization`` "fp8" puts the layers' weights into eight bits, but not
+    embeddings, and the output projection only with ``quantizes_head``. The ``state_dict`` no longer has the names of a
+    checkpoint, so save before packing. Raises ValueError if the model is packed already, or if its shape or device
+    cannot be quantised this way.
     """
     if is_packed(model):
         raise ValueError("the model is packed already; expected one whose q, k and v projections are separate")
@@ -113,7 +114,7 @@ def _fuse_masked_lora(fused: nn.Module, linears: Sequence[nn.Module]) -> MaskedL
 
 
 def _inference_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """The linear layer used for inference: the one place to choose a faster product for a device and dtype."""
+    """The linear layer used for inference: the one place that chooses a faster product for a device and dtype."""
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _has_mkldnn_bf16():
         return MkldnnLinear(weight, bias)
     if weight.device.type == "cpu" and weight.dtype == torch.float16 and _has_fbgemm():
@@ -134,11 +135,11 @@ def _has_fbgemm() -> bool:
 
 
 class Float16Linear(nn.Module):
-    """Float16 weight, float32 input, sum and output, on x86 CPUs (FBGEMM).
+    """Float16 weight, with float32 input, sum and output, on x86 CPUs (FBGEMM).
 
-    As few bytes to read as bfloat16, the rounding of float32, and at one to four rows the fastest product measured;
-    from eight rows on ``MkldnnLinear`` is faster (docs/log.md). With AVX-512 a row's result does not depend on how many
-    there are; without, its last bits may.
+    It reads as few bytes as bfloat16, rounds like float32, and is the fastest product measured at one to four rows;
+    from eight rows on ``MkldnnLinear`` is faster (docs/log.md). With AVX-512 a row's result does not depend on the
+    number of rows; without, its last bits may.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -153,7 +154,7 @@ class Float16Linear(nn.Module):
 class MkldnnLinear(nn.Module):
     """A bfloat16 linear layer on x86 CPUs whose weight oneDNN has blocked once, instead of at every call.
 
-    At few rows the product is bound by reading the weight, and blocking reads it two to three times faster
+    At few rows the product is bound by reading the weight, and blocking makes this two to three times faster
     (docs/log.md). The layout does not depend on the number of rows.
     """
 
@@ -176,8 +177,8 @@ def _inference_norm(norm: nn.Module) -> nn.Module:
 class OneKernelRMSNorm(nn.Module):
     """RMSNorm(x) as the first half of LayerNorm([x, -x]), whose mean is 0 and whose variance is mean(x²).
 
-    torch has no fused RMSNorm on the CPU (it runs six kernels); its LayerNorm is one. Worth it at few rows, where a
-    step is full of small kernels (docs/log.md).
+    torch has no fused RMSNorm on the CPU (it runs six kernels), but its LayerNorm is one kernel. This pays off at few
+    rows, where a step is full of small kernels (docs/log.md).
     """
 
     def __init__(self, norm: RMSNorm) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights and inputs in FP8 (e4m3), for tensor cores that multiply such numbers: half the bytes at few rows, where
-reading weights is what a step waits for, and twice the products at many.
+"""Weights and inputs in FP8 (e4m3), for tensor cores that multiply such numbers. This halves the bytes, which is what a
+step of few rows waits for, and doubles the products at many rows.
 
-int8 is the native forward's (``wedlm.native``), on CPUs alone.
+int8 belongs to the native forward (``wedlm.native``), on CPUs only.
 """
 
 from typing import Literal
@@ -25,7 +25,7 @@ USE_FAST_ACCUM = False
 def check_quantization(
     quantization: Quantization | None, config: ModelConfig, device: torch.device, quantizes_head: bool = False
 ) -> None:
-    """ValueError if torch and our kernels cannot have this model's weights in that type on this device."""
+    """Raises ValueError if torch and our kernels cannot have this model's weights in that type on this device."""
     if quantization == "int8":
         raise ValueError(
             f"quantization is 'int8' and the device is {device}; int8 runs on a CPU's native forward alone: expected "
@@ -43,7 +43,7 @@ def multiplies_fp8(device: torch.device) -> bool:
 
 
 def check_fp8_device(device: torch.device) -> None:
-    """ValueError unless the device multiplies FP8."""
+    """Raises ValueError unless the device multiplies FP8."""
     if multiplies_fp8(device):
         return
     if device.type != "cuda" or torch.version.cuda is None:
@@ -55,7 +55,8 @@ def check_fp8_device(device: torch.device) -> None:
 
 
 def check_fp8_shape(config: ModelConfig, quantizes_head: bool = False) -> None:
-    """ValueError unless both sides of all weights that will be in FP8 are multiples of 16, as FP8 products need."""
+    """Raises ValueError unless both sides of all weights that will be in FP8 are multiples of 16, as FP8
+    products need."""
     head = config.head_dim
     sizes = {
         "hidden size": config.hidden_size,
@@ -71,7 +72,7 @@ def check_fp8_shape(config: ModelConfig, quantizes_head: bool = False) -> None:
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(values in e4m3, scale [T] in float32) of x [T, C]: each row's largest number becomes 448, e4m3's largest."""
+    """(values in e4m3, scale [T] in float32) of x [T, C]; each row's largest number becomes 448, e4m3's largest."""
     x = x.float()
     largest = x.abs().amax(dim=-1).clamp(min=_SMALLEST_SCALED)
     top = torch.full_like(largest, _LARGEST_FP8)  # by a number torch may divide as by its inverse, rounded twice
@@ -79,17 +80,17 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer of ``weight`` [O, C] in e4m3, each row of which counts ``scale`` [O] (float32) times.
+    """A linear layer of ``weight`` [O, C] in e4m3, each row of which is multiplied by its ``scale`` [O] (float32).
 
-    Inputs [T, C] are rounded row by row, so that a row of the product depends on no other. On a GPU
-    ``triton_transformer.py`` has the kernels before and after it do the rounding and the scaling; this is their slow
-    twin, on a CPU in float32 throughout.
+    Inputs [T, C] are rounded row by row, so that a row of the product depends on no other. On a GPU the kernels before
+    and after it in ``triton_transformer.py`` do the rounding and the scaling; this is their slow twin, on a CPU in
+    float32 throughout.
     """
 
     unit: Tensor  # the scale of all that the library is told
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
-        """``weight``: rounded here, row by row; or in e4m3 with its ``scale`` [O]."""
+        """``weight`` is rounded here, row by row, unless it is in e4m3 already and comes with its ``scale`` [O]."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         values, scale = quantize(weight) if scale is None else (weight, scale)
@@ -99,10 +100,10 @@ class Fp8Linear(nn.Module):
         self.register_buffer("unit", torch.ones((), dtype=torch.float32, device=weight.device))
 
     def unscaled(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows [T, C] of e4m3 by the weight, neither counted by its scale: [T, O].
+        """Multiply rows [T, C] of e4m3 by the weight, without either's scale: [T, O].
 
-        In bfloat16 if ``dtype`` is that, which rounds like any product in bfloat16; else in float32, because float16
-        does not reach so far.
+        The result is in bfloat16 if ``dtype`` is that, which rounds like any product in bfloat16; otherwise it is in
+        float32, because float16 does not reach far enough.
         """
         out_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         if not values.is_cuda:

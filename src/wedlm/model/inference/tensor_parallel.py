@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor parallelism applied from outside to the one model, whose parameters are one rank's part (``sharding.py``).
+"""Tensor parallelism, applied from outside to the one model, whose parameters are then one rank's part
+(``sharding.py``).
 
-A rank's layer computes its own heads and its own part of the feed-forward; what follows each is summed over the ranks.
+A rank's layer computes its own heads and its own part of the feed-forward; the result of each is summed over the ranks.
 """
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,20 +17,21 @@ from wedlm.model.transformer import Transformer
 
 
 class SumOverRanks(Protocol):
-    """Called by all ranks alike, in the same order."""
+    """All ranks call it alike, in the same order."""
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' ``x`` [T, ...], the same bits on each; x may be changed."""
         ...
 
-    def parts(self, x: Tensor) -> Tensor:
-        """``sum``, or what is still to be added up over the first dimension: [N, T, ...]."""
+    def parts(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``sum``, or parts that still have to be added up over the first dimension: [N, T, C]. ``x`` is [T, C] in
+        ``dtype``, or float32 partial sums [P, T, C]."""
         ...
 
 
 def connect_ranks(model: Transformer, shard: Shard, ranks: SumOverRanks) -> None:
-    """Let the model of one rank, packed or not, compute with the others: after attention, after the feed-forward and
-    after the embedding it adds up what all ranks have. Its logits [L, V of the rank] are those of its own tokens."""
+    """Connect the model of one rank, packed or not, with the others: after attention, after the feed-forward and after
+    the embedding it adds up the results of all ranks. Its logits [L, V of the rank] are those of its own tokens."""
     model.model.embed_tokens = ShardedEmbedding(model.model.embed_tokens, shard, ranks)
     for layer in model.model.layers:
         assert isinstance(layer, DecoderLayer)

@@ -31,15 +31,15 @@ from wedlm.model.transformer import Transformer
 
 
 class FusedTransformer:
-    """Runs a packed ``Transformer``. ``tiling(N, K, type of the weight)`` chooses for few rows; None: the library's
-    product.
+    """Runs a packed ``Transformer``. ``tiling(N, K, type of the weight)`` chooses the tiling for few rows; None takes
+    the library's product.
 
-    By default weights of 16 or 8 bits go through our kernel: as fast or faster at few rows, and its sums do not depend
-    on how many rows there are. FP8: the kernels before a product round its input, row by row, and those after it
-    multiply the scales in if the library made it; our own kernel does that itself.
+    By default weights of 16 or 8 bits go through our kernel, which is as fast or faster at few rows, and whose sums do
+    not depend on the number of rows. In FP8 the kernel before a product rounds its input, row by row, and the kernel
+    after it applies the scales if the library made the product; our own kernel applies them itself.
 
-    ``deterministic`` (16 bits and FP8): no bit of a row's result depends on how many rows there are, because all
-    products of any number of rows are ours and add up in one order. ``attend`` has to keep to that, too.
+    ``deterministic`` (16 bits and FP8): no bit of a row's result depends on the number of rows, because all products of
+    any number of rows are ours and add up in one order. ``attend`` has to do the same.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class FusedTransformer:
 
     @property
     def factors_version(self) -> int:
-        """Changes when the memory of adapters by name does, which captured steps hold."""
+        """Changes when the memory of adapters by name does, which captured steps use."""
         return 0 if self.model.adapters is None else self.model.adapters.version
 
     @torch.inference_mode()
@@ -129,22 +129,19 @@ class FusedTransformer:
         return x, cos, sin
 
     def _summed(self, product: Tensor | Unscaled) -> Tensor | Unscaled:
-        """What a row shard's product is over all ranks, in parts [N, T, C] perhaps; the product itself if there is one
-        rank."""
+        """A row shard's product summed over all ranks, perhaps in parts [N, T, C]; with one rank the product itself."""
         if self.sharded is None:
             return product
-        product = self._finished(product)
-        product = product if product.ndim == 2 else product.sum(dim=0).to(self.dtype)
-        return self.sharded.ranks.parts(product)
+        return self.sharded.ranks.parts(self._finished(product), self.dtype)
 
     def _normed(
         self, x: Tensor, delta: Tensor | Unscaled | None, norm: nn.Module, reader: nn.Module, beside: "_Beside"
     ) -> tuple[Tensor, Tensor | Fp8Rows]:
-        """(x + delta, its norm as ``reader`` takes it)."""
+        """(x + delta, its norm in the form that ``reader`` takes)."""
         return add_rms_norm(x, delta, _weight(norm), self.eps, _takes_fp8(reader, beside))
 
     def _masked(self, x: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x with the masked rows' own embedding, and a column [T, 1] that is 1 at them and 0 elsewhere; None: no row
+        """x with the masked rows' own embedding, and a column [T, 1] that is 1 at them and 0 elsewhere; None if no row
         meets a LoRA."""
         if masked is None or not self.has_masked_lora:
             return x, None
@@ -168,7 +165,8 @@ class FusedTransformer:
     def _own_product(
         self, x: Tensor | Fp8Rows, linear: nn.Module, tiling: Tiling, scale: Tensor | None = None
     ) -> Tensor:
-        """By our kernel. With a bias, or at more rows than it usually takes, no parts are left to add up."""
+        """The product by our kernel. With a bias, or with more rows than the kernel usually takes, no parts are left to
+        add up."""
         num_rows = len(x.values if isinstance(x, Fp8Rows) else x)
         whole = num_rows > MAX_ROWS or linear.bias is not None
         out = few_rows_product(x, _weight(linear), tiling, scale=scale, dtype=self.dtype, whole=whole)
@@ -177,7 +175,7 @@ class FusedTransformer:
     def _product(
         self, x: Tensor | Fp8Rows, linear: nn.Module, beside: "_Beside", splits: bool = True
     ) -> Tensor | Unscaled:
-        """[T, N], or partial sums [P, T, N] where allowed, or what lacks its scales."""
+        """[T, N], or partial sums [P, T, N] if allowed, or a product without its scales."""
         base = base_layer(linear)
         if isinstance(base, Fp8Linear):
             out = self._fp8_product(x, base, splits)
@@ -196,7 +194,7 @@ class FusedTransformer:
         return out
 
     def _low_rank(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [T, K] by weight [N, K], added up in one order for any number of rows."""
+        """Multiply x [T, K] by weight [N, K], adding up in one order for any number of rows."""
         tiling = replace(tiling_for(len(weight), weight.shape[1], weight.dtype), splits=1)
         return few_rows_product(x, weight, fixed_tiling(tiling, len(x), weight.dtype), whole=True)
 
@@ -209,11 +207,11 @@ class FusedTransformer:
         return product if linear.bias is None else multiply_scales(product, linear.bias, self.dtype)
 
     def _finished(self, product: Tensor | Unscaled) -> Tensor:
-        """The product with its scales multiplied in."""
+        """The product with its scales applied."""
         return multiply_scales(product, None, self.dtype) if isinstance(product, Unscaled) else product
 
     def _gated(self, x: Tensor | Fp8Rows, linear: nn.Module, beside: "_Beside", quantizes: bool) -> Tensor | Fp8Rows:
-        """silu of the product's first half times the second; in eight bits if that is how it is read."""
+        """silu of the product's first half times the second, in eight bits if it is read that way."""
         base = base_layer(linear)
         if isinstance(x, Tensor) and not quantizes and not beside.acts_on(linear):
             tiling = self._tiling(len(x), base, splits=False)
@@ -241,12 +239,12 @@ _NOTHING = _Beside(None, None)
 
 
 def _takes_fp8(linear: nn.Module, beside: _Beside) -> bool:
-    """Whether the product reads nothing but rounded rows. What is beside it reads the rows as they are."""
+    """Whether the product only reads rounded rows. Adapters read the rows before rounding."""
     return isinstance(base_layer(linear), Fp8Linear) and not beside.acts_on(linear)
 
 
 def _add_delta(out: Tensor, x: Tensor, linear: nn.Module, masked: Tensor | None) -> None:
-    """Add the LoRA's delta of all rows times their column to ``out``: no size depends on how many are masked."""
+    """Add the LoRA's delta of all rows times their column to ``out``; no size depends on how many rows are masked."""
     if masked is not None and isinstance(linear, MaskedLora):
         out.addcmul_(linear.delta(x), masked)
 

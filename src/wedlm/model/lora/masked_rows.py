@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LoRA that acts on masked rows alone: y = W x + [the row is masked] · scale · B A x.
+"""A LoRA that only acts on masked rows: y = W x + [the row is masked] · scale · B A x.
 
-Observed rows never meet the LoRA and never see masked rows, so at them the model is its base, bit for bit.
+Observed rows never meet the LoRA and never see masked rows, so for them the model is its base, bit for bit.
 
-``masked`` says which rows are masked: a flag a row, bool [T] (no shape depends on data: training, captured steps), or
-their indices, int64 [M] (only they are computed). None: none is.
+``masked`` says which rows are masked, either by a flag per row, bool [T] (no shape depends on data, for training and
+captured steps), or by their indices, int64 [M] (only they are computed). None means that no row is masked.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ Masked = Tensor | AdaptedRows | None  # which rows are masked, as above; or this
 class MaskedLora(nn.Module):
     """``base_layer`` with the linear layers ``a`` (C to r) and ``b`` (r to O).
 
-    Its parts are named as peft names those of a LoRA, with a prefix, so that neither is mistaken for the other.
+    Its parts are named like those of peft's LoRA, with a prefix, so that neither is mistaken for the other.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class BlockDiagonal(nn.Module):
 
 
 class ZeroLora(nn.Module):
-    """The matrix B of a layer without a LoRA, inside a fused layer: its output is zero."""
+    """The matrix B of a layer without a LoRA inside a fused layer; its output is zero."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -84,18 +84,18 @@ def linear(layer: nn.Module, x: Tensor, masked: Masked) -> Tensor:
 
 
 def without_adapters(layer: nn.Module) -> nn.Module:
-    """The layer without the factors of adapters that are chosen by row."""
+    """The layer without factors that are chosen by row."""
     return layer.base_layer if isinstance(layer, AdaptedLinear) else layer
 
 
 def base_layer(layer: nn.Module) -> nn.Module:
-    """The layer without anything beside its weight."""
+    """The layer with nothing but its weight."""
     layer = without_adapters(layer)
     return layer.base_layer if isinstance(layer, MaskedLora) else layer
 
 
 def put_at_masked(x: Tensor, masked: Tensor, row: Tensor) -> Tensor:
-    """x [T, C] with ``row`` [C] at masked rows; x itself may change."""
+    """x [T, C] with ``row`` [C] at masked rows; x may be changed."""
     row = row.to(x.dtype)
     if masked.dtype == torch.bool:
         return torch.where(masked[:, None], row, x)
@@ -123,7 +123,7 @@ def attach_masked_lora(
 ) -> None:
     """Attach an adapter of masked rows, in the dtype of the weights.
 
-    ``matrices``: (A, B) by the weight's name; ``mask_embedding`` [C]: what masked rows start from (None: the embedding
+    ``matrices``: (A, B) by the weight's name. ``mask_embedding`` [C]: what masked rows start from (None: the embedding
     of their token).
     """
     for name, (a, b) in matrices.items():
@@ -135,8 +135,8 @@ def attach_masked_lora(
 
 
 def masked_lora(model: nn.Module) -> MaskedParts:
-    """The adapter of masked rows that a model which is not packed has, as ``attach_masked_lora`` takes it; ({}, None):
-    it has none."""
+    """The adapter of masked rows of a model that is not packed, in the form that ``attach_masked_lora`` takes; ({},
+    None) if it has none."""
     matrices: dict[str, tuple[Tensor, Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, MaskedLora):
@@ -146,7 +146,7 @@ def masked_lora(model: nn.Module) -> MaskedParts:
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the model without its adapter of masked rows, by the names that they have in a checkpoint."""
+    """The tensors of the model without its adapter of masked rows, under their names in a checkpoint."""
     for name, tensor in model.state_dict().items():
         if ".masked_lora_" not in name and name != MASK_EMBEDDING:
             yield name.replace(".base_layer.", "."), tensor

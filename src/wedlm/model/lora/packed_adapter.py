@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter in four bits: each matrix of its file as ``weight_delta.quantise`` stores one, under the matrix's name and
-the part's. ``read_adapter`` takes it like any other."""
+"""An adapter in four bits: each matrix of its file is stored by ``weight_delta.quantise``, under the matrix's name and
+the part's. ``read_adapter`` reads it like any other."""
 
 import json
 import shutil
@@ -20,10 +20,10 @@ _A, _B = "lora_A.weight", "lora_B.weight"
 
 
 def pack_adapter(directory: Path, target: Path, weights_file: str, rank: int | None = None) -> tuple[int, float]:
-    """Write the adapter in ``directory`` to ``target`` in four bits, its other files beside it.
+    """Write the adapter in ``directory`` to ``target`` in four bits, with its other files.
 
-    ``rank``: write it in this rank at most (``lower_rank``); its config has to be changed in step.
-    Returns the bytes of its weights, and the share of the matrices' energy that rounding loses.
+    ``rank``: write it in at most this rank (``lower_rank``); you have to change its config accordingly. Returns the
+    bytes of its weights, and the share of the matrices' energy that rounding loses.
     """
     packed: dict[str, Tensor] = {}
     lost = total = 0.0
@@ -46,7 +46,7 @@ def pack_adapter(directory: Path, target: Path, weights_file: str, rank: int | N
 
 def lower_rank(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """The tensors of an adapter's file with each pair A [r, I], B [O, r] replaced by the pair of at most ``rank`` whose
-    product is nearest to B A, its singular values shared out evenly between both."""
+    product is nearest to B A, with its singular values divided evenly between both."""
     found = dict(tensors)
     for name, a in tensors.items():
         if name.endswith(_A):
@@ -60,7 +60,8 @@ def lower_rank(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter's file, packed matrices restored. ValueError names a matrix whose parts do not fit."""
+    """The tensors of an adapter's file, with packed matrices restored. Raises ValueError naming a matrix whose parts do
+    not fit."""
     found: dict[str, Tensor] = {}
     packed: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

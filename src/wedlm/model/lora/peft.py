@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA adapters (arXiv 2106.09685) in peft's format: merged into the weights, or as factors that are chosen by row.
 
-Those of masked rows (``masked_rows.py``) cannot be merged and stay next to the weights. They have a type and names of
-their own, so that programs that know only LoRA refuse them. An adapter that has both is a LoRA with one of masked rows
-in its folder MASKED_FOLDER, trained on top of it.
+Adapters of masked rows (``masked_rows.py``) cannot be merged and stay apart from the weights. They have a separate type
+and separate names, so that programs that only know LoRA refuse them. An adapter that has both is a LoRA with an adapter
+of masked rows, trained on top of it, in its folder MASKED_FOLDER.
 
-Only tensors and a JSON file are read; peft is not needed. Everything is checked before the first weight changes.
+Only tensors and a JSON file are read, and peft is not needed. Everything is checked before the first weight changes.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """New values [n, C] of rows ``ids`` of a weight."""
+    """New values [n, C] for the rows ``ids`` of a weight."""
 
     ids: tuple[int, ...]
     values: Tensor
@@ -78,7 +78,7 @@ class Rows:
 class Adapter:
     """Changes by parameter name, applied in this order: whole tensors, single rows, low-rank sums.
 
-    ``masked_rows``: the sums are for masked rows alone, and the only whole tensor is MASK_EMBEDDING.
+    ``masked_rows``: the sums are only for masked rows, and the only whole tensor is MASK_EMBEDDING.
     """
 
     whole: dict[str, Tensor]
@@ -88,9 +88,9 @@ class Adapter:
 
 
 def apply_adapter(model: Transformer, directory: str | Path, shard: Shard | None = None) -> None:
-    """Merge the adapter in ``directory`` into ``model``, in place: sums in float32, stored in the model's dtype. One of
-    masked rows is attached next to the weights, in the model's dtype. ``shard``: the part of a whole model that
-    ``model`` is; of the adapter, which is the whole's, it gets the same part.
+    """Merge the adapter in ``directory`` into ``model``, in place: sums are in float32, stored in the model's dtype. An
+    adapter of masked rows is attached instead, in the model's dtype. ``shard``: the part of a whole model that
+    ``model`` is; it gets the same part of the adapter, which belongs to the whole.
 
     Raises CheckpointError, with the model unchanged, for an adapter that cannot be read, is of an unsupported kind or
     does not fit; ValueError for a packed model.
@@ -144,9 +144,10 @@ def _shard_of(adapter: Adapter, shard: Shard, whole: Transformer) -> Adapter:
 
 
 def read_masked_adapter(directory: str | Path, config: ModelConfig) -> MaskedParts | None:
-    """The adapter in ``directory`` as ``attach_masked_lora`` takes it; None if it is not one of masked rows alone.
+    """Read the adapter in ``directory`` in the form that ``attach_masked_lora`` takes; None unless it is one of masked
+    rows alone.
 
-    Raises CheckpointError for one that cannot be read, or does not fit a model of ``config``.
+    Raises CheckpointError for an adapter that cannot be read, or does not fit a model of ``config``.
     """
     adapter, masked = _read_both(directory)
     if adapter is not None or masked is None:
@@ -156,11 +157,11 @@ def read_masked_adapter(directory: str | Path, config: ModelConfig) -> MaskedPar
 
 
 def read_row_factors(directory: str | Path, config: ModelConfig, max_rank: int) -> RowFactors:
-    """The adapter in ``directory`` as factors that are chosen by row, on the CPU.
+    """Read the adapter in ``directory`` as factors that are chosen by row, on the CPU.
 
-    Raises CheckpointError for one that cannot be read, does not fit a model of ``config``, changes more than linear
-    layers, or has a rank above ``max_rank``: its kinds' largest ones, added up. Files that would hold more than that
-    are not read.
+    Raises CheckpointError for an adapter that cannot be read, does not fit a model of ``config``, changes more than
+    linear layers, or has a rank above ``max_rank`` (the largest rank of each kind, added up). Files that would hold
+    more than that are not read.
     """
     directory, model = locate_adapter(directory), _shape_of(config)
     matrices = [weight.shape for name, weight in model.named_parameters() if _is_layers_matrix(name, weight)]
@@ -201,7 +202,7 @@ def _is_layers_matrix(name: str, weight: Tensor) -> bool:
 
 
 def _check_by_row(adapter: Adapter, model: Transformer, origin: Path) -> None:
-    """CheckpointError if the adapter changes anything but the layers' matrices by low-rank sums."""
+    """Raises CheckpointError if the adapter changes anything except the layers' matrices by low-rank sums."""
     whole = [*adapter.whole, *adapter.rows]
     known = {name for name, weight in model.named_parameters() if _is_layers_matrix(name, weight)}
     other = min([*whole, *(adapter.low_rank.keys() - known)], default=None)
@@ -213,7 +214,7 @@ def _check_by_row(adapter: Adapter, model: Transformer, origin: Path) -> None:
 
 
 def _read_both(directory: str | Path) -> tuple[Adapter | None, Adapter | None]:
-    """(the LoRA, the adapter of masked rows) in a directory that has one of these or both. CheckpointError."""
+    """(the LoRA, the adapter of masked rows) in a directory that has one or both. Raises CheckpointError."""
     directory = locate_adapter(directory)
     adapter, folder = read_adapter(directory), directory / MASKED_FOLDER
     if not folder.is_dir():
@@ -240,9 +241,9 @@ def _masked_parts(adapter: Adapter) -> MaskedParts:
 
 
 def adapted_config(config: ModelConfig, directory: str | Path) -> ModelConfig:
-    """The base model's config with the mask token and block size that ``wedlm train`` notes beside an adapter.
+    """The base model's config with the mask token and block size that ``wedlm train`` stores with an adapter.
 
-    An adapter of another origin notes none, and the config stays as it is. Raises CheckpointError.
+    An adapter from elsewhere stores none, and the config stays as it is. Raises CheckpointError.
     """
     directory = locate_adapter(directory)
     for folder in (directory, directory / MASKED_FOLDER):
@@ -271,10 +272,10 @@ def _add(parameter: nn.Parameter, delta: LowRank) -> None:
 
 
 def read_adapter(directory: str | Path) -> Adapter:
-    """The adapter that peft saved in ``directory`` (or "demo-masked"), on the CPU; keys may come with peft's prefix or
-    without it.
+    """Read the adapter that peft saved in ``directory`` (or "demo-masked"), on the CPU; keys may come with or without
+    peft's prefix.
 
-    Understood are LoRA matrices (also of embeddings, with patterns of rank and alpha, and rank-stabilised), trained
+    It understands LoRA matrices (also of embeddings, with patterns of rank and alpha, and rank-stabilised), trained
     token rows, and modules or biases saved whole. Raises CheckpointError for anything else.
     """
     directory = locate_adapter(directory)
@@ -329,7 +330,7 @@ _MASKED_KINDS = {".masked_lora_A.weight": "A", ".masked_lora_B.weight": "B"}
 
 
 def _sort_out(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adapter:
-    """Tensors by what they do. What has no ending of an adapter is a whole tensor."""
+    """Sort tensors by what they do. A name without an adapter's ending is a whole tensor."""
     whole: dict[str, Tensor] = {}
     rows: dict[str, Rows] = {}
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -373,7 +374,7 @@ def _low_rank(module: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]
 
 
 def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: float) -> float:
-    """The value of the first pattern that the end of the module's name matches, as peft has it."""
+    """The value of the first pattern that the end of the module's name matches, as in peft."""
     patterns = config.get(key) or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{key} is {str(patterns)[:80]}; expected an object of patterns")
@@ -403,7 +404,7 @@ def _checked_pattern(key: str, pattern: str) -> str:
 
 
 def _token_ids(module: str, count: int, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids of the trained token rows of a module: a list means the input embedding's."""
+    """The ids of the trained token rows of a module; a list means the input embedding's."""
     listed = config.get("trainable_token_indices") or {}
     by_module = listed if isinstance(listed, dict) else {"embed_tokens": listed}
     ids = next((ids for name, ids in by_module.items() if f".{module}".endswith(f".{name}")), None)
@@ -443,7 +444,7 @@ def _check_fit(adapter: Adapter, model: Transformer, origin: Path) -> None:
 
 
 def _check_tied(adapter: Adapter, origin: Path) -> None:
-    """A model whose output projection is its embedding cannot take an adapter that makes them differ."""
+    """Refuse an adapter that makes output projection and embedding differ in a model where they are one."""
     both = [adapter.whole[name] for name in (_EMBEDDING, _OUTPUT) if name in adapter.whole]
     apart = len(both) == 1 or (len(both) == 2 and not torch.equal(*both))
     if apart or {_EMBEDDING, _OUTPUT} & set(adapter.low_rank) or _OUTPUT in adapter.rows:

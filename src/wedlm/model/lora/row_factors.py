@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters that are chosen row by row: y = W x + B A x with the row's own A and B, none merged into W.
 
-An adapter has factors for every row of its requests, for their masked rows alone, or both. Which adapters there are and
-where their factors lie is ``wedlm.model.inference.adapter_bank``'s; here is what a layer needs of them.
+An adapter has factors for every row of its requests, only for their masked rows, or both.
+``wedlm.model.inference.adapter_bank`` knows which adapters exist and where their factors lie; this module has what a
+layer needs of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,11 +19,11 @@ Matrices = Mapping[str, tuple[Tensor, Tensor]]  # (A [r, C], B [O, r] with its s
 
 @dataclass(frozen=True)
 class RowFactors:
-    """An adapter as it was read: factors of ``every`` row and of ``masked`` rows alone, and what masked rows start from
+    """An adapter as it was read: factors of ``every`` row and of ``masked`` rows only, and what masked rows start from
     ([C]; None: as without the adapter).
 
-    ``mask_token_id`` and ``block_size`` are those that it was trained with; None where it says nothing of them.
-    ``prepared``: what the model that will have it has made of the matrices already; None: nothing.
+    ``mask_token_id`` and ``block_size`` are those that it was trained with; None if it does not say. ``prepared``: what
+    the target model has already made from the matrices; None if nothing.
     """
 
     every: Matrices = field(default_factory=dict)
@@ -34,7 +35,7 @@ class RowFactors:
 
     @property
     def has_masked_rows(self) -> bool:
-        """Whether it has factors of its own for masked rows, which then replace those that the model has."""
+        """Whether it has its own factors for masked rows, which then replace those of the model."""
         return bool(self.masked) or self.mask_embedding is not None
 
     @property
@@ -49,11 +50,11 @@ def _rank(matrices: Matrices) -> int:
 
 @dataclass(frozen=True)
 class AdaptedRows:
-    """What layers must know of the T rows of a step in which some have adapters.
+    """What layers must know about the T rows of a step in which some have adapters.
 
     ``masked``: flags or indices of the rows that the model's own LoRA for masked rows acts on; None: none. ``others``
-    [T, R]: which of all adapters' R columns are not the row's. ``starts`` [T]: the row starts from its ``embedding``
-    [T, C].
+    [T, R]: which of all adapters' R columns do not belong to the row. ``starts`` [T]: the row starts from its
+    ``embedding`` [T, C].
     """
 
     masked: Tensor | None
@@ -69,8 +70,8 @@ class AdaptedRows:
 class AdaptedLinear(nn.Module):
     """``base_layer``, whose outputs are those of several layers side by side, with the factors of all adapters.
 
-    ``a`` [P, R, C]: for each of the P layers, the matrices A of all adapters one after the other; ``b``: of each layer
-    the matrices B [O, R]. A row gets its own columns: no size depends on which rows have which.
+    ``a`` [P, R, C]: for each of the P layers, the matrices A of all adapters one after the other. ``b``: for each layer
+    the matrices B [O, R]. A row gets its own columns, and no size depends on which rows have which.
     """
 
     def __init__(self, base_layer: nn.Module, sizes: list[int], a: Tensor) -> None:
@@ -80,7 +81,7 @@ class AdaptedLinear(nn.Module):
 
     def add_to(self, y: Tensor, x: Tensor, others: Tensor, product: Product | None = None) -> None:
         """Add to the outputs y [T, O] of rows x [T, C], in place, what their adapters give. ``product`` (x [T, K],
-        weight [N, K]): None is the library's."""
+        weight [N, K]) None takes the library's."""
         hidden = (product or F.linear)(x, self.a.flatten(0, 1)).unflatten(1, (len(self.sizes), -1))
         hidden.masked_fill_(others[:, None], 0)
         at = 0

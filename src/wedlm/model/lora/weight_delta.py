@@ -71,7 +71,7 @@ def save_delta(
     matrices: Mapping[str, tuple[Tensor, Tensor]], rows: Mapping[str, tuple[Tensor, Tensor]], path: Path, note: str
 ) -> None:
     """Write a model's delta, by parameter name: ``matrices`` (B [O, r], A [r, I]), whose product is added, and ``rows``
-    (ids [n], values [n, C]), which replace rows of an embedding. ``note`` describes the file for readers of it."""
+    (ids [n], values [n, C]), which replace rows of an embedding. ``note`` describes the file to its readers."""
     tensors: dict[str, Tensor] = {}
     for name, pair in matrices.items():
         for which, matrix in zip((_B, _A), pair, strict=True):
@@ -85,9 +85,9 @@ def save_delta(
 def apply_delta(
     tensors: Iterable[tuple[str, Tensor]], path: Path, in_place: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """The (name, tensor) pairs of a base model with the delta in ``path`` added, in float32 where it is.
+    """The (name, tensor) pairs of a base model with the delta in ``path`` added, in float32 where it applies.
 
-    ``in_place``: rows of a float32 embedding are replaced in the tensor given, which saves a copy of the largest one.
+    ``in_place``: rows of a float32 embedding are replaced in the given tensor, which saves a copy of the largest one.
 
     Raises CheckpointError if the file is damaged or made for another model.
     """
@@ -96,7 +96,7 @@ def apply_delta(
             if (file.metadata() or {}).get("format") != _FORMAT:
                 raise CheckpointError(f"{path} is not a delta file; expected the format {_FORMAT}")
             stored: dict[str, dict[str, Tensor]] = {}
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                 name, _, part = key.partition(":")
                 stored.setdefault(name, {})[part] = file.get_tensor(key)
     except (SafetensorError, OSError) as error:

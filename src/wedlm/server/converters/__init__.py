@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other APIs, each a module: its requests become chats, and the answers are written in its words."""
+"""Other APIs, one per module: their requests become chats, and answers are written in their form."""

@@ -42,7 +42,7 @@ class ToolUseBlock(_Block):
 
 
 class ToolResultBlock(_Block):
-    """What came of a call."""
+    """The result of a call."""
 
     type: Literal["tool_result"]
     tool_use_id: str
@@ -51,7 +51,7 @@ class ToolResultBlock(_Block):
 
 
 class ThinkingBlock(_Block):
-    """What an earlier answer thought."""
+    """The thoughts in an earlier answer."""
 
     type: Literal["thinking"]
     thinking: str
@@ -91,7 +91,7 @@ class InputTool(Strict):
 
 
 class ToolChoice(Strict):
-    """Whether, and what, must be called."""
+    """Whether a tool must be called, and which."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -99,14 +99,14 @@ class ToolChoice(Strict):
 
 
 class Thinking(Strict):
-    """Whether a model that thinks shall."""
+    """Whether a model that can think should do so."""
 
     places: ClassVar[tuple[Place, ...]] = ("thinking",)
     type: Literal["enabled", "disabled", "adaptive"]
 
 
 class OutputFormat(Strict):
-    """A JSON schema that the answer keeps to."""
+    """A JSON schema that the answer follows."""
 
     type: Literal["json_schema"]
     schema_: Annotated[Schema, Field(alias="schema")]
@@ -135,7 +135,7 @@ class CountRequest(Strict):
         return Chat(chat_request(self._fields()))
 
     def _fields(self) -> dict[str, Any]:
-        """OpenAI's words for it."""
+        """The fields in OpenAI's words."""
         messages = [one for message in self.messages for one in _messages(message)]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": _text(self.system)})
@@ -179,7 +179,7 @@ def _text(content: str | list[TextBlock]) -> str:
 
 
 def _messages(message: InputMessage) -> list[dict[str, Any]]:
-    """Results of calls are messages of their own, before what else the user says."""
+    """The messages; results of calls become separate messages, before the user's other text."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     results, texts, thoughts = [], [], []
@@ -216,7 +216,7 @@ def _choice(choice: ToolChoice) -> Any:
 
 
 class MessagesForm(AnswerForm):
-    """The answer as a message of Anthropic's."""
+    """The answer as one of Anthropic's messages."""
 
     def body(self, job: "Job", answer: Answer, tokenizer: "Tokenizer") -> dict[str, Any]:
         content: list[dict[str, Any]] = []
@@ -250,7 +250,7 @@ def _end(answer: Answer) -> dict[str, Any]:
 
 
 def _usage(answer: Answer) -> dict[str, Any]:
-    """Tokens read from the cache do not count as input."""
+    """The usage, in which tokens read from the cache do not count as input."""
     read = answer.num_prompt_tokens - answer.num_cached
     counts = {"input_tokens": read, "output_tokens": answer.num_tokens}
     return {**counts, "cache_read_input_tokens": answer.num_cached, "cache_creation_input_tokens": 0}
@@ -296,7 +296,7 @@ class MessagesStream:
         return named_event("error", anthropic_body(error.status, error.detail))
 
     def _block(self, kind: str, fields: dict[str, Any]) -> bytes:
-        """A block of this kind, if none is open."""
+        """Begin a block of this kind, if none is open."""
         if self._open == kind:
             return b""
         events, self._open = self._close(), kind

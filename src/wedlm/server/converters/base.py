@@ -20,14 +20,14 @@ if TYPE_CHECKING:  # the process that parses bodies imports this file, and must 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation (or a text) to be answered, and how; None: in OpenAI's form."""
+    """A conversation (or a text) to answer, and in which form; None means OpenAI's."""
 
     body: ChatRequest | CompletionRequest
     form: "Form | None" = None
 
 
 def chat_request(fields: Mapping[str, Any]) -> ChatRequest:
-    """The chat of a converted request. ApiError 400 about the first thing that is wrong."""
+    """The chat of a converted request. Raises ApiError 400 about the first error."""
     given = {name: value for name, value in fields.items() if value is not None}
     try:
         return ChatRequest.model_validate(given)
@@ -37,8 +37,8 @@ def chat_request(fields: Mapping[str, Any]) -> ChatRequest:
 
 @dataclass
 class Answer:
-    """What an answer has, so far or as a whole. ``reason``: OpenAI's finish reason, "" while it goes on. ``stop``: the
-    stop string that ended it, if one did and its request had it left in the text."""
+    """The content of an answer, so far or as a whole. ``reason``: OpenAI's finish reason, "" until it ends. ``stop``:
+    the stop string that ended it, if one did and its request left it in the text."""
 
     said: Delta = field(default_factory=Delta)
     reason: str = ""
@@ -55,7 +55,7 @@ class Answer:
 
     @property
     def num_cached(self) -> int:
-        """Prompt tokens whose keys were in the cache."""
+        """How many of the prompt's tokens had their keys in the cache."""
         return 0 if self.output is None or self.output.stats is None else self.output.stats.num_reused_tokens
 
     @property
@@ -95,12 +95,12 @@ class AnswerReader:
 
 
 def _copy(call: dict[str, Any]) -> dict[str, Any]:
-    """Arguments are appended to calls."""
+    """A copy, because arguments are appended to calls."""
     return {**call, "function": dict(call["function"])}
 
 
 class AnswerForm:
-    """A ``Form`` whose ``body`` is written of a whole answer."""
+    """A ``Form`` whose ``body`` is written from a whole answer."""
 
     stream_type = "text/event-stream"
 
@@ -122,5 +122,5 @@ def to_json(value: Any) -> bytes:
 
 
 def named_event(name: str, body: dict[str, Any]) -> bytes:
-    """A server-sent event with a name, which stands in the body as its type, too."""
+    """A server-sent event with a name, which is also the type in its body."""
     return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json({"type": name, **body}))

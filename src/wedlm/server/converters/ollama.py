@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ollama's API: ``POST /api/chat`` and ``/api/generate``, and what its clients ask of ``/api/tags``."""
+"""Ollama's API: ``POST /api/chat`` and ``/api/generate``, and the models for ``/api/tags``."""
 
 import json
 import time
@@ -56,7 +56,7 @@ class OllamaMessage(Strict):
 
 
 class OllamaOptions(Strict):
-    """How to generate; what concerns the machine has no effect."""
+    """How to generate; options about the machine have no effect."""
 
     places: ClassVar[tuple[Place, ...]] = ("ollama_options",)
     temperature: float | None = None
@@ -80,7 +80,7 @@ class _Request(Strict):
     think: bool | Literal["low", "medium", "high"] | None = None
 
     def _fields(self, known: Container[str]) -> dict[str, Any]:
-        """OpenAI's words for it. Ollama's names of models end in a tag."""
+        """The fields in OpenAI's words. Ollama's model names end in a tag."""
         options = self.options or OllamaOptions()
         names = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
         given = {name: value for name in names if (value := getattr(options, name)) is not None}
@@ -142,7 +142,7 @@ class OllamaGenerateRequest(_Request):
         form = OllamaForm("generate", self.model)
         if self.raw:
             if self.system or self.format or self.think:
-                raise ValueError("raw is true beside system, format or think; expected the prompt alone")
+                raise ValueError("raw is true with system, format or think; expected only the prompt")
             fields = self._fields(service.names)
             given = {name: value for name, value in fields.items() if value is not None}
             return Chat(CompletionRequest.model_validate({"max_tokens": None, **given, "prompt": self.prompt}), form)
@@ -162,8 +162,7 @@ def now() -> str:
 
 
 class OllamaForm(AnswerForm):
-    """Ollama's objects; streamed, one a line. ``kind``: that of a chat, or of generate. ``model`` as it was asked
-    for."""
+    """Ollama's objects, one per line when streamed. ``kind``: chat or generate. ``model``: as the client named it."""
 
     stream_type = "application/x-ndjson"
 
@@ -177,7 +176,7 @@ class OllamaForm(AnswerForm):
         return OllamaStream(self, job)
 
     def part(self, said: Delta) -> dict[str, Any]:
-        """Some of the answer, or all of it."""
+        """A part of the answer, or all of it."""
         head: dict[str, Any] = {"model": self._model, "created_at": now()}
         thinking = {"thinking": said.reasoning} if said.reasoning else {}
         if self._kind == "generate":
@@ -187,7 +186,7 @@ class OllamaForm(AnswerForm):
         return {**head, "message": {"role": "assistant", "content": said.content, **thinking, **called}, "done": False}
 
     def end(self, answer: Answer) -> dict[str, Any]:
-        """How it ended, and the figures; times in nanoseconds, all of them as the client waited."""
+        """How the answer ended, and the figures; times are in nanoseconds, from the client's point of view."""
         total = int((time.perf_counter() - self._start) * _NANOSECONDS)
         stats = None if answer.output is None else answer.output.stats
         reading = 0 if stats is None else int(stats.time_to_first_token_s * _NANOSECONDS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenAI's Responses API: ``POST /v1/responses``, and the store of answers that later requests go on from."""
+"""OpenAI's Responses API: ``POST /v1/responses``, and the store of answers that later requests continue from."""
 
 import json
 import threading
@@ -59,7 +59,7 @@ class CallItem(_Item):
 
 
 class OutputItem(_Item):
-    """What came of a call."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: str
@@ -74,7 +74,7 @@ class Thought(_Item):
 
 
 class ReasoningItem(_Item):
-    """What an earlier answer thought."""
+    """The thoughts in an earlier answer."""
 
     type: Literal["reasoning"]
     content: list[Thought] | None = None
@@ -82,7 +82,7 @@ class ReasoningItem(_Item):
 
 
 class ReferenceItem(Strict):
-    """An item of an earlier answer that is in the store."""
+    """An item of an earlier answer in the store."""
 
     type: Literal["item_reference"]
     id: str
@@ -102,7 +102,7 @@ InputItem: TypeAlias = Annotated[
 
 
 class FunctionTool(Strict):
-    """The only kind of tool is a function."""
+    """A function, the only kind of tool."""
 
     places: ClassVar[tuple[Place, ...]] = ("tool",)
     type: Literal["function"]
@@ -137,14 +137,14 @@ class TextConfig(Strict):
 
 
 class Reasoning(Strict):
-    """How much a model that thinks shall think."""
+    """How much a model that can think should think."""
 
     places: ClassVar[tuple[Place, ...]] = ("reasoning",)
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
 
 class ResponsesRequest(Generation):
-    """The body of POST /v1/responses; beside its own it has the fields that a chat has for sampling."""
+    """The body of POST /v1/responses: its own fields, and those that a chat has for sampling."""
 
     places: ClassVar[tuple[Place, ...]] = ("responses", "chat", "request")
     input: str | Annotated[list[InputItem], Field(max_length=MAX_MESSAGES, fail_fast=True)]
@@ -160,7 +160,7 @@ class ResponsesRequest(Generation):
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
 
     def chat(self, service: "HasStore") -> Chat:
-        """In a thread. ApiError for an unknown earlier answer."""
+        """Runs in a thread. Raises ApiError for an unknown earlier answer."""
         if self.n not in (None, 1):
             raise ValueError(f"n is {self.n}; expected 1")
         store = service.responses
@@ -192,7 +192,7 @@ class ResponsesRequest(Generation):
         return Chat(chat_request(fields), ResponsesForm(self._head(), items, kept))
 
     def _head(self) -> bytes:
-        """What an answer repeats of the request, as JSON without its braces."""
+        """What an answer repeats from the request, as JSON without its braces."""
         tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
         choice = self.tool_choice.model_dump() if isinstance(self.tool_choice, FunctionChoice) else self.tool_choice
         form = None if self.text is None or self.text.format is None else self.text.format
@@ -219,7 +219,7 @@ class ResponsesRequest(Generation):
 
 
 class HasStore(Protocol):
-    """Who keeps the answers."""
+    """An object that keeps the answers."""
 
     @property
     def responses(self) -> "ResponseStore": ...
@@ -243,7 +243,7 @@ def _plain(item: Any, store: "ResponseStore") -> Item:
 
 
 def _messages(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """Reasoning and calls belong to the assistant's turn that they stand beside."""
+    """The messages; reasoning and calls become part of the neighbouring assistant's turn."""
     messages: list[dict[str, Any]] = []
     thought = ""
     for item in items:
@@ -274,7 +274,7 @@ def _tool(tool: FunctionTool) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The conversation up to and with an answer, and the answer as it was given."""
+    """The conversation up to and including an answer, and the answer as it was given."""
 
     items: list[Item]
     body: bytes
@@ -285,7 +285,7 @@ class Stored:
 
 
 class ResponseStore:
-    """The latest answers, in memory: ``max_bytes`` of them with their conversations, and ``max_count``. For several
+    """The latest answers, in memory: at most ``max_bytes`` with their conversations, and ``max_count``. For several
     threads. Their names cannot be guessed."""
 
     def __init__(self, max_bytes: int = 2**26, max_count: int = 1024) -> None:
@@ -307,7 +307,7 @@ class ResponseStore:
                 self._forget(next(iter(self._stored)))
 
     def get(self, name: str) -> Stored:
-        """ApiError 404."""
+        """The stored answer. Raises ApiError 404."""
         with self._lock:
             found = self._stored.get(name)
             if found is None:
@@ -316,14 +316,14 @@ class ResponseStore:
             return found[0]
 
     def delete(self, name: str) -> None:
-        """ApiError 404."""
+        """Delete a stored answer. Raises ApiError 404."""
         with self._lock:
             if name not in self._stored:
                 raise self._unknown("response", name)
             self._forget(name)
 
     def item(self, name: str) -> Item:
-        """ApiError 404."""
+        """An item of a stored answer. Raises ApiError 404."""
         with self._lock:
             owner = self._owner.get(name)
             if owner is None:
@@ -344,7 +344,7 @@ class ResponseStore:
 
 
 class ResponsesForm(AnswerForm):
-    """``head``: what the answer repeats. ``items``: the conversation that it answers; ``store`` keeps both, if any."""
+    """``head``: what the answer repeats. ``items``: the conversation that it answers; ``store``, if any, keeps both."""
 
     def __init__(self, head: bytes, items: list[Item], store: ResponseStore | None) -> None:
         self._head, self._items, self._store = head, items, store
@@ -392,7 +392,7 @@ def name_of(job: "Job") -> str:
 
 
 def _stored(item: Item) -> Item:
-    """An item of an answer as one of a conversation."""
+    """An item of an answer as an item of a conversation."""
     if item["type"] == "message":
         return {"type": "message", "role": "assistant", "content": item["content"][0]["text"]}
     if item["type"] == "reasoning":
@@ -401,7 +401,7 @@ def _stored(item: Item) -> Item:
 
 
 def _usage(answer: Answer, tokenizer: "Tokenizer") -> dict[str, Any]:
-    """The tokens of the reasoning are counted by encoding it once more."""
+    """The usage; the reasoning is encoded again to count its tokens."""
     prompt, made, cached = answer.num_prompt_tokens, answer.num_tokens, answer.num_cached
     thought = answer.said.reasoning
     num_thought = min(made, len(tokenizer.encode(thought, add_special_tokens=False))) if thought else 0
@@ -431,7 +431,7 @@ def _call_item(call: tuple[str, str, str], status: str) -> Item:
 
 
 def _output(answer: Answer) -> list[Item]:
-    """The items of a whole answer; where it has nothing, a message without text."""
+    """The items of a whole answer; an empty answer has a message without text."""
     status = "incomplete" if answer.reason == "length" else "completed"
     items = []
     if answer.said.reasoning:
@@ -488,7 +488,7 @@ class ResponsesStream:
         return self._about("response.failed", to_json(begun))
 
     def _about(self, name: str, response: bytes) -> bytes:
-        """An event with the whole object, which may be large and is JSON already."""
+        """An event with the whole object, which may be large and is already JSON."""
         head = to_json({"type": name, "sequence_number": self._next()})
         return b'event: %b\ndata: %b,"response":%b}\n\n' % (name.encode(), head[:-1], response)
 
@@ -497,7 +497,7 @@ class ResponsesStream:
         return self._number - 1
 
     def _event(self, name: str, fields: dict[str, Any]) -> bytes:
-        """About the item under way."""
+        """An event about the current item."""
         assert self._item is not None
         place = {"output_index": len(self._done), "sequence_number": self._next()}
         item = {} if name.startswith("output_item") else {"item_id": self._item["id"]}
@@ -530,7 +530,7 @@ class ResponsesStream:
         return self._event("function_call_arguments.delta", {"delta": text}) if text else b""
 
     def _finish(self, status: str = "completed") -> bytes:
-        """End the item under way, if there is one."""
+        """End the current item, if there is one."""
         item = self._item
         if item is None:
             return b""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's ``POST /tokenize`` and ``/detokenize``; llama.cpp's ``content`` is read, too."""
+"""vLLM's ``POST /tokenize`` and ``/detokenize``; they also read llama.cpp's ``content``."""
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the process that parses bodies imports this file, and must 
 
 
 class TokenizeRequest(Strict):
-    """A text, or a conversation as it becomes a prompt."""
+    """A text, or a conversation in the form of its prompt."""
 
     model: str | None = None
     prompt: str | None = None
@@ -29,10 +29,10 @@ class TokenizeRequest(Strict):
     return_token_strs: bool | None = None
 
     def answer(self, prompts: "Prompts") -> dict[str, Any]:
-        """In a thread. ValueError, ApiError."""
+        """Runs in a thread. Raises ValueError or ApiError."""
         given = [name for name in ("prompt", "content", "messages") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"prompt stands beside {given or 'nothing'}; expected one of prompt, content and messages")
+            raise ValueError(f"prompt is given with {given or 'nothing'}; expected one of prompt, content and messages")
         if self.messages is not None:
             names = ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
             fields = {name: getattr(self, name) for name in names}
@@ -56,8 +56,8 @@ class DetokenizeRequest(Strict):
     tokens: TokenIds
 
     def answer(self, prompts: "Prompts") -> dict[str, Any]:
-        """In a thread. ValueError for an id that the model does not have."""
+        """Runs in a thread. Raises ValueError for an id that the model does not have."""
         if any(not 0 <= token < prompts.vocab_size for token in self.tokens):
-            raise ValueError(f"tokens has an id that is no token; expected ids from 0 to {prompts.vocab_size - 1}")
+            raise ValueError(f"tokens has an id that is not a token; expected ids from 0 to {prompts.vocab_size - 1}")
         text = prompts.decode(self.tokens)
         return {"prompt": text, "content": text}

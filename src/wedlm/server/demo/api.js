@@ -81,11 +81,11 @@ async function call(server, path, options) {
   throw new ServerError(said ?? `${server.base}${path} answered with status ${response.status}.`, response.status);
 }
 
-/** A browser does not tell a page whether nobody answered or the answer was withheld from it. */
+/** A browser does not tell a page whether there was no answer or the answer was withheld. */
 function unreachable(server) {
   if (server.own) return "This server does not answer: it has stopped, or the connection is lost.";
   return (
-    `No answer from ${server.base}: either nobody listens there, or that server does not let pages of ` +
+    `No answer from ${server.base}: either no server listens there, or it does not let pages of ` +
     `${location.origin} call it (CORS); start it with that origin allowed.`
   );
 }

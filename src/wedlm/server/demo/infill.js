@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The page of gaps: two texts, and between them positions that are filled in an order of their own.
 
-import { ServerError, complete, firstModel, ownServer } from "./api.js";
+import { ServerError, complete, ownServer } from "./api.js";
 import { NUM_COLOURS } from "./colours.js";
+import { byId, complain, connected, hideBanner } from "./top.js";
 
 const EXAMPLES = {
   "A sentence": ["The sun was setting over the", " as the boats came back to the harbour with the day's catch."],
   "A line of code": ["def mean(values):\n    total = 0\n    for value in values:\n       ", "\n    return total / len(values)\n"],
 };
-const byId = (id) => document.getElementById(id);
 let model = "";
 let running = null; // the AbortController of the gap that is being filled
 let gap = null; // the latest one
@@ -64,7 +64,6 @@ byId("stop").addEventListener("click", () => running?.abort());
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
 });
-byId("banner-close").addEventListener("click", () => (byId("banner").hidden = true));
 byId("key").addEventListener("change", connect);
 byId("forward").addEventListener("input", () => draw(Number(byId("forward").value)));
 byId("examples").addEventListener("click", (event) => {
@@ -84,15 +83,7 @@ function showNumbers() {
 }
 
 async function connect() {
-  try {
-    model = await firstModel(ownServer(byId("key").value.trim()));
-    setStatus("ok", model);
-    byId("banner").hidden = true;
-  } catch (error) {
-    model = "";
-    setStatus("bad", error.status === 401 ? "needs an API key" : "not connected");
-    complain(error);
-  }
+  model = await connected(byId("key").value.trim());
 }
 
 async function fill() {
@@ -109,7 +100,7 @@ async function fill() {
     wedlm_entropy_threshold: number("threshold"),
     wedlm_trace: true,
   };
-  byId("banner").hidden = true;
+  hideBanner();
   if (!body.suffix) {
     complain(new ServerError("There is nothing after the gap; expected some text."));
     return;
@@ -179,16 +170,4 @@ function setBusy(busy) {
   byId("fill").hidden = busy;
   byId("stop").hidden = !busy;
   byId("filled").setAttribute("aria-busy", String(busy));
-}
-
-function setStatus(kind, text) {
-  byId("status").dataset.kind = kind;
-  byId("status-text").textContent = text;
-}
-
-/** What is no ServerError is a bug of this page, and says so. */
-function complain(error) {
-  if (!(error instanceof ServerError)) console.error(error);
-  byId("banner-text").textContent = error instanceof ServerError ? error.message : `This page failed: ${error.message}`;
-  byId("banner").hidden = false;
 }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The page: a conversation with this server's model, each prompt answered as a race.
 
-import { ServerError, firstModel, ownServer } from "./api.js";
+import { ServerError } from "./api.js";
 import { forget, keep, kept } from "./keep.js";
 import { makeTurn, restoreTurn, runTurn, snapshot } from "./race.js";
 import { ownKey, readSettings, wantsMarkdown, watchSettings, windowReach } from "./settings.js";
 import { Timeline } from "./timeline.js";
+import { byId, complain, connected, hideBanner, lost } from "./top.js";
 
-const byId = (id) => document.getElementById(id);
 const [prompt, scroll, turns] = [byId("prompt"), byId("scroll"), byId("turns")];
 const timeline = new Timeline();
 let said = []; // the turns so far; the left answers are what the model is told
@@ -37,7 +37,6 @@ scroll.addEventListener("scroll", () => {
 new ResizeObserver(follow).observe(scroll); // the plot appears, and takes some of the height
 byId("stop").addEventListener("click", stop);
 byId("reset").addEventListener("click", reset);
-byId("banner-close").addEventListener("click", () => hideBanner());
 byId("key").addEventListener("change", connect);
 byId("markdown").addEventListener("change", () => {
   for (const answer of said.flatMap((turn) => turn.answers)) answer.showFormatted(wantsMarkdown());
@@ -47,20 +46,8 @@ byId("examples").addEventListener("click", (event) => {
   if (event.target.matches("button")) send(event.target.textContent);
 });
 
-/** Ask this server for its model's name. */
 async function connect() {
-  const server = ownServer(ownKey());
-  try {
-    model = await firstModel(server);
-    setStatus("ok", model);
-    hideBanner();
-  } catch (error) {
-    model = "";
-    const needsKey = error.status === 401;
-    setStatus("bad", needsKey ? "needs an API key" : "not connected");
-    complain(error);
-    if (needsKey) byId("key").focus({ preventScroll: true });
-  }
+  model = await connected(ownKey());
 }
 
 async function send(text = prompt.value.trim()) {
@@ -140,11 +127,8 @@ function finish(turn, verdict) {
 }
 
 function failed(error, side) {
-  if (side.server.own && error.status === 401) {
-    setStatus("bad", "needs an API key");
-    byId("key").focus({ preventScroll: true });
-  }
-  complain(error);
+  if (side.server.own && error.status === 401) lost(error);
+  else complain(error);
 }
 
 function stop() {
@@ -183,22 +167,6 @@ function follow() {
 function grow() {
   prompt.style.height = "auto";
   prompt.style.height = `${prompt.scrollHeight}px`;
-}
-
-function setStatus(kind, text) {
-  byId("status").dataset.kind = kind;
-  byId("status-text").textContent = text;
-}
-
-/** The banner shows the server's own sentence. What is no ServerError is a bug of this page, and says so. */
-function complain(error) {
-  if (!(error instanceof ServerError)) console.error(error);
-  byId("banner-text").textContent = error instanceof ServerError ? error.message : `This page failed: ${error.message}`;
-  byId("banner").hidden = false;
-}
-
-function hideBanner() {
-  byId("banner").hidden = true;
 }
 
 function announce(text) {

@@ -74,7 +74,7 @@ async function runSide(side, answer, signal, onError) {
   }
 }
 
-/** Verified text is autoregressive text up to rounding; of the other modes nobody expects it. */
+/** Verified text is autoregressive text up to rounding; other modes do not promise it. */
 function why(sides) {
   const modes = sides.map((side) => side.body.decoding);
   if (!modes.includes("verified") && !modes.includes("auto")) return "";

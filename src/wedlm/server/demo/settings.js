@@ -2,6 +2,7 @@
 // The settings beside the conversation: what they say, and the two sides of a race made of them.
 
 import { otherServer, ownServer } from "./api.js";
+import { byId } from "./top.js";
 
 export const NAMES = {
   verified: "Verified",
@@ -24,7 +25,6 @@ const ORDER_HINTS = {
     "Both share this server's forwards until one is done, so each slows the other: tok/s is what a busy server gives, " +
     "and tokens / forward compares the two.",
 };
-const byId = (id) => document.getElementById(id);
 const number = (id) => Number(byId(id).value);
 
 /** Keep labels, hints and the fields that a choice needs up to date. */
