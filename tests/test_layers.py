@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "wedlm").rglob("*.py"))
 # What a part may import of wedlm, besides itself. Above the engine no part imports another; what two of them need lies
-# below both, and the command line puts them together, as accelerate puts training and measurement together.
+# below both, and the command line puts them together, as accelerate puts training and measurement together, and deploy
+# copies of the server.
 _ENGINE_AND_BELOW = {"algorithm", "kernels", "native", "attention", "model", "engine"}
 MAY_IMPORT = {
     "algorithm": set(),
@@ -23,14 +24,17 @@ MAY_IMPORT = {
     "plotting": {"extras"},
     "tables": set(),
     "machine": set(),
+    "cluster": set(),
     "train": _ENGINE_AND_BELOW | {"extras", "plotting"},
     "hf": _ENGINE_AND_BELOW,
     "server": _ENGINE_AND_BELOW,
-    "evaluate": _ENGINE_AND_BELOW | {"plotting", "machine", "extras"},
+    "evaluate": _ENGINE_AND_BELOW | {"plotting", "machine", "extras", "cluster"},
+    "deploy": _ENGINE_AND_BELOW | {"server", "cluster"},
     "bench": _ENGINE_AND_BELOW | {"plotting", "machine", "extras", "tables"},
     "accelerate": _ENGINE_AND_BELOW | {"train", "plotting", "machine"},
     "cli": _ENGINE_AND_BELOW
-    | {"plotting", "machine", "extras", "tables", "train", "accelerate", "hf", "server", "evaluate", "bench"},
+    | {"plotting", "machine", "extras", "tables", "cluster"}
+    | {"train", "accelerate", "hf", "server", "evaluate", "bench", "deploy"},
     "__init__": {"engine"},
 }
 # Folders of programs beside the package: what they may import of it, and of each other nothing.

@@ -178,3 +178,21 @@ def test_generate_with_the_demo_model():
     (record,) = records(wedlm("generate", "What is the capital of France?", *options))
     assert "Paris" in record["text"]
     assert record["stats"]["tokens_per_forward"] == record["stats"]["p_cache"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--workers", "spark", "--file", "f", "--output", "o"], "--workers is 'spark'; expected ray"),
+        (["--workers", "ray", "--file", "f"], "--output is missing beside --workers; expected a file"),
+        (["--workers", "ray", "--output", "o"], "--file is missing beside --workers; expected a file"),
+        (["--workers", "ray", "--file", "f", "--output", "o", "--num-workers", "0"], "--num-workers is 0; expected at"),
+        (["--workers", "ray", "--file", "f", "--output", "o", "--suffix", "x"], "--suffix is set beside --workers"),
+        (["--output", "o"], "--output is set without --workers; expected --workers ray beside it"),
+        (["--num-workers", "2"], "--num-workers is set without --workers"),
+    ],
+)
+def test_batch_options_that_cannot_be(words, message):
+    result = wedlm("generate", *words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())

@@ -14,8 +14,8 @@ import typer
 import yaml
 
 from tests.server.running import MODEL, Running
-from wedlm.cli.serve import _KEY_VARIABLE, serve
-from wedlm.server.config import ServerConfig
+from wedlm.cli.serve import serve
+from wedlm.server.config import KEY_VARIABLE, ServerConfig
 from wedlm.server.protocol import ChatRequest, CompletionRequest, Message
 
 ROOT = Path(__file__).parents[2]
@@ -163,7 +163,7 @@ def test_the_compose_file():
         assert (ROOT / "deploy" / service["build"]["context"]).resolve() == ROOT
         assert service["ports"] == ["127.0.0.1:8000:8000"]
         assert service["volumes"] == ["cache:/cache"]
-        assert list(service["environment"]) == [_KEY_VARIABLE]
+        assert list(service["environment"]) == [KEY_VARIABLE]
         assert int(service["stop_grace_period"].removesuffix("s")) > ServerConfig().shutdown_timeout_s
     assert "deploy" not in services["cpu"]
     assert services["cuda"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]

@@ -16,6 +16,7 @@ COMMANDS = {
     "init": "init:init",
     "quantize": "quantize:quantize",
     "serve": "serve:serve",
+    "deploy": "deploy:deploy",
     "bench": "bench:bench",
     "report": "report:report",
     "compare": "compare:compare",
@@ -47,6 +48,7 @@ wedlm demo
 wedlm chat --system "Answer in one sentence."
 wedlm generate "What is a prime number?" --max-tokens 64
 wedlm serve
+wedlm deploy ray --replicas 4
 wedlm train config.yaml
 wedlm accelerate ./my-model --output ./faster
 wedlm eval --tasks gsm8k --data-dir ./data

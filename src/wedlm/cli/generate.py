@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``wedlm generate``: prompts from the command line, a file or standard input; answers as text or JSON."""
 
-import dataclasses
 import json
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wedlm.cli.answer import stream_answer
+from wedlm.cli.batch import BatchWork, run_batch
 from wedlm.cli.loading import load_llm
 from wedlm.cli.options import (
     DEFAULTS,
@@ -62,6 +62,14 @@ class _Output:
     as_json: Annotated[
         bool, option("One JSON object per line: prompt, text, token_ids, finish_reason, stats, ...", PROMPT, "--json")
     ] = False
+    workers: Annotated[
+        str | None,
+        option("ray: spread the lines of --file over Ray's workers; the objects of --json go to --output.", PROMPT),
+    ] = None
+    num_workers: Annotated[int | None, option("With --workers; default: as many as there is room for.", PROMPT)] = None
+    output: Annotated[
+        Path | None, option("With --workers: the file of the answers; one that was begun is gone on with.", PROMPT)
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +103,17 @@ def generate(
     wedlm generate --file prompts.txt --lines --json --seed 1 --temperature 0.7
     wedlm generate "One, two, three," --raw --model ./my-checkpoint
     wedlm generate "The capital of France is" --suffix ", and that of Italy is Rome." --gap 2
+    wedlm generate --file prompts.txt --workers ray --output answers.jsonl
 
     Text goes to standard output, figures to standard error. Ctrl-C keeps what was generated.
     Exit codes: 1 if some prompts were refused, 2 for an error, 130 after Ctrl-C.
     """
-    prompts = read_prompts(how.prompt, how.file, how.lines)
+    if how.workers is not None:
+        _check_batch(how)
+    elif how.output is not None or how.num_workers is not None:
+        name = "num-workers" if how.output is None else "output"
+        raise ValueError(f"--{name} is set without --workers; expected --workers ray beside it")
+    prompts = read_prompts(how.prompt, how.file, how.lines or how.workers is not None)
     # First, so that a wrong option is told before a model is fetched.
     options = {"decoding": decoding} | values_of(window, answer)
     if how.suffix is not None:
@@ -107,10 +121,26 @@ def generate(
         if how.chat:
             raise ValueError("--suffix and --chat are both set; expected one of them, as a gap is in plain text")
     params = sampling_params(options)
+    if how.output is not None:
+        run_batch(BatchWork(prompts, how.output, how.num_workers), model, engine, params, how.chat)
+        return
     llm = load_llm(model, engine)
     if how.suffix is not None:
         params = llm.before(how.suffix, params)
     run_generate(llm, prompts, params, use_chat=how.chat if how.suffix is None else False, as_json=how.as_json)
+
+
+def _check_batch(how: _Output) -> None:
+    """ValueError for options that cannot be beside --workers."""
+    if how.workers != "ray":
+        raise ValueError(f"--workers is {how.workers!r}; expected ray")
+    if how.suffix is not None:
+        raise ValueError("--suffix is set beside --workers; expected one of them")
+    for name, value in (("--file", how.file), ("--output", how.output)):
+        if value is None:
+            raise ValueError(f"{name} is missing beside --workers; expected a file")
+    if how.num_workers is not None and how.num_workers < 1:
+        raise ValueError(f"--num-workers is {how.num_workers}; expected at least 1")
 
 
 def read_prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:
@@ -164,7 +194,7 @@ def run_generate(
         for text, output in zip(prompts, _outputs(llm, prompts, params, use_chat, interrupt), strict=True):
             outputs.append(output)
             if as_json:
-                write(json.dumps(_record(text, output), ensure_ascii=False) + "\n")
+                write(json.dumps(output.record(text), ensure_ascii=False) + "\n")
             elif output.error is None:
                 write(f"> {text}\n{output.text.strip()}\n\n")
     if not as_json:
@@ -220,11 +250,6 @@ def _finish(llm: "LLM", stream: Any, index: int, interrupt: Interrupt) -> "Gener
 
 def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
-
-
-def _record(prompt: str, output: "GenerationOutput") -> dict[str, Any]:
-    record = {"prompt": prompt, **dataclasses.asdict(output)}
-    return {name: value for name, value in record.items() if value is not None or name == "stats"}
 
 
 def _total_line(outputs: Sequence["GenerationOutput"], seconds: float) -> str:

@@ -14,7 +14,7 @@ from wedlm.cli.loading import load_llms
 from wedlm.cli.options import MODEL, EngineOptions, Only, Threads, command, option
 from wedlm.cli.replicas import Replica, supervise
 from wedlm.cli.terminal import needs_extra, note
-from wedlm.server.config import REASONING_PARSERS, TOOL_PARSERS, ServerConfig
+from wedlm.server.config import KEY_VARIABLE, REASONING_PARSERS, TOOL_PARSERS, ServerConfig
 
 if TYPE_CHECKING:
     from socket import socket
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 HTTP, LIMITS, FORMS = "Address and access", "Limits", "What models write"
 _MOST_REPLICAS = 64
-_KEY_VARIABLE = "WEDLM_API_KEY"
 _SERVER: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
 
 
@@ -147,7 +146,7 @@ def serve(
     count = model.data_parallel_size
     if not 1 <= count <= _MOST_REPLICAS:
         raise ValueError(f"data_parallel_size is {count}; expected 1 to {_MOST_REPLICAS}")
-    config = server_config(http, limits, os.environ.get(_KEY_VARIABLE))
+    config = server_config(http, limits, os.environ.get(KEY_VARIABLE))
     if http.log_level not in ("debug", "info", "warning", "error"):
         raise ValueError(f"log_level is {http.log_level!r}; expected debug, info, warning or error")
     with needs_extra("serve"):

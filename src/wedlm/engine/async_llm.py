@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -38,6 +38,8 @@ class EngineLoad:
     num_running: int = 0
     pages_in_use: int = 0
     num_pages: int = 0
+    waiting_adapters: tuple[str, ...] = ()
+    running_adapters: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -362,7 +364,9 @@ class AsyncEngine:
     def _note_load(self) -> None:
         scheduler, pool = self.engine.scheduler, self.engine.pool
         in_use = pool.num_pages - pool.num_available
-        self.load = EngineLoad(len(scheduler.waiting), len(scheduler.running), in_use, pool.num_pages)
+        waiting, running = (_adapters_of(queue) for queue in (scheduler.waiting, scheduler.running))
+        counts = len(scheduler.waiting), len(scheduler.running), in_use, pool.num_pages
+        self.load = EngineLoad(*counts, waiting_adapters=waiting, running_adapters=running)
 
     def _report(self, report: Callable[[], None]) -> None:
         self._reports.append(report)
@@ -386,6 +390,10 @@ class AsyncEngine:
                 command.args[0].fail(EngineStopped("the engine has stopped"))
             elif isinstance(command, partial) and command.func in (self._add_score, self._do):
                 _settle(command.args[0], EngineStopped("the engine has stopped"))
+
+
+def _adapters_of(requests: Iterable[Request]) -> tuple[str, ...]:
+    return tuple(sorted({one.adapter.name for one in requests if one.adapter is not None}))
 
 
 def _settle(future: "asyncio.Future[T]", result: T | Exception) -> None:

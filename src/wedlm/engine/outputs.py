@@ -2,8 +2,8 @@
 """What callers get back."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
 
 from wedlm.engine.original_names import ByName
 from wedlm.engine.request import Request, RequestStats, TopLogprobs, WindowSnapshot, ratio
@@ -45,6 +45,11 @@ class GenerationOutput(ByName):
             top_logprobs=list(output.top_logprobs) if asked else None,
             text_offsets=None if asked is None else [0, *output.text.ends][: request.num_output_tokens],
         )
+
+    def record(self, prompt: str) -> dict[str, Any]:
+        """The prompt and all there is of its answer, for JSON."""
+        record = {"prompt": prompt, **asdict(self)}
+        return {name: value for name, value in record.items() if value is not None or name == "stats"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ rounding.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
 
+from wedlm.cluster import join_ray, plain_errors, share_of
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.evaluate.answer_log import Answer
 from wedlm.evaluate.caching_lm import CachingLM, GenerationSettings
@@ -62,33 +62,16 @@ class Replica:
 
 
 class RayBackend:
-    """``num_workers`` replicas, one GPU each if there are GPUs. Raises ValueError if Ray's cluster has too few devices.
-
-    Ray joins the cluster that RAY_ADDRESS or ``ray start`` names, and otherwise starts one on this machine. The nodes
-    of a cluster need this package and the checkpoint under the same name.
-    """
+    """``num_workers`` replicas, one GPU each if there are GPUs. ValueError if Ray's cluster has too few devices."""
 
     def __init__(self, options: Mapping[str, Any], num_workers: int, threads: int | None = None) -> None:
-        import ray
-
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, configure_logging=False, include_dashboard=False)
-        given = ray.cluster_resources()
-        on_gpu = options["device"] != "cpu" and (options["device"] != "auto" or given.get("GPU", 0) > 0)
-        if on_gpu and options["device"] not in ("auto", "cuda"):
-            raise ValueError(f"--device is {options['device']}; expected auto, cuda or cpu with --workers")
-        threads = threads or 1
-        needs = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"num_gpus": 0, "num_cpus": threads}
-        name, each = ("GPU", 1) if on_gpu else ("CPU", threads)
-        if num_workers * each > given.get(name, 0):
-            raise ValueError(
-                f"--workers is {num_workers}, and each takes {each} {name}; expected at most the "
-                f"{given.get(name, 0):g} {name}s that Ray has"
-            )
-        actor: Any = ray.remote(Replica).options(**needs)
-        options = {**options, "device": "cuda" if on_gpu else "cpu"}
-        self._replicas = [actor.remote(options, threads) for _ in range(num_workers)]
-        with _plain_errors():
+        share = share_of(options["device"], threads, "--workers")
+        share.check(num_workers, "--workers")
+        ray = join_ray()
+        actor: Any = ray.remote(Replica).options(**share.needs)
+        options = {**options, "device": share.device}
+        self._replicas = [actor.remote(options, share.num_cpus) for _ in range(num_workers)]
+        with plain_errors():
             facts = ray.get([replica.facts.remote() for replica in self._replicas])
         if len({one[0].hash for one in facts}) > 1:
             raise ValueError("the workers found different files of the model; expected the same on all machines")
@@ -124,20 +107,9 @@ class RayLM(CachingLM):
             arguments = [request.args for request in parts[number]]
             return replica.compute.remote(kind, number, arguments, self.generation.params, self.generation.chat)
 
-        with _plain_errors():
+        with plain_errors():
             for number, entries in ActorPool(list(self._replicas)).map_unordered(send, list(range(len(parts)))):
                 yield from zip(parts[number], entries, strict=True)
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Raise a replica's error as it was raised there."""
-    from ray.exceptions import RayTaskError
-
-    try:
-        yield
-    except RayTaskError as error:
-        raise error.cause from None
 
 
 def cut(requests: Sequence[Instance], num_parts: int) -> list[list[Instance]]:

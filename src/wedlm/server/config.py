@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 TOOL_PARSERS = ("auto", "hermes", "llama3", "mistral", "pythonic")
 REASONING_PARSERS = ("auto", "think", "none")
+KEY_VARIABLE = "WEDLM_API_KEY"  # of the environment: a key that stands in no command line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

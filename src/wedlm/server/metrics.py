@@ -2,10 +2,13 @@
 """Figures for Prometheus. Each app has its own registry."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from wedlm.engine.async_llm import AsyncEngine
 from wedlm.engine.outputs import GenerationOutput, StreamPiece
@@ -48,6 +51,8 @@ class ModelFamilies:
     """The figures that every model has, with its name as a label."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self.adapters = AdaptersInfo()
+
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"wedlm_{name}", text, [_MODEL, *labels], registry=registry)
 
@@ -85,7 +90,40 @@ class ModelFamilies:
             gauge("engine_up", "1 if the engine runs, 0 if it restarts or is dead"): lambda e: e.state == "running",
             gauge("engine_faults", "Steps that failed since the start"): lambda engine: engine.num_faults,
             gauge("engine_restarts", "Restarts since the start"): lambda engine: engine.num_restarts,
+            # What the endpoint picker of Kubernetes' inference gateway reads, under the names that it has for vLLM.
+            Gauge("vllm:num_requests_waiting", "As wedlm_sequences_waiting", [_MODEL], registry=registry): (
+                lambda engine: engine.load.num_waiting
+            ),
+            Gauge("vllm:num_requests_running", "As wedlm_sequences_running", [_MODEL], registry=registry): (
+                lambda engine: engine.load.num_running
+            ),
+            Gauge("vllm:kv_cache_usage_perc", "Pages in use of all, from 0 to 1", [_MODEL], registry=registry): (
+                lambda engine: engine.load.pages_in_use / max(1, engine.load.num_pages)
+            ),
         }
+        registry.register(self.adapters)
+
+
+class AdaptersInfo(Collector):
+    """The third of the endpoint picker's gauges: which adapters requests run and wait with, as labels; the value is
+    when that was so."""
+
+    def __init__(self) -> None:
+        self._engines: list[AsyncEngine] = []
+
+    def watch(self, engine: AsyncEngine) -> None:
+        """One more engine."""
+        self._engines.append(engine)
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters of requests, and when", labels=labels)
+        for engine in self._engines:
+            load, most = engine.load, engine.engine.config.options.max_adapters
+            family.add_metric(
+                [str(most), ",".join(load.running_adapters), ",".join(load.waiting_adapters)], time.time()
+            )
+        yield family
 
 
 class ModelMetrics:
@@ -114,6 +152,7 @@ class ModelMetrics:
         """Read the engine's state whenever the figures are requested."""
         for gauge, read in self._families.gauges.items():
             gauge.labels(self._model).set_function(partial(read, engine))
+        self._families.adapters.watch(engine)
 
     def observe_end(self, output: GenerationOutput) -> None:
         """Record that a sequence has ended normally."""

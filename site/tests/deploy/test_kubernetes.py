@@ -1,0 +1,1 @@
+../../../tests/deploy/test_kubernetes.py
