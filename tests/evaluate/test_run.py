@@ -236,7 +236,7 @@ def test_wrong_data_files(evaluation, tmp_path):
     with pytest.raises(ValueError, match="has no rows"):
         evaluation("math500")
     write_rows(tmp_path / "data", "math500", [["a"]])
-    with pytest.raises(ValueError, match="no JSON object"):
+    with pytest.raises(ValueError, match="not a JSON object"):
         evaluation("math500")
 
 

@@ -343,5 +343,5 @@ class TestWithoutTheKernel:
 
     def test_other_systems_are_refused(self, monkeypatch):
         monkeypatch.setattr(sandbox.sys, "platform", "win32")
-        with pytest.raises(SandboxUnavailable, match="does not know win32"):
+        with pytest.raises(SandboxUnavailable, match="does not support win32"):
             run_program("pass")

@@ -140,6 +140,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=connection,
+                loop="asyncio",  # where uvloop is installed, too: it is untested here
                 ws="none",
                 backlog=_BACKLOG,
                 host=config.host,
