@@ -2,7 +2,7 @@
 """What a cluster of H100s with an 8B model does in a day: routing and autoscaling compared, by measured step costs.
 
     python benchmarks/scale_model.py --cards 8,64 --seconds 300 --output benchmarks/results/scale
-    python benchmarks/scale_model.py --cards 1000 --seconds 300 --modes auto --policies "round robin" "prefix, spill 32"
+    python benchmarks/scale_model.py --cards 1000 --seconds 120 --modes auto --policies "round robin" "prefix, spill 32"
 
 Steps cost what benchmarks/results/engine/h100_8b.json measured (AR, and ``auto`` with drafts accepted as measured),
 prompts what its prefill did. A card is a fluid: all its sequences advance at the rate that its batch has, a prompt's
