@@ -31,7 +31,7 @@ $(VENV)/installed: pyproject.toml
 	fi; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $$index
 	@echo "Installing wedlm and what else it needs (the native library is compiled if there is a C++ compiler) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[serve]"
 	@du -sh $(VENV) | awk '{print "Installed: " $$1 " in " $$2}'
 	@touch $@
 

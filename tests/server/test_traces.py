@@ -135,4 +135,4 @@ def test_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     result = wedlm("serve", "--otlp-traces-endpoint", "http://127.0.0.1:9")
     assert result.exit_code == 2
-    assert f"is not installed; expected {install_extras('traces')}" in " ".join(result.stderr.split())
+    assert f"is not installed; install it with: {install_extras('traces')}" in " ".join(result.stderr.split())

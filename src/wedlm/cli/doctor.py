@@ -115,7 +115,8 @@ def _cache() -> str:
     directory = default_cache_dir()
     existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
     writable = "writable" if os.access(existing, os.W_OK) else "NOT WRITABLE"
-    return f"{directory} ($WEDLM_CACHE), {writable}, {shutil.disk_usage(existing).free / 1e9:.1f} GB free"
+    why = "$WEDLM_CACHE" if os.environ.get("WEDLM_CACHE") else "WEDLM_CACHE changes it"
+    return f"{directory} ({why}), {writable}, {shutil.disk_usage(existing).free / 1e9:.1f} GB free"
 
 
 def _demo() -> str:

@@ -102,7 +102,7 @@ def generate(
     git diff | wedlm generate --decoding verified
     wedlm generate --file prompts.txt --lines --json --seed 1 --temperature 0.7
     wedlm generate "One, two, three," --raw --model ./my-checkpoint
-    wedlm generate "The capital of France is" --suffix ", and that of Italy is Rome." --gap 2
+    wedlm generate "The capital of France is" --suffix ", and that of Italy is Rome." --gap 1
     wedlm generate --file prompts.txt --workers ray --output answers.jsonl
 
     Text goes to standard output, figures to standard error. Ctrl-C keeps what was generated.

@@ -189,7 +189,7 @@ def needs_extra(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("wedlm"):
             raise
-        raise ValueError(f"{error.name} is not installed; expected {install_extras(name)}") from error
+        raise ValueError(f"{error.name} is not installed; install it with: {install_extras(name)}") from error
 
 
 def _is_for_user(error: Exception) -> bool:

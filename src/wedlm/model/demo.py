@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -63,11 +64,19 @@ def demo_model_path(cache_dir: str | Path | None = None, progress: bool = True) 
         console.print(f"The cached demo model {path} is damaged (wrong checksum): fetching it again.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with console.status(f"Fetching the demo model SmolLM2-135M-Instruct (93 MB, once) into {path.parent} ..."):
+        with working(console, f"Fetching the demo model SmolLM2-135M-Instruct (93 MB, once) into {path.parent} ..."):
             _fetch(path)
     except OSError as error:
         raise DemoModelError(f"the demo model could not be written to {path.parent}: {error}; {_BY_HAND}") from error
     return path
+
+
+def working(console: Console, text: str) -> AbstractContextManager[object]:
+    """Say what takes its time: a moving line on a terminal, a plain one elsewhere."""
+    if console.is_terminal:
+        return console.status(text)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return nullcontext()
 
 
 def default_cache_dir() -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from wedlm.model.demo import DEMO_SHA256, default_cache_dir
+from wedlm.model.demo import DEMO_SHA256, default_cache_dir, working
 from wedlm.model.errors import CheckpointError
 from wedlm.model.formats.checkpoint import Checkpoint, checkpoint_of_files
 from wedlm.model.formats.int8_rows import write_int8
@@ -29,7 +29,8 @@ def packed_demo(demo: Checkpoint) -> Checkpoint:
             Console(stderr=True).print(f"{error}: making it again.", markup=False, highlight=False)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with Console(stderr=True).status(f"Packing the demo model into eight bits (136 MB, once) in {directory} ..."):
+        text = f"Packing the demo model into eight bits (136 MB, once) in {directory} ..."
+        with working(Console(stderr=True), text):
             write_int8(path, demo.tensors(), demo.shapes, torch.float32, {"format": "pt"})
     except OSError as error:
         warnings.warn(

@@ -145,8 +145,8 @@ def describe(asked: str | None = None) -> str:
         return f"{error}."
     if asked or os.environ.get(PATH_VARIABLE):
         return f"The native forward runs on {name}, as asked."
-    lacking = [path for path in known if not path.runs]
-    passed = "".join(f"; {path.name} would need {path.needs}" for path in lacking[:1])
+    faster = known[0]
+    passed = "" if name == faster.name else f"; {faster.name}, which is faster, would need {faster.needs}"
     return f"The native forward runs on {name}, the fastest set that this processor has{passed}."
 
 
