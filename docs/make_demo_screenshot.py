@@ -27,8 +27,8 @@ SIZES = {"desk": (1360, 900), "phone": (390, 844)}
 
 @contextmanager
 def serving(model: str) -> Iterator[str]:
-    """The address of a server in a thread of this process. In float32 verified text is AR's text."""
-    server = Server(create_app({model: LLM(model, dtype="float32")}, ServerConfig(port=0)))
+    """The address of a server in a thread of this process. In eight bits verified text is AR's text."""
+    server = Server(create_app({model: LLM(model)}, ServerConfig(port=0)))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--mode", default="Verified")
+    parser.add_argument("--mode", default="Auto")
     parser.add_argument("--scheme", choices=("light", "dark"), default="light")
     parser.add_argument("--size", choices=tuple(SIZES), default="desk")
     parser.add_argument("--gap", action="store_true")
