@@ -385,7 +385,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results"))
     parser.add_argument("--seconds", type=float, default=560, help="answer: of everything, loading included")
     parser.add_argument("--only", help="stages with this in their names")
-    parser.add_argument("--processes", type=int, default=1, help="answer: so many beside each other")
+    parser.add_argument("--processes", type=int, default=1, help="answer: processes that run side by side")
     parser.add_argument("--limit", type=int, help="questions of a task, for a trial")
     parser.add_argument("--patience", type=float, default=1, help="answer: times each stage's own limit")
     parser.add_argument("--dtype", help="of all stages; by default float32, except where bfloat16 is what is measured")

@@ -10,7 +10,7 @@ from typing import Any
 from wedlm import LLM, SamplingParams
 from wedlm.accelerate.prompts import Prompt, encode_prompt, with_answer
 from wedlm.engine.outputs import GenerationOutput
-from wedlm.model.formats.save import write_whole
+from wedlm.model.formats.save import read_whole_lines, write_json_lines
 from wedlm.train.answers import each_answer, usable_text
 
 
@@ -29,12 +29,7 @@ def read_log(path: Path) -> dict[int, dict[str, Any]]:
     """Read the answers that exist already, by their prompt's number. If a kill cut the last line, it is removed."""
     if not path.is_file():
         return {}
-    whole = path.read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if len(kept) < len(whole):
-        with path.open("r+b") as file:
-            file.truncate(len(kept))
-    records = (json.loads(line) for line in kept.split(b"\n") if line)
+    records = (json.loads(line) for line in read_whole_lines(path))
     return {record["prompt"]: record for record in records}
 
 
@@ -78,12 +73,11 @@ def write_training_data(prompts: Sequence[Prompt], log: Path, target: Path) -> A
             unusable += 1
             continue
         cut, tokens = cut + (not ended), tokens + record["tokens"]
-        lines.append(json.dumps(with_answer(prompt, answer, ended), ensure_ascii=False) + "\n")
+        lines.append(with_answer(prompt, answer, ended))
     if not lines:
         raise ValueError(
             f"none of the {len(prompts)} answers can be trained on: all are empty or contain incomplete characters; "
             "expected other prompts"
         )
-    with write_whole(target) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    write_json_lines(target, lines)
     return AnswerCounts(len(lines), cut, unusable, tokens)

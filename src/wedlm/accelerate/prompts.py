@@ -14,7 +14,7 @@ from typing import Any
 from wedlm.accelerate.mixture import mixture
 from wedlm.accelerate.settings import Settings
 from wedlm.model import Tokenizer
-from wedlm.model.formats.save import write_whole
+from wedlm.model.formats.save import write_json_lines
 from wedlm.train.answers import with_reply
 from wedlm.train.sources import numbered_lines, read_samples
 
@@ -58,8 +58,8 @@ def make_prompts(
             f"there are {len(learnt) + len(measured)} different prompts of at most {most} tokens; expected at least 4, "
             "one of which is held out"
         )
-    _write(learnt, training)
-    _write(measured, held_out)
+    write_json_lines(training, learnt)
+    write_json_lines(held_out, measured)
     return len(learnt), len(measured), too_long
 
 
@@ -80,12 +80,6 @@ def with_answer(prompt: Prompt, answer: str, ended: bool) -> dict[str, Any]:
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a file that ``make_prompts`` wrote."""
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
-
-
-def _write(prompts: Iterable[Prompt], path: Path) -> None:
-    with write_whole(path) as temporary:
-        lines = (json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts)
-        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def _asked(text: str, tokenizer: Tokenizer) -> Prompt:

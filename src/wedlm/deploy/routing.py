@@ -11,9 +11,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-SPILL = (
-    32  # requests that a replica may have more than the least busy one before conversations leave it (docs/scale.md)
-)
+# By how many requests a replica may exceed the least busy one before conversations leave it (docs/scale.md).
+SPILL = 32
 _PROMPT_CHARACTERS, _PROMPT_TOKENS = 256, 64  # of a text that goes on and on, what names it
 
 

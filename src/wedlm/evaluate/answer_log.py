@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wedlm.model.formats.save import read_whole_lines
+
 Answer = dict[str, Any]
 
 
@@ -28,13 +30,8 @@ class AnswerLog:
         self._documents: dict[int, list[int]] = {}
         self._named_origin = False
         if self.path is not None and self.path.exists():
-            whole = self.path.read_bytes()
-            end = whole.rfind(b"\n") + 1  # a killed run may have left half a line
-            for line in whole[:end].splitlines():
+            for line in read_whole_lines(self.path):
                 self._remember(json.loads(line))
-            if end < len(whole):
-                with self.path.open("r+b") as file:
-                    file.truncate(end)
 
     def start(self) -> None:
         """Start the time of the next entry."""

@@ -5,7 +5,6 @@ Training on the model's own text makes that text easier to predict for its maske
 was; continuations of text do the same for text.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from wedlm.engine.llm import LLM
 from wedlm.engine.outputs import GenerationOutput
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer
+from wedlm.model.formats.save import write_json_lines
 from wedlm.train.sources import read_samples
 
 Done = Callable[[int, GenerationOutput], None]
@@ -99,7 +99,7 @@ def write_answers(
         text = usable_text(output.text, ended) if ended or settings.keep_cut else ""
         if text:
             lines.append(with_reply(messages, text, ended))
-    _write(lines, target)
+    write_json_lines(Path(target), lines)
     return len(lines), len(asked) - len(lines)
 
 
@@ -120,7 +120,8 @@ def write_continuations(
     paragraphs = [part for text in texts for part in text.split("\n\n") if len(part) >= 200][::every]
     prompts = [llm.tokenizer.encode(part, False)[:num_prompt_tokens] for part in paragraphs]
     pairs = zip(prompts, _outputs(llm, prompts, settings), strict=True)
-    _write([{"text": llm.tokenizer.decode([*prompt, *output.token_ids])} for prompt, output in pairs], target)
+    continued = (llm.tokenizer.decode([*prompt, *output.token_ids]) for prompt, output in pairs)
+    write_json_lines(Path(target), ({"text": text} for text in continued))
     return len(prompts)
 
 
@@ -129,11 +130,6 @@ def _outputs(llm: LLM, prompts: Sequence[list[int]], settings: AnswerSettings) -
     found: dict[int, GenerationOutput] = {}
     each_answer(llm, prompts, [settings.params(number) for number in range(len(prompts))], found.__setitem__)
     return [found[place] for place in range(len(prompts))]
-
-
-def _write(lines: Sequence[dict[str, Any]], target: str | Path) -> None:
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    Path(target).write_text(text, encoding="utf-8")
 
 
 def _questions(

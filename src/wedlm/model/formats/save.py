@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write files completely or not at all, and safetensors with the folder's read permissions."""
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +26,23 @@ def write_whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a record per line; the file is complete, or stays as it was."""
+    with write_whole(path) as temporary:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def read_whole_lines(path: Path) -> list[bytes]:
+    """Read the lines of a file that is written line by line. A last line that a kill cut is removed from the file."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with path.open("r+b") as file:
+            file.truncate(end)
+    return [line for line in content[:end].split(b"\n") if line]
 
 
 def save_shared(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
