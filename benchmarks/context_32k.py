@@ -79,7 +79,7 @@ def decode(engine: Engine, prompt: list[int], mode: str, tokens: int, more: dict
         "mode": mode,
         "tokens": request.num_output_tokens,
         "first_token_s": round(first_token_s, 2),
-        "step_ms": round(statistics.median(times[3:] or times), 3),
+        "step_ms": round(statistics.median(times[3:] or times or [0.0]), 3),
         "timed_steps": len(times[3:] or times),
         "tokens_per_forward": round(request.num_output_tokens / counters.num_forwards, 3),
         "rows_per_forward": round(counters.num_rows / counters.num_forwards, 1),

@@ -16,7 +16,7 @@ from wedlm.attention.base import ExtendBatch, KVCache
 from wedlm.attention.paged import plan_paged
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.kernels import attention
-from wedlm.kernels.attention import LONG, MIDDLE, SHORT, paged_attention, tile_for
+from wedlm.kernels.attention import COPIED, LONG, MIDDLE, SHORT, paged_attention, tile_for
 from wedlm.kernels.matmul import Tiling
 from wedlm.model.inference.adapter_bank import AdapterBank
 from wedlm.model.inference.layers import pack_for_inference
@@ -53,12 +53,29 @@ def test_tiles():
     assert tile_for(2048 * 4, 8 * 2048 * 4, 128, *small) == LONG
     assert tile_for(2048 * 4, 8 * 2048 * 4, 512, *large) == SHORT  # heads of 256
     assert tile_for(512 * 4, 8 * 512 * 4, 128, *no_room) == MIDDLE
+    assert tile_for(16 * 4, 10**6, 256, *large, copies=True) == SHORT
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 256, *large, copies=True) == COPIED[LONG]
+    assert tile_for(1024 * 4, 8 * 1024 * 4, 256, *large, copies=True) == COPIED[MIDDLE]
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 256, *large, fixed=True, copies=True) == COPIED[MIDDLE]
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 512, *small, copies=True) == SHORT
 
 
-def check_attention(device, dtype, groups, lengths):
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(("lengths", "wanted"), [([(130, 40), (70, 5), (0, 64)], MIDDLE), ([(100, 180)], LONG)])
+def test_keys_that_are_copied_in_whole_tiles(device, monkeypatch, groups, fixed, lengths, wanted):
+    used = []
+    chosen = attention.tile_for
+    monkeypatch.setattr(attention, "_processor", lambda _: (4, 232_448))
+    monkeypatch.setattr(attention, "tile_for", lambda *args: used.append(chosen(*args)) or used[-1])
+    check_attention(device, DTYPES[1], groups, lengths, 64, fixed)
+    assert COPIED[MIDDLE if fixed else wanted] in used
+
+
+def check_attention(device, dtype, groups, lengths, page_size=8, fixed=False):
     rng = random.Random(repr((lengths, groups)))
     torch.manual_seed(1)
-    page_size, kv_heads, heads, d = 8, 2, 6, 16
+    kv_heads, heads, d = 2, 6, 16
     batch, num_pages = random_batch(rng, lengths, page_size, device, groups)
     cache = KVCache(1, num_pages, page_size, kv_heads, d, dtype, device)
     cache.keys.copy_(torch.randn(cache.keys.shape))
@@ -70,7 +87,7 @@ def check_attention(device, dtype, groups, lengths):
     plan = plan_paged(cache, batch)
     actual = torch.full_like(q, torch.nan)
     for rows in plan.groups:
-        paged_attention(q, cache.keys[0], cache.values[0], rows, actual)
+        paged_attention(q, cache.keys[0], cache.values[0], rows, actual, fixed)
     tolerance = 2e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
     assert torch.equal(cache.keys[0, plan.slots], k)

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 # Keeps tokens coming while prompts are read (docs/log.md). Where such steps are launched piece by piece, many short
 # chunks would cost more than they spare.
 _CAPTURED_CHUNK_STEP_RATIO = 1.8
+# Small pages share more of equal prefixes. Our attention copies keys in tiles of 64, which a page must hold whole.
+PAGE_SIZE, _PAGE_SIZE_ON_KERNELS = 16, 64
 # For users of a checkpoint that was never adapted.
 WITHOUT_MASK = "drafts come from the text alone: the checkpoint names no mask token (--mask-token-id names one)"
 _LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS = 2**28, 8
@@ -267,19 +269,20 @@ def plan_engine(
     else:
         resolve_options.check_cache_bytes(device, num_bytes)
         num_bytes //= num_sharing
-    num_pages = num_bytes // (per_token * options.page_size)
+    reason = eager_reason(options.cuda_graphs, device, shape)
+    page_size = options.page_size or (PAGE_SIZE if reason is not None else _PAGE_SIZE_ON_KERNELS)
+    num_pages = num_bytes // (per_token * page_size)
     if num_pages < 1:
-        least = num_sharing * per_token * options.page_size
+        least = num_sharing * per_token * page_size
         each = " for each model" if num_sharing > 1 else ""
         raise ValueError(f"kv_cache_bytes is {num_sharing * num_bytes}; expected at least {least}, one page{each}")
-    reason = eager_reason(options.cuda_graphs, device, shape)
     _check_deterministic(options.deterministic, model, reason)
     if options.chunk_step_ratio is None:
         captures_chunks = reason is None and options.capture_chunks
         ratio = _CAPTURED_CHUNK_STEP_RATIO if captures_chunks else math.inf
         config = replace(config, options=replace(options, chunk_step_ratio=ratio))
     packed = model if reason is None and isinstance(model, Transformer) else None
-    sizes = num_pages, options.page_size
+    sizes = num_pages, page_size
     if ranks is not None and config.block_length is not None:
         raise ValueError(
             f"tensor_parallel_size is {ranks.size} and this model sees by blocks of {config.block_length}; expected 1"

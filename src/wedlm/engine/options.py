@@ -189,7 +189,11 @@ class EngineOptions:
         "Who runs first: fcfs (first come, first served), or priority (requests whose priority is a lower number).",
         read_scheduling_policy,
     )
-    page_size: int = _option(16, "Slots in one page of the key/value cache.", read_positive_integer)
+    page_size: int | None = _option(
+        None,
+        "Slots in one page of the key/value cache. Default: 64 where steps are CUDA graphs, elsewhere 16.",
+        _or_none(read_positive_integer),
+    )
     kv_cache_bytes: int | None = _option(
         None,
         "Memory for keys and values. Default on CUDA: what gpu_memory_utilization leaves; elsewhere: four full "

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wedlm.engine.factory import Blueprint
+from wedlm.engine.factory import PAGE_SIZE, Blueprint
 from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.hf.arguments import Arguments
@@ -144,7 +144,7 @@ def _decode(
     config, embedding = model.config.model_config(), model.model.embed_tokens.weight
     window = 2 * engine_config.options.wedlm_window_size
     lengths = [min(len(prompt) + params.max_tokens + window, config.max_length) for prompt in prompts]
-    page_size = engine_config.options.page_size
+    page_size = engine_config.options.page_size or PAGE_SIZE
     blueprint = Blueprint(
         model=model.rows,
         packed=None,

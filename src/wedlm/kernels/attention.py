@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from jaxtyping import Int
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 
@@ -21,17 +22,24 @@ from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
 @dataclass(frozen=True)
 class Tile:
     """At most this many rows (query heads of a key head count as rows) over this many keys at once. ``halves``: keys
-    that every row of a tile sees go through a separate loop, which masks nothing."""
+    that every row of a tile sees go through a separate loop, which masks nothing. ``copies``: that loop copies keys
+    tile by tile, through tensor descriptors (Hopper's bulk copies); a page must hold whole tiles."""
 
     rows: int
     keys: int
     warps: int
     stages: int
     halves: bool = False
+    copies: bool = False
 
 
 # Of windows, of chunks, and of chunks long enough that large tiles occupy all processors. Measured: docs/log.md.
 SHORT, MIDDLE, LONG = Tile(64, 64, 4, 2), Tile(64, 64, 4, 3, halves=True), Tile(256, 64, 8, 3, halves=True)
+# The same where keys can be copied in whole tiles.
+COPIED = {
+    MIDDLE: Tile(64, 64, 4, 2, halves=True, copies=True),
+    LONG: Tile(128, 64, 4, 2, halves=True, copies=True),
+}
 FLOAT32 = Tile(32, 64, 4, 2)  # without tensor cores products are unrolled: 64 rows are 580 kB of code, 2 s to compile
 MAX_SPLITS = 64
 # A hidden key's score lies so far below the lowest maximum that its weight is 0 without further ado.
@@ -65,6 +73,12 @@ def _fixed_start(part):
     """The first key of a fixed part. Parts have 128 keys each up to 1,024, 256 up to 4,096, and 1,024 beyond."""
     short, middle = part * 128, 1024 + (part - 8) * 256
     return tl.where(part <= 8, short, tl.where(part <= 20, middle, 4096 + (part - 20) * 1024))
+
+
+@triton.jit
+def _is_fixed_start(key):
+    """Whether a fixed part begins with this key."""
+    return key % tl.where(key < 1024, 128, tl.where(key < 4096, 256, 1024)) == 0
 
 
 @triton.jit
@@ -106,25 +120,30 @@ def _keys_of_tile(num_rows, cached, tile, BLOCK_M: tl.constexpr, SHARE: tl.const
 
 @triton.jit
 def _add_keys(
-    q, best, total, acc, first_key, stop, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table, kv_head,
-    row, cached, shared, own, scale_log2,
+    q, best, total, acc, first_key, stop, keys_ptr, values_ptr, keys_copy, values_copy, key_scale_ptr, value_scale_ptr,
+    table, kv_head, row, cached, shared, own, scale_log2,
     KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr,
+    MASKED: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """Extend the softmax over the keys so far by a tile of keys from ``first_key`` on."""
     d = tl.arange(0, D)
     key = first_key + tl.arange(0, BLOCK_N)
     exists = key < stop
-    if MASKED:
-        page = tl.load(table + key // PAGE, mask=exists, other=0).to(tl.int64)
+    slot = 0
+    if COPIES:
+        slot = tl.load(table + first_key // PAGE).to(tl.int32) * PAGE + first_key % PAGE
+        k = keys_copy.load([slot, kv_head * D]).T
     else:
-        page = tl.load(table + key // PAGE).to(tl.int64)
-    place = (page * PAGE + key % PAGE) * KV_HEADS + kv_head
-    at = place * D
-    if MASKED:
-        k = tl.load(keys_ptr + at[None] + d[:, None], mask=exists[None], other=0.0)
-    else:
-        k = tl.load(keys_ptr + at[None] + d[:, None])
+        if MASKED:
+            page = tl.load(table + key // PAGE, mask=exists, other=0).to(tl.int64)
+        else:
+            page = tl.load(table + key // PAGE).to(tl.int64)
+        place = (page * PAGE + key % PAGE) * KV_HEADS + kv_head
+        at = place * D
+        if MASKED:
+            k = tl.load(keys_ptr + at[None] + d[:, None], mask=exists[None], other=0.0)
+        else:
+            k = tl.load(keys_ptr + at[None] + d[:, None])
     if FP8:  # exact in any type that queries have
         k = k.to(q.dtype)
     scores = tl.dot(q, k, input_precision="ieee")
@@ -141,7 +160,9 @@ def _add_keys(
     weights = tl.exp2(tl.fma(scores, scale_log2, -higher[:, None]))
     shrink = tl.exp2(best - higher)
     total = total * shrink + tl.sum(weights, axis=1)
-    if MASKED:
+    if COPIES:
+        v = values_copy.load([slot, kv_head * D])
+    elif MASKED:
         v = tl.load(values_ptr + at[:, None] + d[None], mask=exists[:, None], other=0.0)
     else:
         v = tl.load(values_ptr + at[:, None] + d[None])
@@ -154,10 +175,10 @@ def _add_keys(
 
 @triton.jit
 def _part_of_keys(
-    q, start, stop, seen, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table, kv_head, row, cached, shared,
-    own, scale_log2,
+    q, start, stop, seen, keys_ptr, values_ptr, keys_copy, values_copy, key_scale_ptr, value_scale_ptr, table, kv_head,
+    row, cached, shared, own, scale_log2,
     KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, COPIES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Softmax over keys ``start`` .. ``stop`` - 1: (maximum, sum of weights, sum of weighted values). All rows of the
     tile see the keys before ``seen``."""
@@ -169,25 +190,75 @@ def _part_of_keys(
         middle = start + tl.maximum(tl.minimum(seen, stop) - start, 0) // BLOCK_N * BLOCK_N
         for first_key in tl.range(start, middle, BLOCK_N, num_stages=STAGES):
             best, total, acc = _add_keys(
-                q, best, total, acc, first_key, stop, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table,
-                kv_head, row, cached, shared, own, scale_log2, KV_HEADS, D, PAGE, BLOCK_N, False, GROUPS, FP8,
+                q, best, total, acc, first_key, stop, keys_ptr, values_ptr, keys_copy, values_copy, key_scale_ptr,
+                value_scale_ptr, table, kv_head, row, cached, shared, own, scale_log2,
+                KV_HEADS, D, PAGE, BLOCK_N, False, GROUPS, FP8, COPIES,
             )  # fmt: skip
     for first_key in tl.range(middle, stop, BLOCK_N, num_stages=STAGES):
         best, total, acc = _add_keys(
-            q, best, total, acc, first_key, stop, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table,
-            kv_head, row, cached, shared, own, scale_log2, KV_HEADS, D, PAGE, BLOCK_N, True, GROUPS, FP8,
+            q, best, total, acc, first_key, stop, keys_ptr, values_ptr, keys_copy, values_copy, key_scale_ptr,
+            value_scale_ptr, table, kv_head, row, cached, shared, own, scale_log2,
+            KV_HEADS, D, PAGE, BLOCK_N, True, GROUPS, FP8, False,
         )  # fmt: skip
     return best, total, acc
 
 
 @triton.jit
+def _after_part(best, total, acc, best_p, total_p, acc_p):
+    """Merge a part into the softmax over the parts before it."""
+    best, total, old, new = _merged(best, total, best_p, total_p)
+    return best, total, tl.fma(acc, tl.broadcast_to(old[:, None], acc.shape), acc_p * new[:, None])
+
+
+@triton.jit
+def _all_fixed_parts(
+    q, stop, seen, keys_ptr, values_ptr, keys_copy, values_copy, key_scale_ptr, value_scale_ptr, table, kv_head, row,
+    cached, shared, own, scale_log2,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, GROUPS: tl.constexpr, FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, COPIES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What ``_part_of_keys`` gives for all fixed parts, merged in their order. Tiles of all parts are in one loop, so
+    that those of the next part are on their way while a part ends."""
+    best = tl.full((BLOCK_M,), _LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    best_p, total_p, acc_p = best, total, acc
+    middle = 0
+    if HALVES:
+        middle = tl.minimum(seen, stop) // BLOCK_N * BLOCK_N
+        for first_key in tl.range(0, middle, BLOCK_N, num_stages=STAGES):
+            if _is_fixed_start(first_key) & (first_key > 0):
+                best, total, acc = _after_part(best, total, acc, best_p, total_p, acc_p)
+                best_p = tl.full((BLOCK_M,), _LOWEST, tl.float32)
+                total_p = tl.zeros((BLOCK_M,), tl.float32)
+                acc_p = tl.zeros((BLOCK_M, D), tl.float32)
+            best_p, total_p, acc_p = _add_keys(
+                q, best_p, total_p, acc_p, first_key, stop, keys_ptr, values_ptr, keys_copy, values_copy,
+                key_scale_ptr, value_scale_ptr, table, kv_head, row, cached, shared, own, scale_log2,
+                KV_HEADS, D, PAGE, BLOCK_N, False, GROUPS, FP8, COPIES,
+            )  # fmt: skip
+    for first_key in tl.range(middle, stop, BLOCK_N, num_stages=STAGES):
+        if _is_fixed_start(first_key) & (first_key > 0):
+            best, total, acc = _after_part(best, total, acc, best_p, total_p, acc_p)
+            best_p = tl.full((BLOCK_M,), _LOWEST, tl.float32)
+            total_p = tl.zeros((BLOCK_M,), tl.float32)
+            acc_p = tl.zeros((BLOCK_M, D), tl.float32)
+        best_p, total_p, acc_p = _add_keys(
+            q, best_p, total_p, acc_p, first_key, stop, keys_ptr, values_ptr, keys_copy, values_copy, key_scale_ptr,
+            value_scale_ptr, table, kv_head, row, cached, shared, own, scale_log2,
+            KV_HEADS, D, PAGE, BLOCK_N, True, GROUPS, FP8, False,
+        )  # fmt: skip
+    return _after_part(best, total, acc, best_p, total_p, acc_p)
+
+
+@triton.jit
 def _paged_attention(
-    q_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, out_ptr, part_ptr, stats_ptr,
+    q_ptr, keys_ptr, values_ptr, keys_copy, values_copy, key_scale_ptr, value_scale_ptr, out_ptr, part_ptr, stats_ptr,
     row_start_ptr, num_rows_ptr, cached_ptr, table_row_ptr, page_table_ptr, shared_ptr, own_start_ptr,
     table_width, scale_log2, num_rows_total,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
-    FP8: tl.constexpr, FIXED: tl.constexpr, PDL: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, COPIES: tl.constexpr,
+    STAGES: tl.constexpr, FP8: tl.constexpr, FIXED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one sequence and key head, over one part of its keys (``_add_parts`` adds them up).
     ``FIXED``: over every ``SPLITS``th of the fixed parts, each separately; with one split they are added up here."""
@@ -233,24 +304,18 @@ def _paged_attention(
     seen = cached if GROUPS else cached + tile * BLOCK_M // SHARE
     dtype = out_ptr.dtype.element_ty
     if FIXED and SPLITS == 1:
-        best = tl.full((BLOCK_M,), _LOWEST, tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, D), tl.float32)
-        for part in range(0, parts):
-            best_p, total_p, acc_p = _part_of_keys(
-                q, _fixed_start(part), tl.minimum(_fixed_start(part + 1), num_keys), seen, keys_ptr, values_ptr,
-                key_scale_ptr, value_scale_ptr, table, kv_head, row, cached, shared, own, scale_log2,
-                KV_HEADS, D, PAGE, GROUPS, FP8, BLOCK_M, BLOCK_N, HALVES, STAGES,
-            )  # fmt: skip
-            best, total, old, new = _merged(best, total, best_p, total_p)
-            acc = tl.fma(acc, tl.broadcast_to(old[:, None], acc.shape), acc_p * new[:, None])
+        best, total, acc = _all_fixed_parts(
+            q, stop, seen, keys_ptr, values_ptr, keys_copy, values_copy, key_scale_ptr, value_scale_ptr, table, kv_head,
+            row, cached, shared, own, scale_log2,
+            KV_HEADS, D, PAGE, GROUPS, FP8, BLOCK_M, BLOCK_N, HALVES, COPIES, STAGES,
+        )  # fmt: skip
         tl.store(out_ptr + place[:, None] + d[None], (acc / total[:, None]).to(dtype), mask=real[:, None])
     elif FIXED:
         for part in range(split, parts, SPLITS):
             best, total, acc = _part_of_keys(
                 q, _fixed_start(part), tl.minimum(_fixed_start(part + 1), num_keys), seen, keys_ptr, values_ptr,
-                key_scale_ptr, value_scale_ptr, table, kv_head, row, cached, shared, own, scale_log2,
-                KV_HEADS, D, PAGE, GROUPS, FP8, BLOCK_M, BLOCK_N, HALVES, STAGES,
+                keys_copy, values_copy, key_scale_ptr, value_scale_ptr, table, kv_head, row, cached, shared, own,
+                scale_log2, KV_HEADS, D, PAGE, GROUPS, FP8, BLOCK_M, BLOCK_N, HALVES, COPIES, STAGES,
             )  # fmt: skip
             own_part = (part * num_rows_total + first + row) * HEADS + head
             tl.store(part_ptr + own_part[:, None] * D + d[None], acc, mask=real[:, None])
@@ -258,8 +323,9 @@ def _paged_attention(
             tl.store(stats_ptr + own_part * 2 + 1, total, mask=real)
     else:
         best, total, acc = _part_of_keys(
-            q, start, stop, seen, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, table, kv_head, row, cached,
-            shared, own, scale_log2, KV_HEADS, D, PAGE, GROUPS, FP8, BLOCK_M, BLOCK_N, HALVES, STAGES,
+            q, start, stop, seen, keys_ptr, values_ptr, keys_copy, values_copy, key_scale_ptr, value_scale_ptr, table,
+            kv_head, row, cached, shared, own, scale_log2,
+            KV_HEADS, D, PAGE, GROUPS, FP8, BLOCK_M, BLOCK_N, HALVES, COPIES, STAGES,
         )  # fmt: skip
         if SPLITS == 1:
             tl.store(out_ptr + place[:, None] + d[None], (acc / total[:, None]).to(dtype), mask=real[:, None])
@@ -325,15 +391,26 @@ def num_splits(num_programs: int, max_keys: int, num_processors: int, tile_keys:
     return splits
 
 
-def tile_for(most: int, total: int, row_bytes: int, num_processors: int, shared_bytes: int) -> Tile:
+def tile_for(
+    most: int,
+    total: int,
+    row_bytes: int,
+    num_processors: int,
+    shared_bytes: int,
+    fixed: bool = False,
+    copies: bool = False,
+) -> Tile:
     """The tile for sequences of at most ``most`` rows (heads count), ``total`` for all key heads, of ``row_bytes``
-    each."""
-    if most <= SHORT.rows:
-        return SHORT
-    tile = LONG if total // LONG.rows >= num_processors else MIDDLE
-    if _shared_bytes(tile, row_bytes) > shared_bytes:
-        tile = MIDDLE
-    return tile if _shared_bytes(tile, row_bytes) <= shared_bytes else SHORT
+    each. ``fixed``: sums are held twice. ``copies``: whole tiles of keys can be copied."""
+    short, middle, long = (COPIED.get(tile, tile) if copies else tile for tile in (SHORT, MIDDLE, LONG))
+    if most <= short.rows:
+        return short
+    # Two programs share a processor where copied tiles leave room for both.
+    enough = (2 if long.copies else 1) * num_processors
+    fitting = [tile for tile in (long, middle) if _shared_bytes(tile, row_bytes) <= shared_bytes]
+    if long in fitting and (fixed or total // long.rows < enough):
+        fitting.remove(long)
+    return fitting[0] if fitting else short
 
 
 def _shared_bytes(tile: Tile, row_bytes: int) -> int:
@@ -374,10 +451,14 @@ def paged_attention(
     pdl = supports_pdl(q.device)
     processors, shared_bytes = _processor(q.device.index) if q.is_cuda else (4, 2**18)
     row_bytes = head_dim * q.dtype.itemsize
-    tile = tile_for(most, kv_heads * num_rows * share, row_bytes, processors, shared_bytes)
-    if fixed and tile is LONG:  # a tile's sums are held twice
-        tile = MIDDLE
+    copies = scales is None and rows.page_size % MIDDLE.keys == 0 and (pdl or not q.is_cuda)
+    tile = tile_for(most, kv_heads * num_rows * share, row_bytes, processors, shared_bytes, fixed, copies)
     tile = tile if q.dtype.itemsize == 2 else FLOAT32
+    # A key's tile is one block of the cache, seen as slots by heads' numbers.
+    copied = [
+        TensorDescriptor.from_tensor(one.flatten(1), [tile.keys, head_dim]) if tile.copies else one
+        for one in (keys, values)
+    ]
     block = tile.rows if fixed else min(tile.rows, max(16, triton.next_power_of_2(most)))
     tiles = triton.cdiv(most, block)
     busy = min(sequences * tiles, num_rows * share // block + sequences)  # tiles that can have rows
@@ -391,12 +472,12 @@ def paged_attention(
     groups = rows.shared is not None
     shape = {"HEADS": heads, "KV_HEADS": kv_heads, "D": head_dim, "SPLITS": splits, "BLOCK_M": block}
     _paged_attention[(sequences * kv_heads, tiles, splits)](
-        q, keys, values, *(scales or (q, q)), out, part, stats,
+        q, keys, values, *copied, *(scales or (q, q)), out, part, stats,
         rows.row_start, rows.num_rows, rows.cached, rows.table_row, rows.page_table,
         rows.shared if groups else rows.num_rows, rows.own_start if groups else rows.num_rows,
         rows.page_table.shape[1], head_dim**-0.5 * 1.4426950408889634, num_rows,
-        **shape, PAGE=rows.page_size, GROUPS=groups, BLOCK_N=tile.keys, HALVES=tile.halves, STAGES=tile.stages,
-        FP8=scales is not None, FIXED=fixed, PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
+        **shape, PAGE=rows.page_size, GROUPS=groups, BLOCK_N=tile.keys, HALVES=tile.halves, COPIES=tile.copies,
+        STAGES=tile.stages, FP8=scales is not None, FIXED=fixed, PDL=pdl, num_warps=tile.warps, **launch_options(pdl),
     )  # fmt: skip
     if splits > 1:
         _add_parts[(sequences, min(rows.max_rows, num_rows) * heads)](
