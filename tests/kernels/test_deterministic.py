@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("triton")
 from tests.kernels.comparing import DTYPES, close, summable
@@ -21,9 +22,11 @@ from wedlm.kernels.fp8 import Fp8Rows, quantize_rows
 from wedlm.kernels.launch import shared_bytes
 from wedlm.kernels.matmul import APART_ROWS, MAX_ROWS, Tiling, few_rows_product, fixed_tiling, tiling_for
 from wedlm.kernels.norm import silu_mul
+from wedlm.model.inference import triton_transformer
 from wedlm.model.inference.layers import pack_for_inference
 from wedlm.model.inference.quantization import Fp8Linear
-from wedlm.model.inference.triton_transformer import FusedTransformer
+from wedlm.model.inference.triton_transformer import _NOTHING, FusedTransformer, _Beside
+from wedlm.model.lora.row_factors import AdaptedLinear
 
 ROWS = [1, 33, 64, 100, 200, 300]  # the last is all; each tiling for many rows, and parts apart and added
 
@@ -174,6 +177,27 @@ def test_products_of_the_sizes_of_8b_have_one_order(device, fp8, size, depth):
             found[n, whole] = added(out, torch.bfloat16)
     for (n, _), out in found.items():
         assert torch.equal(out, found[2048, True][:n])
+
+
+@pytest.mark.parametrize("bits", [None, "fp8"])
+def test_what_adapters_add_has_one_order(device, monkeypatch, bits):
+    """Few rows leave the parts of K apart, many do not; the adapter's own sum must meet the same part in both."""
+    monkeypatch.setattr(triton_transformer, "APART_ROWS", 4)
+    torch.manual_seed(0)
+    dtype = DTYPES[1]
+    model = our_model("wedlm-qwen3").to(device, dtype)
+    fused = FusedTransformer(pack_for_inference(model), lambda *_: Tiling(32, 256, splits=2), deterministic=True)
+    x = summable(torch.randn(8, 512, device=device, dtype=dtype), 1 / 8)
+    base: nn.Module = nn.Linear(512, 48, bias=False, device=device, dtype=dtype)
+    base.weight.data = summable(base.weight.data * 30, 1 / 128)
+    if bits == "fp8":
+        base = Fp8Linear(base.weight.data, None)
+    layer = AdaptedLinear(base, [48], summable(torch.randn(1, 16, 512, device=device, dtype=dtype), 1 / 8))
+    layer.b = [summable(torch.randn(48, 16, device=device, dtype=dtype) / 50, 1 / 128)]
+    others = torch.zeros(8, 16, dtype=torch.bool, device=device)
+    few, many = (added(fused._product(x[:n], layer, _Beside(None, others[:n])), dtype) for n in (4, 8))
+    assert torch.equal(few, many[:4])
+    assert not torch.equal(many, added(fused._product(x, layer, _NOTHING), dtype))
 
 
 def test_cards_without_descriptors_keep_pointers(monkeypatch):

@@ -164,11 +164,12 @@ class FusedTransformer:
         return fixed_tiling(chosen, num_rows, weight.dtype, supports_descriptors(weight.device))
 
     def _own_product(
-        self, x: Tensor | Fp8Rows, linear: nn.Module, tiling: Tiling, scale: Tensor | None = None
+        self, x: Tensor | Fp8Rows, linear: nn.Module, tiling: Tiling, adapted: bool, scale: Tensor | None = None
     ) -> Tensor:
-        """The product by our kernel. With a bias, or with many rows, no parts are left to add up."""
+        """The product by our kernel. With a bias, or with many rows, no parts are left to add up; but what adapters add
+        goes to the first part at any number of rows."""
         num_rows = len(x.values if isinstance(x, Fp8Rows) else x)
-        whole = num_rows > APART_ROWS or linear.bias is not None
+        whole = linear.bias is not None or (num_rows > APART_ROWS and not adapted)
         out = few_rows_product(x, _weight(linear), tiling, scale=scale, dtype=self.dtype, whole=whole)
         return out if linear.bias is None else out + linear.get_parameter("bias")
 
@@ -176,14 +177,14 @@ class FusedTransformer:
         self, x: Tensor | Fp8Rows, linear: nn.Module, beside: "_Beside", splits: bool = True
     ) -> Tensor | Unscaled:
         """[T, N], or partial sums [P, T, N] if allowed, or a product without its scales."""
-        base = base_layer(linear)
+        base, adapted = base_layer(linear), beside.acts_on(linear)
         if isinstance(base, Fp8Linear):
-            out = self._fp8_product(x, base, splits)
+            out = self._fp8_product(x, base, splits, adapted)
         else:
             assert isinstance(x, Tensor)
             tiling = self._tiling(len(x), base, splits)
-            out = base(x) if tiling is None else self._own_product(x, base, tiling)
-        if not beside.acts_on(linear):
+            out = base(x) if tiling is None else self._own_product(x, base, tiling, adapted)
+        if not adapted:
             return out
         assert isinstance(x, Tensor)
         out = self._finished(out)
@@ -199,11 +200,11 @@ class FusedTransformer:
         tiling = fixed_tiling(tiling, len(x), weight.dtype, supports_descriptors(weight.device))
         return few_rows_product(x, weight, tiling, whole=True)
 
-    def _fp8_product(self, x: Tensor | Fp8Rows, linear: Fp8Linear, splits: bool) -> Tensor | Unscaled:
+    def _fp8_product(self, x: Tensor | Fp8Rows, linear: Fp8Linear, splits: bool, adapted: bool) -> Tensor | Unscaled:
         rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
         tiling = self._tiling(len(rows.values), linear, splits)
         if tiling is not None:
-            return self._own_product(rows, linear, tiling, linear.scale)
+            return self._own_product(rows, linear, tiling, adapted, linear.scale)
         product = Unscaled(linear.unscaled(rows.values, self.dtype), rows.scale, linear.scale)
         return product if linear.bias is None else multiply_scales(product, linear.bias, self.dtype)
 
