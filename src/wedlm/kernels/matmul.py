@@ -190,9 +190,8 @@ def few_rows_product(
     that are not yet added.
 
     gated: silu of the first N / 2 outputs times the others, [T, N / 2]; it takes neither splits nor descriptors. x in
-    FP8 needs a weight in
-    FP8, each row of which is multiplied by ``scale`` [N] (float32), and a ``dtype``. whole: add the parts of K here, in
-    the order in which their reader would: [T, N] in ``dtype``.
+    FP8 needs a weight in FP8, each row of which is multiplied by ``scale`` [N] (float32), and a ``dtype``. whole: add
+    the parts of K here, in the order in which their reader would: [T, N] in ``dtype``.
     """
     x, x_scale = x if isinstance(x, Fp8Rows) else (x, None)
     dtype = dtype or x.dtype
