@@ -2,8 +2,11 @@
 """Deterministic steps: no bit of a row's result depends on how many rows there are. On a GPU real numbers are compared
 bit for bit; in the interpreter, whose products are BLAS's, numbers whose sums are exact in any order."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("triton")
 from tests.kernels.comparing import DTYPES, close, summable
@@ -13,15 +16,19 @@ from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
 from wedlm.attention.paged import plan_paged
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.engine import factory
-from wedlm.kernels import attention
+from wedlm.kernels import attention, matmul
 from wedlm.kernels.attention import num_fixed_parts, paged_attention
 from wedlm.kernels.fp8 import Fp8Rows, quantize_rows
-from wedlm.kernels.matmul import Tiling, few_rows_product, fixed_tiling
+from wedlm.kernels.launch import shared_bytes
+from wedlm.kernels.matmul import APART_ROWS, MAX_ROWS, Tiling, few_rows_product, fixed_tiling, tiling_for
+from wedlm.kernels.norm import silu_mul
+from wedlm.model.inference import triton_transformer
 from wedlm.model.inference.layers import pack_for_inference
 from wedlm.model.inference.quantization import Fp8Linear
-from wedlm.model.inference.triton_transformer import FusedTransformer
+from wedlm.model.inference.triton_transformer import _NOTHING, FusedTransformer, _Beside
+from wedlm.model.lora.row_factors import AdaptedLinear
 
-ROWS = [1, 8, 33, 64, 200]
+ROWS = [1, 33, 64, 100, 200, 300]  # the last is all; each tiling for many rows, and parts apart and added
 
 
 def added(out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -38,49 +45,183 @@ def added(out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("splits", [1, 2, 3])
 def test_a_product_has_one_order_at_any_number_of_rows(device, dtype, splits):
     torch.manual_seed(0)
-    x = summable(torch.randn(200, 640, device=device, dtype=dtype), 1 / 8)
+    x = summable(torch.randn(ROWS[-1], 640, device=device, dtype=dtype), 1 / 8)
     weight = summable(torch.randn(100, 640, device=device, dtype=dtype) / 18, 1 / 128)
-    tiling = Tiling(64, 128, splits)
     found = {}
     for n in ROWS:
-        out = few_rows_product(x[:n], weight, fixed_tiling(tiling, n, dtype), whole=n > 64)
-        assert out.ndim == (3 if splits > 1 and n <= 64 else 2)
+        out = few_rows_product(x[:n], weight, fixed_tiling(Tiling(64, 128, splits), n, dtype), whole=n > APART_ROWS)
+        assert out.ndim == (3 if splits > 1 and n <= APART_ROWS else 2)
         found[n] = added(out, dtype)
-    close(found[200], x.float() @ weight.float().T, dtype)
+    close(found[ROWS[-1]], x.float() @ weight.float().T, dtype)
     for n in ROWS[:-1]:
-        assert torch.equal(found[n], found[200][:n])
+        assert torch.equal(found[n], found[ROWS[-1]][:n])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gated_product_has_one_order(device, dtype):
+    """Gated by the product's kernel, or by the next one where descriptors copy the tiles."""
     torch.manual_seed(0)
-    x = summable(torch.randn(200, 256, device=device, dtype=dtype), 1 / 8)
+    x = summable(torch.randn(ROWS[-1], 256, device=device, dtype=dtype), 1 / 8)
     weight = summable(torch.randn(2 * 72, 256, device=device, dtype=dtype) / 11, 1 / 128)
-    found = {n: few_rows_product(x[:n], weight, fixed_tiling(Tiling(64, 128), n, dtype), gated=True) for n in ROWS}
+    found = {}
+    for n in ROWS:
+        tiling = fixed_tiling(Tiling(64, 128), n, dtype)
+        assert tiling.descriptors == (n > MAX_ROWS and dtype.itemsize == 2)
+        if tiling.descriptors:
+            found[n] = silu_mul(few_rows_product(x[:n], weight, tiling))
+        else:
+            found[n] = few_rows_product(x[:n], weight, tiling, gated=True)
     for n in ROWS[:-1]:
-        assert torch.equal(found[n], found[200][:n])
+        assert torch.equal(found[n], found[ROWS[-1]][:n])
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-def test_an_fp8_product_has_one_order(device, splits):
-    torch.manual_seed(0)
+@pytest.mark.parametrize(("splits", "depth"), [(1, 256), (2, 256), (2, 128)])
+def test_an_fp8_product_has_one_order(device, splits, depth):
     dtype = DTYPES[1]
-    layer = Fp8Linear(torch.randn(96, 640, device=device, dtype=dtype) / 18, None)
-    rows = quantize_rows(torch.randn(200, 640, device=device, dtype=dtype))
-    if device.type == "cpu":  # powers of two: exact sums, exact scales
-        layer.weight.data = torch.sign(layer.weight.float()).to(layer.weight.dtype)
-        layer.scale.data = torch.full_like(layer.scale, 0.25)
-        rows = Fp8Rows(torch.sign(rows.values.float()).to(rows.values.dtype), torch.full_like(rows.scale, 0.5))
+    rows, layer = fp8_numbers(device, ROWS[-1], 640, 96)
     found = {}
     for n in ROWS:
         some = Fp8Rows(rows.values[:n].contiguous(), rows.scale[:n].contiguous())
-        tiling = fixed_tiling(Tiling(64, 256, splits), n, layer.weight.dtype)
-        out = few_rows_product(some, layer.weight, tiling, scale=layer.scale, dtype=dtype, whole=n > 64)
+        tiling = fixed_tiling(Tiling(64, depth, splits), n, layer.weight.dtype)
+        out = few_rows_product(some, layer.weight, tiling, scale=layer.scale, dtype=dtype, whole=n > APART_ROWS)
         found[n] = added(out, dtype)
     exact = (rows.values.float() @ layer.weight.float().T) * rows.scale[:, None] * layer.scale
-    close(found[200], exact, dtype, 2)
+    close(found[ROWS[-1]], exact, dtype, 2)
     for n in ROWS[:-1]:
-        assert torch.equal(found[n], found[200][:n])
+        assert torch.equal(found[n], found[ROWS[-1]][:n])
+
+
+def fp8_numbers(device: torch.device, num_rows: int, depth: int, size: int) -> tuple[Fp8Rows, Fp8Linear]:
+    """Rows and a layer; in the interpreter powers of two, whose sums and scales are exact."""
+    torch.manual_seed(0)
+    layer = Fp8Linear(torch.randn(size, depth, device=device, dtype=DTYPES[1]) / 18, None)
+    rows = quantize_rows(torch.randn(num_rows, depth, device=device, dtype=DTYPES[1]))
+    if device.type == "cpu":
+        layer.weight.data = torch.sign(layer.weight.float()).to(layer.weight.dtype)
+        layer.scale.data = torch.full_like(layer.scale, 0.25)
+        rows = Fp8Rows(torch.sign(rows.values.float()).to(rows.values.dtype), torch.full_like(rows.scale, 0.5))
+    return rows, layer
+
+
+SMALL = Tiling(32, 64, rows=32)  # 70 rows, 100 outputs and 600 numbers a row are multiples of none of its sizes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("splits", "whole"), [(1, False), (2, False), (3, True)])
+def test_descriptors_copy_what_pointers_read(device, dtype, splits, whole):
+    torch.manual_seed(0)
+    for depth in (600, 598):  # rows of the second begin at addresses that descriptors do not take
+        x = summable(torch.randn(70, depth, device=device, dtype=dtype), 1 / 8)
+        weight = summable(torch.randn(100, depth, device=device, dtype=dtype) / 18, 1 / 128)
+        found = [
+            few_rows_product(x, weight, replace(SMALL, splits=splits, descriptors=descriptors), whole=whole)
+            for descriptors in (False, True)
+        ]
+        assert torch.equal(*found)
+        close(added(found[1], dtype), x.float() @ weight.float().T, dtype)
+
+
+@pytest.mark.parametrize(("splits", "whole"), [(1, False), (2, False), (3, True)])
+def test_descriptors_copy_fp8(device, splits, whole):
+    rows, layer = fp8_numbers(device, 70, 608, 112)
+    found = [
+        few_rows_product(
+            rows, layer.weight, replace(SMALL, splits=splits, descriptors=descriptors), scale=layer.scale,
+            dtype=DTYPES[1], whole=whole,
+        )
+        for descriptors in (False, True)
+    ]  # fmt: skip
+    assert torch.equal(*found)
+    exact = (rows.values.float() @ layer.weight.float().T) * rows.scale[:, None] * layer.scale
+    close(added(found[1], DTYPES[1]), exact, DTYPES[1], 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on a GPU")
+@pytest.mark.parametrize("num_rows", [128, 300])
+def test_captured_descriptors_read_what_is_there_at_replay(device, num_rows):
+    torch.manual_seed(0)
+    inputs = torch.randn(3, num_rows, 1024, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(512, 1024, device=device, dtype=torch.bfloat16)
+    tiling = fixed_tiling(tiling_for(512, 1024), num_rows)
+    assert tiling.descriptors
+    x = inputs[0].clone()
+    expected = [few_rows_product(own, weight, tiling, whole=True) for own in inputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        between = x * 1  # memory of the graph, which the descriptor describes
+        out = few_rows_product(between, weight, tiling, whole=True)
+    for own, right in zip(inputs, expected, strict=True):
+        x.copy_(own)
+        graph.replay()
+        assert torch.equal(out, right)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="real numbers and sizes")
+@pytest.mark.long
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("size", "depth"), [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (1000, 1040)])
+def test_products_of_the_sizes_of_8b_have_one_order(device, fp8, size, depth):
+    torch.manual_seed(0)
+    rows = quantize_rows(torch.randn(2048, depth, device=device, dtype=torch.bfloat16))
+    layer = Fp8Linear(torch.randn(size // 16 * 16, depth, device=device, dtype=torch.bfloat16), None)
+    inputs, weight = rows.values, layer.weight
+    if not fp8:
+        inputs, weight = inputs.to(torch.bfloat16), weight.to(torch.bfloat16)
+    found = {}
+    for n in (16, 64, 65, 128, 129, 256, 257, 1000, 2048):
+        tiling = fixed_tiling(tiling_for(*weight.shape, weight.dtype), n, weight.dtype)
+        x = Fp8Rows(inputs[:n], rows.scale[:n]) if fp8 else inputs[:n]
+        scale = layer.scale if fp8 else None
+        for whole in {n > APART_ROWS, True}:
+            out = few_rows_product(x, weight, tiling, scale=scale, dtype=torch.bfloat16, whole=whole)
+            found[n, whole] = added(out, torch.bfloat16)
+    for (n, _), out in found.items():
+        assert torch.equal(out, found[2048, True][:n])
+
+
+@pytest.mark.parametrize("bits", [None, "fp8"])
+def test_what_adapters_add_has_one_order(device, monkeypatch, bits):
+    """Few rows leave the parts of K apart, many do not; the adapter's own sum must meet the same part in both."""
+    monkeypatch.setattr(triton_transformer, "APART_ROWS", 4)
+    torch.manual_seed(0)
+    dtype = DTYPES[1]
+    model = our_model("wedlm-qwen3").to(device, dtype)
+    fused = FusedTransformer(pack_for_inference(model), lambda *_: Tiling(32, 256, splits=2), deterministic=True)
+    x = summable(torch.randn(8, 512, device=device, dtype=dtype), 1 / 8)
+    base: nn.Module = nn.Linear(512, 48, bias=False, device=device, dtype=dtype)
+    base.weight.data = summable(base.weight.data * 30, 1 / 128)
+    if bits == "fp8":
+        base = Fp8Linear(base.weight.data, None)
+    layer = AdaptedLinear(base, [48], summable(torch.randn(1, 16, 512, device=device, dtype=dtype), 1 / 8))
+    layer.b = [summable(torch.randn(48, 16, device=device, dtype=dtype) / 50, 1 / 128)]
+    others = torch.zeros(8, 16, dtype=torch.bool, device=device)
+    few, many = (added(fused._product(x[:n], layer, _Beside(None, others[:n])), dtype) for n in (4, 8))
+    assert torch.equal(few, many[:4])
+    assert not torch.equal(many, added(fused._product(x, layer, _NOTHING), dtype))
+
+
+def test_cards_without_descriptors_keep_pointers(monkeypatch):
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        for n in (100, 200, 300):
+            with_them, without = (fixed_tiling(Tiling(splits=2), n, dtype, has) for has in (True, False))
+            assert not without.descriptors
+            assert with_them.splits == without.splits == 2
+    assert shared_bytes(torch.device("cpu")) > 99 * 1024
+    monkeypatch.setattr(matmul, "shared_bytes", lambda _: 99 * 1024)
+    taken = []
+    monkeypatch.setattr(matmul, "_rows_times_weight", _Recorder(taken))
+    few_rows_product(torch.zeros(300, 64, dtype=torch.bfloat16), torch.zeros(64, 64, dtype=torch.bfloat16), without)
+    assert taken[0]["STAGES"] * (taken[0]["BLOCK_M"] + taken[0]["BLOCK_N"]) * taken[0]["BLOCK_K"] * 2 < 99 * 1024
+
+
+class _Recorder:
+    """Stands for a kernel and notes what it is launched with."""
+
+    def __init__(self, taken: list[dict]) -> None:
+        self.taken = taken
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda *_, **options: self.taken.append(options)
 
 
 def test_fixed_parts_are_where_the_kernel_has_them():

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 from tests.kernels.comparing import DTYPES, close, same_rows
+from wedlm.kernels import norm
 from wedlm.kernels.fp8 import Fp8Rows, Unscaled, multiply_scales, quantize_rows
 from wedlm.kernels.matmul import Tiling, few_rows_product
 from wedlm.kernels.norm import add_rms_norm, silu_mul
@@ -68,13 +69,31 @@ def test_add_rms_norm_in_eight_bits(device, dtype, delta):
 @pytest.mark.parametrize("scales", [False, True])
 def test_silu_mul_in_eight_bits(device, dtype, scales):
     torch.manual_seed(0)
-    product, whole = unscaled(3, 2 * 1100, device)
+    product, whole = unscaled(3, 2 * 1100, device)  # neither a multiple of the tiles' sizes
     product, whole = (product, whole.to(dtype)) if scales else (whole.to(dtype), whole.to(dtype))
     gate, up = whole.chunk(2, dim=-1)
     plain = silu_mul(product, dtype=dtype)
     assert plain.dtype == dtype
     close(plain, F.silu(gate) * up, dtype, 3)
-    same_rows(silu_mul(product, quantizes=True, dtype=dtype), plain)
+    for way in (None, "whole", "apart", "twice"):
+        same_rows(silu_mul(product, quantizes=True, dtype=dtype, way=way), plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the bits of the GPU's exponential, at real sizes")
+@pytest.mark.parametrize("num_rows", [1, 64, norm.MANY_ROWS, 1001])
+@pytest.mark.parametrize("size", [12_288, 1000])
+@pytest.mark.parametrize("scales", [False, True])
+def test_each_way_of_silu_mul_has_the_same_bits(device, num_rows, size, scales):
+    torch.manual_seed(0)
+    product, whole = unscaled(num_rows, 2 * size, device)
+    read = product if scales else whole.to(torch.bfloat16)
+    product.values[0] = 0
+    expected = silu_mul(read, quantizes=True, dtype=torch.bfloat16, way="whole")
+    same_rows(expected, silu_mul(read, dtype=torch.bfloat16))
+    for way in (None, "apart", "twice"):
+        actual = silu_mul(read, quantizes=True, dtype=torch.bfloat16, way=way)
+        assert torch.equal(actual.values.view(torch.uint8), expected.values.view(torch.uint8))
+        assert torch.equal(actual.scale, expected.scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -60,14 +60,26 @@ def _rounded(x, EMULATED: tl.constexpr):
 @triton.jit
 def to_fp8(x, EMULATED: tl.constexpr):
     """(values, scale) of one row x in float32, which is zero outside the row."""
-    largest = tl.maximum(tl.max(tl.abs(x), axis=0), _SMALLEST_SCALED)
+    return to_fp8_by(x, tl.max(tl.abs(x), axis=0), EMULATED)
+
+
+@triton.jit
+def to_fp8_by(x, largest, EMULATED: tl.constexpr):
+    """(values, scale) of a part of a row in float32, whose largest number is given."""
+    largest = tl.maximum(largest, _SMALLEST_SCALED)
     return _rounded(x * tl.math.div_rn(_LARGEST, largest), EMULATED), tl.math.div_rn(largest, _LARGEST)
 
 
 @triton.jit
 def heads_to_fp8(x, EMULATED: tl.constexpr):
     """(values, scales [H, 1]) of heads x [H, D] in float32."""
-    largest = tl.maximum(tl.max(tl.abs(x), axis=1), _SMALLEST_SCALED)[:, None]
+    return rows_to_fp8_by(x, tl.max(tl.abs(x), axis=1)[:, None], EMULATED)
+
+
+@triton.jit
+def rows_to_fp8_by(x, largest, EMULATED: tl.constexpr):
+    """(values, scales [R, 1]) of parts of rows x [R, B] in float32, whose largest numbers [R, 1] are given."""
+    largest = tl.maximum(largest, _SMALLEST_SCALED)
     top = tl.full(largest.shape, _LARGEST, tl.float32)
     return _rounded(x * tl.math.div_rn(top, largest), EMULATED), tl.math.div_rn(largest, top)
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programmatic dependent launch: a kernel starts while its predecessor drains, and waits only before it reads."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,25 @@ import triton.language as tl
 def supports_pdl(device: torch.device) -> bool:
     """Whether kernels of this device can start before their predecessors have ended (Hopper and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+_HOPPER_SHARED = 232_448
+
+
+def supports_descriptors(device: torch.device) -> bool:
+    """Whether kernels of this device can copy tiles by tensor descriptors, and have the shared memory that makes use of
+    them: Hopper and Blackwell in data centres. Triton's interpreter can."""
+    return device.type != "cuda" or (supports_pdl(device) and shared_bytes(device) >= _HOPPER_SHARED)
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Bytes of memory that the threads of one program can share."""
+    return _shared_bytes(device.index or 0) if device.type == "cuda" else _HOPPER_SHARED
+
+
+@lru_cache
+def _shared_bytes(index: int) -> int:
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def launch_options(pdl: bool) -> dict[str, bool]:

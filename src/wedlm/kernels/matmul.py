@@ -11,19 +11,26 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from wedlm.kernels.fp8 import FP8, Fp8Rows
-from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
+from wedlm.kernels.launch import launch_options, pdl_wait, shared_bytes, supports_descriptors, supports_pdl
 
 # The library's product is faster at more rows: whole steps on an H200, in bfloat16 and FP8 (docs/log.md, 2026-11-29).
 MAX_ROWS = 64
+# Up to so many rows the parts of K are left to their reader, because there are too few tiles to keep a GPU busy.
+APART_ROWS = 256
 _PART_DEPTH = 256  # parts of K are multiples of it, whatever the tiles: the deepest tile
+_OTHER_BYTES = 4096  # of shared memory, beside tiles: barriers
 
 
 @dataclass(frozen=True)
 class Tiling:
     """A tile has ``outputs`` weight rows, ``depth`` of K, and at most ``rows`` of x. K is split into ``splits`` parts,
-    and ``stages`` tiles are in flight."""
+    and at most ``stages`` tiles are in flight.
+
+    ``descriptors``: tiles are copied by the tensor memory accelerator, where the device and the tensors allow it.
+    """
 
     outputs: int = 64
     depth: int = 128
@@ -31,13 +38,37 @@ class Tiling:
     stages: int = 4
     warps: int = 4
     rows: int = 64
+    descriptors: bool = False
 
 
-def fixed_tiling(tiling: Tiling, num_rows: int, weight: torch.dtype = torch.bfloat16) -> Tiling:
+def fixed_tiling(
+    tiling: Tiling, num_rows: int, weight: torch.dtype = torch.bfloat16, descriptors: bool = True
+) -> Tiling:
     """``tiling`` with tiles that suit any number of rows and add up K in the same order: the parts of K stay the same,
-    and for FP8 so does the depth between two sums in float32."""
+    and for FP8 so does the depth between two sums in float32.
+
+    ``descriptors``: whether the device has them (``supports_descriptors``). They were measured on an H200 at 128, 256
+    and 2,048 rows (docs/log.md, 2026-11-30).
+    """
     if num_rows <= MAX_ROWS:
         return tiling
+    if not descriptors or weight.itemsize > 2:
+        return _without_descriptors(tiling, num_rows, weight)
+    if weight == FP8:
+        if tiling.depth <= 128:
+            return replace(tiling, outputs=64, rows=128, stages=4, warps=4, descriptors=True)
+        if num_rows <= 128:
+            return _without_descriptors(tiling, num_rows, weight)
+        return replace(tiling, outputs=128, rows=128, stages=3, warps=8, descriptors=True)
+    if num_rows <= 128:
+        return replace(tiling, outputs=64, depth=128, rows=128, stages=4, warps=4, descriptors=True)
+    if num_rows <= 256:
+        return replace(tiling, outputs=128, depth=128, rows=128, stages=3, warps=8, descriptors=True)
+    rows, outputs = (256, 128) if tiling.splits == 1 else (128, 256)
+    return replace(tiling, outputs=outputs, depth=64, rows=rows, stages=3, warps=8, descriptors=True)
+
+
+def _without_descriptors(tiling: Tiling, num_rows: int, weight: torch.dtype) -> Tiling:
     if num_rows <= 128:
         return replace(tiling, rows=128, stages=3)
     if weight == FP8:  # sums are held twice, and with parts of K three times
@@ -66,12 +97,17 @@ def tiling_for(size: int, depth: int, weight: torch.dtype = torch.bfloat16) -> T
 
 @triton.jit
 def _add_tile(
-    acc, weight, x, start, k, k_stop, inside_n, inside_m, BLOCK_K: tl.constexpr, FP8: tl.constexpr
+    acc, weight, x, start, k, k_stop, inside_n, inside_m, first_n, first_m,
+    BLOCK_K: tl.constexpr, FP8: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """acc plus the product of K's tile from ``start`` on."""
-    inside_k = start + k < k_stop
-    w_tile = tl.load(weight + start, mask=inside_n & inside_k[None], other=0.0)
-    x_tile = tl.load(x + start, mask=inside_k[:, None] & inside_m, other=0.0)
+    if DESCRIPTORS:  # they read zeros beyond the tensor, and no part ends inside a tile
+        w_tile = weight.load([first_n, start])
+        x_tile = x.load([first_m, start]).T
+    else:
+        inside_k = start + k < k_stop
+        w_tile = tl.load(weight + start, mask=inside_n & inside_k[None], other=0.0)
+        x_tile = tl.load(x + start, mask=inside_k[:, None] & inside_m, other=0.0)
     if FP8:
         # The tensor core adds eight-bit products in about 14 bits: each tile's sum is added up in float32.
         return tl.dot(w_tile, x_tile, acc, max_num_imprecise_acc=BLOCK_K)
@@ -80,12 +116,12 @@ def _add_tile(
 
 @triton.jit
 def _rows_times_weight(
-    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT, blocks_m,
+    x, x_scale_ptr, weight, scale_ptr, out_ptr, num_rows, N, K, K_PER_SPLIT, blocks_m,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SPLITS: tl.constexpr, GATED: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, GATED: tl.constexpr, FP8: tl.constexpr, DESCRIPTORS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[split, m, n] = Σ over the split's k of x[m, k] · weight[n, k], FP8: · x_scale[m] · scale[n]; gated:
-    silu(first half) · second half."""
+    silu(first half) · second half. x and weight are pointers or descriptors."""
     # Blocks of rows that read the same weights run side by side.
     tile_n, tile_m = tl.program_id(0) // blocks_m, tl.program_id(0) % blocks_m
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -96,18 +132,23 @@ def _rows_times_weight(
     # Gated: weight rows of gate and up in turn, so that one tile holds both of an output.
     weight_row = (n % 2) * (N // 2) + n // 2 if GATED else n
     inside_n = (n < N)[:, None]
-    weight = weight_ptr + weight_row.to(tl.int64)[:, None] * K + k[None]
+    if not DESCRIPTORS:
+        weight += weight_row.to(tl.int64)[:, None] * K + k[None]
     if FP8:
         scale = tl.load(scale_ptr + weight_row, mask=n < N, other=0.0)
     pdl_wait(PDL)
-    x = x_ptr + m[None].to(tl.int64) * K + k[:, None]
+    if not DESCRIPTORS:
+        x += m[None].to(tl.int64) * K + k[:, None]
     inside_m = (m < num_rows)[None]
     if FP8:
         x_scale = tl.load(x_scale_ptr + m, mask=m < num_rows, other=0.0)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if SPLITS == 1:
         for start in tl.range(k_start, k_stop, BLOCK_K, num_stages=STAGES):
-            acc = _add_tile(acc, weight, x, start, k, k_stop, inside_n, inside_m, BLOCK_K, FP8)
+            acc = _add_tile(
+                acc, weight, x, start, k, k_stop, inside_n, inside_m, tile_n * BLOCK_N, tile_m * BLOCK_M,
+                BLOCK_K, FP8, DESCRIPTORS,
+            )  # fmt: skip
         if FP8:
             acc = acc * x_scale[None] * scale[:, None]
     else:  # all parts of K here, added up as who reads them apart does
@@ -115,7 +156,10 @@ def _rows_times_weight(
             own = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             stop = tl.minimum((part + 1) * K_PER_SPLIT, K)
             for start in tl.range(part * K_PER_SPLIT, stop, BLOCK_K, num_stages=STAGES):
-                own = _add_tile(own, weight, x, start, k, stop, inside_n, inside_m, BLOCK_K, FP8)
+                own = _add_tile(
+                    own, weight, x, start, k, stop, inside_n, inside_m, tile_n * BLOCK_N, tile_m * BLOCK_M,
+                    BLOCK_K, FP8, DESCRIPTORS,
+                )  # fmt: skip
             if FP8:
                 own = own * x_scale[None] * scale[:, None]
             acc += own
@@ -145,15 +189,15 @@ def few_rows_product(
     """Multiply x [T, K] by weight [N, K]: [T, N] in ``dtype`` (None: x's); with splits, float32 partial sums [P, T, N]
     that are not yet added.
 
-    gated: silu of the first N / 2 outputs times the others, [T, N / 2]; it takes no splits. x in FP8 needs a weight in
-    FP8, each row of which is multiplied by ``scale`` [N] (float32), and a ``dtype``. whole: add the parts of K here, in
-    the order in which their reader would: [T, N] in ``dtype``.
+    gated: silu of the first N / 2 outputs times the others, [T, N / 2]; it takes neither splits nor descriptors. x in
+    FP8 needs a weight in FP8, each row of which is multiplied by ``scale`` [N] (float32), and a ``dtype``. whole: add
+    the parts of K here, in the order in which their reader would: [T, N] in ``dtype``.
     """
     x, x_scale = x if isinstance(x, Fp8Rows) else (x, None)
     dtype = dtype or x.dtype
     num_rows, depth = x.shape
     size = len(weight)
-    assert not (gated and tiling.splits > 1)
+    assert not (gated and (tiling.splits > 1 or tiling.descriptors))
     pdl = supports_pdl(x.device)
     if tiling.splits > 1 and not whole:
         out = torch.empty(tiling.splits, num_rows, size, dtype=torch.float32, device=x.device)
@@ -163,14 +207,29 @@ def few_rows_product(
     blocks_m = triton.cdiv(num_rows, block_m)
     per_split = triton.cdiv(triton.cdiv(depth, tiling.splits), _PART_DEPTH) * _PART_DEPTH
     inner, outer = (tiling.splits, 1) if whole else (1, tiling.splits)
+    descriptors = tiling.descriptors and all(_describable(tensor) for tensor in (x, weight))
+    sources = (x, weight)
+    if descriptors:
+        sources = (
+            TensorDescriptor.from_tensor(x, [block_m, tiling.depth]),
+            TensorDescriptor.from_tensor(weight, [tiling.outputs, tiling.depth]),
+        )
+    tile_bytes = (block_m + tiling.outputs) * tiling.depth * x.itemsize
+    stages = max(1, min(tiling.stages, (shared_bytes(x.device) - _OTHER_BYTES) // tile_bytes))
     # Fused into the sum, a scale's product would not be rounded as that of a part that is written.
     exact = {"enable_fp_fusion": False} if inner > 1 and x_scale is not None and x.is_cuda else {}
     _rows_times_weight[(triton.cdiv(size, tiling.outputs) * blocks_m, outer)](
-        x, x if x_scale is None else x_scale, weight, weight if scale is None else scale, out,
+        sources[0], x if x_scale is None else x_scale, sources[1], weight if scale is None else scale, out,
         num_rows, size, depth, per_split, blocks_m,
         BLOCK_M=block_m, BLOCK_N=tiling.outputs, BLOCK_K=tiling.depth,
-        STAGES=tiling.stages,
-        SPLITS=inner, GATED=gated, FP8=x_scale is not None, PDL=pdl,
+        STAGES=stages,
+        SPLITS=inner, GATED=gated, FP8=x_scale is not None, DESCRIPTORS=descriptors, PDL=pdl,
         num_warps=tiling.warps, **launch_options(pdl), **exact,
     )  # fmt: skip
     return out
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether tiles of a tensor [R, K] can be copied by a descriptor: rows begin at multiples of 16 bytes."""
+    aligned = tensor.data_ptr() % 16 == 0 and tensor.shape[1] * tensor.itemsize % 16 == 0
+    return aligned and supports_descriptors(tensor.device)

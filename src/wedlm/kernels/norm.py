@@ -2,13 +2,38 @@
 """Small work between the matrix products: residual and RMSNorm in one pass, gated SiLU. Both can read products with
 separate scales, and write rows in eight bits."""
 
+from typing import Literal, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from wedlm.kernels.fp8 import Fp8Rows, Unscaled, empty_rows, parts_of, to_fp8, triton_type, warps_for
+from wedlm.kernels.fp8 import (
+    Fp8Rows,
+    Unscaled,
+    empty_rows,
+    parts_of,
+    rows_to_fp8_by,
+    to_fp8,
+    to_fp8_by,
+    triton_type,
+    warps_for,
+)
 from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
+
+MANY_ROWS = 256  # from here on no program of silu_mul holds a whole row in eight bits
+
+
+class SiluTile(NamedTuple):
+    """The ``rows`` and columns (``block``) that a program of ``silu_mul`` has at a time."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+APART, TWICE = SiluTile(4, 1024, 4), SiluTile(2, 1024, 4)
 
 
 @triton.jit
@@ -70,6 +95,14 @@ def add_rms_norm(
 
 
 @triton.jit
+def _gated(gate, up, DTYPE: tl.constexpr):
+    """silu(gate) · up in DTYPE, of float32."""
+    # Rounded after SiLU as the model's own product of two tensors rounds.
+    activated = (gate * tl.sigmoid(gate)).to(DTYPE).to(tl.float32)
+    return (activated * up).to(DTYPE)
+
+
+@triton.jit
 def _silu_mul(
     gate_up_ptr, row_scale_ptr, column_scale_ptr, out_ptr, out_scale_ptr, size,
     SCALED: tl.constexpr, QUANTIZES: tl.constexpr, EMULATED: tl.constexpr, DTYPE: tl.constexpr,
@@ -88,9 +121,7 @@ def _silu_mul(
         row_scale = tl.load(row_scale_ptr + row)
         gate = (gate * row_scale * gate_scale).to(DTYPE).to(tl.float32)
         up = (up * row_scale * up_scale).to(DTYPE).to(tl.float32)
-    # Rounded after SiLU as the model's own product of two tensors rounds.
-    activated = (gate * tl.sigmoid(gate)).to(DTYPE).to(tl.float32)
-    gated = (activated * up).to(DTYPE)
+    gated = _gated(gate, up, DTYPE)
     if QUANTIZES:
         values, out_scale = to_fp8(gated.to(tl.float32), EMULATED)
         tl.store(out_ptr + row * size + column, values, mask=inside)
@@ -99,19 +130,136 @@ def _silu_mul(
         tl.store(out_ptr + row * size + column, gated, mask=inside)
 
 
-def silu_mul(gate_up: Tensor | Unscaled, quantizes: bool = False, dtype: torch.dtype | None = None) -> Tensor | Fp8Rows:
+@triton.jit
+def _gated_tile(
+    gate_up_ptr, row_scale_ptr, column_scale_ptr, row, column, num_rows, size,
+    SCALED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """silu(gate) · up [R, B] in DTYPE of some rows [R] and columns [B], zero outside the tensor. The scales of columns
+    are read once for all rows."""
+    inside_row, inside = row < num_rows, column < size
+    mask = inside_row[:, None] & inside[None]
+    place = gate_up_ptr + row[:, None] * 2 * size + column[None]
+    gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(place + size, mask=mask, other=0.0).to(tl.float32)
+    if SCALED:
+        gate_scale = tl.load(column_scale_ptr + column, mask=inside, other=0.0)[None]
+        up_scale = tl.load(column_scale_ptr + size + column, mask=inside, other=0.0)[None]
+        row_scale = tl.load(row_scale_ptr + row, mask=inside_row, other=0.0)[:, None]
+        gate = (gate * row_scale * gate_scale).to(DTYPE).to(tl.float32)
+        up = (up * row_scale * up_scale).to(DTYPE).to(tl.float32)
+    return _gated(gate, up, DTYPE), mask
+
+
+@triton.jit
+def _silu_mul_tiles(
+    gate_up_ptr, row_scale_ptr, column_scale_ptr, out_ptr, largest_ptr, num_rows, size,
+    SCALED: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """silu(gate) · up, and the largest number of each row in each block of columns [T, blocks]."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pdl_wait(PDL)
+    gated, mask = _gated_tile(
+        gate_up_ptr, row_scale_ptr, column_scale_ptr, row, column, num_rows, size, SCALED, DTYPE
+    )  # fmt: skip
+    tl.store(out_ptr + row[:, None] * size + column[None], gated, mask=mask)
+    largest = tl.max(tl.abs(gated.to(tl.float32)), axis=1)
+    tl.store(largest_ptr + row * tl.num_programs(1) + tl.program_id(1), largest, mask=row < num_rows)
+
+
+@triton.jit
+def _round_by_largest(
+    x_ptr, largest_ptr, out_ptr, scale_ptr, size, num_blocks,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, EMULATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Round a block of a row, the largest number of whose blocks are given."""
+    row = tl.program_id(0).to(tl.int64)
+    column, block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCKS)
+    inside = column < size
+    pdl_wait(PDL)
+    largest = tl.load(largest_ptr + row * num_blocks + block, mask=block < num_blocks, other=0.0)
+    x = tl.load(x_ptr + row * size + column, mask=inside, other=0.0).to(tl.float32)
+    values, scale = to_fp8_by(x, tl.max(largest, axis=0), EMULATED)
+    tl.store(out_ptr + row * size + column, values, mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _silu_mul_twice(
+    gate_up_ptr, row_scale_ptr, column_scale_ptr, out_ptr, out_scale_ptr, num_rows, size,
+    SCALED: tl.constexpr, EMULATED: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """silu(gate) · up in eight bits, computed once for the largest number of a row and again, from the cache, to be
+    rounded."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    pdl_wait(PDL)
+    largest = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, size, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        gated, _ = _gated_tile(
+            gate_up_ptr, row_scale_ptr, column_scale_ptr, row, column, num_rows, size, SCALED, DTYPE
+        )  # fmt: skip
+        largest = tl.maximum(largest, tl.max(tl.abs(gated.to(tl.float32)), axis=1))
+    for start in range(0, size, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        gated, mask = _gated_tile(
+            gate_up_ptr, row_scale_ptr, column_scale_ptr, row, column, num_rows, size, SCALED, DTYPE
+        )  # fmt: skip
+        values, scale = rows_to_fp8_by(gated.to(tl.float32), largest[:, None], EMULATED)
+        tl.store(out_ptr + row[:, None] * size + column[None], values, mask=mask)
+        if start == 0:
+            tl.store(out_scale_ptr + row[:, None], scale, mask=(row < num_rows)[:, None])
+
+
+def silu_mul(
+    gate_up: Tensor | Unscaled,
+    quantizes: bool = False,
+    dtype: torch.dtype | None = None,
+    way: Literal["whole", "apart", "twice"] | None = None,
+) -> Tensor | Fp8Rows:
     """silu(gate) · up of [T, 2 I], gate first: [T, I], rounded to ``dtype`` (None: gate_up's). quantizes: in eight
-    bits, rounded from that type."""
+    bits, rounded from that type.
+
+    way: how rows in eight bits are computed, all to the same bits: a program holds a row ("whole"), or a kernel writes
+    tiles and their largest numbers, and the next rounds them ("apart"), or a program computes its rows twice ("twice").
+    None: by the number of rows.
+    """
     values, row_scale, column_scale, scaled = parts_of(gate_up)
     num_rows, size = values.shape[0], values.shape[1] // 2
     dtype = dtype or values.dtype
     out = empty_rows(num_rows, size, values.device) if quantizes else values.new_empty(num_rows, size, dtype=dtype)
     pdl = supports_pdl(values.device)
+    read, kind = (values, row_scale, column_scale), {"SCALED": scaled, "DTYPE": triton_type(dtype)}
+    launch, emulated = launch_options(pdl), not values.is_cuda
+    way = way or ("apart" if num_rows >= MANY_ROWS else "whole")
+    if isinstance(out, Fp8Rows) and way == "apart":
+        gated = values.new_empty(num_rows, size, dtype=dtype)
+        blocks = triton.cdiv(size, APART.block)
+        largest = torch.empty(num_rows, blocks, dtype=torch.float32, device=values.device)
+        _silu_mul_tiles[(triton.cdiv(num_rows, APART.rows), blocks)](
+            *read, gated, largest, num_rows, size, **kind, ROWS=APART.rows, BLOCK=APART.block, PDL=pdl,
+            num_warps=APART.warps, **launch,
+        )  # fmt: skip
+        block = min(4096, triton.next_power_of_2(size))
+        _round_by_largest[(num_rows, triton.cdiv(size, block))](
+            gated, largest, *out, size, blocks, BLOCKS=triton.next_power_of_2(blocks), BLOCK=block,
+            EMULATED=emulated, PDL=pdl, num_warps=4, **launch,
+        )  # fmt: skip
+        return out
+    if isinstance(out, Fp8Rows) and way == "twice":
+        _silu_mul_twice[(triton.cdiv(num_rows, TWICE.rows),)](
+            *read, *out, num_rows, size, **kind, EMULATED=emulated, ROWS=TWICE.rows, BLOCK=TWICE.block, PDL=pdl,
+            num_warps=TWICE.warps, **launch,
+        )  # fmt: skip
+        return out
     block = triton.next_power_of_2(size)  # a row's scale needs all of it
     block = block if quantizes else min(1024, block)
     _silu_mul[(num_rows, triton.cdiv(size, block))](
-        values, row_scale, column_scale, *(out if isinstance(out, Fp8Rows) else (out, out)), size,
-        SCALED=scaled, QUANTIZES=quantizes, EMULATED=not values.is_cuda, DTYPE=triton_type(dtype),
-        BLOCK=block, PDL=pdl, num_warps=warps_for(block) if quantizes else 4, **launch_options(pdl),
+        *read, *(out if isinstance(out, Fp8Rows) else (out, out)), size,
+        **kind, QUANTIZES=quantizes, EMULATED=emulated, BLOCK=block, PDL=pdl,
+        num_warps=warps_for(block) if quantizes else 4, **launch,
     )  # fmt: skip
     return out

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from wedlm.attention.base import FusedAttend, Norms
 from wedlm.kernels.embed import embed
 from wedlm.kernels.fp8 import Fp8Rows, Unscaled, multiply_scales, quantize_rows
-from wedlm.kernels.matmul import MAX_ROWS, Tiling, few_rows_product, fixed_tiling, tiling_for
+from wedlm.kernels.launch import supports_descriptors
+from wedlm.kernels.matmul import APART_ROWS, MAX_ROWS, Tiling, few_rows_product, fixed_tiling, tiling_for
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.model.inference.layers import is_packed
 from wedlm.model.inference.quantization import Fp8Linear
@@ -160,15 +161,15 @@ class FusedTransformer:
         if tiling is None:
             return None
         chosen = tiling if splits else replace(tiling, splits=1)
-        return fixed_tiling(chosen, num_rows, weight.dtype) if self.deterministic else chosen
+        return fixed_tiling(chosen, num_rows, weight.dtype, supports_descriptors(weight.device))
 
     def _own_product(
-        self, x: Tensor | Fp8Rows, linear: nn.Module, tiling: Tiling, scale: Tensor | None = None
+        self, x: Tensor | Fp8Rows, linear: nn.Module, tiling: Tiling, adapted: bool, scale: Tensor | None = None
     ) -> Tensor:
-        """The product by our kernel. With a bias, or with more rows than the kernel usually takes, no parts are left to
-        add up."""
+        """The product by our kernel. With a bias, or with many rows, no parts are left to add up; but what adapters add
+        goes to the first part at any number of rows."""
         num_rows = len(x.values if isinstance(x, Fp8Rows) else x)
-        whole = num_rows > MAX_ROWS or linear.bias is not None
+        whole = linear.bias is not None or (num_rows > APART_ROWS and not adapted)
         out = few_rows_product(x, _weight(linear), tiling, scale=scale, dtype=self.dtype, whole=whole)
         return out if linear.bias is None else out + linear.get_parameter("bias")
 
@@ -176,14 +177,14 @@ class FusedTransformer:
         self, x: Tensor | Fp8Rows, linear: nn.Module, beside: "_Beside", splits: bool = True
     ) -> Tensor | Unscaled:
         """[T, N], or partial sums [P, T, N] if allowed, or a product without its scales."""
-        base = base_layer(linear)
+        base, adapted = base_layer(linear), beside.acts_on(linear)
         if isinstance(base, Fp8Linear):
-            out = self._fp8_product(x, base, splits)
+            out = self._fp8_product(x, base, splits, adapted)
         else:
             assert isinstance(x, Tensor)
             tiling = self._tiling(len(x), base, splits)
-            out = base(x) if tiling is None else self._own_product(x, base, tiling)
-        if not beside.acts_on(linear):
+            out = base(x) if tiling is None else self._own_product(x, base, tiling, adapted)
+        if not adapted:
             return out
         assert isinstance(x, Tensor)
         out = self._finished(out)
@@ -196,13 +197,14 @@ class FusedTransformer:
     def _low_rank(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply x [T, K] by weight [N, K], adding up in one order for any number of rows."""
         tiling = replace(tiling_for(len(weight), weight.shape[1], weight.dtype), splits=1)
-        return few_rows_product(x, weight, fixed_tiling(tiling, len(x), weight.dtype), whole=True)
+        tiling = fixed_tiling(tiling, len(x), weight.dtype, supports_descriptors(weight.device))
+        return few_rows_product(x, weight, tiling, whole=True)
 
-    def _fp8_product(self, x: Tensor | Fp8Rows, linear: Fp8Linear, splits: bool) -> Tensor | Unscaled:
+    def _fp8_product(self, x: Tensor | Fp8Rows, linear: Fp8Linear, splits: bool, adapted: bool) -> Tensor | Unscaled:
         rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
         tiling = self._tiling(len(rows.values), linear, splits)
         if tiling is not None:
-            return self._own_product(rows, linear, tiling, linear.scale)
+            return self._own_product(rows, linear, tiling, adapted, linear.scale)
         product = Unscaled(linear.unscaled(rows.values, self.dtype), rows.scale, linear.scale)
         return product if linear.bias is None else multiply_scales(product, linear.bias, self.dtype)
 
@@ -215,7 +217,7 @@ class FusedTransformer:
         base = base_layer(linear)
         if isinstance(x, Tensor) and not quantizes and not beside.acts_on(linear):
             tiling = self._tiling(len(x), base, splits=False)
-            if tiling is not None and base.bias is None:
+            if tiling is not None and base.bias is None and not tiling.descriptors:
                 return few_rows_product(x, _weight(base), tiling, gated=True)
         return silu_mul(self._product(x, linear, beside, splits=False), quantizes, self.dtype)
 
