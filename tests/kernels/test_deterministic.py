@@ -19,7 +19,7 @@ from wedlm.engine import factory
 from wedlm.kernels import attention, matmul
 from wedlm.kernels.attention import num_fixed_parts, paged_attention
 from wedlm.kernels.fp8 import Fp8Rows, quantize_rows
-from wedlm.kernels.launch import shared_bytes
+from wedlm.kernels.launch import Processors, processors
 from wedlm.kernels.matmul import APART_ROWS, MAX_ROWS, Tiling, few_rows_product, fixed_tiling, tiling_for
 from wedlm.kernels.norm import silu_mul
 from wedlm.model.inference import triton_transformer
@@ -206,8 +206,8 @@ def test_cards_without_descriptors_keep_pointers(monkeypatch):
             with_them, without = (fixed_tiling(Tiling(splits=2), n, dtype, has) for has in (True, False))
             assert not without.descriptors
             assert with_them.splits == without.splits == 2
-    assert shared_bytes(torch.device("cpu")) > 99 * 1024
-    monkeypatch.setattr(matmul, "shared_bytes", lambda _: 99 * 1024)
+    assert processors(torch.device("cpu")).shared_bytes > 99 * 1024
+    monkeypatch.setattr(matmul, "processors", lambda _: Processors(80, 99 * 1024))
     taken = []
     monkeypatch.setattr(matmul, "_rows_times_weight", _Recorder(taken))
     few_rows_product(torch.zeros(300, 64, dtype=torch.bfloat16), torch.zeros(64, 64, dtype=torch.bfloat16), without)

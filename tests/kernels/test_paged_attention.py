@@ -66,7 +66,7 @@ def test_tiles():
 def test_keys_that_are_copied_in_whole_tiles(device, monkeypatch, groups, fixed, lengths, wanted):
     used = []
     chosen = attention.tile_for
-    monkeypatch.setattr(attention, "_processor", lambda _: (4, 232_448))
+    monkeypatch.setattr(attention, "processors", lambda _: (4, 232_448))
     monkeypatch.setattr(attention, "tile_for", lambda *args: used.append(chosen(*args)) or used[-1])
     check_attention(device, DTYPES[1], groups, lengths, 64, fixed)
     assert COPIED[MIDDLE if fixed else wanted] in used

@@ -7,7 +7,6 @@ instruction multiplies. In fixed parts it depends neither on the other rows of t
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -16,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from wedlm.kernels.launch import launch_options, pdl_wait, supports_pdl
+from wedlm.kernels.launch import launch_options, pdl_wait, processors, supports_descriptors, supports_pdl
 
 
 @dataclass(frozen=True)
@@ -418,13 +417,6 @@ def _shared_bytes(tile: Tile, row_bytes: int) -> int:
     return (tile.rows + 2 * tile.stages * tile.keys) * row_bytes + 4096
 
 
-@lru_cache
-def _processor(index: int) -> tuple[int, int]:
-    """(processors, bytes of memory that a program's threads can share) of a CUDA device."""
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return properties["multiprocessor_count"], properties["max_shared_mem"]
-
-
 def paged_attention(
     q: Tensor,
     keys: Tensor,
@@ -449,10 +441,10 @@ def paged_attention(
     share, sequences = heads // kv_heads, len(rows.num_rows)
     most = min(rows.max_rows, num_rows) * share
     pdl = supports_pdl(q.device)
-    processors, shared_bytes = _processor(q.device.index) if q.is_cuda else (4, 2**18)
+    number, shared_bytes = processors(q.device)
     row_bytes = head_dim * q.dtype.itemsize
-    copies = scales is None and rows.page_size % MIDDLE.keys == 0 and (pdl or not q.is_cuda)
-    tile = tile_for(most, kv_heads * num_rows * share, row_bytes, processors, shared_bytes, fixed, copies)
+    copies = scales is None and rows.page_size % MIDDLE.keys == 0 and supports_descriptors(q.device)
+    tile = tile_for(most, kv_heads * num_rows * share, row_bytes, number, shared_bytes, fixed, copies)
     tile = tile if q.dtype.itemsize == 2 else FLOAT32
     # A key's tile is one block of the cache, seen as slots by heads' numbers.
     copied = [
@@ -462,7 +454,7 @@ def paged_attention(
     block = tile.rows if fixed else min(tile.rows, max(16, triton.next_power_of_2(most)))
     tiles = triton.cdiv(most, block)
     busy = min(sequences * tiles, num_rows * share // block + sequences)  # tiles that can have rows
-    splits = num_splits(busy * kv_heads, rows.max_keys, processors, tile.keys)
+    splits = num_splits(busy * kv_heads, rows.max_keys, number, tile.keys)
     out = torch.empty_like(q) if out is None else out
     part = stats = out
     if splits > 1:

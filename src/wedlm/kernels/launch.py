@@ -2,6 +2,7 @@
 """Programmatic dependent launch: a kernel starts while its predecessor drains, and waits only before it reads."""
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,23 +14,32 @@ def supports_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+class Processors(NamedTuple):
+    """Of a device: how many there are, and the bytes of memory that the threads of one program can share."""
+
+    number: int
+    shared_bytes: int
+
+
 _HOPPER_SHARED = 232_448
+_INTERPRETER = Processors(4, _HOPPER_SHARED)
 
 
 def supports_descriptors(device: torch.device) -> bool:
     """Whether kernels of this device can copy tiles by tensor descriptors, and have the shared memory that makes use of
     them: Hopper and Blackwell in data centres. Triton's interpreter can."""
-    return device.type != "cuda" or (supports_pdl(device) and shared_bytes(device) >= _HOPPER_SHARED)
+    return device.type != "cuda" or (supports_pdl(device) and processors(device).shared_bytes >= _HOPPER_SHARED)
 
 
-def shared_bytes(device: torch.device) -> int:
-    """Bytes of memory that the threads of one program can share."""
-    return _shared_bytes(device.index or 0) if device.type == "cuda" else _HOPPER_SHARED
+def processors(device: torch.device) -> Processors:
+    """Those of a device. Triton's interpreter has a few of Hopper's."""
+    return _processors(device.index or 0) if device.type == "cuda" else _INTERPRETER
 
 
 @lru_cache
-def _shared_bytes(index: int) -> int:
-    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+def _processors(index: int) -> Processors:
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return Processors(properties["multiprocessor_count"], properties["max_shared_mem"])
 
 
 def launch_options(pdl: bool) -> dict[str, bool]:

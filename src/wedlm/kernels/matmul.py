@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from wedlm.kernels.fp8 import FP8, Fp8Rows
-from wedlm.kernels.launch import launch_options, pdl_wait, shared_bytes, supports_descriptors, supports_pdl
+from wedlm.kernels.launch import launch_options, pdl_wait, processors, supports_descriptors, supports_pdl
 
 # The library's product is faster at more rows: whole steps on an H200, in bfloat16 and FP8 (docs/log.md, 2026-11-29).
 MAX_ROWS = 64
@@ -215,7 +215,7 @@ def few_rows_product(
             TensorDescriptor.from_tensor(weight, [tiling.outputs, tiling.depth]),
         )
     tile_bytes = (block_m + tiling.outputs) * tiling.depth * x.itemsize
-    stages = max(1, min(tiling.stages, (shared_bytes(x.device) - _OTHER_BYTES) // tile_bytes))
+    stages = max(1, min(tiling.stages, (processors(x.device).shared_bytes - _OTHER_BYTES) // tile_bytes))
     # Fused into the sum, a scale's product would not be rounded as that of a part that is written.
     exact = {"enable_fp_fusion": False} if inner > 1 and x_scale is not None and x.is_cuda else {}
     _rows_times_weight[(triton.cdiv(size, tiling.outputs) * blocks_m, outer)](
