@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-in for vLLM's scheduler and runner (v2) of 0.24.0, on a CPU: the same calls to the plug-in, in the same order,
+"""A stand-in for the scheduler and runner (v2) of vLLM 0.24.0 on a CPU: the same calls to the plug-in, in the same order,
 with tensors of the same shapes, and the same arithmetic of what is computed, scheduled, accepted and refused.
 
-What it imitates: ``Scheduler.schedule`` and ``update_from_output``, ``AsyncScheduler``, ``GPUModelRunner.execute_model``
+It imitates ``Scheduler.schedule`` and ``update_from_output``, ``AsyncScheduler``, ``GPUModelRunner.execute_model``
 and ``sample_tokens``, ``prepare_inputs``, ``post_update``. The model is ``tests.stub.StubModel``, and a request's keys
 are a list by slot.
 """

@@ -2,6 +2,7 @@
 """Write a WeDLM checkpoint so that vLLM decodes it by streaming: ``python -m wedlm_vllm.convert CHECKPOINT OUT``."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,12 @@ def convert(checkpoint: str | Path, output: str | Path, dtype: str | None = None
     )
     tokenizer = load_tokenizer(checkpoint)
     config = as_autoregressive(with_end_tokens(config, tokenizer.end_token_ids()))
+    config = dataclasses.replace(
+        config,
+        decoding="streaming",
+        next_token=settings.next_token,
+        entropy_threshold=settings.entropy_threshold or None,
+    )
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save(output)
     ends = {"eos_token_id": list(config.eos_token_ids), "bos_token_id": config.bos_token_id}
