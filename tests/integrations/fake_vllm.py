@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-in for the scheduler and runner (v2) of vLLM 0.24.0 on a CPU: the same calls to the plug-in, in the same order,
+"""A stand-in for scheduler and runner (v2) of vLLM 0.24.0 on a CPU: the same calls to the plug-in, in the same order,
 with tensors of the same shapes, and the same arithmetic of what is computed, scheduled, accepted and refused.
 
 It imitates ``Scheduler.schedule`` and ``update_from_output``, ``AsyncScheduler``, ``GPUModelRunner.execute_model``

@@ -38,6 +38,19 @@ HOOKS = [
         "VllmConfig.try_verify_and_update_config",
         ["MODELS_CONFIG_MAP.get(architecture, None)", "cls.verify_and_update_config(self)"],
     ),
+    (
+        "config/model.py",
+        "ModelConfig._try_verify_and_update_model_config",
+        ["cls.verify_and_update_model_config(self)"],
+    ),
+    (
+        "model_executor/models/config.py",
+        "VerifyAndUpdateConfig",
+        [
+            "def verify_and_update_config(vllm_config: 'VllmConfig')",
+            "def verify_and_update_model_config(model_config: 'ModelConfig')",
+        ],
+    ),
     ("config/vllm.py", "VllmConfig.num_speculative_tokens", ["return self.diffusion_config.canvas_length"]),
     ("config/vllm.py", "VllmConfig.use_v2_model_runner", ["self.model_config.is_diffusion"]),
     ("config/vllm.py", "VllmConfig", ["speculative_config:", "lora_config:", "kv_transfer_config:"]),

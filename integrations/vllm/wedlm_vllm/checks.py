@@ -13,7 +13,13 @@ log = logging.getLogger("vllm.wedlm")
 
 
 class StreamingModelConfig:
-    """vLLM calls this for a configuration of one of our architectures, before it decides anything by it."""
+    """vLLM calls this for a configuration of one of our architectures, before it decides anything by it: first for
+    the model's, then for the whole."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Raises ValueError for a checkpoint that was not converted."""
+        StreamingSettings.from_hf(model_config.hf_config)
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
