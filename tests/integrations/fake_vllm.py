@@ -4,13 +4,15 @@ with tensors of the same shapes, and the same arithmetic of what is computed, sc
 
 It imitates ``Scheduler.schedule`` and ``update_from_output``, ``AsyncScheduler``, ``GPUModelRunner.execute_model``
 and ``sample_tokens``, ``prepare_inputs``, ``post_update``. The model is ``tests.stub.StubModel``, and a request's keys
-are a list by slot.
+lie in blocks.
 """
 
+import importlib
 import random
 import sys
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,13 +21,6 @@ import torch
 from torch import Tensor
 
 from tests.stub import StubModel
-
-
-def _put_module(name: str, **values: Any) -> None:
-    parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        sys.modules.setdefault(".".join(parts[:end]), ModuleType(".".join(parts[:end])))
-    vars(sys.modules[name]).update(values)
 
 
 class DefaultModelState:
@@ -51,21 +46,35 @@ class SamplerOutput:
 
 
 def model_state_module() -> ModuleType:
-    """``wedlm_vllm.model_state``, imported over stand-ins for the three names that it takes from vLLM."""
+    """``wedlm_vllm.model_state``, imported over stand-ins for the three names that it takes from vLLM, of which
+    nothing stays: another test may import the real one."""
     worker = "vllm.v1.worker.gpu"
-    before = set(sys.modules)
-    _put_module(f"{worker}.model_states.default", DefaultModelState=DefaultModelState)
-    _put_module(f"{worker}.sample.output", SamplerOutput=SamplerOutput)
-    _put_module(
-        f"{worker}.buffer_utils",
-        async_copy_to_gpu=lambda x, out=None, device=None: torch.from_numpy(x.copy()),
-    )
-    import wedlm_vllm.model_state as module
-
-    for name in set(sys.modules) - before:  # nobody else shall find them
-        if name.split(".")[0] == "vllm":
+    values = {
+        f"{worker}.model_states.default": {"DefaultModelState": DefaultModelState},
+        f"{worker}.sample.output": {"SamplerOutput": SamplerOutput},
+        f"{worker}.buffer_utils": {
+            "async_copy_to_gpu": lambda x, out=None, device=None: torch.from_numpy(x.copy()),
+        },
+    }
+    real = _vllm_modules()
+    for name in real:
+        del sys.modules[name]
+    for name in values:
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            sys.modules.setdefault(".".join(parts[:end]), ModuleType(".".join(parts[:end])))
+    for name, content in values.items():
+        vars(sys.modules[name]).update(content)
+    try:
+        return importlib.import_module("wedlm_vllm.model_state")
+    finally:
+        for name in _vllm_modules():
             del sys.modules[name]
-    return module
+        sys.modules.update(real)
+
+
+def _vllm_modules() -> dict[str, ModuleType]:
+    return {name: module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"}
 
 
 class Values:
@@ -84,7 +93,7 @@ class SamplingStates:
 
     def add_request(self, index: int, params: Any) -> None:
         self.temperature.np[index], self.top_p.np[index] = params.temperature, params.top_p
-        self.top_k.np[index] = params.top_k or self.vocab_size
+        self.top_k.np[index] = params.top_k if params.top_k > 0 else self.vocab_size
         self.seeds.np[index] = params.seed
 
     def apply_staged_writes(self) -> None:
@@ -141,7 +150,10 @@ class Runner:
         self.input_ids = torch.zeros(budget, dtype=torch.int32)
         self.positions = torch.zeros(budget, dtype=torch.int64)
         self.prefill: dict[int, list[int]] = {}
-        self.keys: dict[int, list[tuple[int, int]]] = {}
+        # Keys, as what they were computed from: (token, position) by a place in memory, which a request's blocks give.
+        self.memory: dict[int, tuple[int, int]] = {}
+        self.blocks: dict[int, list[int]] = {}
+        self.block_size, self._num_added = max_model_len, 0  # one block for each request, unless a plan has them
         self.computed_np = np.zeros(max_num_reqs, dtype=np.int32)
         self.settings = settings
         self._dummy_runs()
@@ -172,28 +184,33 @@ class Runner:
         if index is not None:
             self.free.append(index)
 
-    def add(self, name: str, prompt: list[int], prefill: list[int], num_computed: int, params: Any) -> None:
-        self.remove(name)
+    def add(self, new: Any) -> None:
+        self.remove(new.req_id)
         index = self.free.pop()
-        self.req_states.req_id_to_index[name] = index
-        self.prefill[index], self.keys[index] = list(prefill), []
-        assert num_computed == 0
-        self.req_states.num_computed[index] = 0
-        self.computed_np[index] = 0
-        self.state.add_request(index, SimpleNamespace(req_id=name, prompt_token_ids=prompt, prefill_token_ids=prefill))
-        self.sampler.add_request(index, len(prompt), params)
+        self.req_states.req_id_to_index[new.req_id] = index
+        self.prefill[index] = list(new.prefill_token_ids)
+        self._num_added += 1
+        self.blocks[index] = [self._num_added] if new.block_ids is None else list(new.block_ids[0])
+        self.req_states.num_computed[index] = new.num_computed_tokens
+        self.computed_np[index] = new.num_computed_tokens
+        self.state.add_request(index, new)
+        self.sampler.add_request(index, len(new.prompt_token_ids), new.sampling_params)
+
+    def place(self, index: int, slot: int) -> int:
+        return self.blocks[index][slot // self.block_size] * self.block_size + slot % self.block_size
 
     @torch.inference_mode()
     def step(self, plan: Any) -> dict[str, list[int]]:
         """``execute_model`` and ``sample_tokens``."""
         for name in plan.gone:
             self.remove(name)
-        for name, prompt, prefill, computed, params in plan.new:
-            self.add(name, prompt, prefill, computed, params)
+        for new in plan.new:
+            self.add(new)
         self.sampler.apply_staged_writes()
         index_of = self.req_states.req_id_to_index
-        for name, computed in plan.cached:
+        for name, computed, blocks in plan.cached:
             self.computed_np[index_of[name]] = computed
+            self.blocks[index_of[name]] += blocks
         if not plan.counts:
             return {}
         names = sorted(plan.counts, key=plan.counts.get)
@@ -249,15 +266,18 @@ class Runner:
         return result
 
     def _forward(self, batch: Any, key_slots: Tensor) -> Tensor:
+        """All keys are written before any is read: a request may share blocks that another one fills in this step."""
         logits = torch.zeros(len(batch.input_ids), self.model.vocab_size)
-        for i, slot in enumerate(batch.idx_mapping_np):
-            rows = slice(int(batch.query_start_loc_np[i]), int(batch.query_start_loc_np[i + 1]))
-            first = int(key_slots[rows][0])
-            assert int(key_slots[rows][-1]) < self.max_model_len
-            new = list(zip(batch.input_ids[rows].tolist(), batch.positions[rows].tolist(), strict=True))
-            assert max(position for _, position in new) < self.max_model_len
-            self.keys[slot] = [*self.keys[slot][:first], *new]
-            tokens, positions = (list(part) for part in zip(*self.keys[slot], strict=True))
+        ranges = [slice(int(a), int(b)) for a, b in pairwise(batch.query_start_loc_np)]
+        for index, rows in zip(batch.idx_mapping_np, ranges, strict=True):
+            new = zip(batch.input_ids[rows].tolist(), batch.positions[rows].tolist(), strict=True)
+            for slot, (token, position) in zip(key_slots[rows].tolist(), new, strict=True):
+                assert max(slot, position) < self.max_model_len
+                self.memory[self.place(index, slot)] = (token, position)
+        for index, rows in zip(batch.idx_mapping_np, ranges, strict=True):
+            first, last = int(key_slots[rows][0]), int(key_slots[rows][-1])
+            seen = [self.memory[self.place(index, slot)] for slot in range(last + 1)]
+            tokens, positions = (list(part) for part in zip(*seen, strict=True))
             masked = sum(token == self.model.mask_token_id for token in tokens)
             logits[rows] = self.model.rows_model(tokens, positions, masked)[first:]
         return logits
@@ -315,14 +335,23 @@ class Engine:
                 if num_spec > 0:
                     drafts[request.name] = min(num_spec, request.num_spec)
                 request.num_spec = 0
-        cached = [(r.name, r.num_computed) for r in self.running if r.name in counts]
+        cached = [(r.name, r.num_computed, []) for r in self.running if r.name in counts]
         new = []
         while not preempted and self.waiting and left > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting.popleft()
             count = min(len(request.tokens), left)
             counts[request.name] = count
             left -= count
-            new.append((request.name, request.prompt, list(request.tokens), 0, request.params))
+            new.append(
+                SimpleNamespace(
+                    req_id=request.name,
+                    prompt_token_ids=request.prompt,
+                    prefill_token_ids=list(request.tokens),
+                    num_computed_tokens=0,
+                    sampling_params=request.params,
+                    block_ids=None,
+                )
+            )
             request.status, request.num_computed = "running", 0
             self.running.append(request)
         gone, self.gone = self.gone | preempted, set()
