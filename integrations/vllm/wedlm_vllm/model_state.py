@@ -113,9 +113,8 @@ class StreamingSampler:
         """Logits [T, V]: of each row of each window, if the batch has windows; else of each request's last row."""
         state, planned = self.state, self.state.planned
         num_reqs, width = input_batch.num_reqs, state.settings.num_rows
-        if not self._has_measured:  # vLLM's measurement of memory, which runs one row of logits for each request
-            self._has_measured = True
-            torch.empty(state.max_num_reqs * width, *logits.shape[1:], dtype=logits.dtype, device=logits.device)
+        if not self._has_measured:
+            self._measure(logits)
         scheduled = input_batch.num_scheduled_tokens
         after = input_batch.num_computed_prefill_tokens_np + scheduled
         # Of a prompt every row stays. Rows that are neither a prompt's nor a window's are a warm-up's: none stays.
@@ -154,6 +153,23 @@ class StreamingSampler:
             num_sampled=num_sampled,
             num_rejected=num_rejected,
         )
+
+    def _measure(self, logits: Tensor) -> None:
+        """Take as much memory as a step can. vLLM's measurement calls the sampler once before there are requests, with
+        one row of logits for each, and gives what is left to the cache."""
+        self._has_measured = True
+        count = self.state.max_num_reqs * self.state.settings.num_rows
+        ones = torch.ones(count, dtype=torch.long, device=logits.device)
+        sampling = SamplingBatch(
+            temperature=ones.float(),
+            top_k=ones,
+            top_p=ones.float() / 2,
+            seed=ones,
+            position=ones,
+            any_sampled=True,
+            any_truncated=True,
+        )
+        choose_rows(logits.new_zeros(count, logits.shape[1]), sampling, self.state.settings.mask_token_id)
 
     def _sampling(self, planned: _Planned) -> SamplingBatch:
         """The parameters of each row [T]."""
