@@ -59,7 +59,7 @@ def main() -> int:
         if arguments.side not in (side, "both"):
             continue
         try:
-            found = run(arguments, directory, prompts)
+            found = {"model": directory.name, **run(arguments, directory, prompts)}
             (work / f"{side}.json").write_text(json.dumps(found))
             print(side, {name: value for name, value in found.items() if name != "tokens"}, flush=True)
         except Exception:
@@ -70,6 +70,8 @@ def main() -> int:
     found = {side: work / f"{side}.json" for side in ("ours", "vllm")}
     if all(path.exists() for path in found.values()):
         sides = {side: json.loads(path.read_text()) for side, path in found.items()}
+        if sides["ours"]["model"] != sides["vllm"]["model"]:
+            raise ValueError(f"{work} has results of two models or settings; expected another --out for each")
         report = compare(sides["ours"], sides["vllm"], directory, prompts)
         arguments.out.write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps(report))
