@@ -42,6 +42,7 @@ PROGRAMS = {
     "recipes": _ENGINE_AND_BELOW | {"train"},
     "benchmarks": set(MAY_IMPORT) - {"cli", "__init__"},
     "examples": set(MAY_IMPORT) - {"cli", "__init__"},
+    "integrations": set(MAY_IMPORT) - {"cli", "__init__"},
     "docs": set(MAY_IMPORT) - {"cli", "__init__"},
 }
 FILES = [
