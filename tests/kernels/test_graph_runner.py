@@ -120,7 +120,7 @@ def test_whether_chunks_are_captured_is_the_configurations(device, monkeypatch, 
     assert one.config.options.chunk_step_ratio == (1.8 if captures else math.inf)
     one.add("prompt", list(range(20)), SamplingParams(decoding="autoregressive"))
     plan = one.scheduler.schedule()
-    assert [work.is_window for work in plan.scheduled] == [False]
+    assert [work.is_window for work in plan.scheduled] == [True, False]
     assert one.runner.can_launch(plan) == blueprint.rebuild(one).runner.can_launch(plan) == captures
 
 
@@ -157,7 +157,8 @@ def test_long_prompts_beside_windows(device, monkeypatch, decodings):
     actual, expected = (outcomes(one, requests)[0] for one in engines)
     assert [one[::3] for one in actual] == [one[::3] for one in expected]
     assert any(windows and max(starts, default=0) for windows, starts in shares), "no later chunk beside windows"
-    assert any(starts and not windows for windows, starts in shares)
+    assert any(starts and not windows for windows, starts in shares), "no chunks alone"
+    assert (1, [0]) in shares, "no first window beside its own chunk"
 
 
 @pytest.mark.long
