@@ -5,12 +5,14 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Set
 from dataclasses import replace
+from typing import Any
 
 from tests.engine.native_model import NativeModel
 from tests.engine.stub_engine import check_engine, check_outcome, preempt_last, stub_engine
 from tests.stub import StubModel
 from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, REMASKINGS
 from wedlm.engine.engine import Engine
+from wedlm.engine.plan import StepPlan
 from wedlm.engine.sampling_params import GAP_DECODINGS, SamplingParams
 
 MODEL = StubModel()
@@ -72,6 +74,7 @@ def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
     )
     stems = [[rng.randrange(model.vocab_size) for _ in range(30)] for _ in range(2)]
     finished, aborted, added = [], 0, 0
+    first_windows = first_windows_of(engine)
     preempted = reused = looked_up = gaps = preempted_gaps = reused_gaps = 0
     for _ in range(rng.randint(5, 40)):
         action = rng.random()
@@ -106,8 +109,33 @@ def run_history(seed: int, model: StubModel | NativeModel) -> dict[str, int]:
         if request.params.logprobs is not None:
             assert len(request.output.top_logprobs) == len(request.output.logprobs) == request.num_output_tokens
     counts = {"finished": len(finished), "aborted": aborted, "preempted": preempted, "reused": reused}
+    counts |= {"first windows beside their chunks": sum(first_windows)}
     counts |= {"gaps": gaps, "preempted gaps": preempted_gaps, "suffixes reused": reused_gaps}
     return counts | {"accepted from the text": looked_up}
+
+
+def first_windows_of(engine: Engine) -> list[int]:
+    """For each plan that the engine will make: how many requests have both their last chunk and their first window in
+    it."""
+    counts: list[int] = []
+    schedule = engine.scheduler.schedule
+
+    def noted(*args: Any) -> StepPlan | None:
+        plan = schedule(*args)
+        if plan is not None:
+            counts.append(num_first_windows(plan))
+        return plan
+
+    engine.scheduler.schedule = noted  # type: ignore[method-assign]
+    return counts
+
+
+def num_first_windows(plan: StepPlan) -> int:
+    windows = {one.request.request_id for one in plan.scheduled if one.is_window}
+    chunks = [one for one in plan.scheduled if not one.is_window and one.request.request_id in windows]
+    assert all(one.start + one.count == one.request.progress.window.cached for one in chunks)
+    assert len({one.request.request_id for one in plan.scheduled}) == len(plan.scheduled) - len(chunks)
+    return len(chunks)
 
 
 def step(engine: Engine) -> list:

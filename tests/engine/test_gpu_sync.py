@@ -45,11 +45,13 @@ def test_captured_steps_do_not_wait(tmp_path, decoding, lookup_drafts, temperatu
     plan, pending = one._pending
     pending.wait()
     prompts = plans[0]
-    assert not any(work.is_window for work in prompts.scheduled)
+    assert [work.is_window for work in prompts.scheduled] == [True] * 3 + [False] * 3
+    chunks = StepPlan(prompts.scheduled[3:])
     assert all(work.is_window for work in plan.scheduled)
     assert all((work.proposal is not None) == (lookup_drafts is not None) for work in plan.scheduled)
-    both = StepPlan([*plan.scheduled[:2], prompts.scheduled[2]])  # whose window stands still meanwhile
+    both = StepPlan([*plan.scheduled[:2], chunks.scheduled[2]])  # whose window stands still meanwhile
     launch(both)
+    launch(chunks)
     torch.cuda.synchronize()
     try:
         with warnings.catch_warnings():  # the first call warns, after it has set the mode
@@ -59,7 +61,8 @@ def test_captured_steps_do_not_wait(tmp_path, decoding, lookup_drafts, temperatu
             later = launch(plan)  # the same windows again; their pages last
         launch(prompts)
         launch(both)
-        for shape in list(captured.graphs._graphs)[-3:]:  # and the steps without their graphs
+        launch(chunks)
+        for shape in list(captured.graphs._graphs)[-4:]:  # and the steps without their graphs
             nothing = captured._set_index(shape.num_sequences, []), captured._set_chunks(shape, [])
             captured.step(shape, *nothing)
         for work in plan.scheduled:

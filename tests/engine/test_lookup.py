@@ -59,7 +59,7 @@ def requests_of(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
 @pytest.mark.parametrize("decoding", ["verified", "auto"])
 def test_the_text_is_ars(decoding, has_masked_rows, lagging):
     """In batches, at both temperatures, with penalties, end tokens and pages for two of six requests."""
-    prompts, params = requests_of(1)
+    prompts, params = requests_of(2)
     texts = {}
     for mode in ("autoregressive", decoding):
         engine = stub_engine(
@@ -141,7 +141,6 @@ def test_the_widest_window_looks_up_no_more_than_is_of_use():
         max_tokens=20, decoding="verified", wedlm_window_size=2**31 - 1, wedlm_lookup_drafts=2**31 - 1
     )
     request = engine.add("one", [1, 2, 1, 2], params)
-    engine.step()
     engine.step()
     assert request.limits.proposal is not None
     assert len(request.limits.proposal.tokens) == 2 * MOST_LOOKUP_DRAFTS + 1

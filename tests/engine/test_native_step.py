@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.histories import random_params, random_prompt, with_gap
+from tests.engine.histories import first_windows_of, random_params, random_prompt, with_gap
 from tests.engine.native_model import NativeModel, needs_native
-from tests.engine.stub_engine import stub_engine
+from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.native.shapes import parts_of
 from wedlm.engine.engine import Engine
 from wedlm.engine.execution.base import StepExecutor
 from wedlm.engine.execution.native_step import NativeStep
 from wedlm.engine.plan import StepPlan
+from wedlm.engine.sampling_params import SamplingParams
 from wedlm.native import NativeError, decoder
 
 pytestmark = needs_native
@@ -138,3 +139,21 @@ def test_a_choice_that_is_forced(model):
 
 def test_views_of_nothing():
     assert decoder._view(None, float, (0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("decoding", ["autoregressive", "verified", "streaming"])
+@pytest.mark.parametrize("is_eager", [False, True])
+def test_a_first_window_sees_all_of_a_long_chunk(model, decoding, is_eager):
+    """The library runs 256 rows in a turn, and the first ends before, within or behind the window."""
+    for length in (225, 250, 257):
+        engine = stub_engine(model, num_pages=70, max_num_batched_tokens=512, max_model_len=280)
+        if is_eager:
+            engine.runner._direct = [engine.runner.eager]
+        params = SamplingParams(decoding=decoding, max_tokens=3, wedlm_window_size=8)
+        request = engine.add("one", [1 + (5 * i * i) % 11 for i in range(length)], params)
+        first_windows = first_windows_of(engine)
+        while engine.has_work:
+            engine.step()
+            check_engine(engine, model)
+        assert first_windows[0] == 1
+        check_outcome(model, request)

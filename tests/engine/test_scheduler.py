@@ -5,8 +5,10 @@ import random
 
 import pytest
 
+from tests.engine.histories import first_windows_of, num_first_windows
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.stub import StubModel
+from wedlm.algorithm.params import DECODINGS
 from wedlm.engine import pages
 from wedlm.engine.sampling_params import SamplingParams
 
@@ -44,6 +46,62 @@ def test_an_error_in_admission_leaks_no_page(monkeypatch, place, error):
         engine.step()
     assert request.progress.num_reused == 8
     assert engine.pool.num_available == engine.pool.num_pages
+
+
+def forwards_to_first_token(length: int, lagging: bool, **params) -> int:
+    """Of a prompt whose chunks have at most 16 rows."""
+    engine = stub_engine(MODEL, max_num_batched_tokens=16, lagging=lagging)
+    request = engine.add("one", [1 + i % 7 for i in range(length)], SamplingParams(max_tokens=9, **params))
+    steps = 0
+    while not request.output_token_ids:
+        engine.step()
+        check_engine(engine)
+        steps += 1
+    assert request.counters.num_forwards == 1
+    while engine.has_work:
+        engine.step()
+    check_outcome(MODEL, request, lagging)
+    return steps
+
+
+@pytest.mark.parametrize("lagging", [False, True])
+def test_a_prompts_last_step_is_also_the_first_of_its_answer(lagging):
+    lengths = (1, 2, 15, 16, 17, 32, 33, 48, 49)
+    found = [forwards_to_first_token(length, lagging, decoding="autoregressive") for length in lengths]
+    assert found == [1, 1, 1, 1, 2, 2, 3, 3, 4]
+    # A verified window has four rows here, which need a step of their own where they do not fit.
+    params = {"decoding": "verified", "wedlm_window_size": 4}
+    assert [forwards_to_first_token(length, lagging, **params) for length in lengths] == [1, 1, 2, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_every_kind_of_window_starts_with_the_last_chunk(decoding):
+    engine = stub_engine(MODEL)
+    first_windows = first_windows_of(engine)
+    request = engine.add("one", list(range(1, 10)), SamplingParams(decoding=decoding, max_tokens=6))
+    while engine.has_work:
+        engine.step()
+        check_engine(engine)
+    assert first_windows == [1] + [0] * (request.counters.num_forwards - 1)
+    check_outcome(MODEL, request)
+
+
+def test_a_first_window_takes_no_more_than_is_left():
+    """It counts as rows of the prompt where those are limited, and no request is preempted for it."""
+    params = SamplingParams(decoding="verified", max_tokens=6, wedlm_window_size=4)
+    for rows, first_windows in ((7, 0), (11, 0), (12, 1), (None, 1)):
+        engine = stub_engine(MODEL)
+        engine.add("one", list(range(1, 10)), params)
+        plan = engine.scheduler.schedule(rows)
+        assert num_first_windows(plan) == first_windows
+        assert sum(one.count for one in plan.scheduled) <= (rows or 64)
+    engine = stub_engine(MODEL)
+    engine.add("one", list(range(13)), params)
+    reserve = engine.pool.reserve
+    engine.pool.reserve = lambda name, slots: slots <= 12 and reserve(name, slots)
+    plan = engine.scheduler.schedule()
+    assert [(one.is_window, one.count) for one in plan.scheduled] == [(False, 12)]
+    assert not plan.preempted
 
 
 def test_preempted_requests_are_part_of_the_plan():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from tests.engine.histories import num_first_windows
 from tests.kernels.graph_engine import LENGTH, MASK, engine, factors, few_rows_beside_chunks, outcomes
 from tests.model.tiny import our_model
 from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, REMASKINGS
@@ -120,7 +121,7 @@ def test_whether_chunks_are_captured_is_the_configurations(device, monkeypatch, 
     assert one.config.options.chunk_step_ratio == (1.8 if captures else math.inf)
     one.add("prompt", list(range(20)), SamplingParams(decoding="autoregressive"))
     plan = one.scheduler.schedule()
-    assert [work.is_window for work in plan.scheduled] == [False]
+    assert [work.is_window for work in plan.scheduled] == [True, False]
     assert one.runner.can_launch(plan) == blueprint.rebuild(one).runner.can_launch(plan) == captures
 
 
@@ -138,10 +139,12 @@ def test_a_wide_window_and_a_later_common_one(device):
     "decodings", [("verified", "auto"), pytest.param(("streaming", "verified"), marks=pytest.mark.long)]
 )
 def test_long_prompts_beside_windows(device, monkeypatch, decodings):
-    shares = []
+    shares, first_windows = [], 0
     launch = CapturedStep.launch
 
     def noted(self, plan):
+        nonlocal first_windows
+        first_windows += num_first_windows(plan)
         windows = sum(work.is_window for work in plan.scheduled)
         shares.append((windows, [work.start for work in plan.scheduled[windows:]]))
         return launch(self, plan)
@@ -149,7 +152,7 @@ def test_long_prompts_beside_windows(device, monkeypatch, decodings):
     monkeypatch.setattr(CapturedStep, "launch", noted)
     requests = [
         ([7 + i for i in range(length)], SamplingParams(decoding=name, max_tokens=tokens, wedlm_window_size=3))
-        for length, name, tokens in zip((3, 26, 22), (*decodings, decodings[0]), (6, 2, 2), strict=True)
+        for length, name, tokens in zip((20, 26, 22), (*decodings, decodings[0]), (6, 2, 2), strict=True)
     ]
     engines = [engine(device, graphs) for graphs in (True, False)]
     for one in engines:
@@ -157,7 +160,8 @@ def test_long_prompts_beside_windows(device, monkeypatch, decodings):
     actual, expected = (outcomes(one, requests)[0] for one in engines)
     assert [one[::3] for one in actual] == [one[::3] for one in expected]
     assert any(windows and max(starts, default=0) for windows, starts in shares), "no later chunk beside windows"
-    assert any(starts and not windows for windows, starts in shares)
+    assert any(starts and not windows for windows, starts in shares), "no chunks alone"
+    assert first_windows, "no first window beside its own chunk"
 
 
 @pytest.mark.long

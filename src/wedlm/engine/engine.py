@@ -177,7 +177,8 @@ class Engine:
             if request.output.finish_reason is not None:  # since the step was launched
                 continue
             if result is None:
-                self.scheduler.update_cached(request, one.start + one.count)
+                if one.start + one.count > request.progress.num_cached:  # the window of the same step has seen to it
+                    self.scheduler.update_cached(request, one.start + one.count)
                 continue
             reason = self._deliver(request, result, one.num_lookup_drafts())
             cached, known = result.num_cached, len(request.output.tokens)

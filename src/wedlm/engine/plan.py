@@ -11,8 +11,8 @@ from wedlm.engine.request import Request, TopLogprobs
 @dataclass(slots=True)  # made for each window of each step, and four times slower to make if frozen
 class ScheduledRequest:
     """One request's share of a step: its decoding window, or a chunk of ``count`` tokens to cache, from ``start`` on.
-    For a window both are upper bounds. ``pages`` covers slots 0 .. start + count - 1. ``proposal``: drafts from the
-    text for a window."""
+    For a window both are upper bounds. A prompt's last chunk and the first window may be two shares of one step.
+    ``pages`` covers slots 0 .. start + count - 1. ``proposal``: drafts from the text for a window."""
 
     request: Request
     is_window: bool

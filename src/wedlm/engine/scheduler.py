@@ -4,9 +4,9 @@ it gets: it knows no tensors, never waits and calls nothing back."""
 
 from bisect import insort
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from operator import attrgetter
 
 from wedlm.engine.adapters import key_root_of
@@ -14,7 +14,8 @@ from wedlm.engine.pages import PagePool
 from wedlm.engine.plan import ScheduledRequest, StepPlan
 from wedlm.engine.request import Request, WindowSnapshot
 
-Unread = Mapping[str, ScheduledRequest]  # what a launched step, not read yet, does: by request id
+Unread = Mapping[str, ScheduledRequest]  # the last thing that a launched step, not read yet, does: by request id
+_Planned = dict[str, Sequence[ScheduledRequest]]  # by request id: a window, or a chunk, or a chunk and a window
 
 
 class Scheduler:
@@ -79,7 +80,7 @@ class Scheduler:
         """
         unread = unread or {}
         self._step += 1
-        planned: dict[str, ScheduledRequest] = {}
+        planned: _Planned = {}
         preempted: list[Request] = []
         budget = self.max_num_batched_tokens
         chunk_budget = budget if prefill_rows is None else prefill_rows
@@ -95,10 +96,7 @@ class Scheduler:
                 # For each window of each step: ``min`` would cost more than all else in these two lines.
                 slots, most = one.start + one.count, request.decode.max_positions
                 if self.pool.reserve(request.request_id, slots if slots < most else most):
-                    planned[request.request_id] = one
-                    request.progress.last_step = self._step
-                    budget -= one.count
-                    chunk_budget -= 0 if one.is_window else one.count
+                    budget, chunk_budget = self._add_to(planned, one, budget, chunk_budget)
                     break
                 if unread:
                     return None
@@ -116,11 +114,32 @@ class Scheduler:
                 budget, chunk_budget = budget + rows, chunk_budget + chunk_rows
                 continue
             self.running.append(self.waiting.popleft())
-            planned[admitted.request.request_id] = admitted
-            admitted.request.progress.last_step = self._step
-            budget -= admitted.count
-            chunk_budget -= 0 if admitted.is_window else admitted.count
-        return StepPlan(sorted(planned.values(), key=attrgetter("is_window"), reverse=True), preempted)
+            budget, chunk_budget = self._add_to(planned, admitted, budget, chunk_budget)
+        scheduled = sorted(chain.from_iterable(planned.values()), key=attrgetter("is_window"), reverse=True)
+        return StepPlan(scheduled, preempted)
+
+    def _add_to(self, planned: _Planned, one: ScheduledRequest, budget: int, chunk_budget: int) -> tuple[int, int]:
+        """Add a chunk or a window that has its pages to the plan. Returns what is left of the budgets."""
+        request = one.request
+        request.progress.last_step = self._step
+        if one.is_window:
+            planned[request.request_id] = (one,)
+            return budget - one.count, chunk_budget
+        window = self._first_window(one, min(budget, chunk_budget) - one.count)
+        planned[request.request_id] = (one,) if window is None else (one, window)
+        rows = one.count + (0 if window is None else window.count)
+        return budget - rows, chunk_budget - rows
+
+    def _first_window(self, chunk: ScheduledRequest, budget: int) -> ScheduledRequest | None:
+        """The request's first window, to run beside the prompt's last chunk, if ``chunk`` is that, and budget and pages
+        allow it. The window needs nothing of the chunk but its keys, which each layer writes before it attends."""
+        request, start = chunk.request, chunk.start + chunk.count
+        if start < request.progress.window.cached:
+            return None
+        rows = min(_max_rows(request), request.decode.max_positions - start)
+        if not 0 < rows <= budget or not self.pool.reserve(request.request_id, start + rows):
+            return None
+        return ScheduledRequest(request, True, rows, chunk.pages, start, request.limits.proposal)
 
     def _plan(self, request: Request, start: int, budget: int, chunk_budget: int) -> ScheduledRequest | None:
         """The request's next chunk or window, if the budget allows it."""
@@ -179,16 +198,15 @@ class Scheduler:
             return False
         return request.order < self._last.order
 
-    def _preempt_last(self, planned: dict[str, ScheduledRequest], preempted: list[Request]) -> tuple[int, int]:
+    def _preempt_last(self, planned: _Planned, preempted: list[Request]) -> tuple[int, int]:
         """Preempt one of the running requests. Returns how many rows its share of the plan had, and how many of them
         were of prompt chunks."""
         victim = self._last
         self.preempt(victim)
         preempted.append(victim)
-        lost = planned.pop(victim.request_id, None)
-        if lost is None:
-            return 0, 0
-        return lost.count, 0 if lost.is_window else lost.count
+        lost = planned.pop(victim.request_id, ())
+        rows = sum(one.count for one in lost)
+        return rows, 0 if lost and lost[0].is_window else rows
 
     def preempt(self, request: Request) -> None:
         """Drop the request's keys, keep everything else, and let it wait in its place. Whoever runs the plan must save
@@ -228,8 +246,8 @@ class Scheduler:
 
 
 def unread_of(plan: StepPlan) -> Unread:
-    """What a plan does, by request id."""
-    return {one.request.request_id: one for one in plan.scheduled}
+    """What a plan does, by request id: the window of a request that also has a chunk."""
+    return {one.request.request_id: one for one in reversed(plan.scheduled)}  # windows come first
 
 
 def _max_rows(request: Request) -> int:
@@ -243,9 +261,14 @@ def _max_rows(request: Request) -> int:
 
 def _start(request: Request, unread: ScheduledRequest | None) -> int:
     """Upper bound of the tokens that have keys once ``unread``, the request's share of a step, is done."""
+    progress = request.progress
     if unread is None:
-        return request.progress.num_cached
-    return (request.progress.num_cached if unread.is_window else unread.start) + unread.count
+        return progress.num_cached
+    if not unread.is_window:
+        return unread.start + unread.count
+    # A first window may run beside a chunk that is not counted yet.
+    cached, first = progress.num_cached, progress.window.cached
+    return (cached if cached > first else first) + unread.count
 
 
 def _ends(unread: ScheduledRequest) -> bool:

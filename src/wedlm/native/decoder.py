@@ -179,7 +179,7 @@ class NativeDecoder:
             page_size=cache.page_size,
             num_slots=cache.keys.shape[1],
         )
-        self._slot = np.zeros(num_slots, dtype=np.int64)
+        self._slot = np.zeros(2 * num_slots, dtype=np.int64)  # each may have a window and a chunk
         self._step.slot = self._slot.ctypes.data
         # Kept while the library reads them.
         self._chunks: tuple[np.ndarray, ...] = ()

@@ -83,7 +83,7 @@ class EagerStep(Generic[A]):
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> FinishedStep:
-        """Run one forward: the windows' rows, then the chunks' rows."""
+        """Run one forward: the chunks' rows, then the windows' rows."""
         windows = [one for one in plan.scheduled if one.is_window]
         chunks = plan.scheduled[len(windows) :]
         results: StepResults = [*self._run_windows(windows, chunks, plan)] if windows else []
@@ -108,7 +108,7 @@ class EagerStep(Generic[A]):
             flags = replace(flags, groups=False, entropy=False)
         rows = window_rows(state, params.window, sum(num_rows), self.mask_token_id, padded=False)
         wanted = rows.needs_logits.nonzero()[:, 0]
-        masked = (~rows.filled).nonzero()[:, 0]  # windows come first, so these are rows of the step, too
+        masked = (~rows.filled).nonzero()[:, 0]
         batch = ExtendBatch(starts, num_rows, [one.pages for one in windows], rows.visibility if flags.groups else None)
         logits = self._forward(
             windows,
@@ -158,29 +158,32 @@ class EagerStep(Generic[A]):
         logits_indices: Tensor,
         masked: Tensor | None,
     ) -> Tensor:
-        """Run the windows' rows, then the chunks' rows, through the model; returns logits [L, V] of window rows only.
-        ``scheduled`` are the windows' requests."""
-        tokens, positions = [window_tokens], [window_positions]
+        """Run the chunks' rows, then the windows' rows, through the model; returns logits [L, V] of window rows only,
+        which ``logits_indices`` and ``masked`` count. ``scheduled`` are the windows' requests.
+
+        A model may run long steps a part at a time: a first window comes after the chunk that it sees."""
+        tokens, positions, num_before = [], [], sum(one.count for one in chunks)
         for one in chunks:
             stop = one.start + one.count
             tokens.append(torch.tensor(one.request.output.tokens[one.start : stop], device=self.device))
             positions.append(torch.tensor(one.request.decode.positions(one.start, stop), device=self.device))
         visibility = windows.visibility
         if visibility is not None and chunks:  # a chunk's rows are in plain order
-            more = (0, sum(one.count for one in chunks))
+            more = (num_before, 0)
             visibility = RowVisibility(F.pad(visibility.shared, more), F.pad(visibility.own_start, more))
         batch = ExtendBatch(
-            starts=[*windows.starts, *(one.start for one in chunks)],
-            counts=[*windows.counts, *(one.count for one in chunks)],
-            pages=[*windows.pages, *(one.pages for one in chunks)],
+            starts=[*(one.start for one in chunks), *windows.starts],
+            counts=[*(one.count for one in chunks), *windows.counts],
+            pages=[*(one.pages for one in chunks), *windows.pages],
             visibility=visibility,
             block_length=self.block_length,
         )
         attend = self.plan_attention(self.cache, batch)
-        adapters = [one.request.adapter_slot for one in (*scheduled, *chunks)]
-        last = with_adapters(masked, adapters, batch.counts, self.device)
+        adapters = [one.request.adapter_slot for one in (*chunks, *scheduled)]
+        last = with_adapters(None if masked is None else masked + num_before, adapters, batch.counts, self.device)
         model = self.model if self.local_model is None else self.local_model
-        return model(torch.cat(tokens), torch.cat(positions), attend, logits_indices, *last)
+        rows = torch.cat((*tokens, window_tokens)), torch.cat((*positions, window_positions))
+        return model(*rows, attend, logits_indices + num_before, *last)
 
     def _read(
         self,

@@ -57,7 +57,7 @@ class NativeStep:
         self._measured_s += costs.measure(forward, most_rows, MEASURING_S - self._measured_s)
 
     def launch(self, plan: StepPlan) -> FinishedStep:
-        """Run one forward: the windows' rows, then the chunks' rows."""
+        """Run one forward: the chunks' rows, then the windows' rows."""
         self._set_step(plan)
         windows = [one for one in plan.scheduled if one.is_window]
         has_host = self.force_choice is not None or any(one.request.output.constraint is not None for one in windows)

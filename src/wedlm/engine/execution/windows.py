@@ -34,8 +34,8 @@ class Windows:
         return self.num_slots
 
     def load(self, requests: Sequence[Request]) -> None:
-        """Put the windows of requests that have no slot yet on the device."""
-        new = [request for request in requests if request.request_id not in self.slots]
+        """Put the windows of requests that have no slot yet on the device. A request may be named twice."""
+        new = list({one.request_id: one for one in requests if one.request_id not in self.slots}.values())
         if not new:
             return
         slots = [self.free_slots.pop() for _ in new]

@@ -93,8 +93,7 @@ struct WedlmDecoder {
     row_factors.clear();
     page_offsets.assign(1, 0);
     banned_offsets.assign(1, 0);
-    bool hides = false;
-    for (int64_t s = 0; s < step.num_windows; s++) hides = take_window(step, s) || hides;
+    // Chunks first: a window may see the keys of one, and a long step runs its rows in turns.
     const int64_t *token_of = step.chunk_tokens, *position_of = step.chunk_positions;
     for (int64_t c = 0; c < step.num_chunks; c++) {
       int64_t start = step.chunk_starts[c], many = step.chunk_counts[c];
@@ -102,6 +101,8 @@ struct WedlmDecoder {
       add_sequence(step, slot, start, many);
       for (int64_t i = 0; i < many; i++) add_row(*token_of++, *position_of++, 0, 0, 2 * step.slots->adapter[slot]);
     }
+    bool hides = false;
+    for (int64_t s = 0; s < step.num_windows; s++) hides = take_window(step, s) || hides;
     return hides;
   }
 

@@ -39,8 +39,8 @@ typedef struct {
   const int32_t* adapter; /* slots of adapters, 0 for none */
 } WedlmSlots;
 
-/* One step: windows, then chunks. Memory of what is asked for is the caller's, of what is told the decoder's until its
-   next step. [S, C] is by window and column, [L] by row with logits. */
+/* One step: windows, and chunks that run before them; a window sees the keys of its slot's chunk. Memory of what is asked
+   for is the caller's, of what is told the decoder's until its next step. [S, C] is by window and column, [L] by row with logits. */
 typedef struct {
   const WedlmSlots* slots;
   int64_t num_windows, num_chunks;
