@@ -53,11 +53,11 @@ def test_tiles():
     assert tile_for(2048 * 4, 8 * 2048 * 4, 128, *small) == LONG
     assert tile_for(2048 * 4, 8 * 2048 * 4, 512, *large) == SHORT  # heads of 256
     assert tile_for(512 * 4, 8 * 512 * 4, 128, *no_room) == MIDDLE
-    assert tile_for(16 * 4, 10**6, 256, *large, copies=True) == SHORT
+    assert tile_for(16 * 4, 10**6, 256, *large, copies=True) == COPIED[SHORT]
     assert tile_for(2048 * 4, 8 * 2048 * 4, 256, *large, copies=True) == COPIED[LONG]
     assert tile_for(1024 * 4, 8 * 1024 * 4, 256, *large, copies=True) == COPIED[MIDDLE]
     assert tile_for(2048 * 4, 8 * 2048 * 4, 256, *large, fixed=True, copies=True) == COPIED[MIDDLE]
-    assert tile_for(2048 * 4, 8 * 2048 * 4, 512, *small, copies=True) == SHORT
+    assert tile_for(2048 * 4, 8 * 2048 * 4, 512, *small, copies=True) == COPIED[SHORT]
 
 
 @pytest.mark.parametrize("groups", [False, True])

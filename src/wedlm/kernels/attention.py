@@ -36,6 +36,7 @@ class Tile:
 SHORT, MIDDLE, LONG = Tile(64, 64, 4, 2), Tile(64, 64, 4, 3, halves=True), Tile(256, 64, 8, 3, halves=True)
 # The same where keys can be copied in whole tiles.
 COPIED = {
+    SHORT: Tile(64, 64, 4, 2, halves=True, copies=True),
     MIDDLE: Tile(64, 64, 4, 2, halves=True, copies=True),
     LONG: Tile(128, 64, 4, 2, halves=True, copies=True),
 }
@@ -161,6 +162,8 @@ def _add_keys(
     total = total * shrink + tl.sum(weights, axis=1)
     if COPIES:
         v = values_copy.load([slot, kv_head * D])
+        if MASKED:  # a page's other slots may hold anything, and 0 times that may be NaN
+            v = tl.where(exists[:, None], v, 0.0)
     elif MASKED:
         v = tl.load(values_ptr + at[:, None] + d[None], mask=exists[:, None], other=0.0)
     else:
@@ -197,7 +200,7 @@ def _part_of_keys(
         best, total, acc = _add_keys(
             q, best, total, acc, first_key, stop, keys_ptr, values_ptr, keys_copy, values_copy, key_scale_ptr,
             value_scale_ptr, table, kv_head, row, cached, shared, own, scale_log2,
-            KV_HEADS, D, PAGE, BLOCK_N, True, GROUPS, FP8, False,
+            KV_HEADS, D, PAGE, BLOCK_N, True, GROUPS, FP8, COPIES,
         )  # fmt: skip
     return best, total, acc
 
@@ -245,7 +248,7 @@ def _all_fixed_parts(
         best_p, total_p, acc_p = _add_keys(
             q, best_p, total_p, acc_p, first_key, stop, keys_ptr, values_ptr, keys_copy, values_copy, key_scale_ptr,
             value_scale_ptr, table, kv_head, row, cached, shared, own, scale_log2,
-            KV_HEADS, D, PAGE, BLOCK_N, True, GROUPS, FP8, False,
+            KV_HEADS, D, PAGE, BLOCK_N, True, GROUPS, FP8, COPIES,
         )  # fmt: skip
     return _after_part(best, total, acc, best_p, total_p, acc_p)
 
