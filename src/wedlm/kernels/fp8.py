@@ -73,13 +73,7 @@ def to_fp8_by(x, largest, EMULATED: tl.constexpr):
 @triton.jit
 def heads_to_fp8(x, EMULATED: tl.constexpr):
     """(values, scales [H, 1]) of heads x [H, D] in float32."""
-    return rows_to_fp8_by(x, tl.max(tl.abs(x), axis=1)[:, None], EMULATED)
-
-
-@triton.jit
-def rows_to_fp8_by(x, largest, EMULATED: tl.constexpr):
-    """(values, scales [R, 1]) of parts of rows x [R, B] in float32, whose largest numbers [R, 1] are given."""
-    largest = tl.maximum(largest, _SMALLEST_SCALED)
+    largest = tl.maximum(tl.max(tl.abs(x), axis=1), _SMALLEST_SCALED)[:, None]
     top = tl.full(largest.shape, _LARGEST, tl.float32)
     return _rounded(x * tl.math.div_rn(top, largest), EMULATED), tl.math.div_rn(largest, top)
 
