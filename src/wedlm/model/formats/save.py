@@ -21,12 +21,17 @@ def write_whole(path: Path) -> Iterator[Path]:
     ``path`` appears complete, with its content on the disk, or stays as it was; an error leaves no temporary file, and
     what a killed process leaves goes with the next file that is written to the same folder (``temporary_folder``).
     """
-    with temporary_folder(path.parent) as folder:
-        temporary = folder / path.name
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+    try:
+        with temporary_folder(path.parent) as folder:
+            temporary = folder / path.name
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a full disk has no name by itself
+            error.filename = str(path)
+        raise
 
 
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
