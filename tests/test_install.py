@@ -98,7 +98,7 @@ def test_a_wheel(tmp_path, has_compiler):
     if has_compiler:
         assert native.startswith("The native forward runs on ")
         assert "native C++ forward" in engine
-        assert "int8 weights" in engine
+        assert "weights: int8;" in engine
     else:
         assert native.startswith("the native CPU forward was not built: no C++ compiler (g++ or clang++) was found")
         assert "because the native library was not built: no C++ compiler" in engine

@@ -12,7 +12,6 @@ import pytest
 
 from tests.bench.conftest import WORKLOAD, settings
 from wedlm.bench import laptop, llamacpp
-from wedlm.bench.duration import expected_seconds, in_words
 from wedlm.bench.laptop_report import headline, report
 from wedlm.bench.llamacpp import Serving, serving
 from wedlm.bench.record import read_record
@@ -299,14 +298,6 @@ def test_files_of_the_base_model(tmp_path, monkeypatch):
     assert list(files) == ["Q4_1", "Q8_0", "F16"]
     expected = [("demo-base", files[kind], {"to": "gguf", "type": kind.lower()}) for kind in ("Q8_0", "F16")]
     assert asked == expected
-
-
-def test_how_long_it_will_take():
-    few = settings(parts=("step",), against="llamacpp")
-    more = settings(parts=("step", "chat"), against="llamacpp")
-    assert 0 < expected_seconds(few, 0.005) < expected_seconds(more, 0.005)
-    assert expected_seconds(settings(parts=("latency",)), 0.01) == pytest.approx(3 * 2 * 6 * 0.01)
-    assert [in_words(one) for one in (3, 95, 7200)] == ["about 0.5 minutes", "about 1.5 minutes", "2.0 hours"]
 
 
 def test_json_of_the_prompts_is_part_of_the_package():

@@ -74,3 +74,35 @@ def test_the_package_is_the_command(words):
 
 def test_an_unknown_option_is_typers_error():
     assert "No such option" in wedlm("generate", "x", "--frobnicate").stderr
+
+
+_WRITES = """
+import sys
+from wedlm.cli import app, main
+from wedlm.cli.options import command
+from wedlm.cli.terminal import note, write
+def short() -> None:
+    note(f"read {sys.stdin.read()!r}")
+    write("text")
+app.registered_commands.clear()
+app.command("short")(command(short))
+app.command("other")(command(short))
+sys.argv = ["wedlm", "short"]
+main()
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", "</dev/null >&-", "<&- >&- 2>&-"])
+def test_standard_streams_that_the_caller_closed(closed):
+    """They are empty: who reads finds the end, and who writes goes on."""
+    run = ["sh", "-c", f'exec "{sys.executable}" -c "$0" {closed}', _WRITES]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "" if ">&- " in f"{closed} ".replace("2>&-", "") else "text")
+    assert done.stderr == ("" if "2>&-" in closed else "read ''\n")
+
+
+def test_a_full_disk_is_named():
+    run = ["sh", "-c", f'exec "{sys.executable}" -c "$0" </dev/null >/dev/full', _WRITES]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1:] == ["error: [Errno 28] No space left on device: 'standard output'"]

@@ -14,7 +14,7 @@ from wedlm import LLM, SamplingParams
 def said(result) -> str:
     """What standard error says after the line about the engine."""
     first, _, rest = result.stderr.partition("\n")
-    assert first.startswith("cpu, float32; steps: ")
+    assert first.startswith("cpu; weights: float32; activations: float32; cache: float32, ")
     return rest
 
 
@@ -131,7 +131,7 @@ def test_errors_are_one_sentence(model, words, message):
     result = generate(model, *words)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    sentence = said(result) if result.stderr.startswith("cpu, ") else result.stderr
+    sentence = said(result) if result.stderr.startswith("cpu; ") else result.stderr
     assert sentence.startswith("error: ")
     assert message in sentence
     assert sentence.count("\n") == 1

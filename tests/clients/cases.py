@@ -117,6 +117,7 @@ def openai_client(server: Server) -> None:
             with pytest.raises(error) as caught:
                 call()
             done(f"refused: {name}", caught.value.body["message"])
+            assert name != "embeddings" or "a server with an embedding model" in caught.value.body["message"]
 
 
 def _of_picture(client: Any, asked: dict[str, Any]) -> Any:

@@ -97,6 +97,8 @@ def test_int8_without_the_library_is_refused(directory, monkeypatch):
 
 def test_fp8_is_another_model_whose_verified_text_is_its_ars(directory, fp8_anywhere):
     rounded = LLM(directory, device="cpu", quantization="fp8")
+    about = "cpu; weights: fp8; activations: float32, rounded to fp8 for matrix products; cache: float32, "
+    assert rounded.describe().startswith(about)
     layer = rounded.model.model.layers[0].self_attn
     assert layer.qkv_proj.weight.dtype == layer.o_proj.weight.dtype == torch.float8_e4m3fn
     texts = {

@@ -2,6 +2,7 @@
 """In which bits weights stay when a checkpoint is loaded, and what is said about it."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def test_blocks_stay_as_the_file_has_them(tmp_path, plain, kind):
     llm = LLM(path, device="cpu")
     assert isinstance(llm.model, NativeTransformer)
     assert f"native C++ forward ({llm.model.path}), " in llm.describe()
-    assert kind in llm.describe()
+    rounded = "" if kind in ("F16", "BF16") else ", rounded to int8 for matrix products"
+    assert re.search(rf"; weights: {kind}[^;]*; activations: float32{rounded}; cache: float32, ", llm.describe())
     assert llm.model.num_bytes < 1.1 * path.stat().st_size
     wide = LLM(path, device="cpu", dtype="float32")
     assert "plain torch operations" in wide.describe()
@@ -53,7 +55,7 @@ def test_sixteen_bits_become_int8_unless_a_type_is_asked_for(tmp_path, monkeypat
     directory = save_tiny(tmp_path)
     save_model(*load_model(directory, torch.bfloat16), directory)
     llm = LLM(directory, device="cpu")
-    assert "int8 weights" in llm.describe()
+    assert "weights: int8;" in llm.describe()
     expected = native_from_torch(load_model(directory)[0], "int8")
     tokens = torch.tensor([1, 2, 3])
     ours = llm.model(tokens, torch.arange(3), CausalAttend())
@@ -62,7 +64,7 @@ def test_sixteen_bits_become_int8_unless_a_type_is_asked_for(tmp_path, monkeypat
         assert "plain torch operations" in LLM(directory, device="cpu", **options).describe()
     monkeypatch.setattr(load_weights, "INT8_IS_CPU_DEFAULT", False)
     assert "plain torch operations" in LLM(directory, device="cpu").describe()
-    assert "int8 weights" in LLM(directory, device="cpu", quantization="int8").describe()
+    assert "weights: int8;" in LLM(directory, device="cpu", quantization="int8").describe()
 
 
 def test_without_the_library_weights_are_widened_and_it_says_so(tmp_path, plain, monkeypatch, caplog):

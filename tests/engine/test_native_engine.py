@@ -4,6 +4,7 @@
 import json
 import os
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def test_a_cache_in_eight_bits(directory):
     options = {"max_num_seqs": 16, "page_size": 4}
     llm = native_llm(directory, kv_cache_dtype="int8", **options)
     wide = native_llm(directory, **options)
-    assert ", int8)" in llm.describe()
+    assert "; cache: int8, " in llm.describe()
     assert llm.engine.pool.num_pages == wide.engine.pool.num_pages
     sizes = [sum(part.nbytes for part in parts_of(one.engine.runner.cache)) for one in (llm, wide)]
     assert sizes[0] / sizes[1] == (16 + 4) / 64
@@ -198,7 +199,11 @@ def test_torchs_forward_has_no_cache_in_eight_bits(directory):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_what_is_said_and_kept(directory, dtype):
     llm = native_llm(directory, dtype=dtype)
-    assert f"steps: native C++ forward ({llm.model.path}), int8 weights, threads: 1; cache: " in llm.describe()
+    about = re.escape(
+        "cpu; weights: int8; activations: float32, rounded to int8 for matrix products; cache: float32, TOKENS; "
+        f"steps: native C++ forward ({llm.model.path}), threads: 1"
+    ).replace("TOKENS", r"[\d,]+ tokens \(\d+ MB\)")
+    assert re.fullmatch(about, llm.describe())
     assert llm.engine.runner.cache.keys.dtype == torch.float32
     assert llm.blueprint.rebuild(llm.engine).runner.eager.model is llm.model
     assert llm.generate("a", SamplingParams(max_tokens=5))[0].stats.num_tokens == 5

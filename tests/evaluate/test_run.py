@@ -67,8 +67,9 @@ def backend(llm, directory):
 def test_weights_in_few_bits_are_another_run(llm, directory):
     """Else what is there already of one would stand for the other."""
     eight = LLM(directory, device="cpu", quantization="int8")
-    found = [model_provenance(one, str(directory), None).dtype for one in (llm, eight)]
-    assert found == ["float32", "float32, int8 weights"]
+    cached = LLM(directory, device="cpu", quantization="int8", kv_cache_dtype="int8")
+    found = [model_provenance(one, str(directory), None).dtype for one in (llm, eight, cached)]
+    assert found == ["float32", "float32, int8 weights", "float32, int8 weights, int8 cache"]
 
 
 def test_the_files_of_a_run(evaluation, llm, sandbox):

@@ -146,8 +146,7 @@ def test_an_engine_with_them(tmp_path, monkeypatch):
         LLM(directory, device="cpu", kv_cache_dtype="int4")
     monkeypatch.setattr("wedlm.engine.factory.check_fp8_cache", lambda _: None)
     llm = LLM(directory, device="cpu", kv_cache_dtype="fp8", dtype="float32")
-    assert "fp8)" in llm.describe()
-    assert "float32; steps" in llm.describe()
+    assert "cpu; weights: float32; activations: float32; cache: fp8, " in llm.describe()
     texts = {
         name: [one.token_ids for one in llm.generate(PROMPTS, SamplingParams(max_tokens=16, decoding=name))]
         for name in ("autoregressive", "verified", "auto")

@@ -23,7 +23,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 from wedlm import LLM, SamplingParams
 llm = LLM("demo", device="cpu")
 answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], SamplingParams(max_tokens=64))[0]
-assert "int8 weights" in llm.describe() and answer.stats.num_tokens > 1
+assert "weights: int8;" in llm.describe() and answer.stats.num_tokens > 1
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 

@@ -53,7 +53,7 @@ def test_int8_directory_runs_as_the_original_in_int8(source, tmp_path):
     quantize_checkpoint(source, tmp_path)
     params = SamplingParams(max_tokens=20, temperature=0.0)
     ours, theirs = LLM(tmp_path, device="cpu"), LLM(source, device="cpu", quantization="int8")
-    assert "int8 weights" in ours.describe()
+    assert "weights: int8;" in ours.describe()
     for prompt in ([1, 2, 3], [9] * 20):
         assert ours.generate(prompt, params)[0].token_ids == theirs.generate(prompt, params)[0].token_ids
     wide = LLM(tmp_path, device="cpu", dtype="float32")

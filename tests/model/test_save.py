@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files are written whole or not at all."""
 
+import errno
+
 import pytest
 
 from wedlm.model.formats.save import write_whole
@@ -29,3 +31,12 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
         write_half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named_by_the_file(tmp_path):
+    def write() -> None:
+        with write_whole(tmp_path / "a.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.json'"):
+        write()

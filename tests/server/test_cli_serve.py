@@ -142,7 +142,7 @@ def test_eight_bits(directory, monkeypatch):
     monkeypatch.setattr("wedlm.cli.serve.run", lambda models, *_: served.extend(models.values()))
     words = ["serve", "--model", str(directory), "--port", "0", "--device", "cpu", "--quantization"]
     assert wedlm(*words, "int8").exit_code == 0
-    assert "int8" in served[0].describe()
+    assert "weights: int8;" in served[0].describe()
     result = wedlm(*words, "fp4")
     assert (result.exit_code, len(served)) == (2, 1)
     assert "quantization is 'fp4'; expected one of auto, none, int8, fp8" in result.stderr

@@ -235,6 +235,18 @@ def test_a_form_of_another_site_is_no_request(running):
                 assert "Content-Type: application/json" in check_error(answer)["message"]
 
 
+def test_embeddings_are_elsewhere(running):
+    """Clients try them by themselves, and the sentence that they show says what to use instead."""
+    said = "there are no embeddings at this server: its models are trained to write text"
+    error = check_error(running.http.post("/v1/embeddings", json={"model": MODEL, "input": "x"}), 404)
+    assert error["code"] == "not_found"
+    assert error["message"].startswith(said)
+    assert "a server with an embedding model" in error["message"]
+    for address in ("/api/embed", "/api/embeddings"):
+        answer = running.http.post(address, json={"model": MODEL, "input": "x"})
+        assert (answer.status_code, answer.json()["error"][: len(said)]) == (404, said)
+
+
 def test_addresses_and_models(running):
     check_error(running.http.get("/nothing"), 404)
     check_error(running.http.get("/../../etc/passwd"), 404)

@@ -185,9 +185,9 @@ def test_a_failed_or_killed_builder_leaves_nothing(tmp_path, paths, monkeypatch)
             build(paths, directory)
     assert [entry for entry in directory.iterdir() if entry.is_dir()] == [kept.directory]
     key = build(paths, tmp_path / "elsewhere").cache.key
-    (directory / f".building-{key}-dead" / "whole").mkdir(parents=True)
+    (directory / ".wedlm-writing-dead" / "whole").mkdir(parents=True)
     build(paths, directory)
-    assert not list(directory.glob(".building-*"))
+    assert {entry.name for entry in directory.iterdir() if entry.is_dir()} == {kept.directory.name, key}
     assert not build(paths[:1], directory).built
 
 

@@ -11,14 +11,14 @@ from wedlm.bench.measure import Bench
 from wedlm.bench.prompts import Arrival
 from wedlm.bench.stats import TableRow, describe, ratio_row
 
-_NUM_BATCHES = 3  # smallest ones
+NUM_BATCHES = 3  # smallest ones
 _LOAD = 1.2  # arrivals faster than they can be served, so that speed decides when the last one ends
 
 
 def pairs(bench: Bench) -> list[TableRow]:
     """Ratios of tokens a second. The sides of a pair take turns in going first."""
     workload, prompts, found = bench.settings.workload, bench.target.prompts, []
-    for batch in workload.batches[:_NUM_BATCHES]:
+    for batch in workload.batches[:NUM_BATCHES]:
         arrivals = prompts.batch(batch, workload.prompt, workload.answer)
         own = "random weights" if prompts.tokenizer is None else "everyday questions"
         found += _pairs(bench, {"kind": own, "batch": batch}, arrivals)

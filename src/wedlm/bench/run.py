@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from wedlm.bench import end_to_end, laptop, pairs, steps
-from wedlm.bench.duration import expected_seconds, in_words, step_seconds
+from wedlm.bench.duration import expected_seconds, in_words, measure_step_costs
 from wedlm.bench.llamacpp import base_files, check_llamacpp
 from wedlm.bench.measure import Bench
 from wedlm.bench.record import Record
@@ -58,8 +58,10 @@ def run_bench(
         baseline_rows=found,
         stopped=stopped,
     )
-    expected = expected_seconds(settings, step_seconds(target))
-    log(f"all parts: {in_words(expected)}; Ctrl-C ends early and keeps what is done", None)
+    expected = expected_seconds(settings, target, measure_step_costs(target))
+    if bench.deadline is not None:
+        expected = min(expected, max(0.0, bench.deadline - time.perf_counter()))
+    log(f"{', '.join(settings.parts)}: {in_words(expected)}; Ctrl-C ends early and keeps what is done", None)
     for part in settings.parts:
         # Beside llama.cpp a part begins with starting servers, which is not worth it when nothing is measured.
         if (settings.against == "llamacpp" or stopped()) and bench.past_deadline(part):

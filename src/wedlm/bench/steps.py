@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts with a fixed batch: step time by rows, by context and by stage; auto with drafts accepted at given rates."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from wedlm.bench.forced_acceptance import injected
 from wedlm.bench.host_profile import host_work
 from wedlm.bench.measure import Bench, Case, take_turns
+from wedlm.bench.settings import Settings
 from wedlm.bench.stats import Figures, TableRow, make_row
 from wedlm.engine.adaptive.draft_budget import Budget, DraftBudget, expected_step
 from wedlm.engine.adaptive.fixed_rows import FixedRows
@@ -15,7 +16,7 @@ from wedlm.engine.sampling_params import SamplingParams
 _ALL_ROWS: dict[str, Any] = {"wedlm_draft_entropy": 1e9, "wedlm_lookup_drafts": 0}
 _ALL_MASKS: dict[str, Any] = {"wedlm_entropy_threshold": 1e9}
 _TOKENS_A_STEP = (2.0, 3.0)  # at 16 rows; what auto is measured at besides the curves given
-_AUTO_WARM_STEPS = 60  # until it knows how drafts fare
+AUTO_WARM_STEPS = 60  # until it knows how drafts fare
 _UNLIMITED = 3000
 
 
@@ -43,20 +44,37 @@ def _fixed(bench: Bench, batch: int, mode: str, length: int | None = None, **opt
     return Case(label, lambda _: bench.loop.batch(prompts, params, workload.warm_steps, workload.steps))
 
 
+class FixedBatch(NamedTuple):
+    """A batch whose sequences all have so many rows in each step."""
+
+    mode: str
+    batch: int
+    rows: int
+
+
+def fixed_batches(settings: Settings) -> list[FixedBatch]:
+    """What ``steps`` measures."""
+    batches, modes = settings.workload.batches, settings.modes
+    found = [FixedBatch("autoregressive", batch, 1) for batch in batches]
+    small = [batch for batch in batches if batch <= 32]
+    found += [FixedBatch(mode, batch, 16) for mode in ("verified", "streaming") if mode in modes for batch in small]
+    if "verified" in modes:
+        wide = ((8, max(small, default=0)), (4, batches[-1]))
+        found += [FixedBatch("verified", batch, rows) for rows, batch in wide if batch > 1]
+    return found
+
+
 def steps(bench: Bench) -> list[TableRow]:
     """Measure every batch with one row; with 16 rows up to batch 32, verified and streaming; with fewer rows for larger
     batches."""
-    batches = bench.settings.workload.batches
-    modes = bench.settings.modes
-    cases = [_fixed(bench, batch, "autoregressive") for batch in batches]
-    small = [batch for batch in batches if batch <= 32]
-    if "verified" in modes:
-        cases += [_fixed(bench, batch, "verified", wedlm_window_size=16, **_ALL_ROWS) for batch in small]
-    if "streaming" in modes:
-        cases += [_fixed(bench, batch, "streaming", wedlm_window_size=8, **_ALL_MASKS) for batch in small]
-    if "verified" in modes:
-        wide = ((8, max(small, default=0)), (4, batches[-1]))
-        cases += [_fixed(bench, b, "verified", wedlm_window_size=w, **_ALL_ROWS) for w, b in wide if b > 1]
+    cases = []
+    for mode, batch, rows in fixed_batches(bench.settings):
+        options: dict[str, Any] = {}
+        if mode == "verified":
+            options = {"wedlm_window_size": rows, **_ALL_ROWS}
+        elif mode == "streaming":
+            options = {"wedlm_window_size": rows // 2, **_ALL_MASKS}
+        cases.append(_fixed(bench, batch, mode, **options))
     return [_reported(bench, "steps", row) for row in take_turns(bench, "steps", cases)]
 
 
@@ -122,7 +140,7 @@ def _accepted(bench: Bench, label: dict[str, Any], prompts: list[list[int]], par
     engine.controller.draft_budget = DraftBudget(engine.controller.costs)
     requests = bench.loop.start(prompts, params)
     try:
-        bench.loop.steps(requests, _AUTO_WARM_STEPS)
+        bench.loop.steps(requests, AUTO_WARM_STEPS)
         runs = [bench.loop.steps(requests, workload.steps) for _ in range(workload.runs)]
     finally:
         bench.loop.end(requests)

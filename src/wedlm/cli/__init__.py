@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``wedlm``. torch is imported only once a command needs it, so that --help answers at once."""
 
+import os
+import sys
 from importlib import import_module
 from typing import Annotated
 
@@ -85,4 +87,17 @@ for _name, _place in COMMANDS.items():
 
 def main() -> None:
     """Entry point."""
+    _open_standard_streams()
     app()
+
+
+def _open_standard_streams() -> None:
+    """Make a standard stream that the caller closed an empty one. Python has None for it, and the next file that is
+    opened would take its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8"))

@@ -47,8 +47,8 @@ ADAPTED = (
     "text is AR's."
 )
 UNTOUCHED = (
-    "The model before adaptation, its weights untouched, with an adapter that masked rows alone meet "
-    "(--model demo-base --adapter demo-masked), {weights}: AR {autoregressive.speed:.0f} tok/s; verified "
+    "The model before adaptation, its weights untouched, in {weights}, with an adapter that masked rows alone meet "
+    "(--model demo-base --adapter demo-masked): AR {autoregressive.speed:.0f} tok/s; verified "
     "{verified.speed:.0f} tok/s at {verified.tokens_per_forward:.2f} tokens a forward (p_cache {verified.p_cache:.2f}),"
     " AR's text on {verified.num_same} of {of} prompts; auto {auto.speed:.0f} tok/s, on {auto.num_same}."
 )
@@ -151,16 +151,16 @@ def show_untouched(llm: "LLM") -> None:
             answers.append(_ask(llm, ids, ("autoregressive", "verified", "auto"), runs=2))
             gaps += _parting(llm, ids, answers[-1])
     figures = {mode: _figures(answers, mode) for mode in answers[0]}
-    out.print(UNTOUCHED.format(weights=llm.blueprint.weights, of=len(answers), **figures), style="yellow")
+    out.print(UNTOUCHED.format(weights=llm.blueprint.formats.weights, of=len(answers), **figures), style="yellow")
     _explain(llm, gaps)
     out.print()
 
 
 def _introduce(llm: "LLM", name: str) -> None:
     model = "SmolLM2-135M-Instruct" if name in ("demo", "demo-base") else name
-    weights = llm.blueprint.weights
+    weights = llm.blueprint.formats.weights
     kind = "adapted to WeDLM" if llm.model_config.is_wedlm else "AR checkpoint, not adapted"
-    out.print(Text.assemble((model, "bold"), f" ({kind}), {weights} on {llm.device}\n"))
+    out.print(Text.assemble((model, "bold"), f" ({kind}), weights in {weights}, on {llm.device}\n"))
     out.print(_pairs(tuple(MODES.items()), "bold"))
     out.print(
         "p_cache is tokens kept per row run: rows cost time, too. tok/s is the median of up to "

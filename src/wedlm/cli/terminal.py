@@ -79,8 +79,12 @@ def write(text: str, style: str = "") -> None:
     if out.is_terminal and style:
         out.print(Text(text, style=style), end="", soft_wrap=True)
         return
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        error.filename = "standard output"  # a full disk has no name by itself
+        raise
 
 
 class WrappedText:

@@ -32,7 +32,7 @@ from wedlm.model.inference.adapter_bank import AdapterBank
 from wedlm.model.inference.quantization import Quantization, multiplies_fp8
 from wedlm.native import NativeAttend, NativeTransformer, is_available
 from wedlm.native.library import PATH_VARIABLE, PORTABLE, chosen_path, paths
-from wedlm.native.weights import NativeAdapters, format_names, native_from_torch
+from wedlm.native.weights import NativeAdapters, format_names, native_from_torch, rounds_inputs
 
 if TYPE_CHECKING:
     from wedlm.engine.ranks.processes import Ranks
@@ -60,6 +60,17 @@ class CacheShape(Protocol):
 
     @property
     def head_dim(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class NumberFormats:
+    """The formats in which numbers are kept, in words for users. ``products``: what inputs of matrix products are
+    rounded to; None: they stay as activations are."""
+
+    weights: str
+    activations: str
+    products: str | None
+    cache: str
 
 
 @dataclass(frozen=True)
@@ -120,21 +131,22 @@ class Blueprint:
         return self.config.block_length or 1
 
     @property
-    def weights(self) -> str:
-        """The bits of the weights, in words for users."""
+    def formats(self) -> NumberFormats:
+        """The number formats of weights, activations and cache."""
+        activations = _name_of(_device_and_dtype(self.model)[1])
+        weights, products = activations, None
         if isinstance(self.model, NativeTransformer):
-            return format_names(self.model)
-        dtype = str(_device_and_dtype(self.model)[1]).removeprefix("torch.")
-        return "fp8" if self.config.options.quantization == "fp8" else dtype
+            weights = format_names(self.model)
+            products = "int8" if rounds_inputs(self.model) else None
+        elif self.config.options.quantization == "fp8":
+            weights = products = "fp8"
+        return NumberFormats(weights, activations, products, _name_of(self.dtype))
 
     def describe(self) -> str:
-        """One line for users: device, types, how steps run and why, and the cache's size."""
+        """One line for users: device, number formats, the cache's size, how steps run and why."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        weights = str(_device_and_dtype(self.model)[1]).removeprefix("torch.")
-        if self.config.options.quantization == "fp8":
-            weights += " with fp8 weights"
         if isinstance(self.model, NativeTransformer):
-            steps = f"native C++ forward ({self.model.path}), {self.weights} weights, threads: {self.model.threads}"
+            steps = f"native C++ forward ({self.model.path}), threads: {self.model.threads}"
         elif self.packed is None:
             steps = "plain torch operations"
         else:
@@ -150,13 +162,15 @@ class Blueprint:
             steps += f", over {self.ranks.size} ranks"
         tokens = self.num_pages * self.page_size
         megabytes = tokens * self._bytes_per_token() / 1e6
-        kind = {FP8: ", fp8", torch.int8: ", int8"}.get(self.dtype, "")
+        formats = self.formats
+        rounded = "" if formats.products is None else f", rounded to {formats.products} for matrix products"
+        numbers = f"weights: {formats.weights}; activations: {formats.activations}{rounded}; cache: {formats.cache}"
         more = "" if self.config.has_masked_rows else f"; {WITHOUT_MASK}"
         if self.config.block_length is not None:
             more += f"; sees and decodes by blocks of {self.config.block_length}"
         elif self.config.model_decoding != "auto":
             more += f"; decoding: {self.config.decoding}, unless a request names another"
-        return f"{device}, {weights}; steps: {steps}; cache: {tokens:,} tokens ({megabytes:,.0f} MB{kind}){more}"
+        return f"{device}; {numbers}, {tokens:,} tokens ({megabytes:,.0f} MB); steps: {steps}{more}"
 
     def _bytes_per_token(self) -> int:
         shape = self.shape
@@ -332,6 +346,10 @@ def _check_int8_cache(model: Transformer | NativeTransformer) -> None:
             f"kv_cache_dtype is 'int8' and the model is in {str(dtype).removeprefix('torch.')} on {device}; expected "
             "the native forward of CPUs, which quantization='int8' has"
         )
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return "fp8" if dtype == FP8 else str(dtype).removeprefix("torch.")
 
 
 def _device_and_dtype(model: Any) -> tuple[torch.device, torch.dtype]:

@@ -37,15 +37,18 @@ class ModelProvenance:
 
 def model_provenance(llm: "LLM", model: str, adapter: str | None) -> ModelProvenance:
     """The provenance of an ``LLM``; ``model`` and ``adapter`` are as given to it."""
-    dtype, weights = str(llm.engine.runner.cache.keys.dtype).removeprefix("torch."), llm.blueprint.weights
-    dtype = dtype if weights == dtype else f"{dtype}, {weights} weights"
+    formats = llm.blueprint.formats
+    dtype = formats.activations
+    for kind, part in ((formats.weights, "weights"), (formats.cache, "cache")):
+        dtype += "" if kind == formats.activations else f", {kind} {part}"
     return provenance_of_files(model, adapter, dtype, str(llm.device))
 
 
 def provenance_of_files(
     model: str, adapter: str | None, dtype: str, device: str, engine: str = "wedlm"
 ) -> ModelProvenance:
-    """A model's provenance from its files. ``dtype`` is that of the activations, and says how the weights are kept."""
+    """A model's provenance from its files. ``dtype`` is that of the activations, and says what else weights and cache
+    are kept in."""
     paths = _files(locate(model))
     if model == DEMO_NAME:
         paths += DEMO_DELTAS

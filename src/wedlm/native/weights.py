@@ -165,10 +165,10 @@ class NativeAdapters:
 
 
 def _rounded(native: NativeTransformer, factors: RowFactors) -> _Rounded:
-    is_wide = native.matrix_bytes.keys() <= {F32, F16, BF16}
+    rounds = rounds_inputs(native)
 
     def rounded(matrix: Tensor) -> PackedSource:
-        if is_wide:
+        if not rounds:
             return matrix.detach().float().contiguous().numpy(), None
         rows = round_rows(matrix)
         return rows.values.numpy(), rows.scale.numpy()
@@ -196,6 +196,11 @@ def format_names(native: NativeTransformer) -> str:
     """The formats of its matrices for users, starting with the one of the most bytes."""
     names = [FORMATS.get(format, "int8") for format, _ in native.matrix_bytes.most_common()]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def rounds_inputs(native: NativeTransformer) -> bool:
+    """Whether inputs of products are rounded to eight bits: wherever a matrix is in few bits."""
+    return not native.matrix_bytes.keys() <= {F32, F16, BF16}
 
 
 def unsupported_type(file: GGUFFile) -> str | None:

@@ -21,6 +21,12 @@ if TYPE_CHECKING:  # the process that parses bodies has no app
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 _LONGEST = 500  # of a message, which may quote what it refuses
 _SHOWN = 80  # characters of a refused value that the message repeats
+# What clients try that is not built, by the end of the address.
+_NO_EMBEDDINGS = (
+    "there are no embeddings at this server: its models are trained to write text, and their hidden states compare "
+    "texts poorly; expected the address of a server with an embedding model, such as llama.cpp's, vLLM's or Ollama's"
+)
+_ELSEWHERE = dict.fromkeys(("/v1/embeddings", "/api/embed", "/api/embeddings"), _NO_EMBEDDINGS)
 _TYPES = {  # of JSON; pydantic speaks of Python's
     "bool_type": "true or false",
     "dict_type": "an object",
@@ -145,10 +151,18 @@ def install(app: "FastAPI") -> None:
         status = error.status_code
         message, code = str(error.detail), None
         if status == 404:
-            message, code = "there is nothing at this address", "not_found"
+            message, code = _nothing_at(request.url.path), "not_found"
         elif status == 405:
             message, code = f"the method is {request.method}; this address expects another one", "method_not_allowed"
         return ApiError(status, message, code=code, headers=error.headers).response(request.url.path)
+
+
+def _nothing_at(path: str) -> str:
+    """What a client hears at an address that the server does not have, and what it can do instead."""
+    for address, why in _ELSEWHERE.items():
+        if path.endswith(address):
+            return why
+    return "there is nothing at this address"
 
 
 def explain(error: Any, body: dict[str, Any]) -> ApiError:

@@ -5,7 +5,6 @@ import fcntl
 import hashlib
 import json
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from wedlm.model.formats.temporary import temporary_folder
 from wedlm.model.formats.tokenizer import Tokenizer
 from wedlm.train.encode import DEFAULT_END_TOKENS, EncodedSample, encode_batch
 from wedlm.train.sources import SampleError, check_source_path, in_batches, read_samples
@@ -142,10 +142,8 @@ def build_cache(
                 except ValueError as error:
                     damage = f"{error}; built again: "
                     shutil.rmtree(home)
-            for left_over in directory.glob(f".building-{key}-*"):  # of a builder that was killed
-                shutil.rmtree(left_over)
-            with tempfile.TemporaryDirectory(dir=directory, prefix=f".building-{key}-") as building:
-                whole = Path(building) / "whole"
+            with temporary_folder(directory) as building:
+                whole = building / "whole"
                 _build(whole, key, fingerprint, recipe, progress)
                 whole.rename(home)
     except OSError as error:

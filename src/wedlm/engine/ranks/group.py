@@ -23,11 +23,14 @@ class Group:
     """The ranks of one model on ``device``, once they are connected. All ranks make a step's exchanges in the same
     order.
 
-    ``deterministic``: no bit of a sum depends on the number of rows. On a CPU this always holds.
+    ``deterministic``: no bit of a sum depends on the number of rows. On a CPU this always holds. Make it before the
+    weights are loaded, because it makes ``device`` the current one.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device, deterministic: bool = False) -> None:
         self.rank, self.size, self.device = rank, size, device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread; kernels run on the current one
         self.always_gathers = deterministic or device.type != "cuda"
         self.bytes_sent = 0  # by this rank, of numbers; what the libraries add is not counted
         self.rows_of: tuple[int, torch.dtype] | None = None  # width and type of the rows that are summed, once known
@@ -42,7 +45,6 @@ class Group:
         store = distributed.FileStore(str(directory / "store"), self.size)
         timeout = timedelta(seconds=timeout_s)
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
             # Torch would end this whole process when another rank does not answer; rank 0's has more to do.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             options = distributed.ProcessGroupNCCL.Options()

@@ -65,8 +65,6 @@ def _serve(connection: socket.socket, directory: list[str]) -> None:
     directory.append(task["directory"])
     torch.set_num_threads(task["threads"])
     options, device = EngineOptions(**task["options"]), torch.device(task["device"])
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # kernels run on the current one
     group = Group(task["rank"], task["size"], device, options.deterministic)
     if task["random"] is None:
         loaded = load_shard(task["model"], options, device, group)

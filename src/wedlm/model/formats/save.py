@@ -11,21 +11,27 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wedlm.model.formats.temporary import temporary_folder
+
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to ``path``; the file written there becomes ``path`` in one step at the end.
+    """Yield a temporary path of the same name; the file written there becomes ``path`` in one step at the end.
 
-    ``path`` appears complete, with its content on the disk, or stays as it was; an error leaves no temporary file.
+    ``path`` appears complete, with its content on the disk, or stays as it was; an error leaves no temporary file, and
+    what a killed process leaves goes with the next file that is written to the same folder (``temporary_folder``).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with temporary_folder(path.parent) as folder:
+            temporary = folder / path.name
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # a full disk has no name by itself
+            error.filename = str(path)
+        raise
 
 
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
