@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("ray.serve")
 import yaml
+from ray.serve._private.http_util import RequestIdMiddleware
 from ray.serve.schema import ServeDeploySchema
 
 from tests.cli.command import wedlm
@@ -19,14 +20,25 @@ from tests.engine.tiny_llm import save_tiny
 from wedlm.deploy.ray_serve import ConversationRouter, RayOptions, _Sending, build
 from wedlm.deploy.routing import ranked
 from wedlm.server.errors import unavailable
+from wedlm.server.logs import RequestLog
+from wedlm.server.metrics import Metrics
 
 LOST = unavailable("the replica ended", "replica_lost")
 NUM_KILLS = 20
 
 
-def test_the_yaml_is_serves(monkeypatch):
+def test_the_yaml_is_serves(monkeypatch, tmp_path):
     monkeypatch.setenv("WEDLM_API_KEY", "secret")
-    words = ("--model", "mine=./checkpoint", "--tensor-parallel-size", "2", "--autoscale", "1,8,32", "--yaml")
+    words = (
+        "--model",
+        "mine=./checkpoint",
+        "--surge",
+        "--tensor-parallel-size",
+        "2",
+        "--autoscale",
+        "1,8,32",
+        "--yaml",
+    )
     result = wedlm("deploy", "ray", *words, "--max-queue", "7", "--host", "0.0.0.0", "--api-key", "told")
     assert result.exit_code == 0, result.stderr
     assert "secret" not in result.stdout
@@ -39,7 +51,19 @@ def test_the_yaml_is_serves(monkeypatch):
     assert options.share.needs == {"num_gpus": 2, "num_cpus": 0}
     config = options.config()
     assert (config.max_queue, config.host, config.api_keys) == (7, "0.0.0.0", ("secret",))
-    assert build(app.args)
+    # Where it is built, there must be the checkpoint: what is served already goes on otherwise.
+    with pytest.raises((ValueError, OSError), match="checkpoint"):
+        build(app.args)
+    bound = build({**app.args, "model": str(save_tiny(tmp_path / "tiny"))})
+    ingress, replica = bound._bound_deployment, bound._bound_deployment.init_args[0]._bound_deployment
+    scaling = replica._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.upscale_delay_s) == (1, 8, 0)
+    policy = scaling.policy.get_policy()(**scaling.policy.policy_kwargs)
+    assert policy(SimpleNamespace(total_num_requests=80.0, current_time=1.0)) == (2.5, {})
+    # All end no sooner than the longest request, and begin before others end.
+    for one in (ingress, replica):
+        assert one._deployment_config.graceful_shutdown_timeout_s > config.request_timeout_s
+        assert one._deployment_config.max_surge_percent > 0
 
 
 @pytest.mark.parametrize(
@@ -90,6 +114,27 @@ def test_a_lost_stream_is_told_in_its_form(path, kind, last):
     asyncio.run(lose(begun=False))
     assert sent[0]["status"] == 503
     assert b"the replica ended" in sent[1]["body"]
+
+
+@pytest.mark.parametrize("given", [[], [(b"x-request-id", b"mine")]])
+def test_one_request_id(given):
+    """Ray's proxy gives the request an id, unless the client has, and adds it to the answer; the replica knows it."""
+    sent = []
+
+    async def replica(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def ingress(scope, receive, send):
+        await RequestLog(replica, Metrics())(scope, receive, _Sending(send, scope["path"]))
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": given}
+    asyncio.run(RequestIdMiddleware(ingress)(scope, None, send))
+    (found,) = [value for name, value in sent[0]["headers"] if name.lower() == b"x-request-id"]
+    assert found == b"mine" if given else len(found) > 8
 
 
 def test_an_answer_that_is_cut_is_not_ended():

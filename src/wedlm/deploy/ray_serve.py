@@ -15,13 +15,14 @@ arguments with ``messages`` or ``prompt``.
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -30,6 +31,7 @@ from starlette.types import Message, Receive, Scope, Send
 from wedlm.cluster import Share
 from wedlm.deploy.metrics import per_replica
 from wedlm.deploy.routing import SPILL, choose, conversation_key, in_turn
+from wedlm.deploy.scaling import DOWN_AFTER_S, LOOK_BACK_S, LookAhead
 from wedlm.server.config import KEY_VARIABLE, ServerConfig
 from wedlm.server.errors import ApiError, anthropic_body, internal_error, ollama_body, unavailable
 from wedlm.server.limits import BodyLimit
@@ -139,6 +141,17 @@ class ConversationRouter(RequestRouter):
             num_open = {name: cache.get(one.replica_id) or 0 for name, one in by_name.items()}
             order = choose(pending_request.args[0], num_open, self._spill)
         return [[by_name[name]] for name in order]
+
+
+class ScalingPolicy:
+    """Ray's question how many replicas there are to be, several times a second; one object asks for a deployment."""
+
+    def __init__(self, target: float) -> None:
+        self._rule = LookAhead(target)
+
+    def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+        """Replicas, which Ray rounds up, bounds and, if they are fewer, puts off; and no state of Ray's."""
+        return self._rule.wanted(context.total_num_requests, context.current_time or time.time()), {}
 
 
 class Replica:
@@ -345,16 +358,27 @@ def failure_event(path: str, error: ApiError) -> bytes:
 def build(values: dict[str, Any]) -> Any:
     """Serve's application; what a Serve YAML imports, with its ``args``. ValueError or OSError if there is no such
     model, so that what is served already goes on: a replica finds that out when another one has ended for it."""
-    from wedlm.model.formats.checkpoint import open_checkpoint  # torch, which the ingress does without
+    from wedlm.model import load_tokenizer  # with torch, which the ingress does without
+    from wedlm.model.formats.checkpoint import open_checkpoint
 
     options = RayOptions.of(values)
     open_checkpoint(options.model)
+    load_tokenizer(options.model)
     config, engine = options.config(), options.engine
     room = int(engine.get("max_num_seqs", _default("max_num_seqs"))) + config.max_queue
     scale: dict[str, Any] = {"num_replicas": options.replicas}
     if options.autoscale is not None:
         least, most, target = options.autoscale
-        scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": target}
+        policy = AutoscalingPolicy(policy_function=f"{__name__}:ScalingPolicy", policy_kwargs={"target": target})
+        scaling = AutoscalingConfig(
+            min_replicas=least,
+            max_replicas=most,
+            target_ongoing_requests=target,
+            look_back_period_s=LOOK_BACK_S,
+            upscale_delay_s=0.0,
+            downscale_delay_s=DOWN_AFTER_S,
+            policy=policy,
+        )
         scale = {"autoscaling_config": scaling}
     router = RequestRouterConfig(
         request_router_class=ConversationRouter,  # type: ignore[arg-type] # pydantic's plug-in would know
