@@ -23,7 +23,7 @@ from wedlm import LLM, SamplingParams
 
 NUM_STREAMS, NUM_TOKENS = 32, 32
 NUM_LONG, LONG_TOKENS = 3, 600  # answers that take longer than Ray waits for a replica by itself
-TARGET = 8
+TARGET = 20  # more than three times the few clients, which is as much growth as is believed
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]  # Ray's own
 
 
@@ -134,7 +134,6 @@ def states():
 
 def test_new_weights_under_load(deployed, checkpoints, asked, texts, record_property):
     for surge in (False, True):
-        say(surge, time.monotonic())
         kind, order = f"surge {surge}", texts if not surge else texts[::-1]
         load = Load(deployed, asked, range(NUM_STREAMS))
         model = str(checkpoints[0 if surge else 1])
@@ -150,7 +149,7 @@ def test_new_weights_under_load(deployed, checkpoints, asked, texts, record_prop
         ended = max(one.ended for one in load.seen if one.stream.replica in old) - start
         record_property(f"{kind}: whole streams of the old weights", found[0])
         record_property("of the new ones", found[1])
-        record_property("cut, refused or mixed", 0)
+        record_property("cut, refused or mixed", found.total() - found[0] - found[1])
         record_property("seconds until new weights answer", round(first, 1))
         record_property("until they alone take requests", round(last, 1))
         record_property("until the last old stream has ended", round(ended, 1))
@@ -174,7 +173,6 @@ def command_of(deployed, *words):
 
 def test_what_cannot_be_served_changes_nothing(deployed, checkpoints, asked, texts, record_property, tmp_path):
     """A path that is wrong, a checkpoint that is broken, and one that a replica refuses once it has loaded it."""
-    say("begun")
     broken = save_tiny(tmp_path / "broken")
     (broken / "tokenizer.json").write_text("{")
     deployed.deploy(model=str(checkpoints[0]), surge=True)
@@ -248,13 +246,11 @@ def test_replicas_come_and_go_by_load(deployed, checkpoints, asked, texts, recor
         running = [asyncio.ensure_future(few.run())]
         await asyncio.sleep(15)
         assert set(states()) == {"RUNNING"}
-        say("rise")
         times = {"rise": time.monotonic()}
         running.append(asyncio.ensure_future(many.run()))
         await until(lambda: states().get("STARTING"))
         times["asked for"] = time.monotonic()
         await until(lambda: states().get("RUNNING") == 2)
-        say("there")
         times["there"] = time.monotonic()
         await until(lambda: any(one.stream.replica != first for one in many.seen))
         await asyncio.sleep(10)
@@ -268,7 +264,6 @@ def test_replicas_come_and_go_by_load(deployed, checkpoints, asked, texts, recor
             await process.stdout.readline()
             leaving.append(process)
         await until(lambda: states().get("STOPPING"))
-        say("sent away")
         times["sent away"] = time.monotonic()
         for process in leaving:
             process.kill()
@@ -294,12 +289,14 @@ def test_replicas_come_and_go_by_load(deployed, checkpoints, asked, texts, recor
         return f"{round(statistics.median(some) * 1e3)} and {round(max(some) * 1e3)}"
 
     drained = [one for one in few.seen if one.asked < times["sent away"] < one.ended]
-    record_property("seconds from 6 streams to 32 until a replica is asked for", seconds("asked for", "rise"))
+    record_property(
+        f"seconds from {NUM_LONG + 2} streams to {NUM_STREAMS} until a replica is asked for",
+        seconds("asked for", "rise"),
+    )
     record_property("until it is there", seconds("there", "rise"))
     record_property("ms to a first token until then, median and longest", firsts("rise", "there"))
     record_property("once it is there", firsts("there", "fall"))
-    record_property("seconds from 6 streams again until one is sent away", seconds("sent away", "fall"))
+    record_property(f"seconds from {NUM_LONG + 2} streams again until one is sent away", seconds("sent away", "fall"))
     record_property("until it has gone", seconds("gone", "fall"))
     record_property("streams that ran when it was sent away", len(drained))
     record_property("streams, all with the right text", len(few.seen) + len(many.seen))
-    record_property("requests after that to the replica that went", 0)
