@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from wedlm.deploy.routing import SPILL, ranked
+from wedlm.deploy.scaling import DOWN_AFTER_S, LOOK_BACK_S, LookAhead
 
 RESULTS = Path(__file__).parent / "results"
 ROOM = 128  # sequences that a card runs at once: the largest batch that was measured
@@ -334,24 +335,41 @@ def outcome_of(name: str, cards: int, cluster: Cluster) -> Outcome:
 
 @dataclass
 class Autoscaler:
-    """``target`` open requests a card, up at once, down after the wish has lasted."""
+    """As many cards as ``rule`` wants, by the mean of what was open in ``look_back_s``: more once that has lasted
+    ``up_after_s``, fewer once it has lasted ``down_after_s``."""
 
     least: int
     most: int
-    target: float
+    rule: LookAhead  # which is one day's alone
     start_s: float = 90.0
     period_s: float = 10.0
-    down_after_s: float = 600.0
-    _low_since: float | None = None
+    look_back_s: float = 0.0
+    up_after_s: float = 0.0
+    down_after_s: float = DOWN_AFTER_S
+    _seen: deque[tuple[float, int]] = field(default_factory=deque)
+    _since: tuple[int, float] | None = None  # the direction of the wish, and since when
 
     def wanted(self, num_open: int, count: int, now: float) -> int:
-        wish = min(self.most, max(self.least, math.ceil(num_open / self.target)))
-        if wish >= count:
-            self._low_since = None
-            return wish
-        if self._low_since is None:
-            self._low_since = now
-        return wish if now - self._low_since >= self.down_after_s else count
+        self._seen.append((now, num_open))
+        while now - self._seen[0][0] > self.look_back_s:
+            self._seen.popleft()
+        mean = statistics.fmean(one for _, one in self._seen)
+        wish = min(self.most, max(self.least, math.ceil(self.rule.wanted(mean, now))))
+        direction = (wish > count) - (wish < count)
+        if self._since is None or self._since[0] != direction:
+            self._since = direction, now
+        patience = self.up_after_s if direction > 0 else self.down_after_s
+        return wish if direction and now - self._since[1] >= patience else count
+
+
+def scalings() -> list[tuple[str, LookAhead, dict[str, float]]]:
+    """The autoscalers that are compared: name, rule, options of ``Autoscaler``. Serve's own, with its defaults; a
+    target alone, without any delay, of which lower ones are headroom; and what ``wedlm deploy ray`` does."""
+    return [
+        ("to 32 as Ray does", LookAhead(32, 0.0), {"look_back_s": 30.0, "up_after_s": 30.0}),
+        *((f"to {target}", LookAhead(target, 0.0), {}) for target in (16, 24, 32, 64)),
+        *((f"to {target}, ahead", LookAhead(target), {"look_back_s": LOOK_BACK_S}) for target in (24, 32)),
+    ]
 
 
 def main() -> None:
@@ -374,9 +392,9 @@ def main() -> None:
                 ("least busy", least_busy, None),
                 *((f"prefix, spill {spill}", by_prefix(spill), None) for spill in (0, 8, SPILL, 1000)),
             ]
-            for target in (16, 32, 64):
-                autoscaler = Autoscaler(max(1, cards // 8), cards, target)
-                policies.append((f"prefix, spill {SPILL}, autoscaled to {target}", by_prefix(SPILL), autoscaler))
+            for name, rule, options in scalings():
+                scaling = Autoscaler(max(1, cards // 4), cards, rule, **options)  # what the night needs
+                policies.append((f"prefix, spill {SPILL}, autoscaled {name}", by_prefix(SPILL), scaling))
             names = [name for name, _, _ in policies]
             for name in given.policies or ():
                 if name not in names:

@@ -39,6 +39,11 @@ class Share:
         given, (name, each) = join_ray().cluster_resources(), self._main
         return int(given.get(name, 0) // each)
 
+    def has_room(self) -> bool:
+        """Whether Ray has the devices of a copy to spare at this moment."""
+        name, each = self._main
+        return join_ray().available_resources().get(name, 0) >= each
+
     def check(self, count: int, option: str) -> None:
         """ValueError if Ray has too few devices for so many copies, which that option asked for."""
         given, (name, each) = join_ray().cluster_resources(), self._main

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import scale_model
 from benchmarks.scale_model import Autoscaler, Card, Cluster, Day, by_prefix, least_busy, outcome_of, round_robin
 from wedlm.deploy.routing import choose, in_turn
+from wedlm.deploy.scaling import LookAhead
 
 ROOM, CHOICES, TURNS = 3, 4, 4
 CARD = Card((1, 2, 4), (100.0, 180.0, 300.0), 5000.0)
@@ -128,8 +129,10 @@ def test_the_fast_simulator_computes_what_the_slow_one_does(policy, autoscaled, 
     rng = random.Random(seed)
     cards, spill = rng.choice((2, 7, 12)), rng.choice((0, 1, 3))
     day = Day(cards * rng.choice((0.1, 0.25)), 120.0, seed)
+    ahead = rng.choice((0.0, 30.0))
     scales = [
-        Autoscaler(2, cards, 2.0, start_s=7.0, period_s=5.0, down_after_s=15.0) if autoscaled else None for _ in "ab"
+        Autoscaler(2, cards, LookAhead(2.0, ahead), 7.0, 5.0, 12.0, 5.0, down_after_s=15.0) if autoscaled else None
+        for _ in "ab"
     ]
     fast = Watched(by_prefix(spill) if policy == "prefix" else POLICIES[policy], CARD, cards, day, scales[0])
     fast.run()

@@ -2,12 +2,8 @@
 """The server on Ray Serve: two replicas on this machine, their texts, their ends, and where conversations go."""
 
 import asyncio
-import json
-import socket
 import statistics
 import time
-from contextlib import suppress
-from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import httpx2
@@ -15,22 +11,34 @@ import pytest
 
 pytest.importorskip("ray.serve")
 import yaml
+from ray.serve._private.http_util import RequestIdMiddleware
 from ray.serve.schema import ServeDeploySchema
 
 from tests.cli.command import wedlm
+from tests.deploy.deployed import Stream, client_of, complete, ray_serve, say, stream, wait_until
 from tests.engine.tiny_llm import save_tiny
-from wedlm import LLM, SamplingParams
 from wedlm.deploy.ray_serve import ConversationRouter, RayOptions, _Sending, build
 from wedlm.deploy.routing import ranked
 from wedlm.server.errors import unavailable
+from wedlm.server.logs import RequestLog
+from wedlm.server.metrics import Metrics
 
 LOST = unavailable("the replica ended", "replica_lost")
 NUM_KILLS = 20
 
 
-def test_the_yaml_is_serves(monkeypatch):
+def test_the_yaml_is_serves(monkeypatch, tmp_path):
     monkeypatch.setenv("WEDLM_API_KEY", "secret")
-    words = ("--model", "mine=./checkpoint", "--tensor-parallel-size", "2", "--autoscale", "1,8,32", "--yaml")
+    words = (
+        "--model",
+        "mine=./checkpoint",
+        "--surge",
+        "--tensor-parallel-size",
+        "2",
+        "--autoscale",
+        "1,8,32",
+        "--yaml",
+    )
     result = wedlm("deploy", "ray", *words, "--max-queue", "7", "--host", "0.0.0.0", "--api-key", "told")
     assert result.exit_code == 0, result.stderr
     assert "secret" not in result.stdout
@@ -43,7 +51,19 @@ def test_the_yaml_is_serves(monkeypatch):
     assert options.share.needs == {"num_gpus": 2, "num_cpus": 0}
     config = options.config()
     assert (config.max_queue, config.host, config.api_keys) == (7, "0.0.0.0", ("secret",))
-    assert build(app.args)
+    # Where it is built, there must be the checkpoint: what is served already goes on otherwise.
+    with pytest.raises((ValueError, OSError), match="checkpoint"):
+        build(app.args)
+    bound = build({**app.args, "model": str(save_tiny(tmp_path / "tiny"))})
+    ingress, replica = bound._bound_deployment, bound._bound_deployment.init_args[0]._bound_deployment
+    scaling = replica._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.upscale_delay_s) == (1, 8, 0)
+    policy = scaling.policy.get_policy()(**scaling.policy.policy_kwargs)
+    assert policy(SimpleNamespace(total_num_requests=80.0, current_time=1.0)) == (2.5, {})
+    # All end no sooner than the longest request, and begin before others end.
+    for one in (ingress, replica):
+        assert one._deployment_config.graceful_shutdown_timeout_s > config.request_timeout_s
+        assert one._deployment_config.max_surge_percent > 0
 
 
 @pytest.mark.parametrize(
@@ -96,6 +116,27 @@ def test_a_lost_stream_is_told_in_its_form(path, kind, last):
     assert b"the replica ended" in sent[1]["body"]
 
 
+@pytest.mark.parametrize("given", [[], [(b"x-request-id", b"mine")]])
+def test_one_request_id(given):
+    """Ray's proxy gives the request an id, unless the client has, and adds it to the answer; the replica knows it."""
+    sent = []
+
+    async def replica(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def ingress(scope, receive, send):
+        await RequestLog(replica, Metrics())(scope, receive, _Sending(send, scope["path"]))
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": given}
+    asyncio.run(RequestIdMiddleware(ingress)(scope, None, send))
+    (found,) = [value for name, value in sent[0]["headers"] if name.lower() == b"x-request-id"]
+    assert found == b"mine" if given else len(found) > 8
+
+
 def test_an_answer_that_is_cut_is_not_ended():
     async def send(message):
         pass
@@ -131,119 +172,12 @@ def test_rays_router_asks_ours():
 # From here on: Ray itself.
 
 
-@dataclass
-class Deployed:
-    url: str
-    options: RayOptions
-    llm: LLM
-
-    def deploy(self, **changes):
-        from ray import serve
-
-        self.options = replace(self.options, **changes)
-        serve.run(build(self.options.plain()), name="wedlm", route_prefix="/")
-        wait_until(lambda: len(self.replicas()) == self.options.replicas)
-
-    def replicas(self):
-        try:
-            page = httpx2.get(f"{self.url}/metrics", timeout=60).text
-        except httpx2.TransportError:
-            return set()
-        return {
-            line.split('replica="')[1].split('"')[0]
-            for line in page.splitlines()
-            if line.startswith("wedlm_engine_up{")
-        }
-
-    def expected(self, prompts, num_tokens):
-        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-        return [output.text for output in self.llm.generate(prompts, params)]
-
-
-def wait_until(condition, seconds=600):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about in time"
-        time.sleep(0.2)
-
-
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory):
-    import ray
-    from ray import serve
-
     directory = save_tiny(tmp_path_factory.mktemp("ray") / "tiny", max_position_embeddings=2048)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-        quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
-        ray.init(num_cpus=2, address="local", object_store_memory=2 * 10**8, **quiet)
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-        try:
-            with suppress(TimeoutError):  # after a minute, which a busy machine's proxy needs; then it goes on loading
-                serve.start(http_options={"host": "127.0.0.1", "port": port})
-            options = RayOptions(model=str(directory), name="tiny", engine={"dtype": "float32"}, replicas=2)
-            one = Deployed(f"http://127.0.0.1:{port}", options, LLM(directory, dtype="float32", device="cpu"))
-            one.deploy()
-            yield one
-        finally:
-            serve.shutdown()
-            ray.shutdown()
-
-
-@dataclass
-class Stream:
-    """What a client saw: the replica's name, the text, the error's code, and when the first text came."""
-
-    replica: str = ""
-    text: str = ""
-    error: str | None = None
-    usage: dict | None = None
-    first_s: float = 0.0
-    ended: bool = False
-
-
-async def stream(client, stream, path, body, begun=None):
-    start = time.monotonic()
-    body = {"model": "tiny", "temperature": 0, "stream": True, "stream_options": {"include_usage": True}, **body}
-    async with client.stream("POST", path, json=body) as answer:
-        stream.replica = answer.headers.get("x-wedlm-replica", "")
-        if answer.status_code != 200:
-            stream.error = json.loads(await answer.aread())["error"]["code"]
-            return stream
-        async for line in answer.aiter_lines():
-            if line == "data: [DONE]":
-                stream.ended = True
-            elif line.startswith("data: "):
-                event = json.loads(line[6:])
-                if "error" in event:
-                    stream.error = event["error"]["code"]
-                stream.usage = event.get("usage") or stream.usage
-                for choice in event.get("choices", ()):
-                    stream.text += choice.get("text") or choice.get("delta", {}).get("content") or ""
-                if stream.text and not stream.first_s:
-                    stream.first_s = time.monotonic() - start
-                    if begun is not None:
-                        begun.release()
-    return stream
-
-
-def client_of(deployed):
-    limits = httpx2.Limits(max_connections=100)
-    return httpx2.AsyncClient(base_url=deployed.url, timeout=httpx2.Timeout(600), limits=limits)
-
-
-async def complete(deployed, prompts, num_tokens):
-    async with client_of(deployed) as client:
-        body = {"max_tokens": num_tokens, "ignore_eos": True}
-        return await asyncio.gather(
-            *(stream(client, Stream(), "/v1/completions", {"prompt": one, **body}) for one in prompts)
-        )
-
-
-def say(*words):
-    print(*words, flush=True)
+    with ray_serve(directory, replicas=2) as one:
+        one.deploy()
+        yield one
 
 
 @pytest.mark.long

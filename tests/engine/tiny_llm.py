@@ -37,7 +37,7 @@ def tiny_tokenizer(chat: bool = True) -> Tokenizer:
     return Tokenizer(backend, {"default": CHAT_TEMPLATE} if chat else None, {"eos_token": "<|end|>"})
 
 
-def save_tiny(directory: Path, chat: bool = True, **overrides: Any) -> Path:
+def save_tiny(directory: Path, chat: bool = True, seed: int = 0, **overrides: Any) -> Path:
     """A WeDLM checkpoint, float32. Weights are large enough that predictions differ in confidence."""
     values: dict[str, Any] = {
         "model_type": "wedlm",
@@ -57,7 +57,7 @@ def save_tiny(directory: Path, chat: bool = True, **overrides: Any) -> Path:
         "decoding": "auto",
     }
     config = ModelConfig(**{**values, **overrides})
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Transformer(config)
     for parameter in model.parameters():
         if parameter.ndim == 2:

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from wedlm.cli.options import EngineOptions, Only, changed, command, option
 from wedlm.cli.serve import HttpOptions, LimitOptions, ServedOptions, served_adapters, served_models, server_config
 from wedlm.cli.terminal import needs_extra, note, out, status
 from wedlm.cluster import Share, join_ray, share_of
-from wedlm.server.config import KEY_VARIABLE
+from wedlm.server.config import KEY_VARIABLE, ServerConfig
 
 WHERE = "Replicas"
 _APP = "wedlm"  # its name in Serve
@@ -33,6 +34,14 @@ class ReplicaOptions:
     routing: Annotated[
         str, option("prefix: a conversation stays where its keys are cached; round_robin: each in its turn.", WHERE)
     ] = "prefix"
+    surge: Annotated[
+        bool | None,
+        option(
+            "When another model takes the place of this one: start a replica before an old one ends, which takes a "
+            "device more; by default if Ray has one to spare.",
+            WHERE,
+        ),
+    ] = None
     yaml: Annotated[bool, option("Print Serve's YAML for a cluster (serve deploy FILE), and start nothing.", WHERE)] = (
         False
     )
@@ -85,6 +94,7 @@ def deploy(
         "replicas": where.replicas,
         "autoscale": read_autoscale(where.autoscale),
         "routing": where.routing,
+        "surge": bool(where.surge),
     }
     with needs_extra("ray"), status("Loading Ray ..."):
         from wedlm.deploy.ray_serve import RayOptions
@@ -95,7 +105,7 @@ def deploy(
         return
     keys = [*config.api_keys, *filter(None, [os.environ.get(KEY_VARIABLE)])]
     options = RayOptions(**{**values, "server": {**values["server"], "api_keys": keys}})  # before Ray is started
-    _run(options, engine, model.threads, config.host, config.port)
+    _run(options, where.surge, engine, model.threads, config)
 
 
 def read_autoscale(text: str | None) -> tuple[int, int, float] | None:
@@ -118,8 +128,9 @@ def serve_yaml(options: Any, host: str, port: int) -> str:
     return yaml.safe_dump({"proxy_location": "EveryNode", "http_options": http, "applications": [app]}, sort_keys=False)
 
 
-def _run(options: Any, engine: EngineOptions, threads: int | None, host: str, port: int) -> None:
-    """Until Ctrl-C or SIGTERM."""
+def _run(options: Any, surge: bool | None, engine: EngineOptions, threads: int | None, config: ServerConfig) -> None:
+    """Until Ctrl-C or SIGTERM. What was served before goes on if this fails, and this ends nothing that was deployed
+    after it."""
     import ray
     from ray import serve
 
@@ -128,17 +139,28 @@ def _run(options: Any, engine: EngineOptions, threads: int | None, host: str, po
     # Serve ends its own proxy if that has not loaded three times as long, 5 s by default: not enough on a busy machine.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     stopping = threading.Event()
-    is_ours = not ray.is_initialized()
+    joins = not ray.is_initialized()
+    mine: float | None = None
     try:
         with status("Starting Ray ..."):
             join_ray()
             share = share_of(engine.device, threads, "deploy", engine.tensor_parallel_size)
             share.check(options.replicas if options.autoscale is None else options.autoscale[0], "--replicas")
-            serve.start(http_options={"host": host, "port": port})
+            serve.start(http_options={"host": config.host, "port": config.port})
+        surge = share.has_room() if surge is None else surge
+        app = build(dataclasses.replace(options, share=share, surge=surge).plain())
+        replaces = _deployed_at() is not None
         with status(f"Loading {options.name} ..."):
-            serve.run(build(dataclasses.replace(options, share=share).plain()), name=_APP, route_prefix="/")
+            try:
+                serve.run(app, name=_APP, route_prefix="/")
+                replaces = False
+            except RuntimeError as error:
+                raise ValueError(f"{options.model} cannot be served: {_why(error)}") from error
+            finally:
+                mine = None if replaces else _deployed_at()
         number = f"{options.replicas}" if options.autoscale is None else "{} to {}".format(*options.autoscale)
-        note(f"serving {options.name} at http://{host}:{port} by {number} replicas of {share}; Ctrl-C ends it")
+        where = f"http://{config.host}:{config.port}"
+        note(f"serving {options.name} at {where} by {number} replicas of {share}; Ctrl-C ends it")
         former = {one: signal.signal(one, lambda *_: stopping.set()) for one in (signal.SIGINT, signal.SIGTERM)}
         try:
             stopping.wait()
@@ -147,7 +169,41 @@ def _run(options: Any, engine: EngineOptions, threads: int | None, host: str, po
                 signal.signal(one, handler)
     finally:
         if ray.is_initialized():
-            serve.delete(_APP)
-        if is_ours:
-            serve.shutdown()
-            ray.shutdown()
+            _stop(mine, config.shutdown_timeout_s)
+            if joins:
+                if not serve.status().applications:
+                    serve.shutdown()
+                ray.shutdown()  # and Ray itself, if this command started it
+
+
+def _deployed_at() -> float | None:
+    """When what is served was deployed, by Serve's clock; None if nothing is."""
+    from ray import serve
+
+    app = serve.status().applications.get(_APP)
+    return None if app is None else app.last_deployed_time_s
+
+
+def _why(error: RuntimeError) -> str:
+    """What a replica said last, of which Serve's own error has nothing."""
+    from ray import serve
+
+    app = serve.status().applications.get(_APP)
+    said = [] if app is None else [one.message.strip() for one in app.deployments.values() if one.message.strip()]
+    return next((one.splitlines()[-1] for one in said), str(error))
+
+
+def _stop(mine: float | None, patience_s: float) -> None:
+    """End what was deployed at ``mine``. Requests have ``patience_s`` to end; on a cluster that goes on they have as
+    long as they need, without this command."""
+    from ray import serve
+
+    if mine is None:
+        return
+    if _deployed_at() != mine:
+        note("another command has deployed something else in its place, which goes on")
+        return
+    serve.delete(_APP, _blocking=False)
+    end = time.monotonic() + patience_s
+    while _deployed_at() is not None and time.monotonic() < end:
+        time.sleep(0.1)

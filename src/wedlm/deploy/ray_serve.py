@@ -15,13 +15,14 @@ arguments with ``messages`` or ``prompt``.
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -30,6 +31,7 @@ from starlette.types import Message, Receive, Scope, Send
 from wedlm.cluster import Share
 from wedlm.deploy.metrics import per_replica
 from wedlm.deploy.routing import SPILL, choose, conversation_key, in_turn
+from wedlm.deploy.scaling import DOWN_AFTER_S, LOOK_BACK_S, LookAhead
 from wedlm.server.config import KEY_VARIABLE, ServerConfig
 from wedlm.server.errors import ApiError, anthropic_body, internal_error, ollama_body, unavailable
 from wedlm.server.limits import BodyLimit
@@ -41,6 +43,7 @@ _LATE_S = 15.0  # beyond a request's time, for a replica that says nothing any m
 _SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path",
           "headers", "client", "server")  # fmt: skip
 _HEALTH_S = 5.0
+_OF_RAY = b"x-request-id"  # a header that Ray's proxy adds to each answer, and that each replica has added already
 REPLICA_HEADER = b"x-wedlm-replica"  # of an answer: who gave it
 
 
@@ -50,7 +53,8 @@ class RayOptions:
 
     name: what clients call the model. engine: options of ``LLM``, apart from the device. server: those of
     ``ServerConfig``. share: what a replica takes. autoscale: fewest and most replicas, and how many open requests each
-    is to have; in place of ``replicas``. routing: by conversation ("prefix"), or each replica in its turn.
+    is to have; in place of ``replicas``. routing: by conversation ("prefix"), or each replica in its turn. surge: when
+    what is served changes, a new replica starts before an old one ends, which takes one more share for a while.
     """
 
     model: str
@@ -63,6 +67,7 @@ class RayOptions:
     autoscale: tuple[int, int, float] | None = None
     routing: str = "prefix"
     spill: int = SPILL
+    surge: bool = False
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -85,6 +90,13 @@ class RayOptions:
         }
         keys = (*given.pop("api_keys", ()), *filter(None, [os.environ.get(KEY_VARIABLE)]))
         return ServerConfig(**given, api_keys=keys)
+
+    @property
+    def patience_s(self) -> float:
+        """How long a request can take at most, from its first byte: what ends on purpose waits as long for those it
+        has."""
+        config = self.config()
+        return config.body_timeout_s + config.request_timeout_s + _LATE_S
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "RayOptions":
@@ -129,6 +141,17 @@ class ConversationRouter(RequestRouter):
             num_open = {name: cache.get(one.replica_id) or 0 for name, one in by_name.items()}
             order = choose(pending_request.args[0], num_open, self._spill)
         return [[by_name[name]] for name in order]
+
+
+class ScalingPolicy:
+    """Ray's question how many replicas there are to be, several times a second; one object asks for a deployment."""
+
+    def __init__(self, target: float) -> None:
+        self._rule = LookAhead(target)
+
+    def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+        """Replicas, which Ray rounds up, bounds and, if they are fewer, puts off; and no state of Ray's."""
+        return self._rule.wanted(context.total_num_requests, context.current_time or time.time()), {}
 
 
 class Replica:
@@ -288,6 +311,8 @@ class _Sending:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._begun = True
+            # Ray's proxy adds the client's own or, if it gave none, the one by which the replica knows the request.
+            message = {**message, "headers": [one for one in message["headers"] if one[0].lower() != _OF_RAY]}
             kind = dict(message["headers"]).get(b"content-type", b"").decode("latin-1").partition(";")[0]
             self._stream = kind if kind in ("text/event-stream", "application/x-ndjson") else ""
         elif message["type"] == "http.response.body":
@@ -331,14 +356,29 @@ def failure_event(path: str, error: ApiError) -> bytes:
 
 
 def build(values: dict[str, Any]) -> Any:
-    """Serve's application; what a Serve YAML imports, with its ``args``."""
+    """Serve's application; what a Serve YAML imports, with its ``args``. ValueError or OSError if there is no such
+    model, so that what is served already goes on: a replica finds that out when another one has ended for it."""
+    from wedlm.model import load_tokenizer  # with torch, which the ingress does without
+    from wedlm.model.formats.checkpoint import open_checkpoint
+
     options = RayOptions.of(values)
+    open_checkpoint(options.model)
+    load_tokenizer(options.model)
     config, engine = options.config(), options.engine
     room = int(engine.get("max_num_seqs", _default("max_num_seqs"))) + config.max_queue
     scale: dict[str, Any] = {"num_replicas": options.replicas}
     if options.autoscale is not None:
         least, most, target = options.autoscale
-        scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": target}
+        policy = AutoscalingPolicy(policy_function=f"{__name__}:ScalingPolicy", policy_kwargs={"target": target})
+        scaling = AutoscalingConfig(
+            min_replicas=least,
+            max_replicas=most,
+            target_ongoing_requests=target,
+            look_back_period_s=LOOK_BACK_S,
+            upscale_delay_s=0.0,
+            downscale_delay_s=DOWN_AFTER_S,
+            policy=policy,
+        )
         scale = {"autoscaling_config": scaling}
     router = RequestRouterConfig(
         request_router_class=ConversationRouter,  # type: ignore[arg-type] # pydantic's plug-in would know
@@ -350,16 +390,21 @@ def build(values: dict[str, Any]) -> Any:
         max_ongoing_requests=room + 8,  # one that is full says so itself
         ray_actor_options=options.share.needs,
         request_router_config=router,
-        graceful_shutdown_timeout_s=config.shutdown_timeout_s,
+        graceful_shutdown_timeout_s=options.patience_s,
         health_check_period_s=_HEALTH_S,
+        max_surge_percent=int(options.surge),  # rounded up to a replica
         **scale,
     )
+    # Serve replaces this one, too, at each change, by default before there is another, and ends it after 20 s.
     ingress: Any = serve.deployment(
-        Ingress, name="Ingress", max_ongoing_requests=_MOST_OPEN, ray_actor_options={"num_cpus": 0}
+        Ingress,
+        name="Ingress",
+        max_ongoing_requests=_MOST_OPEN,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=options.patience_s,
+        max_surge_percent=100,
     )
-    # Without what these do not depend on: another number of replicas restarts none.
-    inside = replace(options, replicas=1, autoscale=None, routing="prefix", spill=SPILL).plain()
-    return ingress.bind(replica.bind(inside), inside)
+    return ingress.bind(replica.bind(options.plain()), options.plain())
 
 
 def _default(name: str) -> Any:
