@@ -59,7 +59,10 @@ class Scheduler:
 
     def decoding(self) -> list[Request]:
         """The requests whose windows the next step may run: those that run, and those that could be let in."""
-        places = max(1, self.max_num_seqs - len(self.running))
+        if not self.waiting:
+            return self.running.copy()
+        first = self.waiting[0].order  # may take the place of those behind it
+        places = self.max_num_seqs - len(self.running) + sum(first < request.order for request in self.running)
         return [*self.running, *islice(self.waiting, places)]
 
     def rows_beside_prompts(self, unread: Unread) -> int | None:
