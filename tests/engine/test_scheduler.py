@@ -202,3 +202,19 @@ def test_those_that_run_come_first(seed, lagging, policy):
     assert moved > 3
     assert lagging or (passed_over > 0) == (policy == "fcfs")
     assert engine.pool.num_available == engine.pool.num_pages
+
+
+def test_a_plan_that_is_dropped_changes_no_window():
+    """The next plan must expect the rows that the window has."""
+    engine = stub_engine(MODEL)
+    for rows in range(1, 65):  # each row costs as much, so AR is the best
+        engine.controller.costs.add(rows, float(rows))
+    engine.controller._most_rows_measured = 64
+    request = engine.add("one", [1, 2, 3], SamplingParams(decoding="auto", max_tokens=3))
+    most = request.limits.max_rows
+    dropped = engine._plan({})
+    assert num_first_windows(dropped) == 1
+    assert request.limits.max_rows == most > dropped.row_budget
+    engine.step()
+    check_engine(engine)
+    assert request.limits.max_rows == 1

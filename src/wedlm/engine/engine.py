@@ -103,8 +103,10 @@ class Engine:
                 assert not self.requests, "requests wait, but nothing can run"
                 return []
             if not self.runner.can_launch(plan):
-                return self.process(plan, self.runner.run(plan))
-            self._pending = plan, self.runner.launch(plan)
+                results = self.runner.run(plan)
+                self.controller.limit(plan)
+                return self.process(plan, results)
+            self._pending = self._launch(plan)
         plan, pending = self._pending
         following = self._launch_after(plan)
         changed = self.process(plan, pending.wait())
@@ -166,7 +168,12 @@ class Engine:
         ahead = self._plan(unread_of(plan))
         if ahead is None or not ahead.scheduled or not self.runner.can_launch(ahead):
             return None
-        return ahead, self.runner.launch(ahead)
+        return self._launch(ahead)
+
+    def _launch(self, plan: StepPlan) -> tuple[StepPlan, PendingStep]:
+        pending = self.runner.launch(plan)
+        self.controller.limit(plan)
+        return plan, pending
 
     def process(self, plan: StepPlan, results: StepResults) -> list[Request]:
         """Deliver a step's results to the requests that still run."""

@@ -55,7 +55,7 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class RequestCounters:
-    """Forwards, rows and drafts after the prompt's, and times in seconds of the engine's clock. Drafts from the text
+    """Forwards and rows of windows, and their drafts, and times in seconds of the engine's clock. Drafts from the text
     (``lookup``) are included in all drafts. Written by the engine alone."""
 
     arrival_time: float
@@ -173,8 +173,9 @@ class RequestStats(ByName):
     """Figures of one request.
 
     ``tokens_per_forward`` and ``p_cache`` (tokens per row run) belong together, because many rows may buy few tokens.
-    Forwards, rows and drafts exclude the prompt's; drafts from the text (``lookup``) are included in all drafts. Times
-    are in seconds: ``queue_s`` from the arrival to the first step, ``elapsed_s`` to the end.
+    Forwards, rows and drafts are those of windows, so rows exclude the prompt's, and a forward counts if it ran the
+    window; drafts from the text (``lookup``) are included in all drafts. Times are in seconds: ``queue_s`` from the
+    arrival to the first step, ``elapsed_s`` to the end.
 
     The two speeds under the original's names are lower bounds, because a step may hold prompts and windows: prompt
     tokens over the time to the first token, and all tokens over the time to the end, both counted from the arrival.

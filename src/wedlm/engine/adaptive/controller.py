@@ -121,16 +121,24 @@ class Controller:
         request.limits.lookup = request.limits.proposal = None
 
     def set_row_budgets(self, plan: StepPlan) -> StepPlan:
-        """Add to the plan the rows for adaptive windows, and set their limits accordingly."""
+        """Add to the plan the rows for adaptive windows. Call ``limit`` once it runs."""
         adaptive = [one.request for one in plan.scheduled if one.is_window and one.request.decode.is_adaptive]
         if not adaptive:
             return plan
         assert self.draft_budget is not None
         most = max(request.decode.row_budget for request in adaptive)
         budget = self.draft_budget.choose(sum(one.is_window for one in plan.scheduled), most)
-        for request in adaptive:
-            request.limits.max_rows = min(request.decode.row_budget, budget.rows)
         return replace(plan, row_budget=budget.rows, max_drafts=budget.drafts)
+
+    def limit(self, plan: StepPlan) -> None:
+        """Note the most rows that adaptive windows can have after a step that runs, or that has run. A plan may be
+        dropped, and then they stay as wide as they are."""
+        if self.draft_budget is None:
+            return
+        for one in plan.scheduled:
+            decode = one.request.decode
+            if one.is_window and decode.is_adaptive:
+                one.request.limits.max_rows = min(decode.row_budget, plan.row_budget)
 
     def observe(self, plan: StepPlan, results: StepResults) -> None:
         """Learn from a step that has just been read: what it cost, and what became of drafts."""
