@@ -77,13 +77,15 @@ def test_an_unknown_option_is_typers_error():
 
 
 _WRITES = """
-import sys
+import subprocess, sys
 from wedlm.cli import app, main
 from wedlm.cli.options import command
 from wedlm.cli.terminal import note, write
 def short() -> None:
     note(f"read {sys.stdin.read()!r}")
     write("text")
+    is_open = "import os, sys; [os.fstat(number) for number in range(3)]; sys.exit(0)"
+    assert subprocess.run([sys.executable, "-c", is_open]).returncode == 0
 app.registered_commands.clear()
 app.command("short")(command(short))
 app.command("other")(command(short))

@@ -100,4 +100,5 @@ def _open_standard_streams() -> None:
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
+            os.set_inheritable(number, True)  # or it would be closed again in the processes that we start
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8"))
