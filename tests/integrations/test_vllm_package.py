@@ -100,8 +100,9 @@ def test_settings_survive_the_config():
     assert StreamingSettings.from_hf(SimpleNamespace(**json.loads(json.dumps(given.to_hf())))) == given
     with pytest.raises(ValueError, match=r"expected a checkpoint that .* wrote"):
         StreamingSettings.from_hf(SimpleNamespace(canvas_length=4))
-    with pytest.raises(ValueError, match="expected mask_token_id"):
-        StreamingSettings.from_hf(SimpleNamespace(canvas_length=4, wedlm_streaming={"tau": 1}))
+    for values in ({"tau": 1}, {"mask_token_id": 5, "num_rows": 4}):
+        with pytest.raises(ValueError, match="expected mask_token_id"):
+            StreamingSettings.from_hf(SimpleNamespace(canvas_length=4, wedlm_streaming=values))
 
 
 def vllm_config(**changes):

@@ -77,10 +77,10 @@ class StreamingSettings:
                 f"config.json has {SETTINGS_KEY} {values!r}; expected a checkpoint that `python -m wedlm_vllm.convert` "
                 "wrote"
             )
-        unknown = set(values) - {field.name for field in fields(cls)}
+        unknown = set(values) - ({field.name for field in fields(cls)} - {"num_rows"})  # which stands outside
         if unknown or "mask_token_id" not in values:
             raise ValueError(
-                f"{SETTINGS_KEY} of config.json has {', '.join(sorted(values)) or 'nothing'}; expected mask_token_id "
+                f"{SETTINGS_KEY} of config.json has {', '.join(sorted(values)) or 'nothing':.200}; expected mask_token_id "
                 "and other fields of StreamingSettings"
             )
         return cls(num_rows=num_rows, **values)  # type: ignore[arg-type]
