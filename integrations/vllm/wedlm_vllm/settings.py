@@ -80,7 +80,7 @@ class StreamingSettings:
         unknown = set(values) - ({field.name for field in fields(cls)} - {"num_rows"})  # which stands outside
         if unknown or "mask_token_id" not in values:
             raise ValueError(
-                f"{SETTINGS_KEY} of config.json has {', '.join(sorted(values)) or 'nothing':.200}; expected mask_token_id "
-                "and other fields of StreamingSettings"
+                f"{SETTINGS_KEY} of config.json has {', '.join(sorted(values)) or 'nothing':.200}; expected "
+                "mask_token_id and other fields of StreamingSettings"
             )
         return cls(num_rows=num_rows, **values)  # type: ignore[arg-type]
