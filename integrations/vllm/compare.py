@@ -135,8 +135,8 @@ def end_tokens(directory: Path) -> list[int]:
 
 
 def speeds(arguments: argparse.Namespace, generate: Callable[[Sequence[int]], int]) -> dict[str, float]:
-    """Tokens a second with so many requests at a time. ``generate`` takes indices of prompts and returns the number of
-    tokens."""
+    """Tokens a second by the number of requests at a time. ``generate`` takes indices of prompts and returns the number
+    of tokens."""
     found = {}
     for count in arguments.requests:
         groups = [list(range(i, i + count)) for i in (range(8) if count == 1 else (0,))]

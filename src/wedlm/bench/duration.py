@@ -13,7 +13,7 @@ from wedlm.bench.steps import AUTO_WARM_STEPS, fixed_batches
 from wedlm.bench.target import Target
 
 _MEASURED_ROWS = 128
-_MOST_FREE_ROWS = 200  # where so few cost nothing that can be measured: long prompts need more, and those do cost
+_MOST_FREE_ROWS = 200  # in the time of an empty step: few rows cost nothing that can be measured, but those of long prompts do
 _AUTO_ROWS = 4  # of a sequence, on average
 # Steps of one row, in engines of both kinds, that one run of a part beside llama.cpp takes at the usual workload.
 _LLAMACPP_STEPS = {"step": 600, "chat": 7000, "streams": 3500, "prompt": 2500, "cold": 600, "busy": 900}
@@ -78,7 +78,7 @@ class _Work:
         self.prompt_s = len(target.prompts.of(0, settings.workload.prompt)) * costs.row_s
 
     def fixed(self, batch: int, rows: float, prompt_s: float | None = None) -> float:
-        """All runs of a case with a fixed batch, whose sequences have so many rows."""
+        """All runs of a case with a fixed batch, whose sequences have ``rows`` rows."""
         steps = self.workload.steps + self.workload.warm_steps
         prompts_s = batch * (self.prompt_s if prompt_s is None else prompt_s)
         return self.runs * (prompts_s + steps * self.costs.of(batch * rows))

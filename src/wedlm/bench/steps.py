@@ -45,7 +45,7 @@ def _fixed(bench: Bench, batch: int, mode: str, length: int | None = None, **opt
 
 
 class FixedBatch(NamedTuple):
-    """A batch whose sequences all have so many rows in each step."""
+    """A batch whose sequences all have ``rows`` rows in each step."""
 
     mode: str
     batch: int

@@ -21,8 +21,8 @@ from wedlm.kernels.launch import launch_options, pdl_wait, processors, supports_
 @dataclass(frozen=True)
 class Tile:
     """At most this many rows (query heads of a key head count as rows) over this many keys at once. ``halves``: keys
-    that every row of a tile sees go through a separate loop, which masks nothing. ``copies``: that loop copies keys
-    tile by tile, through tensor descriptors (Hopper's bulk copies); a page must hold whole tiles."""
+    that every row of a tile sees go through a separate loop, which masks nothing. ``copies``: both loops copy keys and
+    values tile by tile, through tensor descriptors (Hopper's bulk copies); a page must hold whole tiles."""
 
     rows: int
     keys: int

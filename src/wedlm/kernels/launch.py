@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programmatic dependent launch: a kernel starts while its predecessor drains, and waits only before it reads."""
+"""What a device offers to kernels: processors, tensor descriptors, and programmatic dependent launch, by which a kernel
+starts while its predecessor drains, and waits only before it reads."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,7 +16,7 @@ def supports_pdl(device: torch.device) -> bool:
 
 
 class Processors(NamedTuple):
-    """Of a device: how many there are, and the bytes of memory that the threads of one program can share."""
+    """How many processors a device has, and the bytes of memory that the threads of one program can share."""
 
     number: int
     shared_bytes: int
@@ -32,7 +33,7 @@ def supports_descriptors(device: torch.device) -> bool:
 
 
 def processors(device: torch.device) -> Processors:
-    """Those of a device. Triton's interpreter has a few of Hopper's."""
+    """The processors of a tensor's device. Triton's interpreter counts as a small Hopper."""
     return _processors(device.index or 0) if device.type == "cuda" else _INTERPRETER
 
 

@@ -18,7 +18,7 @@ from wedlm.kernels.launch import launch_options, pdl_wait, processors, supports_
 
 # The library's product is faster at more rows: whole steps on an H200, in bfloat16 and FP8 (docs/log.md, 2026-11-29).
 MAX_ROWS = 64
-# Up to so many rows the parts of K are left to their reader, because there are too few tiles to keep a GPU busy.
+# Up to this many rows the parts of K are left to their reader, because there are too few tiles to keep a GPU busy.
 APART_ROWS = 256
 _PART_DEPTH = 256  # parts of K are multiples of it, whatever the tiles: the deepest tile
 _OTHER_BYTES = 4096  # of shared memory, beside tiles: barriers
