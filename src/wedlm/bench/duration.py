@@ -13,7 +13,8 @@ from wedlm.bench.steps import AUTO_WARM_STEPS, fixed_batches
 from wedlm.bench.target import Target
 
 _MEASURED_ROWS = 128
-_MOST_FREE_ROWS = 200  # in the time of an empty step: few rows cost nothing that can be measured, but those of long prompts do
+# In the time of an empty step: few rows cost nothing that can be measured, but those of long prompts do.
+_MOST_FREE_ROWS = 200
 _AUTO_ROWS = 4  # of a sequence, on average
 # Steps of one row, in engines of both kinds, that one run of a part beside llama.cpp takes at the usual workload.
 _LLAMACPP_STEPS = {"step": 600, "chat": 7000, "streams": 3500, "prompt": 2500, "cold": 600, "busy": 900}
