@@ -78,7 +78,7 @@ def pair(a: Texts, b: Texts) -> Values:
         "b": b.name,
         "same": len(places) - parted,
         "parted": parted,
-        "tokens_per_parting": round(together / parted, 2) if parted else None,
+        "tokens_per_parting": round(together / parted, 3) if parted else None,
         "points": round(100 * right.difference, 2),
         "half_width": round(100 * right.half_width, 2),
         "only_a_right": right.only_a,
