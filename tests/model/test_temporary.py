@@ -3,6 +3,8 @@
 
 import errno
 import fcntl
+import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -69,10 +71,34 @@ def test_writers_at_the_same_time(tmp_path):
     assert all(len(set(path.read_text())) == 1 for path in tmp_path.iterdir())
 
 
-def test_it_has_the_permissions_of_its_parent(tmp_path):
-    tmp_path.chmod(0o750)
+def test_no_other_user_can_enter_it(tmp_path):
+    """In a folder that all may write to, such as /tmp, another user could put a link in the place of what is written."""
+    tmp_path.chmod(0o1777)
     with temporary_folder(tmp_path) as folder:
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_where_an_open_file_keeps_a_name(tmp_path, monkeypatch):
+    """As NFS does: a file that is removed while it is open stays in its folder until it is closed."""
+    remove, close = shutil.rmtree, os.close
+
+    def rename(folder, **_):
+        (folder / ".wedlm-lock").rename(tmp_path / "lock")
+        remove(folder)
+        folder.mkdir()
+        (tmp_path / "lock").rename(folder / ".nfs1")
+
+    def unlink(file):
+        close(file)
+        for path in tmp_path.glob("*/.nfs1"):
+            path.unlink()
+
+    monkeypatch.setattr(shutil, "rmtree", rename)
+    monkeypatch.setattr(os, "close", unlink)
+    with temporary_folder(tmp_path) as folder:
+        (folder / "file").write_text("")
+    monkeypatch.undo()
+    assert names(tmp_path) == []
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
@@ -92,6 +118,14 @@ def test_a_link_is_not_followed(tmp_path):
     (tmp_path / ".wedlm-writing-link").symlink_to(tmp_path / "other")
     with temporary_folder(tmp_path):
         assert names(tmp_path / "other") == ["kept"]
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    trap = tmp_path / ".wedlm-writing-trap"
+    trap.mkdir()
+    (trap / ".wedlm-lock").symlink_to(tmp_path / "made")
+    with temporary_folder(tmp_path):
+        assert not (tmp_path / "made").exists()
 
 
 def test_where_nothing_can_be_written_there_is_an_error(tmp_path):
