@@ -7,14 +7,17 @@
 ``answer`` only answers (generated texts and likelihoods), which is what needs the GPU; a stage that its own limit cuts
 short goes on after the others, one that the whole limit cuts short in the next call. One process does not fill a GPU at
 this size: ``--processes`` run beside each other, each taking the next stage that no other has. ``score`` scores the
-finished stages, on any machine: it runs the generated code, compares verified with AR decoding and streaming with AR
-question by question, and writes one summary. Everything in between is in the output folder (``--pack`` puts it into one
-archive, whatever happens; unpack it there to go on).
+finished stages, and of those that were cut short the first questions, up to one that has no answer. It works on any
+machine, runs the generated code, compares verified with AR decoding and streaming with AR question by question, and
+writes one summary, which benchmarks/embedded_tables.py puts into the docs. Everything in between is in the output
+folder (``--pack`` puts it into one archive, whatever happens; unpack it there to go on).
 """
 
 import argparse
 import fcntl
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -42,7 +45,7 @@ from wedlm.evaluate.result_folder import Sample
 from wedlm.evaluate.run import Evaluation, load_tasks
 from wedlm.evaluate.settings import Params, Settings, make_params, protocol_tasks
 from wedlm.model.demo import DEMO_NEXT_TOKEN
-from wedlm.model.formats.save import write_whole
+from wedlm.model.formats.save import write_json_lines, write_whole
 
 AR, VERIFIED = Params(decoding="autoregressive"), Params(decoding="verified")
 STREAMING = Params(decoding="streaming", next_token=DEMO_NEXT_TOKEN)
@@ -62,6 +65,8 @@ SWEEP = [
         ("causal", 3, 0.4, 0.02),
         ("causal", 8, 0.4, 0.1),
         ("causal", 16, 0.2, 0.02),
+        ("causal", 16, 0.15, 0.02),
+        ("causal", 4, 0.15, 0.02),
         ("masked", 4, 0.4, 0.02),
         ("masked", 16, 0.4, 0.02),
         ("causal", 16, 0.1, 0.02),
@@ -70,10 +75,12 @@ SWEEP = [
     )
 ]
 SWEPT = ("next_token", "window_size", "entropy_threshold", "pos_penalty")
-NUM_URGENT, ON_CODE = 10, (*SWEEP[:4], SWEEP[9])  # before the rest of the table; on HumanEval and MBPP, too
+NUM_URGENT = 12  # before the rest of the table
+ON_CODE = (*SWEEP[:4], *SWEEP[9:11], SWEEP[14])  # on HumanEval and MBPP, too
 PAPER_GENERATED = ("gsm8k", "humaneval", "mbpp", "math500", "humaneval_plus", "arc_c", "arc_e")
 PAPER_LARGE, LARGE_LIMIT = ("hellaswag", "mmlu"), 2000
 GRACE_S = 10  # for what runs at the deadline
+TIMES = ("seconds", "tokens_per_second", "samples_per_second")
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,8 @@ class Stage:
 
     @property
     def asks(self) -> tuple[Any, ...]:
-        """What two stages that put the same questions in the same words to the same weights share."""
-        return self.task, self.limit, self.num_fewshot, self.chat, self.dtype
+        """What two stages that put questions in the same words to the same weights share."""
+        return self.task, self.num_fewshot, self.chat, self.dtype
 
 
 def stages() -> list[Stage]:
@@ -283,19 +290,24 @@ def answer_one(bench: Bench, stage: Stage, deadline: float) -> dict[str, Any]:
 
 
 def score(bench: Bench) -> None:
-    """Write the runs of all finished stages, and the summary."""
+    """Write the runs of all stages that have answers, and the summary."""
     known, runs = finished(bench.arguments.output), []
-    for stage in [one for one in chosen(bench.arguments) if one.name in known]:
+    for whole in chosen(bench.arguments):
+        stage: Stage | None = whole
+        if whole.name not in known:
+            stage = begun(bench, whole)
+        elif bench.evaluation(whole, scores=False).key(whole.params) != known[whole.name]["key"]:
+            raise ValueError(f"{whole.name} was answered by another model, --dtype or data; expected the same here")
+        if stage is None:
+            continue
         evaluation = bench.evaluation(stage, scores=True)
         sweep = {name: getattr(stage.params, name) for name in stage.sweep}
-        if evaluation.key(stage.params) != known[stage.name]["key"]:
-            raise ValueError(f"{stage.name} was answered by another model, --dtype or data; expected the same here")
         record = evaluation.find(stage.params) or evaluation.run(stage.params, sweep)
         (result,) = record["tasks"].values()
         path = evaluation.settings.output / result["samples_file"]
         samples = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         runs.append((stage, record, samples))
-        print(json.dumps(row_of(stage, record)), flush=True)
+        print(json.dumps(row_of(stage, record, bench.arguments.times)), flush=True)
     pairs = [same_texts(bench, *pair) for pair in pairs_of(runs, "verified")]
     machine = runs[0][1] if runs else {}
     report = {
@@ -304,24 +316,46 @@ def score(bench: Bench) -> None:
         "command": "python -m benchmarks.embedded_eval answer ...; python -m benchmarks.embedded_eval score ...",
         "verified_against_ar": pairs,
         "streaming_against_ar": [difference(*pair) for pair in pairs_of(runs, "streaming")],
-        "points": [row_of(stage, record) for stage, record, _ in runs],
+        "points": [row_of(stage, record, bench.arguments.times) for stage, record, _ in runs],
     }
     bench.arguments.summary.parent.mkdir(parents=True, exist_ok=True)
     bench.arguments.summary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {bench.arguments.summary}")
 
 
-def row_of(stage: Stage, record: dict[str, Any]) -> dict[str, Any]:
+def begun(bench: Bench, stage: Stage) -> Stage | None:
+    """A run of the first questions of a stage that was cut short, up to one that has no answer, with their answers in
+    its log. None if the stage has none, or scores likelihoods.
+
+    Later answers are left out, because those that ended before others are the short ones.
+    """
+    evaluation = bench.evaluation(stage, scores=False)
+    log = AnswerLog(evaluation.partial_path(evaluation.key(stage.params), stage.task))
+    count = next(number for number in itertools.count() if "text" not in (log.find(number, 0) or {}))
+    if count == 0:
+        return None
+    part = replace(stage, name=f"{stage.name} first {count}", limit=count)
+    evaluation = bench.evaluation(part, scores=False)
+    if evaluation.find(part.params) is None:
+        kept = ({"doc_id": doc, "index": 0, **log.entries[doc, 0]} for doc in range(count))
+        path = evaluation.partial_path(evaluation.key(part.params), part.task)
+        write_json_lines(path, [*({"origin": origin} for origin in log.origins), *kept])
+    return part
+
+
+def row_of(stage: Stage, record: dict[str, Any], times: bool) -> dict[str, Any]:
     (result,) = record["tasks"].values()
+    speed = {name: value for name, value in result["speed"].items() if times or name not in TIMES}
     kept = ("num_samples", "num_fewshot", "metric", "value", "stderr", "metrics")
     params = {"params": asdict(stage.params)} if result["kind"] == "generate" else {}
     facts = {"dtype": stage.dtype, "chat_template": stage.chat, **params}
-    return {"stage": stage.name, "task": stage.task, **{k: result[k] for k in kept}, "speed": result["speed"], **facts}
+    return {"stage": stage.name, "task": stage.task, **{k: result[k] for k in kept}, "speed": speed, **facts}
 
 
 def pairs_of(runs: list[tuple], decoding: str) -> list[tuple]:
-    """AR beside each run of that mode of the same questions."""
-    ar = {one[0].asks: one for one in runs if one[0].params.decoding == "autoregressive"}
+    """AR beside each run of that mode with questions of the same kind; of several, AR's largest run."""
+    of_ar = [one for one in runs if one[0].params.decoding == "autoregressive"]
+    ar = {one[0].asks: one for one in sorted(of_ar, key=lambda one: one[0].limit or math.inf)}
     modes = [one for one in runs if one[0].params.decoding == decoding and one[0].asks in ar]
     return [(ar[one[0].asks], one) for one in modes]
 
@@ -351,6 +385,8 @@ def _sample(line: dict[str, Any]) -> Sample:
 def same_texts(bench: Bench, ar: tuple, verified: tuple) -> dict[str, Any]:
     """How many answers have the same tokens, and where others part."""
     (stage, _, a), (_, _, b) = ar, verified
+    both = {line["doc_id"] for line in a} & {line["doc_id"] for line in b}
+    a, b = ([line for line in lines if line["doc_id"] in both] for lines in (a, b))
     differing = divergences(bench.llm(stage.dtype), a, b, stage.chat)
     return {
         "task": stage.task,
@@ -394,6 +430,12 @@ def main() -> None:
     parser.add_argument("--kv-cache-gb", type=float, default=8.0, help="of each process")
     parser.add_argument("--pack", type=Path, help="answer: put the output folder into this .tar.xz at the end")
     parser.add_argument("--summary", type=Path, default=Path("summary.json"), help="score: where to write")
+    parser.add_argument(
+        "--times",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="score: --no-times if other work ran beside",
+    )
     arguments = parser.parse_args()
     if arguments.what == "list":
         for stage in chosen(arguments):

@@ -81,7 +81,7 @@ def test_every_part(stand_in, small, tiny_checkpoint, tmp_path, capsys):
     told = []
     asked = beside(stand_in, tiny_checkpoint)
     record = run_bench(asked, ["bench", "..."], tmp_path / "out", lambda part, row: told.append((part, row)))
-    assert any("minutes; Ctrl-C ends early" in part for part, _ in told)
+    assert any("Ctrl-C ends early" in part for part, _ in told)
     parts = record.values["parts"]
     assert list(parts) == list(LLAMACPP_PARTS)
     assert all(row["runs"] == 2 for rows in parts.values() for row in rows)

@@ -37,7 +37,7 @@ def test_what_is_written_is_run_as_it_is(source, tmp_path, name, words, said, we
     assert record["stats"]["num_drafted"] == record["stats"]["num_lookup_drafted"]
     first = answered.stderr.splitlines()[0]
     assert "native C++ forward" in first
-    assert weights in first.split("(")[1]
+    assert f"weights: {weights}" in first
     assert "drafts come from the text alone: the checkpoint names no mask token" in first
     widened = generate(written, "--raw", "--json", "--max-tokens", "4", "--dtype", "float32", "abc")
     assert widened.exit_code == 0

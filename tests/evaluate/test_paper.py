@@ -148,8 +148,8 @@ def test_a_run_asks_for_four_tokens_in_a_window_of_four(tmp_path):
     directory = save_tiny(tmp_path / "model", max_position_embeddings=256)
     llm = LLM(directory, device="cpu", dtype="float32")
     asked = []
-    generate_stream = llm.generate_stream
-    llm.generate_stream = lambda ids, params: asked.append(params) or generate_stream(ids, params)  # type: ignore
+    generate_each = llm.generate_each
+    llm.generate_each = lambda ids, params: asked.extend(params) or generate_each(ids, params)  # type: ignore
     settings = Settings(("arc_c_paper",), tmp_path, tmp_path / "out", protocol="paper")
     run = Evaluation(EngineBackend(llm, model_provenance(llm, str(directory), None)), settings, load_tasks(settings))
     record = run.run(make_params("paper", {}), {})

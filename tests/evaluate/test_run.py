@@ -6,14 +6,16 @@ from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from lm_eval.api.instance import Instance
 
 from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.eval_data import write_rows, write_small_sets
 from tests.evaluate.result_files import samples, without_time
 from wedlm.engine.llm import LLM
 from wedlm.engine.sampling_params import SamplingParams
+from wedlm.evaluate.caching_lm import GenerationSettings
 from wedlm.evaluate.data import load
-from wedlm.evaluate.harness import EngineBackend
+from wedlm.evaluate.harness import EngineBackend, EngineLM
 from wedlm.evaluate.provenance import model_provenance
 from wedlm.evaluate.run import Evaluation, load_tasks
 from wedlm.evaluate.settings import Params, Settings
@@ -195,6 +197,18 @@ def test_a_killed_run_goes_on_at_its_first_missing_answer(evaluation, monkeypatc
     assert resumed["tasks"][task]["value"] == whole["tasks"][task]["value"]
     assert [without_time(line) for line in samples(run, resumed, task)] == expected
     assert not partial.exists()
+
+
+def test_a_long_answer_keeps_no_other_from_the_log(llm):
+    """Else a run that is killed loses all that ended after it."""
+    lengths = (24, 2, 4)
+    requests = [
+        Instance("generate_until", {}, ("1 + 1?", {"max_gen_toks": count}), 0, metadata=("", index, 1))
+        for index, count in enumerate(lengths)
+    ]
+    lm = EngineLM(llm, GenerationSettings(SamplingParams(ignore_eos=True)))
+    found = [(request.doc_id, len(entry["token_ids"])) for request, entry in lm.answer(requests)]
+    assert found == [(1, 2), (2, 4), (0, 24)]
 
 
 def scorer(llm, max_rows):

@@ -9,8 +9,7 @@ from tests.engine.tiny_llm import check_empty
 from tests.train.tiny_run import questions, save_base, write_chats
 from wedlm import LLM, SamplingParams
 from wedlm.engine.outputs import GenerationOutput
-from wedlm.train import answers
-from wedlm.train.answers import AnswerSettings, each_answer, write_answers, write_continuations
+from wedlm.train.answers import AnswerSettings, write_answers, write_continuations
 from wedlm.train.encode import encode
 from wedlm.train.sources import read_samples
 
@@ -27,19 +26,17 @@ def prompts_of(llm, count):
     return [llm.tokenizer.encode(question, False) for question, _ in questions(count)]
 
 
-def test_each_answer_is_ars(llm):
-    prompts, found = prompts_of(llm, 12), {}
-    each_answer(llm, prompts, PARAMS, lambda place, output: found.update({place: output.token_ids}))
-    assert [found[place] for place in range(len(prompts))] == [o.token_ids for o in llm.generate(prompts, PARAMS)]
+def test_each_answer_is_that_of_generate(llm):
+    prompts = prompts_of(llm, 12)
+    found = dict(llm.generate_each(prompts, PARAMS))
+    assert [found[place].token_ids for place in range(12)] == [o.token_ids for o in llm.generate(prompts, PARAMS)]
     check_empty(llm)
 
 
 def test_who_stops_leaves_nothing_running(llm):
-    def stops(place, output):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        each_answer(llm, prompts_of(llm, 12), PARAMS, stops)
+    each = llm.generate_each(prompts_of(llm, 12), PARAMS)
+    next(each)
+    each.close()
     check_empty(llm)
 
 
@@ -47,11 +44,11 @@ def test_who_stops_leaves_nothing_running(llm):
 def decided(monkeypatch):
     """Every answer has text, and its prompt says whether it ends by itself."""
 
-    def each(llm, prompts, params, done):
+    def each(llm, prompts, params):
         for place, prompt in enumerate(prompts):
-            done(place, GenerationOutput("it is cat", [], None, "stop" if sum(prompt) % 2 else "length"))
+            yield place, GenerationOutput("it is cat", [], None, "stop" if sum(prompt) % 2 else "length")
 
-    monkeypatch.setattr(answers, "each_answer", each)
+    monkeypatch.setattr(LLM, "generate_each", each)
 
 
 def test_what_does_not_end_is_left_out_unless_kept(llm, tmp_path, decided):

@@ -9,9 +9,8 @@ from typing import Any
 
 from wedlm import LLM, SamplingParams
 from wedlm.accelerate.prompts import Prompt, encode_prompt, with_answer
-from wedlm.engine.outputs import GenerationOutput
 from wedlm.model.formats.save import read_whole_lines, write_json_lines
-from wedlm.train.answers import each_answer, usable_text
+from wedlm.train.answers import usable_text
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,10 @@ def answer_prompts(
     there = read_log(log)
     missing = [number for number in range(len(prompts)) if number not in there]
     tokens, count = 0, len(there)
+    progress(count, len(prompts), 0)
     with log.open("a", encoding="utf-8") as file:
-
-        def done(place: int, output: GenerationOutput) -> None:
-            nonlocal tokens, count
+        asked = [encode_prompt(prompts[number], llm.tokenizer) for number in missing]
+        for place, output in llm.generate_each(asked, params):
             record = {
                 "prompt": missing[place],
                 "answer": output.text,
@@ -55,9 +54,6 @@ def answer_prompts(
             file.flush()
             tokens, count = tokens + len(output.token_ids), count + 1
             progress(count, len(prompts), tokens)
-
-        progress(count, len(prompts), 0)
-        each_answer(llm, [encode_prompt(prompts[number], llm.tokenizer) for number in missing], params, done)
 
 
 def write_training_data(prompts: Sequence[Prompt], log: Path, target: Path) -> AnswerCounts:

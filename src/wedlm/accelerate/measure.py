@@ -22,7 +22,6 @@ from wedlm.engine.resolve_options import read_device, read_dtype
 from wedlm.model.formats.checkpoint import open_checkpoint
 from wedlm.model.formats.save import write_whole
 from wedlm.native import NativeTransformer
-from wedlm.train.answers import each_answer
 
 Values = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -79,13 +78,10 @@ def answer_all(
     """Answer all prompts together. Gives the ids of each answer, its number of forwards, whether it ended, and tokens
     per forward and per row."""
     outputs: dict[int, GenerationOutput] = {}
-
-    def done(place: int, output: GenerationOutput) -> None:
+    progress(0)
+    for place, output in llm.generate_each(prompts, params):
         outputs[place] = output
         progress(len(outputs))
-
-    progress(0)
-    each_answer(llm, prompts, params, done)
     found = [outputs[place] for place in range(len(prompts))]
     totals = Totals.of(found)
     return {

@@ -208,6 +208,30 @@ class LLM:
         outputs |= {index: GenerationOutput.of(request) for index, request in requests.items()}
         return [outputs[index] for index in range(len(prompt_list))]
 
+    def generate_each(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[tuple[int, GenerationOutput]]:
+        """Complete many prompts together, and yield the place and the output of each as soon as it ends.
+
+        The engine has at most twice as many of them at a time as run in a step. ``params``: one for all prompts, or one
+        per prompt. Closing the iterator aborts what has not ended. Raises ValueError at the first prompt that cannot
+        run.
+        """
+        param_list = _param_list(params, len(prompts))
+        most, following = 2 * self.engine.config.options.max_num_seqs, 0
+        running: dict[int, Request] = {}
+        try:
+            while running or following < len(prompts):
+                while following < len(prompts) and len(running) < most:
+                    running[following] = self._add(prompts[following], param_list[following], None, streamed=False)
+                    following += 1
+                with self._engine_alone():
+                    self._step(next(iter(running.values())))
+                for place in [place for place, request in running.items() if request.finish_reason is not None]:
+                    yield place, GenerationOutput.of(running.pop(place))
+        finally:
+            self._abort(list(running.values()))
+
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],

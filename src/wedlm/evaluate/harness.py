@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from wedlm.engine.outputs import GenerationOutput
 from wedlm.engine.sampling_params import SamplingParams
 from wedlm.evaluate.answer_log import Answer
 from wedlm.evaluate.caching_lm import CachingLM, GenerationSettings
@@ -53,9 +52,10 @@ class EngineLM(CachingLM):
         self.llm, self.scorer = llm, LikelihoodScorer(llm)
 
     def answer(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Answer]]:
-        """Give all requests to the engine at once."""
+        """Answer all requests together; an entry comes as soon as its answer ends."""
         prepared = [self.prepare(request) for request in requests]
-        for request, output, truncated in self._generate(requests, prepared):
+        each = self.llm.generate_each([ids for ids, _, _ in prepared], [params for _, params, _ in prepared])
+        for place, output in each:
             assert output.stats is not None
             entry = {
                 "text": output.text,
@@ -65,26 +65,9 @@ class EngineLM(CachingLM):
                 "forwards": output.stats.num_forwards,
                 "rows": output.stats.num_rows,
                 "prompt_tokens": output.stats.num_prompt_tokens,
-                "truncated": truncated,
+                "truncated": prepared[place][2],
             }
-            yield request, entry
-
-    def _generate(
-        self, requests: Sequence[Instance], prepared: Sequence[tuple[list[int], SamplingParams, bool]]
-    ) -> Iterator[tuple[Instance, GenerationOutput, bool]]:
-        """The outputs in the requests' order. All run together, because reading one stream steps the engine for all of
-        them."""
-        streams = [self.llm.generate_stream(ids, params) for ids, params, _ in prepared]
-        try:
-            for request, stream, (_, _, truncated) in zip(requests, streams, prepared, strict=True):
-                output = None
-                for piece in stream:
-                    output = piece.output
-                assert output is not None, "the last piece of a stream carries the output"
-                yield request, output, truncated
-        finally:
-            for stream in streams:
-                stream.close()  # type: ignore[attr-defined]
+            yield requests[place], entry
 
     def score(self, requests: Sequence[Instance]) -> Iterator[tuple[Instance, Answer]]:
         pairs = self.pairs(requests)

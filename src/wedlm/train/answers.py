@@ -5,7 +5,7 @@ Training on the model's own text makes that text easier to predict for its maske
 was; continuations of text do the same for text.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,6 @@ from wedlm.engine.sampling_params import SamplingParams
 from wedlm.model import Tokenizer
 from wedlm.model.formats.save import write_json_lines
 from wedlm.train.sources import read_samples
-
-Done = Callable[[int, GenerationOutput], None]
 
 
 @dataclass(frozen=True)
@@ -40,33 +38,6 @@ class AnswerSettings:
             seed=self.seed + number,
             decoding="autoregressive",
         )
-
-
-def each_answer(
-    llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], done: Done
-) -> None:
-    """Answer all prompts together; ``done`` gets the place and the output of each as soon as it ends. ``params``: one
-    for all, or one each.
-
-    At any time twice as many are in the engine as run in a step. Nothing else uses the engine meanwhile.
-    """
-    engine = llm.engine
-    most = 2 * engine.config.options.max_num_seqs
-    running: dict[str, int] = {}
-    following = 0
-    try:
-        while running or following < len(prompts):
-            while following < len(prompts) and len(running) < most:
-                one = params if isinstance(params, SamplingParams) else params[following]
-                request = engine.add(f"answer-{following}", list(prompts[following]), one, streamed=False)
-                running[request.request_id] = following
-                following += 1
-            for request in engine.step():
-                if request.finish_reason is not None:
-                    done(running.pop(request.request_id), GenerationOutput.of(request))
-    finally:
-        for request_id in running:
-            engine.abort(request_id)
 
 
 def usable_text(answer: str, ended: bool) -> str:
@@ -127,8 +98,7 @@ def write_continuations(
 
 def _outputs(llm: LLM, prompts: Sequence[list[int]], settings: AnswerSettings) -> list[GenerationOutput]:
     """The answers in the order of the prompts."""
-    found: dict[int, GenerationOutput] = {}
-    each_answer(llm, prompts, [settings.params(number) for number in range(len(prompts))], found.__setitem__)
+    found = dict(llm.generate_each(prompts, [settings.params(number) for number in range(len(prompts))]))
     return [found[place] for place in range(len(prompts))]
 
 
