@@ -15,6 +15,8 @@ from tests.model.tiny import our_model
 from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, REMASKINGS
 from wedlm.engine import factory
 from wedlm.engine.execution.captured_step import CapturedStep
+from wedlm.engine.execution.graphs import step_shape
+from wedlm.engine.execution.sampling_tensors import BatchFlags
 from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.sampling_params import GAP_DECODINGS, SamplingParams
 from wedlm.model.inference.layers import pack_for_inference
@@ -133,6 +135,24 @@ def test_a_wide_window_and_a_later_common_one(device):
     assert captured.runner.windows.state.tokens.shape[1] == 64
     assert outcomes(captured, requests)[0] == outcomes(plain, requests)[0]
     assert captured.runner.windows.state.tokens.shape[1] == 128  # the first did not fit
+
+
+def test_logits_of_a_window_wider_than_any_step(device):
+    """They are limited by the rows that it has, beside its prompt's chunk and alone."""
+    one = engine(device, True)
+    one.add("wide", [7, 8, 9], SamplingParams(decoding="streaming", wedlm_window_size=5000))
+    window, chunk = one.scheduler.schedule(None).scheduled
+    flags = BatchFlags.of([window.request.decode])
+    for chunks in ([chunk], []):
+        shape = step_shape([window], chunks, flags)
+        assert shape.num_logits == shape.num_window_rows == 64
+
+
+@pytest.mark.long
+def test_a_window_wider_than_any_step(device):
+    params = SamplingParams(decoding="streaming", max_tokens=3, wedlm_window_size=5000)
+    captured, plain = (outcomes(engine(device, graphs), [([7, 8, 9], params)])[0] for graphs in (True, False))
+    assert captured == plain
 
 
 @pytest.mark.parametrize(

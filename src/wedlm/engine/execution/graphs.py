@@ -122,7 +122,9 @@ def _sizes(windows: list[ScheduledRequest], chunks: list[ScheduledRequest], flag
     flags = replace(flags, adaptive=False, entropy=False, groups=flags.groups and most > 1)
     streaming = num_rows
     if flags.streaming:
-        streaming = sum(w.count if w.request.decode.is_verified else w.request.decode.window_size for w in windows)
+        streaming = sum(
+            w.count if w.request.decode.is_verified else min(w.count, w.request.decode.window_size) for w in windows
+        )
     if not chunks:
         rows = _size(num_rows)
         return StepShape.of_windows(_size(len(windows)), rows, min(rows, _size(streaming)), _size(most), flags)
