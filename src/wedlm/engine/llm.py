@@ -78,6 +78,7 @@ class LLM:
     def _load(self, model: str | Path, chosen: EngineOptions) -> None:
         """Load the tokenizer and the weights."""
         self.device = resolve_options.read_device(chosen.device)
+        resolve_options.make_current(self.device)  # for what this thread runs beside steps
         self.allow_control_tokens = chosen.allow_control_tokens
         self.tokenizer: Tokenizer = load_tokenizer(model)
         if chosen.tensor_parallel_size > 1:

@@ -27,6 +27,12 @@ def read_device(name: str) -> torch.device:
     return device
 
 
+def make_current(device: torch.device) -> None:
+    """Make a numbered GPU the thread's current one, on which Triton's kernels run wherever their tensors are."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def read_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """None means the checkpoint's own."""
     if read_dtype_name("dtype", name) == "auto":

@@ -12,6 +12,7 @@ from wedlm.engine.execution.pending import PendingStep
 from wedlm.engine.execution.windows import Windows
 from wedlm.engine.plan import StepPlan, StepResults
 from wedlm.engine.request import Request, WindowSnapshot
+from wedlm.engine.resolve_options import make_current
 
 
 class Runner:
@@ -31,6 +32,7 @@ class Runner:
 
     def measure_costs(self, costs: StepCosts, most_rows: int) -> None:
         """Measure the costs of the preferred executor."""
+        make_current(self.device)  # steps may run in any thread
         self.executors[0].measure_costs(costs, most_rows)
 
     def can_launch(self, plan: StepPlan) -> bool:
@@ -39,10 +41,12 @@ class Runner:
 
     def launch(self, plan: StepPlan) -> PendingStep:
         """Start a step that ``can_launch`` accepted."""
+        make_current(self.device)  # steps may run in any thread
         return _first_that_takes(self._ahead, plan).launch(plan)
 
     def run(self, plan: StepPlan) -> StepResults:
         """Run any step to its end."""
+        make_current(self.device)  # steps may run in any thread
         return _first_that_takes(self._direct, plan).launch(plan).wait()
 
     def suspend(self, request: Request) -> WindowSnapshot:
