@@ -152,6 +152,14 @@ def test_options_of_a_server_are_refused(changes, message):
         refuse_options(vllm_config(**changes), settings())
 
 
+def test_names_of_requests_that_clients_choose_are_refused(monkeypatch):
+    from wedlm_vllm.checks import refuse_options
+
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+    with pytest.raises(ValueError, match="VLLM_DISABLE_REQUEST_ID_RANDOMIZATION is '1'; expected nothing"):
+        refuse_options(vllm_config(), settings())
+
+
 def test_options_that_follow_are_changed_and_said(caplog):
     from wedlm_vllm.checks import fit_options
 

@@ -4,6 +4,7 @@ parameters of a request where vLLM checks them, so that no other request is harm
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,12 @@ def refuse_options(vllm_config: Any, settings: StreamingSettings) -> None:
             raise ValueError(f"{name} is {getattr(parallel, name)}; expected 1 for a WeDLM checkpoint")
     if not vllm_config.use_v2_model_runner:
         raise ValueError("VLLM_USE_V2_MODEL_RUNNER is 0; expected 1 or nothing: only runner v2 can run windows")
+    variable = "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"
+    if os.environ.get(variable, "0") != "0":
+        raise ValueError(
+            f"{variable} is {os.environ[variable]!r:.80}; expected nothing: windows are kept by name, and a client "
+            "could ask for another's"
+        )
     given = vllm_config.diffusion_config
     if given is not None and given.canvas_length != settings.num_rows:
         raise ValueError(

@@ -48,7 +48,7 @@ def measure_step_costs(target: Target) -> StepCosts:
     short, long, tokens = seconds(few, 8), seconds(many, 1), 8
     # short = tokens * base + (few + tokens - 1) * row, long = base + many * row
     row_s = (tokens * long - short) / (tokens * many - few - tokens + 1)
-    base_s = (short - (few + tokens - 1) * row_s) / tokens
+    base_s = max((short - (few + tokens - 1) * row_s) / tokens, 0.0)  # a busy machine's clock may say less
     return StepCosts(base_s, max(row_s, base_s / _MOST_FREE_ROWS))
 
 
