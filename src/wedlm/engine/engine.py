@@ -102,6 +102,7 @@ class Engine:
             if not plan.scheduled:
                 assert not self.requests, "requests wait, but nothing can run"
                 return []
+            plan = self.controller.set_row_budgets(plan)
             if not self.runner.can_launch(plan):
                 return self.process(plan, self.runner.run(plan))
             self._pending = plan, self.runner.launch(plan)
@@ -137,8 +138,7 @@ class Engine:
         return {request.adapter for request in self.requests.values() if request.adapter is not None}
 
     def _plan(self, unread: Unread) -> StepPlan | None:
-        """Plan the next step with its budgets, and save the windows that it preempts. None if it cannot be planned
-        ahead."""
+        """Plan the next step, and save the windows that it preempts. None if it cannot be planned ahead."""
         self.controller.propose(self.scheduler.decoding())
         prefill_rows = None
         if self.controller.limits_prefill:
@@ -150,7 +150,7 @@ class Engine:
         if plan.preempted or len(self.scheduler.waiting) != num_waiting:
             self._note_starts(plan)
         self._save_windows(plan.preempted)
-        return self.controller.set_row_budgets(plan)
+        return plan
 
     def _note_starts(self, plan: StepPlan) -> None:
         for one in plan.scheduled:
@@ -166,6 +166,7 @@ class Engine:
         ahead = self._plan(unread_of(plan))
         if ahead is None or not ahead.scheduled or not self.runner.can_launch(ahead):
             return None
+        ahead = self.controller.set_row_budgets(ahead)  # not before: the plan of a dropped step must limit nothing
         return ahead, self.runner.launch(ahead)
 
     def process(self, plan: StepPlan, results: StepResults) -> list[Request]:
