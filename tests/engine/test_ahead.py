@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps planned before the one before them is read, prompts included; and what goes to the device unawaited."""
 
+from dataclasses import replace
+
 import torch
 
 from tests.engine.stub_engine import check_engine, check_outcome, stub_engine
 from tests.stub import StubModel
+from wedlm.engine.adaptive.draft_budget import Budget, DraftBudget
 from wedlm.engine.execution.transfer import scatter_rows
 from wedlm.engine.sampling_params import SamplingParams
 
@@ -44,6 +47,31 @@ def test_prompts_are_planned_ahead(monkeypatch):
         assert sum(chunks[name][-1]) == len(prompt) - 1
     assert len(chunks["a"]) > 2
     assert any(len({decodes for _, decodes, *_ in step}) == 2 for step in shares), "no step had both"
+
+
+def test_a_plan_that_is_dropped_changes_no_budget(monkeypatch):
+    """A step that needs the host is planned twice. The first of these plans must not limit the rows of windows that
+    the step before it leaves, or the second one has fewer than they take."""
+    engine = stub_engine(MODEL, lagging=True)
+    params = SamplingParams(decoding="auto", max_tokens=30, wedlm_lookup_drafts=0)
+    engine.add("ahead", [1, 2, 3], params)
+    engine.step()
+    assert engine._pending is not None
+    engine.add("host", [4, 5, 6], replace(params, logprobs=1))
+    monkeypatch.setattr(DraftBudget, "choose", lambda *_: Budget.of(1))
+    engine.step()
+    assert engine._pending is None, "the plan ahead was launched"
+    process = engine.process
+
+    def check(plan, results):
+        rows = [(result.num_rows, one.count) for one, result in zip(plan.scheduled, results, strict=True) if result]
+        assert all(ran <= planned for ran, planned in rows), rows
+        return process(plan, results)
+
+    monkeypatch.setattr(engine, "process", check)
+    while engine.has_work:
+        engine.step()
+        check_engine(engine)
 
 
 def test_scatter_rows():
