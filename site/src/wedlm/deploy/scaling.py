@@ -1,0 +1,1 @@
+../../../../src/wedlm/deploy/scaling.py

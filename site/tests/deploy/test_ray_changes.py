@@ -1,0 +1,1 @@
+../../../tests/deploy/test_ray_changes.py
