@@ -129,7 +129,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytes
         raise OSError("disk full")
 
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    monkeypatch.setattr("wedlm.model.formats.checkpoint.save_shared", fail)
+    monkeypatch.setattr("wedlm.model.formats.save.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_model(our_model("llama"), ModelConfig.from_hf(hf_config("llama")), saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

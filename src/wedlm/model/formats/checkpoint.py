@@ -222,8 +222,7 @@ def save_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, directory: 
         kept.pop("lm_head.weight", None)
     stored = str(kept["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     values = dataclasses.replace(config, dtype=stored).to_hf()
-    with write_whole(directory / WEIGHTS_FILE) as temporary:
-        save_shared(kept, temporary, {"format": "pt"})
+    save_shared(kept, directory / WEIGHTS_FILE, {"format": "pt"})
     with write_whole(directory / "config.json") as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

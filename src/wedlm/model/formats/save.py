@@ -52,9 +52,10 @@ def read_whole_lines(path: Path) -> list[bytes]:
 
 
 def save_shared(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write safetensors with the folder's read permissions.
+    """Write safetensors with the folder's read permissions; the file is complete, or stays as it was.
 
     safetensors >= 0.8 writes mode 0600, but a model trained by one account is served by another.
     """
-    save_file(dict(tensors), path, metadata=dict(metadata))
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    with write_whole(path) as temporary:
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        temporary.chmod(path.parent.stat().st_mode & 0o666)
