@@ -19,9 +19,9 @@ class StubServe:
 
     def __init__(self, monkeypatch, deployed_at=None, fails=False, then=lambda serve: None):
         self.deployed_at, self.fails, self.then = deployed_at, fails, then
-        self.deleted, self.surge, self.is_running = 0, None, False
+        self.deleted, self.surge, self.is_running, self.by = 0, None, False, "another command"
         self.message = "Traceback\nValueError: the replica's own words"
-        for name in ("start", "run", "status", "delete", "shutdown"):
+        for name in ("start", "run", "status", "delete", "shutdown", "get_app_handle"):
             monkeypatch.setattr(serve, name, getattr(self, name))
         monkeypatch.setattr(ray, "is_initialized", lambda: self.is_running)
         monkeypatch.setattr(ray, "shutdown", lambda: None)
@@ -43,12 +43,22 @@ class StubServe:
         self.surge = replica._deployment_config.max_surge_percent
         self.deployed_at = (self.deployed_at or 0) + 1
         if self.fails:
+            self.by = None if self.deployed_at == 1 else self.by
             raise RuntimeError("Deploying application wedlm failed")
+        self.by = app._bound_deployment.init_args[2]
 
     def status(self):
         replica = SimpleNamespace(message=self.message)
         app = SimpleNamespace(last_deployed_time_s=self.deployed_at, deployments={"Replica": replica})
         return SimpleNamespace(applications={} if self.deployed_at is None else {"wedlm": app})
+
+    def get_app_handle(self, name):
+        def result(timeout_s):
+            if self.by is None:
+                raise TimeoutError
+            return self.by
+
+        return SimpleNamespace(deployed_by=SimpleNamespace(remote=lambda: SimpleNamespace(result=result)))
 
     def delete(self, name, _blocking):
         self.deleted, self.deployed_at = self.deleted + 1, None
@@ -79,7 +89,7 @@ def test_it_ends_what_it_has_deployed(monkeypatch, checkpoint, before):
 
 def test_it_does_not_end_what_replaced_that(monkeypatch, checkpoint):
     def replace(one):
-        one.deployed_at = 99.0
+        one.by = "another command"
 
     one = StubServe(monkeypatch, then=replace)
     result = run(checkpoint)

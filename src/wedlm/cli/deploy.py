@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from wedlm.server.config import KEY_VARIABLE, ServerConfig
 
 WHERE = "Replicas"
 _APP = "wedlm"  # its name in Serve
+_ASKED_S = 10.0  # an ingress answers at once; one that does not is not there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,7 @@ def _run(options: Any, surge: bool | None, engine: EngineOptions, threads: int |
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     stopping = threading.Event()
     joins = not ray.is_initialized()
-    mine: float | None = None
+    name, owns = uuid.uuid4().hex, False
     try:
         with status("Starting Ray ..."):
             join_ray()
@@ -148,16 +150,14 @@ def _run(options: Any, surge: bool | None, engine: EngineOptions, threads: int |
             share.check(options.replicas if options.autoscale is None else options.autoscale[0], "--replicas")
             serve.start(http_options={"host": config.host, "port": config.port})
         surge = share.has_room() if surge is None else surge
-        app = build(dataclasses.replace(options, share=share, surge=surge).plain())
-        replaces = _deployed_at() is not None
+        app = build(dataclasses.replace(options, share=share, surge=surge).plain(), name)
+        owns = _APP not in serve.status().applications  # else what is there goes on if this fails
         with status(f"Loading {options.name} ..."):
             try:
                 serve.run(app, name=_APP, route_prefix="/")
-                replaces = False
             except RuntimeError as error:
                 raise ValueError(f"{options.model} cannot be served: {_why(error)}") from error
-            finally:
-                mine = None if replaces else _deployed_at()
+        owns = True
         number = f"{options.replicas}" if options.autoscale is None else "{} to {}".format(*options.autoscale)
         where = f"http://{config.host}:{config.port}"
         note(f"serving {options.name} at {where} by {number} replicas of {share}; Ctrl-C ends it")
@@ -169,19 +169,24 @@ def _run(options: Any, surge: bool | None, engine: EngineOptions, threads: int |
                 signal.signal(one, handler)
     finally:
         if ray.is_initialized():
-            _stop(mine, config.shutdown_timeout_s)
+            if owns:
+                _stop(name, config.shutdown_timeout_s)
             if joins:
                 if not serve.status().applications:
                     serve.shutdown()
                 ray.shutdown()  # and Ray itself, if this command started it
 
 
-def _deployed_at() -> float | None:
-    """When what is served was deployed, by Serve's clock; None if nothing is."""
+def _deployed_by() -> str | None:
+    """Which command deployed what is served; None if no ingress says so."""
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
-    app = serve.status().applications.get(_APP)
-    return None if app is None else app.last_deployed_time_s
+    try:
+        return serve.get_app_handle(_APP).deployed_by.remote().result(timeout_s=_ASKED_S)
+    except (RayError, RayServeException, TimeoutError):
+        return None
 
 
 def _why(error: RuntimeError) -> str:
@@ -193,17 +198,15 @@ def _why(error: RuntimeError) -> str:
     return next((one.splitlines()[-1] for one in said), str(error))
 
 
-def _stop(mine: float | None, patience_s: float) -> None:
-    """End what was deployed at ``mine``. Requests have ``patience_s`` to end; on a cluster that goes on they have as
-    long as they need, without this command."""
+def _stop(name: str, patience_s: float) -> None:
+    """End what the command of that name deployed. Requests have ``patience_s`` to end; on a cluster that goes on they
+    have as long as they need, without this command."""
     from ray import serve
 
-    if mine is None:
-        return
-    if _deployed_at() != mine:
+    if _deployed_by() not in (name, None):  # an application that never ran has no ingress to ask
         note("another command has deployed something else in its place, which goes on")
         return
     serve.delete(_APP, _blocking=False)
     end = time.monotonic() + patience_s
-    while _deployed_at() is not None and time.monotonic() < end:
+    while _APP in serve.status().applications and time.monotonic() < end:
         time.sleep(0.1)

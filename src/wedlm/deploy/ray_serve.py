@@ -227,11 +227,16 @@ def _load(options: RayOptions) -> Any:
 
 @serve.ingress()
 class Ingress:
-    """The ASGI app that Ray's proxy calls."""
+    """The ASGI app that Ray's proxy calls. ``deployed_by``: a name for the command that deployed it, which Serve's own
+    status does not tell."""
 
-    def __init__(self, replicas: DeploymentHandle, values: Mapping[str, Any]) -> None:
-        self._replicas = replicas
+    def __init__(self, replicas: DeploymentHandle, values: Mapping[str, Any], deployed_by: str) -> None:
+        self._replicas, self._deployed_by = replicas, deployed_by
         self._config = RayOptions.of(values).config()
+
+    def deployed_by(self) -> str:
+        """For the command line (``_stop``)."""
+        return self._deployed_by
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._serve
@@ -355,9 +360,11 @@ def failure_event(path: str, error: ApiError) -> bytes:
     return event("", error.body) + b"data: [DONE]\n\n"
 
 
-def build(values: dict[str, Any]) -> Any:
+def build(values: dict[str, Any], deployed_by: str = "") -> Any:
     """Serve's application; what a Serve YAML imports, with its ``args``. ValueError or OSError if there is no such
-    model, so that what is served already goes on: a replica finds that out when another one has ended for it."""
+    model, so that what is served already goes on: a replica finds that out when another one has ended for it.
+
+    ``deployed_by`` is the ingress's."""
     from wedlm.model import load_tokenizer  # with torch, which the ingress does without
     from wedlm.model.formats.checkpoint import open_checkpoint
 
@@ -404,7 +411,7 @@ def build(values: dict[str, Any]) -> Any:
         graceful_shutdown_timeout_s=options.patience_s,
         max_surge_percent=100,
     )
-    return ingress.bind(replica.bind(options.plain()), options.plain())
+    return ingress.bind(replica.bind(options.plain()), options.plain(), deployed_by)
 
 
 def _default(name: str) -> Any:
