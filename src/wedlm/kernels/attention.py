@@ -213,6 +213,17 @@ def _after_part(best, total, acc, best_p, total_p, acc_p):
 
 
 @triton.jit
+def _begin_part(first_key, best, total, acc, best_p, total_p, acc_p, BLOCK_M: tl.constexpr, D: tl.constexpr):
+    """Where a fixed part begins, merge the one before it, and begin with no keys; elsewhere nothing changes."""
+    if _is_fixed_start(first_key) & (first_key > 0):
+        best, total, acc = _after_part(best, total, acc, best_p, total_p, acc_p)
+        best_p = tl.full((BLOCK_M,), _LOWEST, tl.float32)
+        total_p = tl.zeros((BLOCK_M,), tl.float32)
+        acc_p = tl.zeros((BLOCK_M, D), tl.float32)
+    return best, total, acc, best_p, total_p, acc_p
+
+
+@triton.jit
 def _all_fixed_parts(
     q, stop, seen, keys_ptr, values_ptr, keys_copy, values_copy, key_scale_ptr, value_scale_ptr, table, kv_head, row,
     cached, shared, own, scale_log2,
@@ -229,22 +240,18 @@ def _all_fixed_parts(
     if HALVES:
         middle = tl.minimum(seen, stop) // BLOCK_N * BLOCK_N
         for first_key in tl.range(0, middle, BLOCK_N, num_stages=STAGES):
-            if _is_fixed_start(first_key) & (first_key > 0):
-                best, total, acc = _after_part(best, total, acc, best_p, total_p, acc_p)
-                best_p = tl.full((BLOCK_M,), _LOWEST, tl.float32)
-                total_p = tl.zeros((BLOCK_M,), tl.float32)
-                acc_p = tl.zeros((BLOCK_M, D), tl.float32)
+            best, total, acc, best_p, total_p, acc_p = _begin_part(
+                first_key, best, total, acc, best_p, total_p, acc_p, BLOCK_M, D
+            )
             best_p, total_p, acc_p = _add_keys(
                 q, best_p, total_p, acc_p, first_key, stop, keys_ptr, values_ptr, keys_copy, values_copy,
                 key_scale_ptr, value_scale_ptr, table, kv_head, row, cached, shared, own, scale_log2,
                 KV_HEADS, D, PAGE, BLOCK_N, False, GROUPS, FP8, COPIES,
             )  # fmt: skip
     for first_key in tl.range(middle, stop, BLOCK_N, num_stages=STAGES):
-        if _is_fixed_start(first_key) & (first_key > 0):
-            best, total, acc = _after_part(best, total, acc, best_p, total_p, acc_p)
-            best_p = tl.full((BLOCK_M,), _LOWEST, tl.float32)
-            total_p = tl.zeros((BLOCK_M,), tl.float32)
-            acc_p = tl.zeros((BLOCK_M, D), tl.float32)
+        best, total, acc, best_p, total_p, acc_p = _begin_part(
+            first_key, best, total, acc, best_p, total_p, acc_p, BLOCK_M, D
+        )
         best_p, total_p, acc_p = _add_keys(
             q, best_p, total_p, acc_p, first_key, stop, keys_ptr, values_ptr, keys_copy, values_copy, key_scale_ptr,
             value_scale_ptr, table, kv_head, row, cached, shared, own, scale_log2,

@@ -121,41 +121,29 @@ def _silu_mul(
 
 
 @triton.jit
-def _gated_tile(
-    gate_up_ptr, row_scale_ptr, column_scale_ptr, row, column, num_rows, size,
-    SCALED: tl.constexpr, DTYPE: tl.constexpr,
+def _silu_mul_tiles(
+    gate_up_ptr, row_scale_ptr, column_scale_ptr, out_ptr, largest_ptr, num_rows, size,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) · up [R, B] in DTYPE of some rows [R] and columns [B], zero outside the tensor. The scales of columns
-    are read once for all rows."""
+    """silu(gate) · up of a product without its scales, and the largest number of each row in each block of columns
+    [T, blocks]. The scales of columns are read once for all rows of a tile."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pdl_wait(PDL)
     inside_row, inside = row < num_rows, column < size
     mask = inside_row[:, None] & inside[None]
     place = gate_up_ptr + row[:, None] * 2 * size + column[None]
     gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(place + size, mask=mask, other=0.0).to(tl.float32)
-    if SCALED:
-        gate_scale = tl.load(column_scale_ptr + column, mask=inside, other=0.0)[None]
-        up_scale = tl.load(column_scale_ptr + size + column, mask=inside, other=0.0)[None]
-        row_scale = tl.load(row_scale_ptr + row, mask=inside_row, other=0.0)[:, None]
-        gate = (gate * row_scale * gate_scale).to(DTYPE).to(tl.float32)
-        up = (up * row_scale * up_scale).to(DTYPE).to(tl.float32)
-    return _gated(gate, up, DTYPE), mask
-
-
-@triton.jit
-def _silu_mul_tiles(
-    gate_up_ptr, row_scale_ptr, column_scale_ptr, out_ptr, largest_ptr, num_rows, size,
-    SCALED: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """silu(gate) · up, and the largest number of each row in each block of columns [T, blocks]."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    pdl_wait(PDL)
-    gated, mask = _gated_tile(
-        gate_up_ptr, row_scale_ptr, column_scale_ptr, row, column, num_rows, size, SCALED, DTYPE
-    )  # fmt: skip
+    gate_scale = tl.load(column_scale_ptr + column, mask=inside, other=0.0)[None]
+    up_scale = tl.load(column_scale_ptr + size + column, mask=inside, other=0.0)[None]
+    row_scale = tl.load(row_scale_ptr + row, mask=inside_row, other=0.0)[:, None]
+    gate = (gate * row_scale * gate_scale).to(DTYPE).to(tl.float32)
+    up = (up * row_scale * up_scale).to(DTYPE).to(tl.float32)
+    gated = _gated(gate, up, DTYPE)
     tl.store(out_ptr + row[:, None] * size + column[None], gated, mask=mask)
     largest = tl.max(tl.abs(gated.to(tl.float32)), axis=1)
-    tl.store(largest_ptr + row * tl.num_programs(1) + tl.program_id(1), largest, mask=row < num_rows)
+    tl.store(largest_ptr + row * tl.num_programs(1) + tl.program_id(1), largest, mask=inside_row)
 
 
 @triton.jit
@@ -184,7 +172,7 @@ def silu_mul(gate_up: Tensor | Unscaled, quantizes: bool = False, dtype: torch.d
     dtype = dtype or values.dtype
     read = (values, row_scale, column_scale)
     pdl = supports_pdl(values.device)
-    kind = {"SCALED": scaled, "DTYPE": triton_type(dtype), "PDL": pdl, **launch_options(pdl)}
+    kind = {"DTYPE": triton_type(dtype), "PDL": pdl, **launch_options(pdl)}
     out = empty_rows(num_rows, size, values.device) if quantizes else values.new_empty(num_rows, size, dtype=dtype)
     emulated = not values.is_cuda
     if isinstance(out, Fp8Rows) and scaled and num_rows >= MANY_ROWS:
@@ -203,7 +191,7 @@ def silu_mul(gate_up: Tensor | Unscaled, quantizes: bool = False, dtype: torch.d
     block = triton.next_power_of_2(size)  # a row's scale needs all of it
     block = block if quantizes else min(1024, block)
     _silu_mul[(num_rows, triton.cdiv(size, block))](
-        *read, *(out if isinstance(out, Fp8Rows) else (out, out)), size, **kind, QUANTIZES=quantizes,
+        *read, *(out if isinstance(out, Fp8Rows) else (out, out)), size, **kind, SCALED=scaled, QUANTIZES=quantizes,
         EMULATED=emulated, BLOCK=block, num_warps=warps_for(block) if quantizes else 4,
     )  # fmt: skip
     return out
