@@ -17,6 +17,7 @@ import yaml
 
 from wedlm.accelerate.settings import Settings
 from wedlm.engine.factory import release_memory
+from wedlm.engine.resolve_options import make_current
 from wedlm.train.config import TrainConfig, load_config
 from wedlm.train.trainer import Trainer
 
@@ -114,8 +115,7 @@ def _trains_on(device: torch.device) -> Iterator[None]:
     before = os.environ.get("ACCELERATE_USE_CPU")
     if device.type == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    elif device.index is not None:
-        torch.cuda.set_device(device)
+    make_current(device)
     try:
         yield
     finally:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.distributed_c10d import AllgatherOptions
 
+from wedlm.engine.resolve_options import make_current
+
 # More rows than this are added up by NCCL's own sum, which sends fewer bytes; gathering takes one exchange instead of
 # two, which is what few rows wait for. Of two ranks both send the same.
 _MOST_GATHERED_ROWS = 64
@@ -29,8 +31,7 @@ class Group:
 
     def __init__(self, rank: int, size: int, device: torch.device, deterministic: bool = False) -> None:
         self.rank, self.size, self.device = rank, size, device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # of this thread; kernels run on the current one
+        make_current(device)
         self.always_gathers = deterministic or device.type != "cuda"
         self.bytes_sent = 0  # by this rank, of numbers; what the libraries add is not counted
         self.rows_of: tuple[int, torch.dtype] | None = None  # width and type of the rows that are summed, once known
