@@ -84,7 +84,7 @@ class Replica:
     they began: ``served``, the tokens that one has got that ran since the card was there, says what all have got."""
 
     name: str
-    shares: list[float]  # tokens a second of each of so many sequences
+    shares: list[float]  # tokens a second of each sequence, by the number of sequences
     ready_s: float = 0.0
     now_s: float = 0.0
     busy_until_s: float = 0.0

@@ -49,7 +49,7 @@ class StubServe:
 
     def status(self):
         replica = SimpleNamespace(message=self.message)
-        app = SimpleNamespace(last_deployed_time_s=self.deployed_at, deployments={"Replica": replica})
+        app = SimpleNamespace(deployments={"Replica": replica})
         return SimpleNamespace(applications={} if self.deployed_at is None else {"wedlm": app})
 
     def get_app_handle(self, name):

@@ -26,7 +26,7 @@ def config(request, tmp_path_factory):
             import vllm.platforms
             from vllm.platforms.cpu import CpuPlatform
 
-            # Before other modules take it: there is no device here that vLLM finds by itself.
+            # Set before other modules read it, because vLLM finds no device on this machine by itself.
             patch.setattr(vllm.platforms, "_current_platform", CpuPlatform())
             import vllm.config.vllm
             from vllm.engine.arg_utils import EngineArgs
