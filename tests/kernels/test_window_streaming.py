@@ -30,8 +30,14 @@ def windows(rng: random.Random, num_slots: int, device) -> tuple[WindowState, Wi
             max_positions=rng.choice([30, 60, 500]),
             suffix_length=rng.choice([0, 0, 2, 7]),
         )
-        for _ in range(num_slots + 1)
+        for _ in range(num_slots - 2)
     ]
+    # Two that fill by what their masked rows agree on, and the empty one.
+    params += [
+        DecodeParams("streaming", 9, 0.6, next_token="causal"),
+        DecodeParams("streaming", 4, 5.0, next_token="causal"),
+    ]
+    params += [DecodeParams("streaming")]
     state = WindowState.empty(num_slots + 1, COLUMNS, device)
     for slot, one in enumerate(params[:-1]):
         state.cached[slot] = one.suffix_length + rng.randint(0, 9)
