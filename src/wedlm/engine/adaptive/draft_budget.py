@@ -27,7 +27,7 @@ class Budget(NamedTuple):
 
 
 # (k + 1)(k + 2) rows have k drafts in every step, (k + 1)² in most of them.
-ROW_BUDGETS = (1, 4, 6, 9, 12, 16, 20, 25, 30, 36)
+ROW_BUDGETS = (1, 4, 6, 9, 12, 16, 20, 25, 30, 36, 42, 49, 56, 64)
 _BUDGETS = tuple(map(Budget.of, ROW_BUDGETS))
 # More drafts than the rows sustain come in every other step: one makes them, the next verifies them. That pays where
 # the first few rows are nearly free and others are not, as on a CPU.
