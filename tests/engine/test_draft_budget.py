@@ -2,6 +2,7 @@
 """Auto decoding, simulated: windows whose drafts are right at given rates, steps that cost what was measured."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,9 @@ from tests.engine.measured_costs import CPU, GPU, NATIVE
 from wedlm.algorithm.params import verified_rows
 from wedlm.engine.adaptive.draft_budget import ROW_BUDGETS, Budget, DraftBudget, expected_step, longest_draft
 from wedlm.engine.adaptive.step_costs import StepCosts
+from wedlm.engine.admission import decode_params
+from wedlm.engine.options import EngineConfig, EngineOptions
+from wedlm.engine.sampling_params import SamplingParams
 
 NEVER, DEMO, OFTEN = (0.0,) * 4, (0.78, 0.72, 0.64, 0.6), (0.97, 0.97, 0.97, 0.97)
 
@@ -171,6 +175,18 @@ def test_drafts_by_turns():
     assert all(b.rows <= most for most in range(1, 40) for b in auto.candidates(most))
     assert auto.candidates(4) == [Budget(1, 0), Budget(4, 1)]
     assert Budget(4, 2) not in DraftBudget(StepCosts(GPU, True)).candidates(16)
+
+
+def test_windows_of_requests_that_set_none():
+    def of(config: EngineConfig, decoding: str, asked: int | None = None) -> int:
+        return decode_params(config, 3, SamplingParams(decoding=decoding, wedlm_window_size=asked)).window_size
+
+    plain, wide = EngineConfig(13, 12, (), 99), EngineConfig(13, 12, (), 99, auto_window_size=64)
+    given = replace(wide, options=EngineOptions(wedlm_window_size=8))
+    assert [of(one, "auto") for one in (plain, wide, given)] == [16, 64, 8]
+    assert [of(one, "streaming") for one in (plain, wide, given)] == [16, 16, 8]
+    assert [of(one, "auto", 5) for one in (plain, wide, given)] == [5, 5, 5]
+    assert [one.most_window_rows for one in (plain, wide, given)] == [32, 64, 16]
 
 
 def test_expected_step():
