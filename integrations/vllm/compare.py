@@ -310,18 +310,20 @@ class Explainer:
     def _margins(self, logits: torch.Tensor, positions: list[int], num_masked: int) -> tuple[float, float]:
         masked = list(range(len(positions) - num_masked, len(positions)))
         first = positions[masked[0]]
-        rows = torch.tensor(masked, device=logits.device)
-        if self.params.is_causal:
-            rows[0] = positions.index(first - 1)
-        some = logits[rows]
-        best = some.topk(2, dim=-1).values
-        gaps = best[:, 0] - best[:, 1]
+        some = logits[torch.tensor(masked, device=logits.device)]
+        best = some.topk(2, dim=-1)
+        gaps = best.values[:, 0] - best.values[:, 1]
         distance = torch.tensor([positions[row] - first for row in masked], device=logits.device)
         adjusted = entropy_and_logsumexp(some)[0] + self.params.pos_penalty * distance
         chosen = adjusted < self.params.fill_below
         near = (adjusted - self.params.fill_below).abs()
         if self.params.is_causal:
-            chosen[0], near[0] = True, torch.inf
+            following = logits[positions.index(first - 1)].topk(2)
+            agrees = bool(following.indices[0] == best.indices[0, 0])
+            count = int(chosen.long().cumprod(dim=0).sum()) if agrees else 0
+            # What hung on the first row: whether it chooses the next token.
+            gaps = torch.cat([following.values[:1] - following.values[1:], gaps[: max(1, count)]])
+            chosen, near = torch.ones_like(gaps, dtype=torch.bool), near[: count + agrees]
         elif not chosen.any():
             two = adjusted.sort().values[:2]
             near = (

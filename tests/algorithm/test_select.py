@@ -18,8 +18,9 @@ def select_by_loop(
 ) -> list[bool]:
     columns = [c for c, flag in enumerate(masked) if flag]
     adjusted = {c: entropy[c] + penalty * (c - columns[0]) for c in columns}
-    if causal and columns:
-        adjusted[columns[0]] = -math.inf
+    if causal:
+        certain = list(itertools.takewhile(lambda c: threshold is not None and adjusted[c] < threshold, columns))
+        return [c in (certain or columns[:1]) for c in range(len(masked))]
     chosen = [c for c in columns if threshold is not None and adjusted[c] < threshold]
     if len(chosen) < least:
         chosen = sorted(columns, key=lambda c: (adjusted[c], c))[:least]
@@ -98,5 +99,5 @@ def test_nan_does_not_stop_the_progress(entropy, threshold):
     masked = torch.tensor([[False, True, True]])
     for causal, least in itertools.product((False, True), (None, torch.tensor([1]), torch.tensor([2]))):
         filled = select_fill(torch.tensor([[0.0, *entropy]]), masked, tau, penalty, torch.tensor([causal]), least)
-        assert filled.sum() >= (1 if least is None else int(least))
+        assert filled.sum() >= (1 if least is None or causal else int(least))
         assert not filled[0, 0]

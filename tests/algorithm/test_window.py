@@ -104,10 +104,12 @@ def forward_batch(model: StubModel, state: WindowState, history: list[list[int]]
     results.choice[at] = choice[packed.real]
     results.entropy[at] = entropy[packed.real]
     results.logprobs[at] = (logits.gather(1, choice[:, None])[:, 0] - logsumexp)[packed.real]
-    for s, p in enumerate(params):  # the row before the first masked column decides it
+    for s, p in enumerate(params):  # the row before the first masked column decides it, and its own agrees or not
         run = int(leading_run(state.filled[s : s + 1]))
         if p.is_causal and run < state.width[s]:
-            for part in (results.choice, results.entropy, results.logprobs):
+            if results.choice[s, run] != results.choice[s, run - 1]:
+                results.entropy[s, run] = torch.inf
+            for part in (results.choice, results.logprobs):
                 part[s, run] = part[s, run - 1]
     return results
 

@@ -54,7 +54,9 @@ def check_step(rng: random.Random, state, params, table, index, device) -> None:
     packed = pack_rows(expected.width, real)
     column = topological_order(expected.filled, expected.width)[packed.sequence, packed.row]
     at = (packed.sequence, column)
-    wanted = (~expected.filled[at]).nonzero()[:, 0]
+    run_of_row, width_of_row = run[packed.sequence], expected.width[packed.sequence]
+    is_next = own.causal[packed.sequence] & (column == run_of_row - 1) & (run_of_row < width_of_row)
+    wanted = (~expected.filled[at] | is_next).nonzero()[:, 0]
     capacity, num_logits = real + rng.randint(0, 300), len(wanted) + rng.randint(0, 5)
     rows = streaming_rows(state, params, index, table, PAGE_SIZE, capacity, num_logits, MASK, TRASH)
     keys = expected.cached[packed.sequence] + packed.row
@@ -65,24 +67,27 @@ def check_step(rng: random.Random, state, params, table, index, device) -> None:
     assert rows.slots[real:].tolist() == [TRASH] * (capacity - real)
     assert rows.tokens[real:].tolist() == [MASK] * (capacity - real)
     assert not rows.positions[real:].any()
-    is_next = own.causal[packed.sequence[wanted]] & (column[wanted] == run[packed.sequence[wanted]])
-    deciding = torch.where(is_next, wanted - packed.row[wanted] + column[wanted] - 1, wanted)
-    assert torch.equal(rows.logits_indices[: len(wanted)], deciding)
+    assert torch.equal(rows.logits_indices[: len(wanted)], wanted)
     assert torch.equal(rows.sequence[: len(wanted)], packed.sequence[wanted])
-    assert torch.equal(rows.target[: len(wanted)], rows.positions[wanted])
+    assert torch.equal(rows.target[: len(wanted)], rows.positions[wanted] + is_next[wanted])
     for padded in (rows.logits_indices, rows.sequence, rows.target):
         assert not padded[len(wanted) :].any()
     assert torch.equal(rows.num_rows, expected.width)
     assert torch.equal(rows.cached, expected.cached)
     assert torch.equal(rows.run, run)
 
-    choice = torch.randint(0, 9, (num_logits,), device=device)
+    choice = torch.randint(0, 3, (num_logits,), device=device)  # rows agree now and then
     entropy = torch.randint(0, 8, (num_logits,), device=device) / 7  # many are equal
     entropy[torch.rand(num_logits, device=device) < 0.1] = torch.nan
     logprobs = torch.randn(num_logits, device=device)
     grid = [torch.zeros(expected.tokens.shape, dtype=x.dtype, device=device) for x in (choice, entropy, logprobs)]
+    masked, following = ~is_next[wanted], is_next[wanted]
     for x, y in zip(grid, (choice, entropy, logprobs), strict=True):
-        x[packed.sequence[wanted], column[wanted]] = y[: len(wanted)]
+        x[packed.sequence[wanted][masked], column[wanted][masked]] = y[: len(wanted)][masked]
+    first = packed.sequence[wanted][following], column[wanted][following] + 1
+    grid[1][first] = torch.where(grid[0][first] == choice[: len(wanted)][following], grid[1][first], torch.inf)
+    for x, y in ((grid[0], choice), (grid[2], logprobs)):
+        x[first] = y[: len(wanted)][following]
     after, emitted = update_windows(expected, run, RowResults(*grid), own)
     ints = update_streaming(state, params, index, rows, choice, entropy, logprobs)
     floats = ints[:, first_logprob(ints.shape) :].view(torch.float32)

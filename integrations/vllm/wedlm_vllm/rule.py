@@ -123,11 +123,11 @@ class StreamingRule:
         entropy = entropy.masked_fill(row >= step.num_rows[:, None], torch.inf)
         at_column = entropy.new_full((len(entropy), capacity), torch.inf).scatter_(1, step.column, entropy)
         tokens = choice.new_zeros(len(choice), capacity).scatter_(1, step.column, choice)
-        if self.settings.is_causal:  # the row before the first masked column decides it
+        if self.settings.is_causal:  # the row before the first masked column decides it; its own may differ
             first = torch.arange(capacity, device=entropy.device) == step.run[:, None]
-            before = (step.run - 1).clamp(min=0)[:, None]
-            tokens = torch.where(first, choice.gather(1, before), tokens)
-            at_column = torch.where(first, entropy.gather(1, before), at_column)
+            following = choice.gather(1, (step.run - 1).clamp(min=0)[:, None])
+            at_column = at_column.masked_fill(first & (tokens != following), torch.inf)
+            tokens = torch.where(first, following, tokens)
         return RowResults(tokens, at_column, torch.zeros_like(at_column))
 
 

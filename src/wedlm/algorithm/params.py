@@ -110,6 +110,12 @@ class DecodeParams:
         return self.is_verified or self.is_causal
 
     @cached_property
+    def most_logits(self) -> int:
+        """Upper bound of the rows with logits of a streaming step: the masked ones, and the one that gives the next
+        token."""
+        return self.window_size + self.is_causal
+
+    @cached_property
     def is_adaptive(self) -> bool:
         """Whether a step may lower the row budget."""
         return self.decoding == "auto"

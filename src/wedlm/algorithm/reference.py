@@ -5,6 +5,7 @@
 [rows, vocabulary]. Row i attends to rows 0..i, and in models that see by blocks to all rows whose block is not later.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -102,16 +103,15 @@ def _streaming_step(
     """Commit the leading filled run (for blocks only a full window), fill the least uncertain positions, emit what
     became final.
 
-    With causal streaming the last row of that run, the one that AR decoding would run, gives the logits of the first
-    masked position, which is filled whatever its entropy.
+    With causal streaming the last row of that run, the one that AR decoding would run, gives the token of the first
+    masked position, which is filled in any case. What masked rows say is taken up to the first one that is not certain.
+    The first masked position's own row is not if it would choose another token.
     """
     room = params.max_positions - len(committed)
     window = window[:room]
     run = _leading_run(window, params)
     window = (window + [None] * run)[:room]
     order, logits = _forward(model, committed, window, params, places)
-    if params.is_causal:
-        logits[run] = logits[run - 1]
     committed, window = committed + [t for t in window[:run] if t is not None], window[run:]
     n = len(committed)
     masked = [c for c, token in enumerate(window) if token is None]
@@ -121,8 +121,10 @@ def _streaming_step(
         uncertain = {c: -float(torch.log_softmax(logits[c + run], dim=-1)[tokens[c]]) for c in masked}
     else:
         uncertain = {c: _entropy(logits[c + run]) + params.pos_penalty * (c - masked[0]) for c in masked}
-    if params.is_causal:
-        uncertain[0] = -math.inf
+    if params.is_causal and masked:
+        own, tokens[0] = tokens[0], choose_token(logits[run - 1], at[n], params)
+        certain = [*itertools.takewhile(lambda c: uncertain[c] < params.fill_below, masked)] if own == tokens[0] else []
+        uncertain = {c: -math.inf if c in certain else math.inf for c in masked}
     each, longer = params.fill_schedule
     least = each + (len(window) - len(masked) < longer)
     chosen = [c for c in masked if uncertain[c] < params.fill_below]

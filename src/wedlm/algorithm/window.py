@@ -116,9 +116,10 @@ class WindowState:
 class RowResults:
     """The forward's results by window column. Columns without logits may hold anything.
 
-    ``choice``: for a masked column the token AT its position (for a causal window's first one, from the row before it),
-    for a filled column AR's token for the position AFTER it. ``entropy``: of the raw logits, in nats. ``logprobs``: the
-    raw log-probability of the choice.
+    ``choice``: for a masked column the token AT its position, for a filled column AR's token for the position AFTER it.
+    ``entropy``: of the raw logits, in nats. ``logprobs``: the raw log-probability of the choice. The first masked
+    column of a causal window has choice and log-probability of the row before it, and the entropy of its own row, or
+    infinity if that row would choose another token.
     """
 
     choice: Int[Tensor, "S C"]

@@ -20,12 +20,13 @@ _ROWS_PER_TILE = 256
 @dataclass(frozen=True)
 class StreamingRows:
     """Rows of a step, packed, a window's filled ones before its masked ones, padded to a capacity T with rows whose
-    keys go to the trash slot. L logits belong to the masked ones, then to padding. S sequences."""
+    keys go to the trash slot. L logits belong to the masked ones, in causal streaming each window's after the row that
+    gives the next token, then to padding. S sequences."""
 
     tokens: Int[Tensor, " T"]
     positions: Int[Tensor, " T"]
     slots: Int[Tensor, " T"]
-    logits_indices: Int[Tensor, " L"]  # the row that has them: the masked one, or the one that decides it
+    logits_indices: Int[Tensor, " L"]  # the row that has them
     sequence: Int[Tensor, " L"]
     target: Int[Tensor, " L"]
     row_start: Int[Tensor, " S"]
@@ -43,8 +44,11 @@ def _final_run(filled, column, width, block, C: tl.constexpr):
 
 
 @triton.jit
-def _extended(slot, inside, cached_ptr, width_ptr, filled_ptr, block_ptr, max_positions_ptr, C: tl.constexpr):
-    """(filled [N, C], cached, run, width after ``extend``, filled columns) of the windows ``slot`` [N]."""
+def _extended(
+    slot, inside, cached_ptr, width_ptr, filled_ptr, block_ptr, causal_ptr, max_positions_ptr, C: tl.constexpr
+):
+    """(filled [N, C], cached, run, width after ``extend``, filled columns, whether a filled row gives the next token)
+    of the windows ``slot`` [N]."""
     column = tl.arange(0, C)[None].to(tl.int64)
     width = tl.load(width_ptr + slot, mask=inside, other=0)
     cached = tl.load(cached_ptr + slot, mask=inside, other=0)
@@ -54,7 +58,8 @@ def _extended(slot, inside, cached_ptr, width_ptr, filled_ptr, block_ptr, max_po
     filled = here & (tl.load(filled_ptr + slot[:, None] * C + column, mask=here, other=0) != 0)
     run = _final_run(filled, column, width, block, C)
     width = tl.minimum(width + run, tl.maximum(room, width))
-    return filled, cached, run, width, tl.sum(filled.to(tl.int64), axis=1)
+    gives_next = (tl.load(causal_ptr + slot, mask=inside, other=0) != 0) & (run < width)
+    return filled, cached, run, width, tl.sum(filled.to(tl.int64), axis=1), gives_next.to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "capacity", "num_logits"])
@@ -73,11 +78,11 @@ def _rows(
         other = begin + tl.arange(0, BLOCK_S)
         before = other < s
         slot = tl.load(index_ptr + other, mask=before, other=0)
-        _filled, _cached, _run, width, num_filled = _extended(
-            slot, before, cached_ptr, width_ptr, filled_ptr, block_ptr, max_positions_ptr, C
+        _filled, _cached, _run, width, num_filled, gives_next = _extended(
+            slot, before, cached_ptr, width_ptr, filled_ptr, block_ptr, causal_ptr, max_positions_ptr, C
         )
         row_start += tl.sum(width, axis=0)
-        logits_start += tl.sum(width - num_filled, axis=0)
+        logits_start += tl.sum(width - num_filled + gives_next, axis=0)
     if s == num_sequences:  # padding
         zero = tl.zeros((BLOCK_T,), tl.int64)
         for begin in range(0, capacity, BLOCK_T):
@@ -95,8 +100,8 @@ def _rows(
         return
     only = tl.arange(0, 1)
     slot = tl.load(index_ptr + s + only)
-    filled, cached, run, width, num_filled = _extended(
-        slot, only == 0, cached_ptr, width_ptr, filled_ptr, block_ptr, max_positions_ptr, C
+    filled, cached, run, width, num_filled, gives_next = _extended(
+        slot, only == 0, cached_ptr, width_ptr, filled_ptr, block_ptr, causal_ptr, max_positions_ptr, C
     )
     column = tl.arange(0, C)[None].to(tl.int64)
     masked = (column < width[:, None]) & ~filled
@@ -112,13 +117,13 @@ def _rows(
     tl.store(row_tokens_ptr + place, tl.where(filled, token, mask_token_id), mask=inside)
     tl.store(positions_ptr + place, position, mask=inside)
     tl.store(slots_ptr + place, page * PAGE + key % PAGE, mask=inside)
-    logits_row = logits_start + rank_masked
-    masked = masked & inside & (logits_row < num_logits)
-    # Causal: the last row of the leading run has the logits of the first masked position.
-    is_next = (tl.load(causal_ptr + slot)[:, None] != 0) & (column == run[:, None])
-    tl.store(logits_indices_ptr + logits_row, tl.where(is_next, row_start + run[:, None] - 1, place), mask=masked)
-    tl.store(sequence_ptr + logits_row, column * 0 + s, mask=masked)
-    tl.store(target_ptr + logits_row, position, mask=masked)
+    # Causal: the last row of the leading run gives the token of the first masked position.
+    is_next = (gives_next[:, None] != 0) & (column == run[:, None] - 1)
+    logits_row = logits_start + tl.where(is_next, 0, gives_next[:, None] + rank_masked)
+    picked = (masked | is_next) & inside & (logits_row < num_logits)
+    tl.store(logits_indices_ptr + logits_row, place, mask=picked)
+    tl.store(sequence_ptr + logits_row, column * 0 + s, mask=picked)
+    tl.store(target_ptr + logits_row, position + is_next, mask=picked)
     tl.store(row_start_ptr + s + only, row_start + only * 0)
     tl.store(logits_start_ptr + s + only, logits_start + only * 0)
     tl.store(num_rows_ptr + s + only, width)
@@ -137,7 +142,8 @@ def streaming_rows(
     mask_token_id: int,
     trash_slot: int,
 ) -> StreamingRows:
-    """Rows of the windows ``index`` [S] after ``extend``: at most ``capacity`` = T in all, L = ``num_logits`` masked.
+    """Rows of the windows ``index`` [S] after ``extend``: at most ``capacity`` = T in all, L = ``num_logits`` with
+    logits.
 
     ``state``, ``params`` and ``page_table`` by window; ``state`` stays as it is.
     """
@@ -172,23 +178,29 @@ def _update(
     filled = (column < old_width) & (tl.load(filled_ptr + place) != 0)
     tokens, logprobs = tl.load(tokens_ptr + place), tl.load(logprobs_ptr + place)
     masked = (column < width) & ~filled
-    row = first_row + tl.cumsum(masked.to(tl.int64), axis=0) - 1
-    tokens = tl.where(filled, tokens, tl.load(choice_ptr + row, mask=masked, other=0))
-    logprobs = tl.where(filled, logprobs, tl.load(logprob_ptr + row, mask=masked, other=0.0))
+    first = tl.min(tl.where(masked, column, C), axis=0)
+    # Causal: the row before decides the first masked column, whose own row is uncertain if it differs.
+    is_causal = tl.load(causal_ptr + slot) != 0
+    is_next = masked & (column == first) & is_causal
+    row = first_row + is_causal.to(tl.int64) + tl.cumsum(masked.to(tl.int64), axis=0) - 1
+    deciding = tl.where(is_next, first_row, row)
+    choice = tl.load(choice_ptr + deciding, mask=masked, other=0)
+    differs = is_next & (choice != tl.load(choice_ptr + row, mask=masked, other=0))
+    tokens = tl.where(filled, tokens, choice)
+    logprobs = tl.where(filled, logprobs, tl.load(logprob_ptr + deciding, mask=masked, other=0.0))
     # Which masked columns to fill: select_fill, in the same precision.
     entropy = tl.load(entropy_ptr + row, mask=masked, other=0.0).to(tl.float64)
-    first = tl.min(tl.where(masked, column, C), axis=0)
     distance = (column - first).to(tl.float64)
     adjusted = entropy + tl.load(penalty_ptr + slot) * distance
     infinite = tl.full((C,), float("inf"), tl.float64)
-    adjusted = tl.where(masked & (adjusted == adjusted), adjusted, infinite)  # nan counts as least certain
-    is_next = masked & (column == first) & (tl.load(causal_ptr + slot) != 0)
-    adjusted = tl.where(is_next, -infinite, adjusted)
+    adjusted = tl.where(masked & (adjusted == adjusted) & ~differs, adjusted, infinite)  # nan is least certain
     below = adjusted < tl.load(threshold_ptr + slot)
     smallest = masked & (adjusted == tl.min(adjusted, axis=0))
     leftmost = smallest & (column == tl.min(tl.where(smallest, column, C), axis=0))
     some = tl.max(below.to(tl.int32), axis=0) > 0
-    filled = filled | tl.where(some, below, leftmost)
+    stop = tl.min(tl.where(masked & ~below, column, C), axis=0)
+    run_below = is_next | (masked & (column < stop))
+    filled = filled | tl.where(is_causal, run_below, tl.where(some, below, leftmost))
     # The committed run leaves on the left; what is final now may be delivered.
     width -= run
     count = tl.min(tl.where(filled & (column >= run) | (column < run), C, column), axis=0) - run

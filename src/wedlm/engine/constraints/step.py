@@ -23,8 +23,8 @@ class ConstrainedStep:
     When verifying, row i is chosen under the rules that follow from the drafts before it, so AR decoding would choose
     the same; the drafts themselves need not follow the rules. In streaming and block decoding the first masked column
     is chosen under the rules, and later ones without the grammar, because what comes before them is unknown;
-    ``correct`` then checks them. In causal streaming the first masked column's row is that of the token before it, as
-    in AR decoding.
+    ``correct`` then checks them. In causal streaming the first masked column has two rows, that of the token before it,
+    as in AR decoding, and its own, and both choose under the same rules.
     """
 
     def __init__(self, windows: list[ScheduledRequest], state: WindowState, layout: RowLayout) -> None:
@@ -39,7 +39,7 @@ class ConstrainedStep:
         self._tokens = [row[:width] for row, width in zip(state.tokens.tolist(), widths, strict=True)]
         self._filled = [row[:width] for row, width in zip(state.filled.tolist(), widths, strict=True)]
         self._shared, self._cached = layout.shared.tolist(), state.cached.tolist()
-        self._rows: dict[tuple[int, int], int] = {}
+        self._rows: dict[tuple[int, int], list[int]] = {}  # by column, the one that decides it first
         self._logits = self._free_logits = self._logsumexp = torch.zeros(0)
         self._sampling: SamplingBatch | None = None
 
@@ -55,8 +55,8 @@ class ConstrainedStep:
     ) -> None:
         """Change the logits [L, V] of constrained windows in place. ``sequence`` and ``column`` belong to each row,
         ``logsumexp`` to the raw logits."""
-        places = zip(sequence.tolist(), column.tolist(), strict=True)
-        self._rows = {place: row for row, place in enumerate(places)}
+        for row, place in enumerate(zip(sequence.tolist(), column.tolist(), strict=True)):
+            self._rows.setdefault(place, []).append(row)
         self._sampling, self._logsumexp, self._logits = sampling, logsumexp, logits
         if any(not self._windows[s].request.decode.is_verified for s in self._constraints):
             self._free_logits = logits.clone()
@@ -76,14 +76,14 @@ class ConstrainedStep:
                 counts.append(counts[-1] + Counter([tokens[c]]))
                 known = known and constraint.advance(tokens[c])
                 tried += known
-            row = logits[self._rows[s, c]]
+            row = logits[self._rows[s, c][0]]
             constraint.apply_penalties(row, counts[c])
             if known:  # otherwise the row stands after a draft that cannot be accepted
                 constraint.apply_mask(row)
             constraint.apply_cut(row)
         constraint.rewind(tried)
         for c in range(num_filled, len(tokens)):
-            row = logits[self._rows[s, c]]
+            row = logits[self._rows[s, c][0]]
             constraint.apply_penalties(row, counts[self._shared[s][c] - 1])
             constraint.apply_cut(row)
 
@@ -100,11 +100,11 @@ class ConstrainedStep:
                     known = constraint.advance(tokens[c])
                     tried += known
                 continue
-            row = logits[self._rows[s, c]]
-            constraint.apply_penalties(row, counts)
-            if first and known:
-                constraint.apply_mask(row)
-            constraint.apply_cut(row)
+            for row in self._rows[s, c]:
+                constraint.apply_penalties(logits[row], counts)
+                if first and known:
+                    constraint.apply_mask(logits[row])
+                constraint.apply_cut(logits[row])
             first = False
         constraint.rewind(tried)
 
@@ -134,7 +134,7 @@ class ConstrainedStep:
         """How many of the drafts chosen for ``columns`` the constraint accepted."""
         assert self._sampling is not None
         for done, c in enumerate(columns):
-            row = self._rows[s, c]
+            (row,) = self._rows[s, c]
             logits = self._logits[row : row + 1].clone()
             if not constraint.apply_mask(logits[0]):
                 return done
@@ -171,7 +171,8 @@ class ConstrainedStep:
                 emitted.count[s] = column + 1
                 continue
             state.filled[s, column:] = False
-            row, admitted = self._rows.get((s, column + int(run[s]))), True
+            rows, admitted = self._rows.get((s, column + int(run[s]))), True
+            row = rows[0] if rows else None
             if decode.is_causal and column > 0:
                 row = None  # the next step has a better row for it
             if row is not None:

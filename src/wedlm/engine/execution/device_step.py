@@ -259,12 +259,10 @@ class DeviceStep:
         )  # fmt: skip
         pick = torch.argsort(~rows.needs_logits, stable=True)[: shape.num_logits]
         kinds = self._kinds(shape, index, sequence, lambda: ~rows.filled & real)
-        logits = self._forward(
-            shape, rows.tokens, rows.positions, key_slots, plan, rows.logits_row[pick], chunks, kinds
-        )
-        own, column = sequence[pick], rows.column[pick]
-        chosen = self._choose(logits, index, own, (rows.positions + rows.filled)[pick], shape.flags)
-        results = chosen.by_column(own, column, state.tokens.shape, rows.needs_logits[pick])
+        logits = self._forward(shape, rows.tokens, rows.positions, key_slots, plan, pick, chunks, kinds)
+        own, column = sequence[pick], rows.target_column[pick]
+        chosen = self._choose(logits, index, own, rows.target[pick], shape.flags)
+        results = chosen.by_column(own, column, state.tokens.shape, rows.is_next[pick], rows.needs_logits[pick])
         limited = replace(params.window, row_budget=tables.row_budget[index], max_drafts=tables.max_drafts[index])
         state, emitted = update_windows(state, run, results, limited)
         self.windows.state.put(index, state)

@@ -116,11 +116,11 @@ class EagerStep(Generic[A]):
             chunks,
             rows.tokens,
             rows.positions,
-            rows.logits_row[wanted],
+            wanted,
             masked if len(masked) else None,
         )
-        sequence, column = rows.packed.sequence[wanted], rows.column[wanted]
-        target = (rows.positions + rows.filled)[wanted]
+        sequence, column = rows.packed.sequence[wanted], rows.target_column[wanted]
+        target = rows.target[wanted]
         constrained = ConstrainedStep.of(windows, state, rows.layout)
         report: Report = "choice" if flags.by_confidence else "none"
         if any(one.request.params.logprobs is not None for one in windows):
@@ -131,7 +131,7 @@ class EagerStep(Generic[A]):
         )  # fmt: skip
         if chosen.raw_logprobs is not None:
             self.windows.keep_top_logprobs([one.request for one in windows], sequence, target, chosen.raw_logprobs)
-        results = chosen.by_column(sequence, column, state.tokens.shape)
+        results = chosen.by_column(sequence, column, state.tokens.shape, rows.is_next[wanted])
         if self.force_choice is not None:
             results = replace(results, choice=self.force_choice(state, results, params.window))
         if constrained is not None:

@@ -123,7 +123,7 @@ def _sizes(windows: list[ScheduledRequest], chunks: list[ScheduledRequest], flag
     streaming = num_rows
     if flags.streaming:
         streaming = sum(
-            w.count if w.request.decode.is_verified else min(w.count, w.request.decode.window_size) for w in windows
+            w.count if w.request.decode.is_verified else min(w.count, w.request.decode.most_logits) for w in windows
         )
     if not chunks:
         rows = _size(num_rows)

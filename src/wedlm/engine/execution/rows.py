@@ -24,8 +24,8 @@ class WindowRows:
     """T rows of S windows, packed window by window, then padding, if any. All fields but ``layout`` are by row [T].
 
     ``column``: the window column that a row holds. ``needs_logits``: streaming takes a token for each masked row, and
-    verification for every row. ``logits_row``: the row whose logits decide that token. This is the row itself, except
-    that causal streaming decides the first masked row's token from the last row of the leading filled run.
+    verification for every row. ``is_next``: the last row of a leading filled run, whose logits decide the first masked
+    column in causal streaming; it needs them, too.
     """
 
     packed: PackedRows
@@ -36,7 +36,17 @@ class WindowRows:
     positions: Tensor
     visibility: RowVisibility
     needs_logits: Tensor
-    logits_row: Tensor
+    is_next: Tensor
+
+    @property
+    def target(self) -> Tensor:
+        """The positions that the rows' predictions are for."""
+        return self.positions + self.filled
+
+    @property
+    def target_column(self) -> Tensor:
+        """The columns that the rows' results belong to."""
+        return self.column + self.is_next
 
 
 def window_rows(
@@ -51,11 +61,10 @@ def window_rows(
     filled = state.filled[sequence, column]
     if padded:
         filled = filled & packed.real
-    needs_logits = ~filled | params.is_verified[sequence]
-    run = leading_run(state.filled)[sequence]
-    row = torch.arange(num_rows, device=column.device)
-    is_next = params.causal[sequence] & ~filled & (column == run)
-    logits_row = torch.where(is_next, row - packed.row + run - 1, row)
+    run = leading_run(state.filled)
+    last = torch.where(params.causal & (run < state.width), run - 1, -1)
+    is_next = filled & (column == last[sequence])
+    needs_logits = ~filled | is_next | params.is_verified[sequence]
     tokens = torch.where(filled, state.tokens[sequence, column], mask_token_id)
     layout = row_layout(state.filled, state.width, params.is_verified)
     offset, shared, own_start = (part[sequence, column] for part in (layout.offset, layout.shared, layout.own_start))
@@ -63,9 +72,8 @@ def window_rows(
     if padded:
         needs_logits = needs_logits & packed.real
         positions, shared, own_start = (part.where(packed.real, 0) for part in (positions, shared, own_start))
-        logits_row = logits_row.where(packed.real, 0)
     visibility = RowVisibility(shared, own_start)
-    return WindowRows(packed, layout, column, filled, tokens, positions, visibility, needs_logits, logits_row)
+    return WindowRows(packed, layout, column, filled, tokens, positions, visibility, needs_logits, is_next)
 
 
 def with_adapters(
@@ -89,17 +97,27 @@ class RowChoices:
     logprobs: Tensor
     raw_logprobs: Tensor | None = None
 
-    def by_column(self, sequence: Tensor, column: Tensor, shape: torch.Size, real: Tensor | None = None) -> RowResults:
-        """Scatter to windows of ``shape`` [S, C]. ``real``: the rows that count; None: all."""
+    def by_column(
+        self, sequence: Tensor, column: Tensor, shape: torch.Size, is_next: Tensor, real: Tensor | None = None
+    ) -> RowResults:
+        """Scatter to windows of ``shape`` [S, C]. ``column``: ``WindowRows.target_column``. ``real``: the rows that
+        count; None: all."""
         num_windows, capacity = shape
-        padding = 0
-        if real is not None:  # the others write to a window that does not exist
-            sequence, padding = sequence.where(real, num_windows), 1
-        choice, entropy, logprobs = (
-            value.new_zeros(num_windows + padding, capacity).index_put_((sequence, column), value)[:num_windows]
-            for value in (self.choice, self.entropy, self.logprobs)
+
+        def scatter(value: Tensor, mine: Tensor) -> Tensor:
+            at = sequence.where(mine, num_windows), column  # the others write to a window that does not exist
+            return value.new_zeros(num_windows + 1, capacity).index_put_(at, value)[:num_windows]
+
+        own, following = ~is_next, is_next
+        if real is not None:
+            own, following = own & real, following & real
+        decided = scatter(following, following)
+        choice, next_choice = scatter(self.choice, own), scatter(self.choice, following)
+        return RowResults(
+            choice=torch.where(decided, next_choice, choice),
+            entropy=scatter(self.entropy, own).masked_fill(decided & (choice != next_choice), torch.inf),
+            logprobs=torch.where(decided, scatter(self.logprobs, following), scatter(self.logprobs, own)),
         )
-        return RowResults(choice, entropy, logprobs)
 
 
 class ChooseRowTokens(Protocol):

@@ -127,7 +127,7 @@ struct WedlmDecoder {
     const WedlmWindowParams& own = params(step, s);
     int64_t capacity = step.slots->capacity, &wide = width[static_cast<size_t>(s)], start = cached[static_cast<size_t>(s)];
     uint8_t* is_filled = &filled[static_cast<size_t>(s * capacity)];
-    int64_t moved = 0, first_row = static_cast<int64_t>(row_token.size());
+    int64_t moved = 0;
     if (!own.is_verified) {
       moved = final_run(is_filled, wide, own.is_block);
       int64_t room = own.max_positions - start;
@@ -153,18 +153,17 @@ struct WedlmDecoder {
           hides = true;
           shared[static_cast<size_t>(s * capacity + c)] = sees;
         }
-        // Causal: the row of the last token of the leading run has the logits of the position after it.
-        bool is_next = own.is_causal && c == moved;
-        if (!filled_ones || own.is_verified)
-          add_choice(own, is_next ? first_row + moved - 1 : static_cast<int64_t>(row_token.size()), s, c, first + offset + filled_ones);
+        // Causal: the row of the last token of the leading run decides the position after it.
+        bool is_next = own.is_causal && filled_ones && c == moved - 1 && moved < wide;
+        if (!filled_ones || own.is_verified || is_next) add_choice(own, s, c + is_next, first + offset + filled_ones);
         add_row(filled_ones ? tokens[static_cast<size_t>(s * capacity + c)] : mask_token_id, first + offset, sees, own_start, 2 * step.slots->adapter[step.slot[s]] + !filled_ones);
       }
     return hides;
   }
 
-  // Column `c` is to have a token for position `position`, from the logits of row `row`.
-  void add_choice(const WedlmWindowParams& own, int64_t row, int64_t s, int64_t c, int64_t position) {
-    logits_rows.push_back(row);
+  // The row that is added next has logits: column `c` is to have a token for position `position`.
+  void add_choice(const WedlmWindowParams& own, int64_t s, int64_t c, int64_t position) {
+    logits_rows.push_back(static_cast<int64_t>(row_token.size()));
     sequence.push_back(s);
     column.push_back(c);
     target.push_back(position);
@@ -263,8 +262,13 @@ struct WedlmDecoder {
         logit = (step.raw_logits ? step.raw_logits + i * static_cast<size_t>(vocab_size) : row)[chosen];
       }
       auto at = static_cast<size_t>(sequence[i] * capacity + column[i]);
-      choice[at] = chosen;
       entropy[at] = row_entropy[i];
+      // Causal: the first masked column's own row comes after the one that decided it, and is uncertain if it differs.
+      if (i > 0 && sequence[i] == sequence[i - 1] && column[i] == column[i - 1]) {
+        if (chosen != choice[at]) entropy[at] = std::numeric_limits<float>::infinity();
+        continue;
+      }
+      choice[at] = chosen;
       choice_logprobs[at] = logit - logsumexp[i];
     }
   }
@@ -319,7 +323,7 @@ struct WedlmDecoder {
     start += moved;
     int64_t first_masked = -1, smallest = -1;
     double least = 0;
-    bool any = false;
+    bool any = false, unbroken = true;
     for (int64_t c = 0; c < capacity; c++) {
       auto to = first + static_cast<size_t>(c), from = to + static_cast<size_t>(moved);
       bool was = c + moved < capacity;
@@ -328,14 +332,15 @@ struct WedlmDecoder {
       logprobs[to] = !was ? 0 : was_filled ? logprobs[from] : choice_logprobs[from];
       filled[to] = was_filled && c < wide;
       if (c >= wide || filled[to]) continue;
-      bool is_next = own.is_causal && first_masked < 0;
       if (first_masked < 0) first_masked = c;
       double uncertain = (was ? static_cast<double>(entropy[from]) : 0.0) + own.penalty * static_cast<double>(c - first_masked);
       // What is not a number counts as least certain: a step must fill something, or decoding would never end.
       if (std::isnan(uncertain)) uncertain = std::numeric_limits<double>::infinity();
-      if (is_next) uncertain = -std::numeric_limits<double>::infinity();
-      if (smallest < 0 || uncertain < least) smallest = c, least = uncertain;
-      if (uncertain < own.threshold) filled[to] = any = true;
+      if (smallest < 0 || (uncertain < least && !own.is_causal)) smallest = c, least = uncertain;
+      if (uncertain < own.threshold && unbroken)
+        filled[to] = any = true;
+      else
+        unbroken = !own.is_causal;  // whose masked rows count up to the first that is not certain
     }
     if (!any && smallest >= 0) filled[first + static_cast<size_t>(smallest)] = 1;
     int64_t final = final_run(&filled[first], wide, own.is_block);
