@@ -63,7 +63,7 @@ def check(found: Mapping[str, Any], on_purpose: Mapping[str, Any], lacking: tupl
     assert set(DECODING) - set(found) == set(lacking)
     meaning = {
         "decoding": EngineConfig(2, 1, (), 9).decoding,
-        "wedlm_window_size": ENGINE["wedlm_window_size"],
+        "wedlm_window_size": EngineConfig(2, 1, (), 9).window_size("auto"),
         "wedlm_next_token": EngineConfig(2, 1, (), 9).next_token,
         "wedlm_entropy_threshold": EngineConfig(2, 1, (), 9).entropy_threshold,
     }  # of None, and of "auto"

@@ -86,3 +86,14 @@ def test_models_that_share_a_device(tmp_path, device):
     for _ in range(4 if device == "cuda" else 1):
         assert asyncio.run(_texts(LLM.together(paths, **options), batches)) == alone
     assert alone["one"] != alone["other"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_models_on_two_devices(tmp_path):
+    """Each thread works on its own model's device, whichever is the process's current one."""
+    path = save_tiny(tmp_path)
+    options = {"dtype": "float32", "kv_cache_bytes": 1 << 26, "max_num_seqs": 16}
+    llms = {device: LLM(path, device=device, **options) for device in ("cuda:0", "cuda:1")}
+    texts = asyncio.run(_texts(llms, [[f"{number} and then" for number in range(12)]]))
+    assert texts["cuda:1"] == texts["cuda:0"]
+    assert all(str(llm.engine.runner.device) == device for device, llm in llms.items())

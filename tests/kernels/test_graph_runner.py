@@ -121,6 +121,7 @@ def test_whether_chunks_are_captured_is_the_configurations(device, monkeypatch, 
     blueprint = factory.plan_engine(pack_for_inference(our_model("wedlm-qwen3").to(device)), config, None)
     one = blueprint.build()
     assert one.config.options.chunk_step_ratio == (1.8 if captures else math.inf)
+    assert one.config.window_size("auto") == 64
     one.add("prompt", list(range(20)), SamplingParams(decoding="autoregressive"))
     plan = one.scheduler.schedule()
     assert [work.is_window for work in plan.scheduled] == [True, False]

@@ -97,7 +97,7 @@ def drafted(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, prog
     """Run ``answer_all`` with verified decoding that drafts every masked row, however uncertain. Also gives the share
     of drafts accepted by depth, with the number of trials. ``params`` are for auto decoding with a fixed number of
     rows."""
-    rows = params.wedlm_window_size or llm.engine.config.options.wedlm_window_size
+    rows = params.wedlm_window_size or llm.engine.config.window_size("auto")
     controller = llm.engine.controller
     before, controller.draft_budget = controller.draft_budget, (counted := CountedRows(rows))
     try:

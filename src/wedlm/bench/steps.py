@@ -34,7 +34,8 @@ def _prompts(bench: Bench, count: int, length: int | None = None) -> list[list[i
 def _fixed(bench: Bench, batch: int, mode: str, length: int | None = None, **options: Any) -> Case:
     """A fixed batch for a fixed number of steps; the label has the rows that each sequence may run."""
     params = _params(bench, mode, **options)
-    window = params.wedlm_window_size or bench.target.engine.config.options.wedlm_window_size
+    config = bench.target.engine.config
+    window = params.wedlm_window_size or config.window_size(params.decoding_of(config.decoding))
     rows = 1 if mode == "autoregressive" else window if mode in ("verified", "auto") else 2 * window
     label: dict[str, Any] = {"mode": mode, "batch": batch, "rows": rows}
     if length is not None:

@@ -51,7 +51,7 @@ class WindowOptions:
     """What a decoding mode does with its window."""
 
     window_size: Annotated[
-        int | None, option("Positions of a window or block; most rows per forward in auto, verified. [16]", HOW)
+        int | None, option("Positions of a window or block; most rows a forward in auto (GPU: 64), verified. [16]", HOW)
     ] = DEFAULTS.wedlm_window_size
     entropy_threshold: Annotated[
         str, option("Streaming, block: fill below this entropy (nats); none: one per forward; auto: the model's.", HOW)

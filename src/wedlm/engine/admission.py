@@ -82,7 +82,7 @@ def decode_params(
         raise ValueError(f"stop_token_ids is {given}; expected ids below {config.vocab_size}")
     suffix_length = len(params.suffix_token_ids or ())
     decoding = params.decoding_of(config.decoding)
-    window_size = params.wedlm_window_size or config.options.wedlm_window_size
+    window_size = params.wedlm_window_size or config.window_size(decoding)
     if config.block_length is not None:
         window_size = _check_block(decoding, params.wedlm_window_size, config.block_length)
     threshold = params.wedlm_entropy_threshold

@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 _CAPTURED_CHUNK_STEP_RATIO = 1.8
 # Small pages share more of equal prefixes. Our attention copies keys in tiles of 64, which a page must hold whole.
 PAGE_SIZE, _PAGE_SIZE_ON_KERNELS = 16, 64
+# Rows of auto's windows, at most, where steps are CUDA graphs: there further rows of few sequences cost little.
+_WIDE_WINDOW = 64
 # For users of a checkpoint that was never adapted.
 WITHOUT_MASK = "drafts come from the text alone: the checkpoint names no mask token (--mask-token-id names one)"
 _LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS = 2**28, 8
@@ -197,7 +199,7 @@ class Blueprint:
         mask, options = self.config.mask_token_id, self.config.options
         fused = FusedTransformer(packed, deterministic=options.deterministic)
         plan_attention = partial(plan_paged, fixed=options.deterministic)
-        windows = Windows(options.max_num_seqs, self.device, capacity=64, has_null_slot=True)
+        windows = Windows(options.max_num_seqs, self.device, capacity=_WIDE_WINDOW, has_null_slot=True)
         captured = CapturedStep(fused, cache, windows, mask, self.config.max_model_len, options.capture_chunks)
         return Runner(windows, EagerStep(fused, plan_attention, cache, windows, mask), [captured])
 
@@ -275,7 +277,7 @@ def plan_engine(
     per_token = KVCache.bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
     num_bytes = options.kv_cache_bytes
     if num_bytes is None:
-        needed = 4 * (config.max_model_len + 2 * options.wedlm_window_size) * per_token
+        needed = 4 * (config.max_model_len + config.most_window_rows) * per_token
         # A file can claim any length: without a word from the user it gets a cache in proportion to its weights.
         weights = _weight_bytes(model)
         needed = min(needed, max(_LEAST_CACHE_BYTES, _CACHE_TO_WEIGHTS * weights))
@@ -295,6 +297,8 @@ def plan_engine(
         captures_chunks = reason is None and options.capture_chunks
         ratio = _CAPTURED_CHUNK_STEP_RATIO if captures_chunks else math.inf
         config = replace(config, options=replace(options, chunk_step_ratio=ratio))
+    if reason is None:
+        config = replace(config, auto_window_size=min(_WIDE_WINDOW, options.max_num_batched_tokens))
     packed = model if reason is None and isinstance(model, Transformer) else None
     sizes = num_pages, page_size
     if ranks is not None and config.block_length is not None:

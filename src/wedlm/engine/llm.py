@@ -406,8 +406,8 @@ class LLM:
         if adapter is not None and adapter in self.engine.adapters.names:
             own = self.engine.adapters.get(adapter)
             adapted, block = own.has_masked_rows, own.block_size if own.has_masked_rows else block
-        window = params.wedlm_window_size or self.engine.config.options.wedlm_window_size
         decoding = params.decoding_of(self.engine.config.decoding)
+        window = params.wedlm_window_size or self.engine.config.window_size(decoding)
         if decoding not in ("streaming", "block") or self.engine.config.block_length is not None:
             return None
         unadapted = not (self.engine.config.has_masked_rows or adapted)

@@ -163,11 +163,11 @@ class EngineOptions:
         "Decoding mode of requests that do not name one. Default: the checkpoint's, streaming or auto.",
         _or_none(read_decoding),
     )
-    wedlm_window_size: int = _option(
-        DecodeParams.window_size,
+    wedlm_window_size: int | None = _option(
+        None,
         "Window of requests that do not set one: positions in streaming and block decoding, most rows per step in "
-        "verified and auto.",
-        read_positive_integer,
+        "verified and auto. Default: 16, but in auto 64 where steps are CUDA graphs.",
+        _or_none(read_positive_integer),
     )
     block_length: int | None = _option(
         None,
@@ -271,6 +271,17 @@ class EngineConfig:
     next_token: NextToken = "masked"  # the checkpoint's, of requests that name none
     entropy_threshold: float | None = DecodeParams.entropy_threshold  # the same
     block_length: int | None = None  # of a model whose rows see all of their own block; None: of a causal one
+    auto_window_size: int = DecodeParams.window_size  # of auto, unless the options or the request say more
+
+    def window_size(self, decoding: Decoding) -> int:
+        """The window of requests that do not set one."""
+        default = self.auto_window_size if decoding == "auto" else DecodeParams.window_size
+        return self.options.wedlm_window_size or default
+
+    @property
+    def most_window_rows(self) -> int:
+        """The most rows that such a window takes in a step."""
+        return max(2 * self.window_size("streaming"), self.window_size("auto"))
 
     @property
     def decoding(self) -> Decoding:

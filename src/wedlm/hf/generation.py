@@ -142,7 +142,7 @@ def _decode(
 ) -> list[list[int]]:
     """The new tokens of each prompt, from an engine whose cache holds all of them to their ends."""
     config, embedding = model.config.model_config(), model.model.embed_tokens.weight
-    window = 2 * engine_config.options.wedlm_window_size
+    window = engine_config.most_window_rows
     lengths = [min(len(prompt) + params.max_tokens + window, config.max_length) for prompt in prompts]
     page_size = engine_config.options.page_size or PAGE_SIZE
     blueprint = Blueprint(

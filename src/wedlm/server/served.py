@@ -196,7 +196,7 @@ class ServedModel:
     def _room(self, prompt: Sequence[int]) -> int:
         """The tokens that the model and the cache have left for an answer to ``prompt``; at least 1."""
         config, pool = self.llm.engine.config, self.llm.engine.pool
-        slots = pool.num_pages * pool.page_size - 2 * config.options.wedlm_window_size
+        slots = pool.num_pages * pool.page_size - config.most_window_rows
         return max(1, min(config.max_model_len, slots) - len(prompt))
 
     def _job(self, kind: str, body: ChatRequest | CompletionRequest, prompts: list[list[int]], room: int) -> Job:

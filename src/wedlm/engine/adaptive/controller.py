@@ -50,6 +50,7 @@ class Controller:
         self.draft_budget: DraftBudget | None = None  # since the first adaptive request
         self._lookup_budget = LookupBudget()
         self._last_read: float | None = None  # when the last step was read, if it had windows
+        self._laid_out_for = 1  # its row budget, which laid out the windows of the step after it
 
     def measure_costs(self, most_rows: int) -> None:
         """Extend the table to ``most_rows`` rows, as far as a step can have them. No step's time includes this."""
@@ -145,6 +146,7 @@ class Controller:
         windows = [result for result in results if result is not None]
         now, last = self._clock(), self._last_read
         self._last_read = now if windows else None
+        row_budget, self._laid_out_for = self._laid_out_for, plan.row_budget
         if self.prefill_budget is None and self.draft_budget is None:
             return
         if last is not None and windows:
@@ -154,7 +156,7 @@ class Controller:
             if self.prefill_budget is not None:
                 self.prefill_budget.observe(rows, chunk_rows, now - last)
             if self.draft_budget is not None and not chunk_rows and not looked_up:
-                self.draft_budget.observe_time(len(windows), rows, now - last)
+                self.draft_budget.observe_time(len(windows), rows, now - last, row_budget)
         if self.draft_budget is not None:
             self._observe_drafts(self.draft_budget, plan, results, len(windows))
 

@@ -27,7 +27,7 @@ class Budget(NamedTuple):
 
 
 # (k + 1)(k + 2) rows have k drafts in every step, (k + 1)² in most of them.
-ROW_BUDGETS = (1, 4, 6, 9, 12, 16, 20, 25, 30, 36)
+ROW_BUDGETS = (1, 4, 6, 9, 12, 16, 20, 25, 30, 36, 42, 49, 56, 64)
 _BUDGETS = tuple(map(Budget.of, ROW_BUDGETS))
 # More drafts than the rows sustain come in every other step: one makes them, the next verifies them. That pays where
 # the first few rows are nearly free and others are not, as on a CPU.
@@ -179,15 +179,17 @@ class DraftBudget:
         for depth, rate in enumerate(self._offers[: min(longest, num_drafts + 1)]):
             rate.add(depth < num_drafts, keep, weight)
 
-    def observe_time(self, num_windows: int, num_rows: int, seconds: float) -> None:
-        """Record how long a step of windows alone took, from result to result."""
-        ran = self.budget.rows if num_rows > num_windows else 1
-        now = seconds - self.costs(num_rows)
-        seen = self._beside[ran > 1].get(num_windows, {})
-        before = seen[ran] if ran in seen else self.seconds_beside(num_windows, ran) if self._beside[ran > 1] else now
+    def observe_time(self, num_windows: int, num_rows: int, seconds: float, row_budget: int) -> None:
+        """Record how long a step of windows alone took, from result to result. ``row_budget`` laid out its windows; the
+        present budget is a later one, and a step of another counted as AR's would make AR look dear for good."""
+        ran, forward = row_budget if num_rows > num_windows else 1, self.costs(num_rows)
+        by_windows = self._beside[ran > 1]
+        seen = by_windows.get(num_windows, {})
+        before = seen[ran] if ran in seen else self.seconds_beside(num_windows, ran) if by_windows else 0.0
         # A pause of the machine, or a capture, is not a cost of the step.
-        most = before + abs(before) + 1e-3
-        self._beside[ran > 1].setdefault(num_windows, {})[ran] = before + 0.1 * (min(now, most) - before)
+        most = before + (abs(before) + 1e-3 if ran in seen else forward)
+        share = 0.1 if ran in seen else 0.5 if by_windows else 1.0
+        by_windows.setdefault(num_windows, {})[ran] = before + share * (min(seconds - forward, most) - before)
 
     def expected(self) -> tuple[float, float]:
         """(tokens, rows) of a step with the present budget."""

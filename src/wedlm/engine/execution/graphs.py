@@ -19,7 +19,7 @@ from wedlm.engine.plan import ScheduledRequest
 _CHUNK_SIZES = [4, 16, 64, 256, 1024, 4096]
 _FEWEST_CHUNK_ROWS = 128
 _FEWEST_BESIDE = 64  # rows of windows there
-_SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
+_SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096]
 
 
 class ShapedStep(Protocol):
