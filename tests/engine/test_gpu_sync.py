@@ -25,7 +25,7 @@ from wedlm.engine.sampling_params import SamplingParams
 @pytest.mark.parametrize("window", [16, 36])
 def test_captured_steps_do_not_wait(tmp_path, decoding, lookup_drafts, temperature, quantization, window):
     if quantization == "none":
-        one = engine(torch.device("cuda"), True, length=128, most_rows=256)
+        one = engine(torch.device("cuda"), True, length=128, most_rows=256, num_pages=200)
     else:
         directory = save_tiny(tmp_path, hidden_size=64, intermediate_size=128)
         options = {"dtype": "bfloat16", "quantization": quantization, "kv_cache_bytes": 1 << 26, "max_num_seqs": 4}

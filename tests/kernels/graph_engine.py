@@ -25,7 +25,7 @@ def factors() -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
 
 def engine(
     device, graphs: bool, max_num_seqs: int = 4, masked_lora: bool = False, length: int = LENGTH, most_rows: int = 64,
-    by_name: bool = False,
+    by_name: bool = False, num_pages: int = PAGES,
 ) -> Engine:  # fmt: skip
     """``by_name``: with the adapters "lora", "masked" and "both"."""
     model = our_model("wedlm-qwen3", num_hidden_layers=2)
@@ -38,7 +38,7 @@ def engine(
     packed = model if graphs else None
     adapters = Adapters(AdapterBank(model, 3), 3, 16)
     blueprint = Blueprint(
-        model, packed, shape, torch.float32, device, config, PAGES, PAGE_SIZE, None, adapters=adapters
+        model, packed, shape, torch.float32, device, config, num_pages, PAGE_SIZE, None, adapters=adapters
     )
     one = blueprint.build()
     if by_name:

@@ -129,7 +129,7 @@ def _try_all_budgets(bench: Bench, prompts: list[list[int]], params: SamplingPar
     engine = bench.target.engine
     requests = bench.loop.start(prompts, params)
     assert engine.controller.draft_budget is not None
-    for budget in engine.controller.draft_budget.candidates(requests[0].decode.row_budget):
+    for budget in engine.controller.draft_budget.can_pay(len(prompts), requests[0].decode.row_budget):
         engine.controller.draft_budget = FixedRows(engine.controller.costs, budget)
         bench.loop.steps(requests, 3)
     bench.loop.end(requests)

@@ -125,6 +125,13 @@ class DraftBudget:
         known = _BUDGETS if self.costs.padded else _BUDGETS_BY_TURNS
         return [one for one in known if one.rows <= most and one.drafts <= drafts_of(most)]
 
+    def can_pay(self, num_windows: int, most: int) -> list[Budget]:
+        """The candidates that are faster than AR if all drafts are right, and AR."""
+        alone, *others = self.candidates(most)
+        perfect = (1.0,) * 8, (1.0,) * 8
+        speed = self._speed(alone, num_windows)
+        return [alone, *(b for b in others if self._speed(b, num_windows, *perfect) > speed)]
+
     def choose(self, num_windows: int, most: int) -> Budget:
         """Choose what the next step allows each of its ``num_windows`` windows, at most ``most`` rows."""
         self._since += 1
@@ -158,10 +165,9 @@ class DraftBudget:
         self._since = 0
         candidates = self.candidates(most)
         probe = next((b for b in (Budget(4, 2), Budget.of(6)) if b in candidates), None)
-        perfect = [self._speed(b, num_windows, (1.0,) * 8, (1.0,) * 8) for b in candidates]
         is_early = self._interval < _LONGEST
         self._interval = min(2 * self._interval, _LONGEST)
-        if probe is None or (is_early and max(perfect) <= perfect[0]):
+        if probe is None or (is_early and len(self.can_pay(num_windows, most)) == 1):
             return self.budget
         for rate in (*self._accepts, *self._offers):
             rate.fade(num_windows)

@@ -42,6 +42,8 @@ class StepGraphs:
         self.captures = step.device.type == "cuda"
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._latest: torch.cuda.CUDAGraph | None = None  # keeps alive the memory that all captured steps share
+        # Torch's own is of the process's first device. One for all, since memory is reused within a stream.
+        self._stream = torch.cuda.Stream(step.device) if self.captures else None
 
     def clear(self) -> None:
         """Forget the graphs, so that each step is captured again when it is next needed."""
@@ -72,15 +74,15 @@ class StepGraphs:
         """The step as a graph, and where its results will be."""
         if self._announce is not None:
             self._announce("capture", shape)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             self._step(shape, index, chunks)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         pool = None if self._latest is None else self._latest.pool()
         # Other threads may look at their events meanwhile, as NCCL's does.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
             results = self._step(shape, index, chunks)
         self._latest = graph
         return graph, results
