@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wedlm.algorithm.params import DecodeParams
-from wedlm.model.demo import DEMO_NEXT_TOKEN
+from wedlm.model.demo import DEMO_ENTROPY_THRESHOLD, DEMO_NEXT_TOKEN
 
 Summary = dict[str, Any]
 Values = dict[str, Any]
@@ -33,7 +33,7 @@ SETS = {
 }
 SIZES = {"gsm8k": 1319, "math500": 500, "humaneval": 164, "humaneval_plus": 164, "mbpp": 500, "mbpp_plus": 378}
 SIZES |= {"arc_c": 1172, "arc_e": 2376, "hellaswag": 10042, "mmlu": 14042}
-THRESHOLD = 0.2  # the model's when the committed summary was made; DEMO_ENTROPY_THRESHOLD with the next one
+THRESHOLD = DEMO_ENTROPY_THRESHOLD
 DEFAULT = {
     "next_token": DEMO_NEXT_TOKEN,
     "window_size": DecodeParams.window_size,
