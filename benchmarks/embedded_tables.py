@@ -33,11 +33,10 @@ SETS = {
 }
 SIZES = {"gsm8k": 1319, "math500": 500, "humaneval": 164, "humaneval_plus": 164, "mbpp": 500, "mbpp_plus": 378}
 SIZES |= {"arc_c": 1172, "arc_e": 2376, "hellaswag": 10042, "mmlu": 14042}
-THRESHOLD = DEMO_ENTROPY_THRESHOLD
 DEFAULT = {
     "next_token": DEMO_NEXT_TOKEN,
     "window_size": DecodeParams.window_size,
-    "entropy_threshold": THRESHOLD,
+    "entropy_threshold": DEMO_ENTROPY_THRESHOLD,
     "pos_penalty": DecodeParams.pos_penalty,
 }
 
@@ -152,7 +151,7 @@ def code_sweep(points: Points) -> str:
 
 def all_sets(points: Points) -> str:
     head = ["zero-shot", "AR", "verified, at most 16 rows", "the same tokens as AR"]
-    head += [f"streaming, its defaults (τ = {THRESHOLD:g})", "less AR, points (95 %)"]
+    head += [f"streaming, its defaults (τ = {DEMO_ENTROPY_THRESHOLD:g})", "less AR, points (95 %)"]
     head += ["streaming, τ = 0.4", "less AR, points (95 %)"]
     rows = []
     for task in SIZES:
@@ -162,7 +161,7 @@ def all_sets(points: Points) -> str:
         same, verified = points.same(task), points.of(task, decoding="verified")
         row = [f"{SETS[task]}, {SIZES[task]:,}", cell(ar, task), cell(verified, task)]
         row.append(f"{same['same']:,} of {same['answers']:,}" if same else "")
-        for threshold in (THRESHOLD, 0.4):
+        for threshold in (DEMO_ENTROPY_THRESHOLD, 0.4):
             point = points.of(task, decoding="streaming", **{**DEFAULT, "entropy_threshold": threshold})
             row += [cell(point, task), difference(points.less(point))]
         rows.append(row)
