@@ -121,6 +121,7 @@ def stages() -> list[Stage]:
         *[stage for params in (AR, STREAMING) for stage in table(params, code)],
         *[stage for task in code for stage in sweep(task, [*ON_CODE])],
         *[stage for params in (AR, STREAMING) for stage in table(params, rest)],
+        *[stage for task in rest for stage in sweep(task, SWEEP[:1])],
         *table(VERIFIED, GENERATED),
         *[Stage(task, "table", task, AR) for task in ("arc_c", "arc_e")],
         *paper(PAPER_GENERATED),
@@ -391,7 +392,7 @@ def same_texts(bench: Bench, ar: tuple, verified: tuple) -> dict[str, Any]:
 
 def chosen(arguments: argparse.Namespace) -> list[Stage]:
     """Those of the names asked for, with this run's data type and patience."""
-    found = [stage for stage in stages() if arguments.only is None or arguments.only in stage.name]
+    found = [stage for stage in stages() if not arguments.only or any(part in stage.name for part in arguments.only)]
     return [replace(one, seconds=one.seconds * arguments.patience, dtype=arguments.dtype or one.dtype) for one in found]
 
 
@@ -410,7 +411,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--output", type=Path, default=Path("results"))
     parser.add_argument("--seconds", type=float, default=560, help="answer: of everything, loading included")
-    parser.add_argument("--only", help="stages with this in their names")
+    parser.add_argument("--only", action="append", help="stages with this in their names; may be repeated")
     parser.add_argument("--processes", type=int, default=1, help="answer: processes that run side by side")
     parser.add_argument("--limit", type=int, help="questions of a task, for a trial")
     parser.add_argument("--patience", type=float, default=1, help="answer: times each stage's own limit")

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of docs/embedded_checkpoint.md, from the summary of benchmarks/embedded_eval.py.
+"""Tables of docs/embedded_checkpoint.md, from summaries of benchmarks/embedded_eval.py.
 
-    python -m benchmarks.embedded_tables benchmarks/results/embedded/eval_h200.json docs/embedded_checkpoint.md
+    python -m benchmarks.embedded_tables benchmarks/results/embedded/eval_h200.json \
+        benchmarks/results/embedded/eval_h200_rest.json docs/embedded_checkpoint.md
 
-Each table stands between two marks in the page, ``<!-- name -->`` and ``<!-- end -->``.
+Of a stage that several summaries have, the last one's counts. Each table stands between two marks in the page,
+``<!-- name -->`` and ``<!-- end -->``.
 """
 
 import json
@@ -217,6 +219,19 @@ TABLES: dict[str, Callable[[Points], str]] = {
 }
 
 
+def joined(summaries: Sequence[Summary]) -> Summary:
+    """One summary of several."""
+
+    def last(name: str, *keys: str) -> list[Values]:
+        return list({tuple(one[key] for key in keys): one for summary in summaries for one in summary[name]}.values())
+
+    return {
+        "points": last("points", "stage"),
+        "streaming_against_ar": last("streaming_against_ar", "stage"),
+        "verified_against_ar": last("verified_against_ar", "task", "dtype"),
+    }
+
+
 def filled(page: str, summary: Summary) -> str:
     """The page with its tables made from the summary. Raises ValueError if a mark is missing."""
     points = Points(summary)
@@ -230,8 +245,8 @@ def filled(page: str, summary: Summary) -> str:
 
 
 def main() -> None:
-    source, target = map(Path, sys.argv[1:])
-    summary = json.loads(source.read_text(encoding="utf-8"))
+    *sources, target = map(Path, sys.argv[1:])
+    summary = joined([json.loads(source.read_text(encoding="utf-8")) for source in sources])
     target.write_text(filled(target.read_text(encoding="utf-8"), summary), encoding="utf-8")
 
 

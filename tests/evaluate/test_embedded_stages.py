@@ -21,7 +21,7 @@ from benchmarks.embedded_eval import (
     score,
     stages,
 )
-from benchmarks.embedded_tables import filled
+from benchmarks.embedded_tables import filled, joined
 from tests.engine.tiny_llm import save_tiny
 from tests.evaluate.eval_data import write_small_sets
 from wedlm.engine.llm import LLM
@@ -115,6 +115,16 @@ def test_the_page_has_the_tables_of_the_summary():
     root = Path(__file__).parents[2]
     page = (root / "docs/embedded_checkpoint.md").read_text()
     summary = json.loads((root / "benchmarks/results/embedded/eval_h200.json").read_text())
-    assert filled(page, summary) == page
+    assert filled(page, joined([summary])) == page
     with pytest.raises(ValueError, match="the mark 'all-sets' 0 times; expected once"):
         filled(page.replace("<!-- all-sets -->", ""), summary)
+
+
+def test_of_several_summaries_the_last_one_counts():
+    def summary(stage: str, value: float) -> dict:
+        less = [{"stage": stage, "points": value}]
+        return {"points": [{"stage": stage, "value": value}], "streaming_against_ar": less, "verified_against_ar": []}
+
+    both = joined([summary("a", 1), summary("b", 2), summary("a", 3)])
+    assert both["points"] == [{"stage": "a", "value": 3}, {"stage": "b", "value": 2}]
+    assert both["streaming_against_ar"] == [{"stage": "a", "points": 3}, {"stage": "b", "points": 2}]

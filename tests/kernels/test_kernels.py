@@ -11,6 +11,7 @@ from tests.model.tiny import our_model
 from wedlm.algorithm.sample import ban_tokens, entropy_and_logsumexp
 from wedlm.kernels.embed import embed
 from wedlm.kernels.logits import greedy_rows
+from wedlm.kernels.low_rank import Blocks, add_low_rank
 from wedlm.kernels.matmul import Tiling, few_rows_product
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.kernels.rope import norm_rope_write
@@ -136,3 +137,25 @@ def test_greedy_rows(device, dtype, num_rows, with_ends):
     torch.testing.assert_close(entropy, expected_entropy, rtol=1e-4, atol=1e-4)
     expected = raw.gather(1, choice[:, None])[:, 0] - logsumexp
     torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [3, 70])
+@pytest.mark.parametrize("parts", [None, 3])
+@pytest.mark.parametrize("ranks", [(5,), (8, 0, 20)], ids=str)
+def test_add_low_rank(device, dtype, num_rows, parts, ranks):
+    torch.manual_seed(0)
+    sizes = (72, 40, 130)[: len(ranks)]
+    matrices = [torch.randn(size, rank, device=device).to(dtype) for size, rank in zip(sizes, ranks, strict=True)]
+    out = torch.randn(num_rows, sum(sizes), device=device).to(dtype)
+    hidden = torch.randn(*((parts,) if parts else ()), num_rows, sum(ranks), device=device) / 4
+    hidden = hidden if parts else hidden.to(dtype)
+    masked = torch.arange(num_rows, device=device) % 3 == 1
+    masked[-1] = num_rows > 64  # alone in its block of rows
+    whole = hidden.sum(0).to(dtype) if parts else hidden
+    delta = torch.block_diag(*(one.float() for one in matrices)) @ whole.float().T
+    expected = torch.where(masked[:, None], out.float() + delta.T, out.float())
+    before = out.clone()
+    add_low_rank(out, hidden, Blocks.of(matrices), masked)
+    close(out, expected, dtype)
+    assert torch.equal(out[~masked], before[~masked])

@@ -33,7 +33,7 @@ class Settings:
     max_tokens: int = 256
     lora_rank: int = 128
     block_size: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     epochs: float | None = None
     steps: int | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)

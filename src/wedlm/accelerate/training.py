@@ -59,7 +59,7 @@ def training_config(
         "mask_token_id": mask_token_id,
         "block_size": settings.block_size,
         "suffix_noise": 1.0,
-        "entropy_weight": 0.5,
+        "entropy_weight": 1.0,
         "enable_ar_loss": False,
         "lora_rank": settings.lora_rank,
         "lora_rows": "masked",

@@ -14,6 +14,7 @@ from wedlm.attention.base import FusedAttend, Norms
 from wedlm.kernels.embed import embed
 from wedlm.kernels.fp8 import Fp8Rows, Unscaled, multiply_scales, quantize_rows
 from wedlm.kernels.launch import supports_descriptors
+from wedlm.kernels.low_rank import Blocks, add_low_rank
 from wedlm.kernels.matmul import APART_ROWS, MAX_ROWS, Tiling, few_rows_product, fixed_tiling, tiling_for
 from wedlm.kernels.norm import add_rms_norm, silu_mul
 from wedlm.model.inference.layers import is_packed
@@ -21,9 +22,10 @@ from wedlm.model.inference.quantization import Fp8Linear
 from wedlm.model.inference.tensor_parallel import ShardedEmbedding
 from wedlm.model.layers import DecoderLayer
 from wedlm.model.lora.masked_rows import (
+    BlockDiagonal,
     MaskedLora,
+    ZeroLora,
     base_layer,
-    has_masked_lora,
     put_at_masked,
     without_adapters,
 )
@@ -53,7 +55,8 @@ class FusedTransformer:
         self.model, self.deterministic = model, deterministic
         embedding = model.model.embed_tokens
         self.sharded = embedding if isinstance(embedding, ShardedEmbedding) else None  # where ranks share the model
-        self.has_masked_lora = has_masked_lora(model)  # for masked rows
+        self.low_rank = {layer: _blocks(layer) for layer in model.modules() if isinstance(layer, MaskedLora)}
+        self.has_masked_lora = bool(self.low_rank)
         self.dtype = model.model.embed_tokens.weight.dtype
         half = self.dtype.itemsize == 2
         self.tiling = tiling or (tiling_for if half else lambda *_: None)
@@ -93,8 +96,8 @@ class FusedTransformer:
             assert self.model.adapters is not None, "rows have adapters, and none was loaded"
             rows = self.model.adapters.rows(adapters_T, masked)
             x_TC, masked, others = rows.embed(x_TC), rows.masked, rows.others
-        x_TC, column = self._masked(x_TC, masked)
-        beside = _Beside(column, others)
+        x_TC, masked = self._masked(x_TC, masked)
+        beside = _Beside(masked, others)
         delta: Tensor | Unscaled | None = None
         for index, layer in enumerate(self.layers):
             attention, mlp = layer.self_attn, layer.mlp
@@ -142,15 +145,14 @@ class FusedTransformer:
         return add_rms_norm(x, delta, _weight(norm), self.eps, _takes_fp8(reader, beside))
 
     def _masked(self, x: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x with the masked rows' own embedding, and a column [T, 1] that is 1 at them and 0 elsewhere; None if no row
-        meets a LoRA."""
-        if masked is None or not self.has_masked_lora:
+        """x with the masked rows' own embedding, and a flag for each row; None if no row meets a LoRA."""
+        if masked is None or not self.low_rank:
             return x, None
         if masked.dtype != torch.bool:
             masked = torch.zeros(len(x), dtype=torch.bool, device=x.device).index_fill_(0, masked, True)
         embedding = self.model.model.mask_embedding
         x = x if embedding is None else put_at_masked(x, masked, embedding)
-        return x, masked[:, None].to(x.dtype)
+        return x, masked
 
     def _tiling(self, num_rows: int, linear: nn.Module, splits: bool) -> Tiling | None:
         weight = _weight(linear)
@@ -189,10 +191,18 @@ class FusedTransformer:
         assert isinstance(x, Tensor)
         out = self._finished(out)
         whole = out if out.ndim == 2 else out[0]
-        _add_delta(whole, x, without_adapters(linear), beside.column)
+        own = without_adapters(linear)
+        if beside.masked is not None and isinstance(own, MaskedLora):
+            add_low_rank(whole, self._hidden(x, _weight(own.masked_lora_A)), self.low_rank[own], beside.masked)
         if beside.others is not None and isinstance(linear, AdaptedLinear):
             linear.add_to(whole, x, beside.others, self._low_rank if self.deterministic else None)
         return out
+
+    def _hidden(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply x [T, C] by the matrices A [R, C] of masked rows: [T, R], or partial sums [P, T, R]."""
+        rank, size = weight.shape
+        tiling = self.tiling(rank, size, weight.dtype) if len(x) <= MAX_ROWS else None
+        return x @ weight.T if tiling is None else few_rows_product(x, weight, tiling)
 
     def _low_rank(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply x [T, K] by weight [N, K], adding up in one order for any number of rows."""
@@ -224,17 +234,17 @@ class FusedTransformer:
 
 @dataclass(frozen=True)
 class _Beside:
-    """What is added to products. ``column`` [T, 1]: 1 at the rows that meet a LoRA for masked rows, 0 elsewhere;
-    ``others``: that of ``AdaptedRows``. None: no row meets any."""
+    """What is added to products. ``masked`` (bool [T]): the rows that meet a LoRA for masked rows; ``others``: that of
+    ``AdaptedRows``. None: no row meets any."""
 
-    column: Tensor | None
+    masked: Tensor | None
     others: Tensor | None
 
     def acts_on(self, linear: nn.Module) -> bool:
         """Whether anything is added to this layer's product."""
         if self.others is not None and isinstance(linear, AdaptedLinear):
             return True
-        return self.column is not None and isinstance(without_adapters(linear), MaskedLora)
+        return self.masked is not None and isinstance(without_adapters(linear), MaskedLora)
 
 
 _NOTHING = _Beside(None, None)
@@ -245,10 +255,22 @@ def _takes_fp8(linear: nn.Module, beside: _Beside) -> bool:
     return isinstance(base_layer(linear), Fp8Linear) and not beside.acts_on(linear)
 
 
-def _add_delta(out: Tensor, x: Tensor, linear: nn.Module, masked: Tensor | None) -> None:
-    """Add the LoRA's delta of all rows times their column to ``out``; no size depends on how many rows are masked."""
-    if masked is not None and isinstance(linear, MaskedLora):
-        out.addcmul_(linear.delta(x), masked)
+def _blocks(layer: MaskedLora) -> Blocks:
+    """The matrices B of a packed layer. Those of its blocks become parts of one tensor, so that they are held once."""
+    b = layer.masked_lora_B
+    if not isinstance(b, BlockDiagonal):
+        return Blocks.of([_weight(b)])
+    empty = _weight(layer.masked_lora_A).new_empty
+    found = Blocks.of([empty(one.size, 0) if isinstance(one, ZeroLora) else _weight(one) for one in b.blocks])
+    first = 0
+    for one in b.blocks:
+        if isinstance(one, ZeroLora):
+            first += one.size
+            continue
+        size, rank = _weight(one).shape
+        one.weight = nn.Parameter(found.b[first : first + size, :rank], requires_grad=False)
+        first += size
+    return found
 
 
 def _weight(module: nn.Module) -> Tensor:
