@@ -199,3 +199,14 @@ def test_drafts_from_the_text(device):
         texts.append([request.output_token_ids for request in done])
     assert texts[0] == texts[1]
     assert sum(request.counters.num_lookup_drafted for request in done) > 0
+
+
+def test_windows_of_auto_have_few_shapes(device):
+    """Their rows change from step to step, and each shape is captured once."""
+    one = engine(device, True, most_rows=64)
+    for decoding, shapes in (("auto", {1, 4, 16, 64}), ("verified", {1, 2, 4, 8, 16, 24, 32, 48, 64})):
+        one.add(decoding, [7, 8, 9], SamplingParams(decoding=decoding))
+        window = next(work for work in one.scheduler.schedule(None).scheduled if work.request.request_id == decoding)
+        flags = BatchFlags.of([window.request.decode])
+        several = [replace(window, count=count) for count in range(1, 65)]
+        assert {step_shape([work], [], flags).max_rows for work in several} == shapes

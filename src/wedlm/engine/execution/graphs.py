@@ -19,6 +19,8 @@ from wedlm.engine.plan import ScheduledRequest
 _CHUNK_SIZES = [4, 16, 64, 256, 1024, 4096]
 _FEWEST_CHUNK_ROWS = 128
 _FEWEST_BESIDE = 64  # rows of windows there
+# Of auto's windows, whose number of rows changes from step to step.
+_ADAPTIVE_WINDOWS = [1, 4, 16, 64]
 _SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048, 3072, 4096]
 
 
@@ -120,6 +122,7 @@ def step_shape(windows: list[ScheduledRequest], chunks: list[ScheduledRequest], 
 def _sizes(windows: list[ScheduledRequest], chunks: list[ScheduledRequest], flags: BatchFlags) -> StepShape:
     counts = [one.count for one in windows]
     num_rows, most = sum(counts), max(counts, default=0)
+    widest = _window_size if flags.adaptive else _size
     # A captured step does the same with and without these; windows of a row each have no groups, so auto is as AR.
     flags = replace(flags, adaptive=False, entropy=False, groups=flags.groups and most > 1)
     streaming = num_rows
@@ -129,7 +132,7 @@ def _sizes(windows: list[ScheduledRequest], chunks: list[ScheduledRequest], flag
         )
     if not chunks:
         rows = _size(num_rows)
-        return StepShape.of_windows(_size(len(windows)), rows, min(rows, _size(streaming)), _size(most), flags)
+        return StepShape.of_windows(_size(len(windows)), rows, min(rows, _size(streaming)), widest(most), flags)
     rows = _size(max(_FEWEST_CHUNK_ROWS, num_rows + sum(one.count for one in chunks)))
     num_chunks = _chunk_size(len(chunks))
     if not windows:
@@ -144,6 +147,11 @@ def _size(number: int) -> int:
     """The smallest captured size that holds ``number``."""
     at = bisect_left(_SIZES, number)
     return _SIZES[at] if at < len(_SIZES) else -(-number // 1024) * 1024
+
+
+def _window_size(number: int) -> int:
+    """``_size`` for the longest of adaptive windows; the rows that it adds have no attention to compute."""
+    return next((size for size in _ADAPTIVE_WINDOWS if size >= number), _size(number))
 
 
 def _chunk_size(number: int) -> int:
