@@ -2,8 +2,6 @@
 """The page pool: what may be shared, who is evicted, and that its own integrity check can fail."""
 
 import copy
-import itertools
-from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -233,9 +231,9 @@ class PoolMachine(RuleBasedStateMachine):
     ``content[page]`` is the sequence of tokens, from the beginning, whose keys the page's slots stand for.
     """
 
-    @initialize(num_pages=st.integers(1, 8), page_size=st.integers(1, 3), scattered=st.booleans())
-    def start(self, num_pages, page_size, scattered):
-        self.pool = PagePool(num_pages, page_size, scattered=scattered)
+    @initialize(num_pages=st.integers(1, 8), page_size=st.integers(1, 3))
+    def start(self, num_pages, page_size):
+        self.pool = PagePool(num_pages, page_size)
         self.content: dict[int, tuple[int, ...]] = {}
         self.tokens: dict[str, list[int]] = {}
         self.committed: dict[str, int] = {}
@@ -331,19 +329,3 @@ def test_pages_are_shared_among_requests_of_one_salt():
         pool.commit(name, tokens, 8)
         pool.free(name)
         pool.check_integrity()
-
-
-def test_scattered_pages_are_handed_out_without_a_pattern_and_again_so_after_a_reset():
-    pool = PagePool(1000, 2, scattered=True)
-    assert pool.allocate("a", [], 0) == 0
-    assert pool.reserve("a", 2000)
-    first = list(pool.table("a"))
-    assert sorted(first) == list(range(1000))
-    distances = Counter(b - a for a, b in itertools.pairwise(first))
-    assert distances.most_common(1)[0][1] < 10
-    pool.free("a")
-    pool.reset_prefix_cache()
-    pool.check_integrity()
-    pool.allocate("b", [], 0)
-    pool.reserve("b", 2000)
-    assert pool.table("b") == first

@@ -136,15 +136,12 @@ def _try_all_budgets(bench: Bench, prompts: list[list[int]], params: SamplingPar
 
 
 def _accepted(bench: Bench, label: dict[str, Any], prompts: list[list[int]], params: SamplingParams) -> TableRow:
+    """Let auto learn with one batch, then measure others, whose contexts are as short as those of ``steps``."""
     engine, workload = bench.target.engine, bench.settings.workload
     assert engine.controller.draft_budget is not None
     engine.controller.draft_budget = DraftBudget(engine.controller.costs)
-    requests = bench.loop.start(prompts, params)
-    try:
-        bench.loop.steps(requests, AUTO_WARM_STEPS)
-        runs = [bench.loop.steps(requests, workload.steps) for _ in range(workload.runs)]
-    finally:
-        bench.loop.end(requests)
+    bench.loop.batch(prompts, params, 0, AUTO_WARM_STEPS)
+    runs = [bench.loop.batch(prompts, params, workload.warm_steps, workload.steps) for _ in range(workload.runs)]
     return make_row(label, runs, row_budget=engine.controller.draft_budget.budget.rows)
 
 

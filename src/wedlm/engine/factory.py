@@ -113,8 +113,7 @@ class Blueprint:
             runner = Runner(windows, eager, preferred)
         else:
             runner = self._runner_on_kernels(self.packed, cache)
-        on_kernels = self.eager_reason is None and self.device.type == "cuda"
-        pool = PagePool(self.num_pages, self.page_size, block_length=self._block_length, scattered=on_kernels)
+        pool = PagePool(self.num_pages, self.page_size, block_length=self._block_length)
         return Engine(self.config, runner, pool, self.tokenizer, clock, self.adapters)
 
     def rebuild(self, broken: Engine) -> Engine:

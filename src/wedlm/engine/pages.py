@@ -2,10 +2,9 @@
 """Pages of the key/value cache: which request holds which, and which may be shared by requests with the same prefix."""
 
 import hashlib
-import random
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 _ROOT = b"wedlm"
@@ -24,27 +23,15 @@ class PagePool:
     cache, under a digest of its tokens and all before it. Pages reserved ahead for a window hold scratch and are not
     cached. A cached page without a holder stays until its memory is needed (the least recently used goes first).
     ``cache_salt`` separates keys of different weights. ``block_length``: keys, and so a page's digest, depend on the
-    tokens up to the end of their block of this many slots; with 1 they depend on no later token. ``scattered``: pages
-    are handed out in an order without a pattern. On a GPU, the keys of sequences whose pages lie at equal distances can
-    be on the same memory channels, which one step reads at the same time (docs/log.md, 2026-11-30).
+    tokens up to the end of their block of this many slots; with 1 they depend on no later token.
     """
 
-    def __init__(
-        self,
-        num_pages: int,
-        page_size: int,
-        cache_salt: bytes = b"",
-        block_length: int = 1,
-        scattered: bool = False,
-    ) -> None:
+    def __init__(self, num_pages: int, page_size: int, cache_salt: bytes = b"", block_length: int = 1) -> None:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"num_pages is {num_pages} and page_size {page_size}; expected both to be at least 1")
         self.num_pages, self.page_size, self.block_length = num_pages, page_size, block_length
         self._root = hashlib.blake2b(_ROOT + cache_salt, digest_size=16).digest()
-        self._order = list(range(num_pages))  # of each page among free ones
-        if scattered:
-            random.Random(0).shuffle(self._order)
-        self._free = self._in_order(range(num_pages))
+        self._free = list(range(num_pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, without a holder; oldest first
         self._holders = [0] * num_pages
         self._tables: dict[str, list[int]] = {}
@@ -130,11 +117,7 @@ class PagePool:
             page, _ = self._idle.popitem()
             del self._page_of[self._digest_of.pop(page)]
             self._free.append(page)
-        self._free = self._in_order(self._free)
-
-    def _in_order(self, pages: Iterable[int]) -> list[int]:
-        """Free pages so that the last one is handed out first."""
-        return sorted(pages, key=self._order.__getitem__, reverse=True)
+        self._free.sort(reverse=True)
 
     def _ref(self, page: int) -> None:
         self._idle.pop(page, None)
