@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over paged keys on GPUs, by our Triton kernel; it is planned from the host's lists or from tensors on the
-device.
+"""Attention over paged keys on GPUs: by our Triton kernel, and for long prompt chunks by FlashAttention-3 where it is
+installed. It is planned from the host's lists or from tensors on the device.
 
 The twin is ``PagedSdpa``. It takes the q, k, v product itself, so that norm, RoPE and the write to the cache are one
 kernel (``wedlm.kernels.rope``).
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wedlm.attention.base import ExtendBatch, KVCache
+from wedlm.attention.flash import plan_flash
 from wedlm.kernels.attention import PagedRows, paged_attention
 from wedlm.kernels.fp8 import Unscaled
 from wedlm.kernels.rope import norm_rope_write
@@ -21,11 +22,14 @@ _SHORT_ROWS = 32
 
 
 class PagedAttend:
-    """Attention of one step's rows, each sequence in one of ``groups``. ``slots`` [T]: where each row's key goes (for
-    padding, a slot that is never read). ``fixed`` is as in ``paged_attention``."""
+    """Attention of one step's rows, each sequence in one of ``groups``, that of chunks last. ``slots`` [T]: where each
+    row's key goes (for padding, a slot that is never read). ``fixed`` is as in ``paged_attention``; only our kernel
+    has an order of sums that does not depend on other rows."""
 
     def __init__(self, cache: KVCache, groups: Sequence[PagedRows], slots: Tensor, fixed: bool = False) -> None:
         self.cache, self.groups, self.slots, self.fixed = cache, groups, slots, fixed
+        self.flash = None if fixed else plan_flash(cache, groups, len(slots))
+        self._own_groups = groups if self.flash is None else groups[:-1]
 
     def __call__(
         self,
@@ -39,8 +43,9 @@ class PagedAttend:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         scales = self.cache.scales(layer)
         q = norm_rope_write(qkv, cos, sin, self.slots, norms, keys, values, self.fixed, scales)
-        out = torch.empty_like(q)
-        for rows in self.groups:
+        # FlashAttention makes its own tensor of all rows; our kernel then writes the other sequences' rows into it.
+        out = torch.empty_like(q) if self.flash is None else self.flash(q, keys, values)
+        for rows in self._own_groups:
             paged_attention(q, keys, values, rows, out, self.fixed, scales)
         return out
 

@@ -35,6 +35,7 @@ from wedlm.native.library import PATH_VARIABLE, PORTABLE, chosen_path, paths
 from wedlm.native.weights import NativeAdapters, format_names, native_from_torch, rounds_inputs
 
 if TYPE_CHECKING:
+    from wedlm.attention.flash import Flash
     from wedlm.engine.ranks.processes import Ranks
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,7 @@ class Blueprint:
     def describe(self) -> str:
         """One line for users: device, number formats, the cache's size, how steps run and why."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        flash = self._find_flash()
         if isinstance(self.model, NativeTransformer):
             steps = f"native C++ forward ({self.model.path}), threads: {self.model.threads}"
         elif self.packed is None:
@@ -154,9 +156,13 @@ class Blueprint:
         else:
             chunks = "with" if self.config.options.capture_chunks else "without"
             kernels = "deterministic Triton kernels" if self.config.options.deterministic else "Triton kernels"
+            if flash is not None and flash.call is not None:
+                kernels += ", FlashAttention-3 for the attention of long prompt chunks,"
             steps = f"{kernels} in CUDA graphs, {chunks} prompt chunks"
         on_torch = self.packed is None and not isinstance(self.model, NativeTransformer)
         reasons = [one for one in (on_torch and self.eager_reason, self.note) if one]
+        if flash is not None and flash.fault:
+            reasons.append(f"FlashAttention-3 is installed, but cannot be used: {flash.fault}")
         if reasons:
             steps += f" ({'; '.join(reasons)})"
         if self.ranks is not None:
@@ -173,6 +179,14 @@ class Blueprint:
         elif self.config.model_decoding != "auto":
             more += f"; decoding: {self.config.decoding}, unless a request names another"
         return f"{device}; {numbers}, {tokens:,} tokens ({megabytes:,.0f} MB); steps: {steps}{more}"
+
+    def _find_flash(self) -> "Flash | None":
+        """FlashAttention-3, if steps could use it."""
+        if self.packed is None or self.config.options.deterministic:
+            return None
+        from wedlm.attention.flash import find_flash  # which imports triton
+
+        return find_flash(self.device, self.dtype, self.shape.num_kv_heads, self.shape.head_dim, self.page_size)
 
     def _bytes_per_token(self) -> int:
         shape = self.shape
@@ -307,7 +321,8 @@ def plan_engine(
         )
     adapters = Adapters(_factor_slots(model, options.max_adapters), options.max_adapters, options.max_adapter_rank)
     blueprint = Blueprint(model, packed, shape, dtype, device, config, *sizes, tokenizer, reason, note, adapters, ranks)
-    is_slow = bool(note) or (reason is not None and device.type == "cuda")
+    flash = blueprint._find_flash()
+    is_slow = bool(note) or (reason is not None and device.type == "cuda") or (flash is not None and bool(flash.fault))
     log.log(logging.WARNING if is_slow else logging.INFO, "engine: %s", blueprint.describe())
     return blueprint
 
