@@ -112,11 +112,9 @@ class _Work:
         return (self.workload.pairs + 1) * 2 * served
 
     def accept(self) -> float:
-        steps = AUTO_WARM_STEPS + self.workload.runs * self.workload.steps
-        batches = sum(
-            batch * self.prompt_s + steps * self.costs.of(batch * _AUTO_ROWS) for batch in self.workload.batches
-        )
-        return (len(self.settings.curves) + 3) * batches
+        once = sum(AUTO_WARM_STEPS * self.costs.of(batch * _AUTO_ROWS) for batch in self.workload.batches)
+        batches = sum(self.fixed(batch, _AUTO_ROWS) for batch in self.workload.batches)
+        return (len(self.settings.curves) + 3) * (once + batches)
 
     def contexts(self) -> float:
         lengths = self.workload.contexts
