@@ -247,7 +247,7 @@ LENGTHS = [(1100, 5), (3, 4), (200, 16), (0, 2), (130, 1), (4200, 3), (60, 90)]
     ("dtype", "groups"),
     [
         (DTYPES[0], True),
-        (DTYPES[1], False),
+        pytest.param(DTYPES[1], False, marks=pytest.mark.long),
         pytest.param(DTYPES[0], False, marks=pytest.mark.long),
         pytest.param(DTYPES[1], True, marks=pytest.mark.long),
     ],

@@ -51,7 +51,7 @@ def attended(plan, q, k, v):
         [(0, 40)],
         [(37, 40)],
         [(0, 40), (70, 35)],
-        [(64, 33), (3, 50), (130, 5), (0, 1)],  # windows behind the chunks
+        pytest.param([(64, 33), (3, 50), (130, 5), (0, 1)], marks=pytest.mark.long),  # windows behind the chunks
         [(5, 40), (130, 3), (64, 50), (0, 1), (9, 33)],  # and short chunks between them
         [(2, 2), (5, 64)],
     ],
@@ -107,6 +107,7 @@ def test_padded_chunks_behind_windows(device, monkeypatch):
 
 @on_cpu
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")  # of padding
+@pytest.mark.long
 def test_engine_with_it_writes_the_same(device, monkeypatch):
     """Prompts in several chunks beside windows, in captured steps (run directly) and in those that need the host."""
     few_rows_beside_chunks(device, monkeypatch)

@@ -70,7 +70,7 @@ def test_heads_are_rounded_as_they_are_written(device, dtype, normed):
         assert not scale[others.to(device)].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [pytest.param(DTYPES[0], marks=pytest.mark.long), DTYPES[1]])
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize(("splits", "fixed"), [(1, False), (4, False), (1, True), (4, True)])
 @pytest.mark.parametrize("lengths", [[(130, 5)], [(3, 4), (200, 16), (0, 2), (64, 1), (70, 40)]], ids=str)
@@ -118,6 +118,7 @@ def test_the_fused_model_is_the_model(device):
 
 # Padding rows are whatever lay in memory, and the interpreter reports what a GPU ignores.
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero|All-NaN slice):RuntimeWarning")
+@pytest.mark.long
 def test_device_steps_give_the_plain_engines_text(device, monkeypatch):
     few_rows_beside_chunks(device, monkeypatch)
     requests = [

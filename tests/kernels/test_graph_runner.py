@@ -37,7 +37,8 @@ def test_same_as_runner(device, decoding, temperature):
     check_same_as_runner(device, decoding, temperature, num_requests=3, seed=0)
 
 
-@pytest.mark.parametrize("decoding", ["verified", pytest.param("streaming", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("decoding", ["verified", "streaming"])
 def test_same_as_runner_with_factors_for_masked_rows(device, decoding):
     check_same_as_runner(device, decoding, 0.0, num_requests=2, seed=1, masked_lora=True)
 

@@ -25,7 +25,7 @@ from wedlm.model.lora.masked_rows import attach_masked_lora
 from wedlm.model.lora.row_factors import RowFactors
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [pytest.param(DTYPES[0], marks=pytest.mark.long), DTYPES[1]])
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ class TargetOptions:
 
 _ENGINE = (
     "adapter", "dtype", "quantization", "quantize_head", "kv_cache_dtype", "deterministic", "device",
-    "tensor_parallel_size", "max_num_batched_tokens", "capture_chunks", "chunk_step_ratio",
+    "tensor_parallel_size", "max_num_batched_tokens", "page_size", "capture_chunks", "chunk_step_ratio",
 )  # fmt: skip
 
 
