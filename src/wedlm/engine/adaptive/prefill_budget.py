@@ -7,6 +7,7 @@ from wedlm.engine.adaptive.step_costs import StepCosts
 
 _SMALLEST_CHUNK = 32  # a prompt makes progress however expensive its rows are
 _NEW = 0.1  # weight of the latest observation
+_LOOK_STEPS = 16  # steps with chunks, after which one of windows alone shows what these cost
 
 
 @dataclass
@@ -14,29 +15,38 @@ class PrefillBudget:
     """Limits the rows of chunks beside windows, so that such a step takes at most ``ratio`` times what the windows
     alone take.
 
-    ``costs`` knows forwards; the rest of a step (attention, the host) is observed.
+    ``costs`` knows forwards; the rest of a step (attention, the host) is observed. While prompts keep coming, windows
+    run alone only if a step is made so now and then. Otherwise their attention would count as the chunks', and many
+    long windows would leave prompts no more than the smallest chunk.
     """
 
     costs: StepCosts
     ratio: float
-    _beside_windows: float = 0.0  # seconds, of steps of windows alone
-    _beside_chunks: float = 0.0  # of steps with chunks
+    _beside_windows: float = 0.0  # seconds for each row, of steps of windows alone
+    _beside_chunks: float = 0.0  # seconds, of steps with chunks
+    _steps_with_chunks: int = 0  # since windows last ran alone
 
     def chunk_rows(self, window_rows: int) -> int:
-        """The most rows of chunks beside ``window_rows`` rows of windows."""
-        alone = self.costs(window_rows) + self._beside_windows
-        beside = max(self._beside_chunks, self._beside_windows)
+        """The most rows of chunks beside ``window_rows`` rows of windows; 0 to see what windows cost alone."""
+        if self._steps_with_chunks >= _LOOK_STEPS:
+            self._steps_with_chunks = 0
+            return 0
+        beside_windows = self._beside_windows * window_rows
+        alone = self.costs(window_rows) + beside_windows
+        beside = max(self._beside_chunks, beside_windows)
         return max(_SMALLEST_CHUNK, self.costs.rows_within(self.ratio * alone - beside) - window_rows)
 
     def observe(self, window_rows: int, chunk_rows: int, seconds: float) -> None:
         """Record how long a step with windows took."""
         beside = max(0.0, seconds - self.costs(window_rows + chunk_rows))
         if chunk_rows:
-            self._beside_chunks = _towards(self._beside_chunks, beside)
+            self._steps_with_chunks += 1
+            self._beside_chunks = _towards(self._beside_chunks, beside, 1)
         else:
-            self._beside_windows = _towards(self._beside_windows, beside)
+            self._steps_with_chunks = 0
+            self._beside_windows = _towards(self._beside_windows, beside, window_rows)
 
 
-def _towards(before: float, now: float) -> float:
-    """A moving average that a pause of the machine barely moves."""
-    return before + _NEW * (min(now, 2 * before + 2e-3) - before)
+def _towards(before: float, seconds: float, shares: int) -> float:
+    """A moving average of seconds divided by ``shares``, which a pause of the machine barely moves."""
+    return before + _NEW * (min(seconds / shares, 2 * before + 2e-3 / shares) - before)
