@@ -195,16 +195,18 @@ class FusedTransformer:
         if beside.masked is not None and isinstance(own, MaskedLora):
             add_low_rank(whole, self._hidden(x, _weight(own.masked_lora_A)), self.low_rank[own], beside.masked)
         if beside.others is not None and isinstance(linear, AdaptedLinear):
-            linear.add_to(whole, x, beside.others, self._low_rank if self.deterministic else None)
+            linear.add_to(whole, x, beside.others, self._fixed_product if self.deterministic else None)
         return out
 
     def _hidden(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply x [T, C] by the matrices A [R, C] of masked rows: [T, R], or partial sums [P, T, R]."""
+        if self.deterministic:
+            return self._fixed_product(x, weight)
         rank, size = weight.shape
         tiling = self.tiling(rank, size, weight.dtype) if len(x) <= MAX_ROWS else None
         return x @ weight.T if tiling is None else few_rows_product(x, weight, tiling)
 
-    def _low_rank(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _fixed_product(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply x [T, K] by weight [N, K], adding up in one order for any number of rows."""
         tiling = replace(tiling_for(len(weight), weight.shape[1], weight.dtype), splits=1)
         tiling = fixed_tiling(tiling, len(x), weight.dtype, supports_descriptors(weight.device))
