@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an error leaves behind while a request is admitted: nothing. And plans as plain data."""
 
+import math
 import random
 
 import pytest
@@ -168,9 +169,9 @@ def test_who_asks_for_many_keeps_nobody_from_pages(pages):
 @pytest.mark.parametrize("lagging", [False, True])
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))])
 def test_those_that_run_come_first(seed, lagging, policy):
-    """Where pages and rows suffice. Each group has one sequence or several, of one priority."""
+    """Where pages and rows suffice, of chunks too. Each group has one sequence or several, of one priority."""
     rng = random.Random(seed)
-    limits = {"max_num_seqs": 4, "num_pages": 2000, "max_num_batched_tokens": 1000}
+    limits = {"max_num_seqs": 4, "num_pages": 2000, "max_num_batched_tokens": 1000, "chunk_step_ratio": math.inf}
     engine = stub_engine(MODEL, lagging=lagging, scheduling_policy=policy, **limits)
     added: list = []
     moved = passed_over = 0
