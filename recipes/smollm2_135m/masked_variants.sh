@@ -1,9 +1,11 @@
 #!/bin/sh
 # Variants of the LoRA of masked rows at equal steps, each trained and evaluated (docs/log.md, "Seven variants"), after the stages
 # prompts and answers of masked.sh. One variant takes 18 GB of GPU memory in training; those named run at the same time.
+# They start from what was usual before them, a rate of 1e-3 and entropy_weight 0.5; masked_lora.yaml has what was best. STEPS: 160.
 # Usage: masked_variants.sh NAME...; names: usual rate2 rate4 entropy0 entropy1 distill1 rank32 block16 noise16 mlp upper20
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
+set -f # lists in brackets are no patterns
 
 settings() {
     case $1 in

@@ -205,6 +205,35 @@ def test_those_that_run_come_first(seed, lagging, policy):
     assert engine.pool.num_available == engine.pool.num_pages
 
 
+@pytest.mark.parametrize("num_pages", [41, 42])
+def test_the_only_window_gives_way_to_a_prompt_that_is_held_back(num_pages):
+    """A step may allow chunks no rows, to see what windows cost. If it preempts the last window, prompts go on."""
+    limits = {"page_size": 4, "num_pages": num_pages, "max_num_batched_tokens": 64, "max_model_len": 200}
+    engine = stub_engine(MODEL, scheduling_policy="priority", **limits)
+    held_back = 0
+
+    def prefill_rows(window_rows: int | None) -> int | None:
+        nonlocal held_back
+        if window_rows is None:
+            return None
+        now = not engine.pool.num_available and not held_back
+        held_back += now
+        return 0 if now else 4
+
+    engine.controller.prefill_rows = prefill_rows
+    window = SamplingParams(decoding="autoregressive", max_tokens=60, priority=1)
+    requests = [engine.add("window", [1, 2, 3], window)]
+    engine.step()
+    prompt = [token % MODEL.vocab_size for token in range(150)]
+    requests.append(engine.add("prompt", prompt, SamplingParams(decoding="autoregressive", max_tokens=2, priority=0)))
+    while engine.has_work:
+        engine.step()
+        check_engine(engine)
+    assert held_back
+    for request in requests:
+        check_outcome(MODEL, request)
+
+
 def test_a_plan_that_is_dropped_changes_no_window():
     """The next plan must expect the rows that the window has."""
     engine = stub_engine(MODEL)

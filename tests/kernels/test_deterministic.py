@@ -10,6 +10,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 from tests.kernels.comparing import DTYPES, close, summable
+from tests.model.masked_adapters import random_lora
 from tests.model.tiny import our_model
 from wedlm import LLM
 from wedlm.attention.base import ExtendBatch, KVCache, RowVisibility
@@ -26,6 +27,7 @@ from wedlm.model.inference import triton_transformer
 from wedlm.model.inference.layers import pack_for_inference
 from wedlm.model.inference.quantization import Fp8Linear
 from wedlm.model.inference.triton_transformer import _NOTHING, FusedTransformer, _Beside
+from wedlm.model.lora.masked_rows import attach_masked_lora
 from wedlm.model.lora.row_factors import AdaptedLinear
 
 ROWS = [1, 33, 64, 100, 200, 300]  # the last is all; each tiling for many rows, and parts apart and added
@@ -327,9 +329,12 @@ def test_the_deterministic_model_is_the_model(device, bits, family, fp8_anywhere
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="BLAS's sums depend on their number of rows")
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("bits", [None, "fp8"])
-def test_rows_of_the_deterministic_model_are_the_same_in_any_company(device, bits):
+def test_rows_of_the_deterministic_model_are_the_same_in_any_company(device, bits, masked):
     model = our_model("wedlm-qwen3", hidden_size=256, intermediate_size=512).to(device, torch.bfloat16)
+    if masked:
+        attach_masked_lora(model, random_lora(model), torch.linspace(-1, 1, model.config.hidden_size))
     fused = FusedTransformer(pack_for_inference(model, bits), deterministic=True)
     config = fused.model.config
     shape = (config.num_layers, 300, 8, config.num_kv_heads, config.head_dim, torch.bfloat16, device)
@@ -341,7 +346,8 @@ def test_rows_of_the_deterministic_model_are_the_same_in_any_company(device, bit
         tables = [[0, 1, 2, 3, 4, 5 + s] for s in range(count)]
         tokens = torch.full((count,), 7, device=device)
         batch = ExtendBatch([40] * count, [1] * count, tables)
-        found[count] = fused(tokens, torch.full((count,), 40, device=device), plan_paged(cache, batch, fixed=True))
+        positions, flags = torch.full((count,), 40, device=device), torch.full((count,), masked, device=device)
+        found[count] = fused(tokens, positions, plan_paged(cache, batch, fixed=True), masked=flags)
         assert (found[count] == found[count][:1]).all()
     assert all(torch.equal(out[0], found[1][0]) for out in found.values())
 

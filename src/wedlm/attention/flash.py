@@ -102,7 +102,9 @@ def _tried(device: torch.device, dtype: torch.dtype, kv_heads: int, head_dim: in
         pages = torch.arange(len(keys) // page_size, device=device)[None]
         zero, count = (torch.full((1,), number, device=device) for number in (0, num_rows))
         rows = PagedRows(zero, count, zero, zero, pages, page_size, num_rows, num_rows)
-        FlashRows(call, rows, num_rows)(keys[:num_rows], keys, keys)
+        q = keys[:num_rows].repeat_interleave(2, dim=1)  # of several heads a key head, as models have
+        if not bool(FlashRows(call, rows, num_rows)(q, keys, keys).isfinite().all()):  # which waits for it
+            raise ArithmeticError("attention over zeros is not finite")
     except Exception as error:  # whatever another package's import or kernels raise: users get it in one line
         if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn_interface":
             return Flash()

@@ -140,7 +140,7 @@ def _accepted(bench: Bench, label: dict[str, Any], prompts: list[list[int]], par
     engine, workload = bench.target.engine, bench.settings.workload
     assert engine.controller.draft_budget is not None
     engine.controller.draft_budget = DraftBudget(engine.controller.costs)
-    bench.loop.batch(prompts, params, AUTO_WARM_STEPS, workload.steps)
+    bench.loop.batch(prompts, params, AUTO_WARM_STEPS, 1)
     runs = [bench.loop.batch(prompts, params, workload.warm_steps, workload.steps) for _ in range(workload.runs)]
     return make_row(label, runs, row_budget=engine.controller.draft_budget.budget.rows)
 

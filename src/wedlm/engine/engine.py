@@ -99,6 +99,9 @@ class Engine:
         if self._pending is None:
             plan = self._plan({})
             assert plan is not None
+            if not plan.scheduled and plan.preempted:  # the last window gave its pages to a prompt that was held back
+                plan = self._plan({})
+                assert plan is not None
             if not plan.scheduled:
                 assert not self.requests, "requests wait, but nothing can run"
                 return []

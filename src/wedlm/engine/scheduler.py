@@ -68,10 +68,11 @@ class Scheduler:
     def rows_beside_prompts(self, unread: Unread) -> int | None:
         """The rows of windows that share the next step with prompts. None if there are no prompts, or if none of these
         windows is streamed."""
-        windows = [r for r in self.running if _start(r, unread.get(r.request_id)) >= r.progress.window.cached]
+        going_on = [r for r in self.running if r.request_id not in unread or not _ends(unread[r.request_id])]
+        windows = [r for r in going_on if _start(r, unread.get(r.request_id)) >= r.progress.window.cached]
         if not any(request.streamed for request in windows):
             return None
-        if len(windows) == len(self.running) and not self.waiting:
+        if len(windows) == len(going_on) and not self.waiting:
             return None
         return sum(_max_rows(request) for request in windows)
 

@@ -28,13 +28,15 @@ class Blocks:
 
     @staticmethod
     def of(matrices: Sequence[Tensor]) -> "Blocks":
-        """The matrices B [O, r] of the layers in their order; a layer that has none gives one of rank 0."""
+        """The matrices B [O, r] of the layers in their order; a layer without one gives one of rank 0. A single one is
+        not copied."""
         outputs, depth = sum(len(one) for one in matrices), max(one.shape[1] for one in matrices)
-        b = matrices[0].new_zeros(outputs, depth)
+        b = matrices[0] if len(matrices) == 1 else matrices[0].new_zeros(outputs, depth)
         tiles, first, column = [], 0, 0
         for one in matrices:
             size, rank = one.shape
-            b[first : first + size, :rank] = one
+            if len(matrices) > 1:
+                b[first : first + size, :rank] = one
             if rank:
                 starts = range(first, first + size, _OUTPUTS)
                 tiles += [(start, first + size, column, rank) for start in starts]
@@ -57,7 +59,6 @@ def _add_low_rank(
     masked = tl.load(masked_ptr + m, mask=inside_m, other=0) != 0
     if tl.max(masked.to(tl.int32), 0) > 0:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        row = m.to(tl.int64) * R + first
         for start in range(0, rank, BLOCK_K):
             inside_k = start + k < rank
             weight = tl.load(
@@ -68,7 +69,7 @@ def _add_low_rank(
             hidden = tl.zeros((BLOCK_K, BLOCK_M), hidden_ptr.dtype.element_ty)
             for part in tl.static_range(PARTS):
                 hidden += tl.load(
-                    hidden_ptr + part * num_rows.to(tl.int64) * R + row[None] + (start + k)[:, None],
+                    hidden_ptr + (part * num_rows + m.to(tl.int64))[None] * R + (first + start + k)[:, None],
                     mask=inside_k[:, None] & masked[None],
                     other=0.0,
                 )

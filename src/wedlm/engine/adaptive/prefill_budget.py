@@ -7,7 +7,8 @@ from wedlm.engine.adaptive.step_costs import StepCosts
 
 _SMALLEST_CHUNK = 32  # a prompt makes progress however expensive its rows are
 _NEW = 0.1  # weight of the latest observation
-_LOOK_STEPS = 16  # steps with chunks, after which one of windows alone shows what these cost
+_LOOK_STEPS = 16  # steps with chunks, after which one of windows alone shows what these cost,
+_LOOK = 0.5  # and its weight: the last such step may be of other windows
 
 
 @dataclass
@@ -22,18 +23,18 @@ class PrefillBudget:
 
     costs: StepCosts
     ratio: float
-    _beside_windows: float = 0.0  # seconds for each row, of steps of windows alone
-    _beside_chunks: float = 0.0  # seconds, of steps with chunks
-    _steps_with_chunks: int = 0  # since windows last ran alone
+    _beside_windows: float = 0.0  # seconds, of steps of windows alone
+    _beside_chunks: float = 0.0  # of steps with chunks
+    _had_chunks: bool = False  # the latest step that was observed
+    _steps_with_chunks: int = 0  # since the latest look, or since windows ran alone
 
     def chunk_rows(self, window_rows: int) -> int:
         """The most rows of chunks beside ``window_rows`` rows of windows; 0 to see what windows cost alone."""
         if self._steps_with_chunks >= _LOOK_STEPS:
             self._steps_with_chunks = 0
             return 0
-        beside_windows = self._beside_windows * window_rows
-        alone = self.costs(window_rows) + beside_windows
-        beside = max(self._beside_chunks, beside_windows)
+        alone = self.costs(window_rows) + self._beside_windows
+        beside = max(self._beside_chunks, self._beside_windows)
         return max(_SMALLEST_CHUNK, self.costs.rows_within(self.ratio * alone - beside) - window_rows)
 
     def observe(self, window_rows: int, chunk_rows: int, seconds: float) -> None:
@@ -41,12 +42,13 @@ class PrefillBudget:
         beside = max(0.0, seconds - self.costs(window_rows + chunk_rows))
         if chunk_rows:
             self._steps_with_chunks += 1
-            self._beside_chunks = _towards(self._beside_chunks, beside, 1)
+            self._beside_chunks = _towards(self._beside_chunks, beside, _NEW)
         else:
             self._steps_with_chunks = 0
-            self._beside_windows = _towards(self._beside_windows, beside, window_rows)
+            self._beside_windows = _towards(self._beside_windows, beside, _LOOK if self._had_chunks else _NEW)
+        self._had_chunks = bool(chunk_rows)
 
 
-def _towards(before: float, seconds: float, shares: int) -> float:
-    """A moving average of seconds divided by ``shares``, which a pause of the machine barely moves."""
-    return before + _NEW * (min(seconds / shares, 2 * before + 2e-3 / shares) - before)
+def _towards(before: float, now: float, weight: float) -> float:
+    """A moving average that a pause of the machine barely moves."""
+    return before + weight * (min(now, 2 * before + 2e-3) - before)
