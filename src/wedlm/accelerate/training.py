@@ -21,7 +21,7 @@ from wedlm.engine.resolve_options import make_current
 from wedlm.train.config import TrainConfig, load_config
 from wedlm.train.trainer import Trainer
 
-_EPOCHS = {"cpu": 3.0, "cuda": 12.0}  # an epoch of 2,000 answers takes an hour there, seconds here
+_EPOCHS = {"cpu": 3.0, "cuda": 12.0}  # an epoch of 2,000 answers takes two hours there, seconds here
 # Settings that a run cannot have otherwise, and those that it makes itself.
 _OURS = {
     "model_path": "MODEL",
