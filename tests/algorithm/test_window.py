@@ -162,7 +162,7 @@ def check_against_reference(batch: list[tuple[list[int], int, DecodeParams]]) ->
         assert MODEL.mask_token_id not in got.tokens
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(sequences())
 def test_batched_steps_equal_the_reference(batch):
     check_against_reference(batch)

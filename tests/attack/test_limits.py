@@ -76,6 +76,7 @@ def test_descriptors_run_out(model):
         victim.check_log()
 
 
+@pytest.mark.long
 def test_a_log_that_nobody_reads(model):
     """Lines are dropped and counted; nothing waits for them, not even the end."""
     with serving_process(model, probed=False, read_log=False) as victim:

@@ -105,7 +105,8 @@ def test_forwards_can_be_told_apart(monkeypatch, colours):
     assert len({str(style) for style in styles}) == 2, "c, d and e: forward 7 has the colour of forward 1"
 
 
-@pytest.mark.parametrize("adapted", [pytest.param(True, marks=pytest.mark.long), False])
+@pytest.mark.long
+@pytest.mark.parametrize("adapted", [True, False])
 def test_demo_says_which_checkpoint_it_is(adapted, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "PROMPTS", ("Hello", "abc"))
     model = str(save_tiny(tmp_path, **({"block_size": 16} if adapted else {"model_type": "qwen3"})))

@@ -31,7 +31,9 @@ def decode(model) -> Callable:
     return cache(lambda prompt, *rest: reference.decode(rows_model, list(prompt), *rest))
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 256])
+@pytest.mark.parametrize(
+    "page_size", [pytest.param(1, marks=pytest.mark.long), 16, pytest.param(256, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("tight", [False, True], ids=["roomy", "preempting"])
 def test_engine_equals_reference(model, decode, page_size, tight):
     """Two rounds of the same requests: the second finds the first's pages in the prefix cache."""

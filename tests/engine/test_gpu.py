@@ -67,7 +67,10 @@ async def _texts(llms: dict[str, LLM], batches: list[list[str]]) -> dict[str, li
 
 @pytest.mark.parametrize(
     "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))],
+    [
+        pytest.param("cpu", marks=pytest.mark.long),
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
+    ],
 )
 def test_models_that_share_a_device(tmp_path, device):
     """While one engine captures steps, or computes, the other waits for its turn; each gives the texts that it gives

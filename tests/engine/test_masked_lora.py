@@ -64,7 +64,7 @@ def finish(engine: Engine, requests: list[tuple[list[int], SamplingParams]], apa
     return added
 
 
-@pytest.mark.parametrize("tight", [False, True], ids=["roomy", "preempting"])
+@pytest.mark.parametrize("tight", [False, pytest.param(True, marks=pytest.mark.long)], ids=["roomy", "preempting"])
 def test_engine_equals_reference(adapted, decode, tight):
     """Every mode but auto; prompts hold the mask token as an ordinary one, too; the second round reuses pages."""
     engine = make_engine(adapted, 16, -(-LENGTH * (2 if tight else 8) // 16))

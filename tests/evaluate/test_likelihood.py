@@ -141,6 +141,7 @@ def test_a_pair_larger_than_the_cache_is_refused(directory):
     assert llm.engine.pool.num_available == llm.engine.pool.num_pages
 
 
+@pytest.mark.long
 def test_scores_on_the_kernels_of_gpus_equal_those_of_plain_torch(llm):
     pytest.importorskip("triton")
 

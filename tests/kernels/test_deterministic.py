@@ -304,7 +304,7 @@ def test_attention_in_fixed_parts(device, monkeypatch, dtype, groups):
     ("bits", "family"),
     [
         (None, "wedlm-qwen2.5"),
-        ("fp8", "wedlm-qwen3"),
+        pytest.param("fp8", "wedlm-qwen3", marks=pytest.mark.long),
         pytest.param(None, "wedlm-qwen3", marks=pytest.mark.long),
         pytest.param("fp8", "wedlm-qwen2.5", marks=pytest.mark.long),
     ],

@@ -32,7 +32,10 @@ def few_rows(device, monkeypatch):
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero|All-NaN slice):RuntimeWarning")
 
 
-@pytest.mark.parametrize(("decoding", "temperature"), [("verified", 0.0), ("streaming", 0.0), (None, 0.8)])
+@pytest.mark.parametrize(
+    ("decoding", "temperature"),
+    [("verified", 0.0), ("streaming", 0.0), pytest.param(None, 0.8, marks=pytest.mark.long)],
+)
 def test_same_as_runner(device, decoding, temperature):
     check_same_as_runner(device, decoding, temperature, num_requests=3, seed=0)
 

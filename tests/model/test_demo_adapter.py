@@ -60,7 +60,7 @@ def test_results_know_it_by_name_and_content():
     "weights",
     [
         pytest.param({"dtype": "float32"}, marks=pytest.mark.long),
-        pytest.param({"quantization": "int8"}, marks=needs_native),
+        pytest.param({"quantization": "int8"}, marks=[needs_native, pytest.mark.long]),
     ],
     ids=["torch", "native"],
 )

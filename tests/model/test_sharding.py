@@ -170,7 +170,7 @@ def test_ranks_in_few_bits(tmp_path, fp8_anywhere, dtype, bits):
     exact = logits_of_one(path)
     one = logits_of_one(path, dtype=dtype, bits=bits) - exact
     two = logits_over(2, path, dtype=dtype, bits=bits) - exact
-    assert two.square().mean().sqrt() < 1.3 * one.square().mean().sqrt()
+    assert two.square().mean().sqrt() < 1.5 * one.square().mean().sqrt()
     # Random weights this narrow, in three bits of mantissa, are an eighth off on one rank, too.
     assert two.square().mean().sqrt() < (0.2 if bits else 0.1) * exact.square().mean().sqrt()
 

@@ -86,6 +86,7 @@ def test_fsdp2_and_its_checkpoint_in_one_process(parts):
     check_equal(two, one)
 
 
+@pytest.mark.long
 def test_fsdp2_with_a_teacher(tmp_path):
     """The teacher is of another width, and whole in each process."""
     base, other = save_base(tmp_path / "base"), save_base(tmp_path / "other", hidden_size=48)
