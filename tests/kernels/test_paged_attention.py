@@ -97,12 +97,12 @@ def check_attention(device, dtype, groups, lengths, page_size=8, fixed=False):
     ("family", "masked_lora", "bits", "by_name"),
     [
         ("wedlm-qwen2.5", False, None, False),
-        ("wedlm-qwen3", False, None, False),
-        ("wedlm-qwen3", True, None, False),
+        pytest.param("wedlm-qwen3", False, None, False, marks=pytest.mark.long),
+        pytest.param("wedlm-qwen3", True, None, False, marks=pytest.mark.long),
         ("wedlm-qwen3", True, None, True),
         ("wedlm-qwen3", False, "fp8", False),
-        ("wedlm-qwen3", True, "fp8", False),
-        ("wedlm-qwen2.5", False, "fp8", True),  # has biases
+        pytest.param("wedlm-qwen3", True, "fp8", False, marks=pytest.mark.long),
+        pytest.param("wedlm-qwen2.5", False, "fp8", True, marks=pytest.mark.long),  # has biases
     ],
 )
 def test_fused_model_is_the_model(device, family, masked_lora, bits, by_name, fp8_anywhere):
