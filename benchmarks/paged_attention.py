@@ -80,7 +80,7 @@ def paged(counts: Sequence[int], cached: Sequence[int], page_size: int, layers: 
 
 @contextmanager
 def tile(chosen: Tile | None, splits: int | None) -> Iterator[None]:
-    """Windows take this tile, and keys are split into so many parts."""
+    """Use this tile for windows, and split keys into ``splits`` parts; None leaves the engine's choice."""
     before = COPIED[SHORT], attention.num_splits
     COPIED[SHORT] = chosen or before[0]
     if splits is not None:

@@ -76,7 +76,7 @@ SECONDS_A_KEY, SECONDS_A_PAIR = 4e-8, 1.2e-9  # of attention: of a window's row;
 
 def join(num_requests: int, prompt: int, quiet: int = 0, host: float = BESIDE_WINDOWS) -> tuple[float, list[float]]:
     """Requests that come at once beside one that has decoded alone for ``quiet`` steps, and that all decode on and on:
-    (seconds until all prompts are read, each step's time in those of its windows alone)."""
+    (seconds until all prompts are read, each step's time divided by that of its windows alone)."""
     budget, windows, waiting, ratios, seconds = PrefillBudget(COSTS, 1.8), [prompt], [prompt] * num_requests, [], 0.0
     for _ in range(quiet):
         budget.observe(1, 0, COSTS(1) + host + SECONDS_A_KEY * prompt)
@@ -84,7 +84,7 @@ def join(num_requests: int, prompt: int, quiet: int = 0, host: float = BESIDE_WI
         rows = min(budget.chunk_rows(len(windows)), 2048 - len(windows), sum(waiting))
         beside = host + SECONDS_A_KEY * sum(windows)
         took = COSTS(len(windows) + rows) + beside
-        ratio = COSTS(len(windows)) + beside
+        alone = COSTS(len(windows)) + beside
         windows = [keys + 1 for keys in windows]
         left = rows
         while left:
@@ -95,7 +95,7 @@ def join(num_requests: int, prompt: int, quiet: int = 0, host: float = BESIDE_WI
             if not waiting[0]:
                 windows.append(waiting.pop(0) + prompt)
         budget.observe(len(windows), rows, took)
-        ratios.append(took / ratio)
+        ratios.append(took / alone)
         seconds += took
     return seconds, ratios
 

@@ -23,8 +23,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Flash:
-    """``call``: the package's ``flash_attn_with_kvcache``; None: all attention is our kernel's. ``fault``: why the
-    package, which is installed, cannot be used; empty if it can, or if nobody would want it here."""
+    """``call``: the package's ``flash_attn_with_kvcache``, or None if our kernel computes all attention. ``fault``: why
+    an installed package cannot be used; empty if it works, is not installed, or does not apply here."""
 
     call: Callable[..., Tensor] | None = None
     fault: str = ""

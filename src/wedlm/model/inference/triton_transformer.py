@@ -146,7 +146,7 @@ class FusedTransformer:
 
     def _masked(self, x: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x with the masked rows' own embedding, and a flag for each row; None if no row meets a LoRA."""
-        if masked is None or not self.low_rank:
+        if masked is None or not self.has_masked_lora:
             return x, None
         if masked.dtype != torch.bool:
             masked = torch.zeros(len(x), dtype=torch.bool, device=x.device).index_fill_(0, masked, True)
@@ -263,15 +263,11 @@ def _blocks(layer: MaskedLora) -> Blocks:
     if not isinstance(b, BlockDiagonal):
         return Blocks.of([_weight(b)])
     empty = _weight(layer.masked_lora_A).new_empty
-    found = Blocks.of([empty(one.size, 0) if isinstance(one, ZeroLora) else _weight(one) for one in b.blocks])
-    first = 0
-    for one in b.blocks:
-        if isinstance(one, ZeroLora):
-            first += one.size
-            continue
-        size, rank = _weight(one).shape
-        one.weight = nn.Parameter(found.b[first : first + size, :rank], requires_grad=False)
-        first += size
+    matrices = [empty(one.size, 0) if isinstance(one, ZeroLora) else _weight(one) for one in b.blocks]
+    found = Blocks.of(matrices)
+    for one, part in zip(b.blocks, found.b.split([len(matrix) for matrix in matrices]), strict=True):
+        if not isinstance(one, ZeroLora):
+            one.weight = nn.Parameter(part[:, : _weight(one).shape[1]], requires_grad=False)
     return found
 
 
