@@ -166,13 +166,16 @@ def test_ranks_compute_what_one_does(tmp_path, name):
 def test_ranks_in_few_bits(tmp_path, fp8_anywhere, dtype, bits):
     """As near to the exact logits as one rank: bfloat16 rounds each rank's part of a sum, and FP8 has a scale for each
     rank's part of a row."""
-    path = save_tiny(tmp_path, intermediate_size=64)
-    exact = logits_of_one(path)
-    one = logits_of_one(path, dtype=dtype, bits=bits) - exact
-    two = logits_over(2, path, dtype=dtype, bits=bits) - exact
-    assert two.square().mean().sqrt() < 1.5 * one.square().mean().sqrt()
+    exact, one, two = [], [], []
+    for seed in range(6):  # what rounding does to one random model depends on the CPU's order of sums
+        path = save_tiny(tmp_path / str(seed), seed=seed, intermediate_size=64)
+        exact.append(logits_of_one(path))
+        one.append(logits_of_one(path, dtype=dtype, bits=bits) - exact[-1])
+        two.append(logits_over(2, path, dtype=dtype, bits=bits) - exact[-1])
+    exact_rms, one_rms, two_rms = (torch.stack(each).square().mean().sqrt() for each in (exact, one, two))
+    assert two_rms < 1.3 * one_rms
     # Random weights this narrow, in three bits of mantissa, are an eighth off on one rank, too.
-    assert two.square().mean().sqrt() < (0.2 if bits else 0.1) * exact.square().mean().sqrt()
+    assert two_rms < (0.2 if bits else 0.1) * exact_rms
 
 
 def test_an_adapter_of_masked_rows_is_divided_too(tmp_path):
