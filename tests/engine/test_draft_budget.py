@@ -203,6 +203,14 @@ def test_expected_step():
         assert rows <= budget.rows
 
 
+@pytest.mark.parametrize("budget", [Budget.of(4), Budget(5, 3), Budget.of(12), Budget.of(16), Budget.of(30)], ids=str)
+def test_expected_step_is_the_mean_of_many(budget):
+    rates = (0.9, 0.6, 0.8, 0.7)
+    a_second = [(1, 1.0), (512, 1.0)]
+    measured = simulate(a_second, False, rates, 8, budget, 5000) / 8
+    assert expected_step(budget, rates, (1.0,) * 4)[0] == pytest.approx(measured, rel=0.02)
+
+
 def test_costs_between_measurements():
     assert [StepCosts([(1, 1.0), (3, 2.0)], False)(rows) for rows in (0.5, 1, 2, 3, 5)] == [1, 1, 1.5, 2, 3]
     assert [StepCosts([(1, 1.0), (3, 2.0)], True)(rows) for rows in (1, 2, 3, 5)] == [1, 2, 2, 3]

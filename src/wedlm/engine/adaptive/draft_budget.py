@@ -8,7 +8,10 @@ simulated before it was built: tests/engine/test_draft_budget.py, docs/log.md.
 import operator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from typing import NamedTuple
+
+import numpy as np
 
 from wedlm.algorithm.params import drafts_of, verified_rows
 from wedlm.engine.adaptive.step_costs import StepCosts
@@ -72,25 +75,30 @@ def longest_draft(num_rows: int, num_drafts: int, num_accepted: int, most: int) 
     return max(0, min(most, size + (num_accepted >= num_drafts + 1 - large) - 1))
 
 
-@lru_cache(maxsize=4096)
 def expected_step(budget: Budget, accepts: tuple[float, ...], offers: tuple[float, ...]) -> tuple[float, float]:
     """(tokens, rows) of a step in the long run, for drafts that are accepted and offered (certain enough to be drafted)
     at these rates by depth, given their predecessors."""
+    return _expected_step(budget, accepts[: budget.drafts], offers[: budget.drafts])
+
+
+@lru_cache(maxsize=4096)
+def _expected_step(budget: Budget, accepts: tuple[float, ...], offers: tuple[float, ...]) -> tuple[float, float]:
+    """Takes microseconds, since the engine waits for it: a look at the choice computes one for each budget."""
     row_budget, most = budget
-    follows = [[0.0] * (most + 1) for _ in range(most + 1)]  # chance of each number of drafts after each
-    for drafts, after in enumerate(follows):
-        rows = verified_rows(drafts, row_budget, most)
-        for accepted, chance in enumerate(_accepted(drafts, accepts)):
-            longest = longest_draft(rows, drafts, accepted, most)
-            for offered, probability in enumerate(_accepted(longest, offers)):
-                after[offered] += chance * probability
-    share = [1.0] + [0.0] * most  # of steps, by their number of drafts
-    into = list(zip(*follows, strict=True))
-    for _ in range(40):
-        after = [sum(map(operator.mul, share, column)) for column in into]
-        share = [(old + new) / 2 for old, new in zip(share, after, strict=True)]  # numbers of drafts may alternate
-    tokens = sum(w * (1 + sum(i * p for i, p in enumerate(_accepted(k, accepts)))) for k, w in enumerate(share))
-    return tokens, sum(w * verified_rows(k, row_budget, most) for k, w in enumerate(share))
+    offered = np.zeros((most + 1, most + 1))  # chance of each number of drafts, by how many are possible
+    possible = np.zeros((most + 1, most + 1))  # chance of each number of possible drafts, by how many a step has
+    tokens, rows = np.empty(most + 1), np.empty(most + 1)  # of a step, by its number of drafts
+    for drafts in range(most + 1):
+        offered[drafts, : drafts + 1] = _accepted(drafts, offers)
+        num_rows, chances = verified_rows(drafts, row_budget, most), _accepted(drafts, accepts)
+        for accepted, chance in enumerate(chances):
+            possible[drafts, longest_draft(num_rows, drafts, accepted, most)] += chance
+        tokens[drafts], rows[drafts] = 1 + sum(map(operator.mul, count(), chances)), num_rows
+    # Half of the chance stays, because numbers of drafts may alternate; squared six times, it is that of 64 steps.
+    after = (possible @ offered + np.eye(most + 1)) / 2
+    for _ in range(6):
+        after = after @ after
+    return float(after[0] @ tokens), float(after[0] @ rows)
 
 
 def _accepted(count: int, rates: tuple[float, ...]) -> list[float]:
