@@ -158,12 +158,13 @@ def test_the_prefix_cache_keeps_adapters_apart(llm, folders):
     """An adapter of masked rows shares the base's pages, because its known rows are the base's; others share none, not
     even with one of their name from before, and no salt of a client's leads there."""
     llm.engine.pool.reset_prefix_cache()
-    prompt = list(range(40))
+    whole = 2 * llm.engine.pool.page_size
+    prompt = [number % 40 for number in range(whole + 8)]
     assert reused(llm, prompt, None) == 0
-    assert reused(llm, prompt, "masked") == 32
+    assert reused(llm, prompt, "masked") == whole
     for name in ("lora", "both"):
         assert reused(llm, prompt, name) == 0
-        assert reused(llm, prompt, name) == 32
+        assert reused(llm, prompt, name) == whole
     serial = llm.engine.adapters.get("lora").serial
     for salt in (str(serial), f"adapter{serial}", "lora"):
         assert reused(llm, prompt, None, salt) == 0

@@ -16,7 +16,7 @@ from wedlm.attention.base import ExtendBatch, KVCache
 from wedlm.attention.paged import plan_paged
 from wedlm.attention.sdpa import PagedSdpa
 from wedlm.kernels import attention
-from wedlm.kernels.attention import COPIED, LONG, MIDDLE, SHORT, paged_attention, tile_for
+from wedlm.kernels.attention import COPIED, LONG, MIDDLE, SHORT, SINGLE, paged_attention, tile_for
 from wedlm.kernels.matmul import Tiling
 from wedlm.model.inference.adapter_bank import AdapterBank
 from wedlm.model.inference.layers import pack_for_inference
@@ -58,18 +58,28 @@ def test_tiles():
     assert tile_for(1024 * 4, 8 * 1024 * 4, 256, *large, copies=True) == COPIED[MIDDLE]
     assert tile_for(2048 * 4, 8 * 2048 * 4, 256, *large, fixed=True, copies=True) == COPIED[MIDDLE]
     assert tile_for(2048 * 4, 8 * 2048 * 4, 512, *small, copies=True) == COPIED[SHORT]
+    assert tile_for(4, 8 * 32 * 4, 256, *large, copies=True) == COPIED[SHORT]  # 256 programs
+    assert tile_for(4, 8 * 64 * 4, 256, *large, copies=True) == SINGLE
+    assert tile_for(4, 8 * 64 * 4, 256, *large, fixed=True, copies=True) == COPIED[SHORT]
 
 
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize(("lengths", "wanted"), [([(130, 40), (70, 5), (0, 64)], MIDDLE), ([(100, 180)], LONG)])
-def test_keys_that_are_copied_in_whole_tiles(device, monkeypatch, groups, fixed, lengths, wanted):
+@pytest.mark.parametrize(
+    ("lengths", "wanted", "if_fixed"),
+    [
+        ([(130, 40), (70, 5), (0, 64)], COPIED[MIDDLE], COPIED[MIDDLE]),
+        ([(100, 180)], COPIED[LONG], COPIED[MIDDLE]),
+        ([(130, 1), (0, 1), (64, 1), (20, 1), (63, 1)], SINGLE, COPIED[SHORT]),
+    ],
+)
+def test_tiles_of_whole_pages(device, monkeypatch, groups, fixed, lengths, wanted, if_fixed):
     used = []
     chosen = attention.tile_for
     monkeypatch.setattr(attention, "processors", lambda _: (4, 232_448))
     monkeypatch.setattr(attention, "tile_for", lambda *args: used.append(chosen(*args)) or used[-1])
     check_attention(device, DTYPES[1], groups, lengths, 64, fixed)
-    assert COPIED[MIDDLE if fixed else wanted] in used
+    assert (if_fixed if fixed else wanted) in used
 
 
 def check_attention(device, dtype, groups, lengths, page_size=8, fixed=False):

@@ -59,7 +59,8 @@ def _add_low_rank(
     masked = tl.load(masked_ptr + m, mask=inside_m, other=0) != 0
     if tl.max(masked.to(tl.int32), 0) > 0:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for start in range(0, rank, BLOCK_K):
+        # One tile at a time: with eight parts of h in flight, three would not fit into shared memory.
+        for start in tl.range(0, rank, BLOCK_K, num_stages=1):
             inside_k = start + k < rank
             weight = tl.load(
                 b_ptr + n.to(tl.int64)[:, None] * DEPTH + (start + k)[None],
