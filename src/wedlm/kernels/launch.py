@@ -49,8 +49,10 @@ def launch_options(pdl: bool) -> dict[str, bool]:
 
 
 @triton.jit
-def pdl_wait(PDL: tl.constexpr):
-    """Wait for what earlier kernels wrote, and let the next one get ready. Only read weights before this."""
+def pdl_wait(PDL: tl.constexpr, READIES: tl.constexpr = True):
+    """Wait for what earlier kernels wrote, and let the next one get ready. Only read weights before this. Without
+    ``READIES`` the next kernel starts when this one ends."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if READIES:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small work between the matrix products: residual and RMSNorm in one pass, gated SiLU. Both can read products with
-separate scales, and write rows in eight bits."""
+separate scales, and write rows in eight bits.
+
+None of these kernels lets the next one, a product, get ready while it runs: with the places of a processor taken by
+programs that wait, steps are up to 3 % slower (docs/log.md, 2026-11-30).
+"""
 
 import torch
 import triton
@@ -39,7 +43,7 @@ def _add_rms_norm(
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
         column_scale = tl.load(column_scale_ptr + column, mask=inside, other=0.0)
-    pdl_wait(PDL)
+    pdl_wait(PDL, False)
     x = tl.load(x_ptr + row * size + column, mask=inside, other=0.0).to(tl.float32)
     if PARTS > 0:
         delta = tl.load(delta_ptr + row * size + column, mask=inside, other=0.0).to(tl.float32)
@@ -104,7 +108,7 @@ def _silu_mul(
     if SCALED:
         gate_scale = tl.load(column_scale_ptr + column, mask=inside, other=0.0)
         up_scale = tl.load(column_scale_ptr + size + column, mask=inside, other=0.0)
-    pdl_wait(PDL)
+    pdl_wait(PDL, False)
     gate = tl.load(gate_up_ptr + row * 2 * size + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * 2 * size + size + column, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
@@ -129,7 +133,7 @@ def _silu_mul_tiles(
     [T, blocks]. The scales of columns are read once for all rows of a tile."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    pdl_wait(PDL)
+    pdl_wait(PDL, False)
     inside_row, inside = row < num_rows, column < size
     mask = inside_row[:, None] & inside[None]
     place = gate_up_ptr + row[:, None] * 2 * size + column[None]
@@ -155,7 +159,7 @@ def _round_by_largest(
     row = tl.program_id(0).to(tl.int64)
     column, block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCKS)
     inside = column < size
-    pdl_wait(PDL)
+    pdl_wait(PDL, False)
     largest = tl.load(largest_ptr + row * num_blocks + block, mask=block < num_blocks, other=0.0)
     x = tl.load(x_ptr + row * size + column, mask=inside, other=0.0).to(tl.float32)
     values, scale = to_fp8_by(x, tl.max(largest, axis=0), EMULATED)
