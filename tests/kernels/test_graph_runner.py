@@ -15,11 +15,12 @@ from tests.model.tiny import our_model
 from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS, REMASKINGS
 from wedlm.engine import factory
 from wedlm.engine.execution.captured_step import CapturedStep
-from wedlm.engine.execution.graphs import step_shape
+from wedlm.engine.execution.graphs import padding_shape, step_shape
 from wedlm.engine.execution.sampling_tensors import BatchFlags
 from wedlm.engine.options import EngineConfig, EngineOptions
 from wedlm.engine.sampling_params import GAP_DECODINGS, SamplingParams
 from wedlm.model.inference.layers import pack_for_inference
+from wedlm.model.inference.triton_transformer import FusedTransformer
 from wedlm.model.lora.row_factors import RowFactors
 
 
@@ -115,6 +116,18 @@ def check_same_as_runner(device, decoding, temperature, num_requests, seed, **ki
             assert one == other
     for one, other in zip(logprobs, others, strict=True):
         torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-3, atol=1e-4)
+
+
+def test_the_steps_that_are_timed_have_no_masked_rows(device, monkeypatch):
+    one = engine(device, True, masked_lora=True)
+    (captured,) = (executor for executor in one.runner.executors if isinstance(executor, CapturedStep))
+    called, forward = [], FusedTransformer.__call__
+    monkeypatch.setattr(FusedTransformer, "__call__", lambda *given: called.append(given) or forward(*given))
+    null = torch.full((1,), captured.windows.null_slot, dtype=torch.long, device=device)
+    captured.step(padding_shape(4), null)
+    ((*_, masked, adapters),) = called
+    assert masked is None
+    assert adapters is None
 
 
 @pytest.mark.parametrize("captures", [True, False])

@@ -97,9 +97,8 @@ class StepGraphs:
                 costs.add(1, 1.0)
                 costs.add(2, 1.1)
             return
-        flags = BatchFlags.of([DecodeParams("verified")])
         for num_rows in [size for size in _SIZES if costs.most_rows < size <= _size(most_rows)]:
-            shape = StepShape.of_windows(1, num_rows, num_rows, 16, flags)
+            shape = padding_shape(num_rows)
             graph, _ = self.capture(shape, index, None)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             for repeat in range(5):
@@ -111,6 +110,13 @@ class StepGraphs:
             end.record()
             end.synchronize()
             costs.add(num_rows, start.elapsed_time(end) / 4e3)
+
+
+def padding_shape(num_rows: int) -> StepShape:
+    """A step of padding alone. No row is masked, because AR's steps have no masked rows: what an adapter of masked rows
+    costs is observed beside the forward."""
+    flags = replace(BatchFlags.of([DecodeParams("verified")]), groups=False)
+    return StepShape.of_windows(1, num_rows, num_rows, 16, flags)
 
 
 def step_shape(windows: list[ScheduledRequest], chunks: list[ScheduledRequest], flags: BatchFlags) -> StepShape:
