@@ -114,7 +114,10 @@ def test_verified_is_compared_where_both_answered(bench):
 def test_the_page_has_the_tables_of_the_summary():
     root = Path(__file__).parents[2]
     page = (root / "docs/embedded_checkpoint.md").read_text()
-    files = [root / "benchmarks/results/embedded" / f"{name}.json" for name in ("eval_h200", "eval_h200_rest")]
+    files = [
+        root / "benchmarks/results/embedded" / f"{name}.json"
+        for name in ("eval_h200", "eval_h200_rest", "eval_h200_0.26")
+    ]
     summary = joined([json.loads(file.read_text()) for file in files])
     assert filled(page, summary) == page
     with pytest.raises(ValueError, match="the mark 'all-sets' 0 times; expected once"):
