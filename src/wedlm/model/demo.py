@@ -33,7 +33,7 @@ DEMO_MASK_TOKEN_ID = 16
 DEMO_DELTAS = tuple(Path(__file__).parent / name for name in ("demo_change.safetensors", "demo_change_2.safetensors"))
 DEMO_BLOCK_SIZE = 16
 DEMO_NEXT_TOKEN: NextToken = "causal"  # its AR head was trained, too (docs/embedded_checkpoint.md)
-DEMO_ENTROPY_THRESHOLD = 0.26  # AR's score on GSM8K at 1.80 tokens a forward; from 0.27 on it counts too far (there, too)
+DEMO_ENTROPY_THRESHOLD = 0.26  # AR's score on GSM8K at 1.80 tokens a forward; at 0.27 it counts too far (there, too)
 # For the base as it is: an adapter that only masked rows meet (recipes/smollm2_135m/masked.sh), part of this package.
 DEMO_ADAPTER = Path(__file__).parent / "demo_masked"
 _BY_HAND = (
