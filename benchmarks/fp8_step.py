@@ -38,7 +38,6 @@ from wedlm.engine.adaptive.fixed_rows import FixedRows
 from wedlm.engine.engine import Engine
 from wedlm.engine.execution.captured_step import CapturedStep
 from wedlm.engine.sampling_params import SamplingParams
-from wedlm.kernels.attention import PagedRows, paged_attention
 from wedlm.kernels.fp8 import FP8, Fp8Rows, quantize_rows
 from wedlm.kernels.matmul import Tiling, few_rows_product, fixed_tiling, tiling_for
 from wedlm.model import ModelConfig, load_model, load_tokenizer, pack_for_inference
@@ -634,71 +633,6 @@ def many(base: Tiling, kind: str) -> list[Tiling]:
     return [Tiling(n, k, base.splits, stages, warps, rows) for n, rows, k, stages, warps in shapes]
 
 
-def prompt_attention(run: Run) -> None:
-    """One layer's attention of a chunk of 2,048 rows behind 0, 2,048 and 6,144 keys, and of 8,192 rows: ms and TFLOP/s
-    of whatever is at hand."""
-    found = run.values["prompt_attention"]
-    config, device = run.config, run.device
-    heads, kv, d = config.num_heads, config.num_kv_heads, config.head_dim
-    cases = ((2048, 0), (2048, 2048), (2048, 6144), (8192, 0)) if device.type == "cuda" else ((8, 8),)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for rows, cached in cases:
-        num_keys, page = rows + cached, 16
-        q = torch.randn(rows, heads, d, device=device, dtype=dtype)
-        k, v = (torch.randn(num_keys, kv, d, device=device, dtype=dtype) for _ in range(2))
-        table = torch.arange(-(-num_keys // page), device=device)[None]
-        one = partial(torch.tensor, device=device)
-        plan = PagedRows(one([0]), one([rows]), one([cached]), one([0]), table, page, rows, num_keys)
-        flops = 4 * heads * d * (rows * cached + rows * (rows + 1) / 2)
-        entry = found.setdefault(f"{rows} rows behind {cached} keys", {})
-        scale = torch.ones(num_keys, kv, device=device)
-        k8, v8 = k.to(FP8), v.to(FP8)
-        wide = [part.repeat_interleave(heads // kv, 1).transpose(0, 1)[None] for part in (k, v)]
-        queries = q.transpose(0, 1)[None]
-        ways: dict[str, Callable[[], Any]] = {
-            "ours": lambda q=q, k=k, v=v, plan=plan: paged_attention(q, k, v, plan),
-            "ours, fixed parts": lambda q=q, k=k, v=v, plan=plan: paged_attention(q, k, v, plan, None, True),
-            "ours, cache in FP8": lambda q=q, k=k8, v=v8, plan=plan, s=scale: paged_attention(
-                q, k, v, plan, None, False, (s, s)
-            ),
-        }
-        for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
-            ways[f"torch, {name}"] = partial(by_torch, name, queries, wide, rows, cached)
-        ways["FlashAttention-3 of vLLM"] = partial(by_flash_attention_3, q, k, v, table, page, num_keys)
-        for name, work in ways.items():
-            try:
-                ms = run.milliseconds(work)
-                entry[name] = {"ms": ms, "tflops": round(flops / ms / 1e9, 1)}
-            except Exception as error:
-                entry[name] = f"{type(error).__name__}: {error}"[:200]
-        run.write()
-
-
-def by_torch(name: str, q: Tensor, wide: list[Tensor], rows: int, cached: int) -> list[Tensor]:
-    """Own rows in causal order and, apart, all cached keys; not yet added up."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    k, v = wide
-    with sdpa_kernel([getattr(SDPBackend, name)]):
-        out = [F.scaled_dot_product_attention(q, k[:, :, cached:], v[:, :, cached:], is_causal=True)]
-        if cached:
-            out.append(F.scaled_dot_product_attention(q, k[:, :, :cached], v[:, :, :cached]))
-    return out
-
-
-def by_flash_attention_3(q: Tensor, k: Tensor, v: Tensor, table: Tensor, page: int, num_keys: int) -> Any:
-    """Over pages, as vLLM's package brings it."""
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-    paged = [part.view(-1, page, *part.shape[1:]) for part in (k, v)]
-    lengths = torch.tensor([0, len(q)], dtype=torch.int32, device=q.device)
-    used = torch.tensor([num_keys], dtype=torch.int32, device=q.device)
-    return flash_attn_varlen_func(
-        q, *paged, max_seqlen_q=len(q), cu_seqlens_q=lengths, max_seqlen_k=num_keys, seqused_k=used, causal=True,
-        block_table=table.int(), fa_version=3,
-    )  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write fp8.json into")
@@ -730,7 +664,6 @@ PARTS: dict[str, tuple[Callable[[Run], None], float]] = {  # with the fewest sec
     "prefill": (prefill, 20),
     "kernels": (kernels, 15),
     "tilings": (tilings, 30),
-    "prompt_attention": (prompt_attention, 10),
 }
 
 if __name__ == "__main__":
