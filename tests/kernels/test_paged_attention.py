@@ -70,7 +70,7 @@ def test_tiles():
     [
         ([(130, 40), (70, 5), (0, 64)], COPIED[MIDDLE], COPIED[MIDDLE]),
         ([(100, 180)], COPIED[LONG], COPIED[MIDDLE]),
-        ([(130, 1), (0, 1), (64, 1), (20, 1), (63, 1)], SINGLE, COPIED[SHORT]),
+        ([(130, 1), (0, 1), (64, 1), (20, 1), (63, 1), (1, 1), (65, 1)], SINGLE, COPIED[SHORT]),
     ],
 )
 def test_tiles_of_whole_pages(device, monkeypatch, groups, fixed, lengths, wanted, if_fixed):

@@ -40,8 +40,8 @@ COPIED = {
     MIDDLE: Tile(64, 64, 4, 2, halves=True, copies=True),
     LONG: Tile(128, 64, 4, 2, halves=True, copies=True),
 }
-# Of single rows where not all programs find a place at once. Tiles that are copied take a third longer there, between
-# other kernels; with fewer programs they are the faster ones (docs/log.md, 2026-11-30).
+# Of single rows where not all programs find a place at once, three a processor. Tiles that are copied take a third
+# longer there, between other kernels; with fewer programs they are the faster ones (docs/log.md, 2026-11-30).
 SINGLE = Tile(16, 64, 4, 2, halves=True)
 FLOAT32 = Tile(32, 64, 4, 2)  # without tensor cores products are unrolled: 64 rows are 580 kB of code, 2 s to compile
 MAX_SPLITS = 64
@@ -415,7 +415,7 @@ def tile_for(
     """The tile for sequences of at most ``most`` rows (heads count), ``total`` for all key heads, of ``row_bytes``
     each. ``fixed``: sums are held twice. ``copies``: whole tiles of keys can be copied."""
     short, middle, long = (COPIED.get(tile, tile) if copies else tile for tile in (SHORT, MIDDLE, LONG))
-    if copies and not fixed and most <= SINGLE.rows and total // most > 2 * num_processors:
+    if copies and not fixed and most <= SINGLE.rows and total // most > 3 * num_processors:
         return SINGLE
     if most <= short.rows:
         return short
