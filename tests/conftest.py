@@ -2,7 +2,6 @@
 """Set-up of all tests: shapes in signatures are checked in the layers that state them, except in long runs."""
 
 import functools
-import gc
 import os
 import platform
 import signal
@@ -58,12 +57,6 @@ def pytest_configure(config: pytest.Config) -> None:
         _patch_triton_once_a_kernel()
     if config.option.report_long is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_LongReport(config.option.report_long, config.option.report_append))
-
-
-def pytest_collection_finish() -> None:
-    """The libraries and 6,000 tests stay: looking through them for garbage takes most of a second each time."""
-    gc.collect()
-    gc.freeze()
 
 
 def _patch_triton_once_a_kernel() -> None:
