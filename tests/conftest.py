@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Set-up of all tests: shapes in signatures are checked in the layers that state them, except in long runs."""
 
+import functools
 import os
 import platform
 import signal
@@ -14,6 +15,8 @@ import pytest
 import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+from tests.shape_checks import check_once_a_form
 
 # Without a GPU our kernels run in Triton's interpreter, which must be chosen before they are imported.
 if not torch.cuda.is_available():
@@ -48,6 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # that send one would wait for ever.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.markexpr != "long":  # the checks cost five times the work of a stub model's step
+        check_once_a_form()
         install_import_hook([f"wedlm.{name}" for name in _CHECKED], "beartype.beartype")
     if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
         _patch_triton_once_a_kernel()
@@ -60,6 +64,10 @@ def _patch_triton_once_a_kernel() -> None:
     from triton import language
     from triton.runtime import interpreter
 
+    # It also makes a table of all number formats whenever it looks one up.
+    look_up = interpreter._get_np_dtype
+    known = functools.cache(look_up)
+    interpreter._get_np_dtype = lambda kind: look_up(kind) if kind.scalar.is_ptr() else known(kind.scalar)
     patch_lang = interpreter._patch_lang
     anywhere = SimpleNamespace(__globals__={"tl": language, "core": language.core})  # the names that kernels call it by
     running = False

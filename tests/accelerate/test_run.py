@@ -14,6 +14,7 @@ from tests.accelerate.tiny_base import accelerate, killed_at, make_base, words
 from tests.cli.command import wedlm
 from tests.train.tiny_run import write_chats
 from wedlm import LLM, SamplingParams
+from wedlm.accelerate import measure
 from wedlm.accelerate import run as run_module
 from wedlm.accelerate.measure import same_texts
 from wedlm.model.formats.checkpoint import read_config
@@ -25,7 +26,10 @@ def parts(tmp_path_factory):
     """(checkpoint, prompts, the output of a whole run, what it printed)"""
     directory = tmp_path_factory.mktemp("accelerate")
     base, prompts = make_base(directory)
-    done = accelerate(base, directory / "whole", "--prompts", prompts)
+    with pytest.MonkeyPatch.context() as patch:  # how fast so small a model is says nothing
+        patch.setattr(measure, "_SPEED_PROMPTS", 2)
+        patch.setattr(measure, "_SPEED_ROUNDS", 1)
+        done = accelerate(base, directory / "whole", "--prompts", prompts)
     assert done.exit_code == 0, done.stderr
     return base, prompts, directory / "whole", done
 

@@ -192,11 +192,15 @@ def test_verified_text_is_autoregressive_text(params, prompt, window_size):
     assert all(rows == 1 for rows in ar.rows)
 
 
-@settings(max_examples=60, deadline=None)
-@given(params_strategy(), st.lists(st.integers(0, MODEL.vocab_size - 1), min_size=1, max_size=9))
-def test_causal_streaming_never_takes_more_steps_than_ar(params, prompt):
+@pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=pytest.mark.long)])
+def test_causal_streaming_never_takes_more_steps_than_ar(examples):
     """Every forward gives a token, from the first one on, and the first is AR's. Where only one position is filled a
     step, or the window has no other, the text is AR's, whatever the masked rows say."""
+    prompts = st.lists(st.integers(0, MODEL.vocab_size - 1), min_size=1, max_size=9)
+    settings(max_examples=examples, deadline=None)(given(params_strategy(), prompts)(check_causal_streaming))()
+
+
+def check_causal_streaming(params, prompt):
     causal = replace(params, decoding="streaming", next_token="causal", remasking="entropy")
     ar = reference.decode(MODEL.rows_model, prompt, 25, replace(params, decoding="autoregressive"))
     out = reference.decode(MODEL.rows_model, prompt, 25, causal)

@@ -20,7 +20,7 @@ TEXT_S = 2.0
 HEALTH_S = 0.05
 MEMORY_BYTES = 10**9
 FORGOTTEN_S = 1.0
-_REST_S = 0.3  # after each case, in which what it left behind still shows
+_REST_S, _SHORT_REST_S = 0.3, 0.1  # after each case, in which what it left behind still shows
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def victim(model) -> Iterator[Victim]:
         victim.check_log()
 
 
-def attack(victim: Victim, cases: list[Case]) -> list[tuple[str, float, float, int, float]]:
+def attack(victim: Victim, cases: list[Case], rest: float = _REST_S) -> list[tuple[str, float, float, int, float]]:
     """Name, seconds, seconds until nothing of it was left, most memory beyond that before, and the time of /health at
     99 %, of each."""
     rows = []
@@ -48,7 +48,7 @@ def attack(victim: Victim, cases: list[Case]) -> list[tuple[str, float, float, i
         seconds = time.monotonic() - start
         wait_until(victim.idle, seconds=20)
         forgotten = time.monotonic() - start - seconds
-        time.sleep(_REST_S)
+        time.sleep(rest)
         seen = victim.seen(start, time.monotonic())
         rows.append((case.name, seconds, forgotten, max(seen.memory, default=before) - before, seen.percentile(0.99)))
         assert victim.process.poll() is None, case.name
@@ -86,7 +86,7 @@ def test_a_few_of_each_kind(model, victim, record_property):
     time.sleep(0.5)
     start = time.monotonic()
     cases = [case for case in all_cases(victim.model) if case.quick and case.kind != "schemas"]
-    rows = attack(victim, cases)
+    rows = attack(victim, cases, _SHORT_REST_S)
     describe(record_property, victim, "quick", rows, start)
     check(victim, rows, start)
     assert victim.seen(start, time.monotonic()).percentile(0.9) < 0.5  # a machine of two cores may be very busy

@@ -49,14 +49,14 @@ def check_schemas(
 
 def test_random_schemas(llm):
     rng = random.Random(0)
-    schemas = [random_schema(rng) for _ in range(20)]
+    schemas = [random_schema(rng) for _ in range(12)]
     prompts = [llm.tokenizer.encode(rng.choice(PROMPTS)) for _ in schemas]
     texts = {}
     for decoding in DECODINGS:
         figures, texts[decoding] = check_schemas(
             llm, schemas, prompts, decoding, max_tokens=200, wedlm_window_size=6, frequency_penalty=0.2
         )
-        assert figures["stop"] >= 18, figures
+        assert figures["stop"] >= 11, figures
     assert texts["verified"] == texts["auto"] == texts["autoregressive"]
     check_empty(llm)
 

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Auto decoding, simulated: windows whose drafts are right at given rates, steps that cost what was measured."""
 
+import math
 import random
+from collections import Counter
 from dataclasses import replace
+from functools import cache
 
+import numpy as np
 import pytest
 
 from tests.engine.measured_costs import CPU, GPU, NATIVE
@@ -20,30 +24,40 @@ NEVER, DEMO, OFTEN = (0.0,) * 4, (0.78, 0.72, 0.64, 0.6), (0.97, 0.97, 0.97, 0.9
 def simulate(table, padded, rates, num_windows, auto, num_steps=3000, seed=0, drafting=0.0) -> float:
     """Tokens a second; ``auto`` chooses, or a fixed budget. The layout of groups is that of ``verify``.
 
-    ``drafting``: seconds that steps with masked rows take beside their forward.
+    ``drafting``: seconds that steps with masked rows take beside their forward. Windows that are alike are drawn
+    together: 128 of them are mostly in three or four states.
     """
-    rng, costs = random.Random(seed), StepCosts(table, padded)
+    rng, costs = np.random.default_rng(seed), StepCosts(table, padded)
     fixed = Budget.of(auto) if isinstance(auto, int) else auto
     budget = auto.budget if isinstance(auto, DraftBudget) else fixed
-    windows = [(0, min(budget.rows, 5), 0)] * num_windows  # drafts, rows and most drafts of each
+    windows = Counter({(0, min(budget.rows, 5), 0): num_windows})  # by drafts, rows and most drafts
     seconds, tokens = 0.0, 0
     for _ in range(num_steps):
-        bound = num_windows * budget.rows if padded else sum(rows for _, rows, _ in windows)
+        bound = num_windows * budget.rows if padded else sum(rows * count for (_, rows, _), count in windows.items())
         before, budget = budget, auto.choose(num_windows, 16) if isinstance(auto, DraftBudget) else fixed
         took = costs(bound) + (drafting if bound > num_windows else 0.0)
         seconds += took
-        after = []
-        for drafts, rows, longest in windows:
-            accepted = next((i for i in range(drafts) if rng.random() >= rates[i]), drafts)
-            tokens += accepted + 1
-            offered = longest_draft(rows, drafts, accepted, budget.drafts)
-            after.append((offered, verified_rows(offered, *budget), offered))
-            if isinstance(auto, DraftBudget):
-                auto.observe(drafts, accepted, longest, num_windows)
+        after: Counter[tuple[int, int, int]] = Counter()
+        for (drafts, rows, longest), number in windows.items():
+            for accepted, count in enumerate(rng.multinomial(number, chances(rates[:drafts])).tolist()):
+                if not count:
+                    continue
+                tokens += count * (accepted + 1)
+                offered = longest_draft(rows, drafts, accepted, budget.drafts)
+                after[offered, verified_rows(offered, *budget), offered] += count
+                if isinstance(auto, DraftBudget):
+                    auto.observe(drafts, accepted, longest, num_windows, count)
         if isinstance(auto, DraftBudget):
             auto.observe_time(num_windows, bound, took, before.rows)
         windows = after
     return tokens / seconds
+
+
+@cache
+def chances(rates: tuple[float, ...]) -> tuple[float, ...]:
+    """Of each number of drafts to be accepted, up to all that there are."""
+    reached = [math.prod(rates[:depth]) for depth in range(len(rates) + 1)]
+    return (*(one * (1 - rate) for one, rate in zip(reached, rates, strict=False)), reached[-1])
 
 
 def test_windows_of_the_same_outcome_count_as_one_after_the_other():

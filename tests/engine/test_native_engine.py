@@ -83,9 +83,24 @@ def test_verified_and_auto_give_ars_text(tmp_path, family):
     assert sum(one.num_reused_tokens for one in stats) > 0
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8], ids=str)
-@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "adapter"])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("threads", "adapter", "cache_dtype"),
+    [
+        (1, False, torch.float32),
+        (1, True, torch.int8),
+        (2, True, torch.float32),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                (1, False, torch.int8),
+                (1, True, torch.float32),
+                (2, False, torch.float32),
+                (2, False, torch.int8),
+                (2, True, torch.int8),
+            )
+        ),
+    ],
+)
 def test_histories(threads, adapter, cache_dtype):
     """Random adding, aborting and preempting, in all modes: reference.py's tokens and steps, and at all times the
     cache's bits are those of one forward (without the adapter, if there is one: no key of a masked row stays)."""

@@ -165,8 +165,15 @@ def test_who_asks_for_many_keeps_nobody_from_pages(pages):
         check_outcome(MODEL, request)
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "priority"])
-@pytest.mark.parametrize("lagging", [False, True])
+@pytest.mark.parametrize(
+    ("policy", "lagging"),
+    [
+        ("fcfs", False),
+        ("priority", False),
+        ("priority", True),
+        pytest.param("fcfs", True, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))])
 def test_those_that_run_come_first(seed, lagging, policy):
     """Where pages and rows suffice, of chunks too. Each group has one sequence or several, of one priority."""

@@ -149,13 +149,18 @@ def test_unfinished_character_becomes_a_replacement_at_the_end_only():
 STOPS = st.lists(st.text(st.sampled_from("ab🙂é"), min_size=1, max_size=4), max_size=4).map(tuple)
 
 
-@settings(max_examples=1000, deadline=None)
-@given(cut_texts(), STOPS)
-def test_stop_strings_wherever_tokens_end(cut, stop):
+@pytest.mark.parametrize("examples", [300, pytest.param(3000, marks=pytest.mark.long)])
+def test_stop_strings_wherever_tokens_end(examples):
     """The text depends on its characters only, never on token borders, and nothing of a stop string was shown."""
-    text, pieces = cut
-    expected = first_stop(text, stop)
-    assert stream(Pieces(pieces), list(range(len(pieces))), stop) == (expected, expected != text)
+
+    @settings(max_examples=examples, deadline=None)
+    @given(cut_texts(), STOPS)
+    def check(cut, stop):
+        text, pieces = cut
+        expected = first_stop(text, stop)
+        assert stream(Pieces(pieces), list(range(len(pieces))), stop) == (expected, expected != text)
+
+    check()
 
 
 @settings(max_examples=300, deadline=None)
@@ -167,10 +172,15 @@ def test_stop_strings_of_a_byte_level_tokenizer(text, start, size):
     assert stream(BYTE_LEVEL, ids, stop) == (expected, expected != text)
 
 
-@settings(max_examples=1000, deadline=None)
-@given(cut_texts("ab🙂é\ufffd"), STOPS, st.integers(0, 6))
-def test_stop_strings_are_what_searching_finds(cut, stop, min_tokens):
+@pytest.mark.parametrize("examples", [300, pytest.param(3000, marks=pytest.mark.long)])
+def test_stop_strings_are_what_searching_finds(examples):
     """Token by token: text, what may be shown of it, and where it ended; bytes without a character included."""
+    settings(max_examples=examples, deadline=None)(
+        given(cut_texts("ab🙂é\ufffd"), STOPS, st.integers(0, 6))(check_against_searching)
+    )()
+
+
+def check_against_searching(cut, stop, min_tokens):
     _, pieces = cut
     fast, slow = TextStream(Pieces(pieces), stop), SearchingText(Pieces(pieces), stop)
     for count in range(len(pieces)):

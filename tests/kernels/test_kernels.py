@@ -114,8 +114,9 @@ def test_few_rows_gated_product(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_rows", [3, 70])
-@pytest.mark.parametrize("with_ends", [False, True])
+@pytest.mark.parametrize(
+    ("num_rows", "with_ends"), [(3, False), (70, True), (3, True), pytest.param(70, False, marks=pytest.mark.long)]
+)
 def test_greedy_rows(device, dtype, num_rows, with_ends):
     torch.manual_seed(0)
     vocab, mask = 9001, 17

@@ -26,8 +26,10 @@ from wedlm.model.lora.row_factors import RowFactors
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(DTYPES[0], marks=pytest.mark.long), DTYPES[1]])
-@pytest.mark.parametrize("groups", [False, True])
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(
+    ("groups", "splits"),
+    [(False, 1), (True, 4), *(pytest.param(*case, marks=pytest.mark.long) for case in ((False, 4), (True, 1)))],
+)
 @pytest.mark.parametrize(
     "lengths", [[(0, 1)], [(130, 5)], [(3, 4), (200, 16), (0, 2), (64, 1)], [(70, 40), (5, 1)]], ids=str
 )
@@ -63,8 +65,14 @@ def test_tiles():
     assert tile_for(4, 8 * 64 * 4, 256, *large, fixed=True, copies=True) == COPIED[SHORT]
 
 
-@pytest.mark.parametrize("groups", [False, True])
-@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(
+    ("fixed", "groups"),
+    [
+        (False, False),
+        (True, True),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in ((False, True), (True, False))),
+    ],
+)
 @pytest.mark.parametrize(
     ("lengths", "wanted", "if_fixed"),
     [
@@ -117,10 +125,10 @@ def check_attention(device, dtype, groups, lengths, page_size=8, fixed=False):
 )
 def test_fused_model_is_the_model(device, family, masked_lora, bits, by_name, fp8_anywhere):
     torch.manual_seed(2)
-    model = our_model(family)
+    model = our_model(family, num_hidden_layers=2)
     if masked_lora:
         attach_masked_lora(model, random_lora(model), torch.linspace(-1, 1, model.config.hidden_size))
-    loras = [random_lora(our_model(family), rank) for rank in (2, 3, 5)]
+    loras = [random_lora(our_model(family, num_hidden_layers=2), rank) for rank in (2, 3, 5)]
     packed = pack_for_inference(model.to(device), bits)
     config, adapters = packed.config, None
     if by_name:  # row by row, beside what the model has of its own
@@ -162,9 +170,9 @@ def test_fused_model_is_the_model(device, family, masked_lora, bits, by_name, fp
 
 def test_observed_rows_of_the_fused_model_are_the_bases_bit_for_bit(device):
     """Factors for masked rows change no bit of others, products in parts or whole."""
-    model = our_model("wedlm-qwen3")
+    base, model = (our_model("wedlm-qwen3", num_hidden_layers=2) for _ in range(2))
     attach_masked_lora(model, random_lora(model), torch.linspace(-1, 1, model.config.hidden_size))
-    packed = [pack_for_inference(one.to(device)) for one in (our_model("wedlm-qwen3"), model)]
+    packed = [pack_for_inference(one.to(device)) for one in (base, model)]
     config, batch = model.config, ExtendBatch([0], [6], [[0]])  # observed rows first, as every mode has them
     shape = (config.num_layers, 1, 8, config.num_kv_heads, config.head_dim, torch.float32, device)
     tokens, positions = torch.tensor([5, 90, 7, 90, 90, 90], device=device), torch.arange(6, device=device)

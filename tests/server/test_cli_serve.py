@@ -45,7 +45,14 @@ def test_a_process(directory):
     assert "secret-key" not in "".join(lines)
 
 
-@pytest.mark.parametrize("stop", [[signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM, signal.SIGINT]])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        [signal.SIGTERM],
+        [signal.SIGINT] * 2,
+        pytest.param([signal.SIGTERM, signal.SIGINT], marks=pytest.mark.long),
+    ],
+)
 def test_an_end_in_the_middle_of_an_answer_leaves_no_traceback(tmp_path, stop):
     import httpx2
 

@@ -148,7 +148,7 @@ def test_an_answer_that_is_not_taken(llm, monkeypatch):
     """The kernel ends its connection: nothing else would tell that the client is there no more."""
     monkeypatch.setattr("wedlm.server.connections._STUCK_S", 1.0)
     with serving(llm) as running:
-        body = json.dumps({"model": MODEL, **LONG, "max_tokens": 150, "n": 40, "logprobs": 20}).encode()
+        body = json.dumps({"model": MODEL, **LONG, "max_tokens": 150, "n": 28, "logprobs": 20}).encode()
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", running.port))
