@@ -16,8 +16,6 @@ import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-from tests.shape_checks import check_once_a_form
-
 # Without a GPU our kernels run in Triton's interpreter, which must be chosen before they are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -51,7 +49,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # that send one would wait for ever.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.markexpr != "long":  # the checks cost five times the work of a stub model's step
-        check_once_a_form()
         install_import_hook([f"wedlm.{name}" for name in _CHECKED], "beartype.beartype")
     if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
         _patch_triton_once_a_kernel()
