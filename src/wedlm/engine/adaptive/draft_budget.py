@@ -5,10 +5,8 @@ Every choice gives AR's text, so load never changes an answer; it changes only w
 simulated before it was built: tests/engine/test_draft_budget.py, docs/log.md.
 """
 
-import operator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -93,12 +91,10 @@ def _expected_step(budget: Budget, accepts: tuple[float, ...], offers: tuple[flo
         num_rows, chances = verified_rows(drafts, row_budget, most), _accepted(drafts, accepts)
         for accepted, chance in enumerate(chances):
             possible[drafts, longest_draft(num_rows, drafts, accepted, most)] += chance
-        tokens[drafts], rows[drafts] = 1 + sum(map(operator.mul, count(), chances)), num_rows
-    # Half of the chance stays, because numbers of drafts may alternate; squared six times, it is that of 64 steps.
-    after = (possible @ offered + np.eye(most + 1)) / 2
-    for _ in range(6):
-        after = after @ after
-    return float(after[0] @ tokens), float(after[0] @ rows)
+        tokens[drafts], rows[drafts] = 1 + sum(i * p for i, p in enumerate(chances)), num_rows
+    # Of 64 steps, in each of which half of the chance stays, because numbers of drafts may alternate.
+    share = np.linalg.matrix_power((possible @ offered + np.eye(most + 1)) / 2, 64)[0]
+    return float(share @ tokens), float(share @ rows)
 
 
 def _accepted(count: int, rates: tuple[float, ...]) -> list[float]:
