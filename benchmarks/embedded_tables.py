@@ -154,14 +154,12 @@ def code_sweep(points: Points) -> str:
 
 def streamed(points: Points, task: str, threshold: float) -> tuple[Values | None, str]:
     """The default streaming with this threshold, or with the nearest that was measured, which the text then names."""
-    found = [
-        one
-        for one in ways(points, task)
-        if all(one["params"][name] == value for name, value in DEFAULT.items() if name != "entropy_threshold")
-    ]
-    point = min(found, key=lambda one: abs(one["params"]["entropy_threshold"] - threshold), default=None)
-    measured = point["params"]["entropy_threshold"] if point else threshold
-    return point, "" if measured == threshold else f", τ = {measured:g}"
+    measured = {one["params"]["entropy_threshold"] for one in ways(points, task)}
+    for one in sorted(measured, key=lambda other: abs(other - threshold)):
+        point = points.of(task, decoding="streaming", **{**DEFAULT, "entropy_threshold": one})
+        if point is not None:
+            return point, "" if one == threshold else f", τ = {one:g}"
+    return None, ""
 
 
 def all_sets(points: Points) -> str:

@@ -29,6 +29,7 @@ MAX_KEYS = 40_960 if CUDA else 256
 # Of windows: rows, keys, warps, stages; then whether keys are copied in whole tiles. None: as the engine has it.
 TILES: dict[str, tuple[Tile | None, int | None]] = {
     "the engine's": (None, None),
+    "copied": (COPIED[SHORT], None),
     "3 stages": (Tile(64, 64, 4, 3, True, True), None),
     "4 stages": (Tile(64, 64, 4, 4, True, True), None),
     "32 keys, 4 stages": (Tile(64, 32, 4, 4, True, True), None),
@@ -81,14 +82,15 @@ def paged(counts: Sequence[int], cached: Sequence[int], page_size: int, layers: 
 @contextmanager
 def tile(chosen: Tile | None, splits: int | None) -> Iterator[None]:
     """Use this tile for windows, and split keys into ``splits`` parts; None leaves the engine's choice."""
-    before = COPIED[SHORT], attention.num_splits
-    COPIED[SHORT] = chosen or before[0]
+    before = COPIED[SHORT], attention.SINGLE, attention.num_splits
+    if chosen is not None:
+        COPIED[SHORT] = attention.SINGLE = chosen
     if splits is not None:
         attention.num_splits = lambda *_: splits
     try:
         yield
     finally:
-        COPIED[SHORT], attention.num_splits = before
+        COPIED[SHORT], attention.SINGLE, attention.num_splits = before
 
 
 def milliseconds(work: Callable[[], Any], in_graph: bool) -> float | None:
