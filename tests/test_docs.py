@@ -82,6 +82,7 @@ def test_relative_links_exist():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+@pytest.mark.long
 @pytest.mark.demo_model
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
 def test_quickstart_notebook():

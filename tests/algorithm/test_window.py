@@ -162,7 +162,7 @@ def check_against_reference(batch: list[tuple[list[int], int, DecodeParams]]) ->
         assert MODEL.mask_token_id not in got.tokens
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(sequences())
 def test_batched_steps_equal_the_reference(batch):
     check_against_reference(batch)
@@ -175,7 +175,7 @@ def test_batched_steps_equal_the_reference_long(batch):
     check_against_reference(batch)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     params_strategy(),
     st.lists(st.integers(0, MODEL.vocab_size - 1), min_size=1, max_size=9),

@@ -60,6 +60,7 @@ def test_heads_and_the_number_of_connections(model):
         victim.check_log()
 
 
+@pytest.mark.long
 def test_descriptors_run_out(model):
     """As many connections as there are descriptors for; at their end a line, and service once they are back."""
     with serving_process(model, "--header-timeout", "2", probed=False, descriptors=100) as victim:

@@ -136,7 +136,7 @@ def test_flex_tiles_of_the_last_rows_are_those_of_all():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("backend", ["dense", "flex"])
+@pytest.mark.parametrize("backend", ["dense", pytest.param("flex", marks=pytest.mark.long)])
 def test_streams_apart_attend_as_one(backend):
     """Clean rows first, then the others over their keys: the same as all rows at once."""
     for packings in batches()[::8]:

@@ -94,6 +94,7 @@ def test_whole_runs(target):
     assert loop.batch([target.prompts.of(0, 8)], params, 2, 5)["tokens_per_step"] < 2
 
 
+@pytest.mark.long
 # Padding rows are whatever lay in memory, and the interpreter reports what a GPU ignores.
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
 def test_a_small_vocabulary_and_captured_steps(monkeypatch):

@@ -209,7 +209,7 @@ def test_a_server_ends_with_its_block(stand_in):
         server.complete([1], 1)
 
 
-@pytest.mark.parametrize("when", ["serving", "starting"])
+@pytest.mark.parametrize("when", ["serving", pytest.param("starting", marks=pytest.mark.long)])
 def test_a_server_does_not_outlive_us(stand_in, when):
     """Also if we die before it has said where it is, when telling us fails."""
     (stand_in / "xllamacpp.py").write_text("import time; time.sleep(1.0)\n" + STAND_IN)
@@ -238,7 +238,10 @@ def test_a_server_does_not_outlive_us(stand_in, when):
 
 @pytest.mark.parametrize(
     ("broken", "message"),
-    [("raise RuntimeError('no memory')", "RuntimeError: no memory"), ("import time; time.sleep(60)", "did not start")],
+    [
+        ("raise RuntimeError('no memory')", "RuntimeError: no memory"),
+        pytest.param("import time; time.sleep(60)", "did not start", marks=pytest.mark.long),
+    ],
 )
 def test_one_that_does_not_start(stand_in, monkeypatch, broken, message):
     monkeypatch.setattr(llamacpp, "_START_TIMEOUT_S", 3.0)

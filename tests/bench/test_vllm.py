@@ -95,6 +95,7 @@ def test_what_goes_wrong_is_told_and_the_rest_kept(stand_in):
     assert "prefill" not in found
 
 
+@pytest.mark.long
 def test_a_slow_one_is_ended(stand_in):
     stand_in.write_text(STAND_IN.replace("time.sleep(0.001)", "time.sleep(60)"))
     found = vllm.measure_vllm(settings(), 4.0)

@@ -34,6 +34,7 @@ def answer(model: str, text: str) -> str:
     return "".join(expected(model, text, chat=True, max_tokens=6, temperature=0).split())
 
 
+@pytest.mark.long
 def test_a_paste_is_one_message(model, talk):
     talk.type("see: \x1b[200~first line\nsecond line\x1b[201~")
     talk.wait_for("second line")
@@ -46,12 +47,14 @@ def test_a_paste_is_one_message(model, talk):
     assert talk.shown.count(" forwards = ") == 1
 
 
+@pytest.mark.long
 def test_alt_enter_begins_a_line(model, talk):
     talk.type("one\x1b\rtwo\r")
     end = talk.wait_for(DONE)
     assert answer(model, "one\ntwo") in "".join(talk.shown[:end].split())
 
 
+@pytest.mark.long
 def test_keys_typed_during_an_answer_do_not_show(tmp_path):
     """They wait for the prompt. Ctrl-C stops the answer as ever, and the terminal drops what was typed before it."""
     model = str(save_tiny(tmp_path / "long", max_position_embeddings=60000))
@@ -123,6 +126,7 @@ def test_history(model, tmp_path):
     assert file.read_bytes() == before
 
 
+@pytest.mark.long
 def test_a_history_that_cannot_be_kept_is_said(model, tmp_path):
     (tmp_path / "wedlm").write_text("a file where the folder would be")
     with terminal(chat(model), columns=200, XDG_STATE_HOME=str(tmp_path)) as talk:

@@ -108,6 +108,7 @@ def test_engines_and_workers_that_cannot_be(words, monkeypatch, options, message
     assert message in " ".join(result.stderr.split())
 
 
+@pytest.mark.long
 def test_the_papers_tables(words, tmp_path):
     """A WeDLM checkpoint decodes by streaming, one of SDAR by blocks, another by AR; a second call runs nothing
     again."""

@@ -30,6 +30,7 @@ def test_ctrl_c_keeps_what_was_generated(ar_model, start):
     assert "Traceback" not in err
 
 
+@pytest.mark.long
 def test_ctrl_c_keeps_what_a_batch_generated(ar_model, tmp_path, start):
     """Both prompts run together, so both have text when the first one, still unfinished, is stopped."""
     (tmp_path / "prompts").write_text("Hello\nabc\n")

@@ -103,8 +103,9 @@ def openai_client(server: Server) -> None:
         choice = client.chat.completions.create(**asked, extra_body=guided).choices[0].message.content
         assert choice in ("left", "right")
         done("structured_outputs: choice", choice)
-        response = client.responses.create(model=server.model, input="Hello", max_output_tokens=12)
-        with client.responses.stream(model=server.model, input="More", previous_response_id=response.id) as events_of:
+        few: dict[str, Any] = {"model": server.model, "max_output_tokens": 12}
+        response = client.responses.create(**few, input="Hello")
+        with client.responses.stream(**few, input="More", previous_response_id=response.id) as events_of:
             names = [event.type for event in events_of]
         assert names[-1] in ("response.completed", "response.incomplete")
         done("responses, then its stream helper with previous_response_id", list(dict.fromkeys(names)))

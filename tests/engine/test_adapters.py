@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.adapter_files import KINDS, write_adapter
 from tests.engine.native_model import needs_native
 from tests.engine.tiny_llm import VOCAB, check_empty, save_tiny
+from tests.tiers import EACH_DECODING
 from wedlm import LLM, SamplingParams
 from wedlm.algorithm.params import DECODINGS
 from wedlm.engine.adapters import UnknownAdapter
@@ -90,7 +91,7 @@ def check_alone(llm: LLM, seed: int, decoding: str, asked: slice) -> None:
         assert together == tokens_of(llm, requests, "autoregressive", together=True)
 
 
-@pytest.mark.parametrize("decoding", DECODINGS)
+@pytest.mark.parametrize("decoding", EACH_DECODING)
 def test_each_text_is_the_one_alone(llm, decoding):
     """In a batch of 16; as many of those by themselves as time allows."""
     is_quick = isinstance(llm.model, NativeTransformer)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.engine.faulty_runner import FaultyRunner
 from tests.engine.tiny_llm import PROMPTS, check_empty
+from tests.tiers import EACH_DECODING
 from wedlm import LLM, SamplingParams
 from wedlm.engine import async_llm as async_engine
 from wedlm.engine.async_llm import AsyncEngine
@@ -50,7 +51,7 @@ def encoded(llm: LLM, prompt: str, **options: Any) -> tuple[list[int], SamplingP
     return llm.tokenizer.encode(prompt), SamplingParams(**options)
 
 
-@pytest.mark.parametrize("decoding", ["streaming", "verified", "block", "autoregressive"])
+@pytest.mark.parametrize("decoding", EACH_DECODING)
 def test_pieces_make_up_the_text(llm, decoding):
     options = [{"max_tokens": 20 + i, "decoding": decoding} for i in range(len(PROMPTS))]
     expected = llm.generate(PROMPTS, [SamplingParams(**one) for one in options])

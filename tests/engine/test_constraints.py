@@ -11,6 +11,7 @@ from tests.engine.histories import add_up
 from tests.engine.stub_engine import check_engine, check_outcome, preempt_last, stub_engine
 from tests.engine.table_matcher import TableMatcher, decode_constrained
 from tests.stub import StubModel
+from tests.tiers import EACH_DECODING
 from wedlm.algorithm.params import DECODINGS, NEXT_TOKENS
 from wedlm.engine.constraints.rules import Constraint
 from wedlm.engine.engine import Engine
@@ -95,11 +96,11 @@ def check_constrained(request: Request, rules: Rules) -> None:
         assert len(request.output.top_logprobs) == len(request.output.logprobs) == request.num_output_tokens
 
 
-@pytest.mark.parametrize("decoding", DECODINGS)
+@pytest.mark.parametrize("decoding", EACH_DECODING)
 def test_text_keeps_to_the_rules(decoding):
     rng = random.Random(decoding)
     stopped = drafted = 0
-    for _ in range(30):
+    for _ in range(15):
         rules = random_rules(rng, decoding)
         request = alone(rules)
         check_constrained(request, rules)
@@ -164,7 +165,7 @@ def run_history(seed: int) -> dict[str, int]:
 
 
 def test_histories():
-    add_up(map(run_history, range(15)))
+    add_up(map(run_history, range(8)))
 
 
 @pytest.mark.long

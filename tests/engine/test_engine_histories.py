@@ -8,21 +8,21 @@ from tests.stub import StubModel
 
 
 def test_histories():
-    run_histories(range(20))
+    run_histories(range(10))
 
 
 def test_histories_of_texts_that_repeat_themselves():
-    assert run_histories(range(24), StubModel(period=4, agreement=8.0))["accepted from the text"] > 20
+    assert run_histories(range(12), StubModel(period=4, agreement=8.0))["accepted from the text"] > 10
 
 
 def test_histories_of_blocks():
-    run_histories(range(8), StubModel(block_length=3))
+    run_histories(range(4), StubModel(block_length=3))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("block_length", [2, 3, 4, 8])
 def test_many_histories_of_blocks(block_length):
-    run_histories(range(8, 40), StubModel(block_length=block_length))
+    run_histories(range(4, 40), StubModel(block_length=block_length))
 
 
 @pytest.mark.long

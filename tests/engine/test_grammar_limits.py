@@ -14,6 +14,7 @@ import pytest
 
 from tests.attack.schemas import multiples, nested_references
 from tests.engine.tiny_llm import PROMPTS, VOCAB, check_empty, save_tiny, tiny_tokenizer
+from tests.tiers import EACH_DECODING
 from wedlm import LLM, SamplingParams
 from wedlm.engine.constraints import grammar as home
 from wedlm.engine.constraints.grammar import Grammars, GrammarsBusy, LibraryMatcher
@@ -181,7 +182,7 @@ def test_what_took_long_is_kept_in_smaller_numbers(grammars, monkeypatch):
     assert [key[0] for key in grammars._kept] == [honest(i).json_schema for i in (31, 32, 33)]
 
 
-@pytest.mark.parametrize("decoding", ["verified", "streaming", "block", "autoregressive"])
+@pytest.mark.parametrize("decoding", EACH_DECODING)
 def test_a_text_whose_steps_cost_too_much_ends(tmp_path, monkeypatch, decoding):
     """In the middle; neighbours have the text that they have alone."""
     llm = LLM(save_tiny(tmp_path), device="cpu")

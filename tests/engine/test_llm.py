@@ -7,6 +7,7 @@ import random
 import pytest
 
 from tests.engine.tiny_llm import END, LENGTH, MASK, PROMPTS, SLOT_BYTES, VOCAB, alone, check_empty
+from tests.tiers import EACH_DECODING
 from wedlm.algorithm.params import DECODINGS
 from wedlm.engine.llm import LLM
 from wedlm.engine.sampling_params import SamplingParams
@@ -133,7 +134,7 @@ def test_a_warning_that_is_an_error_leaves_nothing_behind(llm):
     check_empty(llm)
 
 
-@pytest.mark.parametrize("decoding", DECODINGS)
+@pytest.mark.parametrize("decoding", EACH_DECODING)
 def test_the_mask_id_is_an_ordinary_token_of_a_prompt(llm, decoding):
     params = SamplingParams(decoding=decoding, max_tokens=20, temperature=1.0, seed=1)
     prompt = [1, MASK, 2, MASK]
@@ -184,7 +185,7 @@ def test_a_stop_string_that_names_a_special_token_stops_at_its_id(llm):
     assert output.token_ids == free.token_ids[: free.token_ids.index(token) + 1]
 
 
-@pytest.mark.parametrize("decoding", DECODINGS)
+@pytest.mark.parametrize("decoding", EACH_DECODING)
 def test_stop_strings_end_the_text_and_are_not_in_it(llm, decoding):
     base = SamplingParams(decoding=decoding, max_tokens=40, ignore_eos=True, temperature=1.0, seed=3)
     whole = alone(llm, "Hello", base)
@@ -243,7 +244,7 @@ def test_the_checkpoints_end_token(directory, llm):
         assert {len(o.token_ids) for o in llm.generate(["Hello"] * 8, params)} == {60}
 
 
-@pytest.mark.parametrize("decoding", DECODINGS)
+@pytest.mark.parametrize("decoding", EACH_DECODING)
 def test_logprobs(llm, decoding):
     params = SamplingParams(decoding=decoding, max_tokens=15, logprobs=3)
     plain, output, none = llm.generate(["Hello"] * 3, [SHORT, params, SamplingParams(max_tokens=4, logprobs=0)])
@@ -265,7 +266,7 @@ def test_logprobs(llm, decoding):
     assert output.token_ids == expected.token_ids
 
 
-@pytest.mark.parametrize("decoding", DECODINGS)
+@pytest.mark.parametrize("decoding", EACH_DECODING)
 def test_the_models_length_cuts(directory, decoding):
     short = LLM(directory, device="cpu", max_model_len=20)
     params = SamplingParams(decoding=decoding, max_tokens=500, ignore_eos=True)

@@ -245,7 +245,7 @@ def test_progress(llm, capsys):
     assert [o.text for o in llm.generate(PROMPTS, SHORT, progress=False)] == expected
 
 
-@pytest.mark.parametrize("page_size", [1, pytest.param(4, marks=pytest.mark.long), 16])
+@pytest.mark.parametrize("page_size", [16, *(pytest.param(size, marks=pytest.mark.long) for size in (1, 4))])
 def test_preemption_changes_no_text(directory, llm, page_size):
     tight = LLM(directory, device="cpu", page_size=page_size, kv_cache_bytes=112 * SLOT_BYTES, max_num_seqs=6)
     params = [

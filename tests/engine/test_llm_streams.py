@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.engine.tiny_llm import END, PROMPTS, alone, check_empty
+from tests.tiers import EACH_DECODING
 from wedlm.algorithm.params import DECODINGS
 from wedlm.engine.llm import LLM
 from wedlm.engine.request import Request
@@ -45,7 +46,7 @@ def in_threads(tasks: list[Callable[[], object]]) -> None:
         raise errors[0]
 
 
-@pytest.mark.parametrize("decoding", DECODINGS)
+@pytest.mark.parametrize("decoding", EACH_DECODING)
 @pytest.mark.parametrize("prompt", ["Hello", "é caf"])
 def test_pieces_make_up_the_output(llm, decoding, prompt):
     params = SamplingParams(decoding=decoding, max_tokens=40, temperature=1.0, seed=2, stop=["~~~", "qqq"])
@@ -167,7 +168,7 @@ def test_threads_abort_beside_others(llm):
     check_empty(llm)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(RuntimeError, marks=pytest.mark.long)])
 @pytest.mark.parametrize("place", ["engine.step", "engine.runner.run", "engine._deliver", "engine.scheduler.schedule"])
 def test_an_interrupt_leaves_the_engine_usable_and_empty(llm, monkeypatch, place, error):
     params = SamplingParams(max_tokens=30, ignore_eos=True)

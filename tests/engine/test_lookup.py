@@ -55,7 +55,9 @@ def requests_of(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
 
 
 @pytest.mark.parametrize("lagging", [False, True], ids=["direct", "lagging"])
-@pytest.mark.parametrize("has_masked_rows", [True, False], ids=["masked rows", "none"])
+@pytest.mark.parametrize(
+    "has_masked_rows", [True, pytest.param(False, marks=pytest.mark.long)], ids=["masked rows", "none"]
+)
 @pytest.mark.parametrize("decoding", ["verified", "auto"])
 def test_the_text_is_ars(decoding, has_masked_rows, lagging):
     """In batches, at both temperatures, with penalties, end tokens and pages for two of six requests."""

@@ -62,7 +62,7 @@ def p99(gaps: list[float]) -> float:
     return sorted(gaps)[int(0.99 * (len(gaps) - 1))]
 
 
-@pytest.mark.parametrize("decoding", ["autoregressive", "verified"])
+@pytest.mark.parametrize("decoding", [pytest.param("autoregressive", marks=pytest.mark.long), "verified"])
 def test_tokens_keep_coming_while_prompts_arrive(decoding):
     gaps, seconds = serve(1.8, decoding, gap=0.03)
     others, unpaced = serve(float("inf"), decoding, gap=0.03)

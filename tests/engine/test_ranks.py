@@ -12,7 +12,7 @@ import torch
 
 from tests.engine.ranks_twin import chunk, engine_of, run_history
 from tests.engine.tiny_llm import PROMPTS, check_empty, save_tiny
-from wedlm.algorithm.params import DECODINGS
+from tests.tiers import EACH_DECODING
 from wedlm.algorithm.sample import SamplingBatch, ban_tokens, choose_tokens, entropy_and_logsumexp
 from wedlm.engine.llm import LLM
 from wedlm.engine.ranks.choice import ChoiceRows, choose_over_ranks
@@ -42,23 +42,23 @@ def two(directory):
     assert llm._ranks.pids == []
 
 
-def test_two_ranks_write_what_one_writes(one, two):
-    """Every mode; prompts in chunks, prefixes that are found again, rules, reports and whole logits."""
+@pytest.mark.parametrize("decoding", EACH_DECODING)
+def test_two_ranks_write_what_one_writes(one, two, decoding):
+    """Prompts in chunks, prefixes that are found again, rules, reports and whole logits."""
     assert "over 2 ranks" in two.describe()
     assert "the native forward runs in one process" in two.describe()
-    for decoding in DECODINGS:
-        params = [
-            SamplingParams(max_tokens=6, decoding=decoding),
-            SamplingParams(max_tokens=6, decoding=decoding, temperature=1.0, seed=5),
-            SamplingParams(max_tokens=5, decoding=decoding, temperature=1.0, seed=6, top_k=9, min_tokens=4),
-            SamplingParams(max_tokens=5, decoding=decoding, logprobs=2, presence_penalty=0.5, stop_token_ids=(7,)),
-            SamplingParams(max_tokens=5, decoding=decoding, logit_bias={40: 30.0, 90: 30.0}),
-            SamplingParams(max_tokens=5, decoding=decoding, min_tokens=3, stop_token_ids=(3, 8, 60)),
-        ]
-        expected, found = one.generate(PROMPTS, params), two.generate(PROMPTS, params)
-        assert [o.token_ids for o in found] == [o.token_ids for o in expected], decoding
-        assert [o.finish_reason for o in found] == [o.finish_reason for o in expected]
-        assert found[3].logprobs == pytest.approx(expected[3].logprobs, abs=1e-4)
+    params = [
+        SamplingParams(max_tokens=6, decoding=decoding),
+        SamplingParams(max_tokens=6, decoding=decoding, temperature=1.0, seed=5),
+        SamplingParams(max_tokens=5, decoding=decoding, temperature=1.0, seed=6, top_k=9, min_tokens=4),
+        SamplingParams(max_tokens=5, decoding=decoding, logprobs=2, presence_penalty=0.5, stop_token_ids=(7,)),
+        SamplingParams(max_tokens=5, decoding=decoding, logit_bias={40: 30.0, 90: 30.0}),
+        SamplingParams(max_tokens=5, decoding=decoding, min_tokens=3, stop_token_ids=(3, 8, 60)),
+    ]
+    expected, found = one.generate(PROMPTS, params), two.generate(PROMPTS, params)
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+    assert [o.finish_reason for o in found] == [o.finish_reason for o in expected]
+    assert found[3].logprobs == pytest.approx(expected[3].logprobs, abs=1e-4)
     check_empty(two)
 
 

@@ -168,10 +168,11 @@ def test_who_asks_for_many_keeps_nobody_from_pages(pages):
 @pytest.mark.parametrize(
     ("policy", "lagging"),
     [
-        ("fcfs", False),
-        ("priority", False),
         ("priority", True),
-        pytest.param("fcfs", True, marks=pytest.mark.long),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (("fcfs", False), ("fcfs", True), ("priority", False))
+        ),
     ],
 )
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))])

@@ -199,6 +199,7 @@ def test_the_command_writes_both_files(tmp_path):
     assert not list((tmp_path / "results").glob("report*"))
 
 
+@pytest.mark.long
 def test_figures_are_written_as_files_too(tmp_path):
     write_sweep(tmp_path / "results")
     words = ["report", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]

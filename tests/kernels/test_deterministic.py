@@ -66,7 +66,7 @@ def test_a_product_has_one_order_at_any_number_of_rows(device, dtype, splits):
         assert torch.equal(found[n], found[ROWS[-1]][:n])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [DTYPES[0], pytest.param(DTYPES[1], marks=pytest.mark.long)])
 def test_a_gated_product_has_one_order(device, dtype):
     """Gated by the product's kernel, or by the next one where descriptors copy the tiles."""
     torch.manual_seed(0)
@@ -84,7 +84,9 @@ def test_a_gated_product_has_one_order(device, dtype):
         assert torch.equal(found[n], found[ROWS[-1]][:n])
 
 
-@pytest.mark.parametrize(("splits", "depth"), [(1, 256), (2, 256), (2, 128)])
+@pytest.mark.parametrize(
+    ("splits", "depth"), [(2, 128), *(pytest.param(*case, marks=pytest.mark.long) for case in ((1, 256), (2, 256)))]
+)
 def test_an_fp8_product_has_one_order(device, splits, depth):
     dtype = DTYPES[1]
     rows, layer = fp8_numbers(device, ROWS[-1], 640, 96)
@@ -119,11 +121,10 @@ SMALL = Tiling(32, 64, rows=32)  # 70 rows, 100 outputs and 600 numbers a row ar
     ("dtype", "splits", "whole"),
     [
         (DTYPES[0], 1, False),
-        (DTYPES[1], 2, False),
         (DTYPES[1], 3, True),
         *(
             pytest.param(*case, marks=pytest.mark.long)
-            for case in ((DTYPES[1], 1, False), (DTYPES[0], 2, False), (DTYPES[0], 3, True))
+            for case in ((DTYPES[1], 2, False), (DTYPES[1], 1, False), (DTYPES[0], 2, False), (DTYPES[0], 3, True))
         ),
     ],
 )
@@ -140,7 +141,9 @@ def test_descriptors_copy_what_pointers_read(device, dtype, splits, whole):
         close(added(found[1], dtype), x.float() @ weight.float().T, dtype)
 
 
-@pytest.mark.parametrize(("splits", "whole"), [(1, False), (2, False), (3, True)])
+@pytest.mark.parametrize(
+    ("splits", "whole"), [(3, True), *(pytest.param(n, False, marks=pytest.mark.long) for n in (1, 2))]
+)
 def test_descriptors_copy_fp8(device, splits, whole):
     rows, layer = fp8_numbers(device, 70, 608, 112)
     found = [

@@ -52,7 +52,9 @@ def attended(plan, q, k, v):
         [(37, 40)],
         [(0, 40), (70, 35)],
         pytest.param([(64, 33), (3, 50), (130, 5), (0, 1)], marks=pytest.mark.long),  # windows behind the chunks
-        [(5, 40), (130, 3), (64, 50), (0, 1), (9, 33)],  # and short chunks between them
+        pytest.param(
+            [(5, 40), (130, 3), (64, 50), (0, 1), (9, 33)], marks=pytest.mark.long
+        ),  # and short chunks between them
         [(2, 2), (5, 64)],
     ],
     ids=str,

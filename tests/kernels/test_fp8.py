@@ -125,7 +125,7 @@ def test_multiply_scales(device, dtype, biased):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_rows", [1, 16, 33])
+@pytest.mark.parametrize("num_rows", [1, pytest.param(16, marks=pytest.mark.long), 33])
 @pytest.mark.parametrize(
     "tiling",
     [Tiling(32, 64), Tiling(32, 64, splits=2), Tiling(16, 32, splits=3), Tiling(32, 64, rows=16)],

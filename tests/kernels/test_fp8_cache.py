@@ -71,7 +71,7 @@ def test_heads_are_rounded_as_they_are_written(device, dtype, normed):
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(DTYPES[0], marks=pytest.mark.long), DTYPES[1]])
-@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("groups", [pytest.param(False, marks=pytest.mark.long), True])
 @pytest.mark.parametrize(("splits", "fixed"), [(1, False), (4, False), (1, True), (4, True)])
 @pytest.mark.parametrize("lengths", [[(130, 5)], [(3, 4), (200, 16), (0, 2), (64, 1), (70, 40)]], ids=str)
 def test_attention_reads_them(device, monkeypatch, dtype, groups, splits, fixed, lengths):

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide b
     [("verified", 0.0), ("streaming", 0.0), pytest.param(None, 0.8, marks=pytest.mark.long)],
 )
 def test_same_as_runner(device, decoding, temperature):
-    check_same_as_runner(device, decoding, temperature, num_requests=3, seed=0)
+    check_same_as_runner(device, decoding, temperature, num_requests=2, seed=0)
 
 
 @pytest.mark.long
@@ -47,7 +47,8 @@ def test_same_as_runner_with_factors_for_masked_rows(device, decoding):
     check_same_as_runner(device, decoding, 0.0, num_requests=2, seed=1, masked_lora=True)
 
 
-@pytest.mark.parametrize("decoding", ["verified", pytest.param("streaming", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("decoding", ["verified", "streaming"])
 def test_same_as_runner_with_adapters_by_name(device, decoding):
     check_same_as_runner(device, decoding, 0.0, num_requests=4 if decoding == "streaming" else 2, seed=2, by_name=True)
 
@@ -173,9 +174,8 @@ def test_a_window_wider_than_any_step(device):
     assert captured == plain
 
 
-@pytest.mark.parametrize(
-    "decodings", [("verified", "auto"), pytest.param(("streaming", "verified"), marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("decodings", [("verified", "auto"), ("streaming", "verified")])
 def test_long_prompts_beside_windows(device, monkeypatch, decodings):
     shares, first_windows = [], 0
     launch = CapturedStep.launch

@@ -83,7 +83,7 @@ def test_norm_rope_write(device, dtype, normed, parts):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_rows", [1, 5, 16, 33])
+@pytest.mark.parametrize("num_rows", [1, pytest.param(5, marks=pytest.mark.long), 16, 33])
 @pytest.mark.parametrize(
     "tiling",
     [Tiling(32, 64), Tiling(32, 64, splits=2), Tiling(16, 32, splits=3), Tiling(32, 64, splits=2, rows=16)],

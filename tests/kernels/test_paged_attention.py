@@ -118,7 +118,7 @@ def check_attention(device, dtype, groups, lengths, page_size=8, fixed=False):
         pytest.param("wedlm-qwen3", False, None, False, marks=pytest.mark.long),
         pytest.param("wedlm-qwen3", True, None, False, marks=pytest.mark.long),
         ("wedlm-qwen3", True, None, True),
-        ("wedlm-qwen3", False, "fp8", False),
+        pytest.param("wedlm-qwen3", False, "fp8", False, marks=pytest.mark.long),
         pytest.param("wedlm-qwen3", True, "fp8", False, marks=pytest.mark.long),
         pytest.param("wedlm-qwen2.5", False, "fp8", True, marks=pytest.mark.long),  # has biases
     ],

@@ -18,7 +18,7 @@ from wedlm.kernels.window_verified import update_verified, verified_rows
 MASK, COLUMNS, TRASH = 50, 32, 999
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3))])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (0, 2, 3))])
 def test_histories(device, seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)

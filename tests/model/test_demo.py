@@ -110,6 +110,7 @@ def test_a_directory_called_demo_is_reached_by_its_path(tmp_path: Path, monkeypa
         load_model("./demo")
 
 
+@pytest.mark.long
 @pytest.mark.demo_model
 def test_the_real_demo_model_answers() -> None:
     model, config = load_model("demo", torch.bfloat16)

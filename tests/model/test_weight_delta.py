@@ -87,6 +87,7 @@ def test_other_files_are_refused(base, tmp_path):
         list(apply_delta(base.items(), tmp_path / "y.safetensors"))
 
 
+@pytest.mark.long
 @pytest.mark.demo_model
 def test_the_demo_model_is_the_base_and_its_deltas():
     from wedlm.model import load_model

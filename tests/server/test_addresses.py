@@ -38,7 +38,7 @@ def certificate(tmp_path_factory):
     return files
 
 
-@pytest.mark.parametrize("in_one_file", [False, True])
+@pytest.mark.parametrize("in_one_file", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_tls(llm, certificate, in_one_file):
     options = {"ssl_certfile": certificate["both"]}
     if not in_one_file:

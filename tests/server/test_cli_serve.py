@@ -49,7 +49,7 @@ def test_a_process(directory):
     "stop",
     [
         [signal.SIGTERM],
-        [signal.SIGINT] * 2,
+        pytest.param([signal.SIGINT] * 2, marks=pytest.mark.long),
         pytest.param([signal.SIGTERM, signal.SIGINT], marks=pytest.mark.long),
     ],
 )

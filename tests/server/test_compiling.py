@@ -63,6 +63,7 @@ def test_others_are_served_meanwhile(llm):
         running.settled()
 
 
+@pytest.mark.long
 def test_what_was_left_behind_delays_nobody(llm):
     """30 schemas of a second each, whose clients have gone."""
     with serving(llm) as running:
@@ -91,6 +92,7 @@ def test_a_worker_that_dies_is_replaced(llm):
         running.settled()
 
 
+@pytest.mark.long
 def test_the_server_ends_although_grammars_compile(llm):
     with ThreadPoolExecutor(6) as pool, serving(llm, shutdown_timeout_s=2) as running:
         attacks = [pool.submit(running.post, CHAT, hostile(2 * i + 1)) for i in range(6)]

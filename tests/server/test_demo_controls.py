@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.engine.tiny_llm import save_tiny
@@ -17,6 +18,7 @@ from wedlm import LLM
 KEY = "page-key"
 
 
+@pytest.mark.long
 def test_a_phone_has_no_sideways_scroll(browser, server):
     for page in fresh(browser, server.url, viewport={"width": 360, "height": 740}, has_touch=True):
         ask(page, "a_very_long_word_" * 3)
@@ -36,6 +38,7 @@ def test_a_phone_has_no_sideways_scroll(browser, server):
         assert send["x"] + send["width"] <= 360
 
 
+@pytest.mark.long
 def test_a_small_laptop_shows_answers_beside_the_plot(browser, server):
     for page in fresh(browser, server.url, viewport={"width": 1024, "height": 640}):
         ask(page, "word " * 600)  # too long for the model; its answers, which are none, must be in view all the same
@@ -50,6 +53,7 @@ def test_a_small_laptop_shows_answers_beside_the_plot(browser, server):
         expect(left.locator(".text")).to_be_in_viewport()
 
 
+@pytest.mark.long
 def test_auto_and_a_window_that_is_too_wide(browser, tmp_path):
     """Auto is asked for with verified's fields; the server's warning stands below the answer that it is about."""
     llm = LLM(save_tiny(tmp_path, block_size=8), device="cpu", max_num_seqs=16)
@@ -147,6 +151,7 @@ def test_controls_reach_the_request(page):
     expect(page.locator("#timeline")).to_be_hidden()
 
 
+@pytest.mark.long
 def test_the_models_threshold_counts_until_another_is_chosen(page):
     bodies = requests(page)
     page.get_by_text("Streaming", exact=True).click()
@@ -159,6 +164,7 @@ def test_the_models_threshold_counts_until_another_is_chosen(page):
     expect(page.locator("output[for=threshold]")).to_have_text("1")
 
 
+@pytest.mark.long
 def test_a_server_with_keys(browser, directory):
     llm = LLM(directory, device="cpu", max_num_seqs=16)
     with serving(llm, api_keys=(KEY,)) as running:
@@ -220,6 +226,7 @@ class Foreign(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.long
 def test_a_server_that_is_not_ours(page):
     plain(page)
     page.get_by_label("Opponent").select_option("Another server")
@@ -242,6 +249,7 @@ def test_a_server_that_is_not_ours(page):
     assert not [name for name in body if name.startswith("wedlm") or name == "decoding"], "it would refuse them"
 
 
+@pytest.mark.long
 def test_another_server_as_the_opponent(page, server, tmp_path):
     """One that allows this page's origin answers; one that does not, or is none, gives a sentence."""
     llm = LLM(other_model(tmp_path), device="cpu", max_num_seqs=16)

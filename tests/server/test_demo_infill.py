@@ -53,6 +53,7 @@ def test_a_gap_is_filled_and_can_be_read_forward_by_forward(gap_page, server):
         gap_page.keyboard.press("ArrowRight")
 
 
+@pytest.mark.long
 def test_stop_and_the_servers_sentences(gap_page, server, slow):
     fill(gap_page, "a", "b", 48, threshold="0")
     expect(gap_page.locator(".cell[data-step]").nth(1)).to_be_visible()
@@ -81,6 +82,7 @@ def test_what_a_model_writes_is_text(gap_page):
     assert gap_page.evaluate("window.hurt") is None
 
 
+@pytest.mark.long
 def test_the_pages_know_of_each_other(gap_page):
     gap_page.get_by_role("link", name="Conversation").click()
     expect(gap_page.get_by_label("Your message")).to_be_visible()

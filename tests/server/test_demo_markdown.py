@@ -139,6 +139,7 @@ def test_hostile_markdown_does_nothing(crowded, server, text):
     assert all(url.startswith(server.url) for url in asked)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "text", [pytest.param(LARGE[name], id=name, marks=[] if name in FEW_LARGE else pytest.mark.long) for name in LARGE]
 )
@@ -155,6 +156,7 @@ def test_large_markdown_does_not_hold_the_page_up(browser, server, text):
         assert page.evaluate("longest") < 5000
 
 
+@pytest.mark.long
 def test_copies(browser, server):
     """The answer as it was written, and a block of code; also where the browser has no clipboard for scripts."""
     for modern in (True, False):
@@ -175,6 +177,7 @@ def test_copies(browser, server):
                 expect(page.get_by_label("Your message")).to_have_value(text)
 
 
+@pytest.mark.long
 def test_a_reload_keeps_the_conversation(page):
     page.get_by_label("Max tokens").fill("16")
     for count, text in enumerate(("one", "two"), 1):
@@ -197,6 +200,7 @@ def test_a_reload_keeps_the_conversation(page):
     expect(page.locator(".turn")).to_have_count(0)
 
 
+@pytest.mark.long
 def test_a_reload_in_the_middle_of_an_answer(page, server, slow):
     ask(page)
     expect(sides(page)[0].locator(".token").nth(1)).to_be_visible()
@@ -208,12 +212,14 @@ def test_a_reload_in_the_middle_of_an_answer(page, server, slow):
     server.settled()
 
 
+@pytest.mark.long
 def test_a_conversation_too_long_to_be_kept_says_so(page):
     page.evaluate("sessionStorage.setItem('filler', 'x'.repeat(5_100_000))")
     answer(page, "y " * 40_000)
     expect(page.get_by_role("alert")).to_contain_text("Only the last 0 turns will be here after a reload.")
 
 
+@pytest.mark.long
 def test_what_cannot_be_read_back_is_forgotten(page):
     page.evaluate("sessionStorage.setItem('wedlm-conversation-1', 'no JSON')")
     page.reload()
@@ -221,6 +227,7 @@ def test_what_cannot_be_read_back_is_forgotten(page):
     expect(page.locator(".turn")).to_have_count(0)
 
 
+@pytest.mark.long
 def test_no_winner_where_texts_differ(page):
     replies = iter([stream_of(*"abcdef"), stream_of(*"abcdeg")])
     page.route("**/v1/chat/completions", lambda route: route.fulfill(**next(replies)))
@@ -230,6 +237,7 @@ def test_no_winner_where_texts_differ(page):
     assert page.locator(".winner, .badge:visible").count() == 0
 
 
+@pytest.mark.long
 def test_sides_take_turns_unless_told_otherwise(page, server):
     """The right side is asked once the left one has ended; at the same time the verdict has tokens a forward, too."""
     seen: list[tuple[str, int]] = []

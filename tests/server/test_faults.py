@@ -57,6 +57,7 @@ def test_requests_get_errors_and_the_engine_restarts(llm, reference, monkeypatch
         running.settled()
 
 
+@pytest.mark.long
 def test_faults_again_and_again(llm, reference, monkeypatch):
     """Every request either has its text or an error; the server outlives every fault."""
 

@@ -105,6 +105,7 @@ def test_the_budget_is_shared(paths, two):
         LLM.together(paths, **{**OPTIONS, "kv_cache_bytes": 5000})
 
 
+@pytest.mark.long
 def test_both_at_once(two, alone):
     """Random requests of both models at the same time: every text is the one that the model gives alone."""
     generator = random.Random(0)

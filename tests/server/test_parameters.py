@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.engine.tiny_llm import save_tiny
 from tests.server.reading_calls import calls_in
 from tests.server.running import MODEL, events, serving
+from tests.tiers import EACH_DECODING
 from wedlm import LLM, SamplingParams
 from wedlm.server.config import ServerConfig
 from wedlm.server.prompts import Prompts
@@ -36,7 +37,7 @@ def content(answer) -> str:
     return answer.json()["choices"][0]["message"]["content"]
 
 
-@pytest.mark.parametrize("decoding", DECODINGS)
+@pytest.mark.parametrize("decoding", EACH_DECODING)
 def test_min_p_and_repetition_penalty(running, reference, decoding):
     options = {"min_p": 0.3, "repetition_penalty": 1.3, "temperature": 1, "seed": 5, "max_tokens": 30}
     body = {"messages": MESSAGES, "decoding": decoding, **options}

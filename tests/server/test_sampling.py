@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from tests.server.running import MODEL, events
+from tests.tiers import EACH_DECODING
 from wedlm import LLM, SamplingParams
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -66,7 +67,7 @@ def test_logprobs_are_the_models_own(client, reference):
     assert [entry.token for entry in biased] == [reference.tokenizer.decode([7])] * 4
 
 
-@pytest.mark.parametrize("decoding", ["streaming", "verified", "block", "autoregressive"])
+@pytest.mark.parametrize("decoding", EACH_DECODING)
 def test_biases_and_penalties(running, reference, decoding):
     options = {"logit_bias": {"7": 3, "9": -100}, "presence_penalty": 1.5, "frequency_penalty": 0.5}
     body = {"messages": MESSAGES, "temperature": 0, "max_tokens": 30, "decoding": decoding}
@@ -77,7 +78,7 @@ def test_biases_and_penalties(running, reference, decoding):
     assert text != expected(reference, decoding=decoding, max_tokens=30).text
 
 
-@pytest.mark.parametrize("decoding", ["streaming", "verified", "block", "autoregressive"])
+@pytest.mark.parametrize("decoding", EACH_DECODING)
 def test_json_answers(running, reference, decoding):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
     body = {"messages": MESSAGES, "temperature": 0, "max_tokens": 60, "decoding": decoding, "response_format": form}

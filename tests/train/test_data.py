@@ -115,6 +115,7 @@ def test_rows_are_found_by_number(cache):
     assert digest(packed(cache, seed=6), indices) != expected
 
 
+@pytest.mark.long
 def test_rows_are_the_same_in_another_process_and_thread(cache, files):
     script = (
         "import json, sys\n"

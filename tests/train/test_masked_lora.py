@@ -177,6 +177,7 @@ def test_masked_rows_learn_the_ar_heads_distribution(transformer, share):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.long
 def test_a_lora_of_some_layers(runs):
     ar, _, _, directory = runs
     options = {**LORA, "max_steps": 1, "lora_layers": [1], "distill_masked": 0.5}
@@ -215,6 +216,7 @@ def test_the_ar_loss_stays_and_the_masked_loss_falls(runs):
     assert records[-1]["ar_loss"] == pytest.approx(records[0]["ar_loss"], rel=0.05)  # of other rows
 
 
+@pytest.mark.long
 def test_fifty_documents_are_decoded_faster_with_the_bases_text(runs):
     ar, adapter, _, _ = runs
     chats = [[{"role": "user", "content": question}] for question, _ in questions(50)]
@@ -286,6 +288,7 @@ def test_a_lower_rank_is_the_nearest(runs):
                 assert lower[name] is a
 
 
+@pytest.mark.long
 def test_an_adapter_is_packed_in_a_lower_rank_by_one_command(runs, tmp_path):
     command = [
         sys.executable,

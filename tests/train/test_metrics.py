@@ -66,6 +66,7 @@ def test_a_meter_goes_on_where_another_stopped():
     assert whole.flush()["loss"] == 3.0  # begun anew
 
 
+@pytest.mark.long
 def test_a_resumed_run_tells_the_same_between_its_checkpoints(parts, monkeypatch):
     """Figures are means over 4 steps, checkpoints come every 3, so that one falls between two records."""
     base, data, directory = parts

@@ -74,6 +74,7 @@ def test_lora_in_two_processes(parts, settings):
     check_equal(*run_both(parts, f"lora-{len(settings)}", {}, **settings))
 
 
+@pytest.mark.long
 def test_fsdp2_and_its_checkpoint_in_one_process(parts):
     two, one = run_both(parts, "fsdp", {"program": RUN_FSDP, **FSDP2})
     check_equal(two, one)

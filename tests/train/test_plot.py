@@ -50,6 +50,7 @@ def test_one_run(tmp_path, monkeypatch):
     assert [line.get_linestyle() for line in both] == ["-", "--"]
 
 
+@pytest.mark.long
 def test_runs_lie_over_each_other(tmp_path, monkeypatch):
     panels = drawn(monkeypatch, wedlm_run(tmp_path / "a"), wedlm_run(tmp_path / "b"))
     lines = panels["masked loss (nats)"]
@@ -57,6 +58,7 @@ def test_runs_lie_over_each_other(tmp_path, monkeypatch):
     assert lines[0].get_color() != lines[1].get_color()
 
 
+@pytest.mark.long
 def test_equal_names_are_told_apart(tmp_path, monkeypatch):
     panels = drawn(monkeypatch, wedlm_run(tmp_path / "x" / "run"), wedlm_run(tmp_path / "y" / "run"))
     labels = [line.get_label() for line in panels["masked loss (nats)"]]
@@ -76,6 +78,7 @@ def test_ar_training_has_its_own_panels_alone(tmp_path, monkeypatch):
     assert sorted(drawn(monkeypatch, run)) == ["AR loss (nats)", "loss that is trained"]
 
 
+@pytest.mark.long
 def test_a_cut_last_line_is_no_fault(tmp_path):
     run = wedlm_run(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:

@@ -195,6 +195,7 @@ def test_a_loss_that_is_no_number_stops_the_run(parts, monkeypatch):
     train(base, data, output, save_steps=2)  # the last checkpoint was good
 
 
+@pytest.mark.long
 def test_two_processes_train_like_one(parts, unbroken):
     """One process with batches of 2, two with batches of 1: rows, noise, losses and weights are the same."""
     base, data, directory = parts
