@@ -100,7 +100,7 @@ def check_constrained(request: Request, rules: Rules) -> None:
 def test_text_keeps_to_the_rules(decoding):
     rng = random.Random(decoding)
     stopped = drafted = 0
-    for _ in range(15):
+    for _ in range(30):
         rules = random_rules(rng, decoding)
         request = alone(rules)
         check_constrained(request, rules)

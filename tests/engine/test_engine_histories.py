@@ -12,7 +12,7 @@ def test_histories():
 
 
 def test_histories_of_texts_that_repeat_themselves():
-    assert run_histories(range(12), StubModel(period=4, agreement=8.0))["accepted from the text"] > 10
+    assert run_histories(range(24), StubModel(period=4, agreement=8.0))["accepted from the text"] > 20
 
 
 def test_histories_of_blocks():
