@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from benchmarks import acceptance, context_32k, gsm8k, masked_adapter, streaming_next_token
+from benchmarks import acceptance, context_32k, gsm8k, masked_adapter, streaming_next_token, streaming_rules
 from tests.engine.tiny_llm import save_tiny
+from tests.train.tiny_run import questions as chat_questions
 from tests.train.tiny_run import save_base, train, write_chats
 from wedlm import LLM, SamplingParams
 from wedlm.engine.outputs import Totals
@@ -100,3 +101,41 @@ def test_an_adapter_of_masked_rows_leaves_the_text_alone(monkeypatch, tmp_path):
 )
 def test_tokens_to_the_first_difference(one, other, count):
     assert gsm8k.agreeing(one, other) == count
+
+
+@pytest.mark.long
+def test_streaming_rules_walk_as_the_engine_streams(monkeypatch, tmp_path):
+    """Up to the first token that is not AR's."""
+    chats = write_chats(tmp_path / "chats.jsonl", 6)
+    base = save_base(tmp_path / "base")
+    model = train(base, chats, tmp_path / "run", max_steps=120, learning_rate=1e-2)
+    llm = LLM(model, device="cpu")
+    asked = ([{"role": "user", "content": question}] for question, _ in chat_questions(6))
+    prompts = [llm.tokenizer.apply_chat_template(messages) for messages in asked]
+    common = {"temperature": 0.0, "max_tokens": 12}
+    of_ar = llm.generate(prompts, SamplingParams(decoding="autoregressive", **common))
+    lines = ({"prompt": prompt, "token_ids": one.token_ids} for prompt, one in zip(prompts, of_ar, strict=True))
+    (tmp_path / "samples").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["read", str(model), "--samples", str(tmp_path / "samples"), "--out", str(tmp_path / "rows")]
+    monkeypatch.setattr("sys.argv", ["script", *words, "--depth", "5"])
+    streaming_rules.main()
+    texts = streaming_rules.texts_of(tmp_path / "rows")
+    several = wrong = 0
+    for threshold in (0.5, 2.0, 9.0):
+        options = {"wedlm_window_size": 5, "wedlm_entropy_threshold": threshold, "wedlm_next_token": "causal"}
+        streamed = llm.generate(prompts, SamplingParams(decoding="streaming", **options, **common))
+        for text, one in zip(texts, streamed, strict=True):
+            expected: list[int] = []
+            for step, (right, error) in enumerate(
+                streaming_rules.walk(text, streaming_rules.RULES["as it is"], threshold)
+            ):
+                expected += [step] * right
+                several += right > 1
+                if error:
+                    wrong += 1
+                    assert one.token_ids[len(expected)] != text.tokens[len(expected)]
+                    break
+            assert one.token_ids[: len(expected)] == text.tokens[: len(expected)]
+            assert one.token_steps[: len(expected)] == expected
+    assert several > 10
+    assert wrong > 3
