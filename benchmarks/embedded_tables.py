@@ -3,7 +3,7 @@
 
     python -m benchmarks.embedded_tables benchmarks/results/embedded/eval_h200.json \
         benchmarks/results/embedded/eval_h200_rest.json benchmarks/results/embedded/eval_h200_0.26.json \
-        docs/embedded_checkpoint.md
+        benchmarks/results/embedded/eval_cpu_0.26.json docs/embedded_checkpoint.md
 
 Of a stage that several summaries have, the last one's counts. Each table stands between two marks in the page,
 ``<!-- name -->`` and ``<!-- end -->``.

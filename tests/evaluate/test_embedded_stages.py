@@ -116,7 +116,7 @@ def test_the_page_has_the_tables_of_the_summary():
     page = (root / "docs/embedded_checkpoint.md").read_text()
     files = [
         root / "benchmarks/results/embedded" / f"{name}.json"
-        for name in ("eval_h200", "eval_h200_rest", "eval_h200_0.26")
+        for name in ("eval_h200", "eval_h200_rest", "eval_h200_0.26", "eval_cpu_0.26")
     ]
     summary = joined([json.loads(file.read_text()) for file in files])
     assert filled(page, summary) == page
