@@ -209,7 +209,8 @@ def test_a_server_ends_with_its_block(stand_in):
         server.complete([1], 1)
 
 
-@pytest.mark.parametrize("when", ["serving", pytest.param("starting", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("when", ["serving", "starting"])
 def test_a_server_does_not_outlive_us(stand_in, when):
     """Also if we die before it has said where it is, when telling us fails."""
     (stand_in / "xllamacpp.py").write_text("import time; time.sleep(1.0)\n" + STAND_IN)

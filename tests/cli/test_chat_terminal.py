@@ -94,6 +94,7 @@ def test_ctrl_c_warns_before_it_leaves(talk):
     assert talk.process.wait(60) == 0
 
 
+@pytest.mark.long
 def test_ctrl_d_leaves(talk):
     talk.type("\x04")
     assert talk.process.wait(60) == 0

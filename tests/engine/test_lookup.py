@@ -58,7 +58,7 @@ def requests_of(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
 @pytest.mark.parametrize(
     "has_masked_rows", [True, pytest.param(False, marks=pytest.mark.long)], ids=["masked rows", "none"]
 )
-@pytest.mark.parametrize("decoding", ["verified", "auto"])
+@pytest.mark.parametrize("decoding", [pytest.param("verified", marks=pytest.mark.long), "auto"])
 def test_the_text_is_ars(decoding, has_masked_rows, lagging):
     """In batches, at both temperatures, with penalties, end tokens and pages for two of six requests."""
     prompts, params = requests_of(2)

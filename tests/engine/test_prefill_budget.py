@@ -111,6 +111,7 @@ def test_prompts_get_on_beside_windows_whose_attention_takes_as_long_as_a_forwar
     assert seconds < 3.5 * alone + 0.3
 
 
+@pytest.mark.long
 def test_a_batch_that_is_not_streamed_is_not_slowed_for_its_windows():
     paced, unpaced, unread = (
         serve(ratio, "autoregressive", gap=0.0, num_requests=16, streamed=streamed)[1]

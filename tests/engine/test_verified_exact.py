@@ -63,8 +63,9 @@ def test_verified_equals_ar(llm, temperature):
     compare(llm, PROMPTS[:2] + PROMPTS[-2:], params)
 
 
+@pytest.mark.long
 @pytest.mark.demo_model
-@pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.long)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_drafts_from_the_text_give_ars_text(llm, temperature):
     params = SamplingParams(temperature=temperature, seed=7, max_tokens=24, wedlm_lookup_drafts=7, wedlm_window_size=8)
     found = compare(llm, copying.edits()[4:5], params)

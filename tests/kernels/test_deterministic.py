@@ -48,8 +48,10 @@ def added(out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     [
         (DTYPES[0], 1),
         (DTYPES[1], 2),
-        (DTYPES[0], 3),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in ((DTYPES[1], 1), (DTYPES[0], 2), (DTYPES[1], 3))),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in ((DTYPES[0], 3), (DTYPES[1], 1), (DTYPES[0], 2), (DTYPES[1], 3))
+        ),
     ],
 )
 def test_a_product_has_one_order_at_any_number_of_rows(device, dtype, splits):

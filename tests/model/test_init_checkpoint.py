@@ -101,6 +101,7 @@ class TestInitialise:
         assert (theirs.bos_token, theirs.eos_token) == ("<s>", "<|im_end|>")
         assert torch.equal(load_model(tmp_path / "out")[0].model.norm.weight, load_model(source)[0].model.norm.weight)
 
+    @pytest.mark.long
     @pytest.mark.demo_model
     def test_from_the_demo_model(self, tmp_path: Path) -> None:
         made = init_checkpoint("demo-base", tmp_path)

@@ -65,6 +65,7 @@ def test_equal_names_are_told_apart(tmp_path, monkeypatch):
     assert labels == [str(tmp_path / "x" / "run"), str(tmp_path / "y" / "run")]
 
 
+@pytest.mark.long
 def test_profiles_compare_under_the_same_noise_or_not_at_all(tmp_path, monkeypatch):
     """Where one of the runs was never measured, all show their training figures, and the title says so."""
     a, b = wedlm_run(tmp_path / "a"), wedlm_run(tmp_path / "b", validation=False)

@@ -82,6 +82,7 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(parts, unbroken, m
     assert metrics(directory / "interrupted") == metrics(unbroken)
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on(parts, unbroken):
     base, data, directory = parts
     config = config_of(base, data, directory / "killed", save_steps=1, save_total_limit=2)
