@@ -6,9 +6,9 @@
 
 ``read`` takes the samples that `wedlm eval` writes of autoregressive decoding at temperature 0. Causal streaming fills
 no position behind one that is left open, so a step depends on nothing but the text so far: one pass with masked rows
-behind each prefix has every step of every rule, where a run would show those of one. ``compare`` walks along the texts,
-counts a wrong token as an error and goes on from AR's text, and gives each rule the threshold with which the first file
-takes so many tokens a forward.
+behind each prefix has every step of every rule, where a run would show those of one. ``compare`` walks along the texts.
+A token that is not AR's counts as an error, after which it goes on with AR's text. Rules are compared at equal speed:
+each gets the threshold that gives the first file ``--speed`` tokens a forward.
 """
 
 import argparse
@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
+from wedlm.algorithm.dual_stream import RowLabels, dense_mask
+from wedlm.algorithm.params import DecodeParams
 from wedlm.algorithm.sample import entropy_and_logsumexp
+from wedlm.attention.dual_stream import DenseAttend
 from wedlm.model import Transformer, load_model, load_tokenizer
 
-PENALTY = 0.02
 THRESHOLDS = np.arange(0.1, 0.8, 0.02)
 _LOGITS_AT_ONCE = 512
 
@@ -47,18 +48,11 @@ def masked_rows(model: Transformer, prompt: list[int], text: list[int], depth: i
     masks = torch.full((length * depth,), model.config.mask_token_id)
     tokens = torch.cat((torch.tensor([*prompt, *text])[:known], masks))
     positions = torch.cat((torch.arange(known), (start[:, None] + torch.arange(depth)).flatten()))
-    prefix = torch.arange(length).repeat_interleave(depth)
-    row = torch.arange(len(tokens))
-    sees = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    sees[:, :known] = row[:known] <= row[:, None]
-    sees[known:, :known] = row[:known] < start[prefix][:, None]
-    sees[known:, known:] = (prefix == prefix[:, None]) & (row[known:] <= row[known:, None])
-
-    def attend(_layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=True)[0].transpose(0, 1)
-
-    hidden = model.model(tokens, positions, attend, row >= known)[known:]
+    # The rows of training with a block behind each prefix, which sees the clean rows before it.
+    block = torch.cat((torch.arange(known), start.repeat_interleave(depth)))
+    masked = torch.arange(len(tokens)) >= known
+    sees = dense_mask(RowLabels(torch.zeros_like(block), block, masked))
+    hidden = model.model(tokens, positions, DenseAttend(sees[None, None], 1), masked)[known:]
     choices, entropies = [], []
     for rows in hidden.split(_LOGITS_AT_ONCE):
         logits = model.logits(rows).float()
@@ -99,7 +93,7 @@ class Rule:
     False leaves a token that equals the one before it to the AR head.
     """
 
-    penalty: float = PENALTY
+    penalty: float = DecodeParams.pos_penalty
     added: bool = False
     repeats: bool = True
 

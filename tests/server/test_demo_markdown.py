@@ -58,10 +58,6 @@ LARGE = {
 }
 
 
-# Each in a way of its own; the others are nested or repeated in the same ways, in the long tier.
-FEW_LARGE = ("lists in lists", "brackets", "ticks", "cells", "blocks", "words")
-
-
 @pytest.fixture(scope="module")
 def crowded(browser, server):
     """(a page for many conversations, the addresses that it asks for)"""
@@ -140,9 +136,7 @@ def test_hostile_markdown_does_nothing(crowded, server, text):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "text", [pytest.param(LARGE[name], id=name, marks=[] if name in FEW_LARGE else pytest.mark.long) for name in LARGE]
-)
+@pytest.mark.parametrize("text", LARGE.values(), ids=LARGE)
 def test_large_markdown_does_not_hold_the_page_up(browser, server, text):
     for page in fresh(browser, server.url):
         page.evaluate(
