@@ -175,7 +175,7 @@ def test_batched_steps_equal_the_reference_long(batch):
     check_against_reference(batch)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     params_strategy(),
     st.lists(st.integers(0, MODEL.vocab_size - 1), min_size=1, max_size=9),

@@ -104,7 +104,7 @@ def test_verified_and_auto_give_ars_text(tmp_path, family):
 def test_histories(threads, adapter, cache_dtype):
     """Random adding, aborting and preempting, in all modes: reference.py's tokens and steps, and at all times the
     cache's bits are those of one forward (without the adapter, if there is one: no key of a masked row stays)."""
-    run_histories(range(6), NativeModel(min(threads, os.cpu_count() or 1), adapter, cache_dtype))
+    run_histories(range(12), NativeModel(min(threads, os.cpu_count() or 1), adapter, cache_dtype))
 
 
 @pytest.mark.parametrize("form", ["int8", "Q8_0"])

@@ -67,8 +67,8 @@ def test_verified_equals_ar(llm, temperature):
 @pytest.mark.demo_model
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_drafts_from_the_text_give_ars_text(llm, temperature):
-    params = SamplingParams(temperature=temperature, seed=7, max_tokens=24, wedlm_lookup_drafts=7, wedlm_window_size=8)
-    found = compare(llm, copying.edits()[4:5], params)
+    params = SamplingParams(temperature=temperature, seed=7, max_tokens=32, wedlm_lookup_drafts=7, wedlm_window_size=8)
+    found = compare(llm, [copying.edits()[4], copying.extractions()[2]], params)
     assert found["drafts from the text"] > 0
 
 

@@ -139,7 +139,7 @@ def test_honest_conversations_have_the_usual_ids(template: str, contents: list[s
 
 @pytest.mark.parametrize("template", ALL_TEMPLATES)
 @given(contents=st.lists(ATTACK, min_size=2, max_size=4), kind=st.sampled_from([*BACKENDS]))
-@settings(max_examples=60)
+@settings(max_examples=150)
 def test_no_control_token_comes_from_a_message(template: str, contents: list[str], kind: str) -> None:
     """As many as the template writes around contents of the same structure without a character of a token."""
     one = tokenizer(kind, template)

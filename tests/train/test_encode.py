@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.train.chat_data import CHATML, OPEN_ENDED, THINKING, chat, chat_tokenizer, metaspace_tokenizer
@@ -233,7 +233,6 @@ def alone(sample: Sample, tokenizer: Tokenizer, **options):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(any_samples(), st.integers(0, 3))
-@settings(max_examples=40)
 def test_a_batch_gives_what_each_gives_alone(name, samples, num_end_tokens):
     tokenizer = TOKENIZERS[name]
     end = tokenizer.token_id("</s>" if name == "metaspace" else "<|im_end|>")
