@@ -19,7 +19,7 @@ from tests.server.running import serving
 from wedlm.server.config import ServerConfig
 from wedlm.server.run import AddressError, tls_context, unix_socket
 
-ASKED = {"model": "tiny", "prompt": "abc", "max_tokens": 4}
+ASKED = {"model": "tiny", "prompt": "abc", "max_tokens": 4, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
